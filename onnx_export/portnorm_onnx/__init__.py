@@ -1,0 +1,1 @@
+"""ONNX export: the definitions of portnorm run on symbolic arrays, and every graph is checked before it is handed over."""

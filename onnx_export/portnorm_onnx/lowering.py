@@ -1,0 +1,172 @@
+"""The lowering table: what each function of the Array API standard, and each Op of portnorm, becomes in ONNX.
+
+A row gets what the function gets. Rows of Ops may refuse arguments (`accepts`); their definition is then traced through the rows of the
+standard's functions. A later operator set is an earlier one with rows replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+
+from portnorm_onnx.namespace import NAMESPACE, shape_vector
+from portnorm_onnx.norms import normalize, normalize_with_rms
+from portnorm_onnx.scan import loop
+from portnorm_onnx.symbolic import Dim, Opset, SymbolicArray, constant, dims_of, node, nodes
+
+Row = Callable[..., Any]
+
+
+def _ints(*values: int) -> SymbolicArray:
+    return constant(numpy.array(values, dtype=numpy.int64))
+
+
+def _axes(axis: int | tuple[int, ...]) -> SymbolicArray:
+    return _ints(*((axis,) if isinstance(axis, int) else axis))
+
+
+def _pointwise(op_type: str) -> Row:
+    """A Python number among arrays takes their dtype; a length becomes an array."""
+
+    def row(*args: Any) -> SymbolicArray:
+        dtype = next((a.dtype for a in args if isinstance(a, SymbolicArray)), numpy.dtype("int64"))
+        arrays = (a.scalar() if isinstance(a, Dim) else a for a in args)
+        return node(op_type, *(a if isinstance(a, SymbolicArray) else constant(numpy.asarray(a, dtype=dtype)) for a in arrays))
+
+    return row
+
+
+def _reduce(op_type: str) -> Row:
+    return lambda x, axis=None, keepdims=False: node(
+        op_type, x, _axes(tuple(range(x.ndim)) if axis is None else axis), keepdims=int(keepdims)
+    )
+
+
+def _where(condition: SymbolicArray, x: Any, y: Any) -> SymbolicArray:
+    dtype = next(a.dtype for a in (x, y) if isinstance(a, SymbolicArray))
+    x, y = (a if isinstance(a, SymbolicArray) else constant(numpy.asarray(a, dtype=dtype)) for a in (x, y))
+    return node("Where", condition, x, y)
+
+
+def _astype(x: SymbolicArray, dtype: Any, copy: bool = True) -> SymbolicArray:
+    dtype = numpy.dtype(dtype)
+    if x.dtype == dtype:
+        return x
+    import onnx
+
+    return node("Cast", x, to=int(onnx.helper.np_dtype_to_tensor_dtype(dtype)))
+
+
+def _reshape(x: SymbolicArray, shape: Any) -> SymbolicArray:
+    """A length that is carried over is 0 in ONNX, one other that is unknown −1; only more than that needs nodes."""
+    shape = tuple(shape)
+    short = [0 if isinstance(d, Dim) and k < x.ndim and x.dims[k] == d.name else d for k, d in enumerate(shape)]
+    unknown = [k for k, d in enumerate(short) if not isinstance(d, int)]
+    if len(unknown) == 1 and -1 not in short:
+        short[unknown[0]] = -1
+    target = shape_vector(tuple(short)) if len(unknown) > 1 else _ints(*short)
+    dims = dims_of(shape) if all(isinstance(d, int | Dim) and d != -1 for d in shape) else None
+    return nodes("Reshape", 1, x, target, dims=dims)[0]
+
+
+def _getitem(x: SymbolicArray, key: Any) -> SymbolicArray:
+    """Basic indexing: integers, slices, `...` and `None`."""
+    keys = list(key) if isinstance(key, tuple) else [key]
+    if Ellipsis in keys:
+        at = keys.index(Ellipsis)
+        filled = x.ndim - sum(k is not None and k is not Ellipsis for k in keys)
+        keys[at : at + 1] = [slice(None)] * filled
+    axis, result = 0, x
+    for k in keys:
+        if k is None:
+            result = node("Unsqueeze", result, _ints(axis))
+            axis += 1
+        elif isinstance(k, int):
+            result = node("Gather", result, constant(numpy.int64(k)), axis=axis)
+        else:
+            if k != slice(None):
+                last = numpy.iinfo(numpy.int64)
+                step = k.step or 1
+                start = k.start if k.start is not None else (0 if step > 0 else last.max)
+                stop = k.stop if k.stop is not None else (last.max if step > 0 else last.min)
+                result = node("Slice", result, _ints(start), _ints(stop), _ints(axis), _ints(step))
+            axis += 1
+    return result
+
+
+def _flip(x: SymbolicArray, axis: int) -> SymbolicArray:
+    return _getitem(x, (slice(None),) * (axis % x.ndim) + (slice(None, None, -1),))
+
+
+def _linear(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None = None) -> SymbolicArray:
+    y = node("MatMul", x, NAMESPACE.matrix_transpose(weight))
+    return y if bias is None else node("Add", y, bias)
+
+
+# Functions that are one ONNX operator of the same arguments.
+_SAME: dict[str, str] = {
+    "add": "Add",
+    "subtract": "Sub",
+    "multiply": "Mul",
+    "divide": "Div",
+    "negative": "Neg",
+    "abs": "Abs",
+    "exp": "Exp",
+    "log": "Log",
+    "sqrt": "Sqrt",
+    "tanh": "Tanh",
+    "minimum": "Min",
+    "maximum": "Max",
+    "less": "Less",
+    "less_equal": "LessOrEqual",
+    "greater": "Greater",
+    "greater_equal": "GreaterOrEqual",
+    "equal": "Equal",
+    "logical_and": "And",
+    "logical_or": "Or",
+    "logical_not": "Not",
+    "matmul": "MatMul",
+}
+
+_ARRAY_API: dict[str, Row] = {
+    **{name: _pointwise(op_type) for name, op_type in _SAME.items()},
+    "where": _where,
+    "astype": _astype,
+    "mean": _reduce("ReduceMean"),
+    "sum": _reduce("ReduceSum"),
+    "max": _reduce("ReduceMax"),
+    "min": _reduce("ReduceMin"),
+    "reshape": _reshape,
+    "getitem": _getitem,
+    "flip": _flip,
+    "take": lambda x, indices, axis: node("Gather", x, indices, axis=axis),
+    "take_along_axis": lambda x, indices, axis: node("GatherElements", x, indices, axis=axis),
+    "concat": lambda arrays, axis=0: node("Concat", *arrays, axis=axis),
+    "stack": lambda arrays, axis=0: node("Concat", *(node("Unsqueeze", a, _ints(axis)) for a in arrays), axis=axis),
+    "expand_dims": lambda x, axis: node("Unsqueeze", x, _axes(axis)),
+    "squeeze": lambda x, axis: node("Squeeze", x, _axes(axis)),
+    "permute_dims": lambda x, axes: node("Transpose", x, perm=list(axes)),
+    "matrix_transpose": lambda x: node("Transpose", x, perm=[*range(x.ndim - 2), x.ndim - 1, x.ndim - 2]),
+    "broadcast_to": lambda x, shape: nodes("Expand", 1, x, shape_vector(tuple(shape)), dims=dims_of(shape))[0],
+}
+
+_OPS: dict[str, Row] = {
+    "sigmoid": lambda x: node("Sigmoid", x),
+    "split": lambda x, parts: nodes("Split", parts, x, axis=-1, num_outputs=parts),
+    "linear": _linear,
+    "normalize": normalize,
+    "loop": loop,
+}
+
+_OPSET_18 = {**_ARRAY_API, **_OPS}
+_OPSET_23 = {**_OPSET_18, "normalize": normalize_with_rms}
+
+OPSETS: dict[int, dict[str, Row]] = {version: _OPSET_18 if version < 23 else _OPSET_23 for version in range(18, 27)}
+"""Rows by operator set. onnxruntime refuses those above the last; `Split` and the reductions take their present form at the first."""
+
+
+def opset(version: int) -> Opset:
+    """The operator set of a version, with its rows."""
+    return Opset(version, OPSETS[version])

@@ -1,0 +1,85 @@
+"""What a check of a graph found, for people and for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import helper
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One comparison of a runtime with the eager run, at the output that came closest to what is allowed."""
+
+    runtime: str
+    output: str
+    case: str
+    difference: float
+    """Largest absolute difference: to the float64 run for a trajectory, to the eager step for one step."""
+    allowed: float
+    eager_difference: float
+    """For a trajectory, the eager run's own distance to the float64 run."""
+
+
+@dataclass
+class Report:
+    """A checked graph: its size, and how far each runtime was from the model. It exists only where every comparison held."""
+
+    path: str | None
+    opset: int
+    nodes: int
+    """Nodes of the graph, a `Scan` counted as one."""
+    body_nodes: tuple[int, ...]
+    """Nodes inside each `Scan`."""
+    size: int
+    """Bytes."""
+    seconds: float = 0.0
+    """Time that making the graph took, without the checks."""
+    trajectories: list[Comparison] = field(default_factory=list)
+    steps: list[Comparison] = field(default_factory=list)
+    model: onnx.ModelProto | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, proto: onnx.ModelProto, path: Path | None) -> Report:
+        opset = next(o.version for o in proto.opset_import if o.domain == "")
+        nodes, body_nodes = count_nodes(proto)
+        return cls(None if path is None else str(path), opset, nodes, body_nodes, proto.ByteSize(), model=proto)
+
+    @property
+    def worst_trajectory(self) -> float:
+        """Largest distance of any runtime to the float64 run."""
+        return max((c.difference for c in self.trajectories), default=0.0)
+
+    @property
+    def worst_step(self) -> float | None:
+        """Largest difference of any runtime after one step from the same state; `None` for a graph without a loop."""
+        return max((c.difference for c in self.steps), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: everything but the model itself."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        found["trajectories"] = [dataclasses.asdict(c) for c in self.trajectories]
+        found["steps"] = [dataclasses.asdict(c) for c in self.steps]
+        return found
+
+    def __str__(self) -> str:
+        inside = "".join(f" + {n} in a Scan" for n in self.body_nodes)
+        lines = [f"{self.path or 'model in memory'}: opset {self.opset}, {self.nodes} nodes{inside}, {self.size:,} bytes"]
+        lines += [f"  {'runtime':<12} {'gate':<34} {'output':<8} {'difference':>10} {'allowed':>10} {'eager':>10}"]
+        for c in self.steps:
+            lines.append(f"  {c.runtime:<12} {c.case:<34} {c.output:<8} {c.difference:>10.2e} {c.allowed:>10.2e} {'':>10}")
+        for c in self.trajectories:
+            lines.append(
+                f"  {c.runtime:<12} {c.case:<34} {c.output:<8} {c.difference:>10.2e} {c.allowed:>10.2e} {c.eager_difference:>10.2e}"
+            )
+        return "\n".join(lines)
+
+
+def count_nodes(proto: onnx.ModelProto) -> tuple[int, tuple[int, ...]]:
+    """(nodes of the graph, nodes inside each Scan)"""
+    bodies = (helper.get_attribute_value(a) for n in proto.graph.node if n.op_type == "Scan" for a in n.attribute if a.name == "body")
+    return len(proto.graph.node), tuple(len(body.node) for body in bodies)

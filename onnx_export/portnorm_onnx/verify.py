@@ -1,0 +1,266 @@
+"""Does a graph compute what the model computes? Two gates, since one tolerance cannot serve a recurrent net.
+
+**One step, hard.** From the eager states before every step t, one step of the graph agrees with one eager step to a few units in the last
+place of the state. This is where a wrong gate order, a wrong epsilon or a missing bias shows.
+
+**Trajectory, relative.** A normalized recurrent net can be chaotic: two correct float32 runs part by 1e-6 after ten steps and by order 1
+after a thousand. So the distance of the graph to the float64 run is compared with the distance of the eager run to it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnx
+from onnx import helper
+
+from portnorm.errors import ConformanceError, ExportError
+from portnorm.layers.layer import Layer
+from portnorm.layers.recurrent import LSTM
+from portnorm_onnx.report import Comparison, Report, count_nodes
+from portnorm_onnx.runtimes import Session, session_of
+
+NumPyArray = numpy.ndarray[Any, Any]
+Inputs = tuple[NumPyArray, NumPyArray | None]
+
+# One step: units in the last place of the largest value, at least of 1; 16 units of float32 are 1.9e-6. A matrix product summed in another
+# order moves a state by a few units. float64 has more room, since runtimes keep epsilon and some tables of constants in float32.
+STEP_ULP = {"float16": 16, "float32": 16, "float64": 2**14}
+# Trajectory: a multiple of the eager run's own distance to float64, and a floor for where that is zero by chance. Nothing more exact than
+# a float64 run is at hand, so there the floor is relative.
+FACTOR = 10.0
+FLOOR = {"float16": 4e-3, "float32": 1e-6, "float64": 1e-11}
+
+# (time, batch) of the cases; with `lengths`, every case but the first is ragged.
+CASES = ((1, 1), (1, 3), (5, 2), (24, 7))
+
+
+def verify(
+    path: str | os.PathLike[str],
+    model: Layer,
+    *,
+    runtimes: Sequence[str] = ("onnxruntime",),
+    inputs: Iterable[Any] | None = None,
+) -> Report:
+    """Check the ONNX file at `path` against `model` in the named runtimes.
+
+    The file passes onnx's checker and strict shape inference; then it runs on random inputs of several (time, batch), ragged where it
+    takes `lengths`, or on `inputs`, each `x` or `(x, lengths)`. See this module for the two gates. Returns a `Report`.
+    Raises `ConformanceError` with the first output and step that differs, and `ExportError` where the file is no valid graph.
+    """
+    try:
+        proto = onnx.load(os.fspath(path))
+    except Exception as error:
+        raise ExportError(f"cannot read {os.fspath(path)!r} as an ONNX model: {error}") from error
+    cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
+    return check(proto, model, runtimes=runtimes, cases=cases, path=Path(path))
+
+
+def check(
+    proto: onnx.ModelProto,
+    model: Layer,
+    *,
+    runtimes: Sequence[str],
+    cases: Sequence[Inputs] | None = None,
+    path: Path | None = None,
+) -> Report:
+    """`verify`, of a model in memory."""
+    check_form(proto)
+    eager = model.to(xp="numpy")
+    names = [i.name for i in proto.graph.input]
+    if names[0] != "x" or not set(names) <= {"x", "lengths", "h_0", "c_0", "time_0"}:
+        raise ExportError(f"the graph has inputs {names}; expected x, and lengths or h_0, c_0, time_0")
+    dims = [d.dim_value or d.dim_param for d in proto.graph.input[0].type.tensor_type.shape.dim]
+    made = cases if cases is not None else random_cases(eager, dims, "lengths" in names)
+    report = Report.of(proto, path)
+    for runtime in runtimes:
+        whole = session_of(runtime, proto.SerializeToString())
+        for case in made:
+            report.trajectories.append(_trajectory(eager, proto, whole, runtime, case))
+        if eager.recurrent and any(n.op_type == "Scan" for n in proto.graph.node):
+            stepped = session_of(runtime, with_states(proto).SerializeToString())
+            report.steps.append(_one_step(eager, proto, stepped, runtime, max(made, key=lambda c: len(c[0]))))
+    return report
+
+
+def check_form(proto: onnx.ModelProto) -> None:
+    """onnx's checker and strict shape inference; raises `ExportError`."""
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the graph is not valid ONNX: {error}") from error
+
+
+def random_cases(model: Layer, dims: Sequence[int | str], lengths: bool) -> list[Inputs]:
+    """Standard normal inputs for the named lengths of the graph's `x`, with ragged lengths if it takes them."""
+    rng = numpy.random.default_rng(0)
+    cases: list[Inputs] = []
+    for steps, batch in CASES:
+        free = iter((steps, batch) if model.recurrent and not model.batch_first else (batch, steps))
+        x = rng.standard_normal([d if isinstance(d, int) else next(free, 5) for d in dims]).astype(model.dtype)
+        ragged = rng.integers(1, steps + 1, size=batch)
+        ragged[0] = steps
+        cases.append((x, ragged if lengths else None))
+    return cases
+
+
+def _trajectory(model: Layer, proto: onnx.ModelProto, session: Session, runtime: str, case: Inputs) -> Comparison:
+    """The graph's distance to the float64 run against the eager run's distance to it, over the whole input."""
+    x, lengths = case
+    outputs = session(_feed(proto, model, x, lengths, None))
+    eager = _outputs(model, x, lengths)
+    exact = _outputs(model.to(dtype="float64"), x.astype(numpy.float64), lengths)
+    dtype = numpy.dtype(model.dtype).name
+    worst: Comparison | None = None
+    for name, result in outputs.items():
+        if name == "time_n":
+            continue
+        difference = _distance(name, result, exact[name])
+        eager_difference = _distance(name, eager[name], exact[name])
+        scale = max(1.0, float(numpy.max(numpy.abs(exact[name]), initial=0.0))) if dtype == "float64" else 1.0
+        allowed = FACTOR * eager_difference + FLOOR[dtype] * scale
+        comparison = Comparison(runtime, name, _case_name(model, case), difference, allowed, eager_difference)
+        if not difference <= allowed:
+            raise ConformanceError(
+                f"{runtime}: output {name!r} is {difference:.3g} from the float64 run at {comparison.case}; eager {dtype} is "
+                f"{eager_difference:.3g} from it, so at most {allowed:.3g} is allowed"
+                f"{_first_difference(result, exact[name], allowed)}"
+            )
+        if worst is None or difference - allowed > worst.difference - worst.allowed:
+            worst = comparison
+    assert worst is not None
+    return worst
+
+
+def _one_step(model: Layer, proto: onnx.ModelProto, session: Session, runtime: str, case: Inputs) -> Comparison:
+    """From the eager states before every step: one step of the graph against one eager step."""
+    x, _ = case
+    axis = 1 if model.batch_first else 0
+    dtype = numpy.dtype(model.dtype).name
+    state, worst = None, Comparison(runtime, "", f"one step at each of {x.shape[axis]}", 0.0, math.inf, 0.0)
+    for t in range(x.shape[axis]):
+        step = numpy.take(x, [t], axis=axis)
+        ones = numpy.ones(x.shape[1 - axis], dtype=numpy.int64)
+        before = state if state is not None else _zero_state(model, step)
+        y, state = model(step, before)
+        result = session(_feed(proto, model, step, ones, before))
+        expected = {"y": y, **_scan_states(model, state)}
+        for name, values in expected.items():
+            difference = _distance(name, result[name], values)
+            ulp = float(numpy.finfo(dtype).eps) * max(1.0, float(numpy.max(numpy.abs(values), initial=0.0)))
+            allowed = STEP_ULP[dtype] * ulp
+            if not difference <= allowed:
+                raise ConformanceError(
+                    f"{runtime}: {name!r} differs by {difference:.3g} at step {t}, from the same state; allowed is {allowed:.3g}"
+                )
+            if difference / allowed >= worst.difference / worst.allowed:
+                worst = Comparison(runtime, name, worst.case, difference, allowed, 0.0)
+    return worst
+
+
+def with_states(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose loops take their states as the inputs `h_in_k`, `c_in_k` (and `time_in`) and give them out as `h_out_k`, `c_out_k`."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    graph = copy.graph
+    for k, scan in enumerate(n for n in graph.node if n.op_type == "Scan"):
+        attributes = {a.name: helper.get_attribute_value(a) for a in scan.attribute}
+        body = attributes["body"]
+        states = len(scan.input) - attributes["num_scan_inputs"]
+        for name, place in zip(LSTM_STATES, range(states - len(LSTM_STATES), states), strict=True):
+            entry, value = body.input[place].type, f"{name}_in_{k}"
+            graph.input.append(helper.make_value_info(value, entry))
+            scan.input[place] = value
+            scan.output[place] = scan.output[place] or f"{name}_last_{k}"
+            graph.node.append(helper.make_node("Identity", [scan.output[place]], [f"{name}_out_{k}"]))
+            graph.output.append(helper.make_value_info(f"{name}_out_{k}", entry))
+    for tensor in list(graph.initializer):
+        if tensor.name == "time_0":
+            graph.initializer.remove(tensor)
+            graph.input.append(helper.make_tensor_value_info("time_0", tensor.data_type, []))
+    return copy
+
+
+LSTM_STATES = ("h", "c")
+
+
+def _recurrent_parts(model: Layer) -> list[LSTM]:
+    return [layer for layer in model.layers() if isinstance(layer, LSTM)]
+
+
+def _states_of(model: Layer, state: Any) -> list[Any]:
+    return [state] if isinstance(model, LSTM) else list(state)
+
+
+def _zero_state(model: Layer, x: NumPyArray) -> Any:
+    """The state that `None` stands for."""
+    batch = x.shape[0 if model.batch_first else 1]
+    states = []
+    for layer in _recurrent_parts(model):
+        zeros = numpy.zeros((layer.num_layers * layer.num_directions, batch, layer.hidden_size), dtype=layer.dtype)
+        states.append((zeros, zeros, *((numpy.asarray(0),) if layer.timed else ())))
+    return states[0] if isinstance(model, LSTM) else tuple(states)
+
+
+def _scan_states(model: Layer, state: Any, suffix: str = "out") -> dict[str, NumPyArray]:
+    """The state under the names of `with_states`: numbered through all layers and directions."""
+    named, k = {}, 0
+    for part in _states_of(model, state):
+        for place in range(part[0].shape[0]):
+            named.update({f"{name}_{suffix}_{k}": values[place] for name, values in zip(LSTM_STATES, part, strict=False)})
+            k += 1
+    return named
+
+
+def _feed(proto: onnx.ModelProto, model: Layer, x: NumPyArray, lengths: NumPyArray | None, state: Any) -> dict[str, NumPyArray]:
+    """The inputs of the graph, or, with a `state`, those of `with_states`."""
+    names = {i.name for i in proto.graph.input}
+    feed = {"x": x}
+    if "lengths" in names:
+        steps, batch = (x.shape[1], x.shape[0]) if model.batch_first else x.shape[:2]
+        feed["lengths"] = numpy.full(batch, steps) if lengths is None else numpy.asarray(lengths, dtype=numpy.int64)
+    if "h_0" in names:
+        parts = _states_of(model, state if state is not None else _zero_state(model, x))
+        feed |= dict(zip(("h_0", "c_0", "time_0"), parts[0], strict=False))
+    if state is not None:
+        feed |= _scan_states(model, state, "in")
+        times = [part[2] for part in _states_of(model, state) if len(part) == 3]
+        feed |= {"time_0": numpy.asarray(times[0])} if times else {}
+    return feed
+
+
+def _outputs(model: Layer, x: NumPyArray, lengths: NumPyArray | None) -> dict[str, NumPyArray]:
+    """The eager results under the names of the graph's outputs."""
+    if not model.recurrent:
+        return {"y": model(x)}
+    y, state = model(x, lengths=lengths)
+    first = _states_of(model, state)[0]
+    return {"y": y, **dict(zip(("h_n", "c_n", "time_n"), first, strict=False))}
+
+
+def _distance(name: str, result: NumPyArray, expected: NumPyArray) -> float:
+    """Largest absolute difference; NaN against NaN is none."""
+    if result.shape != expected.shape:
+        raise ConformanceError(f"{name!r} has shape {result.shape} in the runtime but {expected.shape} eagerly")
+    both_nan = numpy.isnan(result) & numpy.isnan(expected)
+    difference = numpy.where(both_nan, 0.0, numpy.abs(result.astype(numpy.float64) - expected.astype(numpy.float64)))
+    return float(numpy.max(difference, initial=0.0))
+
+
+def _first_difference(result: NumPyArray, expected: NumPyArray, allowed: float) -> str:
+    wrong = numpy.argwhere(~(numpy.abs(result.astype(numpy.float64) - expected) <= allowed))
+    return f"; first at index {tuple(int(i) for i in wrong[0])}" if len(wrong) else ""
+
+
+def _case_name(model: Layer, case: Inputs) -> str:
+    x, lengths = case
+    return f"x {tuple(x.shape)}" + ("" if lengths is None else " ragged" if len(set(map(int, lengths))) > 1 else " with lengths")
+
+
+__all__ = ["check", "check_form", "count_nodes", "verify", "with_states"]

@@ -1,0 +1,100 @@
+"""Normalization layers and normalized recurrent networks, written once for every array library, with checked ONNX export."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from portnorm.cells.variants import VARIANTS, Variant
+from portnorm.errors import (
+    CheckpointError,
+    ConformanceError,
+    DTypeError,
+    ExportError,
+    MissingExtraError,
+    PortnormError,
+    ShapeError,
+    UnsupportedError,
+)
+from portnorm.layers.layer import Layer
+from portnorm.layers.linear import Linear
+from portnorm.layers.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from portnorm.layers.recurrent import LSTM
+from portnorm.layers.sequential import Sequential
+from portnorm.linear import linear
+from portnorm.losses import softmax_cross_entropy
+from portnorm.norm.batch import batch_norm
+from portnorm.norm.group import group_norm
+from portnorm.norm.instance import instance_norm
+from portnorm.norm.layer import layer_norm
+from portnorm.norm.rms import rms_norm
+from portnorm.op import vjp
+from portnorm.optimizers import SGD, Adam, RMSProp, clip_by_global_norm
+
+if TYPE_CHECKING:
+    from portnorm.checkpoint.layers import load, save
+    from portnorm_onnx.export import export
+    from portnorm_onnx.verify import verify
+
+__version__ = "0.1.0"
+
+# Loaded on first use: what reads and writes files, and what needs the extra `onnx`.
+_LAZY = {
+    "save": ("portnorm.checkpoint.layers", None),
+    "load": ("portnorm.checkpoint.layers", None),
+    "export": ("portnorm_onnx.export", "onnx"),
+    "verify": ("portnorm_onnx.verify", "onnx"),
+}
+
+__all__ = [
+    "LSTM",
+    "SGD",
+    "VARIANTS",
+    "Adam",
+    "BatchNorm",
+    "CheckpointError",
+    "ConformanceError",
+    "DTypeError",
+    "ExportError",
+    "GroupNorm",
+    "InstanceNorm",
+    "Layer",
+    "LayerNorm",
+    "Linear",
+    "MissingExtraError",
+    "PortnormError",
+    "RMSNorm",
+    "RMSProp",
+    "Sequential",
+    "ShapeError",
+    "UnsupportedError",
+    "Variant",
+    "batch_norm",
+    "clip_by_global_norm",
+    "export",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "linear",
+    "load",
+    "rms_norm",
+    "save",
+    "softmax_cross_entropy",
+    "verify",
+    "vjp",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'portnorm' has no attribute {name!r}")
+    module, extra = _LAZY[name]
+    if extra is not None:
+        from portnorm.arrays import require_extra
+
+        require_extra(extra, extra)
+    return getattr(importlib.import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,260 @@
+"""What portnorm knows about arrays: which library one belongs to, and what that library does faster.
+
+Everything here is looked up once per array *type* and remembered, so that a call on a small array does not pay for it.
+A library's own module (`portnorm_backends.<name>`) is loaded when the first array of that library is seen, never before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import array_api_compat
+import numpy
+
+from portnorm.errors import DTypeError, MissingExtraError, PortnormError, UnsupportedError
+
+Array: TypeAlias = Any
+"""An array of any library that follows the Array API standard. The standard has no type for it that checkers understand."""
+
+Namespace: TypeAlias = Any
+"""The module of functions that belongs to an array (`xp` in the standard)."""
+
+DType: TypeAlias = Any
+
+
+class Kernel(NamedTuple):
+    """What one library does in its own way for one Op.
+
+    `accepts(*args, **attrs)` says whether the kernel takes these arguments; where it does not, the Op's definition runs.
+    `vjp` is found again by the type of the residuals, so a kernel with a `vjp` returns residuals of a type of its own.
+    """
+
+    call: Callable[..., Any]
+    forward: Callable[..., tuple[Any, Any]] | None = None
+    vjp: Callable[..., Any] | None = None
+    residuals: type | None = None
+    accepts: Callable[..., bool] = lambda *args, **attrs: True
+
+
+@dataclass(frozen=True)
+class Library:
+    """One array library: its name and what it does better than the definitions."""
+
+    name: str
+    kernels: Mapping[str, Kernel] = field(default_factory=lambda: MappingProxyType({}))
+    is_concrete: Callable[[Array], bool] = lambda x: True
+    """False for an array whose values cannot be looked at now (traced or symbolic)."""
+
+
+# Root module of an array's type -> module that holds its `LIBRARY`. Others are found by the entry points of this group.
+_LIBRARIES = {"jax": "portnorm_backends.jax", "jaxlib": "portnorm_backends.jax", "portnorm_onnx": "portnorm_onnx.library"}
+_ENTRY_POINTS = "portnorm.backends"
+_KNOWN = ("numpy", "cupy", "torch", "jax", "jaxlib", "array_api_strict", "dask", "portnorm_onnx")
+
+_libraries: dict[type, Library] = {}
+_namespaces: dict[type, Namespace] = {}
+
+
+def library(x: Array) -> Library:
+    """The library of `x`, memoised on its type."""
+    try:
+        return _libraries[type(x)]
+    except KeyError:
+        return _libraries.setdefault(type(x), _find_library(type(x)))
+
+
+def _find_library(array_type: type) -> Library:
+    root = array_type.__module__.partition(".")[0]
+    if root in _LIBRARIES:
+        found: Library = importlib.import_module(_LIBRARIES[root]).LIBRARY
+        return found
+    if root not in _KNOWN:
+        from importlib.metadata import entry_points
+
+        for entry in entry_points(group=_ENTRY_POINTS, name=root):
+            found = entry.load()
+            return found
+    return Library(root)
+
+
+def leaves(tree: Any) -> Iterator[Array]:
+    """The arrays in nested tuples and lists, `None` left out."""
+    if isinstance(tree, tuple | list):
+        for branch in tree:
+            yield from leaves(branch)
+    elif tree is not None:
+        yield tree
+
+
+def xp_of(x: Array) -> Namespace:
+    """The namespace of one array that is known to be one; the inner functions use this."""
+    try:
+        return _namespaces[type(x)]
+    except KeyError:
+        return _namespaces.setdefault(type(x), array_api_compat.array_namespace(x))
+
+
+def namespace(**arrays: Array | None) -> Namespace:
+    """The one namespace of the named arrays, for the functions that users call.
+
+    Raises `UnsupportedError` where an argument is no array, or where they belong to two libraries or two devices.
+    """
+    first_name, first, xp, device = "", None, None, None
+    for name, x in arrays.items():
+        if x is None:
+            continue
+        try:
+            x_space = xp_of(x)
+        except TypeError:
+            raise UnsupportedError(
+                f"`{name}` is a {type(x).__name__}; expected an array of an Array API library such as numpy, cupy, torch or jax"
+            ) from None
+        if xp is None:
+            first_name, first, xp = name, x, x_space
+        elif x_space is not xp:
+            raise UnsupportedError(
+                f"`{name}` is an array of {_root(x)} but `{first_name}` is one of {_root(first)}; convert one of them first"
+            )
+        elif type(x) is not numpy.ndarray:
+            device = array_api_compat.device(first) if device is None else device
+            if array_api_compat.device(x) != device:
+                raise UnsupportedError(
+                    f"`{name}` is on device {array_api_compat.device(x)} but `{first_name}` is on {device}; move one of them first"
+                )
+    return xp
+
+
+def _root(x: Array) -> str:
+    return type(x).__module__.partition(".")[0]
+
+
+def device_of(x: Array) -> Any:
+    """The device of `x`, as creation functions of its namespace take it."""
+    return array_api_compat.device(x)
+
+
+def require_floating(xp: Namespace, **arrays: Array | None) -> None:
+    """Raise `DTypeError` unless every named array holds real floating-point numbers."""
+    for name, x in arrays.items():
+        if x is not None and not xp.isdtype(x.dtype, "real floating"):
+            raise DTypeError(f"`{name}` has dtype {x.dtype}; expected a real floating-point type such as float32")
+
+
+def statistics_dtype(xp: Namespace, dtype: DType) -> DType:
+    """The type in which statistics of `dtype` values are taken: at least float32."""
+    return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
+
+
+def float32_value(number: float) -> float:
+    """`number` as float32 stores it: ONNX keeps epsilon so, and every library must see the same value."""
+    return float(numpy.float32(number))
+
+
+def load_namespace(xp: Namespace | str | None) -> Namespace:
+    """The Array API namespace for `xp`: a module (`numpy`, `torch`, …), its name, or `None` for NumPy."""
+    name = "numpy" if xp is None else xp if isinstance(xp, str) else xp.__name__
+    if not isinstance(xp, str | None) and hasattr(xp, "__array_api_version__") and name != "numpy":
+        return xp
+    root = name.removeprefix("array_api_compat.").partition(".")[0]
+    try:
+        return importlib.import_module(_NAMESPACES[root])
+    except KeyError:
+        raise UnsupportedError(f"`xp` is {xp!r}; expected an Array API namespace, or one of {', '.join(_NAMESPACES)}") from None
+    except ImportError as error:
+        raise MissingExtraError(f"`xp` names {root}, which is not installed") from error
+
+
+_NAMESPACES = {
+    "numpy": "array_api_compat.numpy",
+    "cupy": "array_api_compat.cupy",
+    "torch": "array_api_compat.torch",
+    "dask": "array_api_compat.dask.array",
+    "jax": "jax.numpy",
+    "array_api_strict": "array_api_strict",
+}
+
+
+def load_dtype(xp: Namespace, dtype: DType) -> DType:
+    """A dtype of `xp` from its name ("float32"), or `dtype` itself."""
+    if not isinstance(dtype, str):
+        return dtype
+    found = getattr(xp, dtype, None)
+    if found is None:
+        raise DTypeError(f"`dtype` is {dtype!r}, which {xp.__name__} does not have")
+    return found
+
+
+def dtype_name(xp: Namespace, dtype: DType) -> str:
+    """The name of a numeric dtype of `xp`, the same in every library."""
+    for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32"):
+        if hasattr(xp, name) and getattr(xp, name) == dtype:
+            return name
+    raise DTypeError(f"`dtype` is {dtype}; expected a floating-point type or a signed integer of 32 or 64 bits")
+
+
+def default_integer(xp: Namespace) -> DType:
+    """The default integer type of a library: int64, or int32 under JAX without 64-bit types."""
+    return xp.asarray(0).dtype
+
+
+def to_numpy(x: Array) -> Any:
+    """A NumPy copy or view of `x`, from any library and device."""
+    if isinstance(x, numpy.ndarray | numpy.generic):
+        return numpy.asarray(x)
+    if array_api_compat.is_cupy_array(x):
+        return x.get()
+    if array_api_compat.is_torch_array(x):
+        return x.detach().cpu().numpy()
+    if array_api_compat.is_jax_array(x) or array_api_compat.is_dask_array(x):
+        return numpy.asarray(x)
+    return numpy.from_dlpack(x)
+
+
+def is_concrete(x: Array) -> bool:
+    """Whether the values of `x` can be looked at now."""
+    return library(x).is_concrete(x)
+
+
+def require_extra(module: str, extra: str) -> Any:
+    """Import an optional dependency, or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f'this needs the package {module.partition(".")[0]}, which is not installed: pip install "portnorm[{extra}]"'
+        ) from error
+
+
+def loaded(module: str) -> bool:
+    """Whether `module` has been imported already; used to look at a library without importing it."""
+    return module in sys.modules
+
+
+__all__ = [
+    "Array",
+    "DType",
+    "Kernel",
+    "Library",
+    "Namespace",
+    "PortnormError",
+    "default_integer",
+    "device_of",
+    "dtype_name",
+    "float32_value",
+    "is_concrete",
+    "leaves",
+    "library",
+    "load_dtype",
+    "load_namespace",
+    "namespace",
+    "require_extra",
+    "require_floating",
+    "statistics_dtype",
+    "to_numpy",
+    "xp_of",
+]

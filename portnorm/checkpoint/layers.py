@@ -1,0 +1,91 @@
+"""Saving and loading layers: the state dict as safetensors, the configuration as JSON in its metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from portnorm.arrays import DType, Namespace, dtype_name, to_numpy
+from portnorm.cells.variants import Variant
+from portnorm.checkpoint import safetensors
+from portnorm.errors import CheckpointError, PortnormError
+from portnorm.layers.layer import Layer
+from portnorm.layers.linear import Linear
+from portnorm.layers.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from portnorm.layers.recurrent import LSTM
+from portnorm.layers.sequential import Sequential
+
+LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in (LSTM, Linear, LayerNorm, RMSNorm, BatchNorm, GroupNorm, InstanceNorm)}
+"""Layers that a checkpoint can name."""
+
+_KEY = "portnorm"
+
+
+def save(layer: Layer, path: str | os.PathLike[str]) -> None:
+    """Write a layer with its parameters, buffers and configuration as a safetensors file, complete or not at all.
+
+    >>> import portnorm as pn, tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "m.safetensors")
+    >>> pn.save(pn.Linear(2, 3, rng=0), path)
+    >>> pn.load(path)
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    arrays = {name: to_numpy(a) for name, a in layer.state_dict().items()}
+    safetensors.write(path, arrays, {_KEY: to_json(layer), "format": "np"})
+
+
+def load(path: str | os.PathLike[str], *, xp: Namespace | str | None = None, device: Any = None, dtype: DType | None = None) -> Layer:
+    """The layer that `save` wrote, on NumPy or in the library, on the device and of the dtype asked for.
+
+    Raises `CheckpointError` where the file cannot be read, is damaged, or was not written by `save`.
+    """
+    arrays, metadata = safetensors.read(path)
+    if _KEY not in metadata:
+        raise CheckpointError(f"{os.fspath(path)!r} holds arrays but no configuration of portnorm; make the layer and use load_state_dict")
+    layer = from_json(metadata[_KEY], xp=xp, device=device, dtype=dtype)
+    layer.load_state_dict(arrays)
+    return layer
+
+
+def to_json(layer: Layer) -> str:
+    """The configuration of a layer, without its arrays."""
+    return json.dumps({"version": 1, "dtype": dtype_name(layer.xp, layer.dtype), "layer": _description(layer)})
+
+
+def from_json(text: str, *, xp: Namespace | str | None = None, device: Any = None, dtype: DType | None = None) -> Layer:
+    """A layer of this configuration with fresh parameters. Raises `CheckpointError` where the text is not understood."""
+    try:
+        description = json.loads(text)
+        return _layer(description["layer"], {"xp": xp, "device": device, "dtype": dtype or description["dtype"]})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, PortnormError) and not isinstance(error, CheckpointError):
+            raise CheckpointError(f"the configuration describes a layer that cannot be made: {error}") from error
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"the configuration is not understood: {error!r}") from error
+
+
+def _description(layer: Layer) -> dict[str, Any]:
+    if isinstance(layer, Sequential):
+        return {"type": "Sequential", "parts": [_description(part) for part in layer.parts]}
+    if type(layer) is not LAYERS.get(type(layer).__name__):
+        raise CheckpointError(f"{type(layer).__name__} is no layer of portnorm's own; save its state_dict() instead")
+    config = {k: dataclasses.asdict(v) if isinstance(v, Variant) else v for k, v in layer.config.items()}
+    return {"type": type(layer).__name__, "config": config}
+
+
+def _layer(description: Any, place: dict[str, Any]) -> Layer:
+    kind = description["type"]
+    if kind == "Sequential":
+        return Sequential(*(_layer(part, place) for part in description["parts"]))
+    if kind not in LAYERS:
+        raise CheckpointError(f"the configuration names the layer {kind!r}; expected Sequential or one of {', '.join(LAYERS)}")
+    config = dict(description["config"])
+    if isinstance(config.get("norm"), dict):
+        fields: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in config["norm"].items()}
+        config["norm"] = Variant(**fields)
+    made: Any = LAYERS[kind]
+    layer: Layer = made(**config, **place)
+    return layer

@@ -1,0 +1,1 @@
+"""Objects that hold parameters: sugar over the pure functions below them."""

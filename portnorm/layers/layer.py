@@ -1,0 +1,219 @@
+"""What every layer is: two pure functions, forward and backward, and an object that holds their parameters and buffers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self
+
+import numpy
+
+from portnorm.arrays import (
+    Array,
+    DType,
+    Namespace,
+    default_integer,
+    device_of,
+    dtype_name,
+    is_concrete,
+    load_dtype,
+    load_namespace,
+    namespace,
+    to_numpy,
+    xp_of,
+)
+from portnorm.errors import CheckpointError, DTypeError, PortnormError, ShapeError, UnsupportedError
+
+Arrays = dict[str, Array]
+
+
+class Layer:
+    """Base of all layers.
+
+    A subclass gives `forward` and `backward`, which are pure, and fills `params` and `buffers` when it is made. A layer is called as
+    `y = layer(x)`, a recurrent one as `y, state = layer(x, state=None, lengths=None)`; `vjp` gives the pullback as well.
+    With `training=True` a call also updates the running statistics that the layer holds.
+    """
+
+    recurrent: bool = False
+    """Whether a call takes and returns a state."""
+    batch_first: bool = False
+    """Whether sequences are (batch, time, features); else they are (time, batch, features)."""
+    keeps_time: bool = True
+    """Whether the result still has the time axis that the input had."""
+
+    def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
+        self.config = config
+        self.xp = load_namespace(xp)
+        self.device = device
+        self.dtype = load_dtype(self.xp, dtype)
+        if not self.xp.isdtype(self.dtype, "real floating"):
+            raise DTypeError(f"`dtype` is {dtype}; expected a real floating-point type such as float32")
+        self.params: Arrays = {}
+        self.buffers: Arrays = {}
+
+    # -- the pure form -------------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+    ) -> tuple[Array, Any, Arrays, Any]:
+        """`(y, state, buffers, residuals)`; without `keep` the residuals are not needed."""
+        raise NotImplementedError
+
+    def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
+        """`(dx, dstate, dparams)`"""
+        raise NotImplementedError
+
+    def apply(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any = None, lengths: Array | None = None, training: bool = False
+    ) -> tuple[Array, Any, Arrays]:
+        """The layer as a pure function: `(y, state, buffers)`. JAX transforms and the exporter use this form."""
+        return self.forward(params, buffers, x, state, lengths, training, False)[:3]
+
+    # -- the object ----------------------------------------------------------------------------------------------------------------
+
+    def __call__(self, x: Array, state: Any = None, lengths: Any = None, *, training: bool = False) -> Any:
+        """`y`, or `(y, state)` for a recurrent layer. `training=True` uses the batch's statistics and updates the running ones."""
+        lengths = self._checked(x, state, lengths)
+        y, state, self.buffers = self.apply(self.params, self.buffers, x, state, lengths, training)
+        return (y, state) if self.recurrent else y
+
+    def vjp(self, x: Array, state: Any = None, lengths: Any = None, *, training: bool = False) -> Any:
+        """`y, pullback` with `dx, grads = pullback(dy)`; recurrent: `y, state, pullback` with `dx, dstate, grads = pullback(dy, dstate)`.
+
+        Either cotangent of a recurrent layer may be `None` for zero. `grads` has the names of `parameters()`.
+        """
+        lengths = self._checked(x, state, lengths)
+        y, out, self.buffers, residuals = self.forward(self.params, self.buffers, x, state, lengths, training, True)
+
+        def pullback(dy: Array | None, dstate: Any = None) -> Any:
+            if dy is not None and is_concrete(y) and tuple(dy.shape) != tuple(y.shape):
+                raise ShapeError(f"the cotangent `dy` has shape {tuple(dy.shape)} but the result has shape {tuple(y.shape)}")
+            dx, dstate, grads = self.backward(residuals, dy, dstate, training)
+            return (dx, dstate, grads) if self.recurrent else (dx, grads)
+
+        return (y, out, pullback) if self.recurrent else (y, pullback)
+
+    def _checked(self, x: Array, state: Any, lengths: Any) -> Array | None:
+        """`lengths` as an array, after `x` and it were found to fit the layer."""
+        if not self.recurrent and state is not None:
+            raise UnsupportedError(f"`state` is given, but {type(self).__name__} has none")
+        own = next(iter(self.params.values()), None)
+        xp = namespace(**({} if own is None else {"parameters": own}), x=x)
+        if xp.isdtype(x.dtype, "real floating") and x.dtype != self.dtype:
+            raise DTypeError(f"`x` has dtype {x.dtype} but the layer has {self.dtype}; convert `x`, or the layer with layer.to(dtype=...)")
+        return None if lengths is None else checked_lengths(xp, x, lengths, self.batch_first)
+
+    def parameters(self) -> Arrays:
+        """The trainable arrays by name."""
+        return dict(self.params)
+
+    def state_dict(self) -> Arrays:
+        """Parameters and buffers by name."""
+        return {**self.params, **self.buffers}
+
+    def assign(self, params: Mapping[str, Array], buffers: Mapping[str, Array] | None = None) -> None:
+        """Hold these parameters (and buffers) from now on, as they are: what an optimizer returns."""
+        self.params = dict(params)
+        if buffers is not None:
+            self.buffers = dict(buffers)
+
+    def load_state_dict(self, arrays: Mapping[str, Array]) -> None:
+        """Take the arrays of a state dict, of any library, in the layer's own library, device and dtype.
+
+        Raises `CheckpointError` for a missing or unknown name or a shape that does not fit; the layer is then as it was.
+        """
+        own = self.state_dict()
+        missing, extra = [n for n in own if n not in arrays], [n for n in arrays if n not in own]
+        if missing or extra:
+            raise CheckpointError(
+                f"state dict does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown {extra or 'nothing'}"
+            )
+        for name, array in own.items():
+            if tuple(arrays[name].shape) != tuple(array.shape):
+                raise CheckpointError(f"`{name}` has shape {tuple(arrays[name].shape)}; expected {tuple(array.shape)}")
+        self.assign(*({n: self._converted(arrays[n], like=a) for n, a in group.items()} for group in (self.params, self.buffers)))
+
+    def to(self, xp: Namespace | str | None = None, device: Any = None, dtype: DType | None = None) -> Self:
+        """A copy of the layer with its arrays in another library, on another device, or of another floating dtype."""
+        other = self.copy()
+        other._place(self.xp if xp is None else load_namespace(xp), device, dtype or dtype_name(self.xp, self.dtype))
+        return other
+
+    def _place(self, xp: Namespace, device: Any, dtype: DType) -> None:
+        arrays = (self.params, self.buffers)
+        self.xp, self.device, self.dtype = xp, device, load_dtype(xp, dtype)
+        self.assign(*({n: self._converted(a, like=a) for n, a in group.items()} for group in arrays))
+
+    def copy(self) -> Self:
+        """A copy that shares the arrays but not the places that hold them."""
+        other = copy.copy(self)
+        other.params, other.buffers = dict(self.params), dict(self.buffers)
+        return other
+
+    def _converted(self, array: Array, like: Array) -> Array:
+        floating = xp_of(like).isdtype(like.dtype, "real floating")
+        if xp_of(array) is self.xp and self.device is None:
+            return self.xp.astype(array, self.dtype) if floating else self.xp.astype(array, default_integer(self.xp))
+        values = numpy.array(to_numpy(array))
+        dtype = self.dtype if floating else default_integer(self.xp)
+        return self.xp.asarray(values, dtype=dtype, device=self.device)
+
+    def _new(self, values: Any, *, integer: bool = False) -> Array:
+        """A new array of the layer's library, device and dtype."""
+        dtype = default_integer(self.xp) if integer else self.dtype
+        return self.xp.asarray(numpy.asarray(values), dtype=dtype, device=self.device)
+
+    # -- running statistics --------------------------------------------------------------------------------------------------------
+
+    def estimate_population(self, batches: Iterable[Any]) -> None:
+        """Replace all running statistics by population statistics: the average over a full pass of the statistics of each batch.
+
+        `batches` yields `x`, or `(x, lengths)`. This is how Cooijmans et al. 2016 evaluate; the moving average is only a live estimate.
+        """
+        pure = self.copy()
+        pure.forget_statistics()
+        count = 0
+        for batch in batches:
+            x, lengths = batch if isinstance(batch, tuple) else (batch, None)
+            lengths = pure._checked(x, None, lengths)
+            pure.buffers = pure.apply(pure.params, pure.buffers, x, None, lengths, training=True)[2]
+            count += 1
+        if not count:
+            raise UnsupportedError("`batches` is empty; expected at least one batch to take statistics of")
+        self.assign(self.params, pure.buffers)
+
+    def forget_statistics(self) -> None:
+        """Set running statistics to their start and let every batch from now on weigh the same."""
+
+    def input_dims(self) -> tuple[int | str, ...]:
+        """The shape of `x` with names for the lengths that vary, as the exporter needs it."""
+        raise NotImplementedError
+
+    def layers(self) -> Iterator[Layer]:
+        """This layer and all layers inside it."""
+        yield self
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+def checked_lengths(xp: Namespace, x: Array, lengths: Any, batch_first: bool = False) -> Array:
+    """`lengths` as an integer array (batch,) of the library of `x`, each between 0 and the number of steps."""
+    if x.ndim < 2:
+        raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (time, batch, features) where `lengths` is given")
+    steps, batch = (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
+    if not hasattr(lengths, "__array_namespace__") and not hasattr(lengths, "dtype"):
+        lengths = xp.asarray(numpy.asarray(lengths), device=device_of(x))
+    namespace(x=x, lengths=lengths)
+    if not xp.isdtype(lengths.dtype, "integral"):
+        raise DTypeError(f"`lengths` has dtype {lengths.dtype}; expected integers")
+    if tuple(lengths.shape) != (batch,):
+        raise ShapeError(f"`lengths` has shape {tuple(lengths.shape)}; expected ({batch},), one for each sequence of `x` {tuple(x.shape)}")
+    if is_concrete(lengths) and batch and (bool(xp.any(lengths < 0)) or bool(xp.any(lengths > steps))):
+        low, high = int(xp.min(lengths)), int(xp.max(lengths))
+        raise ShapeError(f"`lengths` reach from {low} to {high}; expected 0 to {steps}, the number of steps of `x` {tuple(x.shape)}")
+    return xp.astype(lengths, default_integer(xp))
+
+
+__all__ = ["Arrays", "Layer", "PortnormError", "checked_lengths"]

@@ -1,0 +1,53 @@
+"""The affine layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from portnorm.arrays import Array, DType, Namespace
+from portnorm.layers.initial import Generator, generator, uniform
+from portnorm.layers.layer import Arrays, Layer
+from portnorm.linear import linear
+
+
+class Linear(Layer):
+    """y = x · weightᵀ + bias over the last axis, `weight` (out_features, in_features). Initial values and names as `torch.nn.Linear`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> pn.Linear(3, 2, rng=0)(np.zeros((5, 4, 3), dtype="float32")).shape
+    (5, 4, 2)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        xp: Namespace | str | None = None,
+        device: Any = None,
+        dtype: DType = "float32",
+        rng: int | Generator | None = None,
+    ):
+        super().__init__({"in_features": in_features, "out_features": out_features, "bias": bias}, xp, device, dtype)
+        random, bound = generator(rng), 1.0 / math.sqrt(in_features)
+        self.in_features = in_features
+        self.params["weight"] = self._new(uniform(random, bound, out_features, in_features))
+        if bias:
+            self.params["bias"] = self._new(uniform(random, bound, out_features))
+
+    def input_dims(self) -> tuple[int | str, ...]:
+        return ("batch", self.in_features)
+
+    def forward(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+    ) -> tuple[Array, Any, Arrays, Any]:
+        if not keep:
+            return linear(x, params["weight"], params.get("bias")), state, buffers, None
+        y, residuals = linear.forward(x, params["weight"], params.get("bias"))
+        return y, state, buffers, residuals
+
+    def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
+        dx, dweight, dbias = linear.vjp(residuals, dy)
+        return dx, dstate, {"weight": dweight} if dbias is None else {"weight": dweight, "bias": dbias}

@@ -1,0 +1,274 @@
+"""The normalization layers: parameters and running statistics around the functions of `portnorm.norm`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+
+from portnorm.arrays import Array, DType, Namespace, xp_of
+from portnorm.errors import ShapeError, UnsupportedError
+from portnorm.layers.layer import Arrays, Layer
+from portnorm.norm.batch import batch_norm
+from portnorm.norm.group import group_norm
+from portnorm.norm.instance import instance_norm
+from portnorm.norm.layer import layer_norm
+from portnorm.norm.rms import rms_norm
+from portnorm.op import Op
+from portnorm.scan import sequence_mask
+from portnorm.statistics import moving_average
+
+
+class _Norm(Layer):
+    """A layer that calls one normalization Op with its weight and bias."""
+
+    op: Op[..., Any]
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        shape: tuple[int, ...],
+        weight: bool,
+        bias: bool,
+        xp: Namespace | str | None,
+        device: Any,
+        dtype: DType,
+    ):
+        super().__init__(config, xp, device, dtype)
+        if weight:
+            self.params["weight"] = self._new(numpy.ones(shape))
+        if bias:
+            self.params["bias"] = self._new(numpy.zeros(shape))
+
+    def arguments(self, params: Arrays) -> tuple[Any, ...]:
+        """What the Op takes after `x`."""
+        return params.get("weight"), params.get("bias")
+
+    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+        """The Op's keyword arguments."""
+        return {}
+
+    def forward(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+    ) -> tuple[Array, Any, Arrays, Any]:
+        attributes = self.attributes(buffers, x, lengths, training)
+        if not keep and not training:
+            return self.op(x, *self.arguments(params), **attributes), state, buffers, None
+        y, residuals = self.op.forward(x, *self.arguments(params), **attributes)
+        return y, state, self.new_buffers(buffers, residuals, training), (residuals, attributes, tuple(params))
+
+    def new_buffers(self, buffers: Arrays, residuals: Any, training: bool) -> Arrays:
+        return buffers
+
+    def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
+        residuals, attributes, names = residuals
+        dx, *cotangents = self.op.vjp(residuals, dy, **attributes)
+        return dx, dstate, dict(zip(names, [d for d in cotangents if d is not None], strict=True))
+
+
+class LayerNorm(_Norm):
+    """Layer normalization over the last axes, of shape `normalized_shape`. See `portnorm.layer_norm`; same as `torch.nn.LayerNorm`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> pn.LayerNorm(3, dtype="float64")(np.array([[1.0, 2.0, 3.0]])).round(4)
+    array([[-1.2247,  0.    ,  1.2247]])
+    """
+
+    op: Op[..., Any] = layer_norm
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int, ...],
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        bias: bool = True,
+        xp: Namespace | str | None = None,
+        device: Any = None,
+        dtype: DType = "float32",
+    ):
+        shape = _shape(normalized_shape)
+        config = {"normalized_shape": list(shape), "eps": eps, "affine": affine, "bias": bias}
+        super().__init__(config, shape, affine, affine and bias, xp, device, dtype)
+        self.axis = tuple(range(-len(shape), 0))
+        self.shape, self.eps = shape, eps
+
+    def input_dims(self) -> tuple[int | str, ...]:
+        return ("batch", *self.shape)
+
+    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+        if tuple(x.shape[-len(self.shape) :]) != self.shape:
+            raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (…, {', '.join(map(str, self.shape))})")
+        return {"axis": self.axis, "eps": self.eps}
+
+
+class RMSNorm(LayerNorm):
+    """RMS normalization over the last axes, of shape `normalized_shape`. See `portnorm.rms_norm`."""
+
+    op: Op[..., Any] = rms_norm
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int, ...],
+        *,
+        eps: float = 1e-5,
+        affine: bool = True,
+        xp: Namespace | str | None = None,
+        device: Any = None,
+        dtype: DType = "float32",
+    ):
+        super().__init__(normalized_shape, eps=eps, affine=affine, bias=False, xp=xp, device=device, dtype=dtype)
+        del self.config["bias"]
+
+    def arguments(self, params: Arrays) -> tuple[Any, ...]:
+        return (params.get("weight"),)
+
+
+class _ChannelNorm(_Norm):
+    """A normalization with one weight and bias per channel, and a mask from `lengths` where `x` is (time, batch, features)."""
+
+    def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
+        affine = config["affine"]
+        super().__init__(config, (config["num_features"],), affine, affine, xp, device, dtype)
+        self.num_features, self.channel_axis, self.eps = config["num_features"], config["channel_axis"], config["eps"]
+
+    def input_dims(self) -> tuple[int | str, ...]:
+        space = () if type(self) is BatchNorm else ("space",)
+        return ("batch", self.num_features, *space) if self.channel_axis == 1 else ("batch", *space, self.num_features)
+
+    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+        if x.ndim < 2 or not -x.ndim <= self.channel_axis < x.ndim or x.shape[self.channel_axis] != self.num_features:
+            raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected length {self.num_features} at axis {self.channel_axis}")
+        mask = None if lengths is None else _mask(x, lengths, self.channel_axis)
+        return {"channel_axis": self.channel_axis, "eps": self.eps, "mask": mask}
+
+
+class InstanceNorm(_ChannelNorm):
+    """Instance normalization of `num_features` channels. See `portnorm.instance_norm`; torch's default is `affine=False` as here."""
+
+    op: Op[..., Any] = instance_norm
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        channel_axis: int = 1,
+        eps: float = 1e-5,
+        affine: bool = False,
+        xp: Namespace | str | None = None,
+        device: Any = None,
+        dtype: DType = "float32",
+    ):
+        super().__init__({"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "affine": affine}, xp, device, dtype)
+
+
+class GroupNorm(_ChannelNorm):
+    """Group normalization of `num_features` channels in `num_groups` groups. See `portnorm.group_norm`; as `torch.nn.GroupNorm`."""
+
+    op: Op[..., Any] = group_norm
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_features: int,
+        *,
+        channel_axis: int = 1,
+        eps: float = 1e-5,
+        affine: bool = True,
+        xp: Namespace | str | None = None,
+        device: Any = None,
+        dtype: DType = "float32",
+    ):
+        if num_groups < 1 or num_features % num_groups:
+            raise ShapeError(f"`num_groups` is {num_groups}; expected a divisor of `num_features` {num_features}")
+        config = {"num_groups": num_groups, "num_features": num_features, "channel_axis": channel_axis, "eps": eps, "affine": affine}
+        super().__init__(config, xp, device, dtype)
+        self.num_groups = num_groups
+
+    def arguments(self, params: Arrays) -> tuple[Any, ...]:
+        return self.num_groups, params.get("weight"), params.get("bias")
+
+
+class BatchNorm(_ChannelNorm):
+    """Batch normalization of `num_features` channels, with running statistics. See `portnorm.batch_norm`; as `torch.nn.BatchNorm1d…3d`.
+
+    In training the batch's own statistics normalize, and the running ones follow: running + momentum · (batch − running), where
+    `momentum` is the weight of the new value and `None` means the plain average of all batches. As in torch the running variance is
+    the unbiased one (n/(n−1)); `unbiased=False` keeps the biased one, as ONNX, flax and Keras 3 do. With `lengths`, `x` is
+    (time, batch, features) or what `channel_axis` says, and padding enters no statistic.
+
+    >>> import numpy as np, portnorm as pn
+    >>> layer = pn.BatchNorm(1, momentum=None, dtype="float64")
+    >>> _ = layer(np.array([[1.0], [3.0]]), training=True)
+    >>> layer.state_dict()["running_mean"], layer.state_dict()["running_var"]
+    (array([2.]), array([2.]))
+    """
+
+    op: Op[..., Any] = batch_norm
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        channel_axis: int = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        unbiased: bool = True,
+        xp: Namespace | str | None = None,
+        device: Any = None,
+        dtype: DType = "float32",
+    ):
+        config = {"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "momentum": momentum, "affine": affine}
+        super().__init__({**config, "unbiased": unbiased}, xp, device, dtype)
+        self.momentum, self.unbiased = momentum, unbiased
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise UnsupportedError(f"`momentum` is {momentum}; expected a number from 0 to 1, or None")
+        self._start_statistics()
+
+    def _start_statistics(self) -> None:
+        self.buffers = {
+            "running_mean": self._new(numpy.zeros(self.num_features)),
+            "running_var": self._new(numpy.ones(self.num_features)),
+            "num_batches_tracked": self._new(0, integer=True),
+        }
+
+    def forget_statistics(self) -> None:
+        self.momentum = None
+        self._start_statistics()
+
+    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+        running = {} if training else {"mean": buffers["running_mean"], "var": buffers["running_var"]}
+        return {**super().attributes(buffers, x, lengths, training), **running}
+
+    def new_buffers(self, buffers: Arrays, residuals: Any, training: bool) -> Arrays:
+        if not training:
+            return buffers
+        xp = xp_of(residuals.mean)
+        mean, var = (xp.reshape(s, (self.num_features,)) for s in (residuals.mean, residuals.var))
+        tracked = buffers["num_batches_tracked"] + 1
+        if self.unbiased:
+            var = var * self._bessel(xp, residuals, var)
+        averaged: Callable[[str, Array], Array] = lambda name, batch: xp.astype(  # noqa: E731
+            moving_average(buffers[name], batch, self.momentum, tracked), buffers[name].dtype
+        )
+        return {"running_mean": averaged("running_mean", mean), "running_var": averaged("running_var", var), "num_batches_tracked": tracked}
+
+    def _bessel(self, xp: Namespace, residuals: Any, var: Array) -> Array | float:
+        """n / (n − 1) for the n values of each channel; 1 where n is 1."""
+        if residuals.counted is None:
+            n = numpy.prod([length for a, length in enumerate(residuals.xhat.shape) if a != self.channel_axis % residuals.xhat.ndim])
+            return float(n / max(n - 1, 1))
+        count = xp.reshape(xp.broadcast_to(residuals.counted, residuals.mean.shape), var.shape)
+        return count / xp.where(count > 1, count - 1, 1.0)
+
+
+def _shape(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+
+
+def _mask(x: Array, lengths: Array, channel_axis: int) -> Array:
+    if x.ndim != 3 or channel_axis % 3 != 2:
+        raise ShapeError(f"`lengths` needs `x` as (time, batch, features) and channel_axis=-1; got {tuple(x.shape)} and {channel_axis}")
+    return sequence_mask(x, lengths)

@@ -1,0 +1,243 @@
+"""Recurrent layers: stacks of directions, with parameters named as torch names them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy
+
+from portnorm.arrays import Array, DType, Namespace, device_of, xp_of
+from portnorm.cells.lstm import LSTMCell
+from portnorm.cells.variants import Variant, variant_of
+from portnorm.errors import ShapeError, UnsupportedError
+from portnorm.layers.initial import Generator, generator, orthogonal, uniform
+from portnorm.layers.layer import Arrays, Layer
+from portnorm.recurrent import Direction, RecurrentResiduals
+
+
+class PlacedState(NamedTuple):
+    """A state as the directions take it: (h, c) for each layer and direction, and the number of steps that have gone before."""
+
+    places: list[tuple[Array, ...]]
+    time: Array | None
+
+
+class StackResiduals(NamedTuple):
+    """What the vjp of a stack needs: per layer and direction, and the shapes that the cotangent of a missing state takes."""
+
+    directions: list[RecurrentResiduals]
+    last: tuple[Array, ...]
+
+
+class LSTM(Layer):
+    """Long short-term memory, plain or normalized.
+
+    (i, f, g, o) = N_ih(x W_ihᵀ) + N_hh(h W_hhᵀ) + b;  c ← σ(f) ⊙ c + σ(i) ⊙ tanh(g);  h ← σ(o) ⊙ tanh(N_c(c))
+
+    `norm` names a row of the table of variants (`portnorm.VARIANTS`): `None` is torch.nn.LSTM and ONNX LSTM, `"layer"` Ba et al. 2016,
+    `"layer-gates"` and `"layer-state"` those of TensorFlow and fastrnns, `"batch"` Cooijmans et al. 2016; or it is a `portnorm.Variant`.
+
+    `x` is (time, batch, features), or (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with
+    directions × hidden features, or the last hidden state (batch, directions × hidden) with `return_sequences=False`. The state is
+    `(h, c)`, each (layers × directions, batch, hidden); with `norm="batch"` it is `(h, c, time)`, since the statistics belong to steps:
+    `t_max` is the number of steps that have statistics of their own, later ones use the last. `momentum` is the weight of a new value.
+    `lengths` (batch,) counts each sequence's steps: what follows is padding, gives 0, and enters nothing. Gates are stored in the order
+    i, f, g, o, parameters are `weight_ih_l0`, `weight_hh_l0`, … as in torch, a reverse direction has the suffix `_reverse`.
+    Initial values: torch's for the plain cell; orthogonal matrices and the variant's gain and forget bias for the others, or `forget_bias`.
+    Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> lstm = pn.LSTM(3, 4, norm="layer", rng=0)
+    >>> y, (h, c) = lstm(np.ones((7, 2, 3), dtype="float32"))
+    >>> y.shape, h.shape, bool((y[-1] == h[0]).all())
+    ((7, 2, 4), (1, 2, 4), True)
+    """
+
+    recurrent = True
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        norm: str | None | Variant = None,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        batch_first: bool = False,
+        return_sequences: bool = True,
+        t_max: int = 100,
+        momentum: float | None = 0.1,
+        forget_bias: float | None = None,
+        xp: Namespace | str | None = None,
+        device: Any = None,
+        dtype: DType = "float32",
+        rng: int | Generator | None = None,
+    ):
+        for name, value in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "t_max": t_max}.items():
+            if value < 1:
+                raise UnsupportedError(f"`{name}` is {value}; expected at least 1")
+        config = {"input_size": input_size, "hidden_size": hidden_size, "norm": norm, "num_layers": num_layers}
+        config |= {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
+        super().__init__({**config, "t_max": t_max, "momentum": momentum}, xp, device, dtype)
+        self.variant = variant_of(norm)
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.num_directions = 2 if bidirectional else 1
+        self.batch_first, self.keeps_time, self.t_max, self.momentum = batch_first, return_sequences, t_max, momentum
+        self.timed = self.variant.norm == "batch"
+        random = generator(rng)
+        for suffix, inputs, _ in self._places():
+            self.params |= {f"{n}": self._new(v) for n, v in _initial(self.variant, inputs, hidden_size, suffix, forget_bias, random)}
+        self._start_statistics()
+
+    # -- where things are ----------------------------------------------------------------------------------------------------------
+
+    def _places(self) -> Iterator[tuple[str, int, Direction]]:
+        """(suffix of the names, input features, direction) of every layer and direction, in the order of the state's first axis."""
+        for layer in range(self.num_layers):
+            inputs = self.input_size if layer == 0 else self.num_directions * self.hidden_size
+            sequences = self.keeps_time or layer < self.num_layers - 1
+            for reverse in (False, True)[: self.num_directions]:
+                suffix = f"_l{layer}" + "_reverse" * reverse
+                yield suffix, inputs, Direction(self.variant, self.hidden_size, reverse, sequences, self.momentum)
+
+    def _start_statistics(self) -> None:
+        if not self.timed:
+            return
+        for suffix, _, _ in self._places():
+            for slot, gates in {"norm_ih": LSTMCell.gates, "norm_hh": LSTMCell.gates, "norm_c": 1}.items():
+                if f"{slot}{suffix}.weight" in self.params:
+                    shape = (self.t_max, gates * self.hidden_size)
+                    self.buffers[f"{slot}{suffix}.running_mean"] = self._new(numpy.zeros(shape))
+                    self.buffers[f"{slot}{suffix}.running_var"] = self._new(numpy.ones(shape))
+            self.buffers[f"num_batches_tracked{suffix}"] = self._new(numpy.zeros(self.t_max, dtype=int), integer=True)
+
+    def forget_statistics(self) -> None:
+        self.momentum = None
+        self._start_statistics()
+
+    def input_dims(self) -> tuple[int | str, ...]:
+        return ("batch", "time", self.input_size) if self.batch_first else ("time", "batch", self.input_size)
+
+    # -- forward and backward ------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+    ) -> tuple[Array, Any, Arrays, Any]:
+        self._check_input(x, training)
+        xp = xp_of(x)
+        if self.batch_first:
+            x = xp.permute_dims(x, (1, 0, 2))
+        states, time = state if isinstance(state, PlacedState) else self._placed(buffers, x, state)
+        steps, residuals, last, new_buffers, directions = x.shape[0], [], [], {}, []
+        for k, (suffix, _, direction) in enumerate(self._places()):
+            y, after, buffered, residual = direction.forward(
+                _without(params, suffix), _without(buffers, suffix), x, states[k], time=time, lengths=lengths, training=training, keep=keep
+            )
+            residuals.append(residual)
+            last.append(after)
+            new_buffers.update({_with(name, suffix): a for name, a in buffered.items()})
+            directions.append(y)
+            if len(directions) == self.num_directions:
+                x = directions[0] if self.num_directions == 1 else xp.concat(directions, axis=-1)
+                directions = []
+        y = xp.permute_dims(x, (1, 0, 2)) if self.batch_first and self.keeps_time else x
+        out = tuple(xp.stack(parts) for parts in zip(*last, strict=True))
+        return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(residuals, out)
+
+    def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
+        xp = xp_of(residuals.last[0])
+        if self.batch_first and self.keeps_time and dy is not None:
+            dy = xp.permute_dims(dy, (1, 0, 2))
+        dlast = tuple(xp.zeros_like(s) for s in residuals.last) if dstate is None else tuple(dstate)[: len(residuals.last)]
+        places = list(enumerate(self._places()))
+        dfirst: list[Any] = [None] * len(places)
+        grads: Arrays = {}
+        for layer in reversed(range(self.num_layers)):
+            dx = None
+            for side in range(self.num_directions):
+                k, (suffix, _, direction) = places[layer * self.num_directions + side]
+                own = None if dy is None else dy[..., side * self.hidden_size : (side + 1) * self.hidden_size]
+                d, dfirst[k], shares = direction.vjp(residuals.directions[k], own, tuple(s[k, ...] for s in dlast), training=training)
+                dx = d if dx is None else dx + d
+                grads.update({_with(name, suffix): g for name, g in shares.items()})
+            dy = dx
+        dx = xp.permute_dims(dy, (1, 0, 2)) if self.batch_first else dy
+        return dx, tuple(xp.stack(parts) for parts in zip(*dfirst, strict=True)), {name: grads[name] for name in self.params}
+
+    def step(self, x: Array, state: Any = None) -> tuple[Array, Any]:
+        """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
+        if self.num_directions == 2:
+            raise UnsupportedError("a bidirectional layer cannot go step by step; its reverse direction starts at the end")
+        xp = xp_of(x)
+        y, state = self(xp.expand_dims(x, axis=1 if self.batch_first else 0), state)
+        return (xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y), state
+
+    def _placed(self, buffers: Arrays, x: Array, state: Any) -> PlacedState:
+        xp, batch, names = xp_of(x), x.shape[1], (*LSTMCell.states, *(("time",) if self.timed else ()))
+        places = self.num_layers * self.num_directions
+        if state is None:
+            zeros = xp.zeros((batch, self.hidden_size), dtype=x.dtype, device=device_of(x))
+            time = xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if self.timed else None
+            return PlacedState([(zeros,) * len(LSTMCell.states)] * places, time)
+        if not isinstance(state, tuple | list) or len(state) != len(names):
+            raise ShapeError(f"`state` is {type(state).__name__} of length {len(state)}; expected ({', '.join(names)})")
+        expected = (places, batch, self.hidden_size)
+        for name, array in zip(LSTMCell.states, state, strict=False):
+            if tuple(array.shape) != expected:
+                raise ShapeError(
+                    f"`state` has {name} of shape {tuple(array.shape)}; expected (layers × directions, batch, hidden) = {expected}"
+                )
+        split = [tuple(s[k, ...] for s in state[: len(LSTMCell.states)]) for k in range(places)]
+        return PlacedState(split, state[2] if self.timed else None)
+
+    def _check_input(self, x: Array, training: bool) -> None:
+        if x.ndim != 3 or x.shape[2] != self.input_size:
+            order = "(batch, time, features)" if self.batch_first else "(time, batch, features)"
+            raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected {order} with {self.input_size} features")
+        if training and self.timed and x.shape[0 if self.batch_first else 1] == 1:
+            raise ShapeError(f"`x` {tuple(x.shape)} has one sequence; batch normalization in training needs at least two")
+
+
+def _initial(variant: Variant, inputs: int, hidden: int, suffix: str, forget: float | None, rng: Generator) -> Iterator[tuple[str, Any]]:
+    """Names and initial values of one direction's parameters."""
+    gates = LSTMCell.gates * hidden
+    if variant.norm is None:
+        bound = 1.0 / math.sqrt(hidden)
+        yield f"weight_ih{suffix}", uniform(rng, bound, gates, inputs)
+        yield f"weight_hh{suffix}", uniform(rng, bound, gates, hidden)
+    else:
+        yield f"weight_ih{suffix}", orthogonal(rng, gates, inputs)
+        yield f"weight_hh{suffix}", numpy.concatenate([orthogonal(rng, hidden, hidden) for _ in range(LSTMCell.gates)])
+    for name in variant.biases:
+        values = uniform(rng, bound, gates) if variant.norm is None else numpy.zeros(gates)
+        if name == variant.biases[0] and (forget is not None or variant.forget_bias):
+            start = LSTMCell.forget_gate * hidden
+            values[start : start + hidden] = variant.forget_bias if forget is None else forget
+        elif forget is not None:
+            values[LSTMCell.forget_gate * hidden : (LSTMCell.forget_gate + 1) * hidden] = 0.0
+        yield f"{name}{suffix}", values
+    if variant.norm is None:
+        return
+    slots = {"norm_ih": gates, "norm_hh": gates} if variant.terms == "separate" else {"norm_sum": gates}
+    for slot, size in (slots if variant.cell is None else {**slots, "norm_c": hidden}).items():
+        yield f"{slot}{suffix}.weight", numpy.full(size, variant.gain)
+        if variant.shift or slot == "norm_c":
+            yield f"{slot}{suffix}.bias", numpy.zeros(size)
+
+
+def _with(name: str, suffix: str) -> str:
+    """`norm_c.weight` and `_l0` to `norm_c_l0.weight`."""
+    head, dot, tail = name.partition(".")
+    return head + suffix + dot + tail
+
+
+def _without(arrays: Arrays, suffix: str) -> Arrays:
+    """The arrays of one direction, by their names inside the cell."""
+    found = {}
+    for name, array in arrays.items():
+        head, dot, tail = name.partition(".")
+        if head.endswith(suffix):
+            found[head.removesuffix(suffix) + dot + tail] = array
+    return found

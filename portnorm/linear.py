@@ -1,0 +1,52 @@
+"""The affine map, as one matrix product whatever the number of leading axes."""
+
+from __future__ import annotations
+
+import math
+
+from portnorm.arrays import Array, Namespace, namespace, xp_of
+from portnorm.errors import ShapeError
+from portnorm.op import op
+
+Residuals = tuple[Array, Array, Array | None]
+
+
+@op
+def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, Residuals]:
+    """y = x · weightᵀ + bias, for `x` (…, inputs), `weight` (outputs, inputs) as torch stores it, and `bias` (outputs,).
+
+    Result (…, outputs) in the common dtype. Raises `ShapeError` where the inputs differ.
+
+    >>> import numpy as np, portnorm as pn
+    >>> pn.linear(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0], [5.0, 6.0]]), np.array([0.5, 0.0]))
+    array([[11.5, 17. ]])
+    """
+    xp = namespace(x=x, weight=weight, bias=bias)
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ShapeError(f"`weight` has shape {tuple(weight.shape)}; expected (outputs, inputs) for the last axis of `x` {tuple(x.shape)}")
+    y = xp.matmul(_rows(xp, x), xp.matrix_transpose(weight))
+    if bias is not None:
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ShapeError(f"`bias` has shape {tuple(bias.shape)} but `weight` {tuple(weight.shape)} has {weight.shape[0]} outputs")
+        y = y + bias
+    return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), (x, weight, bias)
+
+
+@linear.backward
+def _(residuals: Residuals, dy: Array) -> tuple[Array, Array, Array | None]:
+    """dx = dy · weight,  dweight = Σ dyᵀ · x,  dbias = Σ dy over all leading axes."""
+    x, weight, bias = residuals
+    xp = xp_of(x)
+    rows = _rows(xp, dy)
+    dx = xp.reshape(xp.matmul(rows, weight), x.shape)
+    return dx, weight_cotangent(dy, x), None if bias is None else xp.sum(rows, axis=0)
+
+
+def weight_cotangent(dy: Array, x: Array) -> Array:
+    """Σ dyᵀ · x over all leading axes, as one matrix product."""
+    xp = xp_of(x)
+    return xp.matmul(xp.matrix_transpose(_rows(xp, dy)), _rows(xp, x))
+
+
+def _rows(xp: Namespace, x: Array) -> Array:
+    return x if x.ndim == 2 else xp.reshape(x, (math.prod(x.shape[:-1]), x.shape[-1]))

@@ -1,0 +1,68 @@
+"""Checks of the arguments that the public normalizations share; each failure names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from portnorm.arrays import Array, Namespace, namespace, require_floating
+from portnorm.errors import DTypeError, ShapeError, UnsupportedError
+
+
+def checked_namespace(x: Array, weight: Array | None, bias: Array | None, **more: Array | None) -> Namespace:
+    """The namespace of all arrays, which must be floating and of one library and device."""
+    xp = namespace(x=x, weight=weight, bias=bias, **more)
+    require_floating(xp, x=x, weight=weight, bias=bias)
+    return xp
+
+
+def checked_eps(eps: float) -> float:
+    """`eps`, which must be a number that is not negative."""
+    if not eps >= 0:
+        raise UnsupportedError(f"`eps` is {eps}; expected a number ≥ 0")
+    return eps
+
+
+def checked_axes(x: Array, axis: int | tuple[int, ...]) -> tuple[int, ...]:
+    """`axis` as sorted non-negative axes of `x`."""
+    given = (axis,) if isinstance(axis, int) else tuple(axis)
+    if not given:
+        raise ShapeError("`axis` is empty; expected at least one axis of `x`")
+    for a in given:
+        if not -x.ndim <= a < x.ndim:
+            raise ShapeError(f"`axis` {a} does not exist: `x` has shape {tuple(x.shape)}")
+    axes = tuple(sorted(a % x.ndim for a in given))
+    if len(set(axes)) != len(axes):
+        raise ShapeError(f"`axis` {axis} names an axis twice: `x` has shape {tuple(x.shape)}")
+    return axes
+
+
+def checked_channel_axis(x: Array, channel_axis: int, least_dimensions: int) -> int:
+    """`channel_axis` as a non-negative axis of `x`, which must have `least_dimensions`."""
+    if x.ndim < least_dimensions:
+        raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected at least {least_dimensions} dimensions")
+    (channel,) = checked_axes(x, channel_axis)
+    return channel
+
+
+def check_affine(x: Array, axes: tuple[int, ...], **parameters: Array | None) -> None:
+    """Raise `ShapeError` unless each parameter has the shape of `x` at `axes`."""
+    expected = tuple(x.shape[a] for a in axes)
+    for name, parameter in parameters.items():
+        if parameter is not None and tuple(parameter.shape) != expected:
+            where = f"axis {axes[0]} of `x` {tuple(x.shape)} has length {expected[0]}"
+            if len(axes) == 1 and axes[0] == x.ndim - 1:
+                where = f"the last axis of `x` {tuple(x.shape)} has length {expected[0]}"
+            if len(axes) > 1:
+                where = f"the axes {axes} of `x` {tuple(x.shape)} have shape {expected}"
+            raise ShapeError(f"`{name}` has shape {tuple(parameter.shape)} but {where}")
+
+
+def checked_mask(xp: Namespace, x: Array, mask: Array | None, channel_axis: int) -> Array | None:
+    """`mask` broadcastable to `x`: given either with as many axes as `x` (length 1 where it does not vary) or without the channel axis."""
+    if mask is None:
+        return None
+    if not xp.isdtype(mask.dtype, "bool"):
+        raise DTypeError(f"`mask` has dtype {mask.dtype}; expected bool, True where a value counts")
+    full = xp.expand_dims(mask, axis=channel_axis) if mask.ndim == x.ndim - 1 else mask
+    if full.ndim != x.ndim or any(m not in (1, n) for m, n in zip(full.shape, x.shape, strict=True)):
+        without = tuple(n for a, n in enumerate(x.shape) if a != channel_axis)
+        raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; expected {without} or what broadcasts to `x` {tuple(x.shape)}")
+    return full

@@ -1,0 +1,202 @@
+"""The core of every normalization: centre, scale to unit variance, then gain and shift.
+
+    x̂ = (x − μ) / sqrt(σ² + ε)        y = x̂ · weight + bias
+
+μ and σ² are the mean and the biased variance over `axes`. Layer, instance, group and batch normalization differ only in `axes`
+(Ioffe & Szegedy 2015; Ba, Kiros & Hinton 2016; Ulyanov et al. 2016; Wu & He 2018); RMS normalization leaves μ out (Zhang & Sennrich 2019).
+
+Numerics. Statistics are taken in at least float32, in two passes and with re-centring: d = x − mean(x), d ← d − mean(d), σ² = mean(d²).
+The second subtraction removes what rounding left of the mean, which is all of the error where |mean| ≫ std. Where the squares of a row
+would leave the range of the type, the row is multiplied by a power of two first, which is exact and cancels in x̂.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypedDict
+
+from portnorm.arrays import Array, Namespace, float32_value, statistics_dtype, xp_of
+from portnorm.op import op
+
+
+class Axes(TypedDict):
+    """Where statistics are taken and where parameters lie: non-negative, sorted axes of `x`."""
+
+    axes: tuple[int, ...]
+    param_axes: tuple[int, ...]
+
+
+class Normalized(NamedTuple):
+    """Residuals of `normalize`; statistics have length 1 along the normalized axes."""
+
+    xhat: Array  # like x, in the statistics dtype; 0 where masked out
+    rstd: Array  # 1 / sqrt(σ² + ε) of the scaled row
+    scale: Array | None  # the power of two of each row, None where no row can need one
+    mean: Array  # μ, of the unscaled row; 0 where not centred
+    var: Array  # σ², biased
+    counted: Array | None  # values that entered each statistic; None without a mask: all of them
+    weight: Array | None
+    bias: Array | None
+
+
+# Per bits of the statistics dtype: rows whose largest magnitude is above `big` are multiplied by `down`, below `small` by `up`;
+# `up` is needed only if eps is below `tiny`, since a larger eps swamps a variance that underflows.
+# Chosen so that squares of up to 2^20 values neither overflow in sum nor lose bits to the subnormal range.
+_RANGE = {
+    32: {"big": 2.0**50, "down": 2.0**-80, "small": 2.0**-50, "up": 2.0**100, "tiny": 2.0**-75},
+    64: {"big": 2.0**450, "down": 2.0**-600, "small": 2.0**-450, "up": 2.0**600, "tiny": 2.0**-845},
+}
+
+
+@op
+def normalize(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    axes: tuple[int, ...],
+    param_axes: tuple[int, ...],
+    eps: float,
+    center: bool = True,
+    mask: Array | None = None,
+    mean: Array | None = None,
+    var: Array | None = None,
+) -> tuple[Array, Normalized]:
+    """Normalize `x` over `axes` (non-negative, sorted), with gain and shift along `param_axes`.
+
+    `weight` and `bias` have the shape of `x` at `param_axes`. With `mean` and `var` (broadcastable to `x`) these are used in place of
+    the statistics of `x`. `mask` (broadcastable to `x`, True where a value counts) keeps values out of every statistic; there `y` is 0.
+    Result in the dtype of `x`. No checks here: the public functions make them.
+    """
+    xp = xp_of(x)
+    z = xp.astype(x, statistics_dtype(xp, x.dtype), copy=False)
+    if mask is not None:
+        z = xp.where(mask, z, 0.0)
+    if mean is not None and var is not None:
+        residuals = _with_given(xp, z, mean, var, eps)
+    elif any(x.shape[axis] == 0 for axis in axes):
+        empty = xp.sum(z, axis=axes, keepdims=True)
+        residuals = Normalized(z, empty, None, empty, empty, None, None, None)
+    else:
+        residuals = _with_own(xp, z, axes, eps, center, mask, wide=float(xp.finfo(x.dtype).max) > 1e30)
+    y = residuals.xhat
+    if weight is not None:
+        y = y * _along(xp, weight, y, param_axes)
+    if bias is not None:
+        y = y + _along(xp, bias, y, param_axes)
+    if mask is not None:
+        y = xp.where(mask, y, 0.0)
+    return xp.astype(y, x.dtype, copy=False), residuals._replace(weight=weight, bias=bias)
+
+
+def _with_given(xp: Namespace, z: Array, mean: Array, var: Array, eps: float) -> Normalized:
+    mean, var = (xp.astype(s, z.dtype, copy=False) for s in (mean, var))
+    rstd = 1.0 / xp.sqrt(var + float32_value(eps))
+    return Normalized((z - mean) * rstd, rstd, None, mean, var, None, None, None)
+
+
+def _with_own(xp: Namespace, z: Array, axes: tuple[int, ...], eps: float, center: bool, mask: Array | None, wide: bool) -> Normalized:
+    count = _count(xp, z, axes, mask)
+
+    def average(a: Array) -> Array:
+        return _average(xp, a, axes, count)
+
+    eps = float32_value(eps)
+    scale = _row_scale(xp, z, axes, eps) if wide else None
+    if scale is not None:
+        z = z * scale
+        eps = eps * scale * scale
+    if center:
+        mean = average(z)
+        z = z - mean
+        if mask is not None:
+            z = xp.where(mask, z, 0.0)
+        rest = average(z)
+        z = z - rest
+        mean = mean + rest
+        if mask is not None:
+            z = xp.where(mask, z, 0.0)
+    var = average(z * z)
+    if not center:
+        mean = xp.zeros_like(var)
+    rstd = 1.0 / xp.sqrt(var + eps)
+    xhat = z * rstd
+    if scale is not None:
+        mean, var = mean / scale, var / scale / scale
+    return Normalized(xhat, rstd, scale, mean, var, count, None, None)
+
+
+def _count(xp: Namespace, z: Array, axes: tuple[int, ...], mask: Array | None) -> Array | None:
+    if mask is None:
+        return None
+    counted = xp.astype(xp.broadcast_to(mask, z.shape), z.dtype)
+    return xp.sum(counted, axis=axes, keepdims=True)
+
+
+def _average(xp: Namespace, a: Array, axes: tuple[int, ...], count: Array | None) -> Array:
+    """Mean over `axes` of an array that is 0 where masked out; 0 where nothing was counted."""
+    if count is None:
+        return xp.mean(a, axis=axes, keepdims=True)
+    return xp.sum(a, axis=axes, keepdims=True) / xp.where(count > 0, count, 1.0)
+
+
+def _row_scale(xp: Namespace, z: Array, axes: tuple[int, ...], eps: float) -> Array:
+    """The power of two that brings each row's squares into range; 1 for all but extreme rows."""
+    limits = _RANGE[xp.finfo(z.dtype).bits]
+    largest = xp.max(xp.abs(z), axis=axes, keepdims=True)
+    one = xp.ones_like(largest)
+    scale = xp.where(largest > limits["big"], one * limits["down"], one)
+    if eps < limits["tiny"]:
+        scale = xp.where((largest < limits["small"]) & (largest > 0), one * limits["up"], scale)
+    return scale
+
+
+@normalize.backward
+def _(
+    residuals: Normalized,
+    dy: Array,
+    *,
+    axes: tuple[int, ...],
+    param_axes: tuple[int, ...],
+    center: bool = True,
+    mask: Array | None = None,
+    mean: Array | None = None,
+    var: Array | None = None,
+    eps: float = 0.0,
+) -> tuple[Array, Array | None, Array | None]:
+    """dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)) with g = dy · weight; mean(g) only if centred, rstd · g with given statistics.
+
+    dweight = Σ dy · x̂ and dbias = Σ dy over all but `param_axes`.
+    """
+    xhat, rstd, weight, bias = residuals.xhat, residuals.rstd, residuals.weight, residuals.bias
+    xp = xp_of(xhat)
+    out_dtype = dy.dtype
+    dy = xp.astype(dy, xhat.dtype, copy=False)
+    if mask is not None:
+        dy = xp.where(mask, dy, 0.0)
+    others = tuple(a for a in range(xhat.ndim) if a not in param_axes)
+    dweight = dbias = None
+    if weight is not None:
+        dweight = xp.astype(xp.reshape(_total(xp, dy * xhat, others), weight.shape), weight.dtype, copy=False)
+    if bias is not None:
+        dbias = xp.astype(xp.reshape(_total(xp, dy, others), bias.shape), bias.dtype, copy=False)
+    g = dy if weight is None else dy * _along(xp, weight, dy, param_axes)
+    if mean is None and all(xhat.shape[a] != 0 for a in axes):
+        inner = xhat * _average(xp, g * xhat, axes, residuals.counted)
+        g = (g - _average(xp, g, axes, residuals.counted) if center else g) - inner
+        if mask is not None:
+            g = xp.where(mask, g, 0.0)
+    dx = g * rstd
+    if residuals.scale is not None:
+        dx = dx * residuals.scale
+    return xp.astype(dx, out_dtype, copy=False), dweight, dbias
+
+
+def _total(xp: Namespace, a: Array, axes: tuple[int, ...]) -> Array:
+    return xp.sum(a, axis=axes) if axes else a
+
+
+def _along(xp: Namespace, parameter: Array, x: Array, param_axes: tuple[int, ...]) -> Array:
+    """`parameter`, which lies along `param_axes` of `x`, in a shape and dtype that broadcast against `x`."""
+    if param_axes != tuple(range(x.ndim - len(param_axes), x.ndim)):
+        parameter = xp.reshape(parameter, tuple(x.shape[a] if a in param_axes else 1 for a in range(x.ndim)))
+    return xp.astype(parameter, x.dtype, copy=False)

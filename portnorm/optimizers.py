@@ -1,0 +1,121 @@
+"""Optimizers as pure functions of parameters, gradients and a state, and clipping by the global norm.
+
+state = optimizer.init(params)
+params, state = optimizer.update(params, grads, state)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from portnorm.arrays import Array, xp_of
+from portnorm.errors import UnsupportedError
+
+Arrays = dict[str, Array]
+OptimizerState = dict[str, Any]
+
+
+class Optimizer(Protocol):
+    """What training needs of an optimizer."""
+
+    def init(self, params: Mapping[str, Array]) -> OptimizerState:
+        """The state before the first update."""
+
+    def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
+        """New parameters and state; nothing is changed in place."""
+
+
+def _zeros(params: Mapping[str, Array]) -> Arrays:
+    return {name: xp_of(p).zeros_like(p) for name, p in params.items()}
+
+
+def _check_rate(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value < high:
+        raise UnsupportedError(f"`{name}` is {value}; expected a number from {low} to below {high}")
+
+
+@dataclass(frozen=True)
+class SGD:
+    """v ← momentum · v + g;  θ ← θ − lr · v.  As `torch.optim.SGD`."""
+
+    lr: float = 0.1
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_rate("lr", self.lr, 0.0, float("inf"))
+        _check_rate("momentum", self.momentum, 0.0, 1.0)
+
+    def init(self, params: Mapping[str, Array]) -> OptimizerState:
+        return {"velocity": _zeros(params)} if self.momentum else {}
+
+    def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
+        velocity = {n: self.momentum * state["velocity"][n] + g for n, g in grads.items()} if self.momentum else dict(grads)
+        return {n: p - self.lr * velocity[n] for n, p in params.items()}, {"velocity": velocity} if self.momentum else {}
+
+
+@dataclass(frozen=True)
+class RMSProp:
+    """s ← decay · s + (1 − decay) · g²;  θ ← θ − lr · g / (√s + eps).  As `torch.optim.RMSprop`; Cooijmans et al. 2016 use decay 0.5."""
+
+    lr: float = 1e-3
+    decay: float = 0.9
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check_rate("lr", self.lr, 0.0, float("inf"))
+        _check_rate("decay", self.decay, 0.0, 1.0)
+
+    def init(self, params: Mapping[str, Array]) -> OptimizerState:
+        return {"square": _zeros(params)}
+
+    def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
+        square = {n: self.decay * state["square"][n] + (1.0 - self.decay) * g * g for n, g in grads.items()}
+        new = {n: p - self.lr * grads[n] / (xp_of(p).sqrt(square[n]) + self.eps) for n, p in params.items()}
+        return new, {"square": square}
+
+
+@dataclass(frozen=True)
+class Adam:
+    """m ← β₁m + (1−β₁)g;  s ← β₂s + (1−β₂)g²;  θ ← θ − lr · m̂ / (√ŝ + eps), m̂ and ŝ without their bias.  Kingma & Ba 2015, algorithm 1."""
+
+    lr: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        _check_rate("lr", self.lr, 0.0, float("inf"))
+        _check_rate("beta1", self.beta1, 0.0, 1.0)
+        _check_rate("beta2", self.beta2, 0.0, 1.0)
+
+    def init(self, params: Mapping[str, Array]) -> OptimizerState:
+        first = next(iter(params.values()))
+        return {"mean": _zeros(params), "square": _zeros(params), "steps": xp_of(first).zeros_like(first[(0,) * first.ndim])}
+
+    def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
+        steps = state["steps"] + 1.0
+        mean = {n: self.beta1 * state["mean"][n] + (1.0 - self.beta1) * g for n, g in grads.items()}
+        square = {n: self.beta2 * state["square"][n] + (1.0 - self.beta2) * g * g for n, g in grads.items()}
+        mean_share, square_share = 1.0 - self.beta1**steps, 1.0 - self.beta2**steps
+        new = {n: p - self.lr * (mean[n] / mean_share) / (xp_of(p).sqrt(square[n] / square_share) + self.eps) for n, p in params.items()}
+        return new, {"mean": mean, "square": square, "steps": steps}
+
+
+OPTIMIZERS: dict[str, Any] = {"sgd": SGD, "rmsprop": RMSProp, "adam": Adam}
+"""By the names that the command line takes."""
+
+
+def clip_by_global_norm(grads: Mapping[str, Array], limit: float) -> tuple[Arrays, Array]:
+    """Gradients scaled to a global L2 norm of at most `limit`, and the norm before: g ← g · min(1, limit / ‖g‖) (Pascanu et al. 2013).
+
+    A norm that is not finite comes out as it is, for the caller to see; the gradients then are not finite either.
+    """
+    if not limit > 0:
+        raise UnsupportedError(f"`limit` is {limit}; expected a number > 0")
+    first = next(iter(grads.values()))
+    xp = xp_of(first)
+    norm = xp.sqrt(sum((xp.sum(g * g) for g in grads.values()), start=xp.zeros_like(first[(0,) * first.ndim])))
+    factor = xp.where(norm > limit, limit / xp.where(norm > limit, norm, 1.0), 1.0)
+    return {n: g * factor for n, g in grads.items()}, norm
