@@ -147,7 +147,7 @@ def _one_step(model: Layer, proto: onnx.ModelProto, session: Session, runtime: s
     for t in range(x.shape[axis]):
         step = numpy.take(x, [t], axis=axis)
         ones = numpy.ones(x.shape[1 - axis], dtype=numpy.int64)
-        before = state if state is not None else _zero_state(model, step)
+        before = state if state is not None else model.initial_state(step.shape[1 - axis])
         y, state = model(step, before)
         result = session(_feed(proto, model, step, ones, before))
         expected = {"y": y, **_scan_states(model, state)}
@@ -190,22 +190,8 @@ def with_states(proto: onnx.ModelProto) -> onnx.ModelProto:
 LSTM_STATES = ("h", "c")
 
 
-def _recurrent_parts(model: Layer) -> list[LSTM]:
-    return [layer for layer in model.layers() if isinstance(layer, LSTM)]
-
-
 def _states_of(model: Layer, state: Any) -> list[Any]:
     return [state] if isinstance(model, LSTM) else list(state)
-
-
-def _zero_state(model: Layer, x: NumPyArray) -> Any:
-    """The state that `None` stands for."""
-    batch = x.shape[0 if model.batch_first else 1]
-    states = []
-    for layer in _recurrent_parts(model):
-        zeros = numpy.zeros((layer.num_layers * layer.num_directions, batch, layer.hidden_size), dtype=layer.dtype)
-        states.append((zeros, zeros, *((numpy.asarray(0),) if layer.timed else ())))
-    return states[0] if isinstance(model, LSTM) else tuple(states)
 
 
 def _scan_states(model: Layer, state: Any, suffix: str = "out") -> dict[str, NumPyArray]:
@@ -226,7 +212,7 @@ def _feed(proto: onnx.ModelProto, model: Layer, x: NumPyArray, lengths: NumPyArr
         steps, batch = (x.shape[1], x.shape[0]) if model.batch_first else x.shape[:2]
         feed["lengths"] = numpy.full(batch, steps) if lengths is None else numpy.asarray(lengths, dtype=numpy.int64)
     if "h_0" in names:
-        parts = _states_of(model, state if state is not None else _zero_state(model, x))
+        parts = _states_of(model, state if state is not None else model.initial_state(x.shape[0 if model.batch_first else 1]))
         feed |= dict(zip(("h_0", "c_0", "time_0"), parts[0], strict=False))
     if state is not None:
         feed |= _scan_states(model, state, "in")

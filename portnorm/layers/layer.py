@@ -23,6 +23,7 @@ from portnorm.arrays import (
     xp_of,
 )
 from portnorm.errors import CheckpointError, DTypeError, PortnormError, ShapeError, UnsupportedError
+from portnorm.layers.initial import Generator
 
 Arrays = dict[str, Array]
 
@@ -151,6 +152,15 @@ class Layer:
         other.params, other.buffers = dict(self.params), dict(self.buffers)
         return other
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and for other processes: the namespace goes by its name."""
+        return {**self.__dict__, "xp": self.xp.__name__, "dtype": dtype_name(self.xp, self.dtype)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.xp = load_namespace(state["xp"])
+        self.dtype = load_dtype(self.xp, state["dtype"])
+
     def _converted(self, array: Array, like: Array) -> Array:
         floating = xp_of(like).isdtype(like.dtype, "real floating")
         if xp_of(array) is self.xp and self.device is None:
@@ -169,15 +179,16 @@ class Layer:
     def estimate_population(self, batches: Iterable[Any]) -> None:
         """Replace all running statistics by population statistics: the average over a full pass of the statistics of each batch.
 
-        `batches` yields `x`, or `(x, lengths)`. This is how Cooijmans et al. 2016 evaluate; the moving average is only a live estimate.
+        `batches` yields `x`, `(x, lengths)` or `(x, lengths, state)`. This is how Cooijmans et al. 2016 evaluate; the moving average is
+        only a live estimate.
         """
         pure = self.copy()
         pure.forget_statistics()
         count = 0
         for batch in batches:
-            x, lengths = batch if isinstance(batch, tuple) else (batch, None)
-            lengths = pure._checked(x, None, lengths)
-            pure.buffers = pure.apply(pure.params, pure.buffers, x, None, lengths, training=True)[2]
+            x, lengths, state = (*(batch if isinstance(batch, tuple) else (batch,)), None, None)[:3]
+            lengths = pure._checked(x, state, lengths)
+            pure.buffers = pure.apply(pure.params, pure.buffers, x, state, lengths, training=True)[2]
             count += 1
         if not count:
             raise UnsupportedError("`batches` is empty; expected at least one batch to take statistics of")
@@ -185,6 +196,10 @@ class Layer:
 
     def forget_statistics(self) -> None:
         """Set running statistics to their start and let every batch from now on weigh the same."""
+
+    def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> Any:
+        """The state before the first step; `None` for a layer that has none."""
+        return None
 
     def input_dims(self) -> tuple[int | str, ...]:
         """The shape of `x` with names for the lengths that vary, as the exporter needs it."""

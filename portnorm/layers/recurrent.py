@@ -174,6 +174,17 @@ class LSTM(Layer):
         y, state = self(xp.expand_dims(x, axis=1 if self.batch_first else 0), state)
         return (xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y), state
 
+    def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> Any:
+        """The state before the first step for `batch` sequences: zeros, with `noise` h drawn from N(0, noise²).
+
+        Noise is for training with batch normalization, where Cooijmans et al. 2016 use 0.1: without it, steps at which all sequences are
+        still alike have variance 0, and what follows amplifies rounding by γ/√eps per step.
+        """
+        shape = (self.num_layers * self.num_directions, batch, self.hidden_size)
+        h = generator(rng).standard_normal(shape) * noise if noise else numpy.zeros(shape)
+        time = (self._new(0, integer=True),) if self.timed else ()
+        return (self._new(h), self._new(numpy.zeros(shape)), *time)
+
     def _placed(self, buffers: Arrays, x: Array, state: Any) -> PlacedState:
         xp, batch, names = xp_of(x), x.shape[1], (*LSTMCell.states, *(("time",) if self.timed else ()))
         places = self.num_layers * self.num_directions

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.errors import UnsupportedError
+from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, Layer
 
 
@@ -99,6 +100,11 @@ class Sequential(Layer):
     def forget_statistics(self) -> None:
         for part in self.parts:
             part.forget_statistics()
+
+    def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> tuple[Any, ...]:
+        """The states before the first step of the recurrent parts. See `portnorm.LSTM.initial_state`."""
+        random = generator(rng)
+        return tuple(part.initial_state(batch, noise=noise, rng=random) for part in self.parts if part.recurrent)
 
     def input_dims(self) -> tuple[int | str, ...]:
         features = self.parts[0].input_dims()[-1]

@@ -1,0 +1,41 @@
+# Two commands: `make demo` and `make test`. They need Python >= 3.11 and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint types readme clean
+
+# One stamp per set of extras; made again when the dependencies change.
+$(VENV)/.%: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing portnorm[$*] into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/portnorm demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+# The heavy peers: torch and JAX on the CPU.
+$(VENV)/.peers: $(VENV)/.test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check jax
+	@touch $@
+
+test-all: $(VENV)/.peers
+	$(BIN)/python -m pytest -n auto --peers
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+readme: $(VENV)/.test
+	$(BIN)/python -m benchmarks.readme
+
+clean:
+	rm -rf $(VENV) out dist build

@@ -1,0 +1,111 @@
+"""Every vjp against central differences in float64: random cotangents, random weights, |mean| much larger than the standard deviation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+from portnorm.op import OPS as ALL_OPS
+from tests.cases import NOT_TESTED_AS_ARRAYS_OF_NUMBERS, OPS, PRESETS, OpCase, random_lstm, random_state
+from tests.tolerances import DIFFERENCES
+
+
+def assert_gradient(f: Callable[[Any], float], at: Any, gradient: Any, rng: np.random.Generator, entries: int = 8) -> None:
+    """Central differences of `f` at some random entries of `at`."""
+    assert gradient.shape == at.shape
+    for flat in rng.permutation(at.size)[:entries]:
+        index, step = np.unravel_index(flat, at.shape), 1e-5
+        above, below = at.copy(), at.copy()
+        above[index] += step
+        below[index] -= step
+        difference = (f(above) - f(below)) / (2 * step)
+        np.testing.assert_allclose(gradient[index], difference, rtol=DIFFERENCES, atol=DIFFERENCES)
+
+
+@pytest.mark.parametrize("case", OPS, ids=lambda case: case.name)
+def test_op(case: OpCase, rng: np.random.Generator) -> None:
+    arguments = case.arguments(rng)
+    y, pullback = pn.vjp(case.op, *arguments, **case.keywords)
+    dy = rng.standard_normal(np.shape(y))
+    cotangents = pullback(np.asarray(dy))
+    assert len(cotangents) == len(arguments)
+    for k, (argument, cotangent) in enumerate(zip(arguments, cotangents, strict=True)):
+        if not isinstance(argument, np.ndarray) or argument.dtype != np.float64 or (k == 2 and "cross" in case.name):
+            assert cotangent is None
+            continue
+        assert_gradient(
+            lambda a, k=k: float(np.sum(case.op(*arguments[:k], a, *arguments[k + 1 :], **case.keywords) * dy)), argument, cotangent, rng
+        )
+
+
+def test_every_op_is_in_the_table() -> None:
+    assert {case.op.name for case in OPS} | NOT_TESTED_AS_ARRAYS_OF_NUMBERS == set(ALL_OPS)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("lengths", [None, [5, 2, 3]], ids=["whole", "ragged"])
+@pytest.mark.parametrize(
+    "keywords", [{}, {"num_layers": 2, "bidirectional": True}, {"return_sequences": False}], ids=["one", "stack of both directions", "last"]
+)
+@pytest.mark.parametrize("norm", PRESETS)
+def test_lstm(norm: str | None, keywords: dict[str, Any], lengths: list[int] | None, training: bool, rng: np.random.Generator) -> None:
+    layer = random_lstm(norm, rng, **keywords)
+    params, buffers = layer.parameters(), dict(layer.buffers)
+    x, state = 30.0 + rng.standard_normal((5, 3, 4)), random_state(layer, 3, rng)
+    if norm is None:
+        x = x - 30.0  # plain gates would only saturate
+    y, last, pullback = layer.vjp(x, state, lengths, training=training)
+    dy, dlast = rng.standard_normal(y.shape), tuple(rng.standard_normal(s.shape) for s in last[:2])
+    dx, dstate, grads = pullback(dy, dlast)
+    assert list(grads) == list(params)
+    length_array = None if lengths is None else np.array(lengths)
+
+    def value(params: Any, x: Any, state: Any) -> float:
+        y, last, _ = layer.apply(params, buffers, x, state, length_array, training)
+        return float(np.sum(y * dy) + sum(np.sum(s * d) for s, d in zip(last, dlast, strict=False)))
+
+    assert_gradient(lambda a: value(params, a, state), x, dx, rng)
+    for k in range(2):
+        assert_gradient(lambda a, k=k: value(params, x, (*state[:k], a, *state[k + 1 :])), state[k], dstate[k], rng, 4)
+    for name, parameter in params.items():
+        assert_gradient(lambda a, name=name: value({**params, name: a}, x, state), parameter, grads[name], rng, 4)
+
+
+def test_cotangents_of_none_are_zero(rng: np.random.Generator) -> None:
+    layer = random_lstm("layer", rng)
+    y, last, pullback = layer.vjp(rng.standard_normal((5, 3, 4)))
+    given = pullback(rng.standard_normal(y.shape) * 0, tuple(np.ones_like(s) for s in last))
+    left_out = pullback(None, tuple(np.ones_like(s) for s in last))
+    for a, b in zip(given[2].values(), left_out[2].values(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_sequential(rng: np.random.Generator) -> None:
+    model = pn.Sequential(pn.Linear(4, 5, dtype="float64", rng=0), random_lstm("layer", rng, inputs=5), pn.LayerNorm(3, dtype="float64"))
+    x = rng.standard_normal((5, 3, 4))
+    y, _, pullback = model.vjp(x, lengths=[5, 1, 2])
+    dy = rng.standard_normal(y.shape)
+    dx, _, grads = pullback(dy)
+    params = model.parameters()
+
+    def value(params: Any, x: Any) -> float:
+        return float(np.sum(model.apply(params, model.buffers, x, None, np.array([5, 1, 2]))[0] * dy))
+
+    assert_gradient(lambda a: value(params, a), x, dx, rng)
+    for name, parameter in params.items():
+        assert_gradient(lambda a, name=name: value({**params, name: a}, x), parameter, grads[name], rng, 4)
+
+
+def test_learned_first_state_is_dead_in_bn_lstm(rng: np.random.Generator) -> None:
+    """Cooijmans et al. 2016: all rows of h0·U are alike, so batch normalization returns β whatever h0 is."""
+    layer = random_lstm("batch", rng)
+    h0, c0 = rng.standard_normal((1, 1, 3)), rng.standard_normal((1, 1, 3))
+    state = (np.repeat(h0, 6, axis=1), np.repeat(c0, 6, axis=1), np.asarray(0))
+    y, _, pullback = layer.vjp(rng.standard_normal((4, 6, 4)), state, training=True)
+    dh, dc = (np.sum(d, axis=1) for d in pullback(rng.standard_normal(y.shape))[1])
+    np.testing.assert_allclose(dh, 0.0, atol=1e-12)
+    assert np.max(np.abs(dc)) > 1e-3
