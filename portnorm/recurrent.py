@@ -71,7 +71,7 @@ class Direction:
         )
         y, further = (outputs[0], outputs[1:]) if self.sequences else (state[0], outputs)
         if batch and training:
-            seen = {"norm_ih": (normalized.mean[:, 0, :], normalized.var[:, 0, :])} if normalized is not None else {}
+            seen = {"norm_ih": tuple(s[:, 0, :] for s in normalized.statistics())} if normalized is not None else {}
             seen.update(zip(cell.slots(), zip(further[::2], further[1::2], strict=True), strict=True))
             buffers = update(buffers, seen, time, lengths, self.momentum)
         if self.reverse and self.sequences:

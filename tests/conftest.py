@@ -69,8 +69,14 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 def pytest_generate_tests(metafunc: Any) -> None:
     if "library" in metafunc.fixturenames:
-        rows = [*ALWAYS, *(pytest.param(library, marks=pytest.mark.peers) for library in PEERS)]
-        metafunc.parametrize("library", rows, ids=lambda row: getattr(row, "name", None))
+        each = "dtype_of_library" in metafunc.fixturenames
+        rows = []
+        for row in (*ALWAYS, *PEERS):
+            marks = [pytest.mark.peers] if row in PEERS else []
+            for dtype in row.dtypes if each else [None]:
+                values, name = ((row, dtype), f"{row.name}-{dtype}") if each else ((row,), row.name)
+                rows.append(pytest.param(*values, marks=marks, id=name))
+        metafunc.parametrize(("library", "dtype_of_library") if each else ("library",), rows)
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ class Slot:
         y, residuals = normalize.forward(
             grouped, weight, bias, eps=self.variant.eps, mean=mean, var=var, mask=self._mask(active), **self._axes(grouped.ndim)
         )
-        statistics = (residuals.mean[0, :], residuals.var[0, :]) if self._is_batch and self.training else ()
+        statistics = tuple(s[0, :] for s in residuals.statistics()) if self._is_batch and self.training else ()
         return (y if self.groups == 1 else xp.reshape(y, z.shape)), residuals, statistics
 
     def vjp(self, residuals: Normalized, dy: Array, active: Array | None) -> tuple[Array, Params]:

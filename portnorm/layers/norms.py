@@ -246,7 +246,7 @@ class BatchNorm(_ChannelNorm):
         if not training:
             return buffers
         xp = xp_of(residuals.mean)
-        mean, var = (xp.reshape(s, (self.num_features,)) for s in (residuals.mean, residuals.var))
+        mean, var = (xp.reshape(s, (self.num_features,)) for s in residuals.statistics())
         tracked = buffers["num_batches_tracked"] + 1
         if self.unbiased:
             var = var * self._bessel(xp, residuals, var)

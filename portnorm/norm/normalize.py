@@ -31,11 +31,17 @@ class Normalized(NamedTuple):
     xhat: Array  # like x, in the statistics dtype; 0 where masked out
     rstd: Array  # 1 / sqrt(σ² + ε) of the scaled row
     scale: Array | None  # the power of two of each row, None where no row can need one
-    mean: Array  # μ, of the unscaled row; 0 where not centred
-    var: Array  # σ², biased
+    mean: Array  # μ of the scaled row; 0 where not centred
+    var: Array  # σ² of the scaled row, biased
     counted: Array | None  # values that entered each statistic; None without a mask: all of them
     weight: Array | None
     bias: Array | None
+
+    def statistics(self) -> tuple[Array, Array]:
+        """μ and the biased σ² of `x` itself."""
+        if self.scale is None:
+            return self.mean, self.var
+        return self.mean / self.scale, self.var / self.scale / self.scale
 
 
 # Per bits of the statistics dtype: rows whose largest magnitude is above `big` are multiplied by `down`, below `small` by `up`;
@@ -120,8 +126,6 @@ def _with_own(xp: Namespace, z: Array, axes: tuple[int, ...], eps: float, center
         mean = xp.zeros_like(var)
     rstd = 1.0 / xp.sqrt(var + eps)
     xhat = z * rstd
-    if scale is not None:
-        mean, var = mean / scale, var / scale / scale
     return Normalized(xhat, rstd, scale, mean, var, count, None, None)
 
 

@@ -1,0 +1,97 @@
+"""The same lines on every array library: values and cotangents equal those of NumPy in float64, in every dtype that the library has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+from portnorm.arrays import to_numpy
+from tests.cases import OPS, PRESETS, OpCase, random_lstm, random_state
+from tests.conftest import Library
+from tests.tolerances import relative
+
+
+def converted(value: Any, library: Library, dtype: str) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    return library.array(value, dtype if value.dtype == np.float64 else None)
+
+
+def assert_same(result: Any, expected: Any, dtype: str) -> None:
+    result = to_numpy(result)
+    if expected.dtype == np.float64:
+        assert result.dtype == np.dtype(dtype)
+    np.testing.assert_allclose(result.astype(np.float64), expected, **relative(dtype))
+
+
+@pytest.mark.parametrize("case", OPS, ids=lambda case: case.name)
+def test_op(case: OpCase, library: Library, dtype_of_library: str, rng: np.random.Generator) -> None:
+    dtype = dtype_of_library
+    # Rounded to the narrow type first, so that both sides see the same numbers; small means, since float16 cannot hold 30 ± 1e-3.
+    arguments = [a - 30.0 if k == 0 and a.mean() > 20 else a for k, a in enumerate(case.arguments(rng))]
+    arguments = [a.astype(dtype).astype(np.float64) if isinstance(a, np.ndarray) and a.dtype == np.float64 else a for a in arguments]
+    keywords = {k: v - 30.0 if k == "mean" else v for k, v in case.keywords.items()}
+    keywords = {k: v.astype(dtype).astype(np.float64) if isinstance(v, np.ndarray) and v.dtype == np.float64 else v for k, v in keywords.items()}
+    expected, expected_pullback = pn.vjp(case.op, *arguments, **keywords)
+    dy = rng.standard_normal(np.shape(expected)).astype(dtype).astype(np.float64)
+    theirs = [converted(a, library, dtype) for a in arguments]
+    y, pullback = pn.vjp(case.op, *theirs, **{k: converted(v, library, dtype) for k, v in keywords.items()})
+    assert_same(y, np.asarray(expected), dtype)
+    assert type(y) is type(case.op(*theirs, **{k: converted(v, library, dtype) for k, v in keywords.items()}))
+    cotangents = pullback(converted(dy, library, dtype))
+    for mine, other in zip(expected_pullback(dy), cotangents, strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            assert_same(other, mine, dtype)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("lengths", [None, [5, 2, 3]], ids=["whole", "ragged"])
+@pytest.mark.parametrize("both", [False, True], ids=["forward", "both directions"])
+@pytest.mark.parametrize("norm", PRESETS)
+def test_lstm(norm: str | None, both: bool, lengths: Any, training: bool, library: Library, rng: np.random.Generator) -> None:
+    dtype = library.dtypes[-1]
+    reference = random_lstm(norm, rng, bidirectional=both)
+    layer = pn.LSTM(4, 3, norm=norm, t_max=4, bidirectional=both, xp=library.xp, dtype=dtype)
+    layer.load_state_dict(reference.state_dict())
+    x, state = rng.standard_normal((5, 3, 4)), random_state(reference, 3, rng)
+    y, last, pullback = reference.vjp(x, state, lengths, training=training)
+    dy = rng.standard_normal(y.shape)
+    dx, dstate, grads = pullback(dy)
+    theirs = tuple(layer._new(s, integer=s.ndim == 0) for s in state)
+    their_y, their_last, their_pullback = layer.vjp(layer._new(x), theirs, lengths, training=training)
+    their_dx, their_dstate, their_grads = their_pullback(layer._new(dy))
+    for mine, other in zip((y, *last[:2], dx, *dstate), (their_y, *their_last[:2], their_dx, *their_dstate), strict=True):
+        assert_same(other, mine, dtype)
+    for name, gradient in grads.items():
+        assert_same(their_grads[name], gradient, dtype)
+    for name, buffer in reference.buffers.items():
+        assert_same(layer.buffers[name], buffer, dtype)
+
+
+@pytest.mark.parametrize("norm", PRESETS)
+def test_layer_moves_between_libraries(norm: str | None, library: Library, rng: np.random.Generator) -> None:
+    layer = pn.Sequential(pn.LSTM(3, 4, norm=norm, rng=0), pn.Linear(4, 2, rng=0))
+    moved = layer.to(xp=library.xp)
+    x = rng.standard_normal((5, 2, 3)).astype(np.float32)
+    assert_same(moved(moved._new(x))[0], layer(x)[0].astype(np.float64), "float32")
+    for name, array in moved.to(xp="numpy").state_dict().items():
+        np.testing.assert_array_equal(array, layer.state_dict()[name])
+
+
+@pytest.mark.parametrize("optimizer", [pn.SGD(0.1, momentum=0.5), pn.RMSProp(0.1), pn.Adam(0.1)], ids=lambda o: type(o).__name__)
+def test_optimizer(optimizer: Any, library: Library, rng: np.random.Generator) -> None:
+    params, grads = ({"w": rng.standard_normal((2, 3)).astype("float32"), "b": rng.standard_normal(3).astype("float32")} for _ in range(2))
+    results = []
+    for convert in (np.array, library.array):
+        theirs, their_grads = ({n: convert(a) for n, a in group.items()} for group in (params, grads))
+        state = optimizer.init(theirs)
+        for _ in range(3):
+            clipped, norm = pn.clip_by_global_norm(their_grads, 1.0)
+            theirs, state = optimizer.update(theirs, clipped, state)
+        results.append({**theirs, "norm": norm})
+    for name, array in results[0].items():
+        assert_same(results[1][name], np.asarray(array, dtype=np.float64), "float32")
