@@ -34,7 +34,9 @@ def test_op(case: OpCase, library: Library, dtype_of_library: str, rng: np.rando
     arguments = [a - 30.0 if k == 0 and a.mean() > 20 else a for k, a in enumerate(case.arguments(rng))]
     arguments = [a.astype(dtype).astype(np.float64) if isinstance(a, np.ndarray) and a.dtype == np.float64 else a for a in arguments]
     keywords = {k: v - 30.0 if k == "mean" else v for k, v in case.keywords.items()}
-    keywords = {k: v.astype(dtype).astype(np.float64) if isinstance(v, np.ndarray) and v.dtype == np.float64 else v for k, v in keywords.items()}
+    keywords = {
+        k: v.astype(dtype).astype(np.float64) if isinstance(v, np.ndarray) and v.dtype == np.float64 else v for k, v in keywords.items()
+    }
     expected, expected_pullback = pn.vjp(case.op, *arguments, **keywords)
     dy = rng.standard_normal(np.shape(expected)).astype(dtype).astype(np.float64)
     theirs = [converted(a, library, dtype) for a in arguments]

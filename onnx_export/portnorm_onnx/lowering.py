@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy
+from onnx import helper
 
 from portnorm_onnx.namespace import NAMESPACE, shape_vector
 from portnorm_onnx.norms import normalize, normalize_with_rms
@@ -48,15 +49,6 @@ def _where(condition: SymbolicArray, x: Any, y: Any) -> SymbolicArray:
     dtype = next(a.dtype for a in (x, y) if isinstance(a, SymbolicArray))
     x, y = (a if isinstance(a, SymbolicArray) else constant(numpy.asarray(a, dtype=dtype)) for a in (x, y))
     return node("Where", condition, x, y)
-
-
-def _astype(x: SymbolicArray, dtype: Any, copy: bool = True) -> SymbolicArray:
-    dtype = numpy.dtype(dtype)
-    if x.dtype == dtype:
-        return x
-    import onnx
-
-    return node("Cast", x, to=int(onnx.helper.np_dtype_to_tensor_dtype(dtype)))
 
 
 def _reshape(x: SymbolicArray, shape: Any) -> SymbolicArray:
@@ -133,7 +125,7 @@ _SAME: dict[str, str] = {
 _ARRAY_API: dict[str, Row] = {
     **{name: _pointwise(op_type) for name, op_type in _SAME.items()},
     "where": _where,
-    "astype": _astype,
+    "astype": lambda x, dtype: node("Cast", x, to=int(helper.np_dtype_to_tensor_dtype(numpy.dtype(dtype)))),
     "mean": _reduce("ReduceMean"),
     "sum": _reduce("ReduceSum"),
     "max": _reduce("ReduceMax"),

@@ -41,6 +41,9 @@ class SymbolicNamespace:
     def ones_like(self, x: SymbolicArray, *, dtype: Any = None, device: Any = None) -> SymbolicArray:
         return _filled(x.shape, 1, dtype or x.dtype)
 
+    def astype(self, x: SymbolicArray, dtype: Any, *, copy: bool = True) -> SymbolicArray:
+        return x if x.dtype == numpy.dtype(dtype) else _function("astype")(x, dtype)
+
     def asarray(self, value: Any, *, dtype: Any = None, device: Any = None, copy: bool | None = None) -> SymbolicArray:
         if isinstance(value, SymbolicArray):
             return value

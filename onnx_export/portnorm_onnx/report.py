@@ -22,7 +22,7 @@ class Comparison:
     """Largest absolute difference: to the float64 run for a trajectory, to the eager step for one step."""
     allowed: float
     eager_difference: float
-    """For a trajectory, the eager run's own distance to the float64 run."""
+    """The eager run's own distance to the float64 run, over the same steps."""
 
 
 @dataclass
@@ -70,12 +70,9 @@ class Report:
         inside = "".join(f" + {n} in a Scan" for n in self.body_nodes)
         lines = [f"{self.path or 'model in memory'}: opset {self.opset}, {self.nodes} nodes{inside}, {self.size:,} bytes"]
         lines += [f"  {'runtime':<12} {'gate':<34} {'output':<8} {'difference':>10} {'allowed':>10} {'eager':>10}"]
-        for c in self.steps:
-            lines.append(f"  {c.runtime:<12} {c.case:<34} {c.output:<8} {c.difference:>10.2e} {c.allowed:>10.2e} {'':>10}")
-        for c in self.trajectories:
-            lines.append(
-                f"  {c.runtime:<12} {c.case:<34} {c.output:<8} {c.difference:>10.2e} {c.allowed:>10.2e} {c.eager_difference:>10.2e}"
-            )
+        for c in (*self.steps, *self.trajectories):
+            numbers = f"{c.difference:>10.2e} {c.allowed:>10.2e} {c.eager_difference:>10.2e}"
+            lines.append(f"  {c.runtime:<12} {c.case:<34} {c.output:<8} {numbers}")
         return "\n".join(lines)
 
 

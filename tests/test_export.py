@@ -1,0 +1,257 @@
+"""Exported graphs: small, dynamic, equal to the model by two gates, and written only then."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+
+import portnorm as pn
+import portnorm_onnx.export as export_module
+from portnorm_onnx.lowering import OPSETS
+from portnorm_onnx.verify import STEP_ULP
+from tests.cases import PRESETS, random_lstm
+from tests.tolerances import ONNX_LSTM
+
+
+def lstm(norm: str | None, **keywords: Any) -> pn.LSTM:
+    """A float32 LSTM with random parameters and statistics."""
+    return random_lstm(norm, np.random.default_rng(3), inputs=5, hidden=8, **keywords).to(dtype="float32")
+
+
+def run(model: onnx.ModelProto, **inputs: Any) -> list[Any]:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, inputs)
+
+
+@pytest.mark.parametrize("opset", sorted(OPSETS))
+@pytest.mark.parametrize("norm", PRESETS)
+def test_every_preset_at_every_opset(norm: str | None, opset: int) -> None:
+    report = pn.export(lstm(norm), None, opset=opset)
+    assert report.opset == opset
+    assert len(report.body_nodes) == 1
+    assert report.worst_step is not None and len(report.trajectories) == 4
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [{"num_layers": 2, "bidirectional": True}, {"batch_first": True}, {"return_sequences": False, "bidirectional": True}],
+    ids=["stack of both directions", "batch first", "last state"],
+)
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize("norm", PRESETS)
+def test_every_arrangement(norm: str | None, keywords: dict[str, Any], state: bool, lengths: bool) -> None:
+    report = pn.export(lstm(norm, **keywords), None, state=state, lengths=lengths)
+    assert report.model is not None
+    names = [i.name for i in report.model.graph.input]
+    assert names == ["x"] + ["lengths"] * lengths + (["h_0", "c_0"] + ["time_0"] * (norm == "batch")) * state
+
+
+LAYERS = [
+    (pn.LayerNorm(7), {}, 1),
+    (pn.LayerNorm((3, 7)), {}, 1),
+    (pn.LayerNorm(7, bias=False), {}, 1),
+    (pn.LayerNorm(7, affine=False), {}, 1),
+    (pn.RMSNorm(7), {"opset": 23}, 1),
+    (pn.RMSNorm(7), {"opset": 18}, None),
+    (pn.BatchNorm(3), {}, 1),
+    (pn.BatchNorm(3), {"input_shape": ("batch", 3, "height", "width")}, 1),
+    (pn.BatchNorm(3, channel_axis=-1), {"input_shape": ("batch", "space", 3)}, None),
+    (pn.InstanceNorm(3, affine=True), {}, 1),
+    (pn.InstanceNorm(3), {"input_shape": ("batch", 3, "height", "width")}, 1),
+    (pn.GroupNorm(2, 6), {"input_shape": ("batch", 6, 5)}, None),
+    (pn.GroupNorm(2, 6), {"input_shape": ("batch", 6, "height", "width")}, None),
+    (pn.GroupNorm(2, 6, channel_axis=-1), {}, None),
+    (pn.Linear(3, 4), {}, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("layer", "keywords", "nodes"), LAYERS, ids=lambda v: repr(v) if isinstance(v, pn.Layer) else None)
+def test_layers_without_time(layer: pn.Layer, keywords: dict[str, Any], nodes: int | None, dtype: str) -> None:
+    rng = np.random.default_rng(1)
+    layer = layer.to(dtype=dtype)
+    layer.load_state_dict({n: a + rng.uniform(0.1, 1.0, a.shape) if a.ndim else a for n, a in layer.state_dict().items()})
+    if dtype == "float64" and isinstance(layer, pn.InstanceNorm):
+        pytest.xfail("onnxruntime has no InstanceNormalization for float64")
+    report = pn.export(layer, None, **keywords)
+    assert nodes is None or report.nodes == nodes
+
+
+@pytest.mark.parametrize("layer", [pn.LayerNorm(7), pn.BatchNorm(3), pn.InstanceNorm(3, affine=True)], ids=repr)
+def test_float16_layers_are_one_operator(layer: pn.Layer) -> None:
+    assert pn.export(layer, None, dtype="float16").nodes == 1
+
+
+def test_a_model_of_several_layers() -> None:
+    model = pn.Sequential(
+        pn.Linear(3, 5, rng=0), pn.BatchNorm(5, channel_axis=-1), lstm("batch"), pn.LayerNorm(8), lstm_of_8(), pn.Linear(8, 2)
+    )
+    report = pn.export(model, None)
+    assert len(report.body_nodes) == 2 and report.worst_step is not None
+
+
+def lstm_of_8() -> pn.LSTM:
+    return pn.LSTM(8, 8, norm="layer", rng=0)
+
+
+def test_size_and_speed_of_the_ln_lstm() -> None:
+    started = time.perf_counter()
+    report = pn.export(pn.LSTM(64, 128, norm="layer", rng=0), None)
+    assert time.perf_counter() - started < 1.0
+    assert report.nodes <= 8 and report.body_nodes[0] <= 20 and len(report.body_nodes) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("steps", [1, 64, 1000])
+def test_one_file_runs_at_any_length_and_batch(steps: int, batch: int, tmp_path: Path) -> None:
+    model, path = pn.LSTM(5, 8, norm="layer", rng=0), tmp_path / "m.onnx"
+    pn.export(model, path)
+    x = np.random.default_rng(0).standard_normal((steps, batch, 5)).astype(np.float32)
+    report = pn.verify(path, model, inputs=[x])
+    assert report.trajectories[0].case == f"x {(steps, batch, 5)}"
+    assert report.steps[0].case == f"one step at each of {steps}"
+
+
+def test_dimensions_have_names() -> None:
+    model = pn.export(lstm("layer"), None).model
+    dims = {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in (*model.graph.input, *model.graph.output)}
+    assert dims == {"x": ["time", "batch", 5], "lengths": ["batch"], "y": ["time", "batch", 8]}
+
+
+def test_plain_lstm_is_onnxruntimes_lstm_operator() -> None:
+    rng, layer = np.random.default_rng(0), lstm(None, bidirectional=True)
+    x, lengths = rng.standard_normal((5, 3, 5)).astype(np.float32), np.array([5, 2, 4])
+    state = tuple(rng.standard_normal((2, 3, 8)).astype(np.float32) for _ in range(2))
+
+    def weights(name: str) -> Any:
+        """(directions, gates, …) in the order of ONNX: i, o, f, g."""
+        rows = [layer.params[f"{name}_l0{suffix}"].reshape(4, 8, -1)[[0, 3, 1, 2]].reshape(32, -1) for suffix in ("", "_reverse")]
+        return np.stack(rows)
+
+    bias = np.concatenate([weights("bias_ih"), weights("bias_hh")], axis=1)[..., 0]
+    inputs = {"X": x, "W": weights("weight_ih"), "R": weights("weight_hh"), "B": bias, "lengths": lengths.astype(np.int32)}
+    inputs |= {"h": state[0], "c": state[1]}
+    node = helper.make_node("LSTM", list(inputs), ["Y", "Y_h", "Y_c"], hidden_size=8, direction="bidirectional")
+    values = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in inputs.items()]
+    outputs = [helper.make_tensor_value_info(n, 1, None) for n in ("Y", "Y_h", "Y_c")]
+    model = helper.make_model(helper.make_graph([node], "g", values, outputs), opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    their_y, their_h, their_c = run(model, **inputs)
+    y, (h, c) = layer(x, state, lengths)
+    np.testing.assert_allclose(y, their_y.transpose(0, 2, 1, 3).reshape(5, 3, 16), rtol=0, atol=ONNX_LSTM)
+    np.testing.assert_allclose(h, their_h, rtol=0, atol=ONNX_LSTM)
+    np.testing.assert_allclose(c, their_c, rtol=0, atol=ONNX_LSTM)
+
+
+# -- a wrong graph is found, and leaves nothing behind -----------------------------------------------------------------------------------
+
+
+def spoiled(model: onnx.ModelProto, name: str, change: Any) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        if name in tensor.name:
+            tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)).astype(np.float32), tensor.name))
+            return copy
+    raise AssertionError(name)
+
+
+def a_little_off(w: Any) -> Any:
+    """By 1e-4, not by a factor or a shift of all, to which normalization is blind."""
+    return w + 1e-4 * np.random.default_rng(0).choice([-1.0, 1.0], w.shape)
+
+
+@pytest.mark.parametrize("name", ["weight_hh_l0", "weight_ih_l0", "norm_c_l0.weight", "norm_hh_l0.weight"])
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_a_wrong_weight_is_found(norm: str, name: str, tmp_path: Path) -> None:
+    model = lstm(norm)
+    path = tmp_path / "m.onnx"
+    wrong = spoiled(pn.export(model, None).model, name, a_little_off)
+    path.write_bytes(wrong.SerializeToString())
+    with pytest.raises(pn.ConformanceError, match=r"onnxruntime: .*'y'|_out_0"):
+        pn.verify(path, model)
+
+
+def test_the_one_step_gate_sees_what_the_trajectory_of_a_chaotic_net_hides(tmp_path: Path) -> None:
+    """Gain 3: after 400 steps float32 itself is far from float64, and only the one-step gate can tell a wrong gain."""
+    variant = pn.Variant(source="test", norm="layer", cell="copy", gain=3.0)
+    model = pn.LSTM(5, 32, norm=variant, rng=0)
+    path = tmp_path / "m.onnx"
+    wrong = spoiled(pn.export(model, None).model, "norm_hh_l0.weight", a_little_off)
+    path.write_bytes(wrong.SerializeToString())
+    x = np.random.default_rng(0).standard_normal((400, 2, 5)).astype(np.float32)
+    with pytest.raises(pn.ConformanceError, match="at step"):
+        pn.verify(path, model, inputs=[x])
+
+
+def test_a_failed_check_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace, path = export_module.trace, tmp_path / "m.onnx"
+    monkeypatch.setattr(export_module, "trace", lambda *a, **k: spoiled(trace(*a, **k), "weight_hh", a_little_off))
+    with pytest.raises(pn.ConformanceError):
+        pn.export(lstm("layer"), path)
+    assert list(tmp_path.iterdir()) == []
+    path.write_bytes(b"what was there before")
+    with pytest.raises(pn.ConformanceError):
+        pn.export(lstm("layer"), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert path.read_bytes() == b"what was there before"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device")])
+def test_an_interrupted_write_leaves_what_was_there(error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"before")
+
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("portnorm.files.os.replace", fail)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        pn.export(lstm(None), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"] and path.read_bytes() == b"before"
+
+
+@pytest.mark.parametrize("opset", [-1, 0, 17, 27, 28, "18"])
+def test_unknown_opset(opset: Any) -> None:
+    with pytest.raises(pn.UnsupportedError, match=r"`opset` is .*expected a number from 18 to 26"):
+        pn.export(lstm(None), None, opset=opset)
+
+
+def test_verify_of_what_is_no_model(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    with pytest.raises(pn.ExportError, match="cannot read"):
+        pn.verify(path, lstm(None))
+    path.write_bytes(b"\x00\x01 no model")
+    with pytest.raises(pn.ExportError, match=r"cannot read|not valid"):
+        pn.verify(path, lstm(None))
+
+
+def test_verify_against_another_shape(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    pn.export(lstm("layer"), path)
+    with pytest.raises(pn.PortnormError):
+        pn.verify(path, pn.LSTM(6, 8, norm="layer"))
+    with pytest.raises(pn.PortnormError):
+        pn.verify(path, lstm("layer"), runtimes=("no-such-runtime",))
+
+
+def test_the_bound_of_one_step_is_what_is_promised() -> None:
+    assert STEP_ULP["float32"] * np.finfo(np.float32).eps <= 2e-6
+
+
+def test_population_statistics_are_in_the_graph() -> None:
+    """A BN-LSTM is exported with its running statistics: other statistics, another graph."""
+    layer = lstm("batch")
+    x = np.random.default_rng(0).standard_normal((6, 3, 5)).astype(np.float32)
+    before = run(pn.export(layer, None).model, x=x, lengths=np.full(3, 6))[0]
+    layer.estimate_population([x * 2 + 1])
+    after = run(pn.export(layer, None).model, x=x, lengths=np.full(3, 6))[0]
+    np.testing.assert_allclose(after, layer(x)[0], atol=1e-5)
+    assert np.max(np.abs(after - before)) > 1e-2

@@ -1,0 +1,144 @@
+"""Running statistics: one row per step up to t_max, moving averages, population statistics by a full pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+from tests.cases import random_lstm
+from tests.tolerances import relative
+
+CLOSE = relative("float64")
+
+
+def fresh(rng: np.random.Generator, **keywords: Any) -> pn.LSTM:
+    return pn.LSTM(4, 3, norm="batch", dtype="float64", t_max=4, rng=rng, **keywords)
+
+
+def input_statistics(layer: pn.LSTM, x: Any) -> tuple[Any, Any]:
+    """Mean and biased variance (time, gates) of the input term over the batch."""
+    u = x @ layer.params["weight_ih_l0"].T
+    return u.mean(axis=1), u.var(axis=1)
+
+
+def test_moving_average_per_step(rng: np.random.Generator) -> None:
+    layer, x = fresh(rng, momentum=0.25), 2.0 + rng.standard_normal((3, 8, 4))
+    mean, var = input_statistics(layer, x)
+    layer(x, training=True)
+    np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_mean"][:3], 0.25 * mean, **CLOSE)
+    np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_var"][:3], 0.75 + 0.25 * var, **CLOSE)
+    np.testing.assert_array_equal(layer.buffers["norm_ih_l0.running_var"][3:], 1.0)
+    np.testing.assert_array_equal(layer.buffers["num_batches_tracked_l0"], [1, 1, 1, 0])
+
+
+def test_steps_after_t_max_use_the_last_statistics_and_update_none(rng: np.random.Generator) -> None:
+    layer, x = random_lstm("batch", rng), rng.standard_normal((6, 5, 4))
+    y, _ = layer(x)
+    repeated = layer.copy()
+    repeated.t_max = 6
+    repeated.assign(
+        layer.params,
+        {n: np.concatenate([b, b[-1:], b[-1:]]) for n, b in layer.buffers.items()},
+    )
+    np.testing.assert_allclose(repeated(x)[0], y, **CLOSE)
+    tracked = layer.buffers["num_batches_tracked_l0"].copy()
+    layer(x, training=True)
+    np.testing.assert_array_equal(layer.buffers["num_batches_tracked_l0"], tracked + 1)
+    assert layer.buffers["norm_c_l0.running_mean"].shape == (4, 3)
+
+
+def test_steps_without_statistics_use_the_last_that_have_some(rng: np.random.Generator) -> None:
+    """Trained on three steps with room for four: the fourth row was never seen and is not used."""
+    layer = fresh(rng)
+    layer(rng.standard_normal((3, 6, 4)), training=True)
+    x = rng.standard_normal((5, 2, 4))
+    y, _ = layer(x)
+    layer.buffers["norm_hh_l0.running_mean"][3] = 1e6
+    np.testing.assert_array_equal(layer(x)[0], y)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_population_is_the_average_over_minibatches(ragged: bool, rng: np.random.Generator) -> None:
+    layer = fresh(rng)
+    xs = [1.0 + rng.standard_normal((4, size, 4)) for size in (5, 7, 6)]
+    lengths = [np.array([4, 4, 2, 2, 1]), np.full(7, 3), np.array([3, 2, 2, 2, 1, 1])] if ragged else [None] * 3
+    layer(xs[0] * 10, training=True)  # statistics that must be forgotten
+    layer.estimate_population(zip(xs, lengths, strict=True) if ragged else xs)
+    assert layer.momentum == 0.1
+    for t in range(4):
+        rows = [x[t, (n > t) if n is not None else slice(None)] @ layer.params["weight_ih_l0"].T for x, n in zip(xs, lengths, strict=True)]
+        rows = [r for r in rows if len(r)]
+        np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_mean"][t], np.mean([r.mean(0) for r in rows], axis=0), **CLOSE)
+        np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_var"][t], np.mean([r.var(0) for r in rows], axis=0), **CLOSE)
+        assert layer.buffers["num_batches_tracked_l0"][t] == len(rows)
+
+
+def test_population_of_one_batch_gives_what_training_gave(rng: np.random.Generator) -> None:
+    layer, x = fresh(rng, bidirectional=True, num_layers=2), rng.standard_normal((4, 9, 4))
+    y, _ = layer(x, training=True)
+    layer.estimate_population([x])
+    np.testing.assert_allclose(layer(x)[0], y, **CLOSE)
+
+
+def test_chunked_training_updates_the_rows_that_it_saw(rng: np.random.Generator) -> None:
+    whole, chunked = fresh(np.random.default_rng(1)), fresh(np.random.default_rng(1))
+    x = rng.standard_normal((6, 5, 4))
+    whole(x, training=True)
+    _, state = chunked(x[:2], training=True)
+    chunked(x[2:], state, training=True)
+    for name, buffer in whole.buffers.items():
+        np.testing.assert_allclose(chunked.buffers[name], buffer, **CLOSE)
+
+
+def test_a_single_sequence_that_is_left_yields_the_bias(rng: np.random.Generator) -> None:
+    """Its variance is 0: finite in both directions, and the input term becomes the shared bias."""
+    layer = fresh(rng)
+    x = rng.standard_normal((4, 3, 4))
+    y, _, pullback = layer.vjp(x, lengths=[4, 2, 2], training=True)
+    dx, _, grads = pullback(rng.standard_normal(y.shape))
+    assert np.all(np.isfinite(y)) and np.all(np.isfinite(dx)) and all(np.all(np.isfinite(g)) for g in grads.values())
+    np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_var"][2:], 0.9, **CLOSE)
+
+
+def test_inference_changes_no_statistics(rng: np.random.Generator) -> None:
+    layer = random_lstm("batch", rng)
+    before = {n: b.copy() for n, b in layer.buffers.items()}
+    layer(rng.standard_normal((3, 2, 4)))
+    assert all(np.array_equal(layer.buffers[n], b) for n, b in before.items())
+
+
+def test_apply_is_pure(rng: np.random.Generator) -> None:
+    layer = fresh(rng)
+    params, buffers = layer.parameters(), dict(layer.buffers)
+    before = {n: a.copy() for n, a in {**params, **buffers}.items()}
+    _, _, new = layer.apply(params, buffers, rng.standard_normal((3, 4, 4)), training=True)
+    assert all(np.array_equal(a, before[n]) for n, a in {**params, **buffers}.items())
+    assert not np.array_equal(new["norm_c_l0.running_var"], buffers["norm_c_l0.running_var"])
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_batch_norm_layer_with_lengths(unbiased: bool, rng: np.random.Generator) -> None:
+    layer = pn.BatchNorm(4, channel_axis=-1, momentum=1.0, unbiased=unbiased, dtype="float64")
+    x, lengths = rng.standard_normal((5, 3, 4)), [5, 1, 2]
+    frames = np.concatenate([x[:n, row] for row, n in enumerate(lengths)])
+    y = layer(x, lengths=lengths, training=True)
+    np.testing.assert_allclose(y[:2, 2], pn.batch_norm(frames)[-2:], **CLOSE)
+    np.testing.assert_allclose(layer.buffers["running_mean"], frames.mean(axis=0), **CLOSE)
+    np.testing.assert_allclose(layer.buffers["running_var"], frames.var(axis=0, ddof=int(unbiased)), **CLOSE)
+
+
+def test_noise_on_the_first_state_keeps_variances_away_from_zero(rng: np.random.Generator) -> None:
+    """Cooijmans et al. 2016: with equal inputs at the first steps the gradient explodes, unless h0 has noise."""
+    layer = pn.LSTM(1, 8, norm="batch", dtype="float64", rng=0)
+    x = np.concatenate([np.zeros((5, 16, 1)), rng.standard_normal((3, 16, 1))])
+    norms = []
+    for noise in (0.0, 0.1):
+        layer.forget_statistics()
+        _, _, pullback = layer.vjp(x, layer.initial_state(16, noise=noise, rng=1), training=True)
+        norms.append(float(np.linalg.norm(pullback(rng.standard_normal((8, 16, 8)))[1][1])))
+        smallest = layer.buffers["norm_hh_l0.running_var"][:5].min()
+        assert (smallest < 1e-12) == (noise == 0.0)
+    assert all(np.isfinite(norms))
