@@ -107,8 +107,8 @@ def vjp(function: Op[..., Any], *args: Any, **attrs: Any) -> tuple[Any, Pullback
     >>> x = np.array([[1.0, 2.0, 4.0]])
     >>> y, pullback = pn.vjp(pn.layer_norm, x, np.ones(3), np.zeros(3))
     >>> dx, dw, db = pullback(np.array([[1.0, 0.0, 0.0]]))
-    >>> dx.round(4)
-    array([[ 0.1718, -0.2577,  0.0859]])
+    >>> dx.round(4), db
+    (array([[ 0.2291, -0.3436,  0.1145]]), array([1., 0., 0.]))
     """
     if not isinstance(function, Op):
         raise UnsupportedError(f"`function` is {function!r}; expected an Op of portnorm such as portnorm.layer_norm")

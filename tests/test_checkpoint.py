@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import pickle
@@ -37,7 +38,8 @@ def test_what_is_saved_comes_back(model: pn.Layer, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     pn.save(model, path)
     back = pn.load(path)
-    assert repr(back) == repr(model) and back.dtype == model.dtype
+    assert repr(back) == repr(model)
+    assert back.dtype == model.dtype
     for name, array in model.state_dict().items():
         np.testing.assert_array_equal(back.state_dict()[name], array)
         assert back.state_dict()[name].dtype == array.dtype
@@ -55,7 +57,8 @@ def test_the_safetensors_package_reads_and_writes_the_same(tmp_path: Path) -> No
     arrays = {"a": np.arange(6, dtype=np.int64).reshape(2, 3), "b": np.float16([1.5]), "empty": np.zeros((0, 3)), "scalar": np.array(2.0)}
     save_file(arrays, path, {"note": "x"})
     mine, metadata = container.read(path)
-    assert metadata == {"note": "x"} and set(mine) == set(arrays)
+    assert metadata == {"note": "x"}
+    assert set(mine) == set(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(mine[name], array)
 
@@ -88,10 +91,8 @@ def test_a_damaged_byte_gives_a_layer_or_one_kind_of_error(place: int, flip: int
     damaged[place] ^= flip
     path = tmp_path_factory.getbasetemp() / "damaged"
     path.write_bytes(bytes(damaged))
-    try:
+    with contextlib.suppress(pn.CheckpointError):
         assert isinstance(pn.load(path), pn.Layer)
-    except pn.CheckpointError:
-        pass
 
 
 class Bomb:
@@ -140,7 +141,8 @@ def test_a_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(container, "written_whole", _interrupted(container.written_whole))
     with pytest.raises(KeyboardInterrupt):
         pn.save(pn.Linear(3, 2, rng=1), path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
 
 
 def _interrupted(written_whole: Any) -> Any:

@@ -36,7 +36,8 @@ def test_every_preset_at_every_opset(norm: str | None, opset: int) -> None:
     report = pn.export(lstm(norm), None, opset=opset)
     assert report.opset == opset
     assert len(report.body_nodes) == 1
-    assert report.worst_step is not None and len(report.trajectories) == 4
+    assert report.worst_step is not None
+    assert len(report.trajectories) == 4
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,9 @@ def test_layers_without_time(layer: pn.Layer, keywords: dict[str, Any], nodes: i
     layer = layer.to(dtype=dtype)
     layer.load_state_dict({n: a + rng.uniform(0.1, 1.0, a.shape) if a.ndim else a for n, a in layer.state_dict().items()})
     if dtype == "float64" and isinstance(layer, pn.InstanceNorm):
-        pytest.xfail("onnxruntime has no InstanceNormalization for float64")
+        with pytest.raises(pn.ExportError, match="InstanceNormalization"):  # onnxruntime has none for float64
+            pn.export(layer, None, **keywords)
+        return
     report = pn.export(layer, None, **keywords)
     assert nodes is None or report.nodes == nodes
 
@@ -95,7 +98,8 @@ def test_a_model_of_several_layers() -> None:
         pn.Linear(3, 5, rng=0), pn.BatchNorm(5, channel_axis=-1), lstm("batch"), pn.LayerNorm(8), lstm_of_8(), pn.Linear(8, 2)
     )
     report = pn.export(model, None)
-    assert len(report.body_nodes) == 2 and report.worst_step is not None
+    assert len(report.body_nodes) == 2
+    assert report.worst_step is not None
 
 
 def lstm_of_8() -> pn.LSTM:
@@ -106,7 +110,9 @@ def test_size_and_speed_of_the_ln_lstm() -> None:
     started = time.perf_counter()
     report = pn.export(pn.LSTM(64, 128, norm="layer", rng=0), None)
     assert time.perf_counter() - started < 1.0
-    assert report.nodes <= 8 and report.body_nodes[0] <= 20 and len(report.body_nodes) == 1
+    assert report.nodes <= 8
+    assert report.body_nodes[0] <= 20
+    assert len(report.body_nodes) == 1
 
 
 @pytest.mark.parametrize("batch", [1, 7])
@@ -215,7 +221,8 @@ def test_an_interrupted_write_leaves_what_was_there(error: Any, tmp_path: Path, 
     monkeypatch.setattr("portnorm.files.os.replace", fail)
     with pytest.raises(type(error) if isinstance(error, Exception) else error):
         pn.export(lstm(None), path)
-    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"] and path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert path.read_bytes() == b"before"
 
 
 @pytest.mark.parametrize("opset", [-1, 0, 17, 27, 28, "18"])

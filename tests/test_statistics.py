@@ -99,7 +99,9 @@ def test_a_single_sequence_that_is_left_yields_the_bias(rng: np.random.Generator
     x = rng.standard_normal((4, 3, 4))
     y, _, pullback = layer.vjp(x, lengths=[4, 2, 2], training=True)
     dx, _, grads = pullback(rng.standard_normal(y.shape))
-    assert np.all(np.isfinite(y)) and np.all(np.isfinite(dx)) and all(np.all(np.isfinite(g)) for g in grads.values())
+    assert np.all(np.isfinite(y))
+    assert np.all(np.isfinite(dx))
+    assert all(np.all(np.isfinite(g)) for g in grads.values())
     np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_var"][2:], 0.9, **CLOSE)
 
 

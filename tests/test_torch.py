@@ -19,10 +19,10 @@ def assert_close(mine: Any, theirs: Any) -> None:
 
 
 NORMS = {
-    "layer": (lambda x, w, b: pn.layer_norm(x, w, b), lambda F, x, w, b: F.layer_norm(x, (5,), w, b), (4, 3, 5), 5),
-    "group": (lambda x, w, b: pn.group_norm(x, 2, w, b), lambda F, x, w, b: F.group_norm(x, 2, w, b), (4, 6, 5), 6),
-    "instance": (lambda x, w, b: pn.instance_norm(x, w, b), lambda F, x, w, b: F.instance_norm(x, weight=w, bias=b), (4, 3, 5, 2), 3),
-    "batch": (lambda x, w, b: pn.batch_norm(x, w, b), lambda F, x, w, b: F.batch_norm(x, None, None, w, b, True), (4, 3, 5, 2), 3),
+    "layer": (lambda x, w, b: pn.layer_norm(x, w, b), lambda f, x, w, b: f.layer_norm(x, (5,), w, b), (4, 3, 5), 5),
+    "group": (lambda x, w, b: pn.group_norm(x, 2, w, b), lambda f, x, w, b: f.group_norm(x, 2, w, b), (4, 6, 5), 6),
+    "instance": (lambda x, w, b: pn.instance_norm(x, w, b), lambda f, x, w, b: f.instance_norm(x, weight=w, bias=b), (4, 3, 5, 2), 3),
+    "batch": (lambda x, w, b: pn.batch_norm(x, w, b), lambda f, x, w, b: f.batch_norm(x, None, None, w, b, True), (4, 3, 5, 2), 3),
 }
 
 

@@ -51,7 +51,7 @@ VARIANTS: dict[str | None, Variant] = {
         eps=1e-12,
     ),
     "layer-state": Variant(source="TensorFlow Addons LayerNormLSTMCell, PyTorch fastrnns", norm="layer", cell="state"),
-    "batch": Variant(source="Cooijmans et al. 2016, equations 6-8", norm="batch", cell="copy", shift=False, gain=0.1, forget_bias=1.0),
+    "batch": Variant(source="Cooijmans et al. 2016, section 3", norm="batch", cell="copy", shift=False, gain=0.1, forget_bias=1.0),
 }
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy
 
-Generator = numpy.random.Generator
-NumPyArray = numpy.ndarray[Any, Any]
+if TYPE_CHECKING:  # NumPy loads its random module on first use, which takes as long as all of portnorm
+    from numpy.random import Generator
+else:
+    Generator = "numpy.random.Generator"
+
+NumPyArray: TypeAlias = "numpy.ndarray[Any, Any]"
 
 
 def generator(rng: int | Generator | None) -> Generator:

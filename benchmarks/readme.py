@@ -1,0 +1,100 @@
+"""The generated tables of the README: `make readme` writes them, a test holds them against what they are made from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import portnorm as pn
+from tests.conftest import ALWAYS, PEERS
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "benchmarks" / "results" / "demo.json"
+
+
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def variants() -> str:
+    """The presets, from the rows that the code reads."""
+    rows = []
+    for name, v in pn.VARIANTS.items():
+        what = {None: "–", "layer": "layer", "batch": "batch, per time step"}[v.norm]
+        where = "–" if v.norm is None else "xW + hU" if v.terms == "sum" else "xW and hU"
+        where += ", per gate" if v.per_gate else ""
+        cell = {None: "–", "copy": "into tanh only", "state": "written back"}[v.cell]
+        bias = " + ".join(v.biases) or f"none, forget gate + {v.runtime_forget_bias:g}"
+        rows.append((f"`{name!r}`".replace("'", '"'), what, where, cell, bias, f"{v.gain:g}", f"{v.eps:g}", v.source))
+    return table(("`norm=`", "statistics", "gates", "cell state", "bias", "gain", "eps", "source"), rows)
+
+
+def graphs() -> str:
+    """What each layer becomes in ONNX, by exporting it."""
+    layers: list[tuple[str, pn.Layer, dict[str, object]]] = [
+        ("`LayerNorm`", pn.LayerNorm(8), {}),
+        ("`RMSNorm`", pn.RMSNorm(8), {"opset": 23}),
+        ("`BatchNorm`", pn.BatchNorm(8), {}),
+        ("`InstanceNorm`", pn.InstanceNorm(8, affine=True), {}),
+        ("`GroupNorm`", pn.GroupNorm(2, 8), {"input_shape": ("batch", 8, 16)}),
+        *((f"`LSTM(norm={name!r})`".replace("'", '"'), pn.LSTM(8, 16, norm=name, rng=0), {}) for name in pn.VARIANTS),
+    ]
+    rows = []
+    for name, layer, keywords in layers:
+        report = pn.export(layer, None, **keywords)  # type: ignore[arg-type]
+        assert report.model is not None
+        operators = sorted({n.op_type for n in report.model.graph.node})
+        inside = f" + {report.body_nodes[0]} in the `Scan`" if report.body_nodes else ""
+        shown = operators[0] if len(operators) == 1 else "`Scan`, any length" if report.body_nodes else ", ".join(operators)
+        rows.append((name, str(report.opset), f"{report.nodes}{inside}", shown))
+    return table(("layer", "opset", "nodes", "operators"), rows)
+
+
+def libraries() -> str:
+    """The libraries and dtypes that the product tests run over."""
+    rows = [(row.name, ", ".join(row.dtypes), "`make test`" if row in ALWAYS else "`make test-all`") for row in (*ALWAYS, *PEERS)]
+    return table(("arrays of", "dtypes", "tested by"), rows)
+
+
+def demo() -> str:
+    """The result of `make demo`, kept from one run."""
+    report = json.loads(DEMO.read_text())
+    rows = []
+    for r in report["results"]:
+        losses = " · ".join(f"{loss:.2f}" for loss in r["loss_by_thirds"])
+        difference, equal = f"{r['worst_difference']:.1e}", f"{r['equal_predictions']:.1%}"
+        rows.append((r["model"], f"{r['test_accuracy']:.1%}", losses, f"{r['nodes']} + {r['scan_nodes']}", difference, equal))
+    header = (
+        "model",
+        "test accuracy",
+        "loss at ⅓ · ⅔ · end",
+        "nodes + in the `Scan`",
+        "largest difference of a logit",
+        "equal predictions",
+    )
+    return table(header, rows)
+
+
+TABLES = {"variants": variants, "graphs": graphs, "libraries": libraries, "demo": demo}
+
+
+def filled(text: str) -> str:
+    """`text` with every generated table as it is now."""
+    for name, make in TABLES.items():
+        start, end = f"<!-- generated: {name} -->\n", "<!-- end -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = f"{before}{start}{make()}\n{end}{after}"
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    new = filled(readme.read_text())
+    changed = new != readme.read_text()
+    readme.write_text(new)
+    sys.stdout.write("README.md: tables written anew\n" if changed else "README.md: tables are as they should be\n")

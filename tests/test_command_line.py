@@ -1,0 +1,93 @@
+"""The command line: thin, with exit codes, and JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+from portnorm.__main__ import main
+
+
+def json_of(capsys: Any, *arguments: str) -> Any:
+    code = main([*arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_train_export_verify_info(tmp_path: Path, capsys: Any) -> None:
+    checkpoint, graph, data = (str(tmp_path / name) for name in ("m.safetensors", "m.onnx", "d.npz"))
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, 60)
+    x = rng.standard_normal((60, 5, 2)) + np.where(y, 2.0, -2.0)[:, None, None]
+    np.savez(data, x=x, y=y, lengths=rng.integers(2, 6, 60))
+    train = ["train", "--data", data, "--norm", "batch", "--hidden", "6", "--epochs", "8", "--batch", "16", "-o", checkpoint]
+    code, found = json_of(capsys, *train)
+    assert code == 0
+    assert found["test_accuracy"] > 0.9
+    code, report = json_of(capsys, "export", checkpoint, "-o", graph, "--opset", "20")
+    assert code == 0
+    assert report["opset"] == 20
+    assert Path(graph).exists()
+    code, report = json_of(capsys, "verify", graph, "--against", checkpoint)
+    assert code == 0
+    assert report["steps"]
+    assert report["trajectories"]
+    code, info = json_of(capsys, "info", checkpoint)
+    assert code == 0
+    assert "LSTM" in info["layer"]
+    assert main(["export", checkpoint, "-o", graph]) == 0
+    assert "nodes" in capsys.readouterr().out
+
+
+def test_verify_of_another_model_is_exit_code_1(tmp_path: Path, capsys: Any) -> None:
+    for seed in (0, 1):
+        pn.save(pn.LSTM(3, 4, norm="layer", rng=seed), tmp_path / f"{seed}.safetensors")
+    graph = str(tmp_path / "m.onnx")
+    assert main(["export", str(tmp_path / "0.safetensors"), "-o", graph]) == 0
+    capsys.readouterr()
+    code, found = json_of(capsys, "verify", graph, "--against", str(tmp_path / "1.safetensors"))
+    assert code == 1
+    assert found["error"] == "ConformanceError"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["export", "missing.safetensors", "-o", "m.onnx"],
+        ["verify", "missing.onnx", "--against", "missing.safetensors"],
+        ["train", "--data", "missing.npz", "-o", "m.safetensors"],
+        ["info", "missing.safetensors"],
+    ],
+    ids=lambda a: a[0],
+)
+def test_an_error_is_one_line_and_exit_code_2(arguments: list[str], capsys: Any) -> None:
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"portnorm {arguments[0]}: ")
+    assert err.count("\n") == 1
+    assert "missing" in err
+
+
+def test_info_without_a_file(capsys: Any) -> None:
+    code, found = json_of(capsys, "info")
+    assert code == 0
+    assert found["portnorm"] == pn.__version__
+    assert found["numpy"]
+    assert main(["info"]) == 0
+    assert "portnorm" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_demo_in_little(tmp_path: Path, capsys: Any) -> None:
+    assert main(["demo", "--out", str(tmp_path), "--epochs", "1"]) == 0
+    names = {f"{m}.{kind}" for m in ("lstm", "bn-lstm", "ln-lstm") for kind in ("onnx", "safetensors")}
+    assert {p.name for p in tmp_path.iterdir()} == names | {"curves.png", "report.json"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [r["equal_predictions"] for r in report["results"]] == [1.0, 1.0, 1.0]
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("LSTM", "BN-LSTM", "LN-LSTM", "accuracy"))

@@ -1,0 +1,105 @@
+"""What is installed and imported: names in the wheel, a light import, extras named where they are missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import portnorm as pn
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+def test_top_level_names_of_the_wheel(distributions: Path) -> None:
+    (wheel,) = distributions.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    info = f"portnorm-{pn.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"portnorm", "portnorm_backends", "portnorm_onnx", info}
+    for package in ("portnorm", "portnorm_backends", "portnorm_onnx"):
+        assert f"{package}/py.typed" in names
+        assert f"{package}/__init__.py" in names
+
+
+def test_the_source_distribution_has_what_the_two_commands_need(distributions: Path) -> None:
+    (archive,) = distributions.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {"Makefile", "README.md", "LICENSE", "pyproject.toml", "tests/conftest.py", "benchmarks/readme.py"} <= names
+
+
+def test_all_is_what_there_is() -> None:
+    assert sorted(pn.__all__, key=lambda n: (n.upper() != n, n.lower() == n, n)) == pn.__all__
+    assert all(getattr(pn, name) is not None for name in pn.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pn.nothing
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_import_brings_in_nothing_but_numpy_and_array_api_compat() -> None:
+    code = "import sys, numpy; before = set(sys.modules); import portnorm; print({m.split('.')[0] for m in set(sys.modules) - before})"
+    found = eval(run(code), {"__builtins__": {}})  # of our own process
+    assert {"portnorm", "array_api_compat"} <= found
+    assert not found & {"onnx", "onnxruntime", "torch", "jax", "cupy", "dask", "matplotlib", "sklearn", "rich", "portnorm_onnx"}
+
+
+def test_import_takes_at_most_50_ms_over_numpy(tmp_path: Path) -> None:
+    """Compiled, as an installed package is: into a place of its own, where the first run of the two leaves it."""
+    code = "import numpy, time; t = time.perf_counter(); import portnorm; print((time.perf_counter() - t) * 1e3)"
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    run(code, **compiled)
+    assert min(float(run(code, **compiled)) for _ in range(7)) < 50
+
+
+def test_a_missing_extra_is_named() -> None:
+    code = """
+import sys
+sys.modules["onnx"] = None
+import portnorm
+try:
+    portnorm.export
+except portnorm.MissingExtraError as error:
+    print(error)
+"""
+    assert run(code) == 'this needs the package onnx, which is not installed: pip install "portnorm[onnx]"'
+
+
+def test_the_core_does_not_import_the_other_two_packages() -> None:
+    """Arrows: portnorm_onnx → portnorm ← portnorm_backends. Only doors import them, on use."""
+    doors = {"__init__.py", "__main__.py", "demo.py"}
+    for path in (ROOT / "portnorm").rglob("*.py"):
+        text = path.read_text()
+        for line in text.splitlines():
+            stripped = line.strip()
+            if stripped.startswith(("import portnorm_", "from portnorm_")):
+                assert path.name in doors, f"{path}: {line}"
+                assert line.startswith("    "), f"{path}: {line}"
+
+
+def test_numpy_is_not_called_on_user_arrays() -> None:
+    """Files of the mathematics import NumPy not at all, or for Python numbers only (`arrays.py`)."""
+    for folder in ("norm", "cells"):
+        for path in (ROOT / "portnorm" / folder).glob("*.py"):
+            assert "numpy" not in path.read_text().replace("numpy as np, portnorm as pn", "").replace("import numpy as np", ""), path
+    for name in ("op.py", "scan.py", "recurrent.py", "statistics.py", "linear.py", "losses.py", "optimizers.py"):
+        lines = [line for line in (ROOT / "portnorm" / name).read_text().splitlines() if line.startswith(("import numpy", "from numpy"))]
+        assert lines == [], name
