@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy
 
 if TYPE_CHECKING:  # NumPy loads its random module on first use, which takes as long as all of portnorm
-    from numpy.random import Generator
+    from numpy.random import Generator as Generator
 else:
     Generator = "numpy.random.Generator"
 
