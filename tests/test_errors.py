@@ -104,6 +104,8 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "clip to nothing": (lambda: pn.clip_by_global_norm({"w": X}, 0.0), pn.UnsupportedError, "`limit` is 0.0"),
     "export of what is no layer": (lambda: pn.export(np.tanh, None), pn.UnsupportedError, "`model` is a ufunc"),  # type: ignore[arg-type]
     "export to nowhere": (lambda: pn.export(lstm(), "/no/such/place/m.onnx"), pn.ExportError, "no such directory"),
+    "save to nowhere": (lambda: pn.save(lstm(), "/no/such/place/m"), pn.PortnormError, "cannot write '/no/such/place/m': No such file"),
+    "save to a directory": (lambda: pn.save(lstm(), "tests"), pn.PortnormError, "cannot write 'tests': Is a directory"),
     "checkpoint that is not there": (lambda: pn.load("/no/such/file"), pn.CheckpointError, "cannot read '/no/such/file'"),
 }
 

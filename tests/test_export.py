@@ -210,8 +210,12 @@ def test_a_failed_check_writes_no_file(tmp_path: Path, monkeypatch: pytest.Monke
     assert path.read_bytes() == b"what was there before"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("no space left on device")])
-def test_an_interrupted_write_leaves_what_was_there(error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "seen"),
+    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError("no space left"), pn.PortnormError)],
+    ids=["interrupt", "disk full"],
+)
+def test_an_interrupted_write_leaves_what_was_there(error: Any, seen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"before")
 
@@ -219,7 +223,7 @@ def test_an_interrupted_write_leaves_what_was_there(error: Any, tmp_path: Path, 
         raise error
 
     monkeypatch.setattr("portnorm.files.os.replace", fail)
-    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+    with pytest.raises(seen):
         pn.export(lstm(None), path)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     assert path.read_bytes() == b"before"

@@ -18,6 +18,8 @@ class Comparison:
     runtime: str
     output: str
     case: str
+    steps: int
+    """How many time steps were run; 1 for a model without time."""
     difference: float
     """Largest absolute difference: to the float64 run for a trajectory, to the eager step for one step."""
     allowed: float
@@ -59,9 +61,15 @@ class Report:
         """Largest difference of any runtime after one step from the same state; `None` for a graph without a loop."""
         return max((c.difference for c in self.steps), default=None)
 
+    @property
+    def horizon(self) -> int:
+        """The longest run that was compared, in steps."""
+        return max((c.steps for c in self.trajectories), default=0)
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: everything but the model itself."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        found["horizon"] = self.horizon
         found["trajectories"] = [dataclasses.asdict(c) for c in self.trajectories]
         found["steps"] = [dataclasses.asdict(c) for c in self.steps]
         return found

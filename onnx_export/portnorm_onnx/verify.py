@@ -87,7 +87,7 @@ def check(
             report.trajectories.append(_trajectory(eager, proto, whole, runtime, case))
         if eager.recurrent and any(n.op_type == "Scan" for n in proto.graph.node):
             stepped = session_of(runtime, with_states(proto).SerializeToString())
-            report.steps.append(_one_step(eager, proto, stepped, runtime, max(made, key=lambda c: len(c[0]))))
+            report.steps.append(_one_step(eager, proto, stepped, runtime, max(made, key=lambda c: _steps(eager, c[0]))))
     return report
 
 
@@ -129,7 +129,7 @@ def _trajectory(model: Layer, proto: onnx.ModelProto, session: Session, runtime:
         eager_difference = _distance(name, eager[name], exact[name])
         scale = max(1.0, float(numpy.max(numpy.abs(exact[name]), initial=0.0))) if dtype == "float64" else 1.0
         allowed = FACTOR * eager_difference + FLOOR[dtype] * scale
-        comparison = Comparison(runtime, name, _case_name(model, case), difference, allowed, eager_difference)
+        comparison = Comparison(runtime, name, _case_name(model, case), _steps(model, x), difference, allowed, eager_difference)
         if not difference <= allowed:
             raise ConformanceError(
                 f"{runtime}: output {name!r} is {difference:.3g} from the float64 run at {comparison.case}; eager {dtype} is "
@@ -147,9 +147,10 @@ def _one_step(model: Layer, proto: onnx.ModelProto, session: Session, runtime: s
     x, _ = case
     axis = 1 if model.batch_first else 0
     dtype = numpy.dtype(model.dtype).name
-    state, worst = None, Comparison(runtime, "", f"one step at each of {x.shape[axis]}", 0.0, math.inf, 0.0)
+    steps = _steps(model, x)
+    state, worst = None, Comparison(runtime, "", f"one step at each of {steps}", steps, 0.0, math.inf, 0.0)
     double = model.to(dtype="float64")
-    for t in range(x.shape[axis]):
+    for t in range(steps):
         step = numpy.take(x, [t], axis=axis)
         ones = numpy.ones(x.shape[1 - axis], dtype=numpy.int64)
         before = state if state is not None else model.initial_state(step.shape[1 - axis])
@@ -166,7 +167,7 @@ def _one_step(model: Layer, proto: onnx.ModelProto, session: Session, runtime: s
                     f"{runtime}: {name!r} differs by {difference:.3g} at step {t}, from the same state; allowed is {allowed:.3g}"
                 )
             if difference / allowed >= worst.difference / worst.allowed:
-                worst = Comparison(runtime, name, worst.case, difference, allowed, eager_difference)
+                worst = Comparison(runtime, name, worst.case, steps, difference, allowed, eager_difference)
     return worst
 
 
@@ -261,6 +262,10 @@ def _distance(name: str, result: NumPyArray, expected: NumPyArray) -> float:
 def _first_difference(result: NumPyArray, expected: NumPyArray, allowed: float) -> str:
     wrong = numpy.argwhere(~(numpy.abs(result.astype(numpy.float64) - expected) <= allowed))
     return f"; first at index {tuple(int(i) for i in wrong[0])}" if len(wrong) else ""
+
+
+def _steps(model: Layer, x: NumPyArray) -> int:
+    return x.shape[1 if model.batch_first else 0] if model.recurrent else 1
 
 
 def _case_name(model: Layer, case: Inputs) -> str:
