@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint types readme clean
+.PHONY: demo test test-all test-lowest lint types readme clean
 
 # One stamp per set of extras; made again when the dependencies change.
 $(VENV)/.%: pyproject.toml
@@ -27,6 +27,13 @@ $(VENV)/.peers: $(VENV)/.test
 test-all: $(VENV)/.peers
 	$(BIN)/python -m pytest -n auto --peers
 
+# The oldest versions that pyproject.toml allows, in an environment of their own.
+test-lowest: $(VENV)/.test
+	@$(PYTHON) -m venv $(VENV)-lowest
+	@$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct --editable ".[test]"
+	$(VENV)-lowest/bin/python -m pytest -n auto -m "not slow"
+
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -38,4 +45,4 @@ readme: $(VENV)/.test
 	$(BIN)/python -m benchmarks.readme
 
 clean:
-	rm -rf $(VENV) out dist build
+	rm -rf $(VENV) $(VENV)-lowest out dist build

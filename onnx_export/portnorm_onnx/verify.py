@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ STEP_ULP = {"float16": 16, "float32": 16, "float64": 2**14}
 # Where one step amplifies rounding by itself (a gain of 3 over a small variance), eager float32 is further from float64 than that; then
 # the graph may be a few times as far.
 STEP_FACTOR = 4.0
+# How far eager float32 is from float64 is a matter of luck in a net that amplifies rounding: a graph that looks wrong gets a second look
+# at the worst of this many eager runs, each with inputs moved by at most one unit in the last place.
+ROUNDINGS = 8
 # Trajectory: a multiple of the eager run's own distance to float64, and a floor for where that is zero by chance. Nothing more exact than
 # a float64 run is at hand, so there the floor is relative.
 FACTOR = 10.0
@@ -121,67 +124,75 @@ def _trajectory(model: Layer, proto: onnx.ModelProto, session: Session, runtime:
     eager = _outputs(model, x, lengths)
     exact = _outputs(model.to(dtype="float64"), x.astype(numpy.float64), lengths)
     dtype = numpy.dtype(model.dtype).name
-    worst: Comparison | None = None
+    comparisons = []
     for name, result in outputs.items():
         if name == "time_n":
             continue
-        difference = _distance(name, result, exact[name])
-        eager_difference = _distance(name, eager[name], exact[name])
-        scale = max(1.0, float(numpy.max(numpy.abs(exact[name]), initial=0.0))) if dtype == "float64" else 1.0
-        allowed = FACTOR * eager_difference + FLOOR[dtype] * scale
-        comparison = Comparison(runtime, name, _case_name(model, case), _steps(model, x), difference, allowed, eager_difference)
+        difference, eager_difference = _distance(name, result, exact[name]), _distance(name, eager[name], exact[name])
+        floor = FLOOR[dtype] * (max(1.0, _largest(exact[name])) if dtype == "float64" else 1.0)
+        if not difference <= FACTOR * eager_difference + floor:
+            nudged = [_outputs(model, _nudged(x, seed), lengths)[name] for seed in range(ROUNDINGS)]
+            eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in nudged))
+        allowed = FACTOR * eager_difference + floor
+        comparisons.append(Comparison(runtime, name, _case_name(model, case), _steps(model, x), difference, allowed, eager_difference))
         if not difference <= allowed:
             raise ConformanceError(
-                f"{runtime}: output {name!r} is {difference:.3g} from the float64 run at {comparison.case}; eager {dtype} is "
+                f"{runtime}: output {name!r} is {difference:.3g} from the float64 run at {comparisons[-1].case}; eager {dtype} is "
                 f"{eager_difference:.3g} from it, so at most {allowed:.3g} is allowed"
                 f"{_first_difference(result, exact[name], allowed)}"
             )
-        if worst is None or difference - allowed > worst.difference - worst.allowed:
-            worst = comparison
-    assert worst is not None
-    return worst
+    return max(comparisons, key=lambda c: c.difference / c.allowed)
 
 
 def _one_step(model: Layer, proto: onnx.ModelProto, session: Session, runtime: str, case: Inputs) -> Comparison:
     """From the eager states before every step: one step of the graph against one eager step."""
     x, _ = case
-    axis = 1 if model.batch_first else 0
-    dtype = numpy.dtype(model.dtype).name
-    steps = _steps(model, x)
-    state, worst = None, Comparison(runtime, "", f"one step at each of {steps}", steps, 0.0, math.inf, 0.0)
-    double = model.to(dtype="float64")
+    axis, steps, dtype = 1 if model.batch_first else 0, _steps(model, x), numpy.dtype(model.dtype).name
+    double, ones = model.to(dtype="float64"), numpy.ones(x.shape[0 if model.batch_first else 1], dtype=numpy.int64)
+    before, worst = model.initial_state(len(ones)), Comparison(runtime, "", f"one step at each of {steps}", steps, 0.0, math.inf, 0.0)
     for t in range(steps):
         step = numpy.take(x, [t], axis=axis)
-        ones = numpy.ones(x.shape[1 - axis], dtype=numpy.int64)
-        before = state if state is not None else model.initial_state(step.shape[1 - axis])
-        expected = _stepped(model, step, before)
-        exact = _stepped(double, step.astype(numpy.float64), _widened(before))
-        state = expected.pop("state")
+        expected, after = _stepped(model, step, before)
+        exact, _ = _stepped(double, step.astype(numpy.float64), _mapped(lambda a: a.astype(numpy.float64), before))
         result = session(_feed(proto, model, step, ones, before))
         for name, values in expected.items():
             difference, eager_difference = _distance(name, result[name], values), _distance(name, values, exact[name])
-            ulp = float(numpy.finfo(dtype).eps) * max(1.0, float(numpy.max(numpy.abs(values), initial=0.0)))
-            allowed = max(STEP_ULP[dtype] * ulp, STEP_FACTOR * eager_difference)
+            allowed = STEP_ULP[dtype] * float(numpy.finfo(dtype).eps) * max(1.0, _largest(values))
+            if not difference <= allowed:
+                nudged = [_stepped(model, _nudged(step, seed), _nudged(before, seed))[0][name] for seed in range(ROUNDINGS)]
+                eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in nudged))
+                allowed = max(allowed, STEP_FACTOR * eager_difference)
             if not difference <= allowed:
                 raise ConformanceError(
                     f"{runtime}: {name!r} differs by {difference:.3g} at step {t}, from the same state; allowed is {allowed:.3g}"
                 )
             if difference / allowed >= worst.difference / worst.allowed:
                 worst = Comparison(runtime, name, worst.case, steps, difference, allowed, eager_difference)
+        before = after
     return worst
 
 
-def _stepped(model: Layer, x: NumPyArray, state: Any) -> dict[str, Any]:
+def _stepped(model: Layer, x: NumPyArray, state: Any) -> tuple[dict[str, NumPyArray], Any]:
     """One eager step: its result and new states under the names of `with_states`, and the state as it is."""
     y, after = model(x, state)
-    return {"y": y, **_scan_states(model, after), "state": after}
+    return {"y": y, **_scan_states(model, after)}, after
 
 
-def _widened(state: Any) -> Any:
-    """A state in float64; the number of steps stays an integer."""
+def _mapped(f: Callable[[NumPyArray], NumPyArray], state: Any) -> Any:
+    """A state, or an array, with every floating-point array changed; the number of steps stays as it is."""
     if isinstance(state, tuple):
-        return tuple(_widened(part) for part in state)
-    return state.astype(numpy.float64) if state.dtype.kind == "f" else state
+        return tuple(_mapped(f, part) for part in state)
+    return f(state) if state.dtype.kind == "f" else state
+
+
+def _nudged(values: Any, seed: int) -> Any:
+    """Every number moved by at most one unit in its last place: as good a float32 input as the one given."""
+    rng = numpy.random.default_rng(seed)
+    return _mapped(lambda a: (a * (1 + numpy.finfo(a.dtype).eps * rng.integers(-1, 2, a.shape))).astype(a.dtype), values)
+
+
+def _largest(values: NumPyArray) -> float:
+    return float(numpy.max(numpy.abs(values), initial=0.0))
 
 
 def with_states(proto: onnx.ModelProto) -> onnx.ModelProto:
