@@ -7,7 +7,6 @@ A library's own module (`portnorm_backends.<name>`) is loaded when the first arr
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import array_api_compat
 import numpy
 
-from portnorm.errors import DTypeError, MissingExtraError, PortnormError, UnsupportedError
+from portnorm.errors import DTypeError, MissingExtraError, UnsupportedError
 
 Array: TypeAlias = Any
 """An array of any library that follows the Array API standard. The standard has no type for it that checkers understand."""
@@ -156,25 +155,28 @@ def float32_value(number: float) -> float:
 
 
 def load_namespace(xp: Namespace | str | None) -> Namespace:
-    """The Array API namespace for `xp`: a module (`numpy`, `torch`, …), its name, or `None` for NumPy."""
-    name = "numpy" if xp is None else xp if isinstance(xp, str) else xp.__name__
-    if not isinstance(xp, str | None) and hasattr(xp, "__array_api_version__") and name != "numpy":
-        return xp
-    root = name.removeprefix("array_api_compat.").partition(".")[0]
+    """The Array API namespace for `xp`: a module (`numpy`, `torch`, `jax.numpy`, …), its name, or `None` for NumPy."""
+    module: Any = xp
+    if xp is None or isinstance(xp, str):
+        root = (xp or "numpy").removeprefix("array_api_compat.").partition(".")[0]
+        if root not in _MODULES:
+            raise UnsupportedError(f"`xp` is {xp!r}; expected an Array API namespace, or one of {', '.join(_MODULES)}")
+        try:
+            module = importlib.import_module(_MODULES[root])
+        except ImportError as error:
+            raise MissingExtraError(f"`xp` names {root}, which is not installed") from error
     try:
-        return importlib.import_module(_NAMESPACES[root])
-    except KeyError:
-        raise UnsupportedError(f"`xp` is {xp!r}; expected an Array API namespace, or one of {', '.join(_NAMESPACES)}") from None
-    except ImportError as error:
-        raise MissingExtraError(f"`xp` names {root}, which is not installed") from error
+        return xp_of(module.zeros(1))
+    except Exception as error:
+        raise UnsupportedError(f"`xp` is {xp!r}, which makes no arrays here: {error}") from error
 
 
-_NAMESPACES = {
-    "numpy": "array_api_compat.numpy",
-    "cupy": "array_api_compat.cupy",
-    "torch": "array_api_compat.torch",
-    "dask": "array_api_compat.dask.array",
+_MODULES = {
+    "numpy": "numpy",
+    "cupy": "cupy",
+    "torch": "torch",
     "jax": "jax.numpy",
+    "dask": "dask.array",
     "array_api_strict": "array_api_strict",
 }
 
@@ -228,33 +230,3 @@ def require_extra(module: str, extra: str) -> Any:
         raise MissingExtraError(
             f'this needs the package {module.partition(".")[0]}, which is not installed: pip install "portnorm[{extra}]"'
         ) from error
-
-
-def loaded(module: str) -> bool:
-    """Whether `module` has been imported already; used to look at a library without importing it."""
-    return module in sys.modules
-
-
-__all__ = [
-    "Array",
-    "DType",
-    "Kernel",
-    "Library",
-    "Namespace",
-    "PortnormError",
-    "default_integer",
-    "device_of",
-    "dtype_name",
-    "float32_value",
-    "is_concrete",
-    "leaves",
-    "library",
-    "load_dtype",
-    "load_namespace",
-    "namespace",
-    "require_extra",
-    "require_floating",
-    "statistics_dtype",
-    "to_numpy",
-    "xp_of",
-]

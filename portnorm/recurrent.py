@@ -1,8 +1,10 @@
 """One direction of one recurrent layer: everything that is not inside the time loop, once for the whole sequence.
 
-u = N_ih(x W_ihᵀ) + b      one matrix product over all steps, and its normalization
-h, c = scan(cell, u)       the loop
-dW = Σ duᵀ·x,  dU = Σ daᵀ·h      one matrix product each over all steps, after the backward loop
+    u = N_ih(x W_ihᵀ) + b            one matrix product over all steps, and its normalization
+    h, c = scan(cell, u)             the loop
+    dW = Σ duᵀ·x,  dU = Σ daᵀ·h      one matrix product each over all steps, after the backward loop
+
+where a = h W_hhᵀ is the hidden term.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ class Direction:
     ) -> tuple[Array, Normalized | None]:
         """u (time, batch, gates · hidden), with every bias that is added after normalization, and the residuals of `norm_ih`."""
         if "norm_ih.weight" not in params:
-            bias = None if self.variant.terms == "sum" and self.variant.norm else self._late_bias(params)
+            bias = None if "norm_sum.weight" in params else self._late_bias(params)
             return linear(x, params["weight_ih"], bias), None
         mean, var = (None, None) if given is None else (s[:, None, :] for s in given)
         return normalize.forward(
@@ -156,7 +158,8 @@ class Direction:
         inside = {"weight_hh", "norm_hh.weight", "norm_sum.weight", "norm_c.weight", "norm_c.bias"}
         loop = {name: p for name, p in params.items() if name in inside}
         if "norm_sum.weight" in params:
-            loop["norm_sum.bias"] = self._late_bias(params)
+            late = self._late_bias(params)
+            loop["norm_sum.bias"] = xp_of(params["norm_sum.weight"]).zeros_like(params["norm_sum.weight"]) if late is None else late
         return loop
 
 

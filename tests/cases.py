@@ -70,7 +70,7 @@ NOT_TESTED_AS_ARRAYS_OF_NUMBERS = {split.name, "normalize", "loop", "scan", "rev
 PRESETS = list(pn.VARIANTS)
 
 
-def random_lstm(norm: str | None, rng: np.random.Generator, inputs: int = 4, hidden: int = 3, **keywords: Any) -> pn.LSTM:
+def random_lstm(norm: str | pn.Variant | None, rng: np.random.Generator, inputs: int = 4, hidden: int = 3, **keywords: Any) -> pn.LSTM:
     """A float64 LSTM whose every parameter and statistic is random, with statistics for four steps."""
     layer = pn.LSTM(inputs, hidden, norm=norm, dtype="float64", t_max=4, rng=rng, **keywords)
     params = {name: p + 0.3 * rng.standard_normal(p.shape) for name, p in layer.parameters().items()}

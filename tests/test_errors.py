@@ -79,6 +79,20 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         pn.ShapeError,
         r"`state` has h of shape \(2, 3, 3\).* \(1, 3, 3\)",
     ),
+    "dtype of the state": (
+        lambda: lstm()(SEQUENCE, (np.zeros((1, 3, 3)), np.zeros((1, 3, 3)))),
+        pn.DTypeError,
+        "`state` has h of dtype float64; expected float32",
+    ),
+    "library of the state": (
+        lambda: lstm()(SEQUENCE, (strict(np.zeros((1, 3, 3), np.float32)),) * 2),
+        pn.UnsupportedError,
+        "`state` is an array of array_api_strict but `x` is one of numpy",
+    ),
+    "a sequence of integers": (lambda: lstm()(SEQUENCE.astype(int)), pn.DTypeError, "`x` has dtype int64 but the layer has"),
+    "unknown variant": (lambda: pn.Variant(source="", norm="group"), pn.UnsupportedError, "`norm` is 'group'"),  # type: ignore[arg-type]
+    "batch norm per gate": (lambda: pn.Variant(source="", norm="batch", per_gate=True), pn.UnsupportedError, "`per_gate` is True"),
+    "cell without norm": (lambda: pn.Variant(source="", cell="copy"), pn.UnsupportedError, "`cell` is 'copy' without a `norm`"),
     "state without time": (
         lambda: lstm(norm="batch")(SEQUENCE, (X, X)),
         pn.ShapeError,

@@ -17,10 +17,11 @@ import portnorm_onnx.export as export_module
 from portnorm_onnx.lowering import OPSETS
 from portnorm_onnx.verify import STEP_ULP
 from tests.cases import PRESETS, random_lstm
+from tests.test_vjp import COMBINATIONS
 from tests.tolerances import ONNX_LSTM
 
 
-def lstm(norm: str | None, **keywords: Any) -> pn.LSTM:
+def lstm(norm: str | pn.Variant | None, **keywords: Any) -> pn.LSTM:
     """A float32 LSTM with random parameters and statistics."""
     return random_lstm(norm, np.random.default_rng(3), inputs=5, hidden=8, **keywords).to(dtype="float32")
 
@@ -53,6 +54,11 @@ def test_every_arrangement(norm: str | None, keywords: dict[str, Any], state: bo
     assert report.model is not None
     names = [i.name for i in report.model.graph.input]
     assert names == ["x"] + ["lengths"] * lengths + (["h_0", "c_0"] + ["time_0"] * (norm == "batch")) * state
+
+
+@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: "-".join(map(str, row.values())))
+def test_any_row_that_a_user_may_write(row: dict[str, Any]) -> None:
+    assert pn.export(lstm(pn.Variant(source="test", runtime_forget_bias=0.5, **row)), None).worst_step is not None
 
 
 LAYERS = [

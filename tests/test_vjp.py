@@ -75,6 +75,33 @@ def test_lstm(norm: str | None, keywords: dict[str, Any], lengths: list[int] | N
         assert_gradient(lambda a, name=name: value({**params, name: a}, x, state), parameter, grads[name], rng, 4)
 
 
+COMBINATIONS = [
+    {"norm": norm, "terms": terms, "cell": cell, "shift": shift, "biases": biases, "per_gate": per_gate}
+    for norm, per_gate in (("layer", False), ("layer", True), ("batch", False))
+    for terms in ("separate", "sum")
+    for cell in (None, "copy", "state")
+    for shift, biases in ((True, ("bias",)), (False, ("bias_ih", "bias_hh")), (False, ()))
+]
+
+
+@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: "-".join(map(str, row.values())))
+def test_any_row_that_a_user_may_write(row: dict[str, Any], rng: np.random.Generator) -> None:
+    layer = random_lstm(pn.Variant(source="test", runtime_forget_bias=0.5, **row), rng)
+    params, buffers, x = layer.parameters(), dict(layer.buffers), rng.standard_normal((3, 4, 4))
+    lengths = np.array([3, 2, 3, 1])
+    for training in (False, True):
+        y, _, pullback = layer.vjp(x, lengths=lengths, training=training)
+        dy = rng.standard_normal(y.shape)
+        dx, _, grads = pullback(dy)
+
+        def value(params: Any, x: Any, dy: Any = dy, training: bool = training) -> float:
+            return float(np.sum(layer.apply(params, buffers, x, None, lengths, training)[0] * dy))
+
+        assert_gradient(lambda a: value(params, a), x, dx, rng, 2)
+        for name, parameter in params.items():
+            assert_gradient(lambda a, name=name: value({**params, name: a}, x), parameter, grads[name], rng, 2)
+
+
 def test_cotangents_of_none_are_zero(rng: np.random.Generator) -> None:
     layer = random_lstm("layer", rng)
     y, last, pullback = layer.vjp(rng.standard_normal((5, 3, 4)))

@@ -22,7 +22,7 @@ from onnx import helper
 from portnorm.errors import ConformanceError, ExportError
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import LSTM
-from portnorm_onnx.report import Comparison, Report, count_nodes
+from portnorm_onnx.report import Comparison, Report
 from portnorm_onnx.runtimes import Session, session_of
 
 NumPyArray = numpy.ndarray[Any, Any]
@@ -282,6 +282,3 @@ def _steps(model: Layer, x: NumPyArray) -> int:
 def _case_name(model: Layer, case: Inputs) -> str:
     x, lengths = case
     return f"x {tuple(x.shape)}" + ("" if lengths is None else " ragged" if len(set(map(int, lengths))) > 1 else " with lengths")
-
-
-__all__ = ["check", "check_form", "count_nodes", "verify", "with_states"]

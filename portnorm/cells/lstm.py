@@ -43,14 +43,11 @@ class LSTMCell:
     states: ClassVar[tuple[str, ...]] = ("h", "c")
 
     def slots(self) -> dict[str, Slot]:
-        """The normalizers inside the time loop, by the name of their slot."""
+        """The normalizers inside the time loop, by the name of their slot; the bias of `norm_hh` is added with the input term."""
         v = self.variant
-        if v.norm is None:
-            return {}
-        gates = {"norm_sum": Slot(v, self.gates if v.per_gate else 1, self.training)}
-        if v.terms == "separate":
-            gates = {"norm_hh": Slot(v, self.gates if v.per_gate else 1, self.training, shift=False)}
-        return gates if v.cell is None else {**gates, "norm_c": Slot(v, 1, self.training)}
+        gates = {name: Slot(v, self.gates if v.per_gate else 1, self.training, shift=name == "norm_sum") for name in v.gate_slots()}
+        cell = {"norm_c": Slot(v, 1, self.training)} if v.cell is not None else {}
+        return {name: slot for name, slot in (gates | cell).items() if name != "norm_ih"}
 
     def shared(self) -> tuple[str, ...]:
         return tuple(f"{name}.{p}" for name, slot in self.slots().items() for p in slot.parameters())

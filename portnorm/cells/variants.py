@@ -36,6 +36,34 @@ class Variant:
     """A constant added to the forget gate in every step, not stored."""
     eps: float = 1e-5
 
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UnsupportedError(f"`{name}` is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}")
+        if self.per_gate and self.norm != "layer":
+            raise UnsupportedError("`per_gate` is True, which only layer normalization can be")
+        if self.norm is None and self.cell is not None:
+            raise UnsupportedError(f"`cell` is {self.cell!r} without a `norm` to normalize it with")
+        if not self.eps >= 0:
+            raise UnsupportedError(f"`eps` is {self.eps}; expected a number ≥ 0")
+
+    def gate_slots(self) -> tuple[str, ...]:
+        """The filled slots of the gates."""
+        if self.norm is None:
+            return ()
+        return ("norm_sum",) if self.terms == "sum" else ("norm_ih", "norm_hh")
+
+    def slots(self) -> tuple[str, ...]:
+        """All filled slots."""
+        return self.gate_slots() if self.cell is None else (*self.gate_slots(), "norm_c")
+
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "norm": (None, "layer", "batch"),
+    "terms": ("separate", "sum"),
+    "cell": (None, "copy", "state"),
+    "biases": (("bias_ih", "bias_hh"), ("bias",), ()),
+}
 
 VARIANTS: dict[str | None, Variant] = {
     None: Variant(source="torch.nn.LSTM, ONNX LSTM", biases=("bias_ih", "bias_hh")),

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Self
 
+import array_api_compat
 import numpy
 
 from portnorm.arrays import (
@@ -22,7 +23,7 @@ from portnorm.arrays import (
     to_numpy,
     xp_of,
 )
-from portnorm.errors import CheckpointError, DTypeError, PortnormError, ShapeError, UnsupportedError
+from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator
 
 Arrays = dict[str, Array]
@@ -101,7 +102,7 @@ class Layer:
             raise UnsupportedError(f"`state` is given, but {type(self).__name__} has none")
         own = next(iter(self.params.values()), None)
         xp = namespace(**({} if own is None else {"parameters": own}), x=x)
-        if xp.isdtype(x.dtype, "real floating") and x.dtype != self.dtype:
+        if x.dtype != self.dtype:
             raise DTypeError(f"`x` has dtype {x.dtype} but the layer has {self.dtype}; convert `x`, or the layer with layer.to(dtype=...)")
         return None if lengths is None else checked_lengths(xp, x, lengths, self.batch_first)
 
@@ -137,8 +138,10 @@ class Layer:
 
     def to(self, xp: Namespace | str | None = None, device: Any = None, dtype: DType | None = None) -> Self:
         """A copy of the layer with its arrays in another library, on another device, or of another floating dtype."""
-        other = self.copy()
-        other._place(self.xp if xp is None else load_namespace(xp), device, dtype or dtype_name(self.xp, self.dtype))
+        other, space = self.copy(), self.xp if xp is None else load_namespace(xp)
+        if device is None and space is self.xp:
+            device = self.device
+        other._place(space, device, dtype or dtype_name(self.xp, self.dtype))
         return other
 
     def _place(self, xp: Namespace, device: Any, dtype: DType) -> None:
@@ -163,11 +166,11 @@ class Layer:
 
     def _converted(self, array: Array, like: Array) -> Array:
         floating = xp_of(like).isdtype(like.dtype, "real floating")
-        if xp_of(array) is self.xp and self.device is None:
-            return self.xp.astype(array, self.dtype) if floating else self.xp.astype(array, default_integer(self.xp))
-        values = numpy.array(to_numpy(array))
         dtype = self.dtype if floating else default_integer(self.xp)
-        return self.xp.asarray(values, dtype=dtype, device=self.device)
+        if xp_of(array) is not self.xp:
+            return self.xp.asarray(numpy.array(to_numpy(array)), dtype=dtype, device=self.device)
+        array = self.xp.astype(array, dtype)
+        return array if self.device is None else array_api_compat.to_device(array, self.device)
 
     def _new(self, values: Any, *, integer: bool = False) -> Array:
         """A new array of the layer's library, device and dtype."""
@@ -229,6 +232,3 @@ def checked_lengths(xp: Namespace, x: Array, lengths: Any, batch_first: bool = F
         low, high = int(xp.min(lengths)), int(xp.max(lengths))
         raise ShapeError(f"`lengths` reach from {low} to {high}; expected 0 to {steps}, the number of steps of `x` {tuple(x.shape)}")
     return xp.astype(lengths, default_integer(xp))
-
-
-__all__ = ["Arrays", "Layer", "PortnormError", "checked_lengths"]

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from portnorm.arrays import Array, DType, Namespace, device_of, xp_of
+from portnorm.arrays import Array, DType, Namespace, device_of, namespace, xp_of
 from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.variants import Variant, variant_of
-from portnorm.errors import ShapeError, UnsupportedError
+from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator, generator, orthogonal, uniform
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.recurrent import Direction, RecurrentResiduals
@@ -106,11 +106,10 @@ class LSTM(Layer):
         if not self.timed:
             return
         for suffix, _, _ in self._places():
-            for slot, gates in {"norm_ih": LSTMCell.gates, "norm_hh": LSTMCell.gates, "norm_c": 1}.items():
-                if f"{slot}{suffix}.weight" in self.params:
-                    shape = (self.t_max, gates * self.hidden_size)
-                    self.buffers[f"{slot}{suffix}.running_mean"] = self._new(numpy.zeros(shape))
-                    self.buffers[f"{slot}{suffix}.running_var"] = self._new(numpy.ones(shape))
+            for slot in self.variant.slots():
+                shape = (self.t_max, *self.params[f"{slot}{suffix}.weight"].shape)
+                self.buffers[f"{slot}{suffix}.running_mean"] = self._new(numpy.zeros(shape))
+                self.buffers[f"{slot}{suffix}.running_var"] = self._new(numpy.ones(shape))
             self.buffers[f"num_batches_tracked{suffix}"] = self._new(numpy.zeros(self.t_max, dtype=int), integer=True)
 
     def forget_statistics(self) -> None:
@@ -150,7 +149,8 @@ class LSTM(Layer):
         xp = xp_of(residuals.last[0])
         if self.batch_first and self.keeps_time and dy is not None:
             dy = xp.permute_dims(dy, (1, 0, 2))
-        dlast = tuple(xp.zeros_like(s) for s in residuals.last) if dstate is None else tuple(dstate)[: len(residuals.last)]
+        given = (None,) * len(residuals.last) if dstate is None else tuple(dstate)
+        dlast = tuple(xp.zeros_like(s) if d is None else d for s, d in zip(residuals.last, given, strict=False))
         places = list(enumerate(self._places()))
         dfirst: list[Any] = [None] * len(places)
         grads: Arrays = {}
@@ -196,10 +196,13 @@ class LSTM(Layer):
             raise ShapeError(f"`state` is {type(state).__name__} of length {len(state)}; expected ({', '.join(names)})")
         expected = (places, batch, self.hidden_size)
         for name, array in zip(LSTMCell.states, state, strict=False):
+            namespace(x=x, state=array)
             if tuple(array.shape) != expected:
                 raise ShapeError(
                     f"`state` has {name} of shape {tuple(array.shape)}; expected (layers × directions, batch, hidden) = {expected}"
                 )
+            if array.dtype != x.dtype:
+                raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {x.dtype}, that of `x`")
         split = [tuple(s[k, ...] for s in state[: len(LSTMCell.states)]) for k in range(places)]
         return PlacedState(split, state[2] if self.timed else None)
 
@@ -229,10 +232,8 @@ def _initial(variant: Variant, inputs: int, hidden: int, suffix: str, forget: fl
         elif forget is not None:
             values[LSTMCell.forget_gate * hidden : (LSTMCell.forget_gate + 1) * hidden] = 0.0
         yield f"{name}{suffix}", values
-    if variant.norm is None:
-        return
-    slots = {"norm_ih": gates, "norm_hh": gates} if variant.terms == "separate" else {"norm_sum": gates}
-    for slot, size in (slots if variant.cell is None else {**slots, "norm_c": hidden}).items():
+    for slot in variant.slots():
+        size = hidden if slot == "norm_c" else gates
         yield f"{slot}{suffix}.weight", numpy.full(size, variant.gain)
         if variant.shift or slot == "norm_c":
             yield f"{slot}{suffix}.bias", numpy.zeros(size)
