@@ -23,14 +23,14 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 def variants() -> str:
     """The presets, from the rows that the code reads."""
     rows = []
-    for name, v in pn.VARIANTS.items():
+    for cell, name, v in ((cell, name, v) for cell, table in pn.VARIANTS.items() for name, v in table.items()):
         what = {None: "–", "layer": "layer", "batch": "batch, per time step"}[v.norm]
         where = "–" if v.norm is None else "xW + hU" if v.terms == "sum" else "xW and hU"
-        where += ", per gate" if v.per_gate else ""
-        cell = {None: "–", "copy": "into tanh only", "state": "written back"}[v.cell]
-        bias = " + ".join(v.biases) or f"none, forget gate + {v.runtime_forget_bias:g}"
-        rows.append((f"`{name!r}`".replace("'", '"'), what, where, cell, bias, f"{v.gain:g}", f"{v.eps:g}", v.source))
-    return table(("`norm=`", "statistics", "gates", "cell state", "bias", "gain", "eps", "source"), rows)
+        where += {"all": "", "candidate": ", candidate apart", "gate": ", per gate"}[v.groups]
+        state = {None: "–", "copy": "into tanh only", "state": "written back"}[v.cell]
+        bias = " + ".join(v.biases) or ("β only" if not v.runtime_forget_bias else f"β, forget gate + {v.runtime_forget_bias:g}")
+        rows.append((f"`{cell}`", f"`{name!r}`".replace("'", '"'), what, where, state, bias, f"{v.gain:g}", f"{v.eps:g}", v.source))
+    return table(("layer", "`norm=`", "statistics", "gates", "cell state", "bias", "gain", "eps", "source"), rows)
 
 
 def graphs() -> str:
@@ -41,7 +41,11 @@ def graphs() -> str:
         ("`BatchNorm`", pn.BatchNorm(8), {}),
         ("`InstanceNorm`", pn.InstanceNorm(8, affine=True), {}),
         ("`GroupNorm`", pn.GroupNorm(2, 8), {"input_shape": ("batch", 8, 16)}),
-        *((f"`LSTM(norm={name!r})`".replace("'", '"'), pn.LSTM(8, 16, norm=name, rng=0), {}) for name in pn.VARIANTS),
+        *(
+            (f"`{cell}(norm={name!r})`".replace("'", '"'), getattr(pn, cell)(8, 16, norm=name, rng=0), {})
+            for cell, table in pn.VARIANTS.items()
+            for name in table
+        ),
     ]
     rows = []
     for name, layer, keywords in layers:

@@ -19,7 +19,7 @@ from portnorm.errors import (
 from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
 from portnorm.layers.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
-from portnorm.layers.recurrent import LSTM
+from portnorm.layers.recurrent import GRU, LSTM, RNN
 from portnorm.layers.sequential import Sequential
 from portnorm.linear import linear
 from portnorm.losses import softmax_cross_entropy
@@ -47,7 +47,9 @@ _LAZY = {
 }
 
 __all__ = [
+    "GRU",
     "LSTM",
+    "RNN",
     "SGD",
     "VARIANTS",
     "Adam",

@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train a classifier of sequences: an LSTM, its last state, a linear layer")
     train.add_argument("-o", "--output", type=Path, required=True, help="checkpoint to write (.safetensors)")
     train.add_argument("--data", default="digits", help="`digits`, or an .npz file with x (cases, time, features), y, and maybe lengths")
-    train.add_argument("--norm", default="layer", choices=[name or "none" for name in VARIANTS], help="preset (default: layer)")
+    train.add_argument("--norm", default="layer", choices=[name or "none" for name in VARIANTS["LSTM"]], help="preset (default: layer)")
     train.add_argument("--hidden", type=int, default=48)
     train.add_argument("--epochs", type=int, default=10)
     train.add_argument("--batch", type=int, default=48)

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from portnorm.arrays import Array, Namespace, device_of, xp_of
-from portnorm.cells.lstm import LSTMCell
+from portnorm.arrays import Array, device_of, xp_of
+from portnorm.cells.cell import RecurrentCell
+from portnorm.cells.slots import NO_STATISTICS, Statistics
 from portnorm.cells.variants import Variant
 from portnorm.linear import linear, weight_cotangent
-from portnorm.norm.normalize import Axes, Normalized, normalize
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
 from portnorm.statistics import at_steps, update
 
@@ -29,7 +29,7 @@ class RecurrentResiduals(NamedTuple):
     params: Params
     x: Array  # (time, batch, inputs), in the order of the steps, 0 in the padding
     lengths: Array | None
-    normalized: Normalized | None  # of norm_ih
+    input_slot: tuple[Any, ...]  # residuals of norm_ih
     scan: Any
 
 
@@ -37,6 +37,7 @@ class RecurrentResiduals(NamedTuple):
 class Direction:
     """One direction of a recurrent layer, as pure functions of its parameters, buffers and inputs."""
 
+    cell: type[RecurrentCell]
     variant: Variant
     hidden_size: int
     reverse: bool = False
@@ -55,116 +56,105 @@ class Direction:
         training: bool = False,
         keep: bool = True,
     ) -> tuple[Array, State, Buffers, RecurrentResiduals]:
-        """`(y, state, buffers, residuals)` for `x` (time, batch, inputs); `y` is (time, batch, hidden), or (batch, hidden) of the
-        last step without `sequences`. `time` counts the steps that came before this call (batch normalization only)."""
+        """`(y, state, buffers, residuals)` for `x` (time, batch, inputs).
+
+        `y` is (time, batch, hidden), or (batch, hidden) of the last step without `sequences`. `time` counts the steps that came before
+        this call (batch normalization only).
+        """
         xp = xp_of(x)
-        batch = self.variant.norm == "batch"
-        cell = LSTMCell(self.variant, training)
+        batch, cell = self.variant.norm == "batch", self.cell(self.variant, training)
         mask = sequence_mask(x, lengths) if lengths is not None and (keep or (batch and training)) else None
         if mask is not None:
             x = xp.where(mask, x, 0.0)
         if self.reverse:
             x = reverse_sequences(x, lengths)
         given = at_steps(buffers, time, x) if batch and not training else {}
-        u, normalized = self._input_term(params, x, mask if training else None, given.get("norm_ih"))
+        u, input_residuals, seen = self._input_term(cell, params, x, mask, given.get("norm_ih", NO_STATISTICS))
         rows = tuple(table for slot in cell.slots() for table in given.get(slot, ()))
         (state, outputs), scanned = scan.forward(
             (u, *rows), state, self._loop_params(params), cell=cell, lengths=lengths, sequences=self.sequences, keep=keep
         )
         y, further = (outputs[0], outputs[1:]) if self.sequences else (state[0], outputs)
         if batch and training:
-            seen = {"norm_ih": tuple(s[:, 0, :] for s in normalized.statistics())} if normalized is not None else {}
-            seen.update(zip(cell.slots(), zip(further[::2], further[1::2], strict=True), strict=True))
-            buffers = update(buffers, seen, time, lengths, self.momentum)
+            inside = dict(zip(cell.slots(), zip(further[::2], further[1::2], strict=True), strict=True))
+            buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, lengths, self.momentum)
         if self.reverse and self.sequences:
             y = reverse_sequences(y, lengths)
-        return y, state, buffers, RecurrentResiduals(params, x, lengths, normalized, scanned)
+        return y, state, buffers, RecurrentResiduals(params, x, lengths, input_residuals, scanned)
 
     def vjp(self, residuals: RecurrentResiduals, dy: Array | None, dstate: State, *, training: bool = False) -> tuple[Array, State, Params]:
         """`(dx, dstate, dparams)` from the cotangents of `y` (or `None`) and of the last state."""
-        params, x, lengths, normalized, scanned = residuals
+        params, x, lengths, _, scanned = residuals
+        cell = self.cell(self.variant, training)
         if not self.sequences and dy is not None:
             dy, dstate = None, (dstate[0] + dy, *dstate[1:])
         if self.reverse and dy is not None:
             dy = reverse_sequences(dy, lengths)
-        (du, dhidden, h), dstate, shares = scan.vjp(scanned, (dstate, dy), cell=LSTMCell(self.variant, training))
-        grads = {"weight_hh": weight_cotangent(dhidden, h), **shares}
-        dx, input_grads = self._input_term_vjp(params, x, lengths, normalized, du, grads, training)
-        grads.update(input_grads)
+        (du, dhidden, h), dstate, shares = scan.vjp(scanned, (dstate, dy), cell=cell)
+        dxw, outside = self._input_term_vjp(cell, residuals, du)
+        grads = {"weight_ih": weight_cotangent(dxw, x), "weight_hh": weight_cotangent(dhidden, h), **shares, **outside}
+        for slot, names in self._late_biases(params).items():
+            grads.update(dict.fromkeys(names, grads.get(f"{slot}.bias")))
+        dx = linear.vjp((x, params["weight_ih"], None), dxw)[0]
         if self.reverse:
             dx = reverse_sequences(dx, lengths)
         return dx, dstate, {name: grads[name] for name in params}
 
+    # -- the input term ------------------------------------------------------------------------------------------------------------
+
     def _input_term(
-        self, params: Params, x: Array, mask: Array | None, given: tuple[Array, Array] | None
-    ) -> tuple[Array, Normalized | None]:
-        """u (time, batch, gates · hidden), with every bias that is added after normalization, and the residuals of `norm_ih`."""
-        if "norm_ih.weight" not in params:
-            bias = None if "norm_sum.weight" in params else self._late_bias(params)
-            return linear(x, params["weight_ih"], bias), None
-        mean, var = (None, None) if given is None else (s[:, None, :] for s in given)
-        return normalize.forward(
-            linear(x, params["weight_ih"]),
-            params["norm_ih.weight"],
-            self._late_bias(params),
-            eps=self.variant.eps,
-            mean=mean,
-            var=var,
-            mask=mask if self.variant.norm == "batch" else None,
-            **self._input_axes(),
-        )
+        self, cell: RecurrentCell, params: Params, x: Array, mask: Array | None, given: Statistics
+    ) -> tuple[Array, tuple[Any, ...], tuple[Array, ...]]:
+        """u (time, batch, gates · hidden) with its late biases, the residuals of `norm_ih`, and the batch's statistics in training."""
+        slot, bias = cell.input_slot(), self._late_bias(params, "norm_ih")
+        if slot is None:
+            return linear(x, params["weight_ih"], bias), (), ()
+        mean, var = (None if s is None else s[:, None, :] for s in given)
+        return slot({**params, "norm_ih.bias": bias}, "norm_ih", linear(x, params["weight_ih"]), mask, (mean, var))
 
-    def _input_term_vjp(
-        self,
-        params: Params,
-        x: Array,
-        lengths: Array | None,
-        normalized: Normalized | None,
-        du: Array,
-        shares: Params,
-        training: bool,
-    ) -> tuple[Array, Params]:
-        """(dx, cotangents of the parameters outside the loop); `shares` are those of the parameters inside."""
-        xp = xp_of(x)
-        grads: Params = {}
-        if normalized is not None:
-            batch = self.variant.norm == "batch"
-            mean = normalized.mean if batch and not training else None
-            mask = sequence_mask(x, lengths) if batch and training and lengths is not None else None
-            du, grads["norm_ih.weight"], late = normalize.vjp(normalized, du, mean=mean, mask=mask, **self._input_axes())
-        else:
-            late = shares["norm_sum.bias"] if "norm_sum.bias" in shares else xp.sum(du, axis=(0, 1))
-        grads.update(dict.fromkeys(self._late_biases(params), late))
-        grads["weight_ih"] = weight_cotangent(du, x)
-        return linear.vjp((x, params["weight_ih"], None), du)[0], grads
+    def _input_term_vjp(self, cell: RecurrentCell, residuals: RecurrentResiduals, du: Array) -> tuple[Array, Params]:
+        """(cotangent of x·W_ihᵀ, cotangents of gain and shift of `norm_ih`)"""
+        slot = cell.input_slot()
+        if slot is None:
+            return du, {"norm_ih.bias": xp_of(du).sum(du, axis=(0, 1))}
+        mask = None if residuals.lengths is None else sequence_mask(residuals.x, residuals.lengths)
+        dxw, cotangents = slot.vjp(residuals.input_slot, du, mask)
+        return dxw, {f"norm_ih.{p}": d for p, d in cotangents.items()}
 
-    def _input_axes(self) -> Axes:
-        return {"axes": (1,) if self.variant.norm == "batch" else (2,), "param_axes": (2,)}
+    # -- biases that are added after normalization -----------------------------------------------------------------------------------
 
-    def _late_biases(self, params: Params) -> tuple[str, ...]:
-        """The parameters that are added after normalization: their sum is one vector, with one cotangent for each of them."""
-        names = (*self.variant.biases, "norm_ih.bias", "norm_hh.bias", "norm_sum.bias")
-        return tuple(name for name in names if name in params)
+    def _late_biases(self, params: Params) -> dict[str, tuple[str, ...]]:
+        """By the slot whose shift their sum is: the parameters that are added after normalization."""
+        names = tuple(n for n in (*self.variant.biases, "norm_ih.bias", "norm_hh.bias", "norm_sum.bias") if n in params)
+        if "norm_sum.weight" in params:
+            return {"norm_sum": names}
+        hidden = tuple(n for n in names if self.cell.hidden_bias and n in ("bias_hh", "norm_hh.bias"))
+        return {"norm_ih": tuple(n for n in names if n not in hidden), "norm_hh": hidden}
 
-    def _late_bias(self, params: Params) -> Array | None:
+    def _late_bias(self, params: Params, slot: str) -> Array | None:
         """Their sum, with the constant that a variant adds to the forget gate."""
-        terms = [params[name] for name in self._late_biases(params)]
-        if self.variant.runtime_forget_bias:
-            weight = params["weight_hh"]
-            terms.append(forget_bias(xp_of(weight), weight, self.hidden_size, self.variant.runtime_forget_bias))
+        names = self._late_biases(params).get(slot)
+        if names is None:
+            return None
+        terms = [params[name] for name in names]
+        if self.variant.runtime_forget_bias and slot != "norm_hh":
+            terms.append(self._forget_bias(params["weight_hh"]))
         return sum(terms[1:], start=terms[0]) if terms else None
 
+    def _forget_bias(self, weight: Array) -> Array:
+        """(gates · hidden,): the constant in the slice of the forget gate, 0 elsewhere."""
+        xp, place = xp_of(weight), {"dtype": weight.dtype, "device": device_of(weight)}
+        zeros, ones = xp.zeros(self.hidden_size, **place), xp.full(self.hidden_size, self.variant.runtime_forget_bias, **place)
+        return xp.concat([ones if k == self.cell.forget_gate else zeros for k in range(self.cell.gates)])
+
     def _loop_params(self, params: Params) -> Params:
-        inside = {"weight_hh", "norm_hh.weight", "norm_sum.weight", "norm_c.weight", "norm_c.bias"}
-        loop = {name: p for name, p in params.items() if name in inside}
-        if "norm_sum.weight" in params:
-            late = self._late_bias(params)
-            loop["norm_sum.bias"] = xp_of(params["norm_sum.weight"]).zeros_like(params["norm_sum.weight"]) if late is None else late
+        """What the cell reads in every step: the hidden weights, and gain and shift of each slot inside the loop."""
+        loop = {"weight_hh": params["weight_hh"]}
+        for name in self.cell(self.variant).shared():
+            slot, _, kind = name.partition(".")
+            if kind == "bias" and slot != "norm_c":
+                late = self._late_bias(params, slot)
+                loop[name] = xp_of(params["weight_hh"]).zeros_like(params["weight_hh"][:, 0]) if late is None else late
+            else:
+                loop[name] = params[name]
         return loop
-
-
-def forget_bias(xp: Namespace, like: Array, hidden_size: int, value: float) -> Array:
-    """(4·hidden,): `value` in the slice of the forget gate, 0 elsewhere."""
-    zeros, device = xp.zeros(hidden_size, dtype=like.dtype, device=device_of(like)), device_of(like)
-    forget = xp.full(hidden_size, value, dtype=like.dtype, device=device)
-    return xp.concat([forget if k == LSTMCell.forget_gate else zeros for k in range(LSTMCell.gates)])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 import portnorm as pn
+from portnorm.layers.recurrent import Recurrent
 from portnorm.op import Op
 from portnorm.pointwise import sigmoid, split
 
@@ -67,20 +69,50 @@ OPS = [
 NOT_TESTED_AS_ARRAYS_OF_NUMBERS = {split.name, "normalize", "loop", "scan", "reverse_sequences"}
 """Ops that other tests cover: the core through the public functions, the loop through the layers."""
 
-PRESETS = list(pn.VARIANTS)
+PRESETS = [(cell, name) for cell, table in pn.VARIANTS.items() for name in table]
+"""Every recurrent layer and preset: the product tests run over all of them."""
 
 
-def random_lstm(norm: str | pn.Variant | None, rng: np.random.Generator, inputs: int = 4, hidden: int = 3, **keywords: Any) -> pn.LSTM:
-    """A float64 LSTM whose every parameter and statistic is random, with statistics for four steps."""
-    layer = pn.LSTM(inputs, hidden, norm=norm, dtype="float64", t_max=4, rng=rng, **keywords)
+def _combinations() -> Iterator[tuple[str, pn.Variant]]:
+    """Every row of slots that a cell takes."""
+    choices = itertools.product(
+        LAYERS,
+        (("layer", "all"), ("layer", "candidate"), ("layer", "gate"), ("batch", "all")),
+        ("separate", "sum"),
+        (None, "copy", "state"),
+        ((True, ("bias",)), (False, ("bias_ih", "bias_hh")), (False, ())),
+    )
+    for cell, (norm, groups), terms, state, (shift, biases) in choices:
+        constant = 0.5 if cell == "LSTM" else 0.0
+        row: Any = {"norm": norm, "groups": groups, "terms": terms, "cell": state, "shift": shift, "biases": biases}
+        variant = pn.Variant(source=f"{norm} {groups} {terms} {state} {shift} {biases}", runtime_forget_bias=constant, **row)
+        if all(getattr(variant, name) in allowed for name, allowed in LAYERS[cell].cell.takes.items()):
+            yield cell, variant
+
+
+LAYERS: dict[str, type[Recurrent]] = {"LSTM": pn.LSTM, "GRU": pn.GRU, "RNN": pn.RNN}
+
+
+COMBINATIONS = list(_combinations())
+
+
+def random_recurrent(
+    cell: str, norm: str | pn.Variant | None, rng: np.random.Generator, inputs: int = 4, hidden: int = 3, **keywords: Any
+) -> Recurrent:
+    """A float64 layer whose every parameter and statistic is random, with statistics for four steps."""
+    layer = LAYERS[cell](inputs, hidden, norm=norm, dtype="float64", t_max=4, rng=rng, **keywords)
     params = {name: p + 0.3 * rng.standard_normal(p.shape) for name, p in layer.parameters().items()}
     buffers = {name: b + (1 if name.startswith("num") else rng.uniform(0.1, 1.0, b.shape)) for name, b in layer.buffers.items()}
     layer.assign(params, buffers)
     return layer
 
 
-def random_state(layer: pn.LSTM, batch: int, rng: np.random.Generator, time: int = 1) -> Any:
+def random_lstm(norm: str | pn.Variant | None, rng: np.random.Generator, **keywords: Any) -> Recurrent:
+    return random_recurrent("LSTM", norm, rng, **keywords)
+
+
+def random_state(layer: Recurrent, batch: int, rng: np.random.Generator, time: int = 1) -> Any:
     """A state that is not zero, after `time` steps."""
     shape = (layer.num_layers * layer.num_directions, batch, layer.hidden_size)
-    state = (rng.standard_normal(shape), rng.standard_normal(shape))
+    state = tuple(rng.standard_normal(shape) for _ in layer.cell.states)
     return (*state, np.asarray(time)) if layer.timed else state

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 
 import portnorm as pn
 from portnorm.checkpoint import safetensors as container
-from tests.cases import PRESETS
+from tests.cases import LAYERS, PRESETS
 
 MODELS = [
     *(
-        pn.Sequential(pn.LSTM(3, 4, norm=norm, num_layers=2, bidirectional=True, t_max=5, rng=0), pn.Linear(8, 2, rng=0))
-        for norm in PRESETS
+        pn.Sequential(LAYERS[cell](3, 4, norm=name, num_layers=2, bidirectional=True, t_max=5, rng=0), pn.Linear(8, 2, rng=0))
+        for cell, name in PRESETS
     ),
     pn.LSTM(2, 3, norm=pn.Variant(source="test", norm="layer", cell="state", gain=0.5), dtype="float64", rng=0),
     pn.LayerNorm((3, 4), eps=1e-3),

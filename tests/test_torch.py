@@ -74,17 +74,19 @@ def test_batch_norm_layer_loads_and_follows_torch(shape: tuple[int, ...], moment
 @pytest.mark.parametrize(
     "keywords", [{}, {"num_layers": 2, "bidirectional": True}, {"batch_first": True, "num_layers": 3}], ids=["one", "both", "batch first"]
 )
-def test_plain_lstm_with_every_gradient(keywords: dict[str, Any], rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_plain_layer_with_every_gradient(cell: str, keywords: dict[str, Any], rng: np.random.Generator) -> None:
     import torch
 
-    theirs = torch.nn.LSTM(4, 5, dtype=torch.float64, **keywords)
-    mine = pn.LSTM(4, 5, dtype="float64", **keywords)
+    theirs = getattr(torch.nn, cell)(4, 5, dtype=torch.float64, **keywords)
+    mine = getattr(pn, cell)(4, 5, dtype="float64", **keywords)
     mine.load_state_dict(theirs.state_dict())
     x = rng.standard_normal((6, 6, 4))
     places = keywords.get("num_layers", 1) * (2 if keywords.get("bidirectional") else 1)
-    state = tuple(rng.standard_normal((places, 6, 5)) for _ in range(2))
+    state = tuple(rng.standard_normal((places, 6, 5)) for _ in mine.cell.states)
     tensors = [torch.tensor(a, requires_grad=True) for a in (x, *state)]
-    expected, last = theirs(tensors[0], tuple(tensors[1:]))
+    expected, last = theirs(tensors[0], tuple(tensors[1:]) if cell == "LSTM" else tensors[1])
+    last = last if cell == "LSTM" else (last,)
     y, mine_last, pullback = mine.vjp(x, state)
     assert_close(y, expected)
     for a, b in zip(mine_last, last, strict=True):

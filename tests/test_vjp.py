@@ -10,7 +10,7 @@ import pytest
 
 import portnorm as pn
 from portnorm.op import OPS as ALL_OPS
-from tests.cases import NOT_TESTED_AS_ARRAYS_OF_NUMBERS, OPS, PRESETS, OpCase, random_lstm, random_state
+from tests.cases import COMBINATIONS, NOT_TESTED_AS_ARRAYS_OF_NUMBERS, OPS, PRESETS, OpCase, random_lstm, random_recurrent, random_state
 from tests.tolerances import DIFFERENCES
 
 
@@ -51,15 +51,17 @@ def test_every_op_is_in_the_table() -> None:
 @pytest.mark.parametrize(
     "keywords", [{}, {"num_layers": 2, "bidirectional": True}, {"return_sequences": False}], ids=["one", "stack of both directions", "last"]
 )
-@pytest.mark.parametrize("norm", PRESETS)
-def test_lstm(norm: str | None, keywords: dict[str, Any], lengths: list[int] | None, training: bool, rng: np.random.Generator) -> None:
-    layer = random_lstm(norm, rng, **keywords)
-    params, buffers = layer.parameters(), dict(layer.buffers)
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_recurrent(
+    cell: str, norm: str | None, keywords: dict[str, Any], lengths: list[int] | None, training: bool, rng: np.random.Generator
+) -> None:
+    layer = random_recurrent(cell, norm, rng, **keywords)
+    params, buffers, states = layer.parameters(), dict(layer.buffers), len(layer.cell.states)
     x, state = 30.0 + rng.standard_normal((5, 3, 4)), random_state(layer, 3, rng)
     if norm is None:
         x = x - 30.0  # plain gates would only saturate
     y, last, pullback = layer.vjp(x, state, lengths, training=training)
-    dy, dlast = rng.standard_normal(y.shape), tuple(rng.standard_normal(s.shape) for s in last[:2])
+    dy, dlast = rng.standard_normal(y.shape), tuple(rng.standard_normal(s.shape) for s in last[:states])
     dx, dstate, grads = pullback(dy, dlast)
     assert list(grads) == list(params)
     length_array = None if lengths is None else np.array(lengths)
@@ -69,24 +71,15 @@ def test_lstm(norm: str | None, keywords: dict[str, Any], lengths: list[int] | N
         return float(np.sum(y * dy) + sum(np.sum(s * d) for s, d in zip(last, dlast, strict=False)))
 
     assert_gradient(lambda a: value(params, a, state), x, dx, rng)
-    for k in range(2):
+    for k in range(states):
         assert_gradient(lambda a, k=k: value(params, x, (*state[:k], a, *state[k + 1 :])), state[k], dstate[k], rng, 4)
     for name, parameter in params.items():
         assert_gradient(lambda a, name=name: value({**params, name: a}, x, state), parameter, grads[name], rng, 4)
 
 
-COMBINATIONS = [
-    {"norm": norm, "terms": terms, "cell": cell, "shift": shift, "biases": biases, "per_gate": per_gate}
-    for norm, per_gate in (("layer", False), ("layer", True), ("batch", False))
-    for terms in ("separate", "sum")
-    for cell in (None, "copy", "state")
-    for shift, biases in ((True, ("bias",)), (False, ("bias_ih", "bias_hh")), (False, ()))
-]
-
-
-@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: "-".join(map(str, row.values())))
-def test_any_row_that_a_user_may_write(row: dict[str, Any], rng: np.random.Generator) -> None:
-    layer = random_lstm(pn.Variant(source="test", runtime_forget_bias=0.5, **row), rng)
+@pytest.mark.parametrize(("cell", "variant"), COMBINATIONS, ids=str)
+def test_any_row_that_a_user_may_write(cell: str, variant: pn.Variant, rng: np.random.Generator) -> None:
+    layer = random_recurrent(cell, variant, rng)
     params, buffers, x = layer.parameters(), dict(layer.buffers), rng.standard_normal((3, 4, 4))
     lengths = np.array([3, 2, 3, 1])
     for training in (False, True):

@@ -15,7 +15,7 @@ from portnorm.checkpoint.layers import to_json
 from portnorm.errors import ExportError, UnsupportedError
 from portnorm.files import written_whole
 from portnorm.layers.layer import Layer
-from portnorm.layers.recurrent import LSTM, PlacedState
+from portnorm.layers.recurrent import PlacedState, Recurrent
 from portnorm_onnx.build import build
 from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.report import Report
@@ -89,19 +89,19 @@ def trace(
     if state:
         given = _state_inputs(model, target)
         inputs += given
-        before: Any = tuple(given) if isinstance(model, LSTM) else (tuple(given),)
+        before: Any = tuple(given) if isinstance(model, Recurrent) else (tuple(given),)
     else:
         before = _placed_zeros(model, x)
     y, after, _ = model.apply(params, buffers, x, before, feed.get("lengths"))
     outputs = {"y": y}
     if state:
-        last = after if isinstance(model, LSTM) else after[0]
-        outputs |= dict(zip(("h_n", "c_n", "time_n"), last, strict=False))
+        last = after if isinstance(model, Recurrent) else after[0]
+        outputs |= dict(zip((f"{a.name.removesuffix('_0')}_n" for a in given if a.name), last, strict=True))
     return build(tuple(inputs), outputs, version, type(model).__name__, {_METADATA: to_json(model)})
 
 
-def _recurrent(model: Layer) -> list[LSTM]:
-    return [layer for layer in model.layers() if isinstance(layer, LSTM)]
+def _recurrent(model: Layer) -> list[Recurrent]:
+    return [layer for layer in model.layers() if isinstance(layer, Recurrent)]
 
 
 def _state_inputs(model: Layer, target: Opset) -> list[SymbolicArray]:
@@ -110,7 +110,7 @@ def _state_inputs(model: Layer, target: Opset) -> list[SymbolicArray]:
         raise UnsupportedError(f"`state=True` needs a model with one recurrent layer; this one has {len(parts)}")
     (layer,) = parts
     dims = (layer.num_layers * layer.num_directions, "batch", layer.hidden_size)
-    inputs = [graph_input(f"{name}_0", layer.dtype, dims, target) for name in ("h", "c")]
+    inputs = [graph_input(f"{name}_0", layer.dtype, dims, target) for name in layer.cell.states]
     return [*inputs, graph_input(_TIME, "int64", (), target)] if layer.timed else inputs
 
 
@@ -125,5 +125,5 @@ def _placed_zeros(model: Layer, x: SymbolicArray) -> Any:
         batch = x.shape[0 if layer.batch_first else 1]
         zeros = xp.zeros((batch, layer.hidden_size), dtype=x.dtype)
         time_before = constant(numpy.int64(0), _TIME) if layer.timed else None
-        states.append(PlacedState([(zeros, zeros)] * (layer.num_layers * layer.num_directions), time_before))
-    return states[0] if isinstance(model, LSTM) else tuple(states)
+        states.append(PlacedState([(zeros,) * len(layer.cell.states)] * (layer.num_layers * layer.num_directions), time_before))
+    return states[0] if isinstance(model, Recurrent) else tuple(states)

@@ -21,7 +21,7 @@ from onnx import helper
 
 from portnorm.errors import ConformanceError, ExportError
 from portnorm.layers.layer import Layer
-from portnorm.layers.recurrent import LSTM
+from portnorm.layers.recurrent import Recurrent
 from portnorm_onnx.report import Comparison, Report
 from portnorm_onnx.runtimes import Session, session_of
 
@@ -79,8 +79,9 @@ def check(
     check_form(proto)
     eager = model.to(xp="numpy")
     names = [i.name for i in proto.graph.input]
-    if names[0] != "x" or not set(names) <= {"x", "lengths", "h_0", "c_0", "time_0"}:
-        raise ExportError(f"the graph has inputs {names}; expected x, and lengths or h_0, c_0, time_0")
+    states = {f"{name}_0" for part in _recurrent_parts(eager) for name in (*part.cell.states, "time")}
+    if names[0] != "x" or not set(names) <= {"x", "lengths"} | states:
+        raise ExportError(f"the graph has inputs {names}; expected x, and perhaps lengths or {', '.join(sorted(states))}")
     dims = [d.dim_value or d.dim_param for d in proto.graph.input[0].type.tensor_type.shape.dim]
     made = cases if cases is not None else random_cases(eager, dims, "lengths" in names)
     report = Report.of(proto, path)
@@ -89,7 +90,7 @@ def check(
         for case in made:
             report.trajectories.append(_trajectory(eager, proto, whole, runtime, case))
         if eager.recurrent and any(n.op_type == "Scan" for n in proto.graph.node):
-            stepped = session_of(runtime, with_states(proto).SerializeToString())
+            stepped = session_of(runtime, with_states(proto, eager).SerializeToString())
             report.steps.append(_one_step(eager, proto, stepped, runtime, max(made, key=lambda c: _steps(eager, c[0]))))
     return report
 
@@ -195,16 +196,17 @@ def _largest(values: NumPyArray) -> float:
     return float(numpy.max(numpy.abs(values), initial=0.0))
 
 
-def with_states(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose loops take their states as the inputs `h_in_k`, `c_in_k` (and `time_in`) and give them out as `h_out_k`, `c_out_k`."""
+def with_states(proto: onnx.ModelProto, model: Layer) -> onnx.ModelProto:
+    """A copy whose loops take their states as inputs (`h_in_0`, …, numbered by loop; `time_0`) and give them out (`h_out_0`, …)."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     graph = copy.graph
-    for k, scan in enumerate(n for n in graph.node if n.op_type == "Scan"):
+    scans = [n for n in graph.node if n.op_type == "Scan"]
+    for k, (scan, names) in enumerate(zip(scans, _state_names(model), strict=True)):
         attributes = {a.name: helper.get_attribute_value(a) for a in scan.attribute}
         body = attributes["body"]
         states = len(scan.input) - attributes["num_scan_inputs"]
-        for name, place in zip(LSTM_STATES, range(states - len(LSTM_STATES), states), strict=True):
+        for name, place in zip(names, range(states - len(names), states), strict=True):
             entry, value = body.input[place].type, f"{name}_in_{k}"
             graph.input.append(helper.make_value_info(value, entry))
             scan.input[place] = value
@@ -218,19 +220,32 @@ def with_states(proto: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-LSTM_STATES = ("h", "c")
+def _recurrent_parts(model: Layer) -> list[Recurrent]:
+    return [layer for layer in model.layers() if isinstance(layer, Recurrent)]
+
+
+def _state_names(model: Layer) -> list[tuple[str, ...]]:
+    """The names of the states of every loop, in the order of the loops."""
+    return [layer.cell.states for layer in _recurrent_parts(model) for _ in range(layer.num_layers * layer.num_directions)]
 
 
 def _states_of(model: Layer, state: Any) -> list[Any]:
-    return [state] if isinstance(model, LSTM) else list(state)
+    return [state] if isinstance(model, Recurrent) else list(state)
+
+
+def _named(model: Layer, state: Any, suffix: str) -> dict[str, NumPyArray]:
+    """The state of the first recurrent part under the names of the graph's inputs ("0") or outputs ("n")."""
+    part = _recurrent_parts(model)[0]
+    names = (*part.cell.states, *(("time",) if part.timed else ()))
+    return {f"{name}_{suffix}": numpy.asarray(values) for name, values in zip(names, _states_of(model, state)[0], strict=True)}
 
 
 def _scan_states(model: Layer, state: Any, suffix: str = "out") -> dict[str, NumPyArray]:
     """The state under the names of `with_states`: numbered through all layers and directions."""
     named, k = {}, 0
-    for part in _states_of(model, state):
+    for layer, part in zip(_recurrent_parts(model), _states_of(model, state), strict=True):
         for place in range(part[0].shape[0]):
-            named.update({f"{name}_{suffix}_{k}": values[place] for name, values in zip(LSTM_STATES, part, strict=False)})
+            named.update({f"{name}_{suffix}_{k}": values[place] for name, values in zip(layer.cell.states, part, strict=False)})
             k += 1
     return named
 
@@ -243,11 +258,10 @@ def _feed(proto: onnx.ModelProto, model: Layer, x: NumPyArray, lengths: NumPyArr
         steps, batch = (x.shape[1], x.shape[0]) if model.batch_first else x.shape[:2]
         feed["lengths"] = numpy.full(batch, steps) if lengths is None else numpy.asarray(lengths, dtype=numpy.int64)
     if "h_0" in names:
-        parts = _states_of(model, state if state is not None else model.initial_state(x.shape[0 if model.batch_first else 1]))
-        feed |= dict(zip(("h_0", "c_0", "time_0"), parts[0], strict=False))
+        feed |= _named(model, state if state is not None else model.initial_state(x.shape[0 if model.batch_first else 1]), "0")
     if state is not None:
         feed |= _scan_states(model, state, "in")
-        times = [part[2] for part in _states_of(model, state) if len(part) == 3]
+        times = [part[-1] for layer, part in zip(_recurrent_parts(model), _states_of(model, state), strict=True) if layer.timed]
         feed |= {"time_0": numpy.asarray(times[0])} if times else {}
     return feed
 
@@ -257,8 +271,7 @@ def _outputs(model: Layer, x: NumPyArray, lengths: NumPyArray | None) -> dict[st
     if not model.recurrent:
         return {"y": model(x)}
     y, state = model(x, lengths=lengths)
-    first = _states_of(model, state)[0]
-    return {"y": y, **dict(zip(("h_n", "c_n", "time_n"), first, strict=False))}
+    return {"y": y, **_named(model, state, "n")}
 
 
 def _distance(name: str, result: NumPyArray, expected: NumPyArray) -> float:

@@ -20,8 +20,8 @@ class Variant:
     norm: Literal["layer", "batch"] | None = None
     terms: Literal["separate", "sum"] = "separate"
     """Whether xW and hU are normalized each for itself, or their sum."""
-    per_gate: bool = False
-    """Whether each gate's slice has statistics of its own, or all gates together (layer normalization only)."""
+    groups: Literal["all", "candidate", "gate"] = "all"
+    """Which gates share statistics in layer normalization: all of them, all but the candidate (GRU), or each gate has its own."""
     cell: Literal["copy", "state"] | None = None
     """Whether the normalized cell state only enters the output's tanh ("copy"), or also becomes the next state ("state")."""
     shift: bool = True
@@ -40,8 +40,8 @@ class Variant:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UnsupportedError(f"`{name}` is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}")
-        if self.per_gate and self.norm != "layer":
-            raise UnsupportedError("`per_gate` is True, which only layer normalization can be")
+        if self.groups != "all" and self.norm != "layer":
+            raise UnsupportedError(f"`groups` is {self.groups!r}, which only layer normalization can have")
         if self.norm is None and self.cell is not None:
             raise UnsupportedError(f"`cell` is {self.cell!r} without a `norm` to normalize it with")
         if not self.eps >= 0:
@@ -61,34 +61,55 @@ class Variant:
 _CHOICES: dict[str, tuple[object, ...]] = {
     "norm": (None, "layer", "batch"),
     "terms": ("separate", "sum"),
+    "groups": ("all", "candidate", "gate"),
     "cell": (None, "copy", "state"),
     "biases": (("bias_ih", "bias_hh"), ("bias",), ()),
 }
 
-VARIANTS: dict[str | None, Variant] = {
-    None: Variant(source="torch.nn.LSTM, ONNX LSTM", biases=("bias_ih", "bias_hh")),
-    "layer": Variant(source="Ba, Kiros & Hinton 2016, supplement", norm="layer", cell="copy"),
-    "layer-gates": Variant(
-        source="TensorFlow contrib LayerNormBasicLSTMCell",
-        norm="layer",
-        terms="sum",
-        per_gate=True,
-        cell="state",
-        biases=(),
-        runtime_forget_bias=1.0,
-        eps=1e-12,
-    ),
-    "layer-state": Variant(source="TensorFlow Addons LayerNormLSTMCell, PyTorch fastrnns", norm="layer", cell="state"),
-    "batch": Variant(source="Cooijmans et al. 2016, section 3", norm="batch", cell="copy", shift=False, gain=0.1, forget_bias=1.0),
+_TORCH_BIASES = ("bias_ih", "bias_hh")
+
+VARIANTS: dict[str, dict[str | None, Variant]] = {
+    "LSTM": {
+        None: Variant(source="torch.nn.LSTM, ONNX LSTM", biases=_TORCH_BIASES),
+        "layer": Variant(source="Ba, Kiros & Hinton 2016, supplement", norm="layer", cell="copy"),
+        "layer-gates": Variant(
+            source="TensorFlow contrib LayerNormBasicLSTMCell",
+            norm="layer",
+            terms="sum",
+            groups="gate",
+            cell="state",
+            biases=(),
+            runtime_forget_bias=1.0,
+            eps=1e-12,
+        ),
+        "layer-state": Variant(source="TensorFlow Addons LayerNormLSTMCell, PyTorch fastrnns", norm="layer", cell="state"),
+        "batch": Variant(source="Cooijmans et al. 2016, section 3", norm="batch", cell="copy", shift=False, gain=0.1, forget_bias=1.0),
+    },
+    "GRU": {
+        None: Variant(source="torch.nn.GRU, ONNX GRU with linear_before_reset=1", biases=_TORCH_BIASES),
+        "layer": Variant(source="Ba, Kiros & Hinton 2016, supplement", norm="layer", groups="candidate", biases=()),
+        "batch": Variant(source="as Cooijmans et al. 2016 for the LSTM", norm="batch", shift=False, gain=0.1),
+    },
+    "RNN": {
+        None: Variant(source="torch.nn.RNN, ONNX RNN", biases=_TORCH_BIASES),
+        "layer": Variant(source="Ba, Kiros & Hinton 2016, equation 4", norm="layer", terms="sum", biases=()),
+        "batch": Variant(source="Cooijmans et al. 2016, figure 1", norm="batch", shift=False, gain=0.1),
+    },
 }
+"""By cell and preset."""
 
 
-def variant_of(norm: str | None | Variant) -> Variant:
-    """The row of the table that `norm` names, or `norm` itself if it is a row."""
+def variant_of(norm: str | None | Variant, cell: str, takes: dict[str, tuple[object, ...]]) -> Variant:
+    """The row of a cell's table that `norm` names, or `norm` itself if it is a row that the cell takes."""
     if isinstance(norm, Variant):
+        for name, allowed in takes.items():
+            if getattr(norm, name) not in allowed:
+                raise UnsupportedError(
+                    f"`{name}` is {getattr(norm, name)!r}, which {cell} has no place for; expected one of {', '.join(map(repr, allowed))}"
+                )
         return norm
     try:
-        return VARIANTS[norm]
+        return VARIANTS[cell][norm]
     except (KeyError, TypeError):
-        names = ", ".join(repr(name) for name in VARIANTS)
-        raise UnsupportedError(f"`norm` is {norm!r}; expected one of {names}, or a portnorm.Variant") from None
+        names = ", ".join(repr(name) for name in VARIANTS[cell])
+        raise UnsupportedError(f"`norm` is {norm!r}; expected one of {names} for {cell}, or a portnorm.Variant") from None

@@ -14,10 +14,10 @@ from portnorm.errors import CheckpointError, PortnormError
 from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
 from portnorm.layers.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
-from portnorm.layers.recurrent import LSTM
+from portnorm.layers.recurrent import GRU, LSTM, RNN
 from portnorm.layers.sequential import Sequential
 
-LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in (LSTM, Linear, LayerNorm, RMSNorm, BatchNorm, GroupNorm, InstanceNorm)}
+LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in (LSTM, GRU, RNN, Linear, LayerNorm, RMSNorm, BatchNorm, GroupNorm, InstanceNorm)}
 """Layers that a checkpoint can name."""
 
 _KEY = "portnorm"

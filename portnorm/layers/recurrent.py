@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import numpy
 
 from portnorm.arrays import Array, DType, Namespace, device_of, namespace, xp_of
+from portnorm.cells.cell import RecurrentCell
+from portnorm.cells.gru import GRUCell
 from portnorm.cells.lstm import LSTMCell
+from portnorm.cells.rnn import RNNCell
 from portnorm.cells.variants import Variant, variant_of
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator, generator, orthogonal, uniform
@@ -18,7 +21,7 @@ from portnorm.recurrent import Direction, RecurrentResiduals
 
 
 class PlacedState(NamedTuple):
-    """A state as the directions take it: (h, c) for each layer and direction, and the number of steps that have gone before."""
+    """A state as the directions take it: that of each layer and direction, and the number of steps that have gone before."""
 
     places: list[tuple[Array, ...]]
     time: Array | None
@@ -31,29 +34,21 @@ class StackResiduals(NamedTuple):
     last: tuple[Array, ...]
 
 
-class LSTM(Layer):
-    """Long short-term memory, plain or normalized.
+class Recurrent(Layer):
+    """What `LSTM`, `GRU` and `RNN` share: stacks, directions, states, running statistics.
 
-    (i, f, g, o) = N_ih(x W_ihᵀ) + N_hh(h W_hhᵀ) + b;  c ← σ(f) ⊙ c + σ(i) ⊙ tanh(g);  h ← σ(o) ⊙ tanh(N_c(c))
-
-    `norm` names a row of the table of variants (`portnorm.VARIANTS`): `None` is torch.nn.LSTM and ONNX LSTM, `"layer"` Ba et al. 2016,
-    `"layer-gates"` and `"layer-state"` those of TensorFlow and fastrnns, `"batch"` Cooijmans et al. 2016; or it is a `portnorm.Variant`.
-
-    `x` is (time, batch, features), or (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with
-    directions × hidden features, or the last hidden state (batch, directions × hidden) with `return_sequences=False`. The state is
-    `(h, c)`, each (layers × directions, batch, hidden); with `norm="batch"` it is `(h, c, time)`, since the statistics belong to steps:
-    `t_max` is the number of steps that have statistics of their own, later ones use the last. `momentum` is the weight of a new value.
-    `lengths` (batch,) counts each sequence's steps: what follows is padding, gives 0, and enters nothing. Gates are stored in the order
-    i, f, g, o, parameters are `weight_ih_l0`, `weight_hh_l0`, … as in torch, a reverse direction has the suffix `_reverse`.
-    Initial values: torch's for the plain cell; orthogonal matrices and the variant's gain and forget bias for the others, or `forget_bias`.
+    `norm` names a row of the cell's table of variants (`portnorm.VARIANTS`) or is a `portnorm.Variant`. `x` is (time, batch, features),
+    or (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last
+    hidden state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch,
+    hidden); with `norm="batch"` the number of steps comes after them, since the statistics belong to steps: `t_max` is the number of
+    steps that have statistics of their own, later ones use the last. `momentum` is the weight of a new value. `lengths` (batch,) counts
+    each sequence's steps: what follows is padding, gives 0, and enters nothing. Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in
+    torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal matrices and the
+    variant's gain and forget bias for the others, or `forget_bias`.
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
-
-    >>> import numpy as np, portnorm as pn
-    >>> lstm = pn.LSTM(3, 4, norm="layer", rng=0)
-    >>> y, (h, c) = lstm(np.ones((7, 2, 3), dtype="float32"))
-    >>> y.shape, h.shape, bool((y[-1] == h[0]).all())
-    ((7, 2, 4), (1, 2, 4), True)
     """
+
+    cell: type[RecurrentCell]
 
     recurrent = True
 
@@ -81,14 +76,17 @@ class LSTM(Layer):
         config = {"input_size": input_size, "hidden_size": hidden_size, "norm": norm, "num_layers": num_layers}
         config |= {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
         super().__init__({**config, "t_max": t_max, "momentum": momentum}, xp, device, dtype)
-        self.variant = variant_of(norm)
+        self.variant = variant_of(norm, type(self).__name__, self.cell.takes)
+        if forget_bias is not None and self.cell.forget_gate is None:
+            raise UnsupportedError(f"`forget_bias` is {forget_bias}, but {type(self).__name__} has no forget gate")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.num_directions = 2 if bidirectional else 1
         self.batch_first, self.keeps_time, self.t_max, self.momentum = batch_first, return_sequences, t_max, momentum
         self.timed = self.variant.norm == "batch"
         random = generator(rng)
         for suffix, inputs, _ in self._places():
-            self.params |= {f"{n}": self._new(v) for n, v in _initial(self.variant, inputs, hidden_size, suffix, forget_bias, random)}
+            values = _initial(self.cell, self.variant, inputs, hidden_size, forget_bias, random)
+            self.params |= {_with(name, suffix): self._new(v) for name, v in values}
         self._start_statistics()
 
     # -- where things are ----------------------------------------------------------------------------------------------------------
@@ -100,7 +98,7 @@ class LSTM(Layer):
             sequences = self.keeps_time or layer < self.num_layers - 1
             for reverse in (False, True)[: self.num_directions]:
                 suffix = f"_l{layer}" + "_reverse" * reverse
-                yield suffix, inputs, Direction(self.variant, self.hidden_size, reverse, sequences, self.momentum)
+                yield suffix, inputs, Direction(self.cell, self.variant, self.hidden_size, reverse, sequences, self.momentum)
 
     def _start_statistics(self) -> None:
         if not self.timed:
@@ -183,19 +181,19 @@ class LSTM(Layer):
         shape = (self.num_layers * self.num_directions, batch, self.hidden_size)
         h = generator(rng).standard_normal(shape) * noise if noise else numpy.zeros(shape)
         time = (self._new(0, integer=True),) if self.timed else ()
-        return (self._new(h), self._new(numpy.zeros(shape)), *time)
+        return (self._new(h), *(self._new(numpy.zeros(shape)) for _ in self.cell.states[1:]), *time)
 
     def _placed(self, buffers: Arrays, x: Array, state: Any) -> PlacedState:
-        xp, batch, names = xp_of(x), x.shape[1], (*LSTMCell.states, *(("time",) if self.timed else ()))
+        xp, batch, names = xp_of(x), x.shape[1], (*self.cell.states, *(("time",) if self.timed else ()))
         places = self.num_layers * self.num_directions
         if state is None:
             zeros = xp.zeros((batch, self.hidden_size), dtype=x.dtype, device=device_of(x))
             time = xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if self.timed else None
-            return PlacedState([(zeros,) * len(LSTMCell.states)] * places, time)
+            return PlacedState([(zeros,) * len(self.cell.states)] * places, time)
         if not isinstance(state, tuple | list) or len(state) != len(names):
             raise ShapeError(f"`state` is {type(state).__name__} of length {len(state)}; expected ({', '.join(names)})")
         expected = (places, batch, self.hidden_size)
-        for name, array in zip(LSTMCell.states, state, strict=False):
+        for name, array in zip(self.cell.states, state, strict=False):
             namespace(x=x, state=array)
             if tuple(array.shape) != expected:
                 raise ShapeError(
@@ -203,8 +201,8 @@ class LSTM(Layer):
                 )
             if array.dtype != x.dtype:
                 raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {x.dtype}, that of `x`")
-        split = [tuple(s[k, ...] for s in state[: len(LSTMCell.states)]) for k in range(places)]
-        return PlacedState(split, state[2] if self.timed else None)
+        split = [tuple(s[k, ...] for s in state[: len(self.cell.states)]) for k in range(places)]
+        return PlacedState(split, state[-1] if self.timed else None)
 
     def _check_input(self, x: Array, training: bool) -> None:
         if x.ndim != 3 or x.shape[2] != self.input_size:
@@ -214,29 +212,80 @@ class LSTM(Layer):
             raise ShapeError(f"`x` {tuple(x.shape)} has one sequence; batch normalization in training needs at least two")
 
 
-def _initial(variant: Variant, inputs: int, hidden: int, suffix: str, forget: float | None, rng: Generator) -> Iterator[tuple[str, Any]]:
-    """Names and initial values of one direction's parameters."""
-    gates = LSTMCell.gates * hidden
+class LSTM(Recurrent):
+    """Long short-term memory, plain or normalized.
+
+    (i, f, g, o) = N_ih(x W_ihᵀ) + N_hh(h W_hhᵀ) + b;  c ← σ(f) ⊙ c + σ(i) ⊙ tanh(g);  h ← σ(o) ⊙ tanh(N_c(c))
+
+    `norm`: `None` is torch.nn.LSTM and ONNX LSTM, `"layer"` Ba et al. 2016, `"layer-gates"` and `"layer-state"` those of TensorFlow and
+    fastrnns, `"batch"` Cooijmans et al. 2016. The state is `(h, c)`, with `norm="batch"` `(h, c, time)`. Gates are stored in the order
+    i, f, g, o. Arguments, shapes and errors: see `Recurrent`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> lstm = pn.LSTM(3, 4, norm="layer", rng=0)
+    >>> y, (h, c) = lstm(np.ones((7, 2, 3), dtype="float32"))
+    >>> y.shape, h.shape, bool((y[-1] == h[0]).all())
+    ((7, 2, 4), (1, 2, 4), True)
+    """
+
+    cell = LSTMCell
+
+
+class GRU(Recurrent):
+    """Gated recurrent unit, plain or normalized, with the reset gate after the hidden matrix product.
+
+    (r, z, n) = split of u = N_ih(x W_ihᵀ) + b_ih and a = N_hh(h W_hhᵀ) + b_hh;  r = σ(u_r + a_r), z = σ(u_z + a_z),
+    n = tanh(u_n + r ⊙ a_n);  h ← (1 − z) ⊙ n + z ⊙ h
+
+    `norm`: `None` is torch.nn.GRU, `"layer"` Ba et al. 2016 (gates together, candidate apart), `"batch"` normalizes both terms per step.
+    The state is `(h,)`, with `norm="batch"` `(h, time)`. Gates are stored in the order r, z, n. See `Recurrent`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> y, (h,) = pn.GRU(3, 4, norm="layer", rng=0)(np.ones((7, 2, 3), dtype="float32"))
+    >>> y.shape, h.shape
+    ((7, 2, 4), (1, 2, 4))
+    """
+
+    cell = GRUCell
+
+
+class RNN(Recurrent):
+    """Simple recurrent network with tanh, plain or normalized:  h ← tanh(N_ih(x W_ihᵀ) + N_hh(h W_hhᵀ) + b).
+
+    `norm`: `None` is torch.nn.RNN, `"layer"` Ba et al. 2016, equation 4 (one normalizer on the sum), `"batch"` normalizes both terms per
+    step. The state is `(h,)`, with `norm="batch"` `(h, time)`. See `Recurrent`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> y, (h,) = pn.RNN(3, 4, rng=0)(np.ones((7, 2, 3), dtype="float32"))
+    >>> y.shape, h.shape
+    ((7, 2, 4), (1, 2, 4))
+    """
+
+    cell = RNNCell
+
+
+def _initial(
+    cell: type[RecurrentCell], variant: Variant, inputs: int, hidden: int, forget: float | None, rng: Generator
+) -> Iterator[tuple[str, Any]]:
+    """Names inside the cell and initial values of one direction's parameters."""
+    size, bound = cell.gates * hidden, 1.0 / math.sqrt(hidden)
     if variant.norm is None:
-        bound = 1.0 / math.sqrt(hidden)
-        yield f"weight_ih{suffix}", uniform(rng, bound, gates, inputs)
-        yield f"weight_hh{suffix}", uniform(rng, bound, gates, hidden)
+        yield "weight_ih", uniform(rng, bound, size, inputs)
+        yield "weight_hh", uniform(rng, bound, size, hidden)
     else:
-        yield f"weight_ih{suffix}", orthogonal(rng, gates, inputs)
-        yield f"weight_hh{suffix}", numpy.concatenate([orthogonal(rng, hidden, hidden) for _ in range(LSTMCell.gates)])
-    for name in variant.biases:
-        values = uniform(rng, bound, gates) if variant.norm is None else numpy.zeros(gates)
-        if name == variant.biases[0] and (forget is not None or variant.forget_bias):
-            start = LSTMCell.forget_gate * hidden
-            values[start : start + hidden] = variant.forget_bias if forget is None else forget
-        elif forget is not None:
-            values[LSTMCell.forget_gate * hidden : (LSTMCell.forget_gate + 1) * hidden] = 0.0
-        yield f"{name}{suffix}", values
+        yield "weight_ih", orthogonal(rng, size, inputs)
+        yield "weight_hh", numpy.concatenate([orthogonal(rng, hidden, hidden) for _ in range(cell.gates)])
+    wanted = variant.forget_bias or None if forget is None else forget
+    for k, name in enumerate(variant.biases):
+        values = uniform(rng, bound, size) if variant.norm is None else numpy.zeros(size)
+        if cell.forget_gate is not None and wanted is not None:
+            values[cell.forget_gate * hidden : (cell.forget_gate + 1) * hidden] = wanted if k == 0 else 0.0
+        yield name, values
     for slot in variant.slots():
-        size = hidden if slot == "norm_c" else gates
-        yield f"{slot}{suffix}.weight", numpy.full(size, variant.gain)
+        width = hidden if slot == "norm_c" else size
+        yield f"{slot}.weight", numpy.full(width, variant.gain)
         if variant.shift or slot == "norm_c":
-            yield f"{slot}{suffix}.bias", numpy.zeros(size)
+            yield f"{slot}.bias", numpy.zeros(width)
 
 
 def _with(name: str, suffix: str) -> str:
