@@ -70,13 +70,14 @@ class Direction:
             x = reverse_sequences(x, lengths)
         given = at_steps(buffers, time, x) if batch and not training else {}
         u, input_residuals, seen = self._input_term(cell, params, x, mask, given.get("norm_ih", NO_STATISTICS))
-        rows = tuple(table for slot in cell.slots() for table in given.get(slot, ()))
+        tracked = [name for name, slot in cell.slots().items() if slot.normalizes]
+        rows = tuple(table for name in tracked for table in given.get(name, ()))
         (state, outputs), scanned = scan.forward(
             (u, *rows), state, self._loop_params(params), cell=cell, lengths=lengths, sequences=self.sequences, keep=keep
         )
         y, further = (outputs[0], outputs[1:]) if self.sequences else (state[0], outputs)
-        if batch and training:
-            inside = dict(zip(cell.slots(), zip(further[::2], further[1::2], strict=True), strict=True))
+        if batch and training and x.shape[0] != 0:
+            inside = dict(zip(tracked, zip(further[::2], further[1::2], strict=True), strict=True))
             buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, lengths, self.momentum)
         if self.reverse and self.sequences:
             y = reverse_sequences(y, lengths)
@@ -109,7 +110,7 @@ class Direction:
         slot, bias = cell.input_slot(), self._late_bias(params, "norm_ih")
         if slot is None:
             return linear(x, params["weight_ih"], bias), (), ()
-        mean, var = (None if s is None else s[:, None, :] for s in given)
+        mean, var = (None if s is None else xp_of(s).expand_dims(s, axis=-2) for s in given)
         return slot({**params, "norm_ih.bias": bias}, "norm_ih", linear(x, params["weight_ih"]), mask, (mean, var))
 
     def _input_term_vjp(self, cell: RecurrentCell, residuals: RecurrentResiduals, du: Array) -> tuple[Array, Params]:

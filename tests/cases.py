@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 
 import portnorm as pn
 from portnorm.layers.recurrent import Recurrent
@@ -72,13 +73,16 @@ NOT_TESTED_AS_ARRAYS_OF_NUMBERS = {split.name, "normalize", "loop", "scan", "rev
 PRESETS = [(cell, name) for cell, table in pn.VARIANTS.items() for name in table]
 """Every recurrent layer and preset: the product tests run over all of them."""
 
+HEAVY_PRESETS = [pytest.param(*row, marks=() if row[0] == "LSTM" else pytest.mark.slow, id=f"{row[0]}-{row[1]}") for row in PRESETS]
+"""The same for the largest products: `make test` has those of the LSTM, `make test-all` has all."""
+
 
 def _combinations() -> Iterator[tuple[str, pn.Variant]]:
     """Every row of slots that a cell takes."""
     choices = itertools.product(
         LAYERS,
         (("layer", "all"), ("layer", "candidate"), ("layer", "gate"), ("batch", "all")),
-        ("separate", "sum"),
+        ("separate", "sum", "input"),
         (None, "copy", "state"),
         ((True, ("bias",)), (False, ("bias_ih", "bias_hh")), (False, ())),
     )

@@ -95,7 +95,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a preset of another cell": (
         lambda: pn.GRU(4, 3, norm="layer-gates"),
         pn.UnsupportedError,
-        "expected one of None, 'layer', 'batch' for GRU",
+        "`norm` is 'layer-gates'; expected one of None, 'layer', 'batch', .* for GRU",
     ),
     "a slot that a cell has not": (
         lambda: pn.RNN(4, 3, norm=pn.Variant(source="", norm="layer", cell="copy")),
@@ -113,6 +113,16 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: lstm(norm="batch")(SEQUENCE[:, :1], training=True),
         pn.ShapeError,
         "one sequence; batch normalization in training needs at least two",
+    ),
+    "batch norm of one frame": (
+        lambda: lstm(norm="batch-input")(SEQUENCE[:1, :1], training=True),
+        pn.ShapeError,
+        "one frame; batch normalization in training needs at least two",
+    ),
+    "statistics by sequence of what is not the input": (
+        lambda: pn.Variant(source="", norm="batch", statistics="sequence"),
+        pn.UnsupportedError,
+        "`statistics` is 'sequence', which is for batch normalization of the input term alone",
     ),
     "step of both directions": (lambda: lstm(bidirectional=True).step(SEQUENCE[0]), pn.UnsupportedError, "bidirectional"),
     "population of nothing": (lambda: lstm(norm="batch").estimate_population([]), pn.UnsupportedError, "`batches` is empty"),

@@ -17,7 +17,7 @@ import portnorm_onnx.export as export_module
 from portnorm.layers.recurrent import Recurrent
 from portnorm_onnx.lowering import OPSETS
 from portnorm_onnx.verify import STEP_ULP
-from tests.cases import COMBINATIONS, PRESETS, random_recurrent
+from tests.cases import COMBINATIONS, HEAVY_PRESETS, random_recurrent
 from tests.tolerances import ONNX_OPERATOR
 
 
@@ -36,7 +36,7 @@ def run(model: onnx.ModelProto, **inputs: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("opset", sorted(OPSETS))
-@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+@pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
 def test_every_preset_at_every_opset(cell: str, norm: str | None, opset: int) -> None:
     report = pn.export(recurrent(cell, norm), None, opset=opset)
     assert report.opset == opset
@@ -52,13 +52,13 @@ def test_every_preset_at_every_opset(cell: str, norm: str | None, opset: int) ->
 )
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("lengths", [False, True])
-@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+@pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
 def test_every_arrangement(cell: str, norm: str | None, keywords: dict[str, Any], state: bool, lengths: bool) -> None:
     layer = recurrent(cell, norm, **keywords)
     report = pn.export(layer, None, state=state, lengths=lengths)
     assert report.model is not None
     names = [i.name for i in report.model.graph.input]
-    assert names == ["x"] + ["lengths"] * lengths + ([f"{s}_0" for s in layer.cell.states] + ["time_0"] * (norm == "batch")) * state
+    assert names == ["x"] + ["lengths"] * lengths + ([f"{s}_0" for s in layer.cell.states] + ["time_0"] * layer.timed) * state
 
 
 @pytest.mark.parametrize(("cell", "variant"), COMBINATIONS, ids=str)

@@ -63,8 +63,8 @@ def test_import_brings_in_nothing_but_numpy_and_array_api_compat() -> None:
 
 
 def test_import_takes_at_most_50_ms_over_numpy(tmp_path: Path) -> None:
-    """Compiled, as an installed package is: into a place of its own, where the first run of the two leaves it."""
-    code = "import numpy, time; t = time.perf_counter(); import portnorm; print((time.perf_counter() - t) * 1e3)"
+    """Compiled, as an installed package is, by the first run. Processor time, since other tests run beside this one."""
+    code = "import numpy, time; t = time.process_time(); import portnorm; print((time.process_time() - t) * 1e3)"
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     run(code, **compiled)
     assert min(float(run(code, **compiled)) for _ in range(7)) < 50

@@ -129,7 +129,7 @@ def test_no_steps(cell: str, norm: str | None, lengths: Any, training: bool, rng
     assert all(np.array_equal(layer.buffers[name], b) for name, b in buffers.items())
 
 
-@pytest.mark.parametrize(("cell", "norm"), [row for row in PRESETS if row[1] != "batch"])
+@pytest.mark.parametrize(("cell", "norm"), [row for row in PRESETS if not str(row[1]).startswith("batch")])
 def test_one_step_of_one_sequence(cell: str, norm: str | None, rng: np.random.Generator) -> None:
     layer = random_recurrent(cell, norm, rng)
     y, (h, *_), pullback = layer.vjp(rng.standard_normal((1, 1, 4)), training=True)

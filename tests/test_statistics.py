@@ -144,3 +144,29 @@ def test_noise_on_the_first_state_keeps_variances_away_from_zero(rng: np.random.
         smallest = layer.buffers["norm_hh_l0.running_var"][:5].min()
         assert (smallest < 1e-12) == (noise == 0.0)
     assert all(np.isfinite(norms))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_sequence_wise_statistics_are_over_all_unpadded_frames(both: bool, rng: np.random.Generator) -> None:
+    """Laurent et al. 2016: mean and variance over batch and time, with as many values as there are frames."""
+    layer = pn.LSTM(4, 3, norm="batch-input", dtype="float64", momentum=1.0, bidirectional=both, rng=rng)
+    x, lengths = rng.standard_normal((5, 3, 4)), [5, 1, 2]
+    layer(x, lengths=lengths, training=True)
+    frames = np.concatenate([x[:n, row] for row, n in enumerate(lengths)])
+    for suffix in ("_l0", "_l0_reverse")[: 1 + both]:
+        u = frames @ layer.params[f"weight_ih{suffix}"].T
+        np.testing.assert_allclose(layer.buffers[f"norm_ih{suffix}.running_mean"], u.mean(axis=0), **CLOSE)
+        np.testing.assert_allclose(layer.buffers[f"norm_ih{suffix}.running_var"], u.var(axis=0), **CLOSE)
+        assert layer.buffers[f"num_batches_tracked{suffix}"] == 1
+
+
+def test_batch_input_is_batch_norm_before_a_plain_layer(rng: np.random.Generator) -> None:
+    """One sequence is enough: its frames are a batch."""
+    layer = pn.RNN(4, 3, norm="batch-input", dtype="float64", rng=rng)
+    x = rng.standard_normal((6, 1, 4))
+    y, _ = layer(x, training=True)
+    u = pn.batch_norm(x[:, 0] @ layer.params["weight_ih_l0"].T, layer.params["norm_ih_l0.weight"], layer.params["bias_l0"])
+    h = np.zeros(3)
+    for t in range(6):
+        h = np.tanh(u[t] + layer.params["weight_hh_l0"] @ h)
+        np.testing.assert_allclose(y[t, 0], h, **CLOSE)

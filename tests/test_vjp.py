@@ -10,7 +10,16 @@ import pytest
 
 import portnorm as pn
 from portnorm.op import OPS as ALL_OPS
-from tests.cases import COMBINATIONS, NOT_TESTED_AS_ARRAYS_OF_NUMBERS, OPS, PRESETS, OpCase, random_lstm, random_recurrent, random_state
+from tests.cases import (
+    COMBINATIONS,
+    HEAVY_PRESETS,
+    NOT_TESTED_AS_ARRAYS_OF_NUMBERS,
+    OPS,
+    OpCase,
+    random_lstm,
+    random_recurrent,
+    random_state,
+)
 from tests.tolerances import DIFFERENCES
 
 
@@ -49,7 +58,7 @@ def test_every_op_is_in_the_table() -> None:
 @pytest.mark.parametrize(
     "keywords", [{}, {"num_layers": 2, "bidirectional": True}, {"return_sequences": False}], ids=["one", "stack of both directions", "last"]
 )
-@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+@pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
 def test_recurrent(
     cell: str, norm: str | None, keywords: dict[str, Any], lengths: list[int] | None, training: bool, rng: np.random.Generator
 ) -> None:

@@ -40,9 +40,10 @@ class RecurrentCell:
     def slots(self) -> dict[str, Slot]:
         """The normalizers inside the loop, by the name of their slot."""
         v, found = self.variant, {}
-        if "norm_hh" in v.gate_slots() or (self.hidden_bias and v.biases == ("bias_ih", "bias_hh")):
-            has_bias = self.hidden_bias and (v.shift or "bias_hh" in v.biases)
-            found["norm_hh"] = Slot(v, self.partition(), self.training, shift=has_bias)
+        normalizes = "norm_hh" in v.gate_slots()
+        shifts = self.hidden_bias and ("bias_hh" in v.biases or (normalizes and v.shift))
+        if normalizes or shifts:
+            found["norm_hh"] = Slot(v, self.partition(), self.training, shifts, normalizes)
         if "norm_sum" in v.gate_slots():
             found["norm_sum"] = Slot(v, self.partition(), self.training)
         if v.cell is not None:

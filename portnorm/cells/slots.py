@@ -20,16 +20,18 @@ class Slot:
     """Normalizes (batch, features).
 
     Layer: statistics of each row, apart for each part of the features; `partition` says how many gates each part has. Batch:
-    statistics of each feature over the rows that are active when `training`, else given. No norm: only the shift.
+    statistics of each feature over the rows that are active when `training`, else given; over all steps too where the variant has them
+    by sequence. A slot that does not normalize only shifts.
     """
 
     variant: Variant
     partition: tuple[int, ...] = (1,)
     training: bool = False
     shift: bool = True
+    normalizes: bool = True
 
     def parameters(self) -> tuple[str, ...]:
-        return (*(() if self.variant.norm is None else ("weight",)), *(("bias",) if self.shift else ()))
+        return (*(("weight",) if self.normalizes else ()), *(("bias",) if self.shift else ()))
 
     def __call__(
         self, params: Params, name: str, z: Array, active: Array | None, given: Statistics
@@ -37,7 +39,7 @@ class Slot:
         """(normalized z, residuals of each part, the batch's mean and variance if running averages have to be kept of them)."""
         xp = xp_of(z)
         weight, bias = (params.get(f"{name}.{p}") if p in self.parameters() else None for p in ("weight", "bias"))
-        if self.variant.norm is None:
+        if not self.normalizes:
             return z + bias, (), ()
         pieces, residuals = [], []
         mean, var = given
@@ -57,12 +59,12 @@ class Slot:
             residuals.append(kept)
         y = pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=-1)
         is_tracked = self._is_batch and self.training
-        return y, tuple(residuals), tuple(s[..., 0, :] for s in residuals[0].statistics()) if is_tracked else ()
+        return y, tuple(residuals), tuple(self._row(s) for s in residuals[0].statistics()) if is_tracked else ()
 
     def vjp(self, residuals: tuple[Normalized, ...], dy: Array, active: Array | None) -> tuple[Array, Params]:
         """(cotangent of z, cotangents of weight and bias)"""
         xp = xp_of(dy)
-        if self.variant.norm is None:
+        if not self.normalizes:
             return dy, {"bias": xp.sum(dy, axis=tuple(range(dy.ndim - 1)))}
         found = []
         for part, kept in zip(self._parts(dy.shape[-1]), residuals, strict=True):
@@ -94,13 +96,17 @@ class Slot:
         groups = self._equal_groups
         return a if groups == 1 else xp_of(a).reshape(a, (*a.shape[:-1], groups, a.shape[-1] // groups))
 
+    def _row(self, statistic: Array) -> Array:
+        """A batch statistic without the axes that it was taken over: (features,) for one step, (time, features) for all."""
+        return statistic[..., 0, :] if self.variant.timed else statistic[0, 0, :]
+
     def _mask(self, active: Array | None) -> Array | None:
         return active if self._is_batch and self.training else None
 
     def _axes(self, ndim: int) -> Axes:
         """Axes for an array of `ndim` before grouping, with the batch second to last."""
         if self._is_batch:
-            return {"axes": (ndim - 2,), "param_axes": (ndim - 1,)}
+            return {"axes": (ndim - 2,) if self.variant.timed else tuple(range(ndim - 1)), "param_axes": (ndim - 1,)}
         if self._equal_groups == 1:
             return {"axes": (ndim - 1,), "param_axes": (ndim - 1,)}
         return {"axes": (ndim,), "param_axes": (ndim - 1, ndim)}
@@ -124,7 +130,8 @@ class Slots:
     def __call__(self, name: str, z: Array) -> Array:
         if name not in self.slots:
             return z
-        given = dict(zip(self.slots, zip(self.rows[::2], self.rows[1::2], strict=True), strict=False)).get(name, NO_STATISTICS)
+        tracked = (slot for slot, row in self.slots.items() if row.normalizes)
+        given = dict(zip(tracked, zip(self.rows[::2], self.rows[1::2], strict=True), strict=False)).get(name, NO_STATISTICS)
         y, self.residuals[name], statistics = self.slots[name](self.params, name, z, self.active, given)
         self.statistics.extend(statistics)
         return y

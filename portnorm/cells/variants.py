@@ -18,8 +18,10 @@ class Variant:
 
     source: str
     norm: Literal["layer", "batch"] | None = None
-    terms: Literal["separate", "sum"] = "separate"
-    """Whether xW and hU are normalized each for itself, or their sum."""
+    terms: Literal["separate", "sum", "input"] = "separate"
+    """Whether xW and hU are normalized each for itself, or their sum, or xW alone."""
+    statistics: Literal["step", "sequence"] = "step"
+    """Batch normalization: whether each time step has statistics of its own, or all steps of a batch have them together."""
     groups: Literal["all", "candidate", "gate"] = "all"
     """Which gates share statistics in layer normalization: all of them, all but the candidate (GRU), or each gate has its own."""
     cell: Literal["copy", "state"] | None = None
@@ -42,6 +44,8 @@ class Variant:
                 raise UnsupportedError(f"`{name}` is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}")
         if self.groups != "all" and self.norm != "layer":
             raise UnsupportedError(f"`groups` is {self.groups!r}, which only layer normalization can have")
+        if self.statistics == "sequence" and (self.norm, self.terms, self.cell) != ("batch", "input", None):
+            raise UnsupportedError("`statistics` is 'sequence', which is for batch normalization of the input term alone")
         if self.norm is None and self.cell is not None:
             raise UnsupportedError(f"`cell` is {self.cell!r} without a `norm` to normalize it with")
         if not self.eps >= 0:
@@ -51,7 +55,12 @@ class Variant:
         """The filled slots of the gates."""
         if self.norm is None:
             return ()
-        return ("norm_sum",) if self.terms == "sum" else ("norm_ih", "norm_hh")
+        return {"separate": ("norm_ih", "norm_hh"), "sum": ("norm_sum",), "input": ("norm_ih",)}[self.terms]
+
+    @property
+    def timed(self) -> bool:
+        """Whether running statistics belong to time steps."""
+        return self.norm == "batch" and self.statistics == "step"
 
     def slots(self) -> tuple[str, ...]:
         """All filled slots."""
@@ -60,13 +69,22 @@ class Variant:
 
 _CHOICES: dict[str, tuple[object, ...]] = {
     "norm": (None, "layer", "batch"),
-    "terms": ("separate", "sum"),
+    "terms": ("separate", "sum", "input"),
+    "statistics": ("step", "sequence"),
     "groups": ("all", "candidate", "gate"),
     "cell": (None, "copy", "state"),
     "biases": (("bias_ih", "bias_hh"), ("bias",), ()),
 }
 
 _TORCH_BIASES = ("bias_ih", "bias_hh")
+
+_VERTICAL: dict[str | None, Variant] = {
+    "batch-input": Variant(
+        source="Laurent et al. 2016 (sequence-wise), Deep Speech 2", norm="batch", terms="input", statistics="sequence", shift=False
+    ),
+    "batch-input-frame": Variant(source="Laurent et al. 2016 (frame-wise)", norm="batch", terms="input", shift=False),
+}
+"""Batch normalization of the input term alone: the same for every cell."""
 
 VARIANTS: dict[str, dict[str | None, Variant]] = {
     "LSTM": {
@@ -84,16 +102,19 @@ VARIANTS: dict[str, dict[str | None, Variant]] = {
         ),
         "layer-state": Variant(source="TensorFlow Addons LayerNormLSTMCell, PyTorch fastrnns", norm="layer", cell="state"),
         "batch": Variant(source="Cooijmans et al. 2016, section 3", norm="batch", cell="copy", shift=False, gain=0.1, forget_bias=1.0),
+        **_VERTICAL,
     },
     "GRU": {
         None: Variant(source="torch.nn.GRU, ONNX GRU with linear_before_reset=1", biases=_TORCH_BIASES),
         "layer": Variant(source="Ba, Kiros & Hinton 2016, supplement", norm="layer", groups="candidate", biases=()),
         "batch": Variant(source="as Cooijmans et al. 2016 for the LSTM", norm="batch", shift=False, gain=0.1),
+        **_VERTICAL,
     },
     "RNN": {
         None: Variant(source="torch.nn.RNN, ONNX RNN", biases=_TORCH_BIASES),
         "layer": Variant(source="Ba, Kiros & Hinton 2016, equation 4", norm="layer", terms="sum", biases=()),
         "batch": Variant(source="Cooijmans et al. 2016, figure 1", norm="batch", shift=False, gain=0.1),
+        **_VERTICAL,
     },
 }
 """By cell and preset."""

@@ -40,8 +40,8 @@ class Recurrent(Layer):
     `norm` names a row of the cell's table of variants (`portnorm.VARIANTS`) or is a `portnorm.Variant`. `x` is (time, batch, features),
     or (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last
     hidden state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch,
-    hidden); with `norm="batch"` the number of steps comes after them, since the statistics belong to steps: `t_max` is the number of
-    steps that have statistics of their own, later ones use the last. `momentum` is the weight of a new value. `lengths` (batch,) counts
+    hidden); where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have
+    statistics of their own, later ones use the last. `momentum` is the weight of a new value. `lengths` (batch,) counts
     each sequence's steps: what follows is padding, gives 0, and enters nothing. Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in
     torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal matrices and the
     variant's gain and forget bias for the others, or `forget_bias`.
@@ -82,7 +82,7 @@ class Recurrent(Layer):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.num_directions = 2 if bidirectional else 1
         self.batch_first, self.keeps_time, self.t_max, self.momentum = batch_first, return_sequences, t_max, momentum
-        self.timed = self.variant.norm == "batch"
+        self.timed = self.variant.timed
         random = generator(rng)
         for suffix, inputs, _ in self._places():
             values = _initial(self.cell, self.variant, inputs, hidden_size, forget_bias, random)
@@ -101,14 +101,15 @@ class Recurrent(Layer):
                 yield suffix, inputs, Direction(self.cell, self.variant, self.hidden_size, reverse, sequences, self.momentum)
 
     def _start_statistics(self) -> None:
-        if not self.timed:
+        if self.variant.norm != "batch":
             return
+        rows = (self.t_max,) if self.timed else ()
         for suffix, _, _ in self._places():
             for slot in self.variant.slots():
-                shape = (self.t_max, *self.params[f"{slot}{suffix}.weight"].shape)
+                shape = (*rows, *self.params[f"{slot}{suffix}.weight"].shape)
                 self.buffers[f"{slot}{suffix}.running_mean"] = self._new(numpy.zeros(shape))
                 self.buffers[f"{slot}{suffix}.running_var"] = self._new(numpy.ones(shape))
-            self.buffers[f"num_batches_tracked{suffix}"] = self._new(numpy.zeros(self.t_max, dtype=int), integer=True)
+            self.buffers[f"num_batches_tracked{suffix}"] = self._new(numpy.zeros(rows, dtype=int), integer=True)
 
     def forget_statistics(self) -> None:
         self.momentum = None
@@ -208,8 +209,10 @@ class Recurrent(Layer):
         if x.ndim != 3 or x.shape[2] != self.input_size:
             order = "(batch, time, features)" if self.batch_first else "(time, batch, features)"
             raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected {order} with {self.input_size} features")
-        if training and self.timed and x.shape[0 if self.batch_first else 1] == 1:
-            raise ShapeError(f"`x` {tuple(x.shape)} has one sequence; batch normalization in training needs at least two")
+        batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
+        if training and self.variant.norm == "batch" and batch == 1 and (self.timed or steps == 1):
+            what = "one sequence" if self.timed else "one frame"
+            raise ShapeError(f"`x` {tuple(x.shape)} has {what}; batch normalization in training needs at least two")
 
 
 class LSTM(Recurrent):
