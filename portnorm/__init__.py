@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from portnorm.affine import linear
 from portnorm.cells.variants import VARIANTS, Variant
 from portnorm.errors import (
     CheckpointError,
@@ -16,12 +17,13 @@ from portnorm.errors import (
     ShapeError,
     UnsupportedError,
 )
+from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
 from portnorm.layers.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from portnorm.layers.recurrent import GRU, LSTM, RNN
 from portnorm.layers.sequential import Sequential
-from portnorm.linear import linear
+from portnorm.lookup import embedding
 from portnorm.losses import softmax_cross_entropy
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.group import group_norm
@@ -57,6 +59,7 @@ __all__ = [
     "CheckpointError",
     "ConformanceError",
     "DTypeError",
+    "Embedding",
     "ExportError",
     "GroupNorm",
     "InstanceNorm",
@@ -73,6 +76,7 @@ __all__ = [
     "Variant",
     "batch_norm",
     "clip_by_global_norm",
+    "embedding",
     "export",
     "group_norm",
     "instance_norm",

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from portnorm.affine import linear, weight_cotangent
 from portnorm.arrays import Array, device_of, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.slots import NO_STATISTICS, Statistics
 from portnorm.cells.variants import Variant
-from portnorm.linear import linear, weight_cotangent
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
 from portnorm.statistics import at_steps, update
 

@@ -58,6 +58,7 @@ OPS = [
     OpCase("group_norm, channels last", pn.group_norm, _norm((2, 5, 6), (6,), (6,), extra=(2,)), {"channel_axis": -1}),
     OpCase("group_norm, masked", pn.group_norm, _norm((2, 6, 3), (6,), (6,), extra=(2,)), {"mask": MASK}),
     OpCase("linear", pn.linear, lambda rng: (rng.standard_normal((2, 3, 4)), rng.standard_normal((5, 4)), rng.standard_normal(5))),
+    OpCase("embedding", pn.embedding, lambda rng: (np.array([[0, 2, 2], [4, 0, 2]]), rng.standard_normal((5, 3)))),
     OpCase("sigmoid", sigmoid, lambda rng: (rng.standard_normal((3, 4)) * 4,)),
     OpCase("softmax_cross_entropy", pn.softmax_cross_entropy, lambda rng: (rng.standard_normal((6, 4)), np.array([0, 1, 2, 3, 0, 1]))),
     OpCase(

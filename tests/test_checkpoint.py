@@ -25,6 +25,7 @@ MODELS = [
         for cell, name in PRESETS
     ),
     pn.LSTM(2, 3, norm=pn.Variant(source="test", norm="layer", cell="state", gain=0.5), dtype="float64", rng=0),
+    pn.Embedding(5, 3, rng=0),
     pn.LayerNorm((3, 4), eps=1e-3),
     pn.RMSNorm(4),
     pn.BatchNorm(3, momentum=None, channel_axis=-1),

@@ -126,6 +126,12 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "step of both directions": (lambda: lstm(bidirectional=True).step(SEQUENCE[0]), pn.UnsupportedError, "bidirectional"),
     "population of nothing": (lambda: lstm(norm="batch").estimate_population([]), pn.UnsupportedError, "`batches` is empty"),
+    "numbers for an embedding": (lambda: pn.Embedding(5, 2)(SEQUENCE), pn.DTypeError, "`x` has dtype float32; expected integers"),
+    "ids that are not there": (
+        lambda: pn.Embedding(5, 2)(np.array([[0, 5]])),
+        pn.ShapeError,
+        "`ids` reach from 0 to 5; expected 0 to 4",
+    ),
     "no layers": (lambda: pn.Sequential(), pn.UnsupportedError, "`parts`"),
     "layers of two dtypes": (
         lambda: pn.Sequential(lstm(), pn.Linear(3, 2, dtype="float64")),

@@ -113,6 +113,14 @@ def test_a_model_of_several_layers() -> None:
     assert report.worst_step is not None
 
 
+def test_embedding_recurrent_linear_is_one_graph() -> None:
+    model = pn.Sequential(pn.Embedding(96, 16, rng=0), pn.GRU(16, 8, norm="layer", num_layers=2, rng=0), pn.Linear(8, 96, rng=0))
+    report = pn.export(model, None)
+    assert report.model is not None
+    assert report.model.graph.input[0].type.tensor_type.elem_type == 7
+    assert report.worst_step is not None
+
+
 def lstm_of_8() -> pn.LSTM:
     return pn.LSTM(8, 8, norm="layer", rng=0)
 

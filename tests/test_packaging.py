@@ -100,6 +100,6 @@ def test_numpy_is_not_called_on_user_arrays() -> None:
     for folder in ("norm", "cells"):
         for path in (ROOT / "portnorm" / folder).glob("*.py"):
             assert "numpy" not in path.read_text().replace("numpy as np, portnorm as pn", "").replace("import numpy as np", ""), path
-    for name in ("op.py", "scan.py", "recurrent.py", "statistics.py", "linear.py", "losses.py", "optimizers.py"):
+    for name in ("op.py", "scan.py", "recurrent.py", "statistics.py", "affine.py", "lookup.py", "losses.py", "optimizers.py"):
         lines = [line for line in (ROOT / "portnorm" / name).read_text().splitlines() if line.startswith(("import numpy", "from numpy"))]
         assert lines == [], name

@@ -136,3 +136,12 @@ def test_learned_first_state_is_dead_in_bn_lstm(rng: np.random.Generator) -> Non
     dh, dc = (np.sum(d, axis=1) for d in pullback(rng.standard_normal(y.shape))[1])
     np.testing.assert_allclose(dh, 0.0, atol=1e-12)
     assert np.max(np.abs(dc)) > 1e-3
+
+
+def test_embedding_in_blocks_is_embedding_at_once(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, weight, dy = rng.integers(0, 7, (50, 3)), rng.standard_normal((7, 4)), rng.standard_normal((50, 3, 4))
+    expected = np.zeros((7, 4))
+    np.add.at(expected, ids, dy)
+    for block in (1, 7 * 11, 2**22):
+        monkeypatch.setattr("portnorm.lookup._BLOCK", block)
+        np.testing.assert_allclose(pn.vjp(pn.embedding, ids, weight)[1](dy)[1], expected, rtol=1e-12)

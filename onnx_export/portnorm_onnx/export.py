@@ -80,7 +80,7 @@ def trace(
     """The ONNX model of a layer on NumPy, not checked yet."""
     target = opset(version)
     dims = tuple(input_shape) if input_shape is not None else model.input_dims()
-    x = graph_input("x", model.dtype, dims, target)
+    x = graph_input("x", "int64" if model.takes_integers else model.dtype, dims, target)
     inputs, feed = [x], {}
     if lengths and model.recurrent:
         feed["lengths"] = graph_input("lengths", "int64", ("batch",), target)
@@ -123,7 +123,7 @@ def _placed_zeros(model: Layer, x: SymbolicArray) -> Any:
     states = []
     for layer in parts:
         batch = x.shape[0 if layer.batch_first else 1]
-        zeros = xp.zeros((batch, layer.hidden_size), dtype=x.dtype)
+        zeros = xp.zeros((batch, layer.hidden_size), dtype=layer.dtype)
         time_before = constant(numpy.int64(0), _TIME) if layer.timed else None
         states.append(PlacedState([(zeros,) * len(layer.cell.states)] * (layer.num_layers * layer.num_directions), time_before))
     return states[0] if isinstance(model, Recurrent) else tuple(states)

@@ -148,6 +148,7 @@ _OPS: dict[str, Row] = {
     "sigmoid": lambda x: node("Sigmoid", x),
     "split": lambda x, parts: nodes("Split", parts, x, axis=-1, num_outputs=parts),
     "linear": _linear,
+    "embedding": lambda ids, weight: node("Gather", weight, ids, axis=0),
     "normalize": normalize,
     "loop": loop,
 }

@@ -20,6 +20,7 @@ import onnx
 from onnx import helper
 
 from portnorm.errors import ConformanceError, ExportError
+from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent
 from portnorm_onnx.report import Comparison, Report
@@ -111,11 +112,17 @@ def random_cases(model: Layer, dims: Sequence[int | str], lengths: bool) -> list
     for steps, batch in CASES:
         # Without time the second length is space: more than one value, or the variance of every channel would be 0.
         free = iter((batch, steps + 4) if not model.recurrent else (batch, steps) if model.batch_first else (steps, batch))
-        x = rng.standard_normal([d if isinstance(d, int) else next(free, 5) for d in dims]).astype(model.dtype)
+        shape = [d if isinstance(d, int) else next(free, 5) for d in dims]
+        x = rng.standard_normal(shape).astype(model.dtype) if not model.takes_integers else rng.integers(0, _entries(model), shape)
         ragged = rng.integers(1, steps + 1, size=batch)
         ragged[0] = steps
         cases.append((x, ragged if lengths else None))
     return cases
+
+
+def _entries(model: Layer) -> int:
+    """How many integers a model that starts with an embedding takes."""
+    return next(layer.num_embeddings for layer in model.layers() if isinstance(layer, Embedding))
 
 
 def _trajectory(model: Layer, proto: onnx.ModelProto, session: Session, runtime: str, case: Inputs) -> Comparison:
@@ -123,7 +130,7 @@ def _trajectory(model: Layer, proto: onnx.ModelProto, session: Session, runtime:
     x, lengths = case
     outputs = session(_feed(proto, model, x, lengths, None))
     eager = _outputs(model, x, lengths)
-    exact = _outputs(model.to(dtype="float64"), x.astype(numpy.float64), lengths)
+    exact = _outputs(model.to(dtype="float64"), _mapped(_wide, x), lengths)
     dtype = numpy.dtype(model.dtype).name
     comparisons = []
     for name, result in outputs.items():
@@ -154,7 +161,7 @@ def _one_step(model: Layer, proto: onnx.ModelProto, session: Session, runtime: s
     for t in range(steps):
         step = numpy.take(x, [t], axis=axis)
         expected, after = _stepped(model, step, before)
-        exact, _ = _stepped(double, step.astype(numpy.float64), _mapped(lambda a: a.astype(numpy.float64), before))
+        exact, _ = _stepped(double, _mapped(_wide, step), _mapped(_wide, before))
         result = session(_feed(proto, model, step, ones, before))
         for name, values in expected.items():
             difference, eager_difference = _distance(name, result[name], values), _distance(name, values, exact[name])
@@ -184,6 +191,10 @@ def _mapped(f: Callable[[NumPyArray], NumPyArray], state: Any) -> Any:
     if isinstance(state, tuple):
         return tuple(_mapped(f, part) for part in state)
     return f(state) if state.dtype.kind == "f" else state
+
+
+def _wide(a: NumPyArray) -> NumPyArray:
+    return a.astype(numpy.float64)
 
 
 def _nudged(values: Any, seed: int) -> Any:

@@ -11,13 +11,16 @@ from portnorm.arrays import DType, Namespace, dtype_name, to_numpy
 from portnorm.cells.variants import Variant
 from portnorm.checkpoint import safetensors
 from portnorm.errors import CheckpointError, PortnormError
+from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
 from portnorm.layers.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from portnorm.layers.recurrent import GRU, LSTM, RNN
 from portnorm.layers.sequential import Sequential
 
-LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in (LSTM, GRU, RNN, Linear, LayerNorm, RMSNorm, BatchNorm, GroupNorm, InstanceNorm)}
+_CLASSES = (LSTM, GRU, RNN, Embedding, Linear, LayerNorm, RMSNorm, BatchNorm, GroupNorm, InstanceNorm)
+
+LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in _CLASSES}
 """Layers that a checkpoint can name."""
 
 _KEY = "portnorm"

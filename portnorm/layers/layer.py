@@ -37,6 +37,8 @@ class Layer:
     With `training=True` a call also updates the running statistics that the layer holds.
     """
 
+    takes_integers: bool = False
+    """Whether `x` holds integers, for example numbers of words; else it holds numbers of the layer's dtype."""
     recurrent: bool = False
     """Whether a call takes and returns a state."""
     batch_first: bool = False
@@ -62,7 +64,7 @@ class Layer:
         """`(y, state, buffers, residuals)`; without `keep` the residuals are not needed."""
         raise NotImplementedError
 
-    def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
+    def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array | None, Any, Arrays]:
         """`(dx, dstate, dparams)`"""
         raise NotImplementedError
 
@@ -102,7 +104,10 @@ class Layer:
             raise UnsupportedError(f"`state` is given, but {type(self).__name__} has none")
         own = next(iter(self.params.values()), None)
         xp = namespace(**({} if own is None else {"parameters": own}), x=x)
-        if x.dtype != self.dtype:
+        if self.takes_integers:
+            if not xp.isdtype(x.dtype, "integral"):
+                raise DTypeError(f"`x` has dtype {x.dtype}; expected integers")
+        elif x.dtype != self.dtype:
             raise DTypeError(f"`x` has dtype {x.dtype} but the layer has {self.dtype}; convert `x`, or the layer with layer.to(dtype=...)")
         return None if lengths is None else checked_lengths(xp, x, lengths, self.batch_first)
 

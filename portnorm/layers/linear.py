@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from portnorm.affine import linear
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, uniform
 from portnorm.layers.layer import Arrays, Layer
-from portnorm.linear import linear
 
 
 class Linear(Layer):

@@ -37,6 +37,7 @@ class Sequential(Layer):
                     "make them alike with layer.to(...)"
                 )
         self.recurrent = any(part.recurrent for part in parts)
+        self.takes_integers = first.takes_integers
         self.keeps_time = all(part.keeps_time for part in parts)
         self.batch_first = any(part.batch_first for part in parts)
 
@@ -74,7 +75,7 @@ class Sequential(Layer):
             lengths = lengths if part.keeps_time else None
         return x, tuple(out), new_buffers, residuals
 
-    def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
+    def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array | None, Any, Arrays]:
         places = [k for k, part in enumerate(self.parts) if part.recurrent]
         cotangents = dict(zip(places, dstate if dstate is not None else [None] * len(places), strict=True))
         grads: Arrays = {}
@@ -107,9 +108,9 @@ class Sequential(Layer):
         return tuple(part.initial_state(batch, noise=noise, rng=random) for part in self.parts if part.recurrent)
 
     def input_dims(self) -> tuple[int | str, ...]:
-        features = self.parts[0].input_dims()[-1]
+        own = self.parts[0].input_dims()
         recurrent = next((part for part in self.parts if part.recurrent), None)
-        return self.parts[0].input_dims() if recurrent is None else (*recurrent.input_dims()[:-1], features)
+        return own if recurrent is None else (*recurrent.input_dims()[:-1], *(() if self.takes_integers else own[-1:]))
 
     def layers(self) -> Iterator[Layer]:
         for part in self.parts:

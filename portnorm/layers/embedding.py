@@ -1,0 +1,50 @@
+"""The layer in front of a language model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portnorm.arrays import Array, DType, Namespace
+from portnorm.layers.initial import Generator, generator
+from portnorm.layers.layer import Arrays, Layer
+from portnorm.lookup import embedding
+
+
+class Embedding(Layer):
+    """A vector for each of `num_embeddings` entries: integers (time, batch) to (time, batch, embedding_dim), as `torch.nn.Embedding`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> model = pn.Sequential(pn.Embedding(96, 16, rng=0), pn.LSTM(16, 8, norm="layer", rng=0))
+    >>> model(np.zeros((5, 2), dtype=int))[0].shape
+    (5, 2, 8)
+    """
+
+    takes_integers = True
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        xp: Namespace | str | None = None,
+        device: Any = None,
+        dtype: DType = "float32",
+        rng: int | Generator | None = None,
+    ):
+        super().__init__({"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}, xp, device, dtype)
+        self.num_embeddings = num_embeddings
+        self.params["weight"] = self._new(generator(rng).standard_normal((num_embeddings, embedding_dim)))
+
+    def input_dims(self) -> tuple[int | str, ...]:
+        return ("time", "batch")
+
+    def forward(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+    ) -> tuple[Array, Any, Arrays, Any]:
+        if not keep:
+            return embedding(x, params["weight"]), state, buffers, None
+        y, residuals = embedding.forward(x, params["weight"])
+        return y, state, buffers, residuals
+
+    def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array | None, Any, Arrays]:
+        return None, dstate, {"weight": embedding.vjp(residuals, dy)[1]}
