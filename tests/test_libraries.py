@@ -99,3 +99,20 @@ def test_optimizer(optimizer: Any, library: Library, rng: np.random.Generator) -
         results.append({**theirs, "norm": norm})
     for name, array in results[0].items():
         assert_same(results[1][name], np.asarray(array, dtype=np.float64), "float32")
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_a_second_device_is_never_left(cell: str, norm: str | None, training: bool, rng: np.random.Generator) -> None:
+    """array-api-strict refuses to mix devices: whatever is made on the way must be made where `x` is."""
+    import array_api_strict as xp
+
+    device = xp.Device("device1")
+    layer = random_recurrent(cell, norm, rng, bidirectional=True).to(xp=xp, device=device)
+    assert all(a.device == device for a in layer.state_dict().values())
+    model = pn.Sequential(layer, pn.LayerNorm(6, xp=xp, device=device, dtype="float64"))
+    x = xp.asarray(rng.standard_normal((5, 3, 4)), device=device)
+    y, state, pullback = model.vjp(x, lengths=[5, 2, 3], training=training)
+    dx, dstate, grads = pullback(y)
+    for array in (y, dx, *state[0], *dstate[0], *grads.values(), *model.buffers.values()):
+        assert array.device == device
