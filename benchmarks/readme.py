@@ -24,8 +24,13 @@ def variants() -> str:
     """The presets, from the rows that the code reads."""
     rows = []
     for cell, name, v in ((cell, name, v) for cell, table in pn.VARIANTS.items() for name, v in table.items()):
-        what = {None: "–", "layer": "layer", "batch": f"batch, per {'time step' if v.timed else 'sequence'}"}[v.norm]
-        where = "–" if v.norm is None else {"sum": "xW + hU", "separate": "xW and hU", "input": "xW"}[v.terms]
+        what = {
+            None: "–",
+            "layer": "layer",
+            "weight": "rows of the matrices",
+            "batch": f"batch, per {'time step' if v.timed else 'sequence'}",
+        }[v.norm]
+        where = "–" if not v.slots() else {"sum": "xW + hU", "separate": "xW and hU", "input": "xW"}[v.terms]
         where += {"all": "", "candidate": ", candidate apart", "gate": ", per gate"}[v.groups]
         state = {None: "–", "copy": "into tanh only", "state": "written back"}[v.cell]
         bias = " + ".join(v.biases) or ("β only" if not v.runtime_forget_bias else f"β, forget gate + {v.runtime_forget_bias:g}")

@@ -30,6 +30,7 @@ from portnorm.norm.group import group_norm
 from portnorm.norm.instance import instance_norm
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
+from portnorm.norm.weight import weight_norm
 from portnorm.op import vjp
 from portnorm.optimizers import SGD, Adam, RMSProp, clip_by_global_norm
 
@@ -88,6 +89,7 @@ __all__ = [
     "softmax_cross_entropy",
     "verify",
     "vjp",
+    "weight_norm",
 ]
 
 

@@ -17,6 +17,7 @@ from portnorm.arrays import Array, device_of, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.slots import NO_STATISTICS, Statistics
 from portnorm.cells.variants import Variant
+from portnorm.norm.weight import weight_norm
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
 from portnorm.statistics import at_steps, update
 
@@ -26,7 +27,8 @@ Buffers = dict[str, Array]
 class RecurrentResiduals(NamedTuple):
     """What the vjp of a direction needs."""
 
-    params: Params
+    params: Params  # with the weights themselves where they are normalized
+    weights: dict[str, Any]  # residuals of weight normalization, by matrix
     x: Array  # (time, batch, inputs), in the order of the steps, 0 in the padding
     lengths: Array | None
     input_slot: tuple[Any, ...]  # residuals of norm_ih
@@ -62,6 +64,7 @@ class Direction:
         this call (batch normalization only).
         """
         xp = xp_of(x)
+        params, weights = _normalized_weights(params)
         batch, cell = self.variant.norm == "batch", self.cell(self.variant, training)
         mask = sequence_mask(x, lengths) if lengths is not None and (keep or (batch and training)) else None
         if mask is not None:
@@ -81,11 +84,11 @@ class Direction:
             buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, lengths, self.momentum)
         if self.reverse and self.sequences:
             y = reverse_sequences(y, lengths)
-        return y, state, buffers, RecurrentResiduals(params, x, lengths, input_residuals, scanned)
+        return y, state, buffers, RecurrentResiduals(params, weights, x, lengths, input_residuals, scanned)
 
     def vjp(self, residuals: RecurrentResiduals, dy: Array | None, dstate: State, *, training: bool = False) -> tuple[Array, State, Params]:
         """`(dx, dstate, dparams)` from the cotangents of `y` (or `None`) and of the last state."""
-        params, x, lengths, _, scanned = residuals
+        params, weights, x, lengths, _, scanned = residuals
         cell = self.cell(self.variant, training)
         if not self.sequences and dy is not None:
             dy, dstate = None, (dstate[0] + dy, *dstate[1:])
@@ -99,7 +102,9 @@ class Direction:
         dx = linear.vjp((x, params["weight_ih"], None), dxw)[0]
         if self.reverse:
             dx = reverse_sequences(dx, lengths)
-        return dx, dstate, {name: grads[name] for name in params}
+        for name, kept in weights.items():
+            grads[f"{name}.v"], grads[f"{name}.g"] = weight_norm.vjp(kept, grads.pop(name))
+        return dx, dstate, {name: grads[name] for name in params if name not in weights}
 
     # -- the input term ------------------------------------------------------------------------------------------------------------
 
@@ -159,3 +164,12 @@ class Direction:
             else:
                 loop[name] = params[name]
         return loop
+
+
+def _normalized_weights(params: Params) -> tuple[Params, dict[str, Any]]:
+    """Parameters with the matrix beside its direction `.v` and lengths `.g` where it is given by them, and the residuals of each."""
+    found, residuals = dict(params), {}
+    for name in ("weight_ih", "weight_hh"):
+        if f"{name}.v" in params:
+            found[name], residuals[name] = weight_norm.forward(params[f"{name}.v"], params[f"{name}.g"])
+    return found, residuals

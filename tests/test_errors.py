@@ -56,6 +56,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "cotangent of another shape": (lambda: pn.vjp(pn.layer_norm, X)[1](X[0]), pn.ShapeError, r"`dy` has shape \(5, 4\)"),
     "vjp of what is no Op": (lambda: pn.vjp(np.tanh, X), pn.UnsupportedError, "expected an Op of portnorm"),
     "linear inputs": (lambda: pn.linear(X, np.ones((2, 3), np.float32)), pn.ShapeError, r"`weight` has shape \(2, 3\)"),
+    "lengths of weights": (lambda: pn.weight_norm(X[0], X[0]), pn.ShapeError, r"`g` has shape \(5, 4\); expected \(5,\) or \(5, 1\)"),
     "labels of another shape": (lambda: pn.softmax_cross_entropy(X, np.zeros(2, int)), pn.ShapeError, r"`labels` has shape \(2,\)"),
     "labels of numbers": (lambda: pn.softmax_cross_entropy(X[0], np.zeros(5)), pn.DTypeError, "`labels` has dtype float64"),
     "unknown preset": (lambda: lstm(norm="layers"), pn.UnsupportedError, "`norm` is 'layers'; expected one of None, 'layer'"),

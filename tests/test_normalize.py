@@ -155,3 +155,11 @@ def test_arguments_are_not_written_to(rng: np.random.Generator) -> None:
     pullback(dy)
     np.testing.assert_array_equal(x, before[0])
     np.testing.assert_array_equal(weight, before[1])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_weight_norm_of_extreme_rows(scale: float, rng: np.random.Generator) -> None:
+    v = rng.standard_normal((3, 40))
+    w = pn.weight_norm((v * scale).astype(np.float32), np.float32([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(w, pn.weight_norm(v, np.array([1.0, 2.0, 3.0])), rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(np.linalg.norm(w.astype(np.float64), axis=1), [1.0, 2.0, 3.0], rtol=1e-6)

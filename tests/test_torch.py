@@ -155,3 +155,37 @@ def test_clip_and_cross_entropy(rng: np.random.Generator) -> None:
     clipped, mine_norm = pn.clip_by_global_norm({"logits": gradient}, 0.1)
     assert_close(mine_norm, norm)
     np.testing.assert_allclose(clipped["logits"], tensor.grad.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1, None])
+def test_weight_norm(axis: int | None, rng: np.random.Generator) -> None:
+    import torch
+
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 3, dtype=torch.float64), dim=axis)
+    g, v = (layer.parametrizations.weight.original0, layer.parametrizations.weight.original1)
+    with torch.no_grad():
+        g.copy_(torch.tensor(rng.standard_normal(g.shape)))
+    w, pullback = pn.vjp(pn.weight_norm, v.detach().numpy(), g.detach().numpy(), axis=axis)
+    assert_close(w, layer.weight)
+    dw = rng.standard_normal((3, 4))
+    layer.weight.backward(torch.tensor(dw))
+    for mine, theirs in zip(pullback(dw), (v, g), strict=True):
+        assert_close(mine, theirs.grad)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_weight_normalized_layer(cell: str, rng: np.random.Generator) -> None:
+    import torch
+
+    theirs = getattr(torch.nn, cell)(4, 5, dtype=torch.float64)
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        torch.nn.utils.parametrizations.weight_norm(theirs, name)
+        with torch.no_grad():
+            theirs.parametrizations[name].original0.mul_(1.3)
+    state = {n: a for n, a in theirs.state_dict().items() if n.startswith("bias")}
+    for name in ("weight_ih_l0", "weight_hh_l0"):
+        state |= {f"{name}.g": theirs.parametrizations[name].original0, f"{name}.v": theirs.parametrizations[name].original1}
+    mine = getattr(pn, cell)(4, 5, norm="weight", dtype="float64")
+    mine.load_state_dict(state)
+    x = rng.standard_normal((6, 3, 4))
+    assert_close(mine(x)[0], theirs(torch.tensor(x))[0])

@@ -17,7 +17,8 @@ class Variant:
     """Which normalizer sits in which slot of a recurrent cell. Defaults are the plain cell of torch.nn and ONNX."""
 
     source: str
-    norm: Literal["layer", "batch"] | None = None
+    norm: Literal["layer", "batch", "weight"] | None = None
+    """What normalizes: the slots by layer or batch statistics, or the weight matrices by their rows' lengths."""
     terms: Literal["separate", "sum", "input"] = "separate"
     """Whether xW and hU are normalized each for itself, or their sum, or xW alone."""
     statistics: Literal["step", "sequence"] = "step"
@@ -46,14 +47,14 @@ class Variant:
             raise UnsupportedError(f"`groups` is {self.groups!r}, which only layer normalization can have")
         if self.statistics == "sequence" and (self.norm, self.terms, self.cell) != ("batch", "input", None):
             raise UnsupportedError("`statistics` is 'sequence', which is for batch normalization of the input term alone")
-        if self.norm is None and self.cell is not None:
+        if self.norm in (None, "weight") and self.cell is not None:
             raise UnsupportedError(f"`cell` is {self.cell!r} without a `norm` to normalize it with")
         if not self.eps >= 0:
             raise UnsupportedError(f"`eps` is {self.eps}; expected a number ≥ 0")
 
     def gate_slots(self) -> tuple[str, ...]:
         """The filled slots of the gates."""
-        if self.norm is None:
+        if self.norm in (None, "weight"):
             return ()
         return {"separate": ("norm_ih", "norm_hh"), "sum": ("norm_sum",), "input": ("norm_ih",)}[self.terms]
 
@@ -68,7 +69,7 @@ class Variant:
 
 
 _CHOICES: dict[str, tuple[object, ...]] = {
-    "norm": (None, "layer", "batch"),
+    "norm": (None, "layer", "batch", "weight"),
     "terms": ("separate", "sum", "input"),
     "statistics": ("step", "sequence"),
     "groups": ("all", "candidate", "gate"),
@@ -78,13 +79,14 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 
 _TORCH_BIASES = ("bias_ih", "bias_hh")
 
-_VERTICAL: dict[str | None, Variant] = {
+_ANY_CELL: dict[str | None, Variant] = {
     "batch-input": Variant(
         source="Laurent et al. 2016 (sequence-wise), Deep Speech 2", norm="batch", terms="input", statistics="sequence", shift=False
     ),
     "batch-input-frame": Variant(source="Laurent et al. 2016 (frame-wise)", norm="batch", terms="input", shift=False),
+    "weight": Variant(source="Salimans & Kingma 2016, torch weight_norm of both matrices", norm="weight", biases=_TORCH_BIASES),
 }
-"""Batch normalization of the input term alone: the same for every cell."""
+"""Presets that are the same for every cell."""
 
 VARIANTS: dict[str, dict[str | None, Variant]] = {
     "LSTM": {
@@ -102,19 +104,19 @@ VARIANTS: dict[str, dict[str | None, Variant]] = {
         ),
         "layer-state": Variant(source="TensorFlow Addons LayerNormLSTMCell, PyTorch fastrnns", norm="layer", cell="state"),
         "batch": Variant(source="Cooijmans et al. 2016, section 3", norm="batch", cell="copy", shift=False, gain=0.1, forget_bias=1.0),
-        **_VERTICAL,
+        **_ANY_CELL,
     },
     "GRU": {
         None: Variant(source="torch.nn.GRU, ONNX GRU with linear_before_reset=1", biases=_TORCH_BIASES),
         "layer": Variant(source="Ba, Kiros & Hinton 2016, supplement", norm="layer", groups="candidate", biases=()),
         "batch": Variant(source="as Cooijmans et al. 2016 for the LSTM", norm="batch", shift=False, gain=0.1),
-        **_VERTICAL,
+        **_ANY_CELL,
     },
     "RNN": {
         None: Variant(source="torch.nn.RNN, ONNX RNN", biases=_TORCH_BIASES),
         "layer": Variant(source="Ba, Kiros & Hinton 2016, equation 4", norm="layer", terms="sum", biases=()),
         "batch": Variant(source="Cooijmans et al. 2016, figure 1", norm="batch", shift=False, gain=0.1),
-        **_VERTICAL,
+        **_ANY_CELL,
     },
 }
 """By cell and preset."""

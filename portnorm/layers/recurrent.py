@@ -272,15 +272,20 @@ def _initial(
 ) -> Iterator[tuple[str, Any]]:
     """Names inside the cell and initial values of one direction's parameters."""
     size, bound = cell.gates * hidden, 1.0 / math.sqrt(hidden)
-    if variant.norm is None:
-        yield "weight_ih", uniform(rng, bound, size, inputs)
-        yield "weight_hh", uniform(rng, bound, size, hidden)
-    else:
-        yield "weight_ih", orthogonal(rng, size, inputs)
-        yield "weight_hh", numpy.concatenate([orthogonal(rng, hidden, hidden) for _ in range(cell.gates)])
+    plain = variant.norm in (None, "weight")
+    weights = {"weight_ih": uniform(rng, bound, size, inputs), "weight_hh": uniform(rng, bound, size, hidden)}
+    if not plain:
+        each = numpy.concatenate([orthogonal(rng, hidden, hidden) for _ in range(cell.gates)])
+        weights = {"weight_ih": orthogonal(rng, size, inputs), "weight_hh": each}
+    for name, w in weights.items():
+        if variant.norm == "weight":
+            yield f"{name}.g", numpy.linalg.norm(w, axis=1, keepdims=True)
+            yield f"{name}.v", w
+        else:
+            yield name, w
     wanted = variant.forget_bias or None if forget is None else forget
     for k, name in enumerate(variant.biases):
-        values = uniform(rng, bound, size) if variant.norm is None else numpy.zeros(size)
+        values = uniform(rng, bound, size) if plain else numpy.zeros(size)
         if cell.forget_gate is not None and wanted is not None:
             values[cell.forget_gate * hidden : (cell.forget_gate + 1) * hidden] = wanted if k == 0 else 0.0
         yield name, values
