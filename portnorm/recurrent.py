@@ -94,9 +94,11 @@ class Direction:
             dy, dstate = None, (dstate[0] + dy, *dstate[1:])
         if self.reverse and dy is not None:
             dy = reverse_sequences(dy, lengths)
-        (du, dhidden, h), dstate, shares = scan.vjp(scanned, (dstate, dy), cell=cell)
+        (du, *hidden), dstate, shares = scan.vjp(scanned, (dstate, dy), cell=cell)
         dxw, outside = self._input_term_vjp(cell, residuals, du)
-        grads = {"weight_ih": weight_cotangent(dxw, x), "weight_hh": weight_cotangent(dhidden, h), **shares, **outside}
+        rows = [weight_cotangent(d, h) for d, h in zip(hidden[::2], hidden[1::2], strict=True)]
+        grads = {"weight_ih": weight_cotangent(dxw, x), **shares, **outside}
+        grads["weight_hh"] = rows[0] if len(rows) == 1 else xp_of(x).concat(rows, axis=0)
         for slot, names in self._late_biases(params).items():
             grads.update(dict.fromkeys(names, grads.get(f"{slot}.bias")))
         dx = linear.vjp((x, params["weight_ih"], None), dxw)[0]
@@ -134,7 +136,8 @@ class Direction:
         names = tuple(n for n in (*self.variant.biases, "norm_ih.bias", "norm_hh.bias", "norm_sum.bias") if n in params)
         if "norm_sum.weight" in params:
             return {"norm_sum": names}
-        hidden = tuple(n for n in names if self.cell.hidden_bias and n in ("bias_hh", "norm_hh.bias"))
+        stays = self.cell(self.variant).hidden_bias
+        hidden = tuple(n for n in names if stays and n in ("bias_hh", "norm_hh.bias"))
         return {"norm_ih": tuple(n for n in names if n not in hidden), "norm_hh": hidden}
 
     def _late_bias(self, params: Params, slot: str) -> Array | None:

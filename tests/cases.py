@@ -90,11 +90,12 @@ def _combinations() -> Iterator[tuple[str, pn.Variant]]:
         ("separate", "sum", "input"),
         (None, "copy", "state"),
         ((True, ("bias",)), (False, ("bias_ih", "bias_hh")), (False, ())),
+        ("after", "before"),
     )
-    for cell, (norm, groups), terms, state, (shift, biases) in choices:
+    for cell, (norm, groups), terms, state, (shift, biases), reset in choices:
         constant = 0.5 if cell == "LSTM" else 0.0
-        row: Any = {"norm": norm, "groups": groups, "terms": terms, "cell": state, "shift": shift, "biases": biases}
-        variant = pn.Variant(source=f"{norm} {groups} {terms} {state} {shift} {biases}", runtime_forget_bias=constant, **row)
+        row: Any = {"norm": norm, "groups": groups, "terms": terms, "cell": state, "shift": shift, "biases": biases, "reset": reset}
+        variant = pn.Variant(source=" ".join(map(str, row.values())), runtime_forget_bias=constant, **row)
         if all(getattr(variant, name) in allowed for name, allowed in LAYERS[cell].cell.takes.items()):
             yield cell, variant
 

@@ -154,16 +154,21 @@ def test_dimensions_have_names() -> None:
     assert dims == {"x": ["time", "batch", 5], "lengths": ["batch"], "y": ["time", "batch", 8]}
 
 
-# Places of portnorm's gates in the order of ONNX (LSTM: i, o, f, g; GRU: z, r, n), and what else the operator has to be told.
-ONNX_GATES = {"LSTM": ((0, 3, 1, 2), {}), "GRU": ((1, 0, 2), {"linear_before_reset": 1}), "RNN": ((0,), {})}
+# Places of portnorm's gates in the order of ONNX (LSTM: i, o, f, g; GRU: z, r, n).
+ONNX_GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
+RESET_BEFORE = pn.Variant(source="Cho et al. 2014", biases=("bias_ih", "bias_hh"), reset="before")
 
 
-@pytest.mark.parametrize("cell", ONNX_GATES)
-def test_plain_layer_is_onnxruntimes_operator(cell: str) -> None:
-    rng, layer = np.random.default_rng(0), recurrent(cell, None, bidirectional=True)
+@pytest.mark.parametrize(
+    ("cell", "norm", "attributes"),
+    [("LSTM", None, {}), ("GRU", None, {"linear_before_reset": 1}), ("GRU", RESET_BEFORE, {"linear_before_reset": 0}), ("RNN", None, {})],
+    ids=["LSTM", "GRU", "GRU, reset before", "RNN"],
+)
+def test_plain_layer_is_onnxruntimes_operator(cell: str, norm: Any, attributes: dict[str, int]) -> None:
+    rng, layer = np.random.default_rng(0), recurrent(cell, norm, bidirectional=True)
     x, lengths = rng.standard_normal((5, 3, 5)).astype(np.float32), np.array([5, 2, 4])
     state = tuple(rng.standard_normal((2, 3, 8)).astype(np.float32) for _ in layer.cell.states)
-    order, attributes = ONNX_GATES[cell]
+    order = ONNX_GATES[cell]
 
     def weights(name: str) -> Any:
         """(directions, gates, …) in the order of ONNX."""

@@ -26,29 +26,36 @@ class RecurrentCell:
     """What a variant may say for this cell."""
     forget_gate: ClassVar[int | None] = None
     """Place of the forget gate among the gates."""
-    hidden_bias: ClassVar[bool] = False
-    """Whether the bias of the hidden term has to stay with it; else it is added with the input term, for all steps at once."""
 
-    def partition(self) -> tuple[int, ...]:
+    @property
+    def hidden_bias(self) -> bool:
+        """Whether the bias of the hidden term has to stay with it; else it is added with the input term, for all steps at once."""
+        return False
+
+    def width(self, slot: str) -> int:
+        """How many slices of hidden size a slot normalizes."""
+        return 1 if slot in ("norm_c", "norm_hn") else self.gates
+
+    def partition(self, slot: str) -> tuple[int, ...]:
         """How many gates each part with statistics of its own has."""
-        return {"all": (self.gates,), "candidate": (self.gates - 1, 1), "gate": (1,) * self.gates}[self.variant.groups]
+        width = self.width(slot)
+        if self.variant.groups == "candidate" and width == self.gates > 1:
+            return (width - 1, 1)
+        return (1,) * width if self.variant.groups == "gate" else (width,)
 
     def input_slot(self) -> Slot | None:
         """The normalizer of the input term, which is outside the loop."""
-        return Slot(self.variant, self.partition(), self.training) if "norm_ih" in self.variant.gate_slots() else None
+        return Slot(self.variant, self.partition("norm_ih"), self.training) if "norm_ih" in self.variant.gate_slots() else None
 
     def slots(self) -> dict[str, Slot]:
         """The normalizers inside the loop, by the name of their slot."""
         v, found = self.variant, {}
-        normalizes = "norm_hh" in v.gate_slots()
-        shifts = self.hidden_bias and ("bias_hh" in v.biases or (normalizes and v.shift))
-        if normalizes or shifts:
-            found["norm_hh"] = Slot(v, self.partition(), self.training, shifts, normalizes)
-        if "norm_sum" in v.gate_slots():
-            found["norm_sum"] = Slot(v, self.partition(), self.training)
-        if v.cell is not None:
-            found["norm_c"] = Slot(v, (1,), self.training)
-        return found
+        for name in v.slots():
+            shifts = {"norm_hh": self.hidden_bias and (v.shift or "bias_hh" in v.biases), "norm_hn": False}.get(name, True)
+            found[name] = Slot(v, self.partition(name), self.training, shifts)
+        if "norm_hh" not in found and self.hidden_bias and "bias_hh" in v.biases:
+            found["norm_hh"] = Slot(v, shift=True, normalizes=False)
+        return {name: slot for name, slot in found.items() if name != "norm_ih"}
 
     def shared(self) -> tuple[str, ...]:
         return tuple(f"{name}.{p}" for name, slot in self.slots().items() for p in slot.parameters())

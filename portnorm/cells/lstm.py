@@ -35,7 +35,7 @@ class LSTMCell(RecurrentCell):
     gates = 4
     forget_gate = 1
     states = ("h", "c")
-    takes = {"groups": ("all", "gate")}  # noqa: RUF012  # a table, never written to
+    takes = {"reset": ("after",), "groups": ("all", "gate")}  # noqa: RUF012  # a table, never written to
 
     def step(self, params: Params, state: State, x: tuple[Array, ...], active: Array | None) -> tuple[State, State, LSTMResiduals]:
         h, c_before = state

@@ -26,7 +26,7 @@ class RNNCell(RecurrentCell):
 
     gates = 1
     states = ("h",)
-    takes = {"groups": ("all",), "cell": (None,), "runtime_forget_bias": (0.0,)}  # noqa: RUF012
+    takes = {"reset": ("after",), "groups": ("all",), "cell": (None,), "runtime_forget_bias": (0.0,)}  # noqa: RUF012
 
     def step(self, params: Params, state: State, x: tuple[Array, ...], active: Array | None) -> tuple[State, State, RNNResiduals]:
         (before,) = state

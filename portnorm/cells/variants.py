@@ -1,7 +1,8 @@
 """Every published way to normalize a recurrent cell, as rows over the same slots.
 
 A recurrent layer has four places where a normalizer may sit: the input term xW (`norm_ih`), the hidden term hU (`norm_hh`), their sum
-(`norm_sum`), and the cell state (`norm_c`). A variant says which are filled, with what, and where the biases are.
+(`norm_sum`), and the cell state (`norm_c`). A GRU that resets before its matrix product has two hidden terms, of the gates (`norm_hh`) and
+of the candidate (`norm_hn`). A variant says which are filled, with what, and where the biases are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Variant:
     """Which gates share statistics in layer normalization: all of them, all but the candidate (GRU), or each gate has its own."""
     cell: Literal["copy", "state"] | None = None
     """Whether the normalized cell state only enters the output's tanh ("copy"), or also becomes the next state ("state")."""
+    reset: Literal["after", "before"] = "after"
+    """GRU: whether the reset gate multiplies the candidate's hidden term, or the hidden state before its matrix product."""
     shift: bool = True
     """Whether the normalizers of the gates have a bias β of their own."""
     biases: tuple[str, ...] = ("bias",)
@@ -56,7 +59,8 @@ class Variant:
         """The filled slots of the gates."""
         if self.norm in (None, "weight"):
             return ()
-        return {"separate": ("norm_ih", "norm_hh"), "sum": ("norm_sum",), "input": ("norm_ih",)}[self.terms]
+        separate = ("norm_ih", "norm_hh") if self.reset == "after" else ("norm_ih", "norm_hh", "norm_hn")
+        return {"separate": separate, "sum": ("norm_sum",), "input": ("norm_ih",)}[self.terms]
 
     @property
     def timed(self) -> bool:
@@ -74,6 +78,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "statistics": ("step", "sequence"),
     "groups": ("all", "candidate", "gate"),
     "cell": (None, "copy", "state"),
+    "reset": ("after", "before"),
     "biases": (("bias_ih", "bias_hh"), ("bias",), ()),
 }
 

@@ -235,7 +235,7 @@ class LSTM(Recurrent):
 
 
 class GRU(Recurrent):
-    """Gated recurrent unit, plain or normalized, with the reset gate after the hidden matrix product.
+    """Gated recurrent unit, plain or normalized, with the reset gate after the hidden matrix product, or before it by a `Variant`.
 
     (r, z, n) = split of u = N_ih(x W_ihᵀ) + b_ih and a = N_hh(h W_hhᵀ) + b_hh;  r = σ(u_r + a_r), z = σ(u_z + a_z),
     n = tanh(u_n + r ⊙ a_n);  h ← (1 − z) ⊙ n + z ⊙ h
@@ -290,9 +290,9 @@ def _initial(
             values[cell.forget_gate * hidden : (cell.forget_gate + 1) * hidden] = wanted if k == 0 else 0.0
         yield name, values
     for slot in variant.slots():
-        width = hidden if slot == "norm_c" else size
+        width = cell(variant).width(slot) * hidden
         yield f"{slot}.weight", numpy.full(width, variant.gain)
-        if variant.shift or slot == "norm_c":
+        if slot == "norm_c" or (variant.shift and width == size):
             yield f"{slot}.bias", numpy.zeros(width)
 
 
