@@ -11,7 +11,7 @@ import portnorm as pn
 from portnorm.arrays import to_numpy
 from tests.cases import LAYERS, OPS, PRESETS, OpCase, random_recurrent, random_state
 from tests.conftest import Library
-from tests.tolerances import relative
+from tests.tolerances import OPERATION, RECURRENT, relative
 
 
 def converted(value: Any, library: Library, dtype: str) -> Any:
@@ -20,11 +20,11 @@ def converted(value: Any, library: Library, dtype: str) -> Any:
     return library.array(value, dtype if value.dtype == np.float64 else None)
 
 
-def assert_same(result: Any, expected: Any, dtype: str) -> None:
+def assert_same(result: Any, expected: Any, dtype: str, table: dict[str, float] = OPERATION) -> None:
     result = to_numpy(result)
     if expected.dtype == np.float64:
         assert result.dtype == np.dtype(dtype)
-    np.testing.assert_allclose(result.astype(np.float64), expected, **relative(dtype))
+    np.testing.assert_allclose(result.astype(np.float64), expected, **relative(dtype, table))
 
 
 @pytest.mark.parametrize("case", OPS, ids=lambda case: case.name)
@@ -69,11 +69,11 @@ def test_recurrent(
     their_y, their_last, their_pullback = layer.vjp(layer._new(x), theirs, lengths, training=training)
     their_dx, their_dstate, their_grads = their_pullback(layer._new(dy))
     for mine, other in zip((y, *last[:n], dx, *dstate), (their_y, *their_last[:n], their_dx, *their_dstate), strict=True):
-        assert_same(other, mine, dtype)
+        assert_same(other, mine, dtype, RECURRENT)
     for name, gradient in grads.items():
-        assert_same(their_grads[name], gradient, dtype)
+        assert_same(their_grads[name], gradient, dtype, RECURRENT)
     for name, buffer in reference.buffers.items():
-        assert_same(layer.buffers[name], buffer, dtype)
+        assert_same(layer.buffers[name], buffer, dtype, RECURRENT)
 
 
 @pytest.mark.parametrize(("cell", "norm"), PRESETS)
