@@ -8,6 +8,7 @@ updates the rows that belong to it; `None` where steps share their statistics.
 from __future__ import annotations
 
 from portnorm.arrays import Array, device_of, xp_of
+from portnorm.errors import UnsupportedError
 
 Buffers = dict[str, Array]
 Seen = dict[str, tuple[Array, Array]]
@@ -22,6 +23,12 @@ def moving_average(running: Array, batch: Array, momentum: float | None, tracked
         return running + momentum * (batch - running)
     xp = xp_of(running)
     return running + (batch - running) / xp.astype(xp.where(tracked > 0, tracked, 1), running.dtype)
+
+
+def check_momentum(momentum: float | None) -> None:
+    """Raise `UnsupportedError` unless `momentum` is the weight of a new value, or `None`."""
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise UnsupportedError(f"`momentum` is {momentum}; expected a number from 0 to 1, or None")
 
 
 def at_steps(buffers: Buffers, time: Array | None, x: Array) -> Seen:

@@ -140,6 +140,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"part 1 has .*float64.* but part 0 has .*float32",
     ),
     "momentum": (lambda: pn.BatchNorm(3, momentum=2.0), pn.UnsupportedError, "`momentum` is 2.0"),
+    "momentum of a recurrent layer": (lambda: lstm(norm="batch", momentum=-1.0), pn.UnsupportedError, "`momentum` is -1.0"),
     "channels of the layer": (lambda: pn.BatchNorm(3)(X), pn.ShapeError, r"expected length 3 at axis 1"),
     "shape of the layer": (lambda: pn.LayerNorm((5, 3))(X), pn.ShapeError, r"expected \(…, 5, 3\)"),
     "learning rate": (lambda: pn.SGD(lr=-1.0), pn.UnsupportedError, "`lr` is -1.0"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from portnorm.arrays import Array, DType, Namespace, xp_of
-from portnorm.errors import ShapeError, UnsupportedError
+from portnorm.errors import ShapeError
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.group import group_norm
@@ -17,7 +17,7 @@ from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
 from portnorm.op import Op
 from portnorm.scan import sequence_mask
-from portnorm.statistics import moving_average
+from portnorm.statistics import check_momentum, moving_average
 
 
 class _Norm(Layer):
@@ -223,8 +223,7 @@ class BatchNorm(_ChannelNorm):
         config = {"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "momentum": momentum, "affine": affine}
         super().__init__({**config, "unbiased": unbiased}, xp, device, dtype)
         self.momentum, self.unbiased = momentum, unbiased
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise UnsupportedError(f"`momentum` is {momentum}; expected a number from 0 to 1, or None")
+        check_momentum(momentum)
         self._start_statistics()
 
     def _start_statistics(self) -> None:

@@ -18,6 +18,7 @@ from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator, generator, orthogonal, uniform
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.recurrent import Direction, RecurrentResiduals
+from portnorm.statistics import check_momentum
 
 
 class PlacedState(NamedTuple):
@@ -73,6 +74,7 @@ class Recurrent(Layer):
         for name, value in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "t_max": t_max}.items():
             if value < 1:
                 raise UnsupportedError(f"`{name}` is {value}; expected at least 1")
+        check_momentum(momentum)
         config = {"input_size": input_size, "hidden_size": hidden_size, "norm": norm, "num_layers": num_layers}
         config |= {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
         super().__init__({**config, "t_max": t_max, "momentum": momentum}, xp, device, dtype)
