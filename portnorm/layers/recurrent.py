@@ -275,10 +275,11 @@ def _initial(
     """Names inside the cell and initial values of one direction's parameters."""
     size, bound = cell.gates * hidden, 1.0 / math.sqrt(hidden)
     plain = variant.norm in (None, "weight")
-    weights = {"weight_ih": uniform(rng, bound, size, inputs), "weight_hh": uniform(rng, bound, size, hidden)}
-    if not plain:
-        each = numpy.concatenate([orthogonal(rng, hidden, hidden) for _ in range(cell.gates)])
-        weights = {"weight_ih": orthogonal(rng, size, inputs), "weight_hh": each}
+    if plain:
+        weights = {"weight_ih": uniform(rng, bound, size, inputs), "weight_hh": uniform(rng, bound, size, hidden)}
+    else:
+        weights = {"weight_ih": orthogonal(rng, size, inputs)}
+        weights["weight_hh"] = numpy.concatenate([orthogonal(rng, hidden, hidden) for _ in range(cell.gates)])
     for name, w in weights.items():
         if variant.norm == "weight":
             yield f"{name}.g", numpy.linalg.norm(w, axis=1, keepdims=True)
