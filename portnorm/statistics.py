@@ -43,8 +43,8 @@ def at_steps(buffers: Buffers, time: Array | None, x: Array) -> Seen:
         return {slot: (mean[None, :], var[None, :]) for slot, (mean, var) in tables.items()}
     tracked = buffers["num_batches_tracked"]
     steps = time + xp.arange(x.shape[0], dtype=tracked.dtype, device=device_of(x))
-    known = xp.sum(xp.astype(tracked > 0, tracked.dtype))
-    rows = xp.minimum(steps, xp.maximum(known - 1, 0))
+    last = xp.max(xp.where(tracked > 0, xp.arange(tracked.shape[0], dtype=tracked.dtype, device=device_of(tracked)), 0))
+    rows = xp.minimum(steps, last)
     return {slot: (xp.take(mean, rows, axis=0), xp.take(var, rows, axis=0)) for slot, (mean, var) in tables.items()}
 
 

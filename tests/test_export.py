@@ -287,6 +287,15 @@ def test_verify_against_another_shape(tmp_path: Path) -> None:
         pn.verify(path, lstm("layer"), runtimes=("no-such-runtime",))
 
 
+def test_a_check_of_nothing_is_refused(tmp_path: Path) -> None:
+    for layer in (lstm("layer"), pn.LayerNorm(5)):
+        pn.export(layer, tmp_path / "m.onnx")
+        with pytest.raises(pn.UnsupportedError, match="`inputs` is empty"):
+            pn.verify(tmp_path / "m.onnx", layer, inputs=[])
+        with pytest.raises(pn.UnsupportedError, match="`runtimes` is empty"):
+            pn.verify(tmp_path / "m.onnx", layer, runtimes=())
+
+
 def test_the_bound_of_one_step_is_what_is_promised() -> None:
     assert STEP_ULP["float32"] * np.finfo(np.float32).eps <= 2e-6
 

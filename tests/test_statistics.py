@@ -170,3 +170,28 @@ def test_batch_input_is_batch_norm_before_a_plain_layer(rng: np.random.Generator
     for t in range(6):
         h = np.tanh(u[t] + layer.params["weight_hh_l0"] @ h)
         np.testing.assert_allclose(y[t, 0], h, **CLOSE)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_batch_in_which_nothing_counts_changes_nothing(momentum: float | None, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((5, 3, 4))
+    norm = pn.BatchNorm(4, channel_axis=-1, momentum=momentum, dtype="float64")
+    norm(x, training=True)
+    for layer in (norm, fresh(rng, momentum=momentum), pn.LSTM(4, 3, norm="batch-input", momentum=momentum, dtype="float64")):
+        layer(x, training=True)
+        before = dict(layer.buffers)
+        layer(x, lengths=[0, 0, 0], training=True)
+        assert list(layer.buffers) == list(before)
+        assert all(np.array_equal(layer.buffers[name], b) for name, b in before.items())
+
+
+def test_statistics_of_late_steps_only_are_used_for_late_steps(rng: np.random.Generator) -> None:
+    """Trained on steps 2 and 3 alone: what follows uses the row of step 3."""
+    layer, x = fresh(rng, momentum=1.0), rng.standard_normal((2, 6, 4))
+    state = layer.initial_state(6)
+    layer(x, (*state[:2], np.asarray(2)), training=True)
+    y, _ = layer(x[1:], (*state[:2], np.asarray(3)))
+    beyond, _ = layer(x[1:], (*state[:2], np.asarray(9)))
+    np.testing.assert_array_equal(beyond, y)
+    layer.buffers["norm_ih_l0.running_mean"][1] = 1e6
+    np.testing.assert_array_equal(layer(x[1:], (*state[:2], np.asarray(9)))[0], y)

@@ -19,7 +19,7 @@ import numpy
 import onnx
 from onnx import helper
 
-from portnorm.errors import ConformanceError, ExportError
+from portnorm.errors import ConformanceError, ExportError, UnsupportedError
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent
@@ -85,6 +85,8 @@ def check(
         raise ExportError(f"the graph has inputs {names}; expected x, and perhaps lengths or {', '.join(sorted(states))}")
     dims = [d.dim_value or d.dim_param for d in proto.graph.input[0].type.tensor_type.shape.dim]
     made = cases if cases is not None else random_cases(eager, dims, "lengths" in names)
+    if not made or not runtimes:
+        raise UnsupportedError(f"`{'runtimes' if made else 'inputs'}` is empty; expected at least one, or nothing would be checked")
     report = Report.of(proto, path)
     for runtime in runtimes:
         whole = session_of(runtime, proto.SerializeToString())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -246,13 +245,17 @@ class BatchNorm(_ChannelNorm):
             return buffers
         xp = xp_of(residuals.mean)
         mean, var = (xp.reshape(s, (self.num_features,)) for s in residuals.statistics())
-        tracked = buffers["num_batches_tracked"] + 1
         if self.unbiased:
             var = var * self._bessel(xp, residuals, var)
-        averaged: Callable[[str, Array], Array] = lambda name, batch: xp.astype(  # noqa: E731
-            moving_average(buffers[name], batch, self.momentum, tracked), buffers[name].dtype
-        )
-        return {"running_mean": averaged("running_mean", mean), "running_var": averaged("running_var", var), "num_batches_tracked": tracked}
+        # A batch in which nothing counts has no statistics, and changes none.
+        before = buffers["num_batches_tracked"]
+        seen = xp.ones_like(before) > 0 if residuals.counted is None else xp.max(residuals.counted) > 0
+        tracked = before + xp.astype(seen, before.dtype)
+        new = {"num_batches_tracked": tracked}
+        for name, batch in {"running_mean": mean, "running_var": var}.items():
+            average = xp.astype(moving_average(buffers[name], batch, self.momentum, tracked), buffers[name].dtype)
+            new[name] = xp.where(seen, average, buffers[name])
+        return {name: new[name] for name in buffers}
 
     def _bessel(self, xp: Namespace, residuals: Any, var: Array) -> Array | float:
         """n / (n − 1) for the n values of each channel; 1 where n is 1."""
