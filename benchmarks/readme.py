@@ -23,19 +23,30 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 def variants() -> str:
     """The presets, from the rows that the code reads."""
     rows = []
-    for cell, name, v in ((cell, name, v) for cell, table in pn.VARIANTS.items() for name, v in table.items()):
+    named = [(cell, name, v) for cell in pn.VARIANTS for name, v in (*pn.VARIANTS[cell].items(), *pn.IMPLEMENTATIONS[cell].items())]
+    for cell, name, v in named:
         what = {
             None: "–",
             "layer": "layer",
+            "rms": "RMS",
             "weight": "rows of the matrices",
             "batch": f"batch, per {'time step' if v.timed else 'sequence'}",
         }[v.norm]
-        where = "–" if not v.slots() else {"sum": "xW + hU", "separate": "xW and hU", "input": "xW"}[v.terms]
-        where += {"all": "", "candidate": ", candidate apart", "gate": ", per gate"}[v.groups]
+        where = v.where() + {"all": "", "candidate": ", candidate apart", "gate": ", per gate"}[v.groups]
         state = {None: "–", "copy": "into tanh only", "state": "written back"}[v.cell]
-        bias = " + ".join(v.biases) or ("β only" if not v.runtime_forget_bias else f"β, forget gate + {v.runtime_forget_bias:g}")
-        rows.append((f"`{cell}`", f"`{name!r}`".replace("'", '"'), what, where, state, bias, f"{v.gain:g}", f"{v.eps:g}", v.source))
-    return table(("layer", "`norm=`", "statistics", "gates", "cell state", "bias", "gain", "eps", "source"), rows)
+        inner = " + ".join(v.early) or "–"
+        outer = " + ".join((*v.biases, *(("β",) if v.shift and v.norm not in (None, "weight") and v.terms else ()))) or "–"
+        outer += f", forget gate + {v.runtime_forget_bias:g}" if v.runtime_forget_bias else ""
+        gain = "–" if v.norm in (None, "weight") else f"{v.gain:g}" if v.scale else "none in the gates"
+        eps = "–" if v.norm in (None, "weight") else f"{v.eps:g}" + " beside σ" * (v.eps_place == "std")
+        what += {"biased": "", "running": ", running ones / (n − 1)", "unbiased": ", / (n − 1)"}[v.variance]
+        what += ", γ and β per step" * (v.affine == "step")
+        form = [f"reset {v.reset}" if v.reset else "no reset"] if cell == "GRU" else []
+        form += [v.activation] * (v.activation != "tanh") + ["peepholes"] * v.peepholes
+        shown = f"`{name!r}`".replace("'", '"')
+        rows.append((f"`{cell}`", shown, what, where, state, inner, outer, gain, eps, ", ".join(form) or "–", v.source))
+    header = ("layer", "`norm=`", "statistics", "gates", "cell state", "bias before", "bias after", "gain", "eps", "form", "source")
+    return table(header, rows)
 
 
 def graphs() -> str:

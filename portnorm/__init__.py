@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from portnorm.affine import linear
-from portnorm.cells.variants import VARIANTS, Variant
+from portnorm.cells.variants import IMPLEMENTATIONS, VARIANTS, Variant
 from portnorm.errors import (
     CheckpointError,
     ConformanceError,
@@ -51,6 +51,7 @@ _LAZY = {
 
 __all__ = [
     "GRU",
+    "IMPLEMENTATIONS",
     "LSTM",
     "RNN",
     "SGD",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import accumulate
+from typing import NamedTuple
 
 from portnorm.arrays import Array, xp_of
 from portnorm.op import op
@@ -31,12 +34,26 @@ def _(residuals: tuple[Array], dy: Array) -> tuple[Array]:
 
 
 @op
-def split(x: Array, parts: int) -> tuple[tuple[Array, ...], None]:
-    """`x` cut into equal `parts` along its last axis."""
-    size = x.shape[-1] // parts
-    return tuple(x[..., k * size : (k + 1) * size] for k in range(parts)), None
+def split(x: Array, parts: int | tuple[int, ...]) -> tuple[tuple[Array, ...], None]:
+    """`x` cut along its last axis into equal `parts`, or in the ratio that they state."""
+    ratio = (1,) * parts if isinstance(parts, int) else parts
+    unit, ends = x.shape[-1] // sum(ratio), list(accumulate(ratio))
+    return tuple(x[..., start * unit : end * unit] for start, end in zip([0, *ends], ends, strict=False)), None
 
 
 @split.backward
 def _(residuals: None, dy: tuple[Array, ...]) -> tuple[Array, None]:
     return xp_of(dy[0]).concat(dy, axis=-1), None
+
+
+class Activation(NamedTuple):
+    """A nonlinearity, and its vjp from its result and the result's cotangent."""
+
+    of: Callable[[Array], Array]
+    vjp: Callable[[Array, Array], Array]
+
+
+ACTIVATIONS = {
+    "tanh": Activation(lambda x: xp_of(x).tanh(x), lambda y, dy: dy * (1.0 - y * y)),
+    "relu": Activation(lambda x: xp_of(x).maximum(x, 0.0), lambda y, dy: xp_of(y).where(y > 0, dy, 0.0)),
+}

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 from portnorm.affine import linear, weight_cotangent
 from portnorm.arrays import Array, device_of, xp_of
 from portnorm.cells.cell import RecurrentCell
-from portnorm.cells.slots import NO_STATISTICS, Statistics
 from portnorm.cells.variants import Variant
 from portnorm.norm.weight import weight_norm
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
-from portnorm.statistics import at_steps, update
+from portnorm.statistics import at_steps, rows_of_steps, update
 
 Buffers = dict[str, Array]
 
@@ -31,6 +30,7 @@ class RecurrentResiduals(NamedTuple):
     weights: dict[str, Any]  # residuals of weight normalization, by matrix
     x: Array  # (time, batch, inputs), in the order of the steps, 0 in the padding
     lengths: Array | None
+    rows: Array | None  # (time,) which row of γ and β each step takes, where each has its own
     input_slot: tuple[Any, ...]  # residuals of norm_ih
     scan: Any
 
@@ -42,6 +42,7 @@ class Direction:
     cell: type[RecurrentCell]
     variant: Variant
     hidden_size: int
+    t_max: int
     reverse: bool = False
     sequences: bool = True
     momentum: float | None = 0.1
@@ -72,23 +73,25 @@ class Direction:
         if self.reverse:
             x = reverse_sequences(x, lengths)
         given = at_steps(buffers, time, x) if batch and not training else {}
-        u, input_residuals, seen = self._input_term(cell, params, x, mask, given.get("norm_ih", NO_STATISTICS))
-        tracked = [name for name, slot in cell.slots().items() if slot.normalizes]
-        rows = tuple(table for name in tracked for table in given.get(name, ()))
+        rows = None if self.variant.affine == "shared" else rows_of_steps(time, x, self.t_max)
+        loop = self._loop_params(cell, params)
+        steps = {**given, **{name: xp.take(loop.pop(name), rows, axis=0) for name in cell.stepwise()}}
+        u, input_residuals, seen = self._input_term(cell, params, x, mask, given, rows)
         (state, outputs), scanned = scan.forward(
-            (u, *rows), state, self._loop_params(params), cell=cell, lengths=lengths, sequences=self.sequences, keep=keep
+            (u, *(steps[name] for name in cell.given())), state, loop, cell=cell, lengths=lengths, sequences=self.sequences, keep=keep
         )
         y, further = (outputs[0], outputs[1:]) if self.sequences else (state[0], outputs)
         if batch and training and x.shape[0] != 0:
+            tracked = [name for name, slot in cell.slots.items() if slot.normalizes]
             inside = dict(zip(tracked, zip(further[::2], further[1::2], strict=True), strict=True))
             buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, lengths, self.momentum)
         if self.reverse and self.sequences:
             y = reverse_sequences(y, lengths)
-        return y, state, buffers, RecurrentResiduals(params, weights, x, lengths, input_residuals, scanned)
+        return y, state, buffers, RecurrentResiduals(params, weights, x, lengths, rows, input_residuals, scanned)
 
     def vjp(self, residuals: RecurrentResiduals, dy: Array | None, dstate: State, *, training: bool = False) -> tuple[Array, State, Params]:
         """`(dx, dstate, dparams)` from the cotangents of `y` (or `None`) and of the last state."""
-        params, weights, x, lengths, _, scanned = residuals
+        params, weights, x, lengths, rows, _, scanned = residuals
         cell = self.cell(self.variant, training)
         if not self.sequences and dy is not None:
             dy, dstate = None, (dstate[0] + dy, *dstate[1:])
@@ -96,11 +99,15 @@ class Direction:
             dy = reverse_sequences(dy, lengths)
         (du, *hidden), dstate, shares = scan.vjp(scanned, (dstate, dy), cell=cell)
         dxw, outside = self._input_term_vjp(cell, residuals, du)
-        rows = [weight_cotangent(d, h) for d, h in zip(hidden[::2], hidden[1::2], strict=True)]
+        stepwise = cell.stepwise()
+        hidden, by_step = hidden[: len(hidden) - len(stepwise)], dict(zip(stepwise, hidden[len(hidden) - len(stepwise) :], strict=True))
+        if rows is not None:
+            outside = {name: d if d.ndim == 1 else self._by_row(d, rows) for name, d in outside.items()}
+            shares = {**shares, **{name: self._by_row(d, rows) for name, d in by_step.items()}}
+        blocks = [weight_cotangent(d, h) for d, h in zip(hidden[::2], hidden[1::2], strict=True)]
         grads = {"weight_ih": weight_cotangent(dxw, x), **shares, **outside}
-        grads["weight_hh"] = rows[0] if len(rows) == 1 else xp_of(x).concat(rows, axis=0)
-        for slot, names in self._late_biases(params).items():
-            grads.update(dict.fromkeys(names, grads.get(f"{slot}.bias")))
+        grads["weight_hh"] = blocks[0] if len(blocks) == 1 else xp_of(x).concat(blocks, axis=0)
+        grads.update(self._bias_cotangents(cell, params, grads, dxw, hidden[::2]))
         dx = linear.vjp((x, params["weight_ih"], None), dxw)[0]
         if self.reverse:
             dx = reverse_sequences(dx, lengths)
@@ -111,62 +118,95 @@ class Direction:
     # -- the input term ------------------------------------------------------------------------------------------------------------
 
     def _input_term(
-        self, cell: RecurrentCell, params: Params, x: Array, mask: Array | None, given: Statistics
+        self, cell: RecurrentCell, params: Params, x: Array, mask: Array | None, given: Params, rows: Array | None
     ) -> tuple[Array, tuple[Any, ...], tuple[Array, ...]]:
         """u (time, batch, gates · hidden) with its late biases, the residuals of `norm_ih`, and the batch's statistics in training."""
-        slot, bias = cell.input_slot(), self._late_bias(params, "norm_ih")
+        xp, slot = xp_of(x), cell.input_slot()
+        early, late = _sum([params[name] for name in cell.early_biases[0]]), self._late_bias(cell, params, "norm_ih")
         if slot is None:
-            return linear(x, params["weight_ih"], bias), (), ()
-        mean, var = (None if s is None else xp_of(s).expand_dims(s, axis=-2) for s in given)
-        return slot({**params, "norm_ih.bias": bias}, "norm_ih", linear(x, params["weight_ih"]), mask, (mean, var))
+            by_step = late is not None and late.ndim == 2
+            u = linear(x, params["weight_ih"], _sum([b for b in (early, None if by_step else late) if b is not None]))
+            return (u + xp.expand_dims(self._at(late, rows), axis=1) if by_step else u), (), ()
+        own: Params = {name: xp.expand_dims(given[name], axis=-2) for name in ("norm_ih.mean", "norm_ih.var") if name in given}
+        if "weight" in slot.parameters():
+            own["norm_ih.weight"] = self._at(params["norm_ih.weight"], rows)
+        if late is not None:
+            own["norm_ih.bias"] = self._at(late, rows)
+        return slot(own, "norm_ih", linear(x, params["weight_ih"], early), mask)
 
     def _input_term_vjp(self, cell: RecurrentCell, residuals: RecurrentResiduals, du: Array) -> tuple[Array, Params]:
         """(cotangent of x·W_ihᵀ, cotangents of gain and shift of `norm_ih`)"""
         slot = cell.input_slot()
         if slot is None:
-            return du, {"norm_ih.bias": xp_of(du).sum(du, axis=(0, 1))}
+            return du, {"norm_ih.bias": xp_of(du).sum(du, axis=1 if residuals.rows is not None else (0, 1))}
         mask = None if residuals.lengths is None else sequence_mask(residuals.x, residuals.lengths)
         dxw, cotangents = slot.vjp(residuals.input_slot, du, mask)
         return dxw, {f"norm_ih.{p}": d for p, d in cotangents.items()}
 
-    # -- biases that are added after normalization -----------------------------------------------------------------------------------
+    def _at(self, parameter: Array, rows: Array | None) -> Array:
+        """A parameter of all steps, or what each step takes of it: (time, features)."""
+        return parameter if rows is None else xp_of(parameter).take(_rows(parameter, self.t_max), rows, axis=0)
 
-    def _late_biases(self, params: Params) -> dict[str, tuple[str, ...]]:
-        """By the slot whose shift their sum is: the parameters that are added after normalization."""
-        names = tuple(n for n in (*self.variant.biases, "norm_ih.bias", "norm_hh.bias", "norm_sum.bias") if n in params)
-        if "norm_sum.weight" in params:
-            return {"norm_sum": names}
-        stays = self.cell(self.variant).hidden_bias
-        hidden = tuple(n for n in names if stays and n in ("bias_hh", "norm_hh.bias"))
-        return {"norm_ih": tuple(n for n in names if n not in hidden), "norm_hh": hidden}
+    def _by_row(self, d: Array, rows: Array) -> Array:
+        """Cotangents (time, features) of what each step took, summed by the row that it took: (t_max, features)."""
+        xp = xp_of(d)
+        table = xp.arange(self.t_max, dtype=rows.dtype, device=device_of(d))
+        return xp.matmul(xp.astype(table[:, None] == rows[None, :], d.dtype), d)
 
-    def _late_bias(self, params: Params, slot: str) -> Array | None:
-        """Their sum, with the constant that a variant adds to the forget gate."""
-        names = self._late_biases(params).get(slot)
-        if names is None:
+    # -- biases --------------------------------------------------------------------------------------------------------------------
+
+    def _late_bias(self, cell: RecurrentCell, params: Params, slot: str) -> Array | None:
+        """The sum of what is added to a slot's result, with the constant that a variant adds to the forget gate."""
+        if slot not in cell.late_biases:
             return None
-        terms = [params[name] for name in names]
+        start, stop = (gate * self.hidden_size for gate in cell.portion(slot))
+        terms = [params[n] if "." in n or stop - start == params[n].shape[-1] else params[n][start:stop] for n in cell.late_biases[slot]]
         if self.variant.runtime_forget_bias and slot != "norm_hh":
-            terms.append(self._forget_bias(params["weight_hh"]))
-        return sum(terms[1:], start=terms[0]) if terms else None
+            terms.append(self._forget_bias(cell, params["weight_hh"]))
+        return _sum(terms)
 
-    def _forget_bias(self, weight: Array) -> Array:
+    def _bias_cotangents(self, cell: RecurrentCell, params: Params, grads: Params, dxw: Array, dhidden: list[Array]) -> Params:
+        """Cotangents of the biases, each the sum over the places where it is added."""
+        xp = xp_of(dxw)
+        late: dict[str, list[Array]] = {}
+        for slot, names in cell.late_biases.items():
+            for name in names:
+                d = grads[f"{slot}.bias"]
+                late.setdefault(name, []).append(d if d.ndim == params[name].ndim else xp.sum(d, axis=0))
+        found = {name: parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1) for name, parts in late.items()}
+        outside, inside = cell.early_biases
+        for names, terms in ((outside, [dxw]), (inside, dhidden)):
+            for name in names:
+                d = xp.concat([xp.sum(term, axis=(0, 1)) for term in terms])
+                found[name] = found[name] + d if name in found else d
+        return found
+
+    def _forget_bias(self, cell: RecurrentCell, weight: Array) -> Array:
         """(gates · hidden,): the constant in the slice of the forget gate, 0 elsewhere."""
         xp, place = xp_of(weight), {"dtype": weight.dtype, "device": device_of(weight)}
         zeros, ones = xp.zeros(self.hidden_size, **place), xp.full(self.hidden_size, self.variant.runtime_forget_bias, **place)
-        return xp.concat([ones if k == self.cell.forget_gate else zeros for k in range(self.cell.gates)])
+        return xp.concat([ones if k == cell.forget_gate else zeros for k in range(cell.gates)])
 
-    def _loop_params(self, params: Params) -> Params:
+    def _loop_params(self, cell: RecurrentCell, params: Params) -> Params:
         """What the cell reads in every step: the hidden weights, and gain and shift of each slot inside the loop."""
-        loop = {"weight_hh": params["weight_hh"]}
-        for name in self.cell(self.variant).shared():
-            slot, _, kind = name.partition(".")
-            if kind == "bias" and slot != "norm_c":
-                late = self._late_bias(params, slot)
-                loop[name] = xp_of(params["weight_hh"]).zeros_like(params["weight_hh"][:, 0]) if late is None else late
-            else:
-                loop[name] = params[name]
+        loop = {name: params[name] for name in ("weight_hh", *cell.early_biases[1], *cell.extra())}
+        for slot, row in cell.slots.items():
+            for kind in row.parameters():
+                name = f"{slot}.{kind}"
+                late = kind == "bias" and slot in cell.late_biases
+                value = self._late_bias(cell, params, slot) if late else params[name]
+                loop[name] = _rows(value, self.t_max) if name in cell.stepwise() else value
         return loop
+
+
+def _sum(terms: list[Array]) -> Array | None:
+    return sum(terms[1:], start=terms[0]) if terms else None
+
+
+def _rows(parameter: Array, t_max: int) -> Array:
+    """A parameter of all steps as one row for each of them."""
+    xp = xp_of(parameter)
+    return parameter if parameter.ndim == 2 else xp.broadcast_to(parameter[None, :], (t_max, parameter.shape[0]))
 
 
 def _normalized_weights(params: Params) -> tuple[Params, dict[str, Any]]:

@@ -31,21 +31,27 @@ def check_momentum(momentum: float | None) -> None:
         raise UnsupportedError(f"`momentum` is {momentum}; expected a number from 0 to 1, or None")
 
 
-def at_steps(buffers: Buffers, time: Array | None, x: Array) -> Seen:
-    """Per slot, mean and variance (time, features) for the steps of `x` (time, …), of which `time` steps have gone before.
+def rows_of_steps(time: Array, x: Array, last: Array | int) -> Array:
+    """The row of each step of `x` (time, …), of which `time` steps have gone before; steps after the `last` row have that row."""
+    xp = xp_of(x)
+    limit = last - 1 if isinstance(last, int) else last
+    return xp.minimum(time + xp.arange(x.shape[0], dtype=time.dtype, device=device_of(x)), limit)
+
+
+def at_steps(buffers: Buffers, time: Array | None, x: Array) -> dict[str, Array]:
+    """`<slot>.mean` and `<slot>.var` (time, features) for the steps of `x` (time, …), of which `time` steps have gone before.
 
     A step after the last one that has statistics uses the last that has (Cooijmans et al.: "t > T_max → the statistics of T_max").
     Without `time` all steps have the same statistics (1, features).
     """
     xp = xp_of(x)
-    tables = {slot: (buffers[f"{slot}.running_mean"], buffers[f"{slot}.running_var"]) for slot in slots_of(buffers)}
+    tables = {f"{slot}.{s}": buffers[f"{slot}.running_{s}"] for slot in slots_of(buffers) for s in ("mean", "var")}
     if time is None:
-        return {slot: (mean[None, :], var[None, :]) for slot, (mean, var) in tables.items()}
+        return {name: table[None, :] for name, table in tables.items()}
     tracked = buffers["num_batches_tracked"]
-    steps = time + xp.arange(x.shape[0], dtype=tracked.dtype, device=device_of(x))
     last = xp.max(xp.where(tracked > 0, xp.arange(tracked.shape[0], dtype=tracked.dtype, device=device_of(tracked)), 0))
-    rows = xp.minimum(steps, last)
-    return {slot: (xp.take(mean, rows, axis=0), xp.take(var, rows, axis=0)) for slot, (mean, var) in tables.items()}
+    rows = rows_of_steps(time, x, last)
+    return {name: xp.take(table, rows, axis=0) for name, table in tables.items()}
 
 
 def slots_of(buffers: Buffers) -> list[str]:
@@ -56,25 +62,36 @@ def slots_of(buffers: Buffers) -> list[str]:
 def update(buffers: Buffers, seen: Seen, time: Array | None, lengths: Array | None, momentum: float | None) -> Buffers:
     """New buffers after a batch with statistics `seen` (time, features) per slot, or (features,) without `time`.
 
-    Steps at or after the number of rows, and steps at which no sequence was left, update nothing.
+    Every step updates its row, the steps after the last row update that one, each in its turn, since they will use it (as Sonnet and
+    jihunchoi's BN-LSTM do). Steps at which no sequence was left update nothing.
     """
     first = next(iter(seen.values()))[0]
-    xp, tracked = xp_of(first), buffers["num_batches_tracked"]
+    xp, before = xp_of(first), buffers["num_batches_tracked"]
     if time is None:
-        hit = xp.max(lengths) > 0 if lengths is not None else xp.ones_like(tracked) > 0
+        hits = xp.astype(xp.max(lengths) > 0, before.dtype) if lengths is not None else xp.ones_like(before)
     else:
-        row = xp.arange(tracked.shape[0], dtype=tracked.dtype, device=device_of(tracked)) - time
+        row = xp.arange(before.shape[0], dtype=before.dtype, device=device_of(before)) - time
         end = first.shape[0] if lengths is None else xp.minimum(xp.max(lengths), first.shape[0])
-        hit = (row >= 0) & (row < end)
-        step = xp.where(hit, row, 0)
-    new = {**buffers, "num_batches_tracked": tracked + xp.astype(hit, tracked.dtype)}
-    count = new["num_batches_tracked"]
+        hits = xp.astype((row >= 0) & (row < end), before.dtype)
+        step = xp.where(hits > 0, row, 0)
+        # The last row: its steps are those from `start` to `end`, and a later one weighs more, as a moving average has it.
+        start = xp.maximum(row[-1], 0)
+        many = xp.where(start < end, end - start, 0)
+        hits = xp.concat([hits[:-1], xp.reshape(many, (1,))])
+        steps = xp.arange(first.shape[0], dtype=before.dtype, device=device_of(first))
+        taken, left = xp.astype((steps >= start) & (steps < end), first.dtype), xp.astype(end - 1 - steps, first.dtype)
+        weights = taken if momentum is None else xp.where(taken > 0, (1.0 - momentum) ** xp.where(taken > 0, left, 0.0), 0.0)
+        total = xp.sum(weights)
+        weights = weights / xp.where(total > 0, total, 1.0)
+    after = before + hits
+    amount = xp.astype(hits, first.dtype)
+    new_part = amount / xp.astype(xp.where(after > 0, after, 1), first.dtype) if momentum is None else 1.0 - (1.0 - momentum) ** amount
+    new = {**buffers, "num_batches_tracked": after}
     for slot, statistics in seen.items():
         for name, batch in zip(("running_mean", "running_var"), statistics, strict=True):
-            running = buffers[f"{slot}.{name}"]
-            if time is None:
-                new[f"{slot}.{name}"] = xp.where(hit, moving_average(running, batch, momentum, count), running)
-            else:
-                average = moving_average(running, xp.take(batch, step, axis=0), momentum, count[:, None])
-                new[f"{slot}.{name}"] = xp.where(hit[:, None], average, running)
+            running, part = buffers[f"{slot}.{name}"], new_part
+            if time is not None:
+                last = xp.sum(weights[:, None] * batch, axis=0, keepdims=True)
+                batch, part = xp.concat([xp.take(batch, step[:-1], axis=0), last]), part[:, None]
+            new[f"{slot}.{name}"] = xp.where(part > 0, running + part * (batch - running), running)
     return new

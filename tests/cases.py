@@ -83,27 +83,65 @@ HEAVY_PRESETS = [pytest.param(*row, marks=() if row[0] == "LSTM" else pytest.mar
 
 
 def _combinations() -> Iterator[tuple[str, pn.Variant]]:
-    """Every row of slots that a cell takes."""
+    """Every row of slots that a cell takes, then every other field of a row, one or two at a time."""
     choices = itertools.product(
         LAYERS,
         (("layer", "all"), ("layer", "candidate"), ("layer", "gate"), ("batch", "all")),
-        ("separate", "sum", "input"),
+        ("separate", "sum", "input", "hidden", None),
         (None, "copy", "state"),
         ((True, ("bias",)), (False, ("bias_ih", "bias_hh")), (False, ())),
-        ("after", "before"),
+        ("after", "before", "sum", None),
     )
     for cell, (norm, groups), terms, state, (shift, biases), reset in choices:
         constant = 0.5 if cell == "LSTM" else 0.0
         row: Any = {"norm": norm, "groups": groups, "terms": terms, "cell": state, "shift": shift, "biases": biases, "reset": reset}
-        variant = pn.Variant(source=" ".join(map(str, row.values())), runtime_forget_bias=constant, **row)
-        if all(getattr(variant, name) in allowed for name, allowed in LAYERS[cell].cell.takes.items()):
-            yield cell, variant
+        yield from _fitting(cell, runtime_forget_bias=constant, **row)
+    early: list[Any] = [{"early": ("bias",), "biases": biases} for biases in (("bias",), ())]
+    early += [{"early": ("bias_ih", "bias_hh"), "biases": biases, "scale": False} for biases in ((), ("bias_ih", "bias_hh"))]
+    places: list[Any] = [{"norm": norm, "terms": terms} for norm in ("layer", "batch") for terms in ("separate", "sum", "input")]
+    details: list[Any] = [
+        {"norm": "rms", "groups": "gate", "cell": "copy"},
+        {"norm": "rms", "terms": "sum", "eps_place": "std"},
+        {"norm": "layer", "eps_place": "std", "variance": "unbiased", "cell": "state"},
+        {"norm": "layer", "variance": "unbiased", "groups": "gate"},
+        {"norm": "batch", "eps_place": "std", "variance": "unbiased"},
+        {"norm": "batch", "variance": "running", "cell": "copy", "scale": False},
+        *(
+            {"norm": "batch", "affine": "step", "terms": terms, "cell": state}
+            for terms in ("separate", "sum", "hidden")
+            for state in (None, "copy")
+        ),
+        {"norm": "batch", "affine": "step", "biases": (), "shift": False},
+        {"norm": "batch", "affine": "step", "biases": ("bias_ih", "bias_hh"), "scale": False},
+        {"peepholes": True},
+        {"peepholes": True, "clip": 0.3},
+        {"norm": "layer", "terms": "sum", "cell": "state", "peepholes": True, "clip": 0.3},
+        {"norm": "layer", "cell": "copy", "peepholes": True, "clip": 0.3},
+        {"activation": "relu"},
+        {"activation": "relu", "norm": "batch", "terms": "input", "statistics": "sequence", "variance": "running"},
+    ]
+    for cell, reset in itertools.product(LAYERS, ("after", "before", "sum", None)):
+        for row in (*({**e, **p} for e in early for p in places), *details):
+            yield from _fitting(cell, **{"reset": reset, **row})
+
+
+def _fitting(layer: str, **row: Any) -> Iterator[tuple[str, pn.Variant]]:
+    """The row if the cell takes it. ε is not small, so that differences of short sequences are smooth."""
+    if row.get("norm") is not None and row.get("terms", "separate") is None and row.get("cell") is None:
+        return  # no place for the normalizer
+    variant = pn.Variant(source=" ".join(f"{k}={v}" for k, v in row.items()), eps=0.01, **row)
+    if all(getattr(variant, name) in allowed for name, allowed in LAYERS[layer].cell.takes.items()):
+        yield layer, variant
 
 
 LAYERS: dict[str, type[Recurrent]] = {"LSTM": pn.LSTM, "GRU": pn.GRU, "RNN": pn.RNN}
 
 
-COMBINATIONS = list(_combinations())
+COMBINATIONS = [
+    pytest.param(cell, variant, id=f"{cell} {variant.source}", marks=() if k % 4 == 0 else pytest.mark.slow)
+    for k, (cell, variant) in enumerate(_combinations())
+]
+"""`make test` has every fourth of them, `make test-all` has all."""
 
 
 def random_recurrent(

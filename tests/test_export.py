@@ -61,7 +61,7 @@ def test_every_arrangement(cell: str, norm: str | None, keywords: dict[str, Any]
     assert names == ["x"] + ["lengths"] * lengths + ([f"{s}_0" for s in layer.cell.states] + ["time_0"] * layer.timed) * state
 
 
-@pytest.mark.parametrize(("cell", "variant"), COMBINATIONS, ids=str)
+@pytest.mark.parametrize(("cell", "variant"), COMBINATIONS)
 def test_any_row_that_a_user_may_write(cell: str, variant: pn.Variant) -> None:
     assert pn.export(recurrent(cell, variant), None).worst_step is not None
 

@@ -34,7 +34,7 @@ def test_moving_average_per_step(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(layer.buffers["num_batches_tracked_l0"], [1, 1, 1, 0])
 
 
-def test_steps_after_t_max_use_the_last_statistics_and_update_none(rng: np.random.Generator) -> None:
+def test_steps_after_t_max_use_the_last_statistics(rng: np.random.Generator) -> None:
     layer, x = random_lstm("batch", rng), rng.standard_normal((6, 5, 4))
     y, _ = layer(x)
     repeated = layer.copy()
@@ -44,10 +44,30 @@ def test_steps_after_t_max_use_the_last_statistics_and_update_none(rng: np.rando
         {n: np.concatenate([b, b[-1:], b[-1:]]) for n, b in layer.buffers.items()},
     )
     np.testing.assert_allclose(repeated(x)[0], y, **CLOSE)
-    tracked = layer.buffers["num_batches_tracked_l0"].copy()
-    layer(x, training=True)
-    np.testing.assert_array_equal(layer.buffers["num_batches_tracked_l0"], tracked + 1)
-    assert layer.buffers["norm_c_l0.running_mean"].shape == (4, 3)
+
+
+@pytest.mark.parametrize("momentum", [0.25, None])
+@pytest.mark.parametrize("t_max", [1, 3])
+@pytest.mark.parametrize("lengths", [None, [5, 4, 2, 1]], ids=["whole", "ragged"])
+def test_steps_after_t_max_update_the_last_row_one_after_the_other(
+    t_max: int, momentum: float | None, lengths: Any, rng: np.random.Generator
+) -> None:
+    """As one moving average that is told of every step; in chunks too. t_max=1 is one set of statistics for all steps."""
+    layer, chunked = (pn.LSTM(4, 3, norm="batch", dtype="float64", t_max=t_max, momentum=momentum, rng=0) for _ in range(2))
+    x, n = rng.standard_normal((6, 4, 4)), np.asarray([6] * 4 if lengths is None else lengths)
+    layer(x, lengths=lengths, training=True)
+    _, state = chunked(x[:2], lengths=None if lengths is None else np.minimum(n, 2), training=True)
+    chunked(x[2:], state, lengths=None if lengths is None else np.maximum(n - 2, 0), training=True)
+    expected, seen = [np.zeros((t_max, 12)), np.ones((t_max, 12))], np.zeros(t_max)
+    for t in range(n.max()):
+        u, row = x[t, n > t] @ layer.params["weight_ih_l0"].T, min(t, t_max - 1)
+        seen[row] += 1
+        for table, batch in zip(expected, (u.mean(0), u.var(0)), strict=True):
+            table[row] += (1 / seen[row] if momentum is None else momentum) * (batch - table[row])
+    for each in (layer, chunked):
+        np.testing.assert_array_equal(each.buffers["num_batches_tracked_l0"], seen)
+        for name, table in zip(("mean", "var"), expected, strict=True):
+            np.testing.assert_allclose(each.buffers[f"norm_ih_l0.running_{name}"], table, **CLOSE)
 
 
 def test_steps_without_statistics_use_the_last_that_have_some(rng: np.random.Generator) -> None:

@@ -84,7 +84,7 @@ def test_recurrent(
         assert_gradient(lambda a, name=name: value({**params, name: a}, x, state), parameter, grads[name], rng)
 
 
-@pytest.mark.parametrize(("cell", "variant"), COMBINATIONS, ids=str)
+@pytest.mark.parametrize(("cell", "variant"), COMBINATIONS)
 def test_any_row_that_a_user_may_write(cell: str, variant: pn.Variant, rng: np.random.Generator) -> None:
     layer = random_recurrent(cell, variant, rng)
     params, buffers, x = layer.parameters(), dict(layer.buffers), rng.standard_normal((3, 4, 4))

@@ -97,6 +97,13 @@ def _linear(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None 
     return y if bias is None else node("Add", y, bias)
 
 
+def _split(x: SymbolicArray, parts: int | tuple[int, ...]) -> tuple[SymbolicArray, ...]:
+    if isinstance(parts, int):
+        return nodes("Split", parts, x, axis=-1, num_outputs=parts)
+    unit = int(x.dims[-1]) // sum(parts)
+    return nodes("Split", len(parts), x, _ints(*(unit * part for part in parts)), axis=-1)
+
+
 # Functions that are one ONNX operator of the same arguments.
 _SAME: dict[str, str] = {
     "add": "Add",
@@ -125,6 +132,7 @@ _SAME: dict[str, str] = {
 _ARRAY_API: dict[str, Row] = {
     **{name: _pointwise(op_type) for name, op_type in _SAME.items()},
     "where": _where,
+    "clip": lambda x, low, high: node("Clip", x, *(constant(numpy.asarray(bound, dtype=x.dtype)) for bound in (low, high))),
     "astype": lambda x, dtype: node("Cast", x, to=int(helper.np_dtype_to_tensor_dtype(numpy.dtype(dtype)))),
     "mean": _reduce("ReduceMean"),
     "sum": _reduce("ReduceSum"),
@@ -146,7 +154,7 @@ _ARRAY_API: dict[str, Row] = {
 
 _OPS: dict[str, Row] = {
     "sigmoid": lambda x: node("Sigmoid", x),
-    "split": lambda x, parts: nodes("Split", parts, x, axis=-1, num_outputs=parts),
+    "split": _split,
     "linear": _linear,
     "embedding": lambda ids, weight: node("Gather", weight, ids, axis=0),
     "normalize": normalize,

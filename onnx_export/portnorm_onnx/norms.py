@@ -17,7 +17,7 @@ from portnorm_onnx.symbolic import SymbolicArray, constant, node
 def _fits(x: SymbolicArray, attrs: Any) -> str | None:
     """The operator that computes these arguments, or `None`."""
     axes, params = attrs["axes"], attrs["param_axes"]
-    if attrs.get("mask") is not None or not attrs.get("center", True):
+    if attrs.get("mask") is not None or not attrs.get("center", True) or not _as_defined(attrs):
         return None
     if attrs.get("mean") is not None:
         others = tuple(a for a in range(x.ndim) if a != 1)
@@ -30,6 +30,11 @@ def _fits(x: SymbolicArray, attrs: Any) -> str | None:
     if all(isinstance(x.dims[a], int) for a in axes):
         return "LayerNormalization"
     return None
+
+
+def _as_defined(attrs: Any) -> bool:
+    """Whether ε is in a biased variance, where every operator has it."""
+    return attrs.get("eps_place", "variance") == "variance" and not attrs.get("correction", 0)
 
 
 def normalize(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: float, **attrs: Any) -> SymbolicArray:
@@ -80,7 +85,7 @@ def normalize_with_rms(x: SymbolicArray, weight: Any = None, bias: Any = None, *
 def _is_rms(x: SymbolicArray, bias: Any, attrs: Any) -> bool:
     axes = attrs["axes"]
     whole = axes == tuple(range(axes[0], x.ndim)) == attrs["param_axes"] and all(isinstance(x.dims[a], int) for a in axes)
-    return not attrs.get("center", True) and whole and bias is None and attrs.get("mask") is None
+    return not attrs.get("center", True) and whole and bias is None and attrs.get("mask") is None and _as_defined(attrs)
 
 
 def _filled(x: SymbolicArray, axes: tuple[int, ...], value: float) -> SymbolicArray:

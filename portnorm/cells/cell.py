@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
-from portnorm.arrays import Array
-from portnorm.cells.slots import Slot
+from portnorm.arrays import Array, xp_of
+from portnorm.cells.slots import Slot, Slots
 from portnorm.cells.variants import Variant
 from portnorm.scan import Params, State
 
@@ -18,23 +20,34 @@ class RecurrentCell:
     variant: Variant
     training: bool = False
 
-    gates: ClassVar[int]
-    """How many slices of hidden size the weights have."""
     states: ClassVar[tuple[str, ...]]
     """Names of the states; the first is the output."""
     takes: ClassVar[dict[str, tuple[object, ...]]]
     """What a variant may say for this cell."""
     forget_gate: ClassVar[int | None] = None
     """Place of the forget gate among the gates."""
+    candidate: ClassVar[int]
+    """Place of the candidate among the gates."""
 
     @property
-    def hidden_bias(self) -> bool:
+    def gates(self) -> int:
+        """How many slices of hidden size the weights have."""
+        raise NotImplementedError
+
+    @property
+    def keeps_hidden_bias(self) -> bool:
         """Whether the bias of the hidden term has to stay with it; else it is added with the input term, for all steps at once."""
         return False
 
+    # -- slots ---------------------------------------------------------------------------------------------------------------------
+
+    def names(self) -> tuple[str, ...]:
+        """All filled slots."""
+        return (*self.variant.gate_slots(), *(() if self.variant.cell is None else ("norm_c",)))
+
     def width(self, slot: str) -> int:
         """How many slices of hidden size a slot normalizes."""
-        return 1 if slot in ("norm_c", "norm_hn") else self.gates
+        return 1 if slot == "norm_c" else self.gates
 
     def partition(self, slot: str) -> tuple[int, ...]:
         """How many gates each part with statistics of its own has."""
@@ -43,28 +56,108 @@ class RecurrentCell:
             return (width - 1, 1)
         return (1,) * width if self.variant.groups == "gate" else (width,)
 
+    def scales(self, slot: str) -> bool:
+        """Whether a slot has a gain of its own."""
+        return slot == "norm_c" or self.variant.scale
+
+    def shifts(self, slot: str) -> bool:
+        """Whether a slot has a bias of its own; one that is narrower than the gates leaves that to the input term."""
+        return slot == "norm_c" or (self.variant.shift and not (slot == "norm_hh" and self.width(slot) < self.gates))
+
     def input_slot(self) -> Slot | None:
         """The normalizer of the input term, which is outside the loop."""
-        return Slot(self.variant, self.partition("norm_ih"), self.training) if "norm_ih" in self.variant.gate_slots() else None
+        if "norm_ih" not in self.names():
+            return None
+        return Slot(self.variant, self.partition("norm_ih"), self.training, self.variant.scale, self._is_shifted("norm_ih"))
 
+    @cached_property
     def slots(self) -> dict[str, Slot]:
         """The normalizers inside the loop, by the name of their slot."""
-        v, found = self.variant, {}
-        for name in v.slots():
-            shifts = {"norm_hh": self.hidden_bias and (v.shift or "bias_hh" in v.biases), "norm_hn": False}.get(name, True)
-            found[name] = Slot(v, self.partition(name), self.training, shifts)
-        if "norm_hh" not in found and self.hidden_bias and "bias_hh" in v.biases:
-            found["norm_hh"] = Slot(v, shift=True, normalizes=False)
-        return {name: slot for name, slot in found.items() if name != "norm_ih"}
+        found = {
+            name: Slot(self.variant, self.partition(name), self.training, self.scales(name), self._is_shifted(name))
+            for name in self.names()
+            if name != "norm_ih"
+        }
+        if "norm_hh" not in found and self.late_biases.get("norm_hh"):
+            found["norm_hh"] = Slot(self.variant, normalizes=False)
+        return found
+
+    def _is_shifted(self, slot: str) -> bool:
+        constant = self.variant.runtime_forget_bias != 0 and slot in ("norm_ih", "norm_sum")
+        return slot == "norm_c" or constant or bool(self.late_biases.get(slot))
+
+    # -- biases --------------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def late_biases(self) -> dict[str, tuple[str, ...]]:
+        """By the slot whose shift their sum is: the parameters that are added to the gates after normalization."""
+        own = tuple(f"{slot}.bias" for slot in ("norm_ih", "norm_hh", "norm_sum") if slot in self.names() and self.shifts(slot))
+        every = (*self.variant.biases, *own)
+        if "norm_sum" in self.names():
+            return {"norm_sum": every}
+        hidden = tuple(name for name in every if self.keeps_hidden_bias and name in ("bias_hh", "norm_hh.bias"))
+        return {"norm_ih": tuple(name for name in every if name not in hidden), "norm_hh": hidden}
+
+    def portion(self, slot: str) -> tuple[int, int]:
+        """Which gates of a bias vector, from the first to before the last, shift a slot."""
+        return (0, self.gates)
+
+    @property
+    def early_biases(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Biases that are added before normalization: to the input term, and to the hidden term inside the loop."""
+        inside = self.keeps_hidden_bias or "norm_hh" in self.names()
+        hidden = tuple(name for name in self.variant.early if name == "bias_hh" and inside)
+        return tuple(name for name in self.variant.early if name not in hidden), hidden
+
+    # -- what enters the loop --------------------------------------------------------------------------------------------------------
+
+    def given(self) -> tuple[str, ...]:
+        """Names of what a step has for itself beside the input term: statistics unless training, gains and shifts by step."""
+        statistics = () if self.training or self.variant.norm != "batch" else ("mean", "var")
+        tracked = [name for name, slot in self.slots.items() if slot.normalizes]
+        return (*(f"{name}.{s}" for name in tracked for s in statistics), *self.stepwise())
+
+    def stepwise(self) -> tuple[str, ...]:
+        """Names of the gains and shifts that each step has for itself."""
+        if self.variant.affine == "shared":
+            return ()
+        return tuple(f"{name}.{p}" for name, slot in self.slots.items() for p in slot.parameters())
 
     def shared(self) -> tuple[str, ...]:
-        return tuple(f"{name}.{p}" for name, slot in self.slots().items() for p in slot.parameters())
+        own = tuple(f"{name}.{p}" for name, slot in self.slots.items() for p in slot.parameters())
+        return tuple(name for name in (*own, *self.extra()) if name not in self.stepwise())
+
+    def extra(self) -> tuple[str, ...]:
+        """Names of parameters that only this variant of the cell has inside the loop."""
+        return ()
+
+    def normalizers(self, params: Params, x: tuple[Array, ...], active: Array | None) -> Slots:
+        """The slots of one step, whose inputs are `x`."""
+        return Slots(self.slots, {**params, **dict(zip(self.given(), x[1:], strict=True))}, active)
+
+    def hidden_term(self, params: Mapping[str, Array], h: Array, start: int = 0, stop: int | None = None) -> Array:
+        """h · W_hhᵀ with its early bias, of the features from `start` to `stop`."""
+        rows, bias = params["weight_hh"], params.get("bias_hh")
+        if (start, stop) != (0, None):
+            rows, bias = rows[start:stop, :], None if bias is None else bias[start:stop]
+        a = xp_of(h).matmul(h, xp_of(h).matrix_transpose(rows))
+        return a if bias is None else a + bias
+
+    def stays(self, before: Array, after: Array) -> Array:
+        """The hidden state with the part of it that zoneout leaves as it was."""
+        p = self.variant.zoneout
+        return after + p * (before - after) if p else after
+
+    def stays_vjp(self, dh: Array) -> tuple[Array | float, Array]:
+        """(cotangent of h before the step through `stays`, cotangent of the new h)"""
+        p = self.variant.zoneout
+        return (p * dh, (1.0 - p) * dh) if p else (0.0, dh)
 
     def step(self, params: Params, state: State, x: tuple[Array, ...], active: Array | None) -> tuple[State, State, Any]:
-        """`x` is the input term (batch, gates · hidden), then per batch-norm slot its mean and variance unless training."""
+        """`x` is the input term (batch, gates · hidden), then what `given` names."""
         raise NotImplementedError
 
     def step_vjp(self, params: Params, residuals: Any, dstate: State, active: Array | None) -> tuple[State, tuple[Array, ...], Params]:
         """Stacked over time: the cotangent of the input term; then, for the gradient of the hidden weights, slice by slice of
-        its rows, the cotangent of a hidden term and what the weights were multiplied with."""
+        its rows, the cotangent of a hidden term and what the weights were multiplied with; then those of what `stepwise` names."""
         raise NotImplementedError

@@ -1,24 +1,30 @@
-"""The GRU step with its normalizer slots (Cho et al. 2014), with the reset gate after or before the candidate's matrix product.
+"""The GRU step with its normalizer slots (Cho et al. 2014), in every place where the reset gate has been put.
 
     u = N_ih(x Wᵀ) + b
     r = σ(u_r + a_r),   z = σ(u_z + a_z),   h' = (1 − z) ⊙ n + z ⊙ h
 
-    reset="after":   a = N_hh(h Uᵀ) + b_hh,                  n = tanh(u_n + r ⊙ a_n)
-    reset="before":  a = N_hh(h U_gᵀ),  a_n = N_hn((r ⊙ h) U_nᵀ),   n = tanh(u_n + a_n)
+    reset="after":   a = N_hh(h Uᵀ) + b_hh,                         n = φ(u_n + r ⊙ a_n)
+    reset="before":  a = N_hh(h U_gᵀ),  a_n = N_hn((r ⊙ h) U_nᵀ),   n = φ(u_n + a_n)
+    reset="sum":     a = N_hh(h Uᵀ),                                n = φ(r ⊙ (u_n + a_n))
+    reset=None:      no r,                                          n = φ(u_n + a_n)
+
+With one normalizer on each sum, (r, z) = σ(N_sum(u + a)) and n = φ(N_n(…)) with what φ has in its brackets above; with reset="sum" and None
+N_sum has the candidate too. φ is tanh, or ReLU by the variant.
 
 "after" is what torch, Keras with reset_after, ONNX with linear_before_reset=1 and Ba, Kiros & Hinton 2016 have; "before" is the first
-paper, Keras without reset_after, and ONNX with linear_before_reset=0. The gates are in the order of torch: r, z, n. Keras, haste and ONNX
-have z first. In Ba et al. and Kiros' code 1 − z stands for z here.
+paper, Keras without reset_after, and ONNX with linear_before_reset=0; "sum" is Dreamer's, and `None` is Li-GRU (Ravanelli et al. 2018).
+The gates are in the order of torch: r, z, n. Keras, haste and ONNX have z first. In Ba et al. 2016 1 − z stands for z here.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.cell import RecurrentCell
-from portnorm.cells.slots import Slots, SlotsVjp
-from portnorm.pointwise import sigmoid, split
+from portnorm.cells.slots import SlotsVjp
+from portnorm.pointwise import ACTIVATIONS, sigmoid, split
 from portnorm.scan import Params, State
 
 
@@ -26,68 +32,115 @@ class GRUResiduals(NamedTuple):
     """What the vjp of one step needs; arrays are (batch, hidden)."""
 
     h: Array  # before the step
-    r: Array
+    r: Any  # None where there is no reset gate
     z: Array
     n: Array
-    hidden: Array  # reset after: a_n, the hidden term of the candidate; before: r ⊙ h
+    reset: Array  # what r is multiplied with; before the product, r ⊙ h
     normalized: dict[str, tuple[Any, ...]]
 
 
 class GRUCell(RecurrentCell):
     """One GRU step."""
 
-    gates = 3
     states = ("h",)
-    takes = {"terms": ("separate", "input"), "cell": (None,), "runtime_forget_bias": (0.0,)}  # noqa: RUF012
+    takes = {"cell": (None,), "runtime_forget_bias": (0.0,), "peepholes": (False,), "clip": (None,)}  # noqa: RUF012  # never written to
 
     @property
-    def _before(self) -> bool:
-        return self.variant.reset == "before"
+    def gates(self) -> int:
+        return 2 if self.variant.reset is None else 3
 
     @property
-    def hidden_bias(self) -> bool:
-        return not self._before
+    def candidate(self) -> int:  # type: ignore[override]
+        return self.gates - 1
+
+    @property
+    def keeps_hidden_bias(self) -> bool:
+        return self.variant.reset == "after" and not self._candidate_apart
+
+    @property
+    def _candidate_apart(self) -> bool:
+        """Whether the candidate's sum has a normalizer of its own."""
+        return "norm_sum" in self.variant.gate_slots() and self.variant.reset in ("after", "before")
+
+    def names(self) -> tuple[str, ...]:
+        return (*super().names(), "norm_n") if self._candidate_apart else super().names()
 
     def width(self, slot: str) -> int:
-        return 2 if slot == "norm_hh" and self._before else super().width(slot)
+        if slot in ("norm_hn", "norm_n"):
+            return 1
+        short = (slot == "norm_hh" and self.variant.reset == "before") or (slot == "norm_sum" and self._candidate_apart)
+        return self.gates - 1 if short else self.gates
+
+    def shifts(self, slot: str) -> bool:
+        return slot != "norm_hn" and super().shifts(slot)
+
+    @cached_property
+    def late_biases(self) -> dict[str, tuple[str, ...]]:
+        found = super().late_biases
+        if not self._candidate_apart:
+            return found
+        own = tuple(f"{slot}.bias" for slot in ("norm_sum", "norm_n") if self.shifts(slot))
+        return {slot: (*self.variant.biases, *(n for n in own if n.startswith(slot))) for slot in ("norm_sum", "norm_n")}
+
+    def portion(self, slot: str) -> tuple[int, int]:
+        if not self._candidate_apart:
+            return super().portion(slot)
+        return (2, 3) if slot == "norm_n" else (0, 2)
 
     def step(self, params: Params, state: State, x: tuple[Array, ...], active: Array | None) -> tuple[State, State, GRUResiduals]:
         (h,) = state
-        xp = xp_of(h)
-        norm = Slots(self.slots(), params, active, x[1:])
-        u_r, u_z, u_n = split(x[0], self.gates)
-        weights = xp.matrix_transpose(params["weight_hh"])
-        if self._before:
-            gates = 2 * h.shape[-1]
-            a_r, a_z = split(norm("norm_hh", xp.matmul(h, weights[:, :gates])), 2)
-            r, z = sigmoid(u_r + a_r), sigmoid(u_z + a_z)
-            hidden = r * h
-            n = xp.tanh(u_n + norm("norm_hn", xp.matmul(hidden, weights[:, gates:])))
+        v, norm = self.variant, self.normalizers(params, x, active)
+        parts, width = (self.gates - 1, 1), (self.gates - 1) * h.shape[-1]
+        if v.reset in ("sum", None):
+            gates, p = split(norm("norm_sum", x[0] + norm("norm_hh", self.hidden_term(params, h))), parts)
+            r, z = self._opened(gates)
+            reset, p = p, p if r is None else r * p
         else:
-            a_r, a_z, hidden = split(norm("norm_hh", xp.matmul(h, weights)), self.gates)
-            r, z = sigmoid(u_r + a_r), sigmoid(u_z + a_z)
-            n = xp.tanh(u_n + r * hidden)
-        return (n + z * (h - n),), tuple(norm.statistics), GRUResiduals(h, r, z, n, hidden, norm.residuals)
+            u, u_n = split(x[0], parts)
+            if v.reset == "before":
+                r, z = self._opened(norm("norm_sum", u + norm("norm_hh", self.hidden_term(params, h, 0, width))))
+                reset = r * h
+                p = u_n + norm("norm_hn", self.hidden_term(params, reset, width))
+            else:
+                a, reset = split(norm("norm_hh", self.hidden_term(params, h)), parts)
+                r, z = self._opened(norm("norm_sum", u + a))
+                p = u_n + r * reset
+            p = norm("norm_n", p)
+        n = ACTIVATIONS[v.activation].of(p)
+        return (self.stays(h, n + z * (h - n)),), tuple(norm.statistics), GRUResiduals(h, r, z, n, reset, norm.residuals)
+
+    def _opened(self, gates: Array) -> tuple[Any, Array]:
+        """(r or `None`, z) from what goes into the sigmoid."""
+        opened = sigmoid(gates)
+        return (None, opened) if self.variant.reset is None else split(opened, 2)
 
     def step_vjp(
         self, params: Params, residuals: GRUResiduals, dstate: State, active: Array | None
     ) -> tuple[State, tuple[Array, ...], Params]:
-        h, r, z, n, hidden, normalized = residuals
-        (dh,) = dstate
-        xp, norm_vjp, weights = xp_of(h), SlotsVjp(self.slots(), normalized, active), params["weight_hh"]
-        dn = dh * (1.0 - z) * (1.0 - n * n)
+        h, r, z, n, reset, normalized = residuals
+        v, xp, norm_vjp, weights = self.variant, xp_of(h), SlotsVjp(self.slots, normalized, active), params["weight_hh"]
+        width = (self.gates - 1) * h.shape[-1]
+        dstays, dh = self.stays_vjp(dstate[0])
+        before = dh * z + dstays
+        terms: tuple[Array, ...] = ()
+        dp = ACTIVATIONS[v.activation].vjp(n, dh * (1.0 - z))
         dz = dh * (h - n) * z * (1.0 - z)
-        if self._before:
-            gates = 2 * h.shape[-1]
-            dcandidate = norm_vjp("norm_hn", dn)
-            dreset = xp.matmul(dcandidate, weights[gates:, :])
-            dr = dreset * h * r * (1.0 - r)
-            dgates = norm_vjp("norm_hh", xp.concat((dr, dz), axis=-1))
-            before = dh * z + dreset * r + xp.matmul(dgates, weights[:gates, :])
-            terms: tuple[Array, ...] = (dgates, h, dcandidate, hidden)
+        if v.reset in ("sum", None):
+            gates = dz if r is None else xp.concat((dp * reset * r * (1.0 - r), dz), axis=-1)
+            dx = norm_vjp("norm_sum", xp.concat((gates, dp if r is None else dp * r), axis=-1))
+            dhidden = norm_vjp("norm_hh", dx)
         else:
-            dr = dn * hidden * r * (1.0 - r)
-            dhidden = norm_vjp("norm_hh", xp.concat((dr, dz, dn * r), axis=-1))
-            before = dh * z + xp.matmul(dhidden, weights)
-            terms = (dhidden, h)
-        return (before,), (xp.concat((dr, dz, dn), axis=-1), *terms), norm_vjp.shares
+            dp = norm_vjp("norm_n", dp)
+            if v.reset == "before":
+                dcandidate = norm_vjp("norm_hn", dp)
+                dreset = xp.matmul(dcandidate, weights[width:, :])
+                before, dr, terms = before + dreset * r, dreset * h, (dcandidate, reset)
+            else:
+                dr = dp * reset
+            gates = norm_vjp("norm_sum", xp.concat((dr * r * (1.0 - r), dz), axis=-1))
+            dx = xp.concat((gates, dp), axis=-1)
+            dhidden = norm_vjp("norm_hh", gates if v.reset == "before" else xp.concat((gates, dp * r), axis=-1))
+            weights = weights[:width, :] if v.reset == "before" else weights
+        before = before + xp.matmul(dhidden, weights)
+        by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())
+        return (before,), (dx, dhidden, h, *terms, *by_step), norm_vjp.shares

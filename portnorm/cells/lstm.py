@@ -4,8 +4,10 @@
     c' = σ(f) ⊙ c + σ(i) ⊙ tanh(g)                             with cell="state":  c' = N_c(…)
     h' = σ(o) ⊙ tanh(c')                                       with cell="copy":   h' = σ(o) ⊙ tanh(N_c(c'))
 
-The gates are in the order of torch: i, f, g, o. The input term, normalized or not, with all biases that are added after normalization,
-comes into the step ready made (`x[0]`): it is computed for all steps at once (`portnorm/recurrent.py`).
+With peepholes p (Gers & Schmidhuber 2000) i and f have p_i ⊙ c and p_f ⊙ c added after normalization, and o has p_o ⊙ c'. With `clip` c'
+is kept within its bounds before anything reads it. The gates are in the order of torch: i, f, g, o. The input term, normalized or not,
+with all biases that are added after normalization, comes into the step ready made (`x[0]`): it is computed for all steps at once
+(`portnorm/recurrent.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any, NamedTuple
 
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.cell import RecurrentCell
-from portnorm.cells.slots import Slots, SlotsVjp
+from portnorm.cells.slots import SlotsVjp
 from portnorm.pointwise import sigmoid, split
 from portnorm.scan import Params, State
 
@@ -25,6 +27,7 @@ class LSTMResiduals(NamedTuple):
     h: Array  # before the step
     c: Array  # before the step
     gates: tuple[Array, Array, Array, Array]  # σ(i), σ(f), tanh(g), σ(o)
+    after: Array | None  # c after the step, where peepholes or clipping need it
     tanh_c: Array
     normalized: dict[str, tuple[Any, ...]]  # residuals of the slots that are filled
 
@@ -34,34 +37,62 @@ class LSTMCell(RecurrentCell):
 
     gates = 4
     forget_gate = 1
+    candidate = 2
     states = ("h", "c")
-    takes = {"reset": ("after",), "groups": ("all", "gate")}  # noqa: RUF012  # a table, never written to
+    takes = {"reset": ("after",), "groups": ("all", "gate"), "activation": ("tanh",)}  # noqa: RUF012  # a table, never written to
+
+    def extra(self) -> tuple[str, ...]:
+        return ("peephole",) if self.variant.peepholes else ()
 
     def step(self, params: Params, state: State, x: tuple[Array, ...], active: Array | None) -> tuple[State, State, LSTMResiduals]:
         h, c_before = state
-        xp = xp_of(h)
-        norm = Slots(self.slots(), params, active, x[1:])
-        z = norm("norm_sum", x[0] + norm("norm_hh", xp.matmul(h, xp.matrix_transpose(params["weight_hh"]))))
+        v, xp, norm = self.variant, xp_of(h), self.normalizers(params, x, active)
+        z = norm("norm_sum", x[0] + norm("norm_hh", self.hidden_term(params, h)))
         i, f, g, o = split(z, self.gates)
-        i, f, g, o = sigmoid(i), sigmoid(f), xp.tanh(g), sigmoid(o)
+        if v.peepholes:
+            i, f = i + params["peephole"][0, :] * c_before, f + params["peephole"][1, :] * c_before
+        i, f, g = sigmoid(i), sigmoid(f), xp.tanh(g)
         c = f * c_before + i * g
-        c_normalized = norm("norm_c", c)
-        tanh_c = xp.tanh(c_normalized)
-        state = (o * tanh_c, c_normalized if self.variant.cell == "state" else c)
-        return state, tuple(norm.statistics), LSTMResiduals(h, c_before, (i, f, g, o), tanh_c, norm.residuals)
+        if v.cell == "state":
+            c = norm("norm_c", c)
+        unclipped = c
+        if v.clip is not None:
+            c = xp.clip(c, -v.clip, v.clip)
+        o = sigmoid(o + params["peephole"][2, :] * c if v.peepholes else o)
+        tanh_c = xp.tanh(norm("norm_c", c) if v.cell == "copy" else c)
+        after = unclipped if v.peepholes or v.clip is not None else None
+        return (
+            (self.stays(h, o * tanh_c), c),
+            tuple(norm.statistics),
+            LSTMResiduals(h, c_before, (i, f, g, o), after, tanh_c, norm.residuals),
+        )
 
     def step_vjp(
         self, params: Params, residuals: LSTMResiduals, dstate: State, active: Array | None
     ) -> tuple[State, tuple[Array, ...], Params]:
-        h, c_before, (i, f, g, o), tanh_c, normalized = residuals
+        h, c_before, (i, f, g, o), after, tanh_c, normalized = residuals
+        v, xp, norm_vjp = self.variant, xp_of(h), SlotsVjp(self.slots, normalized, active)
         dh, dc = dstate
-        xp, norm_vjp = xp_of(h), SlotsVjp(self.slots(), normalized, active)
+        dstays, dh = self.stays_vjp(dh)
         do = dh * tanh_c * o * (1.0 - o)
         dtanh = dh * o * (1.0 - tanh_c * tanh_c)
-        dc = norm_vjp("norm_c", dc + dtanh) if self.variant.cell == "state" else dc + norm_vjp("norm_c", dtanh)
+        dc = dc + (norm_vjp("norm_c", dtanh) if v.cell == "copy" else dtanh)
+        if v.peepholes:
+            c = after if v.clip is None else xp.clip(after, -v.clip, v.clip)
+            dc = dc + params["peephole"][2, :] * do
+        if v.clip is not None:
+            dc = xp.where(xp.abs(after) <= v.clip, dc, 0.0)
+        if v.cell == "state":
+            dc = norm_vjp("norm_c", dc)
         di = dc * g * i * (1.0 - i)
         df = dc * c_before * f * (1.0 - f)
         dg = dc * i * (1.0 - g * g)
+        dc = dc * f
+        if v.peepholes:
+            dc = dc + params["peephole"][0, :] * di + params["peephole"][1, :] * df
+            seen = ((di, c_before), (df, c_before), (do, c))
+            norm_vjp.shares["peephole"] = xp.stack([xp.sum(d * state, axis=0) for d, state in seen])
         dx = norm_vjp("norm_sum", xp.concat((di, df, dg, do), axis=-1))
         dhidden = norm_vjp("norm_hh", dx)
-        return (xp.matmul(dhidden, params["weight_hh"]), dc * f), (dx, dhidden, h), norm_vjp.shares
+        by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())
+        return (xp.matmul(dhidden, params["weight_hh"]) + dstays, dc), (dx, dhidden, h, *by_step), norm_vjp.shares

@@ -1,6 +1,8 @@
 """The simple recurrent step with its normalizer slots (Elman 1990).
 
-h' = tanh( N_ih(x Wᵀ) + N_hh(h Uᵀ) + b )        or  tanh( N_sum(x Wᵀ + h Uᵀ) )   (Ba, Kiros & Hinton 2016, equation 4)
+h' = φ( N_ih(x Wᵀ) + N_hh(h Uᵀ) + b )        or  φ( N_sum(x Wᵀ + h Uᵀ) )   (Ba, Kiros & Hinton 2016, equation 4)
+
+φ is tanh, or ReLU by the variant.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from typing import Any, NamedTuple
 
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.cell import RecurrentCell
-from portnorm.cells.slots import Slots, SlotsVjp
+from portnorm.cells.slots import SlotsVjp
+from portnorm.pointwise import ACTIVATIONS
 from portnorm.scan import Params, State
 
 
@@ -17,29 +20,39 @@ class RNNResiduals(NamedTuple):
     """What the vjp of one step needs; arrays are (batch, hidden)."""
 
     before: Array  # h before the step
-    after: Array  # h after it
+    y: Array  # φ(…)
     normalized: dict[str, tuple[Any, ...]]
 
 
 class RNNCell(RecurrentCell):
-    """One step of a tanh RNN."""
+    """One step of a simple recurrent network."""
 
     gates = 1
+    candidate = 0
     states = ("h",)
-    takes = {"reset": ("after",), "groups": ("all",), "cell": (None,), "runtime_forget_bias": (0.0,)}  # noqa: RUF012
+    takes = {  # noqa: RUF012  # a table, never written to
+        "reset": ("after",),
+        "groups": ("all",),
+        "cell": (None,),
+        "runtime_forget_bias": (0.0,),
+        "peepholes": (False,),
+        "clip": (None,),
+    }
 
     def step(self, params: Params, state: State, x: tuple[Array, ...], active: Array | None) -> tuple[State, State, RNNResiduals]:
         (before,) = state
-        xp = xp_of(before)
-        norm = Slots(self.slots(), params, active, x[1:])
-        after = xp.tanh(norm("norm_sum", x[0] + norm("norm_hh", xp.matmul(before, xp.matrix_transpose(params["weight_hh"])))))
-        return (after,), tuple(norm.statistics), RNNResiduals(before, after, norm.residuals)
+        norm = self.normalizers(params, x, active)
+        z = norm("norm_sum", x[0] + norm("norm_hh", self.hidden_term(params, before)))
+        y = ACTIVATIONS[self.variant.activation].of(z)
+        return (self.stays(before, y),), tuple(norm.statistics), RNNResiduals(before, y, norm.residuals)
 
     def step_vjp(
         self, params: Params, residuals: RNNResiduals, dstate: State, active: Array | None
     ) -> tuple[State, tuple[Array, ...], Params]:
-        before, after, normalized = residuals
-        xp, norm_vjp = xp_of(before), SlotsVjp(self.slots(), normalized, active)
-        dx = norm_vjp("norm_sum", dstate[0] * (1.0 - after * after))
+        before, y, normalized = residuals
+        xp, norm_vjp = xp_of(before), SlotsVjp(self.slots, normalized, active)
+        dstays, dh = self.stays_vjp(dstate[0])
+        dx = norm_vjp("norm_sum", ACTIVATIONS[self.variant.activation].vjp(y, dh))
         dhidden = norm_vjp("norm_hh", dx)
-        return (xp.matmul(dhidden, params["weight_hh"]),), (dx, dhidden, before), norm_vjp.shares
+        by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())
+        return (xp.matmul(dhidden, params["weight_hh"]) + dstays,), (dx, dhidden, before, *by_step), norm_vjp.shares

@@ -1,14 +1,15 @@
 """Every published way to normalize a recurrent cell, as rows over the same slots.
 
-A recurrent layer has four places where a normalizer may sit: the input term xW (`norm_ih`), the hidden term hU (`norm_hh`), their sum
-(`norm_sum`), and the cell state (`norm_c`). A GRU that resets before its matrix product has two hidden terms, of the gates (`norm_hh`) and
-of the candidate (`norm_hn`). A variant says which are filled, with what, and where the biases are.
+A recurrent layer has these places where a normalizer may sit: the input term xW (`norm_ih`), the hidden term hU (`norm_hh`), their sum
+(`norm_sum`), and the cell state (`norm_c`). The candidate of a GRU may have one apart: of its hidden term where the reset gate comes
+before the matrix product (`norm_hn`), or of its sum where the gates have one of theirs (`norm_n`). A variant says which are filled, with
+what, and where the biases are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from portnorm.errors import UnsupportedError
 
@@ -18,22 +19,30 @@ class Variant:
     """Which normalizer sits in which slot of a recurrent cell. Defaults are the plain cell of torch.nn and ONNX."""
 
     source: str
-    norm: Literal["layer", "batch", "weight"] | None = None
-    """What normalizes: the slots by layer or batch statistics, or the weight matrices by their rows' lengths."""
-    terms: Literal["separate", "sum", "input"] = "separate"
-    """Whether xW and hU are normalized each for itself, or their sum, or xW alone."""
+    norm: Literal["layer", "rms", "batch", "weight"] | None = None
+    """What normalizes: the slots by layer, root-mean-square or batch statistics, or the weight matrices by their rows' lengths."""
+    terms: Literal["separate", "sum", "input", "hidden"] | None = "separate"
+    """Whether xW and hU are normalized each for itself, or their sum, or xW alone, or hU alone, or neither."""
     statistics: Literal["step", "sequence"] = "step"
-    """Batch normalization: whether each time step has statistics of its own, or all steps of a batch have them together."""
+    """Batch normalization: whether each time step has statistics of its own, or all steps of a batch have them together. How many steps
+    have running statistics of their own says the layer's `t_max`: 1 makes one set for all."""
+    affine: Literal["shared", "step"] = "shared"
+    """Batch normalization: whether γ and β are the same at all steps, or each of the first `t_max` steps has its own."""
     groups: Literal["all", "candidate", "gate"] = "all"
     """Which gates share statistics in layer normalization: all of them, all but the candidate (GRU), or each gate has its own."""
     cell: Literal["copy", "state"] | None = None
     """Whether the normalized cell state only enters the output's tanh ("copy"), or also becomes the next state ("state")."""
-    reset: Literal["after", "before"] = "after"
-    """GRU: whether the reset gate multiplies the candidate's hidden term, or the hidden state before its matrix product."""
+    reset: Literal["after", "before", "sum"] | None = "after"
+    """GRU: whether the reset gate multiplies the candidate's hidden term, the hidden state before its matrix product, or the candidate's
+    whole normalized pre-activation; `None` has no reset gate (Li-GRU)."""
+    scale: bool = True
+    """Whether the normalizers of the gates have a gain γ of their own."""
     shift: bool = True
     """Whether the normalizers of the gates have a bias β of their own."""
+    early: tuple[str, ...] = ()
+    """Bias vectors that are added to the gates before normalization."""
     biases: tuple[str, ...] = ("bias",)
-    """Bias vectors that are added to the gates after normalization."""
+    """Bias vectors that are added to the gates after normalization. A name that is in `early` too is one vector, added twice."""
     gain: float = 1.0
     """Initial value of every normalizer's weight γ."""
     forget_bias: float = 0.0
@@ -41,45 +50,76 @@ class Variant:
     runtime_forget_bias: float = 0.0
     """A constant added to the forget gate in every step, not stored."""
     eps: float = 1e-5
+    eps_place: Literal["variance", "std"] = "variance"
+    """Where ε is added: to the variance, or to its square root."""
+    variance: Literal["biased", "running", "unbiased"] = "biased"
+    """Which variances are divided by n − 1 in place of n: none, the running ones (as torch), or those that normalize too."""
+    activation: Literal["tanh", "relu"] = "tanh"
+    """GRU and RNN: the nonlinearity of the candidate, or of the state."""
+    peepholes: bool = False
+    """LSTM: whether the gates see the cell state, i and f the one before the step, o the one after it (Gers & Schmidhuber 2000)."""
+    clip: float | None = None
+    """LSTM: largest magnitude of the cell state."""
+    zoneout: float = 0.0
+    """The part of h that stays as it was (Krueger et al. 2017), as the expectation that inference takes; there is no training with it."""
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise UnsupportedError(f"`{name}` is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}")
-        if self.groups != "all" and self.norm != "layer":
-            raise UnsupportedError(f"`groups` is {self.groups!r}, which only layer normalization can have")
+        if self.groups != "all" and self.norm not in ("layer", "rms"):
+            raise UnsupportedError(f"`groups` is {self.groups!r}, which only layer and RMS normalization can have")
         if self.statistics == "sequence" and (self.norm, self.terms, self.cell) != ("batch", "input", None):
             raise UnsupportedError("`statistics` is 'sequence', which is for batch normalization of the input term alone")
+        if self.affine == "step" and not self.timed:
+            raise UnsupportedError("`affine` is 'step', which is for batch normalization with statistics per step")
         if self.norm in (None, "weight") and self.cell is not None:
             raise UnsupportedError(f"`cell` is {self.cell!r} without a `norm` to normalize it with")
-        if not self.eps >= 0:
-            raise UnsupportedError(f"`eps` is {self.eps}; expected a number ≥ 0")
+        if self.norm not in (None, "weight") and self.terms is None and self.cell is None:
+            raise UnsupportedError(f"`norm` is {self.norm!r}, but `terms` and `cell` leave it no place; name one, or use norm=None")
+        if self.eps_place == "std" and self.norm == "weight":
+            raise UnsupportedError("`eps_place` is 'std', but weight normalization has no eps")
+        for name, value, fits, expected in (
+            ("eps", self.eps, self.eps >= 0, "a number ≥ 0"),
+            ("zoneout", self.zoneout, 0 <= self.zoneout < 1, "a number ≥ 0 and < 1"),
+            ("clip", self.clip, self.clip is None or self.clip > 0, "a positive number, or None"),
+        ):
+            if not fits:
+                raise UnsupportedError(f"`{name}` is {value}; expected {expected}")
 
     def gate_slots(self) -> tuple[str, ...]:
         """The filled slots of the gates."""
-        if self.norm in (None, "weight"):
+        if self.norm in (None, "weight") or self.terms is None:
             return ()
-        separate = ("norm_ih", "norm_hh") if self.reset == "after" else ("norm_ih", "norm_hh", "norm_hn")
-        return {"separate": separate, "sum": ("norm_sum",), "input": ("norm_ih",)}[self.terms]
+        hidden = ("norm_hh", "norm_hn") if self.reset == "before" else ("norm_hh",)
+        return {"separate": ("norm_ih", *hidden), "sum": ("norm_sum",), "input": ("norm_ih",), "hidden": hidden}[self.terms]
 
     @property
     def timed(self) -> bool:
         """Whether running statistics belong to time steps."""
         return self.norm == "batch" and self.statistics == "step"
 
-    def slots(self) -> tuple[str, ...]:
-        """All filled slots."""
-        return self.gate_slots() if self.cell is None else (*self.gate_slots(), "norm_c")
+    def where(self) -> str:
+        """The terms of the gates that are normalized, in a few words."""
+        if self.norm in (None, "weight") or self.terms is None:
+            return "–"
+        return {"sum": "xW + hU", "separate": "xW and hU", "input": "xW", "hidden": "hU"}[self.terms]
 
 
+_BIASES = (("bias_ih", "bias_hh"), ("bias",), ())
 _CHOICES: dict[str, tuple[object, ...]] = {
-    "norm": (None, "layer", "batch", "weight"),
-    "terms": ("separate", "sum", "input"),
+    "norm": (None, "layer", "rms", "batch", "weight"),
+    "terms": ("separate", "sum", "input", "hidden", None),
     "statistics": ("step", "sequence"),
+    "affine": ("shared", "step"),
     "groups": ("all", "candidate", "gate"),
     "cell": (None, "copy", "state"),
-    "reset": ("after", "before"),
-    "biases": (("bias_ih", "bias_hh"), ("bias",), ()),
+    "reset": ("after", "before", "sum", None),
+    "early": _BIASES,
+    "biases": _BIASES,
+    "eps_place": ("variance", "std"),
+    "variance": ("biased", "running", "unbiased"),
+    "activation": ("tanh", "relu"),
 }
 
 _TORCH_BIASES = ("bias_ih", "bias_hh")
@@ -127,6 +167,90 @@ VARIANTS: dict[str, dict[str | None, Variant]] = {
 """By cell and preset."""
 
 
+_LAYER_SUM: dict[str, Any] = {"norm": "layer", "terms": "sum"}
+_BATCH: dict[str, Any] = {"norm": "batch", "cell": "copy", "gain": 0.1}
+
+IMPLEMENTATIONS: dict[str, dict[str | None, Variant]] = {
+    "LSTM": {
+        "kiros": Variant("ryankiros/layer-norm, layers.py (the bias twice)", "layer", cell="copy", early=("bias",)),
+        "kiros-torch": Variant("ryankiros/layer-norm, LSTM_LN.lua; DRAW in Ba et al. 2016", "layer", None, cell="copy", eps_place="std"),
+        "fastrnns": Variant("PyTorch benchmarks/fastrnns, LayerNormLSTMCell", "layer", cell="state", biases=()),
+        "fastrnns-decomposed": Variant("the same with decompose_layernorm", "layer", cell="state", biases=(), eps=0.0),
+        "haste": Variant("lmnt-com/haste, LayerNormLSTM", "layer", cell="copy", shift=False, forget_bias=1.0),
+        "tf-addons": Variant("TensorFlow Addons, LayerNormLSTMCell", "layer", cell="state", forget_bias=1.0, eps=1e-3),
+        "tf-contrib-peephole": Variant(
+            "TensorFlow contrib, LayerNormLSTMCell",
+            **_LAYER_SUM,
+            groups="gate",
+            cell="state",
+            biases=(),
+            runtime_forget_bias=1.0,
+            eps=1e-12,
+            peepholes=True,
+        ),
+        "supercell": Variant(
+            "hardmaru/supercell, LSTMCell",
+            **_LAYER_SUM,
+            groups="gate",
+            cell="copy",
+            early=("bias",),
+            biases=(),
+            runtime_forget_bias=1.0,
+            eps=1e-3,
+        ),
+        "sonnet": Variant("Sonnet 1, LSTM(use_layer_norm=True)", **_LAYER_SUM, runtime_forget_bias=1.0),
+        "di-engine": Variant("DI-engine, ding/torch_utils/network/rnn.py", "layer"),
+        "icefall": Variant("k2-fsa/icefall, LayerNormLSTMCell", **_LAYER_SUM, groups="gate", cell="state", early=_TORCH_BIASES, biases=()),
+        "seba-1511": Variant(
+            "seba-1511/lstms.pth, LayerNormLSTM", "layer", cell="state", early=_TORCH_BIASES, biases=(), eps=1e-6, variance="unbiased"
+        ),
+        "jihunchoi": Variant("jihunchoi/recurrent-batch-normalization-pytorch", **_BATCH, variance="running"),
+        "olavhn": Variant("OlavHN/bnlstm (with t_max=1)", **_BATCH, eps=1e-3),
+        "iassael": Variant("iassael/torch-bnlstm (with t_max=1)", **_BATCH, variance="running"),
+        "hellozgy": Variant("hellozgy/bnlstm-pytorch (with t_max=1)", "batch", cell="copy", scale=False, shift=False, variance="running"),
+        "mrubio-chavarria": Variant("mrubio-chavarria/batch_norm_lstm (whose directions share their norms)", **_BATCH),
+        "sonnet-batch": Variant(
+            "Sonnet 1, BatchNormLSTM (with t_max=max_unique_stats)", **_BATCH, shift=False, runtime_forget_bias=1.0, eps=1e-3
+        ),
+        "sonnet-batch-hidden": Variant(
+            "Sonnet 1, BatchNormLSTM as it is by default", "batch", "hidden", gain=0.1, shift=False, runtime_forget_bias=1.0, eps=1e-3
+        ),
+    },
+    "GRU": {
+        "kiros": Variant("ryankiros/layer-norm, layers.py", "layer", groups="candidate", early=("bias",), biases=()),
+        "haste": Variant("lmnt-com/haste, LayerNormGRU", "layer", shift=False, biases=_TORCH_BIASES),
+        "dreamer": Variant(
+            "Dreamer 2, GRUCell(norm=True); its update gate is 1 − z", **_LAYER_SUM, reset="sum", early=("bias",), biases=(), eps=1e-3
+        ),
+        "icefall": Variant("k2-fsa/icefall, LayerNormGRUCell", **_LAYER_SUM, groups="gate", early=_TORCH_BIASES, biases=()),
+        "elektrisches-schaf": Variant(
+            "ElektrischesSchaf/LayerNorm_GRU; its update gate is 1 − z",
+            "layer",
+            groups="candidate",
+            scale=False,
+            shift=False,
+            early=_TORCH_BIASES,
+            biases=(),
+        ),
+        "li-gru": Variant(
+            "Ravanelli et al. 2018, SpeechBrain LiGRU (which counts padding)",
+            "batch",
+            "input",
+            "sequence",
+            reset=None,
+            biases=(),
+            variance="running",
+            activation="relu",
+        ),
+    },
+    "RNN": {
+        "tf-addons": Variant("TensorFlow Addons, LayerNormSimpleRNNCell", **_LAYER_SUM, shift=False),
+        "liao-poggio": Variant("Liao & Poggio 2016, time-specific batch normalization", "batch", "sum", affine="step", biases=()),
+    },
+}
+"""Published implementations that differ from the presets, by cell and name; `norm=` takes these names too."""
+
+
 def variant_of(norm: str | None | Variant, cell: str, takes: dict[str, tuple[object, ...]]) -> Variant:
     """The row of a cell's table that `norm` names, or `norm` itself if it is a row that the cell takes."""
     if isinstance(norm, Variant):
@@ -136,8 +260,9 @@ def variant_of(norm: str | None | Variant, cell: str, takes: dict[str, tuple[obj
                     f"`{name}` is {getattr(norm, name)!r}, which {cell} has no place for; expected one of {', '.join(map(repr, allowed))}"
                 )
         return norm
+    table: dict[str | None, Variant] = {**VARIANTS[cell], **IMPLEMENTATIONS[cell]}
     try:
-        return VARIANTS[cell][norm]
+        return table[norm]
     except (KeyError, TypeError):
-        names = ", ".join(repr(name) for name in VARIANTS[cell])
+        names = ", ".join(repr(name) for name in table)
         raise UnsupportedError(f"`norm` is {norm!r}; expected one of {names} for {cell}, or a portnorm.Variant") from None

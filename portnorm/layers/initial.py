@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy
@@ -29,3 +31,18 @@ def orthogonal(rng: Generator, rows: int, columns: int) -> NumPyArray:
     q, r = numpy.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))
     q = q * numpy.where(numpy.diag(r) < 0, -1.0, 1.0)
     return q if rows >= columns else q.T
+
+
+def identity_candidate(rng: Generator, hidden: int, gates: int, candidate: int) -> NumPyArray:
+    """The identity for the candidate, and one matrix with orthonormal columns for all other gates (Cooijmans et al. 2016, section 5)."""
+    others = orthogonal(rng, (gates - 1) * hidden, hidden) if gates > 1 else numpy.zeros((0, hidden))
+    return numpy.concatenate([others[: candidate * hidden], numpy.eye(hidden), others[candidate * hidden :]])
+
+
+HIDDEN: dict[str, Callable[[Generator, int, int, int], NumPyArray]] = {
+    "uniform": lambda rng, hidden, gates, candidate: uniform(rng, 1.0 / math.sqrt(hidden), gates * hidden, hidden),
+    "orthogonal": lambda rng, hidden, gates, candidate: numpy.concatenate([orthogonal(rng, hidden, hidden) for _ in range(gates)]),
+    "identity": lambda rng, hidden, gates, candidate: numpy.concatenate([numpy.eye(hidden)] * gates),
+    "identity candidate": identity_candidate,
+}
+"""Initial hidden weights (gates · hidden, hidden), from the number of gates and the place of the candidate among them."""

@@ -13,6 +13,7 @@ from portnorm.norm.batch import batch_norm
 from portnorm.norm.group import group_norm
 from portnorm.norm.instance import instance_norm
 from portnorm.norm.layer import layer_norm
+from portnorm.norm.normalize import bessel
 from portnorm.norm.rms import rms_norm
 from portnorm.op import Op
 from portnorm.scan import sequence_mask
@@ -246,7 +247,10 @@ class BatchNorm(_ChannelNorm):
         xp = xp_of(residuals.mean)
         mean, var = (xp.reshape(s, (self.num_features,)) for s in residuals.statistics())
         if self.unbiased:
-            var = var * self._bessel(xp, residuals, var)
+            axes = tuple(a for a in range(residuals.xhat.ndim) if a != self.channel_axis % residuals.xhat.ndim)
+            count = residuals.counted
+            count = None if count is None else xp.reshape(xp.broadcast_to(count, residuals.mean.shape), var.shape)
+            var = var * bessel(xp, count, residuals.xhat.shape, axes)
         # A batch in which nothing counts has no statistics, and changes none.
         before = buffers["num_batches_tracked"]
         seen = xp.ones_like(before) > 0 if residuals.counted is None else xp.max(residuals.counted) > 0
@@ -256,14 +260,6 @@ class BatchNorm(_ChannelNorm):
             average = xp.astype(moving_average(buffers[name], batch, self.momentum, tracked), buffers[name].dtype)
             new[name] = xp.where(seen, average, buffers[name])
         return {name: new[name] for name in buffers}
-
-    def _bessel(self, xp: Namespace, residuals: Any, var: Array) -> Array | float:
-        """n / (n − 1) for the n values of each channel; 1 where n is 1."""
-        if residuals.counted is None:
-            n = numpy.prod([length for a, length in enumerate(residuals.xhat.shape) if a != self.channel_axis % residuals.xhat.ndim])
-            return float(n / max(n - 1, 1))
-        count = xp.reshape(xp.broadcast_to(residuals.counted, residuals.mean.shape), var.shape)
-        return count / xp.where(count > 1, count - 1, 1.0)
 
 
 def _shape(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
 from portnorm.cells.variants import Variant, variant_of
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
-from portnorm.layers.initial import Generator, generator, orthogonal, uniform
+from portnorm.layers.initial import HIDDEN, Generator, generator, orthogonal, uniform
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.recurrent import Direction, RecurrentResiduals
 from portnorm.statistics import check_momentum
@@ -26,6 +26,13 @@ class PlacedState(NamedTuple):
 
     places: list[tuple[Array, ...]]
     time: Array | None
+
+
+class Start(NamedTuple):
+    """Initial values that were asked for; `None` is the variant's own."""
+
+    forget_bias: float | None
+    hidden_init: str | None
 
 
 class StackResiduals(NamedTuple):
@@ -42,10 +49,11 @@ class Recurrent(Layer):
     or (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last
     hidden state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch,
     hidden); where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have
-    statistics of their own, later ones use the last. `momentum` is the weight of a new value. `lengths` (batch,) counts
+    statistics of their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts
     each sequence's steps: what follows is padding, gives 0, and enters nothing. Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in
     torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal matrices and the
-    variant's gain and forget bias for the others, or `forget_bias`.
+    variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden weights
+    (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al. 2016).
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
     """
 
@@ -66,6 +74,7 @@ class Recurrent(Layer):
         t_max: int = 100,
         momentum: float | None = 0.1,
         forget_bias: float | None = None,
+        hidden_init: str | None = None,
         xp: Namespace | str | None = None,
         device: Any = None,
         dtype: DType = "float32",
@@ -85,9 +94,11 @@ class Recurrent(Layer):
         self.num_directions = 2 if bidirectional else 1
         self.batch_first, self.keeps_time, self.t_max, self.momentum = batch_first, return_sequences, t_max, momentum
         self.timed = self.variant.timed
+        if hidden_init not in (None, *HIDDEN):
+            raise UnsupportedError(f"`hidden_init` is {hidden_init!r}; expected one of {', '.join(map(repr, HIDDEN))}, or None")
         random = generator(rng)
         for suffix, inputs, _ in self._places():
-            values = _initial(self.cell, self.variant, inputs, hidden_size, forget_bias, random)
+            values = _initial(self.cell(self.variant), inputs, hidden_size, t_max, Start(forget_bias, hidden_init), random)
             self.params |= {_with(name, suffix): self._new(v) for name, v in values}
         self._start_statistics()
 
@@ -100,15 +111,16 @@ class Recurrent(Layer):
             sequences = self.keeps_time or layer < self.num_layers - 1
             for reverse in (False, True)[: self.num_directions]:
                 suffix = f"_l{layer}" + "_reverse" * reverse
-                yield suffix, inputs, Direction(self.cell, self.variant, self.hidden_size, reverse, sequences, self.momentum)
+                yield suffix, inputs, Direction(self.cell, self.variant, self.hidden_size, self.t_max, reverse, sequences, self.momentum)
 
     def _start_statistics(self) -> None:
         if self.variant.norm != "batch":
             return
         rows = (self.t_max,) if self.timed else ()
+        cell = self.cell(self.variant)
         for suffix, _, _ in self._places():
-            for slot in self.variant.slots():
-                shape = (*rows, *self.params[f"{slot}{suffix}.weight"].shape)
+            for slot in cell.names():
+                shape = (*rows, cell.width(slot) * self.hidden_size)
                 self.buffers[f"{slot}{suffix}.running_mean"] = self._new(numpy.zeros(shape))
                 self.buffers[f"{slot}{suffix}.running_var"] = self._new(numpy.ones(shape))
             self.buffers[f"num_batches_tracked{suffix}"] = self._new(numpy.zeros(rows, dtype=int), integer=True)
@@ -126,6 +138,11 @@ class Recurrent(Layer):
         self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
         self._check_input(x, training)
+        if training and self.variant.zoneout:
+            raise UnsupportedError(
+                f"`zoneout` is {self.variant.zoneout}, of which there is the expectation for inference only; "
+                "train with dataclasses.replace(variant, zoneout=0)"
+            )
         xp = xp_of(x)
         if self.batch_first:
             x = xp.permute_dims(x, (1, 0, 2))
@@ -269,34 +286,34 @@ class RNN(Recurrent):
     cell = RNNCell
 
 
-def _initial(
-    cell: type[RecurrentCell], variant: Variant, inputs: int, hidden: int, forget: float | None, rng: Generator
-) -> Iterator[tuple[str, Any]]:
+def _initial(cell: RecurrentCell, inputs: int, hidden: int, t_max: int, start: Start, rng: Generator) -> Iterator[tuple[str, Any]]:
     """Names inside the cell and initial values of one direction's parameters."""
-    size, bound = cell.gates * hidden, 1.0 / math.sqrt(hidden)
+    variant, size, bound = cell.variant, cell.gates * hidden, 1.0 / math.sqrt(hidden)
     plain = variant.norm in (None, "weight")
-    if plain:
-        weights = {"weight_ih": uniform(rng, bound, size, inputs), "weight_hh": uniform(rng, bound, size, hidden)}
-    else:
-        weights = {"weight_ih": orthogonal(rng, size, inputs)}
-        weights["weight_hh"] = numpy.concatenate([orthogonal(rng, hidden, hidden) for _ in range(cell.gates)])
+    name_of_hidden = start.hidden_init or ("uniform" if plain else "orthogonal")
+    weights = {"weight_ih": uniform(rng, bound, size, inputs) if plain else orthogonal(rng, size, inputs)}
+    weights["weight_hh"] = HIDDEN[name_of_hidden](rng, hidden, cell.gates, cell.candidate)
     for name, w in weights.items():
         if variant.norm == "weight":
             yield f"{name}.g", numpy.linalg.norm(w, axis=1, keepdims=True)
             yield f"{name}.v", w
         else:
             yield name, w
-    wanted = variant.forget_bias or None if forget is None else forget
-    for k, name in enumerate(variant.biases):
+    wanted = variant.forget_bias or None if start.forget_bias is None else start.forget_bias
+    for k, name in enumerate(dict.fromkeys((*variant.biases, *variant.early))):
         values = uniform(rng, bound, size) if plain else numpy.zeros(size)
         if cell.forget_gate is not None and wanted is not None:
             values[cell.forget_gate * hidden : (cell.forget_gate + 1) * hidden] = wanted if k == 0 else 0.0
         yield name, values
-    for slot in variant.slots():
-        width = cell(variant).width(slot) * hidden
-        yield f"{slot}.weight", numpy.full(width, variant.gain)
-        if slot == "norm_c" or (variant.shift and width == size):
-            yield f"{slot}.bias", numpy.zeros(width)
+    if variant.peepholes:
+        yield "peephole", uniform(rng, bound, 3, hidden) if plain else numpy.zeros((3, hidden))
+    rows = (t_max,) if variant.affine == "step" else ()
+    for slot in cell.names():
+        width = cell.width(slot) * hidden
+        if cell.scales(slot):
+            yield f"{slot}.weight", numpy.full((*rows, width), variant.gain)
+        if cell.shifts(slot):
+            yield f"{slot}.bias", numpy.zeros((*rows, width))
 
 
 def _with(name: str, suffix: str) -> str:

@@ -8,10 +8,13 @@
 Numerics. Statistics are taken in at least float32, in two passes and with re-centring: d = x − mean(x), d ← d − mean(d), σ² = mean(d²).
 The second subtraction removes what rounding left of the mean, which is all of the error where |mean| ≫ std. Where the squares of a row
 would leave the range of the type, the row is multiplied by a power of two first, which is exact and cancels in x̂.
+
+Two published departures: `eps_place="std"` divides by sqrt(σ²) + ε instead, and `correction=1` takes σ² as Σd² / (n − 1).
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, TypedDict
 
 from portnorm.arrays import Array, Namespace, float32_value, statistics_dtype, xp_of
@@ -63,6 +66,8 @@ def normalize(
     param_axes: tuple[int, ...],
     eps: float,
     center: bool = True,
+    eps_place: str = "variance",
+    correction: int = 0,
     mask: Array | None = None,
     mean: Array | None = None,
     var: Array | None = None,
@@ -78,12 +83,13 @@ def normalize(
     if mask is not None:
         z = xp.where(mask, z, 0.0)
     if mean is not None and var is not None:
-        residuals = _with_given(xp, z, mean, var, eps)
+        residuals = _with_given(xp, z, mean, var, eps, eps_place)
     elif any(x.shape[axis] == 0 for axis in axes):
         empty = xp.sum(z, axis=axes, keepdims=True)
         residuals = Normalized(z, empty, None, empty, empty, None, None, None)
     else:
-        residuals = _with_own(xp, z, axes, eps, center, mask, wide=float(xp.finfo(x.dtype).max) > 1e30)
+        wide = float(xp.finfo(x.dtype).max) > 1e30
+        residuals = _with_own(xp, z, axes, eps, center, mask, eps_place, correction, wide)
     y = residuals.xhat
     if weight is not None:
         y = y * _along(xp, weight, y, param_axes)
@@ -94,13 +100,23 @@ def normalize(
     return xp.astype(y, x.dtype, copy=False), residuals._replace(weight=weight, bias=bias)
 
 
-def _with_given(xp: Namespace, z: Array, mean: Array, var: Array, eps: float) -> Normalized:
+def _with_given(xp: Namespace, z: Array, mean: Array, var: Array, eps: float, eps_place: str) -> Normalized:
     mean, var = (xp.astype(s, z.dtype, copy=False) for s in (mean, var))
-    rstd = 1.0 / xp.sqrt(var + float32_value(eps))
+    rstd = 1.0 / _std(xp, var, float32_value(eps), eps_place)
     return Normalized((z - mean) * rstd, rstd, None, mean, var, None, None, None)
 
 
-def _with_own(xp: Namespace, z: Array, axes: tuple[int, ...], eps: float, center: bool, mask: Array | None, wide: bool) -> Normalized:
+def _with_own(
+    xp: Namespace,
+    z: Array,
+    axes: tuple[int, ...],
+    eps: float,
+    center: bool,
+    mask: Array | None,
+    eps_place: str,
+    correction: int,
+    wide: bool,
+) -> Normalized:
     count = _count(xp, z, axes, mask)
 
     def average(a: Array) -> Array:
@@ -110,7 +126,7 @@ def _with_own(xp: Namespace, z: Array, axes: tuple[int, ...], eps: float, center
     scale = _row_scale(xp, z, axes, eps) if wide else None
     if scale is not None:
         z = z * scale
-        eps = eps * scale * scale
+        eps = eps * scale if eps_place == "std" else eps * scale * scale
     if center:
         mean = average(z)
         z = z - mean
@@ -122,11 +138,25 @@ def _with_own(xp: Namespace, z: Array, axes: tuple[int, ...], eps: float, center
         if mask is not None:
             z = xp.where(mask, z, 0.0)
     var = average(z * z)
+    if correction:
+        var = var * bessel(xp, count, z.shape, axes)
     if not center:
         mean = xp.zeros_like(var)
-    rstd = 1.0 / xp.sqrt(var + eps)
+    rstd = 1.0 / _std(xp, var, eps, eps_place)
     xhat = z * rstd
     return Normalized(xhat, rstd, scale, mean, var, count, None, None)
+
+
+def _std(xp: Namespace, var: Array, eps: Array | float, eps_place: str) -> Array:
+    return xp.sqrt(var) + eps if eps_place == "std" else xp.sqrt(var + eps)
+
+
+def bessel(xp: Namespace, count: Array | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array | float:
+    """n / (n − 1) for the n values of each statistic, from `count` or from the lengths of `axes`; 1 where n is 1 or 0."""
+    if count is None:
+        n = math.prod(shape[a] for a in axes)
+        return n / max(n - 1, 1)
+    return xp.where(count > 1, count, 1.0) / xp.where(count > 1, count - 1, 1.0)
 
 
 def _count(xp: Namespace, z: Array, axes: tuple[int, ...], mask: Array | None) -> Array | None:
@@ -162,6 +192,8 @@ def _(
     axes: tuple[int, ...],
     param_axes: tuple[int, ...],
     center: bool = True,
+    eps_place: str = "variance",
+    correction: int = 0,
     mask: Array | None = None,
     mean: Array | None = None,
     var: Array | None = None,
@@ -169,7 +201,8 @@ def _(
 ) -> tuple[Array, Array | None, Array | None]:
     """dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)) with g = dy · weight; mean(g) only if centred, rstd · g with given statistics.
 
-    dweight = Σ dy · x̂ and dbias = Σ dy over all but `param_axes`.
+    dweight = Σ dy · x̂ and dbias = Σ dy over all but `param_axes`. With `correction` the last term has n − 1 for n in its mean; with ε
+    beside the standard deviation σ it is larger by (σ + ε) / σ, and 0 where σ is.
     """
     xhat, rstd, weight, bias = residuals.xhat, residuals.rstd, residuals.weight, residuals.bias
     xp = xp_of(xhat)
@@ -186,6 +219,11 @@ def _(
     g = dy if weight is None else dy * _along(xp, weight, dy, param_axes)
     if mean is None and all(xhat.shape[a] != 0 for a in axes):
         inner = xhat * _average(xp, g * xhat, axes, residuals.counted)
+        if correction:
+            inner = inner * bessel(xp, residuals.counted, xhat.shape, axes)
+        if eps_place == "std":
+            std = xp.sqrt(residuals.var)
+            inner = inner / xp.where(std > 0, std * rstd, 1.0)
         g = (g - _average(xp, g, axes, residuals.counted) if center else g) - inner
         if mask is not None:
             g = xp.where(mask, g, 0.0)
