@@ -35,6 +35,7 @@ from portnorm.op import vjp
 from portnorm.optimizers import SGD, Adam, RMSProp, clip_by_global_norm
 
 if TYPE_CHECKING:
+    from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
     from portnorm.checkpoint.layers import load, save
     from portnorm_onnx.export import export
     from portnorm_onnx.verify import verify
@@ -45,11 +46,15 @@ __version__ = "0.1.0"
 _LAZY = {
     "save": ("portnorm.checkpoint.layers", None),
     "load": ("portnorm.checkpoint.layers", None),
+    "FORMATS": ("portnorm.checkpoint.foreign", None),
+    "import_checkpoint": ("portnorm.checkpoint.foreign", None),
+    "to_format": ("portnorm.checkpoint.foreign", None),
     "export": ("portnorm_onnx.export", "onnx"),
     "verify": ("portnorm_onnx.verify", "onnx"),
 }
 
 __all__ = [
+    "FORMATS",
     "GRU",
     "IMPLEMENTATIONS",
     "LSTM",
@@ -81,6 +86,7 @@ __all__ = [
     "embedding",
     "export",
     "group_norm",
+    "import_checkpoint",
     "instance_norm",
     "layer_norm",
     "linear",
@@ -88,6 +94,7 @@ __all__ = [
     "rms_norm",
     "save",
     "softmax_cross_entropy",
+    "to_format",
     "verify",
     "vjp",
     "weight_norm",

@@ -1,4 +1,4 @@
-"""The command line: `portnorm demo | train | export | verify | info`. Thin: each command is one call of the library and a table."""
+"""The command line: `portnorm demo | train | import | export | verify | info`. Each is one call of the library and a table."""
 
 from __future__ import annotations
 
@@ -67,6 +67,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--lr", type=float, default=0.01, help="learning rate (default: 0.01)")
     train.add_argument("--clip", type=float, default=1.0, help="largest global norm of the gradient (default: 1)")
     train.add_argument("--seed", type=int, default=0)
+
+    foreign = command("import", _import, "make a checkpoint from weights that another library stored")
+    foreign.add_argument("source", type=Path, help=".safetensors, .npz, .h5, .keras or .onnx")
+    foreign.add_argument("-o", "--output", type=Path, required=True, help="checkpoint to write (.safetensors)")
+    foreign.add_argument("--format", default="auto", choices=("auto", *portnorm.FORMATS), help="who stored it (default: auto)")
+    foreign.add_argument("--prefix", default="", help="beginning of the names that are meant")
+    foreign.add_argument("--layer", help="class of the layer, where arrays alone cannot tell")
+    foreign.add_argument("--ignore", action="append", default=[], metavar="KEY", help="a key that is neither asked for nor refused")
+    foreign.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="what arrays do not say, for example batch_first=true"
+    )
 
     export = command("export", _export, "write a checkpoint as an ONNX file, checked in onnxruntime first")
     export.add_argument("checkpoint", type=Path)
@@ -139,6 +150,23 @@ def _dataset(name: str) -> tuple[Dataset, Dataset]:
     order = numpy.random.default_rng(0).permutation(len(whole.labels))
     held = max(1, len(order) // 5)
     return whole.take(order[held:]), whole.take(order[:held])
+
+
+def _import(options: argparse.Namespace) -> dict[str, Any]:
+    config = {}
+    for setting in options.set:
+        name, _, value = setting.partition("=")
+        try:
+            config[name] = json.loads(value)
+        except ValueError:
+            raise UnsupportedError(f"`--set` is {setting!r}; expected NAME=VALUE with a number, true, false or null") from None
+    layer = portnorm.import_checkpoint(
+        options.source, options.format, prefix=options.prefix, layer=options.layer, ignore=options.ignore, **config
+    )
+    portnorm.save(layer, options.output)
+    if not options.json:
+        print(f"{options.output}: {layer!r}\nrecognised as {layer.provenance}")
+    return {"checkpoint": str(options.output), "layer": repr(layer), "provenance": layer.provenance}
 
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:

@@ -35,9 +35,14 @@ class RecurrentCell:
         raise NotImplementedError
 
     @property
-    def keeps_hidden_bias(self) -> bool:
-        """Whether the bias of the hidden term has to stay with it; else it is added with the input term, for all steps at once."""
+    def hidden_apart(self) -> bool:
+        """Whether something happens to the hidden term before it is added to the input term."""
         return False
+
+    @property
+    def keeps_hidden_bias(self) -> bool:
+        """Whether the late bias of the hidden term has to stay with it; else it is added with the input term, for all steps at once."""
+        return self.hidden_apart
 
     # -- slots ---------------------------------------------------------------------------------------------------------------------
 
@@ -105,7 +110,7 @@ class RecurrentCell:
     @property
     def early_biases(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Biases that are added before normalization: to the input term, and to the hidden term inside the loop."""
-        inside = self.keeps_hidden_bias or "norm_hh" in self.names()
+        inside = self.hidden_apart or "norm_hh" in self.names()
         hidden = tuple(name for name in self.variant.early if name == "bias_hh" and inside)
         return tuple(name for name in self.variant.early if name not in hidden), hidden
 

@@ -54,8 +54,12 @@ class GRUCell(RecurrentCell):
         return self.gates - 1
 
     @property
+    def hidden_apart(self) -> bool:
+        return self.variant.reset == "after"
+
+    @property
     def keeps_hidden_bias(self) -> bool:
-        return self.variant.reset == "after" and not self._candidate_apart
+        return self.hidden_apart and not self._candidate_apart
 
     @property
     def _candidate_apart(self) -> bool:

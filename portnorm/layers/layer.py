@@ -43,6 +43,8 @@ class Layer:
     """Whether a call takes and returns a state."""
     batch_first: bool = False
     """Whether sequences are (batch, time, features); else they are (time, batch, features)."""
+    provenance: str = ""
+    """Where the weights were imported from, and how that was recognised."""
     keeps_time: bool = True
     """Whether the result still has the time axis that the input had."""
 

@@ -110,7 +110,7 @@ class Recurrent(Layer):
             inputs = self.input_size if layer == 0 else self.num_directions * self.hidden_size
             sequences = self.keeps_time or layer < self.num_layers - 1
             for reverse in (False, True)[: self.num_directions]:
-                suffix = f"_l{layer}" + "_reverse" * reverse
+                suffix = in_direction("", layer, reverse)
                 yield suffix, inputs, Direction(self.cell, self.variant, self.hidden_size, self.t_max, reverse, sequences, self.momentum)
 
     def _start_statistics(self) -> None:
@@ -314,6 +314,11 @@ def _initial(cell: RecurrentCell, inputs: int, hidden: int, t_max: int, start: S
             yield f"{slot}.weight", numpy.full((*rows, width), variant.gain)
         if cell.shifts(slot):
             yield f"{slot}.bias", numpy.zeros((*rows, width))
+
+
+def in_direction(name: str, layer: int, direction: int) -> str:
+    """The full name of what is called `name` inside one direction: `norm_c.weight` of layer 0 to `norm_c_l0.weight`."""
+    return _with(name, f"_l{layer}" + "_reverse" * direction)
 
 
 def _with(name: str, suffix: str) -> str:

@@ -1,0 +1,398 @@
+"""Layers from weights that other libraries stored: `import_checkpoint`, over the rows of `portnorm.checkpoint.formats`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy
+
+from portnorm.arrays import to_numpy
+from portnorm.cells.variants import Variant, variant_of
+from portnorm.checkpoint import containers
+from portnorm.checkpoint.containers import Arrays
+from portnorm.checkpoint.formats import FORMATS as FORMATS
+from portnorm.checkpoint.formats import NAMES, OUR_GATES, ROWS, Read, Row
+from portnorm.checkpoint.layers import LAYERS
+from portnorm.errors import CheckpointError, UnsupportedError
+from portnorm.layers.layer import Layer
+from portnorm.layers.recurrent import Recurrent, in_direction
+
+_log = logging.getLogger("portnorm")
+_VARIANT_FIELDS = {f.name for f in fields(Variant)}
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A row that explains arrays."""
+
+    row: Row
+    places: list[list[str]]  # per layer, per direction: what stands for {p}
+    keys: dict[str, str]  # the file's key by the row's
+    unknown: list[str]  # the file's keys that the row does not have
+    missing: list[str]  # the row's keys that the file does not have
+    found: int
+
+
+def import_checkpoint(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    format: str = "auto",  # noqa: A002  # the name that users look for
+    *,
+    prefix: str = "",
+    layer: str | None = None,
+    ignore: Collection[str] = (),
+    xp: Any = None,
+    device: Any = None,
+    dtype: Any = None,
+    **config: Any,
+) -> Layer:
+    """The layer whose weights another library stored: normalization layers, LSTM, GRU, RNN, plain or normalized.
+
+    `source` is a file (.safetensors, .npz, .h5 and .keras with h5py, .onnx with onnx) or a mapping of arrays, nested or not. `format` is
+    one of `portnorm.FORMATS`, or `"auto"` for the only one that fits; `layer.provenance` then says which it was, and why. `prefix` is the
+    beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros' `encoder_W`), where the file holds more.
+    `layer` names the class where arrays alone cannot tell, such as `"GroupNorm"`. Keys in `ignore` are neither asked for nor refused.
+
+    `config` is what arrays do not say: arguments of the layer (`batch_first=True`, `num_groups=4`) or fields of its `Variant`
+    (`zoneout=0.1`, `eps=1e-3`). Without them the format's own defaults hold. Batch statistics that are stored per step set `t_max`.
+    Arrays keep their dtype unless `dtype` is given. Raises `CheckpointError`, which names the key, where keys are missing or unknown,
+    shapes do not fit, or several formats would; pickles (.pt) are refused.
+
+    >>> import numpy as np, portnorm as pn
+    >>> keras = {"kernel": np.ones((4, 12)), "recurrent_kernel": np.ones((3, 12)), "bias": np.zeros(12)}
+    >>> pn.import_checkpoint(keras, "keras", batch_first=True).params["weight_ih_l0"].shape
+    (12, 4)
+    """
+    if format not in ("auto", *FORMATS):
+        raise UnsupportedError(f"`format` is {format!r}; expected 'auto' or one of {', '.join(map(repr, FORMATS))}")
+    arrays = {key: a for key, a in containers.read(source).items() if key.startswith(prefix)}
+    if not arrays:
+        raise CheckpointError(f"no key starts with {prefix!r}" if prefix else "the checkpoint holds no arrays")
+    empty = [key for key, a in arrays.items() if a.size == 0]
+    if empty:
+        raise CheckpointError(f"{', '.join(map(repr, empty))} have no entries; expected weights")
+    fit = _fit(arrays, prefix, format, layer, set(ignore))
+    made = _Reader(fit, arrays, set(ignore)).layer({"xp": xp, "device": device, "dtype": dtype}, config)
+    made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted(fit.keys.values()))}"
+    _log.info("import_checkpoint took %s", made.provenance)
+    return made
+
+
+def _fit(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: set[str]) -> Fit:  # noqa: A002
+    chosen = [row for row in ROWS if format in ("auto", row.format) and layer in (None, row.layer)]
+    if not chosen:
+        raise UnsupportedError(f"`layer` is {layer!r}, which format {format!r} has not; expected one of {', '.join(_layers(format))}")
+    fits = [fit for row in chosen for fit in _matches(row, arrays, prefix, ignore)]
+    exact = [fit for fit in fits if not fit.unknown and not fit.missing]
+    # A row with a learned initial state or unused arrays explains more keys than one without.
+    exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
+    plausible = [fit for fit in exact if _is_plausible(fit, arrays)]
+    if len(plausible) == 1:
+        return plausible[0]
+    nearest = sorted(
+        (fit for fit in fits if fit.missing or fit.unknown), key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown))
+    )
+    if exact and not plausible:
+        shapes = ", ".join(f"{original!r} {arrays[original].shape}" for original in exact[0].keys.values())
+        near = next((fit for fit in nearest if not fit.unknown and _is_plausible(fit, arrays)), None)
+        other = f"; for {_titles([near])[0]} {near.missing} is missing" if near is not None else ""
+        raise CheckpointError(f"the keys are those of {', '.join(_titles(exact))}, but no such layer has these shapes: {shapes}{other}")
+    exact = plausible
+    if exact:
+        names = ", ".join(f"format={fit.row.format!r} with layer={fit.row.layer!r}" for fit in exact)
+        raise CheckpointError(f"the keys {_some(arrays)} fit more than one: {names}; name the one that is meant")
+    best = nearest[0]
+    raise CheckpointError(
+        f"the keys do not fit {best.row.format!r} {best.row.title}, the nearest: missing {best.missing or 'nothing'}, "
+        f"unknown {best.unknown or 'nothing'}"
+    )
+
+
+def _titles(fits: Iterable[Fit]) -> list[str]:
+    return list(dict.fromkeys(f"{fit.row.format!r} {fit.row.title}" for fit in fits))
+
+
+def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
+    """Whether the numbers of axes, and of gates, are those of the row: several layers share their keys."""
+    row, shapes = fit.row, {}
+    for name, read in row.reads.items():
+        keys = [fit.keys.get(key) for key in _expanded(read.keys[0], fit.places[0][0], fit.keys)]
+        if keys[0] is not None:
+            shapes[name] = arrays[keys[0]].shape
+    if not row.gates:
+        ndims = {name: len(shape) for name, shape in shapes.items()}
+        if row.layer == "Linear":
+            return ndims == {"weight": 2, "bias": 1} or ndims == {"weight": 2}
+        return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == {1})
+    for name, shape in shapes.items():
+        read = row.reads[name]
+        if name == "weight_hh" and read.part is None and len(read.keys) == 1:
+            ratio = shape if not read.transposed else shape[::-1]
+            if len(shape) != 2 or ratio[0] != len(row.gates) * ratio[1]:
+                return False
+        if name.startswith("bias") and len(shape) != 1 + (read.at is not None):
+            return False
+    return True
+
+
+def _layers(format: str) -> list[str]:  # noqa: A002
+    return sorted({row.layer for row in ROWS if format in ("auto", row.format)})
+
+
+def _matches(row: Row, arrays: Arrays, prefix: str, ignore: set[str]) -> Iterator[Fit]:
+    """What the row makes of the arrays: for each alternative of its places, with the part of the names that all share cut off."""
+    short = {key.removeprefix(prefix): a for key, a in arrays.items()}
+    plain = NAMES[row.format](short) if row.format in NAMES else {key: key for key in short}
+    names = {name: prefix + key for key, name in plain.items()}
+    shared = os.path.commonprefix(list(names))  # noqa: RUF071  # by characters: the keys are no paths
+    cut = max(shared.rfind("."), shared.rfind("/")) + 1
+    for length in {0, cut}:
+        keys = {name[length:]: key for name, key in names.items()}
+        for templates in row.places:
+            yield _match(row, templates, keys, ignore)
+
+
+def _match(row: Row, templates: tuple[str, ...], keys: dict[str, str], ignore: set[str]) -> Fit:
+    anchor = next(iter(row.reads.values())).keys[0]
+
+    def there(template: str, number: int) -> bool:
+        return any(k in keys for k in _expanded(anchor, template.format(l=number), keys))
+
+    layers = next(n for n in itertools.count() if not there(templates[0], n) or (n == 1 and "{l}" not in templates[0]))
+    directions = [t for t in templates if t and there(t, 0)] if len(templates) > 1 else [templates[0]]
+    places = [[t.format(l=n) for t in directions or templates[:1]] for n in range(max(layers, 1))]
+    wanted = {key for place in itertools.chain(*places) for r in row.reads.values() for k in r.keys for key in _expanded(k, place, keys)}
+    wanted |= {_placed(key, places[0][0]) for key in row.settings.values()}
+    optional = {_placed(key, place) for place in itertools.chain(*places) for key in (*row.unused, *row.zero)}
+    known = {key: keys[key] for key in keys if key in wanted | optional}
+    missing = [key for key in sorted(wanted - set(keys)) if key not in ignore]
+    unknown = [original for key, original in keys.items() if key not in known and not {key, original} & ignore]
+    return Fit(row, places, known, unknown, missing, len(known))
+
+
+def _placed(key: str, place: str) -> str:
+    return key.replace("{p}", place) if "{p}" in key else place + key
+
+
+def _expanded(key: str, place: str, keys: Iterable[str]) -> list[str]:
+    """The names that a row's key stands for at a place: one, or one for each step."""
+    name = _placed(key, place)
+    if "{t}" not in name:
+        return [name]
+    head, _, tail = name.partition("{t}")
+    steps = sorted(int(m[1]) for k in keys if (m := re.fullmatch(re.escape(head) + r"(\d+)" + re.escape(tail), k)))
+    return [f"{head}{t}{tail}" for t in range(max(steps, default=0) + 1)]
+
+
+class _Reader:
+    """Turns the arrays of a fit into a layer."""
+
+    def __init__(self, fit: Fit, arrays: Arrays, ignore: set[str]):
+        self.fit, self.row, self.arrays, self.ignore = fit, fit.row, arrays, ignore
+        self.order = OUR_GATES.get(fit.row.layer, "")
+
+    def layer(self, where: dict[str, Any], config: dict[str, Any]) -> Layer:
+        row = self.row
+        for key in row.zero:
+            original = self.fit.keys.get(key)
+            if original is not None and original not in self.ignore and numpy.any(self.arrays[original]):
+                raise CheckpointError(
+                    f"`{original}` is a learned initial state, which a layer takes with the call; pass ignore={row.zero!r}, "
+                    "and give it as `state`"
+                )
+        settings = {name: self._scalar(key) for name, key in row.settings.items()}
+        found = {
+            (n, d, name): self._array(name, r, place)
+            for n, places in enumerate(self.fit.places)
+            for d, place in enumerate(places)
+            for name, r in row.reads.items()
+        }
+        if where["dtype"] is None:
+            where["dtype"] = str(numpy.result_type(*(a for a in found.values() if a.dtype.kind == "f")))
+        recurrent = issubclass(LAYERS[row.layer], Recurrent)
+        arguments = self._recurrent(found, config) if recurrent else {**self._plain(found), **row.config, **settings, **config}
+        made: Any = LAYERS[row.layer]
+        try:
+            layer: Layer = made(**arguments, **where)
+        except TypeError as error:
+            raise UnsupportedError(f"{row.layer} of format {row.format!r}: {error}; pass what is missing as an argument") from error
+        own = {name: tuple(a.shape) for name, a in layer.state_dict().items()}
+        values = {}
+        for (n, d, name), array in found.items():
+            full = in_direction(name, n, d) if recurrent else name
+            timed = name.partition(".")[2].startswith("running") and recurrent and len(own.get(full, ())) == 2 and array.ndim == 1
+            values[full] = array[None, :] if timed else array
+            if own.get(full) != values[full].shape:
+                keys = ", ".join(repr(k) for k in self._originals(row.reads[name], self.fit.places[n][d]))
+                raise CheckpointError(
+                    f"{keys} give `{full}` the shape {values[full].shape}; expected {own.get(full)} for {layer!r} of format {row.format!r}"
+                )
+        for name, shape in own.items():
+            if name.rpartition(".")[2].startswith("num_batches_tracked"):
+                values[name] = self._tracked(name, shape)
+        layer.load_state_dict(values)
+        return layer
+
+    # -- arguments of the layers -------------------------------------------------------------------------------------------------------
+
+    def _recurrent(self, found: Mapping[tuple[int, int, str], Any], config: dict[str, Any]) -> dict[str, Any]:
+        row, cell = self.row, LAYERS[self.row.layer]
+        assert issubclass(cell, Recurrent)
+        names = {name for _, _, name in found}
+        hidden = found[0, 0, "weight_hh" if "weight_hh" in names else "weight_hh.v"].shape[-1]
+        inputs = found[0, 0, "weight_ih" if "weight_ih" in names else "weight_ih.v"].shape[-1]
+        variant = variant_of(row.norm, row.layer, cell.cell.takes)
+        changes = {**row.changes, **{name: config.pop(name) for name in list(config) if name in _VARIANT_FIELDS}}
+        norm: Any = replace(variant, **changes) if changes else row.norm
+        by_step = [name for name, read in row.reads.items() if name.endswith("running_mean") and read.at is None]
+        steps = [a.shape[0] for (_, _, name), a in found.items() if name in by_step and a.ndim == 2]
+        if variant.timed and "t_max" not in config:
+            config["t_max"] = max(steps, default=1)
+        sizes = {"num_layers": len(self.fit.places), "bidirectional": len(self.fit.places[0]) == 2}
+        return {"input_size": inputs, "hidden_size": hidden, "norm": norm, **sizes, **row.config, "rng": 0, **config}
+
+    def _plain(self, found: Mapping[tuple[int, int, str], Any]) -> dict[str, Any]:
+        """What the shapes say of a layer that is not recurrent."""
+        shape = found[0, 0, "weight" if (0, 0, "weight") in found else "running_mean"].shape
+        if self.row.layer == "Linear":
+            if len(shape) != 2:
+                raise CheckpointError(f"`weight` has shape {shape}; expected a matrix")
+            return {"in_features": shape[1], "out_features": shape[0], "bias": (0, 0, "bias") in found}
+        if self.row.layer in ("LayerNorm", "RMSNorm"):
+            return {"normalized_shape": shape}
+        return {"num_features": shape[0] if shape else 0}
+
+    # -- arrays ------------------------------------------------------------------------------------------------------------------------
+
+    def _originals(self, read: Read, place: str) -> list[str]:
+        names = [name for key in read.keys for name in _expanded(key, place, self.fit.keys)]
+        return [self.fit.keys.get(name, name) for name in names]
+
+    def _scalar(self, key: str) -> Any:
+        return self.arrays[self.fit.keys[_placed(key, self.fit.places[0][0])]].item()
+
+    def _tracked(self, name: str, shape: tuple[int, ...]) -> Any:
+        original = self.fit.keys.get(name)
+        return self.arrays[original] if original is not None else numpy.ones(shape, dtype=int)
+
+    def _array(self, name: str, read: Read, place: str) -> Any:
+        """The array that a row's entry describes, in our layout."""
+        keys = self._originals(read, place)
+        pieces = [self._piece(self.arrays[key], key, read) for key in keys]
+        if len(pieces) == 1:
+            array = pieces[0]
+        elif "{t}" in read.keys[0]:
+            array = numpy.stack(pieces)
+        else:
+            try:
+                array = numpy.concatenate(pieces, axis=-1 if read.transposed else 0)
+            except ValueError as error:
+                raise CheckpointError(f"{', '.join(map(repr, keys))} do not go together: {error}") from error
+        if read.by_gate:
+            array = self._in_our_order(array, 0 if name.startswith("weight") and not read.transposed else -1, keys[0])
+        array = array.T if read.transposed else array
+        try:
+            return read.then(array) if read.then is not None else array
+        except (ValueError, IndexError) as error:
+            raise CheckpointError(f"{', '.join(map(repr, keys))} have a shape that does not fit: {error}") from error
+
+    def _piece(self, array: Any, key: str, read: Read) -> Any:
+        if read.at is not None:
+            if array.ndim < 2 or array.shape[0] <= read.at:
+                raise CheckpointError(f"{key!r} has shape {array.shape}; expected at least {read.at + 1} rows of numbers")
+            array = array[read.at]
+        if (read.part is not None or read.transposed) and array.ndim != 2:
+            raise CheckpointError(f"{key!r} has shape {array.shape}; expected a matrix")
+        if read.part is not None:
+            hidden = array.shape[1] // len(self.order)
+            if hidden >= array.shape[0]:
+                raise CheckpointError(
+                    f"{key!r} has shape {array.shape}; expected inputs + hidden rows and {len(self.order)} · hidden columns"
+                )
+            array = array[:-hidden] if read.part == "input" else array[-hidden:]
+        return array
+
+    def _in_our_order(self, array: Any, axis: int, key: str) -> Any:
+        gates = len(self.row.gates)
+        if array.ndim == 0 or array.shape[axis] % gates:
+            raise CheckpointError(f"{key!r} has shape {array.shape}, which is not {gates} gates along axis {axis}")
+        blocks = numpy.split(array, gates, axis=axis)
+        return numpy.concatenate([blocks[self.row.gates.index(gate)] for gate in self.order], axis=axis)
+
+
+def _some(arrays: Mapping[str, Any]) -> str:
+    names = sorted(arrays)
+    return ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")
+
+
+def to_format(layer: Layer, format: str) -> Arrays:  # noqa: A002
+    """The arrays of a layer as another library stores them, by its names: what `import_checkpoint` reads, the other way round.
+
+    `format` is one of `portnorm.FORMATS`, such as `"torch"` (what `load_state_dict` of torch.nn takes) or `"keras"` (by name; in the order
+    of `layer.get_weights()`). NumPy arrays. Raises `UnsupportedError` where the format has no such layer.
+
+    >>> import portnorm as pn
+    >>> {name: a.shape for name, a in pn.to_format(pn.LSTM(4, 3, rng=0), "torch").items()}
+    {'weight_ih_l0': (12, 4), 'weight_hh_l0': (12, 3), 'bias_ih_l0': (12,), 'bias_hh_l0': (12,)}
+    """
+    recurrent = isinstance(layer, Recurrent)
+    own = {name: to_numpy(a) for name, a in layer.state_dict().items()}
+    counts = (layer.num_layers, layer.num_directions) if isinstance(layer, Recurrent) else (1, 1)
+    for row in ROWS:
+        if row.format != format or row.layer != type(layer).__name__ or not _computes(row, layer):
+            continue
+        for templates in row.places:
+            directions = templates if counts[1] == 2 else templates[:1]
+            if len(directions) != counts[1] or (counts[0] > 1 and "{l}" not in templates[0]):
+                continue
+            named = {(n, d, t.format(l=n)) for n in range(counts[0]) for d, t in enumerate(directions)}
+            names = {name: in_direction(name, n, d) if recurrent else name for n, d, _ in named for name in row.reads}
+            if all(full in own for full in names.values()):
+                found: Arrays = {}
+                for n, d, place in sorted(named):
+                    found |= _written(row, {r: own[in_direction(r, n, d) if recurrent else r] for r in row.reads}, place)
+                tracked = "num_batches_tracked" in row.unused and "num_batches_tracked" in own
+                return {**found, **({"num_batches_tracked": own["num_batches_tracked"]} if tracked else {})}
+    raise UnsupportedError(f"format {format!r} has no {layer!r}; expected one of {', '.join(_layers(format))} in a form that it has")
+
+
+def _computes(row: Row, layer: Layer) -> bool:
+    """Whether a row's layer computes what `layer` does."""
+    if any(read.then is not None for read in row.reads.values()):
+        return False
+    if not isinstance(layer, Recurrent):
+        return len(row.reads) == len(layer.params) + sum(name.startswith("running") for name in layer.buffers)
+    variant = replace(variant_of(row.norm, row.layer, layer.cell.takes), **row.changes)
+    return replace(variant, source="", gain=0.0, forget_bias=0.0) == replace(layer.variant, source="", gain=0.0, forget_bias=0.0)
+
+
+def _written(row: Row, own: Arrays, place: str) -> Arrays:
+    """One direction's arrays under the names of a row."""
+    found: Arrays = {}
+    stacked: dict[str, dict[Any, Any]] = {}
+    ours, hidden = OUR_GATES.get(row.layer, ""), own["weight_hh"].shape[-1] if "weight_hh" in own else 1
+    for name, read in row.reads.items():
+        array, axis = own[name], 0 if name.startswith("weight") and not read.transposed else -1
+        array = array.T if read.transposed else array
+        if read.at is not None and "running" in name:
+            array = array[0]  # the only row of statistics
+        if read.by_gate:
+            blocks = numpy.split(array, len(ours), axis=axis)
+            array = numpy.concatenate([blocks[ours.index(gate)] for gate in row.gates], axis=axis)
+        if "{t}" in read.keys[0]:
+            found |= {_placed(read.keys[0], place).replace("{t}", str(t)): step for t, step in enumerate(array)}
+        elif read.at is not None or read.part is not None:
+            stacked.setdefault(_placed(read.keys[0], place), {})[read.at if read.part is None else read.part] = array
+        else:
+            cuts = [array.shape[axis] - hidden * (len(read.keys) - 1 - k) for k in range(len(read.keys) - 1)]
+            pieces = numpy.split(array, cuts, axis=-1 if read.transposed else 0)
+            found |= {_placed(key, place): piece for key, piece in zip(read.keys, pieces, strict=True)}
+    for key, parts in stacked.items():
+        joint = "input" in parts
+        found[key] = numpy.concatenate([parts["input"], parts["hidden"]]) if joint else numpy.stack([parts[k] for k in sorted(parts)])
+    return {key: numpy.ascontiguousarray(a) for key, a in found.items()}
