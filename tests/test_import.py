@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import portnorm as pn
-from tests.oracles import PUBLISHED, D, Published
-from tests.tolerances import DIFFERENCES, PUBLISHED_FLOAT64
+from portnorm.checkpoint import safetensors
+from tests.oracles import PUBLISHED, D, H, Published
+from tests.tolerances import DIFFERENCES, LIBRARY_FLOAT32, ONNX_OPERATOR, PUBLISHED_FLOAT64
 
 CASES = [
     pytest.param(case, training, id=f"{case.format}-{case.layer}-{k}-{'training' if training else 'inference'}")
@@ -81,3 +84,301 @@ def test_missing_unknown_and_misshapen_arrays_are_named(case: Published, rng: np
                 pn.import_checkpoint({**p, name: wrong}, case.format)
     with pytest.raises(pn.CheckpointError, match="surplus"):
         pn.import_checkpoint({**p, "surplus": np.ones(3)}, case.format)
+
+
+# -- stacks, directions, prefixes, guesses -------------------------------------------------------------------------------------------------
+
+
+def test_stacks_and_directions_of_torch_and_fastrnns(rng: np.random.Generator) -> None:
+    layer = pn.LSTM(5, 4, num_layers=2, bidirectional=True, dtype="float64", rng=rng)
+    x = rng.standard_normal((6, 3, 5))
+    again = pn.import_checkpoint({f"encoder.rnn.{n}": a for n, a in layer.state_dict().items()}, "torch", prefix="encoder.rnn.")
+    np.testing.assert_array_equal(again(x)[0], layer(x)[0])
+    normed = pn.LSTM(5, 4, norm="fastrnns", num_layers=2, bidirectional=True, dtype="float64", rng=rng)
+    arrays = pn.to_format(normed, "torch-fastrnns")
+    assert "layers.1.directions.1.cell.layernorm_c.bias" in arrays
+    np.testing.assert_array_equal(pn.import_checkpoint(arrays, "torch-fastrnns")(x)[0], normed(x)[0])
+    with pytest.raises(pn.CheckpointError, match=r"layers\.1\.directions\.1\.cell\.weight_hh"):
+        pn.import_checkpoint({n: a for n, a in arrays.items() if n != "layers.1.directions.1.cell.weight_hh"}, "torch-fastrnns")
+
+
+@pytest.mark.parametrize("container", ["safetensors", "npz", "h5", "mapping"])
+def test_containers(container: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    layer, path = pn.GRU(5, 4, norm="haste", rng=rng), tmp_path / f"w.{container}"
+    arrays = {f"model/gru/{n}": a for n, a in pn.to_format(layer, "haste").items()}
+    source: Any = path
+    if container == "safetensors":
+        safetensors.write(path, arrays, {})
+    elif container == "npz":
+        np.savez(path, **arrays)
+    elif container == "h5":
+        import h5py
+
+        with h5py.File(path, "w") as file:
+            for name, array in arrays.items():
+                file[name] = array
+    else:
+        source = {"model": {"gru": pn.to_format(layer, "haste")}}
+    again = pn.import_checkpoint(source, "auto")
+    assert again.provenance.startswith("haste: GRU(norm='haste'), whose keys are ")
+    assert again.dtype == np.float32
+    for name, array in layer.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], array)
+
+
+def test_auto_says_what_it_took_and_refuses_to_guess(caplog: pytest.LogCaptureFixture, rng: np.random.Generator) -> None:
+    for case in PUBLISHED:
+        arrays = case.arrays(rng)
+        several = case.layer == "LSTM" and list(arrays) == [
+            "kernel",
+            "recurrent_kernel",
+            "bias",
+        ]  # Keras or haste: the gates' order differs
+        if several:
+            with pytest.raises(pn.CheckpointError, match=f"fit more than one.*{case.format!r}"):
+                pn.import_checkpoint(arrays)
+        else:
+            assert pn.import_checkpoint(arrays, **case.config).provenance.startswith(f"{case.format}: {case.layer}")
+    with caplog.at_level(logging.INFO, logger="portnorm"):
+        pn.import_checkpoint(pn.to_format(pn.LSTM(3, 2, rng=0), "torch"))
+    assert "torch: LSTM" in caplog.text
+    with pytest.raises(pn.CheckpointError, match=r"fit more than one.*GroupNorm"):
+        pn.import_checkpoint({"weight": np.ones(4), "bias": np.ones(4)}, "torch")
+    groups = pn.import_checkpoint({"weight": np.ones(4), "bias": np.ones(4)}, "torch", layer="GroupNorm", num_groups=2)
+    assert isinstance(groups, pn.GroupNorm)
+    with pytest.raises(pn.UnsupportedError, match="num_groups"):
+        pn.import_checkpoint({"weight": np.ones(4), "bias": np.ones(4)}, "torch", layer="GroupNorm")
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "pytorch_model.bin", "w.pkl", "w.ckpt"])
+def test_pickles_are_refused_unread(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"\x80\x04N.")
+    with pytest.raises(pn.CheckpointError, match="save_file"):
+        pn.import_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.npz", "w.h5", "w.keras", "w.onnx", "w.txt"])
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY garbage" * 9, None], ids=["empty", "garbage", "absent"])
+def test_files_that_cannot_be_read(name: str, content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(pn.CheckpointError, match="w"):
+        pn.import_checkpoint(tmp_path / name)
+
+
+def test_no_pickles_inside_npz(tmp_path: Path) -> None:
+    np.savez(tmp_path / "w.npz", weight=np.array([{}], dtype=object))
+    with pytest.raises(pn.CheckpointError, match="cannot be read"):
+        pn.import_checkpoint(tmp_path / "w.npz")
+    with pytest.raises(pn.CheckpointError, match="`a/b`"):
+        pn.import_checkpoint({"a": {"b": "text"}})
+
+
+def test_a_learned_initial_state_is_not_dropped_silently(rng: np.random.Generator) -> None:
+    case = next(case for case in PUBLISHED if case.format == "cooijmans")
+    p = {**case.arrays(rng), "h0": np.zeros(H), "c0": np.zeros(H)}
+    assert pn.import_checkpoint(p, "cooijmans").timed
+    p["c0"] = rng.standard_normal(H)
+    with pytest.raises(pn.CheckpointError, match="`c0` is a learned initial state"):
+        pn.import_checkpoint(p, "cooijmans")
+    layer, x = pn.import_checkpoint(p, "cooijmans", ignore=("h0", "c0")), rng.standard_normal((2, 6, D))
+    h0, c0 = (np.broadcast_to(s, (1, 6, H)) for s in (p["h0"], p["c0"]))
+    assert not np.allclose(layer(x, (h0, c0, np.asarray(0)))[0], layer(x)[0])
+
+
+# -- the libraries themselves --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "weight_norm", "legacy weight_norm", "no bias"])
+def test_torch_recurrent(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    import torch
+    from torch.nn.utils.parametrizations import weight_norm
+
+    torch.manual_seed(0)
+    sizes: Any = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
+    theirs: Any = getattr(torch.nn, kind if kind in ("LSTM", "GRU", "RNN") else "LSTM")(5, 4, bias=kind != "no bias", **sizes)
+    if kind == "weight_norm":
+        for name in [n for n, _ in theirs.named_parameters() if n.startswith("weight")]:
+            weight_norm(theirs, name)
+    arrays = {name: a.detach().numpy() for name, a in theirs.state_dict().items()}
+    if kind == "legacy weight_norm":  # as torch.nn.utils.weight_norm stored it
+        arrays = {
+            f"{n}{s}": part
+            for n, a in arrays.items()
+            for s, part in ((("_g", np.linalg.norm(a, axis=1, keepdims=True)), ("_v", 3.0 * a)) if n.startswith("weight") else (("", a),))
+        }
+    np.savez(tmp_path / "w.npz", **arrays)
+    layer, x = pn.import_checkpoint(tmp_path / "w.npz", "torch"), rng.standard_normal((6, 3, 5))
+    np.testing.assert_allclose(layer(x)[0], theirs(torch.asarray(x))[0].detach(), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
+    if kind in ("LSTM", "GRU", "RNN"):
+        theirs.load_state_dict({name: torch.asarray(a) for name, a in pn.to_format(layer, "torch").items()})
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["BatchNorm1d", "LayerNorm", "GroupNorm", "InstanceNorm1d", "RMSNorm", "Linear"])
+def test_torch_norms(kind: str, rng: np.random.Generator) -> None:
+    import torch
+
+    options: Any = {"GroupNorm": (2, 6), "InstanceNorm1d": (6,), "Linear": (6, 3)}.get(kind, (6,))
+    extra: Any = {"affine": True} if kind == "InstanceNorm1d" else {}
+    theirs = getattr(torch.nn, kind)(*options, **extra, dtype=torch.float64)
+    for p in theirs.parameters():
+        p.data = torch.asarray(rng.standard_normal(p.shape))
+    x = torch.asarray(rng.standard_normal((4, 6) if kind not in ("GroupNorm", "InstanceNorm1d") else (4, 6, 5)))
+    if kind == "BatchNorm1d":
+        theirs(x * 3.0)
+    layer = pn.import_checkpoint(
+        dict(theirs.state_dict()), "torch", layer=kind.removesuffix("1d"), **({"num_groups": 2} if kind == "GroupNorm" else {})
+    )
+    # Without eps torch takes that of the dtype; imported is that of float32, torch's default dtype.
+    tolerance = 1e-6 if kind == "RMSNorm" else PUBLISHED_FLOAT64
+    np.testing.assert_allclose(layer(x.numpy()), theirs.eval()(x).detach(), rtol=tolerance, atol=tolerance)
+    assert set(pn.to_format(layer, "torch")) == set(theirs.state_dict())
+
+
+KERAS = {
+    "LSTM": lambda k: k.layers.LSTM(4, return_sequences=True),
+    "LSTM without bias": lambda k: k.layers.LSTM(4, return_sequences=True, use_bias=False),
+    "GRU": lambda k: k.layers.GRU(4, return_sequences=True),
+    "GRU, reset before": lambda k: k.layers.GRU(4, return_sequences=True, reset_after=False),
+    "SimpleRNN": lambda k: k.layers.SimpleRNN(4, return_sequences=True),
+    "Bidirectional": lambda k: k.layers.Bidirectional(k.layers.GRU(4, return_sequences=True)),
+    "BatchNormalization": lambda k: k.layers.BatchNormalization(),
+    "LayerNormalization": lambda k: k.layers.LayerNormalization(),
+    "GroupNormalization": lambda k: k.layers.GroupNormalization(5),
+    "RMSNormalization": lambda k: k.layers.RMSNormalization(),
+    "Dense": lambda k: k.layers.Dense(3),
+}
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras' own variables
+@pytest.mark.parametrize("container", [".weights.h5", ".keras", "paths"])
+@pytest.mark.parametrize("kind", KERAS)
+def test_keras(kind: str, container: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    import keras
+
+    theirs = keras.Sequential([keras.Input((None, D), dtype="float32"), KERAS[kind](keras)])
+    for weight in theirs.weights:
+        weight.assign(rng.uniform(0.2, 1.0, weight.shape) * (1 if "var" in weight.path or "gamma" in weight.path else rng.choice([-1, 1])))
+    source: Any = tmp_path / f"m{container}"
+    if container == "paths":
+        source = {weight.path: weight.numpy() for weight in theirs.weights}
+    elif container == ".keras":
+        theirs.save(source)
+    else:
+        theirs.save_weights(source)
+    which = {"GroupNormalization": {"layer": "GroupNorm", "num_groups": 5}, "LayerNormalization": {"layer": "LayerNorm"}}.get(kind, {})
+    layer: Any = pn.import_checkpoint(source, "keras", **which)
+    x = rng.standard_normal((3, 6, D)).astype("float32")
+    y = layer(x.transpose(1, 0, 2))[0].transpose(1, 0, 2) if layer.recurrent else layer(x)
+    np.testing.assert_allclose(y, np.asarray(theirs(x)), **LIBRARY_FLOAT32)
+    for weight, array in zip(theirs.weights, pn.to_format(layer, "keras").values(), strict=True):
+        np.testing.assert_array_equal(array, weight.numpy())
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "kind", ["LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell", "LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm"]
+)
+@pytest.mark.parametrize("interface", ["linen", "nnx"])
+def test_flax(interface: str, kind: str, rng: np.random.Generator) -> None:
+    import jax
+    from flax import linen, nnx
+
+    x = rng.standard_normal((3, 6, D)).astype("float32")
+    cell = kind.endswith("Cell")
+    extra: Any = {"GroupNorm": {"num_groups": 5}, "BatchNorm": {"use_running_average": True}}.get(kind, {})
+
+    def drawn(tree: Any) -> Any:
+        return jax.tree.map(lambda a: rng.uniform(0.2, 1.0, a.shape).astype("float32"), tree)
+
+    if interface == "linen":
+        made = getattr(linen, kind)(H) if cell else getattr(linen, kind)(**extra)
+        module = linen.RNN(made) if cell else made
+        arrays = drawn(module.init(jax.random.key(0), x))
+        expected = module.apply(arrays, x)
+    else:
+        sizes: Any = (D, H) if cell else (D,)
+        made = getattr(nnx, kind)(*sizes, **extra, rngs=nnx.Rngs(0))
+        graph, params, rest = nnx.split(made, (nnx.Param, nnx.BatchStat), ...)
+        arrays = drawn(nnx.to_pure_dict(params))
+        nnx.replace_by_pure_dict(params, arrays)
+        made = nnx.merge(graph, params, rest)
+        expected = nnx.RNN(made)(x) if cell else made(x)
+    which: Any = {"layer": kind, **({"num_groups": 5} if kind == "GroupNorm" else {})} if not cell else {}
+    layer: Any = pn.import_checkpoint(arrays, "flax", **which)
+    y = layer(x.transpose(1, 0, 2))[0].transpose(1, 0, 2) if layer.recurrent else layer(x)
+    np.testing.assert_allclose(y, np.asarray(expected), **LIBRARY_FLOAT32)
+
+
+# -- ONNX ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def onnx_model(operator: str, arrays: dict[str, Any], inputs: tuple[str, ...], **attributes: Any) -> Any:
+    from onnx import TensorProto, helper, numpy_helper
+
+    initializers = [numpy_helper.from_array(a, n) for n, a in arrays.items()]
+    names = [n if n in (*arrays, "x") else "" for n in inputs]
+    node = helper.make_node(operator, names, ["y"], name="a_node", **attributes)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None] * 3)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    graph = helper.make_graph([node], "g", [x], [y], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+
+
+def run_onnx(model: Any, x: Any) -> Any:
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("kind", ["LSTM", "LSTM with peepholes", "LSTM without bias", "GRU", "GRU, linear before reset", "RNN"])
+def test_onnx_recurrent(kind: str, directions: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    import onnx
+
+    operator = kind[:4].strip(",") if kind.startswith("LSTM") else kind[:3]
+    gates = {"LSTM": 4, "GRU": 3, "RNN": 1}[operator]
+    shapes = {"W": (gates * H, D), "R": (gates * H, H), "B": (2 * gates * H,), "P": (3 * H,)}
+    left = {"P"} if "peepholes" not in kind else set()
+    left |= {"B"} if "without" in kind else set()
+    arrays = {n: rng.standard_normal((directions, *s)).astype("float32") * 0.5 for n, s in shapes.items() if n not in left}
+    attributes: Any = {"linear_before_reset": 1} if "linear" in kind else {}
+    attributes["direction"] = "bidirectional" if directions == 2 else "forward"
+    model = onnx_model(
+        operator, arrays, ("x", "W", "R", "B", "", "", "", "P")[: 8 if operator == "LSTM" else 4], hidden_size=H, **attributes
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    layer: Any = pn.import_checkpoint(tmp_path / "m.onnx", "onnx")
+    expected = run_onnx(model, x)  # (time, directions, batch, hidden)
+    y = layer(x)[0].reshape(6, 3, directions, H).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(y, expected, rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+@pytest.mark.parametrize("kind", [f"{name}Normalization" for name in ("Layer", "RMS", "Instance", "Batch", "Group")])
+def test_onnx_norms(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    import onnx
+
+    names = {"RMSNormalization": ("scale",), "BatchNormalization": ("scale", "bias", "mean", "var")}.get(kind, ("scale", "bias"))
+    arrays = {n: rng.uniform(0.5, 1.5, 6).astype("float32") for n in names}
+    attributes: Any = {"epsilon": 0.25} | ({"num_groups": 3} if kind == "GroupNormalization" else {})
+    model = onnx_model(kind, arrays, ("x", *names), **attributes)
+    onnx.save(model, tmp_path / "m.onnx")
+    x = rng.standard_normal((2, 6, 6)).astype("float32")
+    layer: Any = pn.import_checkpoint(tmp_path / "m.onnx")
+    np.testing.assert_allclose(layer(x), run_onnx(model, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"), [("activations", ["Sigmoid", "Relu", "Tanh"]), ("clip", 1.0), ("input_forget", 1), ("direction", "reverse")]
+)
+def test_onnx_attributes_that_portnorm_has_not_are_named(attribute: str, value: Any, tmp_path: Path) -> None:
+    import onnx
+
+    arrays = {"W": np.ones((1, 4 * H, D), "float32"), "R": np.ones((1, 4 * H, H), "float32")}
+    onnx.save(onnx_model("LSTM", arrays, ("x", "W", "R"), hidden_size=H, **{attribute: value}), tmp_path / "m.onnx")
+    with pytest.raises(pn.CheckpointError, match=f"a_node.*{attribute}"):
+        pn.import_checkpoint(tmp_path / "m.onnx")

@@ -25,6 +25,9 @@ TORCH_FLOAT64 = 1e-6
 # Published cells written out in NumPy: the same formula in another order over five steps, some with eps = 1e-12 or none. 1e-13 measured.
 PUBLISHED_FLOAT64 = 1e-10
 
+# Keras and flax in float32 against layers with their weights: six steps in another order. 6e-7 measured.
+LIBRARY_FLOAT32 = {"rtol": 2e-6, "atol": 2e-6}
+
 # Central differences with step 1e-6 in float64: error of third order 1e-12 times the third derivative (large where a variance is small:
 # two rows in a batch, three features in a layer), and rounding 1e-16 / 1e-6. 3.4e-6 measured.
 DIFFERENCES = 1e-5

@@ -131,7 +131,7 @@ def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
         return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == {1})
     for name, shape in shapes.items():
         read = row.reads[name]
-        if name == "weight_hh" and read.part is None and len(read.keys) == 1:
+        if name in ("weight_hh", "weight_hh.v") and read.part is None and len(read.keys) == 1:
             ratio = shape if not read.transposed else shape[::-1]
             if len(shape) != 2 or ratio[0] != len(row.gates) * ratio[1]:
                 return False
@@ -145,13 +145,12 @@ def _layers(format: str) -> list[str]:  # noqa: A002
 
 
 def _matches(row: Row, arrays: Arrays, prefix: str, ignore: set[str]) -> Iterator[Fit]:
-    """What the row makes of the arrays: for each alternative of its places, with the part of the names that all share cut off."""
+    """What the row makes of the arrays: for each alternative of its places, with a part of the names that all share cut off."""
     short = {key.removeprefix(prefix): a for key, a in arrays.items()}
     plain = NAMES[row.format](short) if row.format in NAMES else {key: key for key in short}
     names = {name: prefix + key for key, name in plain.items()}
     shared = os.path.commonprefix(list(names))  # noqa: RUF071  # by characters: the keys are no paths
-    cut = max(shared.rfind("."), shared.rfind("/")) + 1
-    for length in {0, cut}:
+    for length in (0, *(k + 1 for k, letter in enumerate(shared) if letter in "./")):
         keys = {name[length:]: key for name, key in names.items()}
         for templates in row.places:
             yield _match(row, templates, keys, ignore)

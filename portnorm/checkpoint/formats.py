@@ -96,9 +96,10 @@ def _norms(library: str, keys: Mapping[str, str], eps: float, rms_eps: float, ba
     affine = {"weight": whole(g), "bias": whole(b)}
     channels = {"channel_axis": channel_axis}
     statistics = {"running_mean": whole(mean), "running_var": whole(var)}
+    counter = ("num_batches_tracked",) if library == "torch" else ()
     return [
-        Row(library, "BatchNorm", {**affine, **statistics}, config={**batch, **channels}, unused=("num_batches_tracked",)),
-        Row(library, "BatchNorm", statistics, config={**batch, **channels, "affine": False}, unused=("num_batches_tracked",)),
+        Row(library, "BatchNorm", {**affine, **statistics}, config={**batch, **channels}, unused=counter),
+        Row(library, "BatchNorm", statistics, config={**batch, **channels, "affine": False}, unused=counter),
         Row(library, "LayerNorm", affine, config={"eps": eps}),
         Row(library, "LayerNorm", {"weight": whole(g)}, config={"eps": eps, "bias": False}),
         Row(library, "GroupNorm", affine, config={"eps": eps, **channels}),
@@ -187,14 +188,15 @@ def _keras_names(arrays: Mapping[str, NumPyArray]) -> dict[str, str]:
 
 
 def _flax() -> list[Row]:
-    def split(side: str, gates: tuple[str, ...], kind: str = "kernel") -> tuple[str, ...]:
+    def split(side: str, gates: str, kind: str = "kernel") -> tuple[str, ...]:
         return tuple(f"{side}{gate}/{kind}" for gate in gates)
 
-    def lstm(gates: tuple[str, ...]) -> Row:
-        reads = {"weight_ih": columns(*split("i", gates)), "weight_hh": columns(*split("h", gates))}
-        return Row("flax", "LSTM", {**reads, "bias": rows(*split("h", gates, "bias"))}, None, "ifgo", changes={"biases": ("bias",)})
+    def lstm(forget: str) -> Row:
+        inputs = tuple(key.replace("if/", forget) for key in split("i", "ifgo"))
+        reads = {"weight_ih": columns(*inputs), "weight_hh": columns(*split("h", "ifgo"))}
+        return Row("flax", "LSTM", {**reads, "bias": rows(*split("h", "ifgo", "bias"))}, None, "ifgo", changes={"biases": ("bias",)})
 
-    r = ("r", "z", "n")
+    r = "rzn"
     zeros = {"bias_hh": Read(("hn/bias",), by_gate=False, then=lambda b: numpy.concatenate([numpy.zeros((2 * b.shape[0],), b.dtype), b]))}
     gru = {"weight_ih": columns(*split("i", r)), "weight_hh": columns(*split("h", r)), "bias_ih": rows(*split("i", r, "bias")), **zeros}
     dense = {"weight_ih": columns("dense_i/kernel"), "weight_hh": columns("dense_h/kernel")}
@@ -203,8 +205,8 @@ def _flax() -> list[Row]:
     names = {"gain": "scale", "shift": "bias", "mean": "mean", "var": "var", "rms": "scale"}
     batch = {"eps": 1e-5, "momentum": 0.01, "unbiased": False}
     return [
-        lstm(("i", "f", "g", "o")),
-        lstm(("i", "f_", "g", "o")),
+        lstm("if/"),
+        lstm("if_/"),  # nnx: `if` is a keyword
         Row("flax", "GRU", gru, None, "rzn"),
         Row("flax", "RNN", simple, None, "h", changes=one),
         Row("flax", "LSTM", {**dense, "bias": rows("dense_h/bias")}, None, "ifgo", changes=one),
@@ -224,7 +226,7 @@ def _flax_names(arrays: Mapping[str, NumPyArray]) -> dict[str, str]:
 
 _KERNELS = {"weight_ih": columns("kernel"), "weight_hh": columns("recurrent_kernel")}
 _JOINT = {"weight_ih": columns("kernel", part="input"), "weight_hh": columns("kernel", part="hidden")}
-_STACK = (("",), ("layers.{l}.cell.", ""), ("layers.{l}.directions.0.cell.", "layers.{l}.directions.1.cell."))
+_STACK = (("",), ("layers.{l}.cell.",), ("layers.{l}.directions.0.cell.", "layers.{l}.directions.1.cell."))
 _CELL_BIASES = {"bias_ih": rows("bias_ih"), "bias_hh": rows("bias_hh")}
 _CELL = {"weight_ih": rows("weight_ih"), "weight_hh": rows("weight_hh")}
 _TF_GATES = ("input", "forget", "transform", "output")

@@ -1,0 +1,285 @@
+"""Rows of `portnorm.IMPLEMENTATIONS` and `VARIANTS` that no format stores, against the cell as its source or paper writes it, in float64.
+
+`p` has portnorm's own names without the suffix of the place; gates are in portnorm's order: LSTM i, f, g, o; GRU r, z, n. What the source
+has in another order or with another sign is said where it is. Those that a format stores are in tests/test_import.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+from portnorm.checkpoint.formats import ROWS
+from tests.cases import LAYERS, random_recurrent, random_state
+from tests.oracles import Arrays, bn, ln, lstm_step, run, sigmoid
+from tests.tolerances import DIFFERENCES, PUBLISHED_FLOAT64
+
+T_MAX = 4
+
+
+def given(p: Arrays, slot: str, t: int, training: bool) -> Any:
+    """Running mean and variance, or none in training, where the batch's own are taken."""
+    tables = [p[f"{slot}.running_{s}"] for s in ("mean", "var")]
+    return (None, None) if training else tuple(a if a.ndim == 1 else a[min(t, len(a) - 1)] for a in tables)
+
+
+def lstm(
+    gates: Callable[[Arrays, Any, Any, int, bool], Any], cell: Callable[[Arrays, Any, int, bool], Any] | None = None, state: bool = False
+) -> Any:
+    """An LSTM from its pre-activations, and from what enters the tanh, or is the state itself."""
+
+    def oracle(p: Arrays, x: Any, training: bool) -> Any:
+        def step(x: Any, t: int, h: Any, c: Any) -> Any:
+            o, c = lstm_step("ifgo", gates(p, x @ p["weight_ih"].T, h @ p["weight_hh"].T, t, training), c)
+            normed = c if cell is None else cell(p, c, t, training)
+            return o * np.tanh(normed), normed if state else c
+
+        return run(step, x, p["weight_hh"].shape[1], 2)
+
+    return oracle
+
+
+def ln_c(p: Arrays, c: Any, t: int, training: bool) -> Any:
+    return ln(c, p["norm_c.weight"], p["norm_c.bias"])
+
+
+def bn_c(eps: float = 1e-5) -> Any:
+    return lambda p, c, t, training: p["norm_c.weight"] * bn(c, *given(p, "norm_c", t, training), eps) + p["norm_c.bias"]
+
+
+def ln_two(p: Arrays, xw: Any, hu: Any, t: int, training: bool) -> Any:
+    return ln(xw, p["norm_ih.weight"], p["norm_ih.bias"]) + ln(hu, p["norm_hh.weight"], p["norm_hh.bias"]) + p["bias"]
+
+
+def bn_two(eps: float = 1e-5, gain: bool = True, shift: bool = True) -> Any:
+    def gates(p: Arrays, xw: Any, hu: Any, t: int, training: bool) -> Any:
+        total = p["bias"]
+        for slot, term in (("norm_ih", xw), ("norm_hh", hu)):
+            term = bn(term, *given(p, slot, t, training), eps)
+            total = total + (term * p[f"{slot}.weight"] if gain else term) + (p[f"{slot}.bias"] if shift else 0.0)
+        return total
+
+    return gates
+
+
+def kiros_torch_cell(p: Arrays, c: Any, t: int, training: bool) -> Any:
+    """LSTM_LN.lua: ε is added to the standard deviation."""
+    d = c - c.mean(-1, keepdims=True)
+    return d / (np.sqrt((d * d).mean(-1, keepdims=True)) + float(np.float32(1e-5))) * p["norm_c.weight"] + p["norm_c.bias"]
+
+
+def seba_gates(p: Arrays, xw: Any, hu: Any, t: int, training: bool) -> Any:
+    normed = [ln(a + p[f"bias_{s}"], p[f"norm_{s}.weight"], p[f"norm_{s}.bias"], 1e-6, ddof=1) for s, a in (("ih", xw), ("hh", hu))]
+    return normed[0] + normed[1]
+
+
+def gru(step: Callable[..., Any]) -> Any:
+    """`step(p, x, h, t, training)` to the new h."""
+
+    def oracle(p: Arrays, x: Any, training: bool) -> Any:
+        hidden = p["weight_hh"].shape[1]
+        # Statistics over all steps of a batch, where a step asks for them.
+        return run(lambda xt, t, h: (step(p, x if training else None, xt, h, t, training),), x, hidden)
+
+    return oracle
+
+
+def dreamer(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
+    """update·cand + (1 − update)·h with update = σ(v − 1): here z = 1 − update, which is the normalizer's z with the other sign, plus 1."""
+    a = ln(x @ p["weight_ih"].T + h @ p["weight_hh"].T + p["bias"], p["norm_sum.weight"], p["norm_sum.bias"], 1e-3)
+    reset, minus_update, cand = np.split(a, 3, -1)
+    update = sigmoid(-minus_update)
+    return update * np.tanh(sigmoid(reset) * cand) + (1 - update) * h
+
+
+def elektrisches_schaf(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
+    size = h.shape[-1]
+    i2h, h2h = x @ p["weight_ih"].T + p["bias_ih"], h @ p["weight_hh"].T + p["bias_hh"]
+    r, keep = np.split(sigmoid(ln(i2h[:, : 2 * size]) + ln(h2h[:, : 2 * size])), 2, -1)
+    candidate = np.tanh(ln(i2h[:, 2 * size :]) + r * ln(h2h[:, 2 * size :]))
+    return keep * h + (1 - keep) * candidate
+
+
+def li_gru(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
+    """Batch normalization of xW over batch and time."""
+    mean, var = p["norm_ih.running_mean"], p["norm_ih.running_var"]
+    if training:
+        u = (whole @ p["weight_ih"].T).reshape(-1, p["weight_ih"].shape[0])
+        mean, var = u.mean(0), u.var(0)
+    w = p["norm_ih.weight"] * bn(x @ p["weight_ih"].T, mean, var) + p["norm_ih.bias"] + h @ p["weight_hh"].T
+    z, a = np.split(w, 2, -1)
+    z = sigmoid(z)
+    return z * h + (1 - z) * np.maximum(a, 0)
+
+
+def paper_gru(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
+    """Ba et al. 2016, supplement, equations 22 to 24, with 1 − z for their z."""
+    size = h.shape[-1]
+    xw, hu = x @ p["weight_ih"].T, h @ p["weight_hh"].T
+
+    def normed(a: Any, slot: str, part: slice) -> Any:
+        return ln(a[:, part], p[f"{slot}.weight"][part], p[f"{slot}.bias"][part])
+
+    gates, last = slice(0, 2 * size), slice(2 * size, None)
+    r, z = np.split(sigmoid(normed(hu, "norm_hh", gates) + normed(xw, "norm_ih", gates)), 2, -1)
+    return z * h + (1 - z) * np.tanh(normed(xw, "norm_ih", last) + r * normed(hu, "norm_hh", last))
+
+
+def batch_gru(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
+    u = bn(x @ p["weight_ih"].T, *given(p, "norm_ih", t, training)) * p["norm_ih.weight"] + p["bias"]
+    a = bn(h @ p["weight_hh"].T, *given(p, "norm_hh", t, training)) * p["norm_hh.weight"]
+    (ur, uz, un), (ar, az, an) = np.split(u, 3, -1), np.split(a, 3, -1)
+    z = sigmoid(uz + az)
+    return z * h + (1 - z) * np.tanh(un + sigmoid(ur + ar) * an)
+
+
+def paper_rnn(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
+    return np.tanh(ln(x @ p["weight_ih"].T + h @ p["weight_hh"].T, p["norm_sum.weight"], p["norm_sum.bias"]))
+
+
+def batch_rnn(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
+    terms = (("norm_ih", x @ p["weight_ih"].T), ("norm_hh", h @ p["weight_hh"].T))
+    return np.tanh(sum(bn(a, *given(p, slot, t, training)) * p[f"{slot}.weight"] for slot, a in terms) + p["bias"])
+
+
+def liao_poggio(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
+    """Mean, variance, gain and shift of a step are its own."""
+    a, row = x @ p["weight_ih"].T + h @ p["weight_hh"].T, min(t, T_MAX - 1)
+    return np.tanh(p["norm_sum.weight"][row] * bn(a, *given(p, "norm_sum", t, training)) + p["norm_sum.bias"][row])
+
+
+def input_term(p: Arrays, whole: Any, x: Any, t: int, training: bool) -> Any:
+    """Laurent et al. 2016: BN(xW), over the sequence (whose statistics have no axis of time) or over one frame."""
+    w = p["weight_ih"].T
+    if p["norm_ih.running_mean"].ndim == 2:
+        normed = bn(x @ w, *given(p, "norm_ih", t, training))
+    else:
+        u = (whole @ w).reshape(-1, w.shape[1]) if training else None
+        normed = bn(x @ w, *((u.mean(0), u.var(0)) if u is not None else (p["norm_ih.running_mean"], p["norm_ih.running_var"])))
+    return p["norm_ih.weight"] * normed + p["bias"]
+
+
+def vertical_lstm(p: Arrays, x: Any, training: bool) -> Any:
+    def step(xt: Any, t: int, h: Any, c: Any) -> Any:
+        o, c = lstm_step("ifgo", input_term(p, x, xt, t, training) + h @ p["weight_hh"].T, c)
+        return o * np.tanh(c), c
+
+    return run(step, x, p["weight_hh"].shape[1], 2)
+
+
+def vertical_gru(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
+    (ur, uz, un), (ar, az, an) = np.split(input_term(p, whole, x, t, training), 3, -1), np.split(h @ p["weight_hh"].T, 3, -1)
+    z = sigmoid(uz + az)
+    return z * h + (1 - z) * np.tanh(un + sigmoid(ur + ar) * an)
+
+
+def vertical_rnn(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
+    return np.tanh(input_term(p, whole, x, t, training) + h @ p["weight_hh"].T)
+
+
+VERTICAL = {
+    (cell, name): oracle
+    for name in ("batch-input", "batch-input-frame")
+    for cell, oracle in (("LSTM", vertical_lstm), ("GRU", gru(vertical_gru)), ("RNN", gru(vertical_rnn)))
+}
+ORACLES: dict[tuple[str, str], Any] = {
+    ("LSTM", "layer"): lstm(ln_two, ln_c),
+    ("LSTM", "layer-state"): lstm(ln_two, ln_c, state=True),
+    ("LSTM", "di-engine"): lstm(ln_two),
+    ("LSTM", "kiros-torch"): lstm(lambda p, xw, hu, t, training: xw + hu + p["bias"], kiros_torch_cell),
+    ("LSTM", "seba-1511"): lstm(
+        seba_gates, lambda p, c, t, training: ln(c, p["norm_c.weight"], p["norm_c.bias"], 1e-6, ddof=1), state=True
+    ),
+    ("LSTM", "batch"): lstm(bn_two(shift=False), bn_c()),
+    ("LSTM", "olavhn"): lstm(bn_two(1e-3), bn_c(1e-3)),
+    ("LSTM", "iassael"): lstm(bn_two(), bn_c()),
+    ("LSTM", "hellozgy"): lstm(bn_two(gain=False, shift=False), bn_c()),
+    ("LSTM", "mrubio-chavarria"): lstm(bn_two(), bn_c()),
+    ("GRU", "layer"): gru(paper_gru),
+    ("GRU", "batch"): gru(batch_gru),
+    ("GRU", "dreamer"): gru(dreamer),
+    ("GRU", "elektrisches-schaf"): gru(elektrisches_schaf),
+    ("GRU", "li-gru"): gru(li_gru),
+    ("RNN", "layer"): gru(paper_rnn),
+    ("RNN", "batch"): gru(batch_rnn),
+    ("RNN", "liao-poggio"): gru(liao_poggio),
+    **VERTICAL,
+}
+ONE_SET = {"olavhn", "iassael", "hellozgy"}
+"""Rows whose statistics are the same at all steps."""
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(("cell", "name"), ORACLES)
+def test_values_and_gradients_are_those_of_the_published_cell(cell: str, name: str, training: bool, rng: np.random.Generator) -> None:
+    layer = random_recurrent(cell, name, rng)
+    if name in ONE_SET:
+        layer = LAYERS[cell](4, 3, norm=name, dtype="float64", t_max=1, rng=rng)
+        layer.assign({n: p + 0.3 * rng.standard_normal(p.shape) for n, p in layer.parameters().items()})
+    params, buffers = ({n.replace("_l0", ""): a for n, a in group.items()} for group in (layer.parameters(), layer.buffers))
+    x, oracle = rng.standard_normal((6, 5, 4)), ORACLES[cell, name]
+    y, _, pullback = layer.vjp(x, training=training)
+    np.testing.assert_allclose(y, oracle({**params, **buffers}, x, training), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
+    dy, step = rng.standard_normal(y.shape), 1e-6
+    dx, _, grads = pullback(dy)
+    for key, gradient in {"x": dx, **{n.replace("_l0", ""): g for n, g in grads.items()}}.items():
+        at = x if key == "x" else params[key]
+        direction = rng.standard_normal(at.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = at + sign * step * direction
+            ends.append(
+                np.sum(oracle({**params, **buffers} | ({} if key == "x" else {key: moved}), moved if key == "x" else x, training) * dy)
+            )
+        difference = (ends[0] - ends[1]) / (2 * step)
+        np.testing.assert_allclose(np.sum(gradient * direction), difference, rtol=DIFFERENCES, atol=DIFFERENCES * max(1, abs(difference)))
+
+
+def test_every_row_is_tested() -> None:
+    """Here, as a format in tests/test_import.py, or, without a normalizer of its own, against torch."""
+    stored = {(row.layer, row.norm) for row in ROWS} | {("LSTM", "fastrnns-decomposed")}  # tested as fastrnns with another eps
+    rows = {(cell, name) for cell in LAYERS for name in (*pn.VARIANTS[cell], *pn.IMPLEMENTATIONS[cell])}
+    assert {(cell, name) for cell, name in rows - stored - set(ORACLES) if name not in (None, "weight")} == set()
+
+
+@pytest.mark.parametrize(("cell", "name"), [(cell, name) for cell in LAYERS for name in pn.IMPLEMENTATIONS[cell]])
+def test_published_cells_pass_through_files(cell: str, name: str, tmp_path: Any, rng: np.random.Generator) -> None:
+    layer, x = random_recurrent(cell, name, rng), rng.standard_normal((5, 3, 4))
+    state = random_state(layer, 3, rng)  # without ε a state of zeros has no direction
+    pn.save(layer, tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(pn.load(tmp_path / "m.safetensors")(x, state)[0], layer(x, state)[0])
+
+
+def test_zoneout_is_for_inference(rng: np.random.Generator) -> None:
+    layer, x = random_recurrent("GRU", pn.Variant("", biases=("bias_ih", "bias_hh"), zoneout=0.25), rng), rng.standard_normal((1, 3, 4))
+    plain = random_recurrent("GRU", None, np.random.default_rng(20261120))
+    assert np.isfinite(layer(x)[0]).all()
+    plain.load_state_dict(layer.state_dict())
+    np.testing.assert_allclose(layer(x)[0], 0.75 * plain(x)[0], rtol=1e-12)  # h before is 0
+    with pytest.raises(pn.UnsupportedError, match=r"`zoneout` is 0\.25"):
+        layer(x, training=True)
+
+
+@pytest.mark.parametrize("name", ["uniform", "orthogonal", "identity", "identity candidate"])
+def test_starts_of_the_hidden_weights(name: str) -> None:
+    layer = pn.LSTM(3, 5, norm="batch", hidden_init=name, dtype="float64", rng=0)
+    w = layer.params["weight_hh_l0"]
+    i, f, g, o = np.split(w, 4)
+    if name == "uniform":
+        assert np.max(np.abs(w)) <= 1 / np.sqrt(5)
+        assert np.max(np.abs(w)) > 0.9 / np.sqrt(5)
+    if name == "orthogonal":
+        for block in (i, f, g, o):
+            np.testing.assert_allclose(block @ block.T, np.eye(5), atol=1e-12)
+    if name == "identity":
+        np.testing.assert_array_equal(w, np.concatenate([np.eye(5)] * 4))
+    if name == "identity candidate":  # [I | orthogonal (H × 3H)], in Cooijmans' code the transpose of this
+        np.testing.assert_array_equal(g, np.eye(5))
+        others = np.concatenate([i, f, o])
+        np.testing.assert_allclose(others.T @ others, np.eye(5), atol=1e-12)
+    with pytest.raises(pn.UnsupportedError, match="`hidden_init` is 'zeros'"):
+        pn.LSTM(3, 5, hidden_init="zeros")
