@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import portnorm as pn
+from portnorm.checkpoint.formats import ROWS
 from tests.conftest import ALWAYS, PEERS
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +48,15 @@ def variants() -> str:
         rows.append((f"`{cell}`", shown, what, where, state, inner, outer, gain, eps, ", ".join(form) or "–", v.source))
     header = ("layer", "`norm=`", "statistics", "gates", "cell state", "bias before", "bias after", "gain", "eps", "form", "source")
     return table(header, rows)
+
+
+def formats() -> str:
+    """What can be imported, from the rows that the importer reads."""
+    found: dict[str, list[str]] = {}
+    for row in ROWS:
+        title = f"`{row.layer}`" + (f" {row.norm!r}" if row.norm not in (None, "weight") else "")
+        found.setdefault(row.format, []).append(title)
+    return table(("`format=`", "layers"), ((f"`{name}`", ", ".join(dict.fromkeys(titles))) for name, titles in found.items()))
 
 
 def graphs() -> str:
@@ -99,7 +109,7 @@ def demo() -> str:
     return table(header, rows)
 
 
-TABLES = {"variants": variants, "graphs": graphs, "libraries": libraries, "demo": demo}
+TABLES = {"variants": variants, "formats": formats, "graphs": graphs, "libraries": libraries, "demo": demo}
 
 
 def filled(text: str) -> str:

@@ -20,17 +20,18 @@ from portnorm.errors import (
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
-from portnorm.layers.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from portnorm.layers.norms import BatchNorm, BatchRenorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from portnorm.layers.recurrent import GRU, LSTM, RNN
 from portnorm.layers.sequential import Sequential
 from portnorm.lookup import embedding
 from portnorm.losses import softmax_cross_entropy
 from portnorm.norm.batch import batch_norm
+from portnorm.norm.batch_renorm import batch_renorm
 from portnorm.norm.group import group_norm
 from portnorm.norm.instance import instance_norm
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
-from portnorm.norm.weight import weight_norm
+from portnorm.norm.weight import weight_norm, weight_norm_init
 from portnorm.op import vjp
 from portnorm.optimizers import SGD, Adam, RMSProp, clip_by_global_norm
 
@@ -63,6 +64,7 @@ __all__ = [
     "VARIANTS",
     "Adam",
     "BatchNorm",
+    "BatchRenorm",
     "CheckpointError",
     "ConformanceError",
     "DTypeError",
@@ -82,6 +84,7 @@ __all__ = [
     "UnsupportedError",
     "Variant",
     "batch_norm",
+    "batch_renorm",
     "clip_by_global_norm",
     "embedding",
     "export",
@@ -98,6 +101,7 @@ __all__ = [
     "verify",
     "vjp",
     "weight_norm",
+    "weight_norm_init",
 ]
 
 

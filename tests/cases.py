@@ -52,6 +52,12 @@ OPS = [
     OpCase("batch_norm, channels last, masked", pn.batch_norm, _norm((2, 3, 4), (4,), (4,)), {"channel_axis": -1, "mask": MASK}),
     OpCase("batch_norm with statistics", pn.batch_norm, _norm((5, 3), (3,), (3,)), STATISTICS),
     OpCase("batch_norm with statistics, masked", pn.batch_norm, _norm((2, 3, 3), (3,)), {**STATISTICS, "mask": MASK}),
+    OpCase(
+        "batch_renorm at its bounds",
+        pn.batch_renorm,
+        _norm((5, 3), (3,), (3,)),
+        {"mean": np.array([10.0, 10.0, 50.0]), "var": np.array([90.0, 1e-3, 90.0]), "r_max": 2.0, "d_max": 0.5},
+    ),
     OpCase("instance_norm", pn.instance_norm, _norm((2, 3, 5), (3,), (3,))),
     OpCase("instance_norm, masked", pn.instance_norm, _norm((2, 4, 3), (4,), (4,)), {"mask": MASK}),
     OpCase("group_norm", pn.group_norm, _norm((2, 6, 5), (6,), (6,), extra=(3,))),
@@ -77,6 +83,9 @@ NOT_TESTED_AS_ARRAYS_OF_NUMBERS = {split.name, "normalize", "loop", "scan", "rev
 
 PRESETS = [(cell, name) for cell, table in pn.VARIANTS.items() for name in table]
 """Every recurrent layer and preset: the product tests run over all of them."""
+
+IMPLEMENTATIONS = [(cell, name) for cell, table in pn.IMPLEMENTATIONS.items() for name in table]
+"""Published cells that differ from the presets."""
 
 HEAVY_PRESETS = [pytest.param(*row, marks=() if row[0] == "LSTM" else pytest.mark.slow, id=f"{row[0]}-{row[1]}") for row in PRESETS]
 """The same for the largest products: `make test` has those of the LSTM, `make test-all` has all."""

@@ -43,6 +43,24 @@ def test_train_export_verify_info(tmp_path: Path, capsys: Any) -> None:
     assert "nodes" in capsys.readouterr().out
 
 
+def test_import(tmp_path: Path, capsys: Any) -> None:
+    layer, weights, checkpoint = pn.LSTM(3, 4, norm="haste", rng=0), str(tmp_path / "w.npz"), str(tmp_path / "m.safetensors")
+    np.savez(weights, **{f"rnn.{name}": a for name, a in pn.to_format(layer, "haste").items()})
+    code, found = json_of(
+        capsys, "import", weights, "-o", checkpoint, "--prefix", "rnn.", "--set", "batch_first=true", "--set", "zoneout=0.1"
+    )
+    assert code == 0
+    assert found["provenance"].startswith("haste: LSTM(norm='haste')")
+    loaded: Any = pn.load(checkpoint)
+    assert (loaded.batch_first, loaded.variant.zoneout) == (True, 0.1)
+    assert main(["import", weights, "-o", checkpoint]) == 0
+    assert "recognised as haste" in capsys.readouterr().out
+    for wrong in (["--set", "batch_first"], ["--set", "batch_first=yes"], ["--set", "unknown=1"], ["--format", "torch"], ["--prefix", "x"]):
+        code, found = json_of(capsys, "import", weights, "-o", str(tmp_path / "none.safetensors"), *wrong)
+        assert code == 2, found
+    assert not (tmp_path / "none.safetensors").exists()
+
+
 def test_verify_of_another_model_is_exit_code_1(tmp_path: Path, capsys: Any) -> None:
     for seed in (0, 1):
         pn.save(pn.LSTM(3, 4, norm="layer", rng=seed), tmp_path / f"{seed}.safetensors")

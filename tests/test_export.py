@@ -17,7 +17,7 @@ import portnorm_onnx.export as export_module
 from portnorm.layers.recurrent import Recurrent
 from portnorm_onnx.lowering import OPSETS
 from portnorm_onnx.verify import STEP_ULP
-from tests.cases import COMBINATIONS, HEAVY_PRESETS, random_recurrent
+from tests.cases import COMBINATIONS, HEAVY_PRESETS, IMPLEMENTATIONS, random_recurrent
 from tests.tolerances import ONNX_OPERATOR
 
 
@@ -59,6 +59,12 @@ def test_every_arrangement(cell: str, norm: str | None, keywords: dict[str, Any]
     assert report.model is not None
     names = [i.name for i in report.model.graph.input]
     assert names == ["x"] + ["lengths"] * lengths + ([f"{s}_0" for s in layer.cell.states] + ["time_0"] * layer.timed) * state
+
+
+@pytest.mark.parametrize(("cell", "name"), [row for row in IMPLEMENTATIONS if row[1] != "fastrnns-decomposed"])
+def test_published_cell(cell: str, name: str) -> None:
+    """Without ε (fastrnns-decomposed) the zero state that a graph starts from has no direction: NaN there and here."""
+    assert pn.export(recurrent(cell, name, bidirectional=True), None).worst_step is not None
 
 
 @pytest.mark.parametrize(("cell", "variant"), COMBINATIONS)

@@ -9,7 +9,7 @@ import pytest
 
 import portnorm as pn
 from portnorm.arrays import to_numpy
-from tests.cases import LAYERS, OPS, PRESETS, OpCase, random_recurrent, random_state
+from tests.cases import IMPLEMENTATIONS, LAYERS, OPS, PRESETS, OpCase, random_recurrent, random_state
 from tests.conftest import Library
 from tests.tolerances import OPERATION, RECURRENT, relative
 
@@ -48,6 +48,12 @@ def test_op(case: OpCase, library: Library, dtype_of_library: str, rng: np.rando
         assert (mine is None) == (other is None)
         if mine is not None:
             assert_same(other, mine, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cell", "norm"), IMPLEMENTATIONS)
+def test_published_cell(cell: str, norm: str, library: Library, rng: np.random.Generator) -> None:
+    test_recurrent(cell, norm, True, [5, 2, 3], True, library, rng)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])

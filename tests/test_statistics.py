@@ -215,3 +215,39 @@ def test_statistics_of_late_steps_only_are_used_for_late_steps(rng: np.random.Ge
     np.testing.assert_array_equal(beyond, y)
     layer.buffers["norm_ih_l0.running_mean"][1] = 1e6
     np.testing.assert_array_equal(layer(x[1:], (*state[:2], np.asarray(9)))[0], y)
+
+
+def test_batch_renorm_against_its_paper(rng: np.random.Generator) -> None:
+    """Ioffe 2017, algorithm 1, and its two limits."""
+    x, gain, shift = 2.0 + rng.standard_normal((8, 3)), rng.uniform(0.5, 2.0, 3), rng.standard_normal(3)
+    mean, var = rng.standard_normal(3), rng.uniform(0.5, 2.0, 3)
+    std, own = np.sqrt(var), np.std(x, axis=0)
+    r, d = np.clip(own / std, 1 / 1.2, 1.2), np.clip((x.mean(0) - mean) / std, -0.3, 0.3)
+    expected = gain * ((x - x.mean(0)) / own * r + d) + shift
+    bounds: Any = {"mean": mean, "var": var, "eps": 0.0}
+    np.testing.assert_allclose(pn.batch_renorm(x, gain, shift, **bounds, r_max=1.2, d_max=0.3), expected, **CLOSE)
+    np.testing.assert_allclose(
+        pn.batch_renorm(x, gain, shift, **bounds, r_max=np.inf, d_max=np.inf), pn.batch_norm(x, gain, shift, **bounds), **CLOSE
+    )
+    np.testing.assert_allclose(
+        pn.batch_renorm(x, gain, shift, **bounds, r_max=1.0, d_max=0.0), pn.batch_norm(x, gain, shift, eps=0.0), **CLOSE
+    )
+    # r and d are constants to the gradient: that of batch normalization with gain · r.
+    dy = rng.standard_normal(x.shape)
+    dx, dgain, dshift = pn.vjp(pn.batch_renorm, x, gain, shift, **bounds, r_max=1.2, d_max=0.3)[1](dy)
+    plain = pn.vjp(pn.batch_norm, x, gain * r, shift, eps=0.0)[1](dy)
+    np.testing.assert_allclose(dx, plain[0], **CLOSE)
+    np.testing.assert_allclose(dgain, np.sum(dy * (expected - shift) / gain, axis=0), **CLOSE)
+    np.testing.assert_allclose(dshift, np.sum(dy, axis=0), **CLOSE)
+    with pytest.raises(pn.UnsupportedError, match=r"`r_max` is 0\.5"):
+        pn.batch_renorm(x, **bounds, r_max=0.5)
+
+
+def test_batch_renorm_layer(rng: np.random.Generator) -> None:
+    layer, x = pn.BatchRenorm(3, dtype="float64", momentum=None), 2.0 + rng.standard_normal((8, 3))
+    y, pullback = layer.vjp(x, training=True)
+    np.testing.assert_allclose(layer.buffers["running_mean"], x.mean(0), **CLOSE)
+    np.testing.assert_allclose(layer.buffers["running_var"], x.var(0), **CLOSE)
+    assert set(pullback(y)[1]) == {"weight", "bias"}
+    np.testing.assert_allclose(layer(x), (x - x.mean(0)) / np.sqrt(x.var(0) + np.float32(1e-5)), **CLOSE)
+    np.testing.assert_allclose(layer(x, training=True), layer(x), **CLOSE)

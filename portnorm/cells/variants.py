@@ -147,7 +147,7 @@ VARIANTS: dict[str, dict[str | None, Variant]] = {
             runtime_forget_bias=1.0,
             eps=1e-12,
         ),
-        "layer-state": Variant(source="TensorFlow Addons LayerNormLSTMCell, PyTorch fastrnns", norm="layer", cell="state"),
+        "layer-state": Variant(source="as TensorFlow Addons, with the ε of torch", norm="layer", cell="state"),
         "batch": Variant(source="Cooijmans et al. 2016, section 3", norm="batch", cell="copy", shift=False, gain=0.1, forget_bias=1.0),
         **_ANY_CELL,
     },

@@ -10,6 +10,7 @@ from portnorm.arrays import Array, DType, Namespace, xp_of
 from portnorm.errors import ShapeError
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.norm.batch import batch_norm
+from portnorm.norm.batch_renorm import batch_renorm
 from portnorm.norm.group import group_norm
 from portnorm.norm.instance import instance_norm
 from portnorm.norm.layer import layer_norm
@@ -41,6 +42,10 @@ class _Norm(Layer):
         if bias:
             self.params["bias"] = self._new(numpy.zeros(shape))
 
+    def operation(self, training: bool) -> Op[..., Any]:
+        """The Op that is called."""
+        return self.op
+
     def arguments(self, params: Arrays) -> tuple[Any, ...]:
         """What the Op takes after `x`."""
         return params.get("weight"), params.get("bias")
@@ -54,8 +59,8 @@ class _Norm(Layer):
     ) -> tuple[Array, Any, Arrays, Any]:
         attributes = self.attributes(buffers, x, lengths, training)
         if not keep and not training:
-            return self.op(x, *self.arguments(params), **attributes), state, buffers, None
-        y, residuals = self.op.forward(x, *self.arguments(params), **attributes)
+            return self.operation(training)(x, *self.arguments(params), **attributes), state, buffers, None
+        y, residuals = self.operation(training).forward(x, *self.arguments(params), **attributes)
         return y, state, self.new_buffers(buffers, residuals, training), (residuals, attributes, tuple(params))
 
     def new_buffers(self, buffers: Arrays, residuals: Any, training: bool) -> Arrays:
@@ -63,7 +68,7 @@ class _Norm(Layer):
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
         residuals, attributes, names = residuals
-        dx, *cotangents = self.op.vjp(residuals, dy, **attributes)
+        dx, *cotangents = self.operation(training).vjp(residuals, dy, **attributes)
         return dx, dstate, dict(zip(names, [d for d in cotangents if d is not None], strict=True))
 
 
@@ -260,6 +265,50 @@ class BatchNorm(_ChannelNorm):
             average = xp.astype(moving_average(buffers[name], batch, self.momentum, tracked), buffers[name].dtype)
             new[name] = xp.where(seen, average, buffers[name])
         return {name: new[name] for name in buffers}
+
+
+class BatchRenorm(BatchNorm):
+    """Batch renormalization of `num_features` channels (Ioffe 2017). See `portnorm.batch_renorm`; inference is that of `BatchNorm`.
+
+    `r_max` and `d_max` can be set between updates, as the paper's schedule asks. The running variance is the biased one.
+
+    >>> import numpy as np, portnorm as pn
+    >>> layer = pn.BatchRenorm(1, dtype="float64")
+    >>> x = np.array([[1.0], [3.0]])
+    >>> layer(x, training=True).round(4)  # the running statistics were 0 and 1
+    array([[1.],
+           [3.]])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        channel_axis: int = 1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        xp: Namespace | str | None = None,
+        device: Any = None,
+        dtype: DType = "float32",
+    ):
+        place = {"xp": xp, "device": device, "dtype": dtype}
+        super().__init__(num_features, channel_axis=channel_axis, eps=eps, momentum=momentum, affine=affine, unbiased=False, **place)
+        del self.config["unbiased"]
+        self.config |= {"r_max": r_max, "d_max": d_max}
+        self.r_max, self.d_max = r_max, d_max
+
+    def operation(self, training: bool) -> Op[..., Any]:
+        return batch_renorm if training else self.op
+
+    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+        bounds = {"r_max": self.r_max, "d_max": self.d_max} if training else {}
+        return {**super().attributes(buffers, x, lengths, False), **bounds}
+
+    def new_buffers(self, buffers: Arrays, residuals: Any, training: bool) -> Arrays:
+        return super().new_buffers(buffers, residuals.normalized if training else residuals, training)
 
 
 def _shape(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:

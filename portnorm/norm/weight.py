@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from portnorm.arrays import Array, xp_of
+from portnorm.affine import linear
+from portnorm.arrays import Array, device_of, xp_of
 from portnorm.errors import ShapeError
 from portnorm.norm.arguments import checked_axes, checked_namespace
 from portnorm.norm.normalize import Axes, Normalized, normalize
@@ -49,6 +50,29 @@ def _(residuals: tuple[Normalized, Array], dw: Array, *, axis: int | tuple[int, 
     axes = _axes(dw, () if axis is None else checked_axes(dw, axis))
     dv, dlength, _ = normalize.vjp(normalized, dw, center=False, **axes)
     return dv, xp_of(g).reshape(dlength / math.sqrt(math.prod(dw.shape[a] for a in axes["axes"])), g.shape)
+
+
+def weight_norm_init(v: Array, x: Array, *, scale: float = 1.0) -> tuple[Array, Array]:
+    """Lengths `g` and a bias that give the outputs of a linear layer mean 0 and standard deviation `scale` on the batch `x`.
+
+    Salimans & Kingma 2016, section 3: with t = x · v / ‖v‖, g = scale / sqrt(var(t) + 10⁻¹⁰) and bias = −mean(t) · g, over all leading
+    axes of `x` (…, inputs); `v` is (outputs, inputs), as `portnorm.linear` takes it. The authors draw v from N(0, 0.05²). Both results are
+    (outputs,), in the dtype of `v`. Raises `ShapeError`, `DTypeError`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> rng = np.random.default_rng(0)
+    >>> v, x = 0.05 * rng.standard_normal((2, 3)), 5 + rng.standard_normal((100, 3))
+    >>> g, bias = pn.weight_norm_init(v, x)
+    >>> y = pn.linear(x, pn.weight_norm(v, g), bias)
+    >>> bool(abs(y.mean(0)).max() < 1e-12), y.std(0).round(6)
+    (True, array([1., 1.]))
+    """
+    xp = checked_namespace(v, None, None)
+    t = linear(x, weight_norm(v, xp.ones(v.shape[0], dtype=v.dtype, device=device_of(v))))
+    leading = tuple(range(t.ndim - 1))
+    mean = xp.mean(t, axis=leading)
+    g = scale / xp.sqrt(xp.mean((t - mean) ** 2, axis=leading) + 1e-10)
+    return g, -mean * g
 
 
 def _axes(v: Array, kept: tuple[int, ...]) -> Axes:
