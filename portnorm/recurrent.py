@@ -61,7 +61,7 @@ class Direction:
     ) -> tuple[Array, State, Buffers, RecurrentResiduals]:
         """`(y, state, buffers, residuals)` for `x` (time, batch, inputs).
 
-        `y` is (time, batch, hidden), or (batch, hidden) of the last step without `sequences`. `time` counts the steps that came before
+        `y` is (time, batch, outputs), or (batch, outputs) of the last step without `sequences`. `time` counts the steps that came before
         this call (batch normalization only).
         """
         xp = xp_of(x)
@@ -104,6 +104,10 @@ class Direction:
         if rows is not None:
             outside = {name: d if d.ndim == 1 else self._by_row(d, rows) for name, d in outside.items()}
             shares = {**shares, **{name: self._by_row(d, rows) for name, d in by_step.items()}}
+        outside = dict(outside)
+        if "weight_hr" in params:
+            *hidden, d, unprojected = hidden
+            outside["weight_hr"] = weight_cotangent(d, unprojected)
         blocks = [weight_cotangent(d, h) for d, h in zip(hidden[::2], hidden[1::2], strict=True)]
         grads = {"weight_ih": weight_cotangent(dxw, x), **shares, **outside}
         grads["weight_hh"] = blocks[0] if len(blocks) == 1 else xp_of(x).concat(blocks, axis=0)
@@ -189,7 +193,8 @@ class Direction:
 
     def _loop_params(self, cell: RecurrentCell, params: Params) -> Params:
         """What the cell reads in every step: the hidden weights, and gain and shift of each slot inside the loop."""
-        loop = {name: params[name] for name in ("weight_hh", *cell.early_biases[1], *cell.extra())}
+        projection = ("weight_hr",) if "weight_hr" in params else ()
+        loop = {name: params[name] for name in ("weight_hh", *projection, *cell.early_biases[1], *cell.extra())}
         for slot, row in cell.slots.items():
             for kind in row.parameters():
                 name = f"{slot}.{kind}"

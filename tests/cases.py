@@ -170,6 +170,6 @@ def random_lstm(norm: str | pn.Variant | None, rng: np.random.Generator, **keywo
 
 def random_state(layer: Recurrent, batch: int, rng: np.random.Generator, time: int = 1) -> Any:
     """A state that is not zero, after `time` steps."""
-    shape = (layer.num_layers * layer.num_directions, batch, layer.hidden_size)
-    state = tuple(rng.standard_normal(shape) for _ in layer.cell.states)
+    places = layer.num_layers * layer.num_directions
+    state = tuple(rng.standard_normal((places, batch, size)) for size in layer.state_sizes())
     return (*state, np.asarray(time)) if layer.timed else state

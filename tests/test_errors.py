@@ -72,6 +72,18 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "library of the sequence": (lambda: lstm()(strict(SEQUENCE)), pn.UnsupportedError, "`x` is an array of array_api_strict but `param"),
     "negative lengths": (lambda: lstm()(SEQUENCE, lengths=[3, -1, 2]), pn.ShapeError, "`lengths` reach from -1 to 3; expected 0 to 6"),
     "lengths beyond the end": (lambda: lstm()(SEQUENCE, lengths=[3, 7, 2]), pn.ShapeError, "`lengths` reach from 2 to 7; expected 0 to 6"),
+    "a mask of weights": (lambda: lstm()(SEQUENCE, mask=np.ones((6, 3))), pn.DTypeError, "`mask` has dtype float64; expected bool"),
+    "a mask of another shape": (
+        lambda: lstm()(SEQUENCE, mask=np.ones((3, 6), bool)),
+        pn.ShapeError,
+        r"`mask` has shape \(3, 6\); expected \(6, 3\)",
+    ),
+    "a mask with holes": (lambda: lstm()(SEQUENCE, mask=np.eye(6, 3, dtype=bool)), pn.UnsupportedError, "`mask` is True after a False"),
+    "a mask and lengths": (
+        lambda: lstm()(SEQUENCE, lengths=[1, 2, 3], mask=np.ones((6, 3), bool)),
+        pn.UnsupportedError,
+        "`lengths` and `mask` are both given",
+    ),
     "as many lengths": (lambda: lstm()(SEQUENCE, lengths=[3]), pn.ShapeError, r"`lengths` has shape \(1,\); expected \(3,\)"),
     "lengths that are no integers": (lambda: lstm()(SEQUENCE, lengths=[1.0, 2.0, 3.0]), pn.DTypeError, "`lengths` has dtype float64"),
     "state of a plain layer": (lambda: pn.Linear(4, 2)(SEQUENCE, SEQUENCE), pn.UnsupportedError, "`state` is given, but Linear has none"),

@@ -67,6 +67,13 @@ def test_published_cell(cell: str, name: str) -> None:
     assert pn.export(recurrent(cell, name, bidirectional=True), None).worst_step is not None
 
 
+@pytest.mark.parametrize("norm", [None, "layer", "batch"])
+def test_projection(norm: str | None) -> None:
+    layer = recurrent("LSTM", norm, proj_size=2, num_layers=2)
+    assert pn.export(layer, None, state=True).worst_step is not None
+    assert pn.export(layer, None).worst_step is not None
+
+
 @pytest.mark.parametrize(("cell", "variant"), COMBINATIONS)
 def test_any_row_that_a_user_may_write(cell: str, variant: pn.Variant) -> None:
     assert pn.export(recurrent(cell, variant), None).worst_step is not None

@@ -190,13 +190,14 @@ def test_a_learned_initial_state_is_not_dropped_silently(rng: np.random.Generato
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "weight_norm", "legacy weight_norm", "no bias"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "weight_norm", "legacy weight_norm", "no bias", "projection"])
 def test_torch_recurrent(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
     import torch
     from torch.nn.utils.parametrizations import weight_norm
 
     torch.manual_seed(0)
     sizes: Any = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
+    sizes |= {"proj_size": 2} if kind == "projection" else {}
     theirs: Any = getattr(torch.nn, kind if kind in ("LSTM", "GRU", "RNN") else "LSTM")(5, 4, bias=kind != "no bias", **sizes)
     if kind == "weight_norm":
         for name in [n for n, _ in theirs.named_parameters() if n.startswith("weight")]:
@@ -211,7 +212,7 @@ def test_torch_recurrent(kind: str, tmp_path: Path, rng: np.random.Generator) ->
     np.savez(tmp_path / "w.npz", **arrays)
     layer, x = pn.import_checkpoint(tmp_path / "w.npz", "torch"), rng.standard_normal((6, 3, 5))
     np.testing.assert_allclose(layer(x)[0], theirs(torch.asarray(x))[0].detach(), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
-    if kind in ("LSTM", "GRU", "RNN"):
+    if "weight_norm" not in kind:
         theirs.load_state_dict({name: torch.asarray(a) for name, a in pn.to_format(layer, "torch").items()})
 
 

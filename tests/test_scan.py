@@ -143,3 +143,16 @@ def test_reverse_direction_is_the_forward_one_on_the_reversed_sequence(rng: np.r
     forward.load_state_dict({n.replace("_reverse", ""): a for n, a in both.state_dict().items() if "_reverse" in n})
     x = rng.standard_normal((5, 2, 4))
     np.testing.assert_allclose(both(x)[0][..., 3:], forward(x[::-1].copy())[0][::-1], **CLOSE)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_mask_says_what_lengths_say(batch_first: bool, rng: np.random.Generator) -> None:
+    layer, lengths = random_lstm("batch", rng, batch_first=batch_first), np.array([5, 0, 2])
+    mask = np.arange(5)[:, None] < lengths
+    x = rng.standard_normal((3, 5, 4) if batch_first else (5, 3, 4))
+    mask = mask.T if batch_first else mask
+    for training in (False, True):
+        y, _, pullback = layer.copy().vjp(x, mask=mask, training=training)
+        expected, _, expected_pullback = layer.copy().vjp(x, lengths=lengths, training=training)
+        np.testing.assert_array_equal(y, expected)
+        np.testing.assert_array_equal(pullback(y)[0], expected_pullback(y)[0])

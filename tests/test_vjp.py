@@ -102,6 +102,13 @@ def test_any_row_that_a_user_may_write(cell: str, variant: pn.Variant, rng: np.r
             assert_gradient(lambda a, name=name: value({**params, name: a}, x), parameter, grads[name], rng)
 
 
+@pytest.mark.parametrize(
+    "norm", [None, "layer", "batch", "layer-gates", "weight", pn.Variant("", "batch", cell="copy", affine="step")], ids=str
+)
+def test_projection(norm: Any, rng: np.random.Generator) -> None:
+    test_recurrent("LSTM", norm, {"proj_size": 2, "num_layers": 2, "bidirectional": True}, [5, 2, 3], True, rng)
+
+
 def test_cotangents_of_none_are_zero(rng: np.random.Generator) -> None:
     layer = random_lstm("layer", rng)
     y, last, pullback = layer.vjp(rng.standard_normal((5, 3, 4)))

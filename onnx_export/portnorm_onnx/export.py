@@ -109,8 +109,11 @@ def _state_inputs(model: Layer, target: Opset) -> list[SymbolicArray]:
     if len(parts) != 1:
         raise UnsupportedError(f"`state=True` needs a model with one recurrent layer; this one has {len(parts)}")
     (layer,) = parts
-    dims = (layer.num_layers * layer.num_directions, "batch", layer.hidden_size)
-    inputs = [graph_input(f"{name}_0", layer.dtype, dims, target) for name in layer.cell.states]
+    places = layer.num_layers * layer.num_directions
+    inputs = [
+        graph_input(f"{name}_0", layer.dtype, (places, "batch", size), target)
+        for name, size in zip(layer.cell.states, layer.state_sizes(), strict=True)
+    ]
     return [*inputs, graph_input(_TIME, "int64", (), target)] if layer.timed else inputs
 
 
@@ -123,7 +126,7 @@ def _placed_zeros(model: Layer, x: SymbolicArray) -> Any:
     states = []
     for layer in parts:
         batch = x.shape[0 if layer.batch_first else 1]
-        zeros = xp.zeros((batch, layer.hidden_size), dtype=layer.dtype)
+        zeros = tuple(xp.zeros((batch, size), dtype=layer.dtype) for size in layer.state_sizes())
         time_before = constant(numpy.int64(0), _TIME) if layer.timed else None
-        states.append(PlacedState([(zeros,) * len(layer.cell.states)] * (layer.num_layers * layer.num_directions), time_before))
+        states.append(PlacedState([zeros] * (layer.num_layers * layer.num_directions), time_before))
     return states[0] if isinstance(model, Recurrent) else tuple(states)

@@ -26,6 +26,8 @@ class RecurrentCell:
     """What a variant may say for this cell."""
     forget_gate: ClassVar[int | None] = None
     """Place of the forget gate among the gates."""
+    projects: ClassVar[bool] = False
+    """Whether the output can be projected by `weight_hr`."""
     candidate: ClassVar[int]
     """Place of the candidate among the gates."""
 
@@ -164,5 +166,6 @@ class RecurrentCell:
 
     def step_vjp(self, params: Params, residuals: Any, dstate: State, active: Array | None) -> tuple[State, tuple[Array, ...], Params]:
         """Stacked over time: the cotangent of the input term; then, for the gradient of the hidden weights, slice by slice of
-        its rows, the cotangent of a hidden term and what the weights were multiplied with; then those of what `stepwise` names."""
+        its rows, the cotangent of a hidden term and what the weights were multiplied with; the same for a projection; then
+        the cotangents of what `stepwise` names."""
         raise NotImplementedError

@@ -5,9 +5,9 @@
     h' = σ(o) ⊙ tanh(c')                                       with cell="copy":   h' = σ(o) ⊙ tanh(N_c(c'))
 
 With peepholes p (Gers & Schmidhuber 2000) i and f have p_i ⊙ c and p_f ⊙ c added after normalization, and o has p_o ⊙ c'. With `clip` c'
-is kept within its bounds before anything reads it. The gates are in the order of torch: i, f, g, o. The input term, normalized or not,
-with all biases that are added after normalization, comes into the step ready made (`x[0]`): it is computed for all steps at once
-(`portnorm/recurrent.py`).
+is kept within its bounds before anything reads it. With a projection (Sak et al. 2014) h' is multiplied by W_hrᵀ. The gates are in the
+order of torch: i, f, g, o. The input term, normalized or not, with all biases that are added after normalization, comes into the step ready
+made (`x[0]`): it is computed for all steps at once (`portnorm/recurrent.py`).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class LSTMResiduals(NamedTuple):
     gates: tuple[Array, Array, Array, Array]  # σ(i), σ(f), tanh(g), σ(o)
     after: Array | None  # c after the step, where peepholes or clipping need it
     tanh_c: Array
+    unprojected: Array | None  # σ(o) ⊙ tanh(…) where it is projected
     normalized: dict[str, tuple[Any, ...]]  # residuals of the slots that are filled
 
 
@@ -37,6 +38,7 @@ class LSTMCell(RecurrentCell):
 
     gates = 4
     forget_gate = 1
+    projects = True
     candidate = 2
     states = ("h", "c")
     takes = {"reset": ("after",), "groups": ("all", "gate"), "activation": ("tanh",)}  # noqa: RUF012  # a table, never written to
@@ -61,19 +63,22 @@ class LSTMCell(RecurrentCell):
         o = sigmoid(o + params["peephole"][2, :] * c if v.peepholes else o)
         tanh_c = xp.tanh(norm("norm_c", c) if v.cell == "copy" else c)
         after = unclipped if v.peepholes or v.clip is not None else None
-        return (
-            (self.stays(h, o * tanh_c), c),
-            tuple(norm.statistics),
-            LSTMResiduals(h, c_before, (i, f, g, o), after, tanh_c, norm.residuals),
-        )
+        y, unprojected = o * tanh_c, None
+        if "weight_hr" in params:
+            y, unprojected = xp.matmul(y, xp.matrix_transpose(params["weight_hr"])), y
+        residuals = LSTMResiduals(h, c_before, (i, f, g, o), after, tanh_c, unprojected, norm.residuals)
+        return (self.stays(h, y), c), tuple(norm.statistics), residuals
 
     def step_vjp(
         self, params: Params, residuals: LSTMResiduals, dstate: State, active: Array | None
     ) -> tuple[State, tuple[Array, ...], Params]:
-        h, c_before, (i, f, g, o), after, tanh_c, normalized = residuals
+        h, c_before, (i, f, g, o), after, tanh_c, unprojected, normalized = residuals
         v, xp, norm_vjp = self.variant, xp_of(h), SlotsVjp(self.slots, normalized, active)
         dh, dc = dstate
         dstays, dh = self.stays_vjp(dh)
+        projected: tuple[Array, ...] = ()
+        if unprojected is not None:
+            projected, dh = (dh, unprojected), xp.matmul(dh, params["weight_hr"])
         do = dh * tanh_c * o * (1.0 - o)
         dtanh = dh * o * (1.0 - tanh_c * tanh_c)
         dc = dc + (norm_vjp("norm_c", dtanh) if v.cell == "copy" else dtanh)
@@ -95,4 +100,4 @@ class LSTMCell(RecurrentCell):
         dx = norm_vjp("norm_sum", xp.concat((di, df, dg, do), axis=-1))
         dhidden = norm_vjp("norm_hh", dx)
         by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())
-        return (xp.matmul(dhidden, params["weight_hh"]) + dstays, dc), (dx, dhidden, h, *by_step), norm_vjp.shares
+        return (xp.matmul(dhidden, params["weight_hh"]) + dstays, dc), (dx, dhidden, h, *projected, *by_step), norm_vjp.shares

@@ -133,7 +133,7 @@ def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
         read = row.reads[name]
         if name in ("weight_hh", "weight_hh.v") and read.part is None and len(read.keys) == 1:
             ratio = shape if not read.transposed else shape[::-1]
-            if len(shape) != 2 or ratio[0] != len(row.gates) * ratio[1]:
+            if len(shape) != 2 or ratio[0] % len(row.gates) or ("weight_hr" not in row.reads and ratio[0] != len(row.gates) * ratio[1]):
                 return False
         if name.startswith("bias") and len(shape) != 1 + (read.at is not None):
             return False
@@ -243,7 +243,8 @@ class _Reader:
         row, cell = self.row, LAYERS[self.row.layer]
         assert issubclass(cell, Recurrent)
         names = {name for _, _, name in found}
-        hidden = found[0, 0, "weight_hh" if "weight_hh" in names else "weight_hh.v"].shape[-1]
+        rows, outputs = found[0, 0, "weight_hh" if "weight_hh" in names else "weight_hh.v"].shape
+        hidden = rows // len(row.gates)
         inputs = found[0, 0, "weight_ih" if "weight_ih" in names else "weight_ih.v"].shape[-1]
         variant = variant_of(row.norm, row.layer, cell.cell.takes)
         changes = {**row.changes, **{name: config.pop(name) for name in list(config) if name in _VARIANT_FIELDS}}
@@ -252,6 +253,8 @@ class _Reader:
         steps = [a.shape[0] for (_, _, name), a in found.items() if name in by_step and a.ndim == 2]
         if variant.timed and "t_max" not in config:
             config["t_max"] = max(steps, default=1)
+        if "weight_hr" in names:
+            config["proj_size"] = outputs
         sizes = {"num_layers": len(self.fit.places), "bidirectional": len(self.fit.places[0]) == 2}
         return {"input_size": inputs, "hidden_size": hidden, "norm": norm, **sizes, **row.config, "rng": 0, **config}
 
@@ -339,24 +342,24 @@ def to_format(layer: Layer, format: str) -> Arrays:  # noqa: A002
     >>> {name: a.shape for name, a in pn.to_format(pn.LSTM(4, 3, rng=0), "torch").items()}
     {'weight_ih_l0': (12, 4), 'weight_hh_l0': (12, 3), 'bias_ih_l0': (12,), 'bias_hh_l0': (12,)}
     """
-    recurrent = isinstance(layer, Recurrent)
     own = {name: to_numpy(a) for name, a in layer.state_dict().items()}
-    counts = (layer.num_layers, layer.num_directions) if isinstance(layer, Recurrent) else (1, 1)
+    stored = {name for name in own if "num_batches_tracked" not in name}
+    layers, directions = (layer.num_layers, layer.num_directions) if isinstance(layer, Recurrent) else (1, 1)
     for row in ROWS:
         if row.format != format or row.layer != type(layer).__name__ or not _computes(row, layer):
             continue
         for templates in row.places:
-            directions = templates if counts[1] == 2 else templates[:1]
-            if len(directions) != counts[1] or (counts[0] > 1 and "{l}" not in templates[0]):
+            if len(templates) < directions or (layers > 1 and "{l}" not in templates[0]):
                 continue
-            named = {(n, d, t.format(l=n)) for n in range(counts[0]) for d, t in enumerate(directions)}
-            names = {name: in_direction(name, n, d) if recurrent else name for n, d, _ in named for name in row.reads}
-            if all(full in own for full in names.values()):
-                found: Arrays = {}
-                for n, d, place in sorted(named):
-                    found |= _written(row, {r: own[in_direction(r, n, d) if recurrent else r] for r in row.reads}, place)
-                tracked = "num_batches_tracked" in row.unused and "num_batches_tracked" in own
-                return {**found, **({"num_batches_tracked": own["num_batches_tracked"]} if tracked else {})}
+            found: Arrays = {}
+            names: set[str] = set()
+            for n, (d, template) in itertools.product(range(layers), enumerate(templates[:directions])):
+                full = {name: in_direction(name, n, d) if isinstance(layer, Recurrent) else name for name in row.reads}
+                names |= set(full.values())
+                if names <= stored:
+                    found |= _written(row, {name: own[f] for name, f in full.items()}, template.format(l=n))
+            if names == stored:
+                return found | {name: own[name] for name in row.unused if name in own}
     raise UnsupportedError(f"format {format!r} has no {layer!r}; expected one of {', '.join(_layers(format))} in a form that it has")
 
 
@@ -365,7 +368,7 @@ def _computes(row: Row, layer: Layer) -> bool:
     if any(read.then is not None for read in row.reads.values()):
         return False
     if not isinstance(layer, Recurrent):
-        return len(row.reads) == len(layer.params) + sum(name.startswith("running") for name in layer.buffers)
+        return True
     variant = replace(variant_of(row.norm, row.layer, layer.cell.takes), **row.changes)
     return replace(variant, source="", gain=0.0, forget_bias=0.0) == replace(layer.variant, source="", gain=0.0, forget_bias=0.0)
 

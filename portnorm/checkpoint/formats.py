@@ -120,6 +120,9 @@ def _torch() -> list[Row]:
     for layer, gates in OUR_GATES.items():
         plain = Row("torch", layer, _TORCH, None, gates, _TORCH_PLACES)
         found += [plain, _without(plain, *_TORCH_BIASES, biases=())]
+        if layer == "LSTM":
+            projected = replace(plain, reads={**_TORCH, "weight_hr": Read(("weight_hr{p}",), by_gate=False)})
+            found += [projected, _without(projected, *_TORCH_BIASES, biases=())]
         for g, v in (("{w}_g", "{w}_v"), ("parametrizations.{w}.original0", "parametrizations.{w}.original1")):
             normed = {name: read for name, read in _TORCH.items() if name.startswith("bias")}
             for side in ("ih", "hh"):

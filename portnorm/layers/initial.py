@@ -33,16 +33,17 @@ def orthogonal(rng: Generator, rows: int, columns: int) -> NumPyArray:
     return q if rows >= columns else q.T
 
 
-def identity_candidate(rng: Generator, hidden: int, gates: int, candidate: int) -> NumPyArray:
+def identity_candidate(rng: Generator, shape: tuple[int, int], gates: int, candidate: int) -> NumPyArray:
     """The identity for the candidate, and one matrix with orthonormal columns for all other gates (Cooijmans et al. 2016, section 5)."""
-    others = orthogonal(rng, (gates - 1) * hidden, hidden) if gates > 1 else numpy.zeros((0, hidden))
-    return numpy.concatenate([others[: candidate * hidden], numpy.eye(hidden), others[candidate * hidden :]])
+    hidden, outputs = shape
+    others = orthogonal(rng, (gates - 1) * hidden, outputs) if gates > 1 else numpy.zeros((0, outputs))
+    return numpy.concatenate([others[: candidate * hidden], numpy.eye(*shape), others[candidate * hidden :]])
 
 
-HIDDEN: dict[str, Callable[[Generator, int, int, int], NumPyArray]] = {
-    "uniform": lambda rng, hidden, gates, candidate: uniform(rng, 1.0 / math.sqrt(hidden), gates * hidden, hidden),
-    "orthogonal": lambda rng, hidden, gates, candidate: numpy.concatenate([orthogonal(rng, hidden, hidden) for _ in range(gates)]),
-    "identity": lambda rng, hidden, gates, candidate: numpy.concatenate([numpy.eye(hidden)] * gates),
+HIDDEN: dict[str, Callable[[Generator, tuple[int, int], int, int], NumPyArray]] = {
+    "uniform": lambda rng, shape, gates, candidate: uniform(rng, 1.0 / math.sqrt(shape[0]), gates * shape[0], shape[1]),
+    "orthogonal": lambda rng, shape, gates, candidate: numpy.concatenate([orthogonal(rng, *shape) for _ in range(gates)]),
+    "identity": lambda rng, shape, gates, candidate: numpy.concatenate([numpy.eye(*shape)] * gates),
     "identity candidate": identity_candidate,
 }
-"""Initial hidden weights (gates · hidden, hidden), from the number of gates and the place of the candidate among them."""
+"""Initial hidden weights (gates · hidden, outputs), from the shape of one gate's, the number of gates and the place of the candidate."""

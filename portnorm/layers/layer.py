@@ -78,18 +78,22 @@ class Layer:
 
     # -- the object ----------------------------------------------------------------------------------------------------------------
 
-    def __call__(self, x: Array, state: Any = None, lengths: Any = None, *, training: bool = False) -> Any:
-        """`y`, or `(y, state)` for a recurrent layer. `training=True` uses the batch's statistics and updates the running ones."""
-        lengths = self._checked(x, state, lengths)
+    def __call__(self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False) -> Any:
+        """`y`, or `(y, state)` for a recurrent layer. `training=True` uses the batch's statistics and updates the running ones.
+
+        Where `x` is (time, batch, features), `lengths` (batch,) counts each sequence's steps, or `mask` (time, batch) is True for them;
+        with `batch_first` the mask is (batch, time). Padding comes last.
+        """
+        lengths = self._checked(x, state, lengths, mask)
         y, state, self.buffers = self.apply(self.params, self.buffers, x, state, lengths, training)
         return (y, state) if self.recurrent else y
 
-    def vjp(self, x: Array, state: Any = None, lengths: Any = None, *, training: bool = False) -> Any:
+    def vjp(self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False) -> Any:
         """`y, pullback` with `dx, grads = pullback(dy)`; recurrent: `y, state, pullback` with `dx, dstate, grads = pullback(dy, dstate)`.
 
         Either cotangent of a recurrent layer may be `None` for zero. `grads` has the names of `parameters()`.
         """
-        lengths = self._checked(x, state, lengths)
+        lengths = self._checked(x, state, lengths, mask)
         y, out, self.buffers, residuals = self.forward(self.params, self.buffers, x, state, lengths, training, True)
 
         def pullback(dy: Array | None, dstate: Any = None) -> Any:
@@ -100,8 +104,8 @@ class Layer:
 
         return (y, out, pullback) if self.recurrent else (y, pullback)
 
-    def _checked(self, x: Array, state: Any, lengths: Any) -> Array | None:
-        """`lengths` as an array, after `x` and it were found to fit the layer."""
+    def _checked(self, x: Array, state: Any, lengths: Any, mask: Array | None = None) -> Array | None:
+        """`lengths` or those of `mask` as an array, after `x` and it were found to fit the layer."""
         if not self.recurrent and state is not None:
             raise UnsupportedError(f"`state` is given, but {type(self).__name__} has none")
         own = next(iter(self.params.values()), None)
@@ -111,6 +115,10 @@ class Layer:
                 raise DTypeError(f"`x` has dtype {x.dtype}; expected integers")
         elif x.dtype != self.dtype:
             raise DTypeError(f"`x` has dtype {x.dtype} but the layer has {self.dtype}; convert `x`, or the layer with layer.to(dtype=...)")
+        if mask is not None:
+            if lengths is not None:
+                raise UnsupportedError("`lengths` and `mask` are both given; expected one of them")
+            lengths = lengths_of_mask(xp, x, mask, self.batch_first)
         return None if lengths is None else checked_lengths(xp, x, lengths, self.batch_first)
 
     def parameters(self) -> Arrays:
@@ -221,6 +229,24 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+def lengths_of_mask(xp: Namespace, x: Array, mask: Array, batch_first: bool = False) -> Array:
+    """The number of steps of each sequence from a mask (time, batch) that is True for them, and False for the padding after them."""
+    if x.ndim != 3:
+        raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (time, batch, features) where `mask` is given")
+    namespace(x=x, mask=mask)
+    if not xp.isdtype(mask.dtype, "bool"):
+        raise DTypeError(f"`mask` has dtype {mask.dtype}; expected bool, True for the steps of a sequence")
+    if tuple(mask.shape) != tuple(x.shape[:2]):
+        raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; expected {tuple(x.shape[:2])}, the first axes of `x` {tuple(x.shape)}")
+    steps = xp.astype(mask, default_integer(xp))
+    time = 1 if batch_first else 0
+    if is_concrete(mask) and mask.shape[time] > 1:
+        later, earlier = (steps[:, 1:], steps[:, :-1]) if batch_first else (steps[1:, :], steps[:-1, :])
+        if bool(xp.any(later > earlier)):
+            raise UnsupportedError("`mask` is True after a False; expected padding to come last in every sequence")
+    return xp.sum(steps, axis=time)
 
 
 def checked_lengths(xp: Namespace, x: Array, lengths: Any, batch_first: bool = False) -> Array:

@@ -33,6 +33,7 @@ class Start(NamedTuple):
 
     forget_bias: float | None
     hidden_init: str | None
+    proj_size: int
 
 
 class StackResiduals(NamedTuple):
@@ -75,6 +76,7 @@ class Recurrent(Layer):
         momentum: float | None = 0.1,
         forget_bias: float | None = None,
         hidden_init: str | None = None,
+        proj_size: int = 0,
         xp: Namespace | str | None = None,
         device: Any = None,
         dtype: DType = "float32",
@@ -84,21 +86,23 @@ class Recurrent(Layer):
             if value < 1:
                 raise UnsupportedError(f"`{name}` is {value}; expected at least 1")
         check_momentum(momentum)
+        if not 0 <= proj_size < hidden_size or (proj_size and not self.cell.projects):
+            raise UnsupportedError(f"`proj_size` is {proj_size}; expected 0, or for the LSTM a number below `hidden_size` {hidden_size}")
         config = {"input_size": input_size, "hidden_size": hidden_size, "norm": norm, "num_layers": num_layers}
         config |= {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
-        super().__init__({**config, "t_max": t_max, "momentum": momentum}, xp, device, dtype)
+        super().__init__({**config, "t_max": t_max, "momentum": momentum, "proj_size": proj_size}, xp, device, dtype)
         self.variant = variant_of(norm, type(self).__name__, self.cell.takes)
         if forget_bias is not None and self.cell.forget_gate is None:
             raise UnsupportedError(f"`forget_bias` is {forget_bias}, but {type(self).__name__} has no forget gate")
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.num_directions = 2 if bidirectional else 1
+        self.num_directions, self.output_size = 2 if bidirectional else 1, proj_size or hidden_size
         self.batch_first, self.keeps_time, self.t_max, self.momentum = batch_first, return_sequences, t_max, momentum
         self.timed = self.variant.timed
         if hidden_init not in (None, *HIDDEN):
             raise UnsupportedError(f"`hidden_init` is {hidden_init!r}; expected one of {', '.join(map(repr, HIDDEN))}, or None")
         random = generator(rng)
         for suffix, inputs, _ in self._places():
-            values = _initial(self.cell(self.variant), inputs, hidden_size, t_max, Start(forget_bias, hidden_init), random)
+            values = _initial(self.cell(self.variant), inputs, hidden_size, t_max, Start(forget_bias, hidden_init, proj_size), random)
             self.params |= {_with(name, suffix): self._new(v) for name, v in values}
         self._start_statistics()
 
@@ -107,7 +111,7 @@ class Recurrent(Layer):
     def _places(self) -> Iterator[tuple[str, int, Direction]]:
         """(suffix of the names, input features, direction) of every layer and direction, in the order of the state's first axis."""
         for layer in range(self.num_layers):
-            inputs = self.input_size if layer == 0 else self.num_directions * self.hidden_size
+            inputs = self.input_size if layer == 0 else self.num_directions * self.output_size
             sequences = self.keeps_time or layer < self.num_layers - 1
             for reverse in (False, True)[: self.num_directions]:
                 suffix = in_direction("", layer, reverse)
@@ -176,7 +180,7 @@ class Recurrent(Layer):
             dx = None
             for side in range(self.num_directions):
                 k, (suffix, _, direction) = places[layer * self.num_directions + side]
-                own = None if dy is None else dy[..., side * self.hidden_size : (side + 1) * self.hidden_size]
+                own = None if dy is None else dy[..., side * self.output_size : (side + 1) * self.output_size]
                 d, dfirst[k], shares = direction.vjp(residuals.directions[k], own, tuple(s[k, ...] for s in dlast), training=training)
                 dx = d if dx is None else dx + d
                 grads.update({_with(name, suffix): g for name, g in shares.items()})
@@ -198,22 +202,26 @@ class Recurrent(Layer):
         Noise is for training with batch normalization, where Cooijmans et al. 2016 use 0.1: without it, steps at which all sequences are
         still alike have variance 0, and what follows amplifies rounding by γ/√eps per step.
         """
-        shape = (self.num_layers * self.num_directions, batch, self.hidden_size)
-        h = generator(rng).standard_normal(shape) * noise if noise else numpy.zeros(shape)
+        first, *others = ((self.num_layers * self.num_directions, batch, size) for size in self.state_sizes())
+        h = generator(rng).standard_normal(first) * noise if noise else numpy.zeros(first)
         time = (self._new(0, integer=True),) if self.timed else ()
-        return (self._new(h), *(self._new(numpy.zeros(shape)) for _ in self.cell.states[1:]), *time)
+        return (self._new(h), *(self._new(numpy.zeros(shape)) for shape in others), *time)
+
+    def state_sizes(self) -> tuple[int, ...]:
+        """The features of each state: those of the output, then the hidden ones."""
+        return (self.output_size, *(self.hidden_size for _ in self.cell.states[1:]))
 
     def _placed(self, buffers: Arrays, x: Array, state: Any) -> PlacedState:
         xp, batch, names = xp_of(x), x.shape[1], (*self.cell.states, *(("time",) if self.timed else ()))
         places = self.num_layers * self.num_directions
         if state is None:
-            zeros = xp.zeros((batch, self.hidden_size), dtype=x.dtype, device=device_of(x))
+            zeros = tuple(xp.zeros((batch, size), dtype=x.dtype, device=device_of(x)) for size in self.state_sizes())
             time = xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if self.timed else None
-            return PlacedState([(zeros,) * len(self.cell.states)] * places, time)
+            return PlacedState([zeros] * places, time)
         if not isinstance(state, tuple | list) or len(state) != len(names):
             raise ShapeError(f"`state` is {type(state).__name__} of length {len(state)}; expected ({', '.join(names)})")
-        expected = (places, batch, self.hidden_size)
-        for name, array in zip(self.cell.states, state, strict=False):
+        for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
+            expected = (places, batch, size)
             namespace(x=x, state=array)
             if tuple(array.shape) != expected:
                 raise ShapeError(
@@ -235,7 +243,7 @@ class Recurrent(Layer):
 
 
 class LSTM(Recurrent):
-    """Long short-term memory, plain or normalized.
+    """Long short-term memory, plain or normalized, with a projection of the output to `proj_size` where that is given (Sak et al. 2014).
 
     (i, f, g, o) = N_ih(x W_ihᵀ) + N_hh(h W_hhᵀ) + b;  c ← σ(f) ⊙ c + σ(i) ⊙ tanh(g);  h ← σ(o) ⊙ tanh(N_c(c))
 
@@ -292,13 +300,15 @@ def _initial(cell: RecurrentCell, inputs: int, hidden: int, t_max: int, start: S
     plain = variant.norm in (None, "weight")
     name_of_hidden = start.hidden_init or ("uniform" if plain else "orthogonal")
     weights = {"weight_ih": uniform(rng, bound, size, inputs) if plain else orthogonal(rng, size, inputs)}
-    weights["weight_hh"] = HIDDEN[name_of_hidden](rng, hidden, cell.gates, cell.candidate)
+    weights["weight_hh"] = HIDDEN[name_of_hidden](rng, (hidden, start.proj_size or hidden), cell.gates, cell.candidate)
     for name, w in weights.items():
         if variant.norm == "weight":
             yield f"{name}.g", numpy.linalg.norm(w, axis=1, keepdims=True)
             yield f"{name}.v", w
         else:
             yield name, w
+    if start.proj_size:
+        yield "weight_hr", uniform(rng, bound, start.proj_size, hidden) if plain else orthogonal(rng, start.proj_size, hidden)
     wanted = variant.forget_bias or None if start.forget_bias is None else start.forget_bias
     for k, name in enumerate(dict.fromkeys((*variant.biases, *variant.early))):
         values = uniform(rng, bound, size) if plain else numpy.zeros(size)
