@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import portnorm as pn
 from portnorm.checkpoint import safetensors
@@ -383,3 +385,33 @@ def test_onnx_attributes_that_portnorm_has_not_are_named(attribute: str, value: 
     onnx.save(onnx_model("LSTM", arrays, ("x", "W", "R"), hidden_size=H, **{attribute: value}), tmp_path / "m.onnx")
     with pytest.raises(pn.CheckpointError, match=f"a_node.*{attribute}"):
         pn.import_checkpoint(tmp_path / "m.onnx")
+
+
+KEYS = sorted(
+    {name for case in PUBLISHED for name in case.shapes} | {"weight", "running_mean", "running_var", "scale", "num_batches_tracked"}
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.dictionaries(st.sampled_from(KEYS), st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=9),
+    st.sampled_from(("auto", *pn.FORMATS)),
+    st.sampled_from([None, *range(len(PUBLISHED))]),
+    st.booleans(),
+)
+def test_any_arrays_give_a_layer_that_runs_or_an_error_of_the_family(
+    shapes: dict[str, list[int]], format_: str, base: int | None, complete: bool
+) -> None:
+    """Wrong shapes, missing and foreign keys, in any mixture; what is accepted computes finite numbers."""
+    rng = np.random.default_rng(0)
+    arrays: Any = {name: np.ones(shape) for name, shape in shapes.items()}
+    if base is not None:
+        whole = PUBLISHED[base].arrays(rng)
+        arrays = whole if complete else {**whole, **{name: a for name, a in arrays.items() if name in whole}}
+        format_ = PUBLISHED[base].format if complete else format_
+    try:
+        layer: Any = pn.import_checkpoint(arrays, format_)
+    except pn.PortnormError:
+        return
+    if layer.recurrent:
+        assert np.isfinite(layer(np.ones((2, 3, layer.input_size), dtype=layer.dtype))[0]).all()
