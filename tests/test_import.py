@@ -88,6 +88,13 @@ def test_missing_unknown_and_misshapen_arrays_are_named(case: Published, rng: np
         pn.import_checkpoint({**p, "surplus": np.ones(3)}, case.format)
 
 
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: f"{case.format}-{case.layer}")
+def test_imported_layers_become_graphs(case: Published, rng: np.random.Generator) -> None:
+    """The way from other people's weights to an inference runtime."""
+    report = pn.export(imported(case, {name: a.astype("float32") for name, a in case.arrays(rng).items()}), None)
+    assert report.worst_step is not None
+
+
 # -- stacks, directions, prefixes, guesses -------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +157,18 @@ def test_auto_says_what_it_took_and_refuses_to_guess(caplog: pytest.LogCaptureFi
     assert isinstance(groups, pn.GroupNorm)
     with pytest.raises(pn.UnsupportedError, match="num_groups"):
         pn.import_checkpoint({"weight": np.ones(4), "bias": np.ones(4)}, "torch", layer="GroupNorm")
+
+
+def test_a_file_of_several_layers_says_which_there_are(rng: np.random.Generator) -> None:
+    file = {
+        "encoder": pn.to_format(pn.LSTM(3, 4, rng=rng), "torch"),
+        "decoder.rnn": pn.to_format(pn.GRU(3, 4, norm="haste", rng=rng), "haste"),
+    }
+    with pytest.raises(pn.CheckpointError, match=r"more than one layer.*prefix='decoder\.' \(haste GRU.*prefix='encoder/' \(torch LSTM\)"):
+        pn.import_checkpoint(file)
+    assert isinstance(pn.import_checkpoint(file, prefix="decoder."), pn.GRU)
+    with pytest.raises(pn.CheckpointError, match="no key starts with 'other'"):
+        pn.import_checkpoint(file, prefix="other")
 
 
 @pytest.mark.parametrize("name", ["w.pt", "w.pth", "pytorch_model.bin", "w.pkl", "w.ckpt"])

@@ -8,13 +8,13 @@ what, and where the biases are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from portnorm.errors import UnsupportedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Variant:
     """Which normalizer sits in which slot of a recurrent cell. Defaults are the plain cell of torch.nn and ONNX."""
 
@@ -86,6 +86,12 @@ class Variant:
         ):
             if not fits:
                 raise UnsupportedError(f"`{name}` is {value}; expected {expected}")
+
+    def __repr__(self) -> str:
+        """What differs from the plain cell."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "source"}
+        said = [f"{f.name}={own[f.name]!r}" for f in fields(self) if f.name != "source" and own[f.name] != f.default]
+        return f"Variant({', '.join([repr(self.source), *said])})"
 
     def gate_slots(self) -> tuple[str, ...]:
         """The filled slots of the gates."""

@@ -76,7 +76,14 @@ def import_checkpoint(
     empty = [key for key, a in arrays.items() if a.size == 0]
     if empty:
         raise CheckpointError(f"{', '.join(map(repr, empty))} have no entries; expected weights")
-    fit = _fit(arrays, prefix, format, layer, set(ignore))
+    try:
+        fit = _fit(arrays, prefix, format, layer, set(ignore))
+    except CheckpointError as error:
+        parts = _parts(arrays, prefix, format, layer, set(ignore))
+        if not all(any(key.startswith(part) for part, _ in parts) for key in arrays):
+            raise
+        found = ", ".join(f"prefix={part!r} ({title})" for part, title in parts)
+        raise CheckpointError(f"the file holds more than one layer; name one: {found}") from error
     made = _Reader(fit, arrays, set(ignore)).layer({"xp": xp, "device": device, "dtype": dtype}, config)
     made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted(fit.keys.values()))}"
     _log.info("import_checkpoint took %s", made.provenance)
@@ -111,6 +118,24 @@ def _fit(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: se
         f"the keys do not fit {best.row.format!r} {best.row.title}, the nearest: missing {best.missing or 'nothing'}, "
         f"unknown {best.unknown or 'nothing'}"
     )
+
+
+def _parts(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: set[str]) -> list[tuple[str, str]]:  # noqa: A002
+    """Beginnings of names under which a layer lies, the shortest of each, and what it is."""
+    found: list[tuple[str, str]] = []
+    ends = {key[: k + 1] for key in arrays for k in range(len(prefix), len(key)) if key[k] in "./"}
+    for part in sorted(ends, key=lambda p: (len(p), p)):
+        if any(part.startswith(known) for known, _ in found):
+            continue
+        inside = {key: a for key, a in arrays.items() if key.startswith(part)}
+        if len(inside) == len(arrays):
+            continue
+        try:
+            fit = _fit(inside, part, format, layer, ignore)
+        except CheckpointError:
+            continue
+        found.append((part, f"{fit.row.format} {fit.row.title}"))
+    return found
 
 
 def _titles(fits: Iterable[Fit]) -> list[str]:
