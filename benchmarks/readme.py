@@ -1,4 +1,4 @@
-"""The generated tables of the README: `make readme` writes them, a test holds them against what they are made from."""
+"""The generated tables of the README and docs/variants.md: `make readme` writes them, a test holds them against what they are made from."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def variants() -> str:
+def variants(tables: dict[str, dict[str | None, pn.Variant]] = pn.VARIANTS) -> str:
     """The presets, from the rows that the code reads."""
     rows = []
-    named = [(cell, name, v) for cell in pn.VARIANTS for name, v in (*pn.VARIANTS[cell].items(), *pn.IMPLEMENTATIONS[cell].items())]
-    for cell, name, v in named:
+    for cell, name, v in ((cell, name, v) for cell, named in tables.items() for name, v in named.items()):
         what = {
             None: "–",
             "layer": "layer",
@@ -48,6 +47,11 @@ def variants() -> str:
         rows.append((f"`{cell}`", shown, what, where, state, inner, outer, gain, eps, ", ".join(form) or "–", v.source))
     header = ("layer", "`norm=`", "statistics", "gates", "cell state", "bias before", "bias after", "gain", "eps", "form", "source")
     return table(header, rows)
+
+
+def implementations() -> str:
+    """The published cells that differ from the presets."""
+    return variants(pn.IMPLEMENTATIONS)
 
 
 def formats() -> str:
@@ -109,22 +113,32 @@ def demo() -> str:
     return table(header, rows)
 
 
-TABLES = {"variants": variants, "formats": formats, "graphs": graphs, "libraries": libraries, "demo": demo}
+TABLES = {
+    "variants": variants,
+    "implementations": implementations,
+    "formats": formats,
+    "graphs": graphs,
+    "libraries": libraries,
+    "demo": demo,
+}
 
 
 def filled(text: str) -> str:
     """`text` with every generated table as it is now."""
     for name, make in TABLES.items():
         start, end = f"<!-- generated: {name} -->\n", "<!-- end -->"
-        before, _, rest = text.partition(start)
+        before, found, rest = text.partition(start)
         _, _, after = rest.partition(end)
-        text = f"{before}{start}{make()}\n{end}{after}"
+        text = f"{before}{start}{make()}\n{end}{after}" if found else text
     return text
 
 
+PAGES = (ROOT / "README.md", ROOT / "docs" / "variants.md")
+"""Pages with generated tables."""
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    new = filled(readme.read_text())
-    changed = new != readme.read_text()
-    readme.write_text(new)
-    sys.stdout.write("README.md: tables written anew\n" if changed else "README.md: tables are as they should be\n")
+    for page in PAGES:
+        new = filled(page.read_text())
+        changed = new != page.read_text()
+        page.write_text(new)
+        sys.stdout.write(f"{page.name}: tables {'written anew' if changed else 'are as they should be'}\n")

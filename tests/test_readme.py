@@ -7,26 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import ROOT, filled
+from benchmarks.readme import PAGES, ROOT, filled
 
 README = (ROOT / "README.md").read_text()
 
 
-def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "blocks", "files"), zip(PAGES, (3, 1), ({"model.safetensors", "model.onnx"}, set()), strict=True))
+def test_code_blocks_run(page: Path, blocks: int, files: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "model.onnx"}
+    found = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert len(found) == blocks
+    for block in found:
+        exec(compile(block, page.name, "exec"), names)
+    assert {p.name for p in tmp_path.iterdir()} == files
 
 
-def test_tables_are_up_to_date() -> None:
-    assert filled(README) == README, "run `make readme`"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_up_to_date(page: Path) -> None:
+    assert filled(page.read_text()) == page.read_text(), "run `make readme`"
 
 
 def test_links_lead_somewhere() -> None:
-    for text in (README, (ROOT / "CONTRIBUTING.md").read_text(), (ROOT / "docs" / "design.md").read_text()):
+    for text in (README, *(page.read_text() for page in (ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")))):
         for target in re.findall(r"\]\(([^)#]+)\)", text):
             assert target.startswith("http") or (ROOT / target).exists() or (ROOT / "docs" / target).exists(), target
