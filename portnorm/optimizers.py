@@ -110,12 +110,19 @@ OPTIMIZERS: dict[str, Any] = {"sgd": SGD, "rmsprop": RMSProp, "adam": Adam}
 def clip_by_global_norm(grads: Mapping[str, Array], limit: float) -> tuple[Arrays, Array]:
     """Gradients scaled to a global L2 norm of at most `limit`, and the norm before: g ← g · min(1, limit / ‖g‖) (Pascanu et al. 2013).
 
-    A norm that is not finite comes out as it is, for the caller to see; the gradients then are not finite either.
+    Gradients whose squares leave the range of the type are clipped like others. A gradient that is not finite gives a norm that is not.
     """
     if not limit > 0:
         raise UnsupportedError(f"`limit` is {limit}; expected a number > 0")
     first = next(iter(grads.values()))
     xp = xp_of(first)
-    norm = xp.sqrt(sum((xp.sum(g * g) for g in grads.values()), start=xp.zeros_like(first[(0,) * first.ndim])))
-    factor = xp.where(norm > limit, limit / xp.where(norm > limit, norm, 1.0), 1.0)
+    zero = xp.zeros_like(first[(0,) * first.ndim])
+    largest = zero
+    for g in grads.values():
+        largest = xp.maximum(largest, xp.max(xp.abs(g))) if 0 not in g.shape else largest
+    # Divided by the largest entry first, so that squares of large gradients stay in range.
+    unit = xp.where((largest > 0) & xp.isfinite(largest), largest, 1.0)
+    ratio = xp.sqrt(sum((xp.sum((g / unit) ** 2) for g in grads.values()), start=zero))
+    norm = unit * ratio
+    factor = xp.where(norm > limit, limit / unit / xp.where(norm > limit, ratio, 1.0), 1.0)
     return {n: g * factor for n, g in grads.items()}, norm

@@ -159,6 +159,19 @@ def test_auto_says_what_it_took_and_refuses_to_guess(caplog: pytest.LogCaptureFi
         pn.import_checkpoint({"weight": np.ones(4), "bias": np.ones(4)}, "torch", layer="GroupNorm")
 
 
+def test_ignored_keys_are_as_in_a_new_layer(rng: np.random.Generator) -> None:
+    """Cooijmans' scripts store no usable statistics and take them anew before evaluation."""
+    case = next(case for case in PUBLISHED if case.format == "cooijmans")
+    p = case.arrays(rng)
+    statistics = [name for name in p if name.endswith(("_mean", "_var"))]
+    layer: Any = pn.import_checkpoint({n: a for n, a in p.items() if n not in statistics}, "cooijmans", ignore=statistics, t_max=3)
+    assert not layer.buffers["num_batches_tracked_l0"].any()
+    layer.estimate_population([rng.standard_normal((3, 6, D))])
+    assert layer.buffers["num_batches_tracked_l0"].all()
+    with pytest.raises(pn.CheckpointError, match="`weight_hh` cannot be left out"):
+        pn.import_checkpoint({n: a for n, a in p.items() if n != "Wa"}, "cooijmans", ignore=("Wa",))
+
+
 def test_a_file_of_several_layers_says_which_there_are(rng: np.random.Generator) -> None:
     file = {
         "encoder": pn.to_format(pn.LSTM(3, 4, rng=rng), "torch"),

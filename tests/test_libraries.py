@@ -122,3 +122,14 @@ def test_a_second_device_is_never_left(cell: str, norm: str | None, training: bo
     dx, dstate, grads = pullback(y)
     for array in (y, dx, *state[0], *dstate[0], *grads.values(), *model.buffers.values()):
         assert array.device == device
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_clipping_keeps_the_direction_of_gradients_of_any_size(size: float, library: Library, rng: np.random.Generator) -> None:
+    """In float32 the squares of 1e30 are infinite and those of 1e-30 are 0."""
+    direction = rng.standard_normal(5)
+    grads = {"w": library.array(size * direction[:3], "float32"), "b": library.array(size * direction[3:], "float32")}
+    clipped, norm = pn.clip_by_global_norm(grads, 0.5)
+    np.testing.assert_allclose(float(norm), size * np.linalg.norm(direction), rtol=1e-6)
+    expected = size * direction * min(1.0, 0.5 / (size * np.linalg.norm(direction)))
+    np.testing.assert_allclose(np.concatenate([to_numpy(clipped[n]) for n in ("w", "b")]), expected, rtol=1e-6)

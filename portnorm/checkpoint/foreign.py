@@ -56,7 +56,8 @@ def import_checkpoint(
     `source` is a file (.safetensors, .npz, .h5 and .keras with h5py, .onnx with onnx) or a mapping of arrays, nested or not. `format` is
     one of `portnorm.FORMATS`, or `"auto"` for the only one that fits; `layer.provenance` then says which it was, and why. `prefix` is the
     beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros' `encoder_W`), where the file holds more.
-    `layer` names the class where arrays alone cannot tell, such as `"GroupNorm"`. Keys in `ignore` are neither asked for nor refused.
+    `layer` names the class where arrays alone cannot tell, such as `"GroupNorm"`. Keys in `ignore` are neither asked for nor refused; what
+    they would have given is as in a new layer (statistics that `estimate_population` is to take, for example).
 
     `config` is what arrays do not say: arguments of the layer (`batch_first=True`, `num_groups=4`) or fields of its `Variant`
     (`zoneout=0.1`, `eps=1e-3`). Without them the format's own defaults hold. Batch statistics that are stored per step set `t_max`.
@@ -235,6 +236,7 @@ class _Reader:
             for n, places in enumerate(self.fit.places)
             for d, place in enumerate(places)
             for name, r in row.reads.items()
+            if not set(self._originals(r, place)) & self.ignore
         }
         if where["dtype"] is None:
             where["dtype"] = str(numpy.result_type(*(a for a in found.values() if a.dtype.kind == "f")))
@@ -245,8 +247,9 @@ class _Reader:
             layer: Layer = made(**arguments, **where)
         except TypeError as error:
             raise UnsupportedError(f"{row.layer} of format {row.format!r}: {error}; pass what is missing as an argument") from error
-        own = {name: tuple(a.shape) for name, a in layer.state_dict().items()}
-        values = {}
+        values: dict[str, Any] = layer.state_dict()
+        own = {name: tuple(a.shape) for name, a in values.items()}
+        has_statistics = any("running" in name for _, _, name in found)
         for (n, d, name), array in found.items():
             full = in_direction(name, n, d) if recurrent else name
             timed = name.partition(".")[2].startswith("running") and recurrent and len(own.get(full, ())) == 2 and array.ndim == 1
@@ -257,7 +260,7 @@ class _Reader:
                     f"{keys} give `{full}` the shape {values[full].shape}; expected {own.get(full)} for {layer!r} of format {row.format!r}"
                 )
         for name, shape in own.items():
-            if name.rpartition(".")[2].startswith("num_batches_tracked"):
+            if name.startswith("num_batches_tracked") and has_statistics:
                 values[name] = self._tracked(name, shape)
         layer.load_state_dict(values)
         return layer
@@ -268,6 +271,9 @@ class _Reader:
         row, cell = self.row, LAYERS[self.row.layer]
         assert issubclass(cell, Recurrent)
         names = {name for _, _, name in found}
+        for side in ("weight_ih", "weight_hh"):
+            if not {side, f"{side}.v"} & names:
+                raise CheckpointError(f"`{side}` cannot be left out, by `ignore` or otherwise: it gives the layer its size")
         rows, outputs = found[0, 0, "weight_hh" if "weight_hh" in names else "weight_hh.v"].shape
         hidden = rows // len(row.gates)
         inputs = found[0, 0, "weight_ih" if "weight_ih" in names else "weight_ih.v"].shape[-1]
