@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy
@@ -17,26 +16,16 @@ from portnorm.cells.variants import Variant, variant_of
 from portnorm.checkpoint import containers
 from portnorm.checkpoint.containers import Arrays
 from portnorm.checkpoint.formats import FORMATS as FORMATS
-from portnorm.checkpoint.formats import NAMES, OUR_GATES, ROWS, Read, Row
+from portnorm.checkpoint.formats import ROWS
+from portnorm.checkpoint.formats.row import OUR_GATES, Read, Row
 from portnorm.checkpoint.layers import LAYERS
+from portnorm.checkpoint.recognise import Fit, expanded, fit_of, layers_of, parts_of, placed
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent, in_direction
 
 _log = logging.getLogger("portnorm")
 _VARIANT_FIELDS = {f.name for f in fields(Variant)}
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A row that explains arrays."""
-
-    row: Row
-    places: list[list[str]]  # per layer, per direction: what stands for {p}
-    keys: dict[str, str]  # the file's key by the row's
-    unknown: list[str]  # the file's keys that the row does not have
-    missing: list[str]  # the row's keys that the file does not have
-    found: int
 
 
 def import_checkpoint(
@@ -78,9 +67,9 @@ def import_checkpoint(
     if empty:
         raise CheckpointError(f"{', '.join(map(repr, empty))} have no entries; expected weights")
     try:
-        fit = _fit(arrays, prefix, format, layer, set(ignore))
+        fit = fit_of(arrays, prefix, format, layer, set(ignore))
     except CheckpointError as error:
-        parts = _parts(arrays, prefix, format, layer, set(ignore))
+        parts = parts_of(arrays, prefix, format, layer, set(ignore))
         if not all(any(key.startswith(part) for part, _ in parts) for key in arrays):
             raise
         found = ", ".join(f"prefix={part!r} ({title})" for part, title in parts)
@@ -89,129 +78,6 @@ def import_checkpoint(
     made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted(fit.keys.values()))}"
     _log.info("import_checkpoint took %s", made.provenance)
     return made
-
-
-def _fit(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: set[str]) -> Fit:  # noqa: A002
-    chosen = [row for row in ROWS if format in ("auto", row.format) and layer in (None, row.layer)]
-    if not chosen:
-        raise UnsupportedError(f"`layer` is {layer!r}, which format {format!r} has not; expected one of {', '.join(_layers(format))}")
-    fits = [fit for row in chosen for fit in _matches(row, arrays, prefix, ignore)]
-    exact = [fit for fit in fits if not fit.unknown and not fit.missing]
-    # A row with a learned initial state or unused arrays explains more keys than one without.
-    exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
-    plausible = [fit for fit in exact if _is_plausible(fit, arrays)]
-    if len(plausible) == 1:
-        return plausible[0]
-    nearest = sorted(
-        (fit for fit in fits if fit.missing or fit.unknown), key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown))
-    )
-    if exact and not plausible:
-        shapes = ", ".join(f"{original!r} {arrays[original].shape}" for original in exact[0].keys.values())
-        near = next((fit for fit in nearest if not fit.unknown and _is_plausible(fit, arrays)), None)
-        other = f"; for {_titles([near])[0]} {near.missing} is missing" if near is not None else ""
-        raise CheckpointError(f"the keys are those of {', '.join(_titles(exact))}, but no such layer has these shapes: {shapes}{other}")
-    exact = plausible
-    if exact:
-        names = ", ".join(f"format={fit.row.format!r} with layer={fit.row.layer!r}" for fit in exact)
-        raise CheckpointError(f"the keys {_some(arrays)} fit more than one: {names}; name the one that is meant")
-    best = nearest[0]
-    raise CheckpointError(
-        f"the keys do not fit {best.row.format!r} {best.row.title}, the nearest: missing {best.missing or 'nothing'}, "
-        f"unknown {best.unknown or 'nothing'}"
-    )
-
-
-def _parts(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: set[str]) -> list[tuple[str, str]]:  # noqa: A002
-    """Beginnings of names under which a layer lies, the shortest of each, and what it is."""
-    found: list[tuple[str, str]] = []
-    ends = {key[: k + 1] for key in arrays for k in range(len(prefix), len(key)) if key[k] in "./"}
-    for part in sorted(ends, key=lambda p: (len(p), p)):
-        if any(part.startswith(known) for known, _ in found):
-            continue
-        inside = {key: a for key, a in arrays.items() if key.startswith(part)}
-        if len(inside) == len(arrays):
-            continue
-        try:
-            fit = _fit(inside, part, format, layer, ignore)
-        except CheckpointError:
-            continue
-        found.append((part, f"{fit.row.format} {fit.row.title}"))
-    return found
-
-
-def _titles(fits: Iterable[Fit]) -> list[str]:
-    return list(dict.fromkeys(f"{fit.row.format!r} {fit.row.title}" for fit in fits))
-
-
-def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
-    """Whether the numbers of axes, and of gates, are those of the row: several layers share their keys."""
-    row, shapes = fit.row, {}
-    for name, read in row.reads.items():
-        keys = [fit.keys.get(key) for key in _expanded(read.keys[0], fit.places[0][0], fit.keys)]
-        if keys[0] is not None:
-            shapes[name] = arrays[keys[0]].shape
-    if not row.gates:
-        ndims = {name: len(shape) for name, shape in shapes.items()}
-        if row.layer == "Linear":
-            return ndims == {"weight": 2, "bias": 1} or ndims == {"weight": 2}
-        return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == {1})
-    for name, shape in shapes.items():
-        read = row.reads[name]
-        if name in ("weight_hh", "weight_hh.v") and read.part is None and len(read.keys) == 1:
-            ratio = shape if not read.transposed else shape[::-1]
-            if len(shape) != 2 or ratio[0] % len(row.gates) or ("weight_hr" not in row.reads and ratio[0] != len(row.gates) * ratio[1]):
-                return False
-        if name.startswith("bias") and len(shape) != 1 + (read.at is not None):
-            return False
-    return True
-
-
-def _layers(format: str) -> list[str]:  # noqa: A002
-    return sorted({row.layer for row in ROWS if format in ("auto", row.format)})
-
-
-def _matches(row: Row, arrays: Arrays, prefix: str, ignore: set[str]) -> Iterator[Fit]:
-    """What the row makes of the arrays: for each alternative of its places, with a part of the names that all share cut off."""
-    short = {key.removeprefix(prefix): a for key, a in arrays.items()}
-    plain = NAMES[row.format](short) if row.format in NAMES else {key: key for key in short}
-    names = {name: prefix + key for key, name in plain.items()}
-    shared = os.path.commonprefix(list(names))  # noqa: RUF071  # by characters: the keys are no paths
-    for length in (0, *(k + 1 for k, letter in enumerate(shared) if letter in "./")):
-        keys = {name[length:]: key for name, key in names.items()}
-        for templates in row.places:
-            yield _match(row, templates, keys, ignore)
-
-
-def _match(row: Row, templates: tuple[str, ...], keys: dict[str, str], ignore: set[str]) -> Fit:
-    anchor = next(iter(row.reads.values())).keys[0]
-
-    def there(template: str, number: int) -> bool:
-        return any(k in keys for k in _expanded(anchor, template.format(l=number), keys))
-
-    layers = next(n for n in itertools.count() if not there(templates[0], n) or (n == 1 and "{l}" not in templates[0]))
-    directions = [t for t in templates if t and there(t, 0)] if len(templates) > 1 else [templates[0]]
-    places = [[t.format(l=n) for t in directions or templates[:1]] for n in range(max(layers, 1))]
-    wanted = {key for place in itertools.chain(*places) for r in row.reads.values() for k in r.keys for key in _expanded(k, place, keys)}
-    wanted |= {_placed(key, places[0][0]) for key in row.settings.values()}
-    optional = {_placed(key, place) for place in itertools.chain(*places) for key in (*row.unused, *row.zero)}
-    known = {key: keys[key] for key in keys if key in wanted | optional}
-    missing = [key for key in sorted(wanted - set(keys)) if key not in ignore]
-    unknown = [original for key, original in keys.items() if key not in known and not {key, original} & ignore]
-    return Fit(row, places, known, unknown, missing, len(known))
-
-
-def _placed(key: str, place: str) -> str:
-    return key.replace("{p}", place) if "{p}" in key else place + key
-
-
-def _expanded(key: str, place: str, keys: Iterable[str]) -> list[str]:
-    """The names that a row's key stands for at a place: one, or one for each step."""
-    name = _placed(key, place)
-    if "{t}" not in name:
-        return [name]
-    head, _, tail = name.partition("{t}")
-    steps = sorted(int(m[1]) for k in keys if (m := re.fullmatch(re.escape(head) + r"(\d+)" + re.escape(tail), k)))
-    return [f"{head}{t}{tail}" for t in range(max(steps, default=0) + 1)]
 
 
 class _Reader:
@@ -303,11 +169,11 @@ class _Reader:
     # -- arrays ------------------------------------------------------------------------------------------------------------------------
 
     def _originals(self, read: Read, place: str) -> list[str]:
-        names = [name for key in read.keys for name in _expanded(key, place, self.fit.keys)]
+        names = [name for key in read.keys for name in expanded(key, place, self.fit.keys)]
         return [self.fit.keys.get(name, name) for name in names]
 
     def _scalar(self, key: str) -> Any:
-        return self.arrays[self.fit.keys[_placed(key, self.fit.places[0][0])]].item()
+        return self.arrays[self.fit.keys[placed(key, self.fit.places[0][0])]].item()
 
     def _tracked(self, name: str, shape: tuple[int, ...]) -> Any:
         original = self.fit.keys.get(name)
@@ -358,11 +224,6 @@ class _Reader:
         return numpy.concatenate([blocks[self.row.gates.index(gate)] for gate in self.order], axis=axis)
 
 
-def _some(arrays: Mapping[str, Any]) -> str:
-    names = sorted(arrays)
-    return ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")
-
-
 def to_format(layer: Layer, format: str) -> Arrays:  # noqa: A002
     """The arrays of a layer as another library stores them, by its names: what `import_checkpoint` reads, the other way round.
 
@@ -391,7 +252,7 @@ def to_format(layer: Layer, format: str) -> Arrays:  # noqa: A002
                     found |= _written(row, {name: own[f] for name, f in full.items()}, template.format(l=n))
             if names == stored:
                 return found | {name: own[name] for name in row.unused if name in own}
-    raise UnsupportedError(f"format {format!r} has no {layer!r}; expected one of {', '.join(_layers(format))} in a form that it has")
+    raise UnsupportedError(f"format {format!r} has no {layer!r}; expected one of {', '.join(layers_of(format))} in a form that it has")
 
 
 def _computes(row: Row, layer: Layer) -> bool:
@@ -418,13 +279,13 @@ def _written(row: Row, own: Arrays, place: str) -> Arrays:
             blocks = numpy.split(array, len(ours), axis=axis)
             array = numpy.concatenate([blocks[ours.index(gate)] for gate in row.gates], axis=axis)
         if "{t}" in read.keys[0]:
-            found |= {_placed(read.keys[0], place).replace("{t}", str(t)): step for t, step in enumerate(array)}
+            found |= {placed(read.keys[0], place).replace("{t}", str(t)): step for t, step in enumerate(array)}
         elif read.at is not None or read.part is not None:
-            stacked.setdefault(_placed(read.keys[0], place), {})[read.at if read.part is None else read.part] = array
+            stacked.setdefault(placed(read.keys[0], place), {})[read.at if read.part is None else read.part] = array
         else:
             cuts = [array.shape[axis] - hidden * (len(read.keys) - 1 - k) for k in range(len(read.keys) - 1)]
             pieces = numpy.split(array, cuts, axis=-1 if read.transposed else 0)
-            found |= {_placed(key, place): piece for key, piece in zip(read.keys, pieces, strict=True)}
+            found |= {placed(key, place): piece for key, piece in zip(read.keys, pieces, strict=True)}
     for key, parts in stacked.items():
         joint = "input" in parts
         found[key] = numpy.concatenate([parts["input"], parts["hidden"]]) if joint else numpy.stack([parts[k] for k in sorted(parts)])

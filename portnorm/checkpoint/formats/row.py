@@ -1,0 +1,107 @@
+"""What a row of the table of formats is made of.
+
+A row is one layer that a format can hold. It says which of portnorm's parameters is under which key, in which order the gates lie there,
+and whether matrices are transposed. Names on the left are those inside one direction of a layer (`weight_ih`, `norm_c.bias`); `{p}` in a
+key stands for the place of a layer and direction (`_l0_reverse`, `layers.0.cell.`), `{t}` for a time step. Gates are written i, f, g, o
+(Keras and TensorFlow call g c or j) and r, z, n (u and h elsewhere).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy
+
+NumPyArray = numpy.ndarray[Any, Any]
+
+OUR_GATES = {"LSTM": "ifgo", "GRU": "rzn", "RNN": "h"}
+
+
+@dataclass(frozen=True)
+class Read:
+    """Where one array lies: keys, joined along the gates, and how they are turned into ours."""
+
+    keys: tuple[str, ...]
+    transposed: bool = False
+    """(inputs, gates · hidden) there, (gates · hidden, inputs) here."""
+    by_gate: bool = True
+    """The gates are in the format's order, and have to be put into ours; several keys are named in ours already."""
+    at: int | None = None
+    """The entry of the first axis that is meant."""
+    part: str | None = None
+    """Of a kernel for [x, h]: its "input" or "hidden" rows."""
+    then: Callable[[NumPyArray], NumPyArray] | None = None
+
+
+def rows(*keys: str, **how: Any) -> Read:
+    """(gates · hidden, …) as here."""
+    return Read(keys, by_gate=len(keys) == 1, **how)
+
+
+def columns(*keys: str, **how: Any) -> Read:
+    """(…, gates · hidden)."""
+    return Read(keys, transposed=True, by_gate=len(keys) == 1, **how)
+
+
+def whole(key: str, **how: Any) -> Read:
+    """As it is, without gates."""
+    return Read((key,), by_gate=False, **how)
+
+
+def gain_and_shift(slot: str, gain: str, shift: str, by_gate: bool = True) -> dict[str, Read]:
+    """γ and β of a slot."""
+    return {f"{slot}.weight": Read((gain,), by_gate=by_gate), f"{slot}.bias": Read((shift,), by_gate=by_gate)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer that a format can hold."""
+
+    format: str
+    layer: str
+    reads: Mapping[str, Read]
+    norm: str | None = None
+    """Recurrent layers: the name of the variant."""
+    gates: str = ""
+    places: tuple[tuple[str, ...], ...] = (("",),)
+    """What `{p}` can be: alternatives, each the template of the forward direction and, if there can be one, of the reverse."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from the named variant."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Arguments of the layer that are stored as numbers, and their keys."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the layer that are the format's defaults."""
+    unused: tuple[str, ...] = ()
+    """Keys that belong to the format and that its computation does not use."""
+    zero: tuple[str, ...] = ()
+    """Keys of a learned initial state, which a layer of portnorm is given with the call."""
+
+    @property
+    def title(self) -> str:
+        return self.layer + (f"(norm={self.norm!r})" if self.norm else "")
+
+
+def without(row: Row, *names: str, **changes: Any) -> Row:
+    """The same without some arrays."""
+    reads = {name: read for name, read in row.reads.items() if name not in names}
+    return replace(row, reads=reads, changes={**row.changes, **changes})
+
+
+def norms(library: str, keys: Mapping[str, str], eps: float, rms_eps: float, batch: Mapping[str, Any], channel_axis: int) -> list[Row]:
+    """The normalization layers of a library, which differ in the names of their arrays and in ε."""
+    g, b, mean, var, scale = (keys[name] for name in ("gain", "shift", "mean", "var", "rms"))
+    affine = {"weight": whole(g), "bias": whole(b)}
+    channels = {"channel_axis": channel_axis}
+    statistics = {"running_mean": whole(mean), "running_var": whole(var)}
+    counter = ("num_batches_tracked",) if library == "torch" else ()
+    return [
+        Row(library, "BatchNorm", {**affine, **statistics}, config={**batch, **channels}, unused=counter),
+        Row(library, "BatchNorm", statistics, config={**batch, **channels, "affine": False}, unused=counter),
+        Row(library, "LayerNorm", affine, config={"eps": eps}),
+        Row(library, "LayerNorm", {"weight": whole(g)}, config={"eps": eps, "bias": False}),
+        Row(library, "GroupNorm", affine, config={"eps": eps, **channels}),
+        Row(library, "InstanceNorm", affine, config={"eps": eps, "affine": True, **channels}),
+        Row(library, "RMSNorm", {"weight": whole(scale)}, config={"eps": rms_eps}),
+    ]
