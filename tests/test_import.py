@@ -172,6 +172,11 @@ def test_ignored_keys_are_as_in_a_new_layer(rng: np.random.Generator) -> None:
         pn.import_checkpoint({n: a for n, a in p.items() if n != "Wa"}, "cooijmans", ignore=("Wa",))
 
 
+def test_whole_numbers_are_weights_too() -> None:
+    layer = pn.import_checkpoint({"weight": np.ones((2, 3), int), "bias": np.zeros(2, int)}, "torch")
+    assert layer.dtype == np.float32
+
+
 def test_a_file_of_several_layers_says_which_there_are(rng: np.random.Generator) -> None:
     file = {
         "encoder": pn.to_format(pn.LSTM(3, 4, rng=rng), "torch"),

@@ -105,7 +105,8 @@ class _Reader:
             if not set(self._originals(r, place)) & self.ignore
         }
         if where["dtype"] is None:
-            where["dtype"] = str(numpy.result_type(*(a for a in found.values() if a.dtype.kind == "f")))
+            floating = [a for a in found.values() if a.dtype.kind == "f"]
+            where["dtype"] = str(numpy.result_type(*floating)) if floating else "float32"
         recurrent = issubclass(LAYERS[row.layer], Recurrent)
         arguments = self._recurrent(found, config) if recurrent else {**self._plain(found), **row.config, **settings, **config}
         made: Any = LAYERS[row.layer]
