@@ -15,11 +15,12 @@ import numpy
 
 import portnorm
 from portnorm.arrays import require_extra
-from portnorm.cells.variants import VARIANTS
+from portnorm.cells.variants import IMPLEMENTATIONS, VARIANTS
 from portnorm.digits import Dataset
 from portnorm.errors import ConformanceError, PortnormError, UnsupportedError
 from portnorm.optimizers import OPTIMIZERS
 
+_NORMS = {**VARIANTS["LSTM"], **IMPLEMENTATIONS["LSTM"]}
 _PEERS = ("numpy", "array-api-compat", "onnx", "onnxruntime", "cupy", "torch", "jax", "dask", "array-api-strict", "scikit-learn")
 
 
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     train = command("train", _train, "train a classifier of sequences: an LSTM, its last state, a linear layer")
     train.add_argument("-o", "--output", type=Path, required=True, help="checkpoint to write (.safetensors)")
     train.add_argument("--data", default="digits", help="`digits`, or an .npz file with x (cases, time, features), y, and maybe lengths")
-    train.add_argument("--norm", default="layer", choices=[name or "none" for name in VARIANTS["LSTM"]], help="preset (default: layer)")
+    train.add_argument("--norm", default="layer", choices=[name or "none" for name in _NORMS], help="variant (default: layer)")
     train.add_argument("--hidden", type=int, default=48)
     train.add_argument("--epochs", type=int, default=10)
     train.add_argument("--batch", type=int, default=48)
@@ -123,7 +124,7 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
             epochs=options.epochs,
             batch=options.batch,
             clip=options.clip,
-            state_noise=0.1 if norm == "batch" else 0.0,
+            state_noise=0.1 if _NORMS[norm].timed else 0.0,
             seed=options.seed,
             progress=lambda done, total, loss: bars.update(task, completed=done, total=total, description=f"loss {loss:.3f}"),
         )
