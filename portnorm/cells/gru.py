@@ -80,11 +80,10 @@ class GRUCell(RecurrentCell):
 
     @cached_property
     def late_biases(self) -> dict[str, tuple[str, ...]]:
-        found = super().late_biases
         if not self._candidate_apart:
-            return found
-        own = tuple(f"{slot}.bias" for slot in ("norm_sum", "norm_n") if self.shifts(slot))
-        return {slot: (*self.variant.biases, *(n for n in own if n.startswith(slot))) for slot in ("norm_sum", "norm_n")}
+            return super().late_biases
+        slots = ("norm_sum", "norm_n")
+        return {slot: (*self.variant.biases, *((f"{slot}.bias",) if self.shifts(slot) else ())) for slot in slots}
 
     def portion(self, slot: str) -> tuple[int, int]:
         if not self._candidate_apart:
