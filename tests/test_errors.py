@@ -72,6 +72,11 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "library of the sequence": (lambda: lstm()(strict(SEQUENCE)), pn.UnsupportedError, "`x` is an array of array_api_strict but `param"),
     "negative lengths": (lambda: lstm()(SEQUENCE, lengths=[3, -1, 2]), pn.ShapeError, "`lengths` reach from -1 to 3; expected 0 to 6"),
     "lengths beyond the end": (lambda: lstm()(SEQUENCE, lengths=[3, 7, 2]), pn.ShapeError, "`lengths` reach from 2 to 7; expected 0 to 6"),
+    "padding without eps": (
+        lambda: lstm(norm="fastrnns-decomposed")(SEQUENCE, lengths=[1, 2, 3]),
+        pn.UnsupportedError,
+        "`lengths` with eps = 0",
+    ),
     "a mask of weights": (lambda: lstm()(SEQUENCE, mask=np.ones((6, 3))), pn.DTypeError, "`mask` has dtype float64; expected bool"),
     "a mask of another shape": (
         lambda: lstm()(SEQUENCE, mask=np.ones((3, 6), bool)),

@@ -147,6 +147,8 @@ class Recurrent(Layer):
                 f"`zoneout` is {self.variant.zoneout}, of which there is the expectation for inference only; "
                 "train with dataclasses.replace(variant, zoneout=0)"
             )
+        if lengths is not None and self.variant.norm in ("layer", "rms") and self.variant.eps == 0:
+            raise UnsupportedError("`lengths` with eps = 0: padding has no spread that could be divided by; use a small `eps`")
         xp = xp_of(x)
         if self.batch_first:
             x = xp.permute_dims(x, (1, 0, 2))
