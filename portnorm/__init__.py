@@ -24,7 +24,7 @@ from portnorm.layers.norms import BatchNorm, BatchRenorm, GroupNorm, InstanceNor
 from portnorm.layers.recurrent import GRU, LSTM, RNN
 from portnorm.layers.sequential import Sequential
 from portnorm.lookup import embedding
-from portnorm.losses import softmax_cross_entropy
+from portnorm.losses import mean_squared_error, softmax_cross_entropy
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.batch_renorm import batch_renorm
 from portnorm.norm.group import group_norm
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
     from portnorm.checkpoint.layers import load, save
     from portnorm_onnx.export import export
+    from portnorm_onnx.training_step import export_training_step
     from portnorm_onnx.verify import verify
 
 __version__ = "0.1.0"
@@ -51,6 +52,7 @@ _LAZY = {
     "import_checkpoint": ("portnorm.checkpoint.foreign", None),
     "to_format": ("portnorm.checkpoint.foreign", None),
     "export": ("portnorm_onnx.export", "onnx"),
+    "export_training_step": ("portnorm_onnx.training_step", "onnx"),
     "verify": ("portnorm_onnx.verify", "onnx"),
 }
 
@@ -88,12 +90,14 @@ __all__ = [
     "clip_by_global_norm",
     "embedding",
     "export",
+    "export_training_step",
     "group_norm",
     "import_checkpoint",
     "instance_norm",
     "layer_norm",
     "linear",
     "load",
+    "mean_squared_error",
     "rms_norm",
     "save",
     "softmax_cross_entropy",

@@ -82,12 +82,25 @@ def _find_library(array_type: type) -> Library:
 
 
 def leaves(tree: Any) -> Iterator[Array]:
-    """The arrays in nested tuples and lists, `None` left out."""
+    """The arrays in nested tuples, lists and dicts, `None` left out."""
     if isinstance(tree, tuple | list):
         for branch in tree:
             yield from leaves(branch)
+    elif isinstance(tree, dict):
+        yield from leaves(tuple(tree.values()))
     elif tree is not None:
         yield tree
+
+
+def mapped(change: Callable[[Array], Any], tree: Any) -> Any:
+    """`tree` with every array changed, in the order of `leaves`."""
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(mapped(change, branch) for branch in tree))
+    if isinstance(tree, tuple | list):
+        return type(tree)(mapped(change, branch) for branch in tree)
+    if isinstance(tree, dict):
+        return {name: mapped(change, branch) for name, branch in tree.items()}
+    return None if tree is None else change(tree)
 
 
 def xp_of(x: Array) -> Namespace:

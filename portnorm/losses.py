@@ -30,7 +30,7 @@ def softmax_cross_entropy(logits: Array, labels: Array, weights: Array | None = 
     shifted = logits - xp.max(logits, axis=-1, keepdims=True)
     log_probabilities = shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
     classes = xp.arange(logits.shape[-1], dtype=labels.dtype, device=device_of(logits))
-    chosen = xp.expand_dims(labels, axis=-1) == classes
+    chosen = xp.equal(xp.expand_dims(labels, axis=-1), classes)
     losses = -xp.sum(xp.where(chosen, log_probabilities, 0.0), axis=-1)
     if weights is None:
         return xp.mean(losses), (log_probabilities, chosen, None)
@@ -46,3 +46,27 @@ def _(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, None, None]:
     d = xp.exp(log_probabilities) - xp.astype(chosen, log_probabilities.dtype)
     cases = xp.sum(xp.astype(chosen, log_probabilities.dtype))
     return dy * (d / cases if share is None else d * xp.expand_dims(share, axis=-1)), None, None
+
+
+@op
+def mean_squared_error(y: Array, target: Array) -> tuple[Array, tuple[Any, ...]]:
+    """Mean of (y − target)² over all values; `target` has the shape of `y`. A scalar in the dtype of `y`. Raises `ShapeError`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> float(pn.mean_squared_error(np.array([1.0, 2.0]), np.array([1.0, 5.0])))
+    4.5
+    """
+    xp = namespace(y=y, target=target)
+    if tuple(target.shape) != tuple(y.shape):
+        raise ShapeError(f"`target` has shape {tuple(target.shape)}; expected {tuple(y.shape)}, that of `y`")
+    error = y - target
+    return xp.mean(error * error), (error,)
+
+
+@mean_squared_error.backward
+def _(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Array]:
+    """dy_i = 2 · (y − target) / n"""
+    (error,) = residuals
+    xp = namespace(error=error)
+    d = (2.0 * dy) * error / xp.sum(xp.ones_like(error))
+    return d, -d

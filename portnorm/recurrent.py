@@ -155,7 +155,7 @@ class Direction:
         """Cotangents (time, features) of what each step took, summed by the row that it took: (t_max, features)."""
         xp = xp_of(d)
         table = xp.arange(self.t_max, dtype=rows.dtype, device=device_of(d))
-        return xp.matmul(xp.astype(table[:, None] == rows[None, :], d.dtype), d)
+        return xp.matmul(xp.astype(xp.equal(table[:, None], rows[None, :]), d.dtype), d)
 
     # -- biases --------------------------------------------------------------------------------------------------------------------
 

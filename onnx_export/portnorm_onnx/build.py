@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
 from onnx import helper, numpy_helper
 
 from portnorm.errors import ExportError
-from portnorm_onnx.symbolic import Body, Node, SymbolicArray, type_of
+from portnorm_onnx.symbolic import Body, Node, NumPyArray, SymbolicArray, type_of
 
 
 def build(
-    inputs: tuple[SymbolicArray, ...], outputs: Mapping[str, SymbolicArray], opset: int, name: str, metadata: Mapping[str, str]
+    inputs: tuple[SymbolicArray, ...],
+    outputs: Mapping[str, SymbolicArray],
+    opset: int,
+    name: str,
+    metadata: Mapping[str, str],
+    *,
+    defaults: Mapping[str, NumPyArray] | None = None,
+    captures: bool = False,
 ) -> onnx.ModelProto:
-    """The model that computes `outputs` (by name) from `inputs`."""
+    """The model that computes `outputs` (by name) from `inputs`, which take the values in `defaults` where none are given.
+
+    With `captures` the bodies of loops may read values from outside that are no constants, which not every runtime can do.
+    """
     graph = _Graph()
     for a in inputs:
         graph.names[a] = a.name or ""
-    emitted = graph.emit(inputs, tuple(outputs.values()), tuple(outputs), 0)
+    plan = planned(outputs.values())
+    _check_closed(plan, set(inputs), captures)
+    emitted = graph.emit(plan, tuple(outputs.values()), tuple(outputs))
     proto = helper.make_graph(
         emitted,
         name,
         [helper.make_value_info(a.name or "", type_of(a)) for a in inputs],
         [helper.make_value_info(n, type_of(a)) for n, a in outputs.items()],
-        list(graph.initializers.values()),
+        [*graph.initializers.values(), *(numpy_helper.from_array(a, n) for n, a in (defaults or {}).items())],
     )
     opsets = [helper.make_opsetid("", opset)]
     model = helper.make_model(proto, opset_imports=opsets, producer_name="portnorm", ir_version=helper.find_min_ir_version_for(opsets))
@@ -42,14 +55,12 @@ class _Graph:
         self._by_content: dict[Any, str] = {}
         self._used: dict[str, int] = {}
 
-    def emit(
-        self, inputs: tuple[SymbolicArray, ...], outputs: tuple[SymbolicArray, ...], output_names: tuple[str, ...], first_serial: int
-    ) -> list[onnx.NodeProto]:
-        """The nodes that `outputs` need, in order, the outputs named."""
+    def emit(self, plan: Plan, outputs: tuple[SymbolicArray, ...], output_names: tuple[str, ...]) -> list[onnx.NodeProto]:
+        """The nodes of a plan, in order, the outputs named."""
         protos: list[onnx.NodeProto] = []
         made: dict[Any, Node] = {}
         wanted = dict(zip(reversed(outputs), reversed(output_names), strict=True))
-        for n in sorted(_needed(outputs, inputs, first_serial), key=lambda n: n.serial):
+        for n in plan.nodes:
             key = (n.op_type, tuple(self._name(a) for a in n.inputs), repr(sorted(n.attributes.items())), id(n.body))
             same = made.setdefault(key, n)
             if same is not n:
@@ -57,31 +68,39 @@ class _Graph:
                 continue
             for a in n.outputs:
                 self.names[a] = wanted[a] if a in wanted else self._numbered(n.op_type.lower())
-            protos.append(self._proto(n))
+            protos.append(self._loop(n, plan.loops[n]) if n.body is not None else self._proto(n))
         for a, name in zip(outputs, output_names, strict=True):
             if self._name(a) != name:
                 protos.append(helper.make_node("Identity", [self._name(a)], [name], name=self._numbered("Identity")))
         return protos
 
     def _proto(self, n: Node) -> onnx.NodeProto:
-        attributes = dict(n.attributes)
-        if n.body is not None:
-            attributes["body"] = self._body(n.body)
         names = [self._name(a) for a in n.inputs]
         while names and not names[-1]:
             names.pop()
-        return helper.make_node(n.op_type, names, [self.names[a] for a in n.outputs], name=self._numbered(n.op_type), **attributes)
+        return helper.make_node(n.op_type, names, [self.names[a] for a in n.outputs], name=self._numbered(n.op_type), **n.attributes)
 
-    def _body(self, body: Body) -> onnx.GraphProto:
-        for a in body.inputs:
+    def _loop(self, n: Node, part: Loop) -> onnx.NodeProto:
+        """A `Scan` of what is needed of it: all states, and the scanned inputs and outputs that matter."""
+        body = n.body
+        assert body is not None
+        for a in part.inputs:
             self.names[a] = self._numbered("step_in")
-        names = tuple(self._numbered("step_out") for _ in body.outputs)
-        protos = self.emit(body.inputs, body.outputs, names, body.first_serial)
-        return helper.make_graph(
+        names = tuple(self._numbered("step_out") for _ in part.outputs)
+        protos = self.emit(part.plan, part.outputs, names)
+        graph = helper.make_graph(
             protos,
             self._numbered("step"),
-            [helper.make_value_info(self.names[a], type_of(a)) for a in body.inputs],
-            [helper.make_value_info(name, type_of(a)) for name, a in zip(names, body.outputs, strict=True)],
+            [helper.make_value_info(self.names[a], type_of(a)) for a in part.inputs],
+            [helper.make_value_info(name, type_of(a)) for name, a in zip(names, part.outputs, strict=True)],
+        )
+        scanned, stacked = len(part.inputs) - body.states, len(part.outputs) - body.states
+        attributes: dict[str, Any] = {"num_scan_inputs": scanned, "body": graph}
+        if body.reverse:
+            attributes |= {"scan_input_directions": [1] * scanned, "scan_output_directions": [1] * stacked}
+        outer_inputs = [self._name(n.inputs[body.inputs.index(a)]) for a in part.inputs]
+        return helper.make_node(
+            n.op_type, outer_inputs, [self.names[n.outputs[k]] for k in part.kept], name=self._numbered(n.op_type), **attributes
         )
 
     def _name(self, a: SymbolicArray | None) -> str:
@@ -107,19 +126,92 @@ class _Graph:
         return self._numbered(name) if name in self.initializers else name
 
 
-def _needed(outputs: tuple[SymbolicArray, ...], inputs: Iterable[SymbolicArray], first_serial: int) -> set[Node]:
-    """Every node that `outputs` depend on, down to `inputs` and constants."""
+@dataclass
+class Loop:
+    """What is needed of a `Scan`: inputs and outputs of its body, the places of the latter, and what the body reads from outside."""
+
+    plan: Plan
+    inputs: tuple[SymbolicArray, ...]
+    outputs: tuple[SymbolicArray, ...]
+    kept: tuple[int, ...]
+    captured: tuple[SymbolicArray, ...]
+
+
+@dataclass
+class Plan:
+    """The nodes that some outputs need, in order, and what is needed of each loop among them."""
+
+    nodes: list[Node]
+    loops: dict[Node, Loop]
+    outside: tuple[SymbolicArray, ...] = ()
+    """Inputs that are read, and, in the body of a loop, values from outside."""
+
+
+def planned(outputs: Iterable[SymbolicArray], body: Body | None = None) -> Plan:
+    """Everything that `outputs` depend on, down to inputs and constants; in a body, down to what does not depend on the step."""
+    inner = None if body is None else _dependent(outputs, body)
+    loops: dict[Node, Loop] = {}
     found: set[Node] = set()
-    known = set(inputs)
-    waiting = list(outputs)
+    outside: dict[SymbolicArray, None] = {}
+    wanted: dict[Node, set[int]] = {}
+    waiting, seen = list(outputs), set()
     while waiting:
         a = waiting.pop()
-        if a in known or a.constant is not None:
+        if a in seen or a.constant is not None:
             continue
-        if a.producer is None or a.producer.serial < first_serial:
-            where = "computed outside of it" if a.producer else "no input of its own"
-            raise ExportError(f"a graph uses {a}, which is {where}; the body of a loop takes states, scanned inputs and constants only")
-        if a.producer not in found:
-            found.add(a.producer)
-            waiting.extend(b for b in a.producer.inputs if b is not None)
-    return found
+        seen.add(a)
+        n = a.producer
+        if n is None or (inner is not None and n not in inner):
+            outside[a] = None
+        elif n.body is not None:
+            places = wanted.setdefault(n, set(range(n.body.states)))
+            places.add(n.outputs.index(a))
+            found.add(n)
+            loops[n] = _needed_of(n.body, tuple(sorted(places)))
+            waiting.extend(b for b in (n.inputs[n.body.inputs.index(i)] for i in loops[n].inputs) if b is not None)
+            waiting.extend(loops[n].captured)
+        elif n not in found:
+            found.add(n)
+            waiting.extend(b for b in n.inputs if b is not None)
+    return Plan(sorted(found, key=lambda n: n.serial), loops, tuple(outside))
+
+
+def _needed_of(body: Body, kept: tuple[int, ...]) -> Loop:
+    outputs = tuple(body.outputs[k] for k in kept)
+    plan = planned(outputs, body)
+    states, read = body.inputs[: body.states], set(plan.outside)
+    inputs = (*states, *(a for a in body.inputs[body.states :] if a in read))
+    return Loop(plan, inputs, outputs, kept, tuple(a for a in plan.outside if a not in set(body.inputs)))
+
+
+def _dependent(outputs: Iterable[SymbolicArray], body: Body) -> set[Node]:
+    """Nodes whose result depends on the step; the others belong outside of the loop, where they run once."""
+    inputs, depends = set(body.inputs), {}
+
+    def visit(a: SymbolicArray | None) -> bool:
+        if a is None or a.constant is not None:
+            return False
+        if a in inputs:
+            return True
+        n = a.producer
+        if n is None or n.serial < body.first_serial:
+            return False
+        if n not in depends:
+            found = [visit(b) for b in n.inputs]
+            depends[n] = any(found)
+        return depends[n]
+
+    for a in outputs:
+        visit(a)
+    return {n for n, inside in depends.items() if inside}
+
+
+def _check_closed(plan: Plan, inputs: set[SymbolicArray], captures: bool) -> None:
+    for a in plan.outside:
+        if a not in inputs:
+            raise ExportError(f"the graph uses {a}, which is no input of its own")
+    for part in plan.loops.values():
+        if part.captured and not captures:
+            raise ExportError(
+                f"the body of a loop reads {part.captured[0]} from outside; it takes states, scanned inputs and constants only"
+            )

@@ -15,7 +15,7 @@ from portnorm.checkpoint.layers import to_json
 from portnorm.errors import ExportError, UnsupportedError
 from portnorm.files import written_whole
 from portnorm.layers.layer import Layer
-from portnorm.layers.recurrent import PlacedState, Recurrent
+from portnorm.layers.recurrent import PlacedState, Recurrent, recurrent_parts
 from portnorm_onnx.build import build
 from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.report import Report
@@ -54,13 +54,10 @@ def export(
     >>> report.nodes, report.body_nodes
     (7, (19,))
     """
-    version = DEFAULT_OPSET if opset is None else opset
-    if version not in OPSETS:
-        raise UnsupportedError(f"`opset` is {opset!r}; expected a number from {min(OPSETS)} to {max(OPSETS)}")
+    version = checked_opset(opset)
     if not isinstance(model, Layer):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
-    if path is not None and not Path(path).resolve().parent.is_dir():
-        raise ExportError(f"cannot write {os.fspath(path)!r}: there is no such directory")
+    checked_path(path)
     model = model.to(xp="numpy", dtype=dtype)
     started = time.perf_counter()
     proto = trace(model, version, lengths=lengths, state=state, input_shape=input_shape)
@@ -72,6 +69,20 @@ def export(
         with written_whole(path) as file:
             file.write(proto.SerializeToString())
     return report
+
+
+def checked_opset(opset: int | None) -> int:
+    """`opset`, or the default; raises `UnsupportedError` for one that there are no rows for."""
+    version = DEFAULT_OPSET if opset is None else opset
+    if version not in OPSETS:
+        raise UnsupportedError(f"`opset` is {opset!r}; expected a number from {min(OPSETS)} to {max(OPSETS)}")
+    return version
+
+
+def checked_path(path: str | os.PathLike[str] | None) -> None:
+    """Raise `ExportError` now, not after the work, where nothing can be written."""
+    if path is not None and not Path(path).resolve().parent.is_dir():
+        raise ExportError(f"cannot write {os.fspath(path)!r}: there is no such directory")
 
 
 def trace(
@@ -87,11 +98,11 @@ def trace(
         inputs.append(feed["lengths"])
     params, buffers = ({n: constant(to_numpy(a), n) for n, a in group.items()} for group in (model.params, model.buffers))
     if state:
-        given = _state_inputs(model, target)
+        given = state_inputs(model, target)
         inputs += given
         before: Any = tuple(given) if isinstance(model, Recurrent) else (tuple(given),)
     else:
-        before = _placed_zeros(model, x)
+        before = placed_zeros(model, x)
     y, after, _ = model.apply(params, buffers, x, before, feed.get("lengths"))
     outputs = {"y": y}
     if state:
@@ -100,12 +111,8 @@ def trace(
     return build(tuple(inputs), outputs, version, type(model).__name__, {_METADATA: to_json(model)})
 
 
-def _recurrent(model: Layer) -> list[Recurrent]:
-    return [layer for layer in model.layers() if isinstance(layer, Recurrent)]
-
-
-def _state_inputs(model: Layer, target: Opset) -> list[SymbolicArray]:
-    parts = _recurrent(model)
+def state_inputs(model: Layer, target: Opset) -> list[SymbolicArray]:
+    parts = recurrent_parts(model)
     if len(parts) != 1:
         raise UnsupportedError(f"`state=True` needs a model with one recurrent layer; this one has {len(parts)}")
     (layer,) = parts
@@ -117,9 +124,9 @@ def _state_inputs(model: Layer, target: Opset) -> list[SymbolicArray]:
     return [*inputs, graph_input(_TIME, "int64", (), target)] if layer.timed else inputs
 
 
-def _placed_zeros(model: Layer, x: SymbolicArray) -> Any:
+def placed_zeros(model: Layer, x: SymbolicArray) -> Any:
     """Zero states as the directions take them. The number of steps before is a named constant, so that a check can set it."""
-    parts = _recurrent(model)
+    parts = recurrent_parts(model)
     if not parts:
         return None
     xp = x.__array_namespace__()

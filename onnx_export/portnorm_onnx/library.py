@@ -7,7 +7,7 @@ from typing import Any
 
 from portnorm.arrays import Kernel, Library, leaves
 from portnorm.op import OPS
-from portnorm_onnx.lowering import OPSETS
+from portnorm_onnx.lowering import OPSETS, RESIDUALS, VJPS, Looked
 from portnorm_onnx.symbolic import SymbolicArray, opset_of
 
 
@@ -40,10 +40,11 @@ def _kernel(name: str) -> Kernel:
         return row(args)(*args, **attrs)
 
     def forward(*args: Any, **attrs: Any) -> tuple[Any, Any]:
-        # The residuals are those of the definition. Where nothing needs them, neither do the outputs of the graph, and they vanish.
-        return call(*args, **attrs), OPS[name].definition(*args, **attrs)[1]
+        # The residuals are those of the definition, or what the row says. Where nothing needs them, they vanish.
+        y, own = call(*args, **attrs), RESIDUALS.get(name)
+        return y, own(y, *args) if own is not None else OPS[name].definition(*args, **attrs)[1]
 
-    return Kernel(call=call, forward=forward, accepts=accepts)
+    return Kernel(call=call, forward=forward, accepts=accepts, vjp=VJPS.get(name), residuals=Looked if name == "embedding" else None)
 
 
 def _is_concrete(x: Any) -> bool:

@@ -7,7 +7,7 @@ standard's functions. A later operator set is an earlier one with rows replaced.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 from onnx import helper
@@ -49,6 +49,11 @@ def _where(condition: SymbolicArray, x: Any, y: Any) -> SymbolicArray:
     dtype = next(a.dtype for a in (x, y) if isinstance(a, SymbolicArray))
     x, y = (a if isinstance(a, SymbolicArray) else constant(numpy.asarray(a, dtype=dtype)) for a in (x, y))
     return node("Where", condition, x, y)
+
+
+def _is_finite(x: SymbolicArray) -> SymbolicArray:
+    """x − x is NaN for infinities and NaN, else 0."""
+    return node("Not", node("IsNaN", node("Sub", x, x)))
 
 
 def _reshape(x: SymbolicArray, shape: Any) -> SymbolicArray:
@@ -104,6 +109,25 @@ def _split(x: SymbolicArray, parts: int | tuple[int, ...]) -> tuple[SymbolicArra
     return nodes("Split", len(parts), x, _ints(*(unit * part for part in parts)), axis=-1)
 
 
+class Looked(NamedTuple):
+    """What the vjp of `embedding` needs."""
+
+    ids: SymbolicArray
+    weight: SymbolicArray
+
+
+def _embedding_vjp(residuals: Looked, dy: SymbolicArray) -> tuple[None, SymbolicArray]:
+    """Σ of the rows of `dy` that came from each row of the table: a scattered addition, which the standard does not have."""
+    zeros = constant(numpy.zeros(residuals.weight.dims, dtype=residuals.weight.dtype))
+    return None, node("ScatterND", zeros, node("Unsqueeze", residuals.ids, _ints(-1)), dy, reduction="add")
+
+
+RESIDUALS: dict[str, Row] = {"sigmoid": lambda y, x: (y,), "embedding": lambda y, ids, weight: Looked(ids, weight)}
+"""Residuals of an Op from its result and its arguments, where they are not those that its definition computes."""
+
+VJPS: dict[str, Row] = {"embedding": _embedding_vjp}
+"""Derivatives that are nodes of their own."""
+
 # Functions that are one ONNX operator of the same arguments.
 _SAME: dict[str, str] = {
     "add": "Add",
@@ -115,6 +139,7 @@ _SAME: dict[str, str] = {
     "exp": "Exp",
     "log": "Log",
     "sqrt": "Sqrt",
+    "pow": "Pow",
     "tanh": "Tanh",
     "minimum": "Min",
     "maximum": "Max",
@@ -127,12 +152,14 @@ _SAME: dict[str, str] = {
     "logical_or": "Or",
     "logical_not": "Not",
     "matmul": "MatMul",
+    "isnan": "IsNaN",
 }
 
 _ARRAY_API: dict[str, Row] = {
     **{name: _pointwise(op_type) for name, op_type in _SAME.items()},
     "where": _where,
     "clip": lambda x, low, high: node("Clip", x, *(constant(numpy.asarray(bound, dtype=x.dtype)) for bound in (low, high))),
+    "isfinite": _is_finite,
     "astype": lambda x, dtype: node("Cast", x, to=int(helper.np_dtype_to_tensor_dtype(numpy.dtype(dtype)))),
     "mean": _reduce("ReduceMean"),
     "sum": _reduce("ReduceSum"),
@@ -171,3 +198,8 @@ OPSETS: dict[int, dict[str, Row]] = {version: _OPSET_18 if version < 23 else _OP
 def opset(version: int) -> Opset:
     """The operator set of a version, with its rows."""
     return Opset(version, OPSETS[version])
+
+
+def training_opset(version: int) -> Opset:
+    """The same for a graph that goes backward too: a normalization is its definition, since no operator gives out what the vjp needs."""
+    return Opset(version, {name: row for name, row in OPSETS[version].items() if name != "normalize"})

@@ -47,7 +47,12 @@ class Body:
     """The graph inside a `Scan`."""
 
     inputs: tuple[SymbolicArray, ...]
+    """The states, then one step of every scanned input."""
     outputs: tuple[SymbolicArray, ...]
+    """The new states, then what is stacked."""
+    states: int
+    reverse: bool
+    """Whether the loop goes from the last step to the first."""
     first_serial: int
     """Nodes made before this one belong to the graph outside."""
 
@@ -77,6 +82,14 @@ class Dim:
 
     def __radd__(self, other: SymbolicArray) -> SymbolicArray:
         return self.scalar() + other
+
+    def __sub__(self, other: Any) -> SymbolicArray:
+        return self.scalar()._call("subtract", other)
+
+    def __mul__(self, other: Any) -> SymbolicArray:
+        return self.scalar()._call("multiply", other)
+
+    __rmul__ = __mul__
 
 
 Shape: TypeAlias = "tuple[int | Dim, ...]"
@@ -142,6 +155,13 @@ class SymbolicArray:
         return _as_array(other, self) / self
 
     __radd__, __rmul__ = __add__, __mul__
+
+    def __pow__(self, other: Any) -> SymbolicArray:
+        return self._call("pow", other)
+
+    def __rpow__(self, other: Any) -> SymbolicArray:
+        result: SymbolicArray = self.__array_namespace__().pow(_as_array(other, self), self)
+        return result
 
     def __neg__(self) -> SymbolicArray:
         return self._call("negative")
@@ -224,7 +244,7 @@ def _inferred(
             opset_imports=[helper.make_opsetid("", version)],
             ir_version=8,
         )
-    except (onnx.shape_inference.InferenceError, onnx.defs.SchemaError) as error:
+    except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, onnx.defs.SchemaError) as error:
         raise ExportError(f"{op_type} at opset {version} does not take {[a for a in inputs if a is not None]}: {error}") from error
     return [_read_type(types[f"o{k}"]) for k in range(count)]
 

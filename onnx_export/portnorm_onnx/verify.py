@@ -19,10 +19,11 @@ import numpy
 import onnx
 from onnx import helper
 
+from portnorm.arrays import mapped
 from portnorm.errors import ConformanceError, ExportError, UnsupportedError
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
-from portnorm.layers.recurrent import Recurrent
+from portnorm.layers.recurrent import Recurrent, recurrent_parts
 from portnorm_onnx.report import Comparison, Report
 from portnorm_onnx.runtimes import Session, session_of
 
@@ -80,7 +81,7 @@ def check(
     check_form(proto)
     eager = model.to(xp="numpy")
     names = [i.name for i in proto.graph.input]
-    states = {f"{name}_0" for part in _recurrent_parts(eager) for name in (*part.cell.states, "time")}
+    states = {f"{name}_0" for part in recurrent_parts(eager) for name in (*part.cell.states, "time")}
     if names[0] != "x" or not set(names) <= {"x", "lengths"} | states:
         raise ExportError(f"the graph has inputs {names}; expected x, and perhaps lengths or {', '.join(sorted(states))}")
     dims = [d.dim_value or d.dim_param for d in proto.graph.input[0].type.tensor_type.shape.dim]
@@ -132,7 +133,7 @@ def _trajectory(model: Layer, proto: onnx.ModelProto, session: Session, runtime:
     x, lengths = case
     outputs = session(_feed(proto, model, x, lengths, None))
     eager = _outputs(model, x, lengths)
-    exact = _outputs(model.to(dtype="float64"), _mapped(_wide, x), lengths)
+    exact = _outputs(model.to(dtype="float64"), floats(wide, x), lengths)
     dtype = numpy.dtype(model.dtype).name
     comparisons = []
     for name, result in outputs.items():
@@ -141,8 +142,8 @@ def _trajectory(model: Layer, proto: onnx.ModelProto, session: Session, runtime:
         difference, eager_difference = _distance(name, result, exact[name]), _distance(name, eager[name], exact[name])
         floor = FLOOR[dtype] * (max(1.0, _largest(exact[name])) if dtype == "float64" else 1.0)
         if not difference <= FACTOR * eager_difference + floor:
-            nudged = [_outputs(model, _nudged(x, seed), lengths)[name] for seed in range(ROUNDINGS)]
-            eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in nudged))
+            others = [_outputs(model, nudged(x, seed), lengths)[name] for seed in range(ROUNDINGS)]
+            eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
         allowed = FACTOR * eager_difference + floor
         comparisons.append(Comparison(runtime, name, _case_name(model, case), _steps(model, x), difference, allowed, eager_difference))
         if not difference <= allowed:
@@ -163,14 +164,14 @@ def _one_step(model: Layer, proto: onnx.ModelProto, session: Session, runtime: s
     for t in range(steps):
         step = numpy.take(x, [t], axis=axis)
         expected, after = _stepped(model, step, before)
-        exact, _ = _stepped(double, _mapped(_wide, step), _mapped(_wide, before))
+        exact, _ = _stepped(double, floats(wide, step), floats(wide, before))
         result = session(_feed(proto, model, step, ones, before))
         for name, values in expected.items():
             difference, eager_difference = _distance(name, result[name], values), _distance(name, values, exact[name])
             allowed = STEP_ULP[dtype] * float(numpy.finfo(dtype).eps) * max(1.0, _largest(values))
             if not difference <= allowed:
-                nudged = [_stepped(model, _nudged(step, seed), _nudged(before, seed))[0][name] for seed in range(ROUNDINGS)]
-                eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in nudged))
+                others = [_stepped(model, nudged(step, seed), nudged(before, seed))[0][name] for seed in range(ROUNDINGS)]
+                eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
                 allowed = max(allowed, STEP_FACTOR * eager_difference)
             if not difference <= allowed:
                 raise ConformanceError(
@@ -188,21 +189,20 @@ def _stepped(model: Layer, x: NumPyArray, state: Any) -> tuple[dict[str, NumPyAr
     return {"y": y, **_scan_states(model, after)}, after
 
 
-def _mapped(f: Callable[[NumPyArray], NumPyArray], state: Any) -> Any:
-    """A state, or an array, with every floating-point array changed; the number of steps stays as it is."""
-    if isinstance(state, tuple):
-        return tuple(_mapped(f, part) for part in state)
-    return f(state) if state.dtype.kind == "f" else state
+def floats(change: Callable[[NumPyArray], NumPyArray], tree: Any) -> Any:
+    """A state, or an array, with every floating-point array changed; counts stay as they are."""
+    return mapped(lambda a: change(a) if a.dtype.kind == "f" else a, tree)
 
 
-def _wide(a: NumPyArray) -> NumPyArray:
+def wide(a: NumPyArray) -> NumPyArray:
+    """In float64."""
     return a.astype(numpy.float64)
 
 
-def _nudged(values: Any, seed: int) -> Any:
+def nudged(values: Any, seed: int) -> Any:
     """Every number moved by at most one unit in its last place: as good a float32 input as the one given."""
     rng = numpy.random.default_rng(seed)
-    return _mapped(lambda a: (a * (1 + numpy.finfo(a.dtype).eps * rng.integers(-1, 2, a.shape))).astype(a.dtype), values)
+    return floats(lambda a: (a * (1 + numpy.finfo(a.dtype).eps * rng.integers(-1, 2, a.shape))).astype(a.dtype), values)
 
 
 def _largest(values: NumPyArray) -> float:
@@ -233,13 +233,9 @@ def with_states(proto: onnx.ModelProto, model: Layer) -> onnx.ModelProto:
     return copy
 
 
-def _recurrent_parts(model: Layer) -> list[Recurrent]:
-    return [layer for layer in model.layers() if isinstance(layer, Recurrent)]
-
-
 def _state_names(model: Layer) -> list[tuple[str, ...]]:
     """The names of the states of every loop, in the order of the loops."""
-    return [layer.cell.states for layer in _recurrent_parts(model) for _ in range(layer.num_layers * layer.num_directions)]
+    return [layer.cell.states for layer in recurrent_parts(model) for _ in range(layer.num_layers * layer.num_directions)]
 
 
 def _states_of(model: Layer, state: Any) -> list[Any]:
@@ -248,7 +244,7 @@ def _states_of(model: Layer, state: Any) -> list[Any]:
 
 def _named(model: Layer, state: Any, suffix: str) -> dict[str, NumPyArray]:
     """The state of the first recurrent part under the names of the graph's inputs ("0") or outputs ("n")."""
-    part = _recurrent_parts(model)[0]
+    part = recurrent_parts(model)[0]
     names = (*part.cell.states, *(("time",) if part.timed else ()))
     return {f"{name}_{suffix}": numpy.asarray(values) for name, values in zip(names, _states_of(model, state)[0], strict=True)}
 
@@ -256,7 +252,7 @@ def _named(model: Layer, state: Any, suffix: str) -> dict[str, NumPyArray]:
 def _scan_states(model: Layer, state: Any, suffix: str = "out") -> dict[str, NumPyArray]:
     """The state under the names of `with_states`: numbered through all layers and directions."""
     named, k = {}, 0
-    for layer, part in zip(_recurrent_parts(model), _states_of(model, state), strict=True):
+    for layer, part in zip(recurrent_parts(model), _states_of(model, state), strict=True):
         for place in range(part[0].shape[0]):
             named.update({f"{name}_{suffix}_{k}": values[place] for name, values in zip(layer.cell.states, part, strict=False)})
             k += 1
@@ -274,7 +270,7 @@ def _feed(proto: onnx.ModelProto, model: Layer, x: NumPyArray, lengths: NumPyArr
         feed |= _named(model, state if state is not None else model.initial_state(x.shape[0 if model.batch_first else 1]), "0")
     if state is not None:
         feed |= _scan_states(model, state, "in")
-        times = [part[-1] for layer, part in zip(_recurrent_parts(model), _states_of(model, state), strict=True) if layer.timed]
+        times = [part[-1] for layer, part in zip(recurrent_parts(model), _states_of(model, state), strict=True) if layer.timed]
         feed |= {"time_0": numpy.asarray(times[0])} if times else {}
     return feed
 

@@ -255,7 +255,7 @@ class BatchNorm(_ChannelNorm):
             axes = tuple(a for a in range(residuals.xhat.ndim) if a != self.channel_axis % residuals.xhat.ndim)
             count = residuals.counted
             count = None if count is None else xp.reshape(xp.broadcast_to(count, residuals.mean.shape), var.shape)
-            var = var * bessel(xp, count, residuals.xhat.shape, axes)
+            var = var * bessel(var, count, residuals.xhat.shape, axes)
         # A batch in which nothing counts has no statistics, and changes none.
         before = buffers["num_batches_tracked"]
         seen = xp.ones_like(before) > 0 if residuals.counted is None else xp.max(residuals.counted) > 0

@@ -296,6 +296,11 @@ class RNN(Recurrent):
     cell = RNNCell
 
 
+def recurrent_parts(model: Layer) -> list[Recurrent]:
+    """The recurrent layers of a model, in order."""
+    return [layer for layer in model.layers() if isinstance(layer, Recurrent)]
+
+
 def _initial(cell: RecurrentCell, inputs: int, hidden: int, t_max: int, start: Start, rng: Generator) -> Iterator[tuple[str, Any]]:
     """Names inside the cell and initial values of one direction's parameters."""
     variant, size, bound = cell.variant, cell.gates * hidden, 1.0 / math.sqrt(hidden)

@@ -139,7 +139,7 @@ def _with_own(
             z = xp.where(mask, z, 0.0)
     var = average(z * z)
     if correction:
-        var = var * bessel(xp, count, z.shape, axes)
+        var = var * bessel(var, count, z.shape, axes)
     if not center:
         mean = xp.zeros_like(var)
     rstd = 1.0 / _std(xp, var, eps, eps_place)
@@ -151,11 +151,14 @@ def _std(xp: Namespace, var: Array, eps: Array | float, eps_place: str) -> Array
     return xp.sqrt(var) + eps if eps_place == "std" else xp.sqrt(var + eps)
 
 
-def bessel(xp: Namespace, count: Array | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array | float:
-    """n / (n − 1) for the n values of each statistic, from `count` or from the lengths of `axes`; 1 where n is 1 or 0."""
+def bessel(var: Array, count: Array | None, shape: tuple[int, ...], axes: tuple[int, ...]) -> Array | float:
+    """n / (n − 1) for the n values of each of `var`, from `count` or from the lengths of `axes`; 1 where n is 1 or 0."""
+    xp = xp_of(var)
     if count is None:
         n = math.prod(shape[a] for a in axes)
-        return n / max(n - 1, 1)
+        if isinstance(n, int):
+            return n / max(n - 1, 1)
+        count = xp.astype(n, var.dtype)
     return xp.where(count > 1, count, 1.0) / xp.where(count > 1, count - 1, 1.0)
 
 
@@ -220,7 +223,7 @@ def _(
     if mean is None and all(xhat.shape[a] != 0 for a in axes):
         inner = xhat * _average(xp, g * xhat, axes, residuals.counted)
         if correction:
-            inner = inner * bessel(xp, residuals.counted, xhat.shape, axes)
+            inner = inner * bessel(residuals.var, residuals.counted, xhat.shape, axes)
         if eps_place == "std":
             std = xp.sqrt(residuals.var)
             inner = inner / xp.where(std > 0, std * rstd, 1.0)
