@@ -61,14 +61,15 @@ class _Graph:
         made: dict[Any, Node] = {}
         wanted = dict(zip(reversed(outputs), reversed(output_names), strict=True))
         for n in plan.nodes:
-            key = (n.op_type, tuple(self._name(a) for a in n.inputs), repr(sorted(n.attributes.items())), id(n.body))
-            same = made.setdefault(key, n)
-            if same is not n:
-                self.names.update({a: self._name(b) for a, b in zip(n.outputs, same.outputs, strict=True)})
-                continue
+            if n.body is None:
+                key = (n.op_type, tuple(self._name(a) for a in n.inputs), repr(sorted(n.attributes.items())))
+                same = made.setdefault(key, n)
+                if same is not n:
+                    self.names.update({a: self._name(b) for a, b in zip(n.outputs, same.outputs, strict=True)})
+                    continue
             for a in n.outputs:
                 self.names[a] = wanted[a] if a in wanted else self._numbered(n.op_type.lower())
-            protos.append(self._loop(n, plan.loops[n]) if n.body is not None else self._proto(n))
+            protos.append(self._proto(n) if n.body is None else self._loop(n, plan.loops[n]))
         for a, name in zip(outputs, output_names, strict=True):
             if self._name(a) != name:
                 protos.append(helper.make_node("Identity", [self._name(a)], [name], name=self._numbered("Identity")))

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import array_api_compat.numpy as known
 import numpy
 from onnx import helper
 
+from portnorm_onnx.fold import folded, product, table_rows
+from portnorm_onnx.fused import fused
 from portnorm_onnx.namespace import NAMESPACE, shape_vector
 from portnorm_onnx.norms import normalize, normalize_with_rms
 from portnorm_onnx.scan import loop
 from portnorm_onnx.symbolic import Dim, Opset, SymbolicArray, constant, dims_of, node, nodes
+from portnorm_onnx.targets import target_of
 
 Row = Callable[..., Any]
 
@@ -28,13 +32,17 @@ def _axes(axis: int | tuple[int, ...]) -> SymbolicArray:
     return _ints(*((axis,) if isinstance(axis, int) else axis))
 
 
-def _pointwise(op_type: str) -> Row:
-    """A Python number among arrays takes their dtype; a length becomes an array."""
+def _pointwise(op_type: str, function: Callable[..., Any]) -> Row:
+    """A Python number among arrays takes their dtype; a length becomes an array. What is known is folded."""
+
+    def made(*arrays: SymbolicArray) -> SymbolicArray:
+        found = folded(op_type, arrays, function, row)
+        return node(op_type, *arrays) if found is None else found
 
     def row(*args: Any) -> SymbolicArray:
         dtype = next((a.dtype for a in args if isinstance(a, SymbolicArray)), numpy.dtype("int64"))
         arrays = (a.scalar() if isinstance(a, Dim) else a for a in args)
-        return node(op_type, *(a if isinstance(a, SymbolicArray) else constant(numpy.asarray(a, dtype=dtype)) for a in arrays))
+        return made(*(a if isinstance(a, SymbolicArray) else constant(numpy.asarray(a, dtype=dtype)) for a in arrays))
 
     return row
 
@@ -98,8 +106,22 @@ def _flip(x: SymbolicArray, axis: int) -> SymbolicArray:
 
 
 def _linear(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None = None) -> SymbolicArray:
+    whole = product(x, weight, bias)
+    if whole is not None:
+        return whole
     y = node("MatMul", x, NAMESPACE.matrix_transpose(weight))
     return y if bias is None else node("Add", y, bias)
+
+
+def _take(x: SymbolicArray, indices: SymbolicArray, axis: int) -> SymbolicArray:
+    return table_rows(x, indices) if axis == 0 and x.constant is not None else node("Gather", x, indices, axis=axis)
+
+
+def _expand_dims(x: SymbolicArray, axis: int) -> SymbolicArray:
+    if x.rows_of is not None and axis % (x.ndim + 1) and x.opset is not None and x.opset.fold:
+        table, rows = x.rows_of
+        return table_rows(NAMESPACE.expand_dims(table, axis=axis), rows)
+    return node("Unsqueeze", x, _axes(axis))
 
 
 def _split(x: SymbolicArray, parts: int | tuple[int, ...]) -> tuple[SymbolicArray, ...]:
@@ -122,7 +144,11 @@ def _embedding_vjp(residuals: Looked, dy: SymbolicArray) -> tuple[None, Symbolic
     return None, node("ScatterND", zeros, node("Unsqueeze", residuals.ids, _ints(-1)), dy, reduction="add")
 
 
-RESIDUALS: dict[str, Row] = {"sigmoid": lambda y, x: (y,), "embedding": lambda y, ids, weight: Looked(ids, weight)}
+RESIDUALS: dict[str, Row] = {
+    "sigmoid": lambda y, x: (y,),
+    "embedding": lambda y, ids, weight: Looked(ids, weight),
+    "scan": lambda y, *args: None,
+}
 """Residuals of an Op from its result and its arguments, where they are not those that its definition computes."""
 
 VJPS: dict[str, Row] = {"embedding": _embedding_vjp}
@@ -156,7 +182,7 @@ _SAME: dict[str, str] = {
 }
 
 _ARRAY_API: dict[str, Row] = {
-    **{name: _pointwise(op_type) for name, op_type in _SAME.items()},
+    **{name: _pointwise(op_type, getattr(known, name)) for name, op_type in _SAME.items()},
     "where": _where,
     "clip": lambda x, low, high: node("Clip", x, *(constant(numpy.asarray(bound, dtype=x.dtype)) for bound in (low, high))),
     "isfinite": _is_finite,
@@ -168,11 +194,11 @@ _ARRAY_API: dict[str, Row] = {
     "reshape": _reshape,
     "getitem": _getitem,
     "flip": _flip,
-    "take": lambda x, indices, axis: node("Gather", x, indices, axis=axis),
+    "take": _take,
     "take_along_axis": lambda x, indices, axis: node("GatherElements", x, indices, axis=axis),
     "concat": lambda arrays, axis=0: node("Concat", *arrays, axis=axis),
     "stack": lambda arrays, axis=0: node("Concat", *(node("Unsqueeze", a, _ints(axis)) for a in arrays), axis=axis),
-    "expand_dims": lambda x, axis: node("Unsqueeze", x, _axes(axis)),
+    "expand_dims": _expand_dims,
     "squeeze": lambda x, axis: node("Squeeze", x, _axes(axis)),
     "permute_dims": lambda x, axes: node("Transpose", x, perm=list(axes)),
     "matrix_transpose": lambda x: node("Transpose", x, perm=[*range(x.ndim - 2), x.ndim - 1, x.ndim - 2]),
@@ -186,6 +212,7 @@ _OPS: dict[str, Row] = {
     "embedding": lambda ids, weight: node("Gather", weight, ids, axis=0),
     "normalize": normalize,
     "loop": loop,
+    "scan": fused,
 }
 
 _OPSET_18 = {**_ARRAY_API, **_OPS}
@@ -195,11 +222,11 @@ OPSETS: dict[int, dict[str, Row]] = {version: _OPSET_18 if version < 23 else _OP
 """Rows by operator set. onnxruntime refuses those above the last; `Split` and the reductions take their present form at the first."""
 
 
-def opset(version: int) -> Opset:
-    """The operator set of a version, with its rows."""
-    return Opset(version, OPSETS[version])
+def opset(version: int, target: str = "portable", *, fold: bool = True, final_state: bool = True, accurate: bool = False) -> Opset:
+    """The operator set of a version for a target, with its rows."""
+    return Opset(version, OPSETS[version], target_of(target), fold, final_state, accurate)
 
 
 def training_opset(version: int) -> Opset:
-    """The same for a graph that goes backward too: a normalization is its definition, since no operator gives out what the vjp needs."""
-    return Opset(version, {name: row for name, row in OPSETS[version].items() if name != "normalize"})
+    """The same for a graph that goes backward too: no operator gives out what the vjps of normalizations and cells need."""
+    return Opset(version, {name: row for name, row in OPSETS[version].items() if name not in ("normalize", "scan")})

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import array_api_compat.numpy as known
 import numpy
 
+from portnorm.arrays import float32_value
+from portnorm.norm.normalize import standard_deviation
+from portnorm_onnx.fold import scaled
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.symbolic import SymbolicArray, constant, node
 
@@ -17,6 +21,8 @@ from portnorm_onnx.symbolic import SymbolicArray, constant, node
 def _fits(x: SymbolicArray, attrs: Any) -> str | None:
     """The operator that computes these arguments, or `None`."""
     axes, params = attrs["axes"], attrs["param_axes"]
+    if _folds(x, attrs):
+        return "folded"
     if attrs.get("mask") is not None or not attrs.get("center", True) or not _as_defined(attrs):
         return None
     if attrs.get("mean") is not None:
@@ -30,6 +36,33 @@ def _fits(x: SymbolicArray, attrs: Any) -> str | None:
     if all(isinstance(x.dims[a], int) for a in axes):
         return "LayerNormalization"
     return None
+
+
+def _folds(x: SymbolicArray, attrs: Any) -> bool:
+    """Whether the statistics are given and one factor and one shift of each value, or step, are known before `x` is."""
+    if attrs.get("mean") is None or attrs.get("mask") is not None or x.opset is None or not x.opset.fold:
+        return False
+    mean, var = attrs["mean"], attrs["var"]
+    if x.affine is not None and mean.constant is not None and var.constant is not None:
+        return attrs["param_axes"] == (x.ndim - 1,) == tuple(a for a in range(x.ndim) if mean.constant.size > 1)[-1:]
+    by_step = all(s.step_of is not None or s.rows_of is not None or s.constant is not None for s in (mean, var))
+    return by_step and attrs["param_axes"] == (x.ndim - 1,) and numpy.dtype(x.dtype).itemsize >= 4 and mean.constant is None
+
+
+def _folded(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
+    """(x − μ) ⊙ s + bias with s = weight / σ; behind a matrix product, x ⊙ s + (bias − μ ⊙ s)."""
+    mean, var, xp = attrs["mean"], attrs["var"], NAMESPACE
+    if x.affine is not None and mean.constant is not None:
+        std = standard_deviation(known, var.constant.astype(numpy.float64), float32_value(eps), attrs.get("eps_place", "variance"))
+        scale = (1.0 if weight is None else weight.constant) / std
+        return scaled(x, scale, (0.0 if bias is None else bias.constant) - mean.constant * scale)
+    scale = 1.0 / standard_deviation(xp, var, float32_value(eps), attrs.get("eps_place", "variance"))
+    scale = scale if weight is None else scale * weight
+    if x.producer is None or x.producer.op_type != "MatMul":
+        y = (x - mean) * scale
+        return y if bias is None else y + bias
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return x * scale + shift
 
 
 def _as_defined(attrs: Any) -> bool:
@@ -71,7 +104,7 @@ def _batch(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> 
     return node("BatchNormalization", x, weight, bias, mean, var, epsilon=eps)
 
 
-_ROWS = {"LayerNormalization": _layer, "InstanceNormalization": _instance, "BatchNormalization": _batch}
+_ROWS = {"folded": _folded, "LayerNormalization": _layer, "InstanceNormalization": _instance, "BatchNormalization": _batch}
 
 
 def normalize_with_rms(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: float, **attrs: Any) -> SymbolicArray:

@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
+
 from portnorm.arrays import leaves, mapped
 from portnorm.errors import ExportError
-from portnorm_onnx.symbolic import Body, Node, SymbolicArray, graph_input, opset_of
+from portnorm_onnx.fold import Frame, table_rows
+from portnorm_onnx.symbolic import constant, node, Body, Node, SymbolicArray, graph_input, opset_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,9 +29,12 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Any, reverse: bool = Fa
     initial, scanned = list(leaves(carry)), [a for a in leaves((xs, kept)) if not isinstance(a, Same)]
     opset = opset_of(*scanned, *initial)
     assert opset is not None, "the loop of an exported model has an input that is not constant"
+    if scanned[0].dims[0] == 1:
+        return _one_step(carry, xs, kept, body)
     inner = [graph_input("", a.dtype, a.dims, opset) for a in initial]
-    step = [graph_input("", a.dtype, a.dims[1:], opset) for a in scanned]
-    first_serial = min(a.serial for a in (*inner, *step))
+    frame = Frame()
+    first_serial = min((a.serial for a in inner), default=0)
+    step = [frame.step(a) for a in scanned]
     steps = iter(step)
     step_xs, step_kept = mapped(lambda a: a.array if isinstance(a, Same) else next(steps), (xs, kept))
     states_of = iter(inner)
@@ -38,7 +44,9 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Any, reverse: bool = Fa
     for before, after in zip(initial, states, strict=True):
         if (before.dtype, len(before.dims)) != (after.dtype, len(after.dims)):
             raise ExportError(f"a state of the loop changes its type from {before} to {after}")
-    made = Node("Scan", (*initial, *scanned), {}, body=Body((*inner, *step), (*states, *results), len(initial), reverse, first_serial))
+    made = Node(
+        "Scan", (*initial, *frame.scanned), {}, body=Body((*inner, *frame.steps), (*states, *results), len(initial), reverse, first_serial)
+    )
     time = scanned[0].dims[0]
     made.outputs = (
         *(SymbolicArray(a.dtype, a.dims, opset, producer=made) for a in initial),
@@ -46,3 +54,19 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Any, reverse: bool = Fa
     )
     flat = iter(made.outputs)
     return mapped(lambda a: a if isinstance(a, Same) else next(flat), (new, outputs, keeps))  # type: ignore[no-any-return]
+
+
+def _one_step(carry: Any, xs: Any, kept: Any, body: Any) -> tuple[Any, Any, Any]:
+    """A sequence that is known to be one step needs no loop."""
+    first = constant(numpy.array([0]))
+
+    def step(a: Any) -> Any:
+        if isinstance(a, Same):
+            return a.array
+        if a.rows_of is not None:
+            table, rows = a.rows_of
+            return table_rows(table, node("Squeeze", rows, first))
+        return constant(a.constant[0]) if a.constant is not None else node("Squeeze", a, first)
+
+    new, outputs, keeps = body(carry, *mapped(step, (xs, kept)))
+    return (new, *mapped(lambda a: node("Unsqueeze", a, first), (outputs, keeps)))

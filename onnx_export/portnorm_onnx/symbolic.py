@@ -17,6 +17,7 @@ import onnx
 from onnx import helper
 
 from portnorm.errors import ExportError, UnsupportedError
+from portnorm_onnx.targets import TARGETS, Target
 
 NumPyArray: TypeAlias = "numpy.ndarray[Any, Any]"
 _serial = itertools.count()
@@ -28,6 +29,13 @@ class Opset:
 
     version: int
     rows: dict[str, Any] = field(repr=False)
+    target: Target = TARGETS["portable"]
+    fold: bool = False
+    """Whether what is known before the graph runs is folded away."""
+    final_state: bool = True
+    """Whether somebody wants the states after the last step."""
+    accurate: bool = False
+    """Whether input with |mean| ≫ std is centred before an operator that cancels."""
 
 
 @dataclass(eq=False)
@@ -111,6 +119,12 @@ class SymbolicArray:
     constant: NumPyArray | None = None
     name: str | None = None
     serial: int = field(default_factory=lambda: next(_serial))
+    affine: Any = None
+    """The product that it is, where that is known (`fold.py`)."""
+    rows_of: Any = None
+    """(table, rows) where it is rows of a constant table."""
+    step_of: Any = None
+    """(loop, scanned input) where it is one step of that."""
 
     @property
     def shape(self) -> Shape:

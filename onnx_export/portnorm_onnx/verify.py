@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from portnorm.arrays import mapped
 from portnorm.errors import ConformanceError, ExportError, UnsupportedError
@@ -93,7 +93,7 @@ def check(
         whole = session_of(runtime, proto.SerializeToString())
         for case in made:
             report.trajectories.append(_trajectory(eager, proto, whole, runtime, case))
-        if eager.recurrent and any(n.op_type == "Scan" for n in proto.graph.node):
+        if eager.recurrent and any(n.op_type in ("Scan", *_OPERATORS) for n in proto.graph.node):
             stepped = session_of(runtime, with_states(proto, eager).SerializeToString())
             report.steps.append(_one_step(eager, proto, stepped, runtime, max(made, key=lambda c: _steps(eager, c[0]))))
     return report
@@ -209,23 +209,41 @@ def _largest(values: NumPyArray) -> float:
     return float(numpy.max(numpy.abs(values), initial=0.0))
 
 
+_OPERATORS = ("LSTM", "GRU", "RNN")
+_FIRST_STATE = 5
+"""The place of the initial h among the inputs of these operators."""
+
+
 def with_states(proto: onnx.ModelProto, model: Layer) -> onnx.ModelProto:
     """A copy whose loops take their states as inputs (`h_in_0`, …, numbered by loop; `time_0`) and give them out (`h_out_0`, …)."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
-    graph = copy.graph
-    scans = [n for n in graph.node if n.op_type == "Scan"]
-    for k, (scan, names) in enumerate(zip(scans, _state_names(model), strict=True)):
-        attributes = {a.name: helper.get_attribute_value(a) for a in scan.attribute}
-        body = attributes["body"]
-        states = len(scan.input) - attributes["num_scan_inputs"]
-        for name, place in zip(names, range(states - len(names), states), strict=True):
-            entry, value = body.input[place].type, f"{name}_in_{k}"
-            graph.input.append(helper.make_value_info(value, entry))
-            scan.input[place] = value
-            scan.output[place] = scan.output[place] or f"{name}_last_{k}"
-            graph.node.append(helper.make_node("Identity", [scan.output[place]], [f"{name}_out_{k}"]))
-            graph.output.append(helper.make_value_info(f"{name}_out_{k}", entry))
+    graph, before = copy.graph, []
+    loops = [n for n in graph.node if n.op_type in ("Scan", *_OPERATORS)]
+    for k, (loop, names) in enumerate(zip(loops, _state_names(model), strict=True)):
+        plain, found = loop.op_type in _OPERATORS, helper.get_node_attr_value
+        states = 0 if plain else len(loop.input) - found(loop, "num_scan_inputs")
+        for i, (name, size) in enumerate(names):
+            given, last = f"{name}_in_{k}", f"{name}_out_{k}"
+            entry = [helper.make_tensor_value_info(v, _element(graph, model), ["batch", size]) for v in (given, last)]
+            graph.input.append(entry[0])
+            graph.output.append(entry[1])
+            if plain:  # the operator's state has an axis for the direction
+                before.append(helper.make_node("Unsqueeze", [given, "states_axis"], [f"{given}_1"]))
+                loop.input[_FIRST_STATE + i] = f"{given}_1"
+                place, change = 1 + i, helper.make_node("Squeeze", [f"{last}_1", "states_axis"], [last])
+            else:
+                place = states - len(names) + i
+                loop.input[place] = given
+                change = helper.make_node("Identity", [f"{last}_1"], [last])
+            while len(loop.output) <= place:
+                loop.output.append("")
+            loop.output[place] = change.input[0] = loop.output[place] or f"{last}_1"
+            graph.node.append(change)
+    if before:
+        graph.initializer.append(numpy_helper.from_array(numpy.array([0]), "states_axis"))
+        for n in reversed(before):
+            graph.node.insert(0, n)
     for tensor in list(graph.initializer):
         if tensor.name == "time_0":
             graph.initializer.remove(tensor)
@@ -233,9 +251,17 @@ def with_states(proto: onnx.ModelProto, model: Layer) -> onnx.ModelProto:
     return copy
 
 
-def _state_names(model: Layer) -> list[tuple[str, ...]]:
-    """The names of the states of every loop, in the order of the loops."""
-    return [layer.cell.states for layer in recurrent_parts(model) for _ in range(layer.num_layers * layer.num_directions)]
+def _element(graph: onnx.GraphProto, model: Layer) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(numpy.dtype(model.dtype)))
+
+
+def _state_names(model: Layer) -> list[list[tuple[str, int]]]:
+    """Names and sizes of the states of every loop, in the order of the loops."""
+    return [
+        list(zip(layer.cell.states, layer.state_sizes(), strict=True))
+        for layer in recurrent_parts(model)
+        for _ in range(layer.num_layers * layer.num_directions)
+    ]
 
 
 def _states_of(model: Layer, state: Any) -> list[Any]:

@@ -102,7 +102,7 @@ def normalize(
 
 def _with_given(xp: Namespace, z: Array, mean: Array, var: Array, eps: float, eps_place: str) -> Normalized:
     mean, var = (xp.astype(s, z.dtype, copy=False) for s in (mean, var))
-    rstd = 1.0 / _std(xp, var, float32_value(eps), eps_place)
+    rstd = 1.0 / standard_deviation(xp, var, float32_value(eps), eps_place)
     return Normalized((z - mean) * rstd, rstd, None, mean, var, None, None, None)
 
 
@@ -142,12 +142,13 @@ def _with_own(
         var = var * bessel(var, count, z.shape, axes)
     if not center:
         mean = xp.zeros_like(var)
-    rstd = 1.0 / _std(xp, var, eps, eps_place)
+    rstd = 1.0 / standard_deviation(xp, var, eps, eps_place)
     xhat = z * rstd
     return Normalized(xhat, rstd, scale, mean, var, count, None, None)
 
 
-def _std(xp: Namespace, var: Array, eps: Array | float, eps_place: str) -> Array:
+def standard_deviation(xp: Namespace, var: Array, eps: Array | float, eps_place: str) -> Array:
+    """sqrt(σ² + ε), or σ + ε with `eps_place="std"`."""
     return xp.sqrt(var) + eps if eps_place == "std" else xp.sqrt(var + eps)
 
 

@@ -1,0 +1,137 @@
+"""What is known before the graph runs is folded away: chains of affine maps into weights, functions of table rows into the table.
+
+Three rules, each applied while the graph is traced:
+
+    (x·W + b) ⊙ s + t       is  x·(W ⊙ s) + (b ⊙ s + t)      batch normalization with fixed statistics disappears into the weights
+    f(table[rows])          is  f(table)[rows]                one gain per step instead of a variance and a root
+    f(step of xs)           is  a step of f(xs)               pointwise work on scanned inputs happens once, before the loop
+
+The first is applied behind a matrix product only, whose rounding is of the same order; folding in front of one would cancel where
+|mean| ≫ std.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy
+
+from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, node, opset_of
+
+
+class Affine(NamedTuple):
+    """An array as x·matrix + shift; the constants in float64."""
+
+    x: SymbolicArray
+    matrix: NumPyArray
+    shift: NumPyArray
+    name: str
+
+
+def product(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None) -> SymbolicArray | None:
+    """x · weightᵀ + bias with constant weights; `None` where this is not known or not to be folded."""
+    opset = opset_of(x)
+    if opset is None or not opset.fold or weight.constant is None or (bias is not None and bias.constant is None):
+        return None
+    matrix = weight.constant.astype(numpy.float64).T
+    shift = numpy.zeros(matrix.shape[1]) if bias is None else bias.constant.astype(numpy.float64)
+    return _made(Affine(x, matrix, shift, f"{weight.name or 'weight'}.T"), x.dtype)
+
+
+def _made(a: Affine, dtype: Any) -> SymbolicArray:
+    y = node("MatMul", a.x, constant(a.matrix.astype(dtype), a.name))
+    if a.shift.any():
+        y = node("Add", y, constant(a.shift.astype(dtype)))
+    y.affine = a
+    return y
+
+
+def scaled(y: SymbolicArray, scale: NumPyArray, shift: NumPyArray) -> SymbolicArray:
+    """y ⊙ scale + shift, folded into the product that gives `y`."""
+    a = y.affine
+    scale, shift = (numpy.asarray(v, dtype=numpy.float64).reshape(-1) for v in (scale, shift))
+    name = a.name if a.name.endswith(".folded") else f"{a.name}.folded"
+    return _made(Affine(a.x, a.matrix * scale, a.shift * scale + shift, name), y.dtype)
+
+
+def folded(op_type: str, args: tuple[SymbolicArray, ...], function: Callable[..., Any], row: Callable[..., SymbolicArray]) -> Any:
+    """A pointwise operation of which something is known, or `None`."""
+    opset = opset_of(*args)
+    if opset is None or not opset.fold:
+        return None
+    for found in (_into_product(op_type, args), _into_table(args, function), _before_loop(args, row)):
+        if found is not None:
+            return found
+    return None
+
+
+def _into_product(op_type: str, args: tuple[SymbolicArray, ...]) -> SymbolicArray | None:
+    if len(args) != 2 or op_type not in ("Add", "Sub", "Mul", "Div"):
+        return None
+    first, second = args
+    y, other = (first, second) if first.affine is not None else (second, first)
+    if y.affine is None or other.constant is None or not _along_last(other.constant, y):
+        return None
+    c = other.constant.astype(numpy.float64)
+    if y is second and op_type in ("Sub", "Div"):
+        return scaled(y, numpy.asarray(-1.0), c) if op_type == "Sub" else None
+    one, zero = numpy.asarray(1.0), numpy.asarray(0.0)
+    factor, term = {"Add": (one, c), "Sub": (one, -c), "Mul": (c, zero), "Div": (1.0 / c, zero)}[op_type]
+    return scaled(y, factor, term)
+
+
+def _along_last(values: NumPyArray, y: SymbolicArray) -> bool:
+    """Whether a constant broadcasts along the last axis of `y` only, and leaves its shape as it is."""
+    return values.ndim <= len(y.dims) and values.size in (1, y.dims[-1]) and (values.size == 1 or values.shape[-1] == values.size)
+
+
+def table_rows(table: SymbolicArray, rows: SymbolicArray) -> SymbolicArray:
+    """table[rows], remembered as such."""
+    found = node("Gather", table, rows, axis=0)
+    found.rows_of = (table, rows)
+    return found
+
+
+def _into_table(args: tuple[SymbolicArray, ...], function: Callable[..., Any]) -> SymbolicArray | None:
+    looked = [a.rows_of for a in args if a.rows_of is not None]
+    if not looked or any(a.rows_of is None and a.constant is None for a in args) or any(rows is not looked[0][1] for _, rows in looked):
+        return None
+    if any(a.constant is not None and a.constant.ndim >= len(looked[0][0].dims) for a in args):
+        return None
+    values = function(*(a.constant if a.rows_of is None else a.rows_of[0].constant for a in args))
+    return table_rows(constant(values), looked[0][1])
+
+
+class Frame:
+    """The loop whose body is being traced: its scanned inputs, of which there can be more than were given."""
+
+    def __init__(self) -> None:
+        self.scanned: list[SymbolicArray] = []
+        self.steps: list[SymbolicArray] = []
+
+    def step(self, outer: SymbolicArray) -> SymbolicArray:
+        """One step of a scanned input; where all steps are the same known row, that."""
+        if outer.rows_of is not None and outer.rows_of[0].dims[0] == 1 and outer.opset is not None and outer.opset.fold:
+            return constant(outer.rows_of[0].constant[0])
+        for known, symbol in zip(self.scanned, self.steps, strict=True):
+            if known is outer:
+                return symbol
+        symbol = SymbolicArray(outer.dtype, outer.dims[1:], outer.opset)
+        symbol.step_of = (self, outer)
+        self.scanned.append(outer)
+        self.steps.append(symbol)
+        return symbol
+
+
+def _before_loop(args: tuple[SymbolicArray, ...], row: Callable[..., SymbolicArray]) -> SymbolicArray | None:
+    steps = [a for a in args if a.step_of is not None]
+    if not steps or any(a.step_of is None and a.constant is None for a in args):
+        return None
+    frame = steps[0].step_of[0]
+    if any(a.step_of[0] is not frame for a in steps) or len({a.dims for a in steps}) > 1 or len(steps[0].dims) != 1:
+        return None
+    if any(a.constant is not None and a.constant.ndim > 1 for a in args):
+        return None
+    result: SymbolicArray = frame.step(row(*(a if a.step_of is None else a.step_of[1] for a in args)))
+    return result

@@ -1,0 +1,134 @@
+"""Plain cells as one operator: `scan` of a cell without normalizers, or with ones that fold away, is ONNX's LSTM, GRU or RNN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from portnorm.arrays import float32_value
+from portnorm.cells.cell import RecurrentCell
+from portnorm.cells.gru import GRUCell
+from portnorm.cells.lstm import LSTMCell
+from portnorm.cells.rnn import RNNCell
+from portnorm.norm.normalize import standard_deviation
+from portnorm.scan import sequence_mask
+from portnorm_onnx.namespace import NAMESPACE
+from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, node, nodes
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """An ONNX operator, and where each of its gates is among ours."""
+
+    name: str
+    gates: tuple[int, ...]
+    functions: tuple[str, ...] = ()
+    """Its functions before the candidate's."""
+
+
+_OPERATORS: dict[type, _Operator] = {
+    LSTMCell: _Operator("LSTM", (0, 3, 1, 2)),
+    GRUCell: _Operator("GRU", (1, 0, 2), ("Sigmoid",)),
+    RNNCell: _Operator("RNN", (0,)),
+}
+_FUNCTIONS = {"tanh": "Tanh", "relu": "Relu"}
+_DTYPES = ("float16", "float32")
+"""onnxruntime loads these operators in float64, and fails when they run."""
+
+
+def _is_plain(cell: RecurrentCell, params: Any) -> bool:
+    """Whether the step is the operator's, but for normalizers that may fold away."""
+    v = cell.variant
+    special = v.zoneout or v.clip is not None or "weight_hr" in params or v.affine != "shared"
+    resets = {GRUCell: ("after", "before")}.get(type(cell), (v.reset,))
+    slots = {name for name, slot in cell.slots.items() if slot.normalizes}
+    return not special and type(cell) in _OPERATORS and v.reset in resets and slots <= ({"norm_hh"} if v.norm == "batch" else set())
+
+
+def accepts(xs: Any, state: Any, params: Any, *, cell: Any, lengths: Any = None, sequences: bool = True, keep: bool = True) -> bool:
+    """Whether the operator computes this: the input term is a known affine map of the input, and the hidden weights are known."""
+    u = xs[0]
+    if keep or u.opset is None or not u.opset.fold or not u.opset.target.fused or numpy.dtype(u.dtype).name not in _DTYPES:
+        return False
+    if u.affine is None or not isinstance(cell, RecurrentCell) or not _is_plain(cell, params):
+        return False
+    if cell.variant.peepholes and not u.opset.target.peepholes:
+        return False
+    if lengths is not None and not u.opset.target.fused_lengths and u.opset.final_state and len(cell.states) > 1:
+        return False
+    return _hidden(xs, params, cell) is not None
+
+
+def _hidden(xs: Any, params: Any, cell: RecurrentCell) -> tuple[NumPyArray, NumPyArray] | None:
+    """(weights, bias) of the hidden term, statistics that are the same at every step folded in; `None` where they are not known."""
+    given = dict(zip(cell.given(), xs[1:], strict=True))
+    weight = params["weight_hh"].constant.astype(numpy.float64)
+    bias = numpy.zeros(weight.shape[0])
+    if "bias_hh" in params:
+        bias = bias + params["bias_hh"].constant
+    slot = cell.slots.get("norm_hh")
+    if slot is not None and slot.normalizes:
+        mean, var = (_only_row(given[f"norm_hh.{s}"]) for s in ("mean", "var"))
+        if mean is None or var is None or cell.width("norm_hh") != cell.gates:
+            return None
+        scale = 1.0 / standard_deviation(numpy, var, float32_value(cell.variant.eps), cell.variant.eps_place)
+        if "norm_hh.weight" in params:
+            scale = scale * params["norm_hh.weight"].constant
+        weight, bias = weight * scale[:, None], (bias - mean) * scale
+    if "norm_hh.bias" in params:
+        bias = bias + params["norm_hh.bias"].constant
+    return weight, bias
+
+
+def _only_row(table: SymbolicArray) -> NumPyArray | None:
+    """The statistics, where every step has the same."""
+    if table.rows_of is None or table.rows_of[0].dims[0] != 1:
+        return None
+    row: NumPyArray = table.rows_of[0].constant[0].astype(numpy.float64)
+    return row
+
+
+def fused(
+    xs: Any, state: Any, params: Any, *, cell: Any, lengths: Any = None, sequences: bool = True, keep: bool = True
+) -> tuple[tuple[SymbolicArray, ...], tuple[SymbolicArray, ...]]:
+    """`portnorm.scan.scan` as one node. Where `sequence_lens` is not safe, the padding is masked, and h is taken at each sequence's end."""
+    u, operator = xs[0], _OPERATORS[type(cell)]
+    weights = _hidden(xs, params, cell)
+    assert weights is not None
+    hidden, x = weights[0].shape[1], u.affine.x
+    dtype, count = u.dtype, len(operator.gates)
+
+    def ordered(values: NumPyArray) -> NumPyArray:
+        return values.reshape(count, hidden, -1)[list(operator.gates)].reshape(count * hidden, *values.shape[1:])
+
+    w, r = (constant(ordered(m)[None].astype(dtype), n) for m, n in ((u.affine.matrix.T, "weight_ih.W"), (weights[0], "weight_hh.R")))
+    b = constant(numpy.concatenate([ordered(u.affine.shift), ordered(weights[1])])[None].astype(dtype), "bias.B")
+    by_operator = lengths is not None and u.opset.target.fused_lengths
+    initial = [node("Unsqueeze", s, constant(numpy.array([0]))) for s in state]
+    inputs = [x, w, r, b, NAMESPACE.astype(lengths, "int32") if by_operator else None, *initial]
+    attributes: dict[str, Any] = {"hidden_size": hidden}
+    if operator.name == "GRU":
+        attributes["linear_before_reset"] = int(cell.variant.reset == "after")
+    if cell.variant.activation != "tanh":
+        attributes["activations"] = [*operator.functions, _FUNCTIONS[cell.variant.activation]]
+    if cell.variant.peepholes:
+        i, f, o = params["peephole"].constant
+        inputs.append(constant(numpy.concatenate([i, o, f])[None].astype(dtype), "peephole.P"))
+    y, *last = nodes(operator.name, 1 + len(state), *inputs, **attributes)
+    xp, results = NAMESPACE, [_squeezed(y, 1), *(_squeezed(s, 0) for s in last)]
+    if lengths is not None and not by_operator:
+        every, at_end = results[0], lengths - 1
+        index = xp.broadcast_to(xp.where(at_end > 0, at_end, 0)[None, :, None], (1, u.shape[1], hidden))
+        ends = _squeezed(xp.take_along_axis(every, index, axis=0), 0)
+        results[1] = xp.where((lengths > 0)[:, None], ends, state[0])
+        results[0] = xp.where(sequence_mask(every, lengths), every, 0.0)
+    return tuple(results[1:]), (results[0],) if sequences else ()
+
+
+def _squeezed(x: SymbolicArray, axis: int) -> SymbolicArray:
+    return node("Squeeze", x, constant(numpy.array([axis])))
+
+
+fused.accepts = accepts  # type: ignore[attr-defined]
