@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -18,8 +18,8 @@ def build(
     outputs: Mapping[str, SymbolicArray],
     opset: int,
     name: str,
-    metadata: Mapping[str, str],
     *,
+    names: Names | None = None,
     defaults: Mapping[str, NumPyArray] | None = None,
     captures: bool = False,
 ) -> onnx.ModelProto:
@@ -27,29 +27,42 @@ def build(
 
     With `captures` the bodies of loops may read values from outside that are no constants, which not every runtime can do.
     """
-    graph = _Graph()
+    names = names or Names()
+    graph = _Graph(names.prefix)
     for a in inputs:
-        graph.names[a] = a.name or ""
+        graph.names[a] = names.of(a.name or "")
+    outputs = {names.of(n): a for n, a in outputs.items()}
     plan = planned(outputs.values())
     _check_closed(plan, set(inputs), captures)
     emitted = graph.emit(plan, tuple(outputs.values()), tuple(outputs))
     proto = helper.make_graph(
         emitted,
-        name,
-        [helper.make_value_info(a.name or "", type_of(a)) for a in inputs],
+        names.prefix + name,
+        [helper.make_value_info(graph.names[a], type_of(a)) for a in inputs],
         [helper.make_value_info(n, type_of(a)) for n, a in outputs.items()],
         [*graph.initializers.values(), *(numpy_helper.from_array(a, n) for n, a in (defaults or {}).items())],
     )
     opsets = [helper.make_opsetid("", opset)]
-    model = helper.make_model(proto, opset_imports=opsets, producer_name="portnorm", ir_version=helper.find_min_ir_version_for(opsets))
-    helper.set_model_props(model, dict(metadata))
-    return model
+    return helper.make_model(proto, opset_imports=opsets, producer_name="portnorm", ir_version=helper.find_min_ir_version_for(opsets))
+
+
+@dataclass(frozen=True)
+class Names:
+    """How the names in a graph are made: those of inputs and outputs that were asked for, and what stands before all others."""
+
+    prefix: str = ""
+    given: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, name: str) -> str:
+        """The name of an input or output."""
+        return self.given.get(name, self.prefix + name)
 
 
 class _Graph:
     """Names and initializers of one model, shared by its graph and the bodies inside."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
         self.names: dict[SymbolicArray, str] = {}
         self.initializers: dict[str, onnx.TensorProto] = {}
         self._by_content: dict[Any, str] = {}
@@ -121,10 +134,11 @@ class _Graph:
 
     def _numbered(self, stem: str) -> str:
         count = self._used[stem] = self._used.get(stem, -1) + 1
-        return f"{stem}_{count}"
+        return f"{self.prefix}{stem}_{count}"
 
     def _unique(self, name: str) -> str:
-        return self._numbered(name) if name in self.initializers else name
+        name = self.prefix + name
+        return f"{name}_{len(self.initializers)}" if name in self.initializers else name
 
 
 @dataclass

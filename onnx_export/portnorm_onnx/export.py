@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy
+import onnx
 
-from portnorm.arrays import DType, to_numpy
-from portnorm.checkpoint.layers import to_json
+from portnorm.arrays import DType, dtype_name, to_numpy
 from portnorm.errors import ExportError, UnsupportedError
-from portnorm.files import written_whole
 from portnorm.layers.layer import Layer
-from portnorm.layers.recurrent import PlacedState, Recurrent, recurrent_parts
-from portnorm_onnx.build import build
+from portnorm.layers.recurrent import recurrent_parts
+from portnorm_onnx.build import Names, build
 from portnorm_onnx.lowering import OPSETS, opset
+from portnorm_onnx.metadata import described, rounded
+from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report
-from portnorm_onnx.symbolic import Opset, SymbolicArray, constant, graph_input
-from portnorm_onnx.verify import check
+from portnorm_onnx.signature import named_state, state_inputs, zero_states
+from portnorm_onnx.storage import Draft, as_function
+from portnorm_onnx.symbolic import constant, graph_input
+from portnorm_onnx.targets import TARGETS, Target, check_types, checker, target_of
+from portnorm_onnx.verify import check, streaming_trajectory
 
 DEFAULT_OPSET = 18
-_METADATA = "portnorm"
-_TIME = "time_0"
+TYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def export(
@@ -32,50 +36,95 @@ def export(
     path: str | os.PathLike[str] | None,
     *,
     opset: int | None = None,
+    target: str = "portable",
     dtype: DType | None = None,
+    streaming: bool = False,
+    fold: bool = True,
+    accurate: bool = False,
     lengths: bool = True,
     state: bool = False,
     input_shape: tuple[int | str, ...] | None = None,
     inputs: Iterable[Any] | None = None,
+    names: Mapping[str, str] | None = None,
+    prefix: str = "",
+    function: bool = False,
+    external_data: bool | None = None,
 ) -> Report:
     """Write `model` in inference mode as an ONNX file, after the graph was checked against the model in onnxruntime.
 
     The graph's input is `x`, its output `y`; lengths that are not fixed are named "batch" and "time". A recurrent model also takes
     `lengths` (batch,), int64, unless `lengths=False`; with `state=True` it takes `h_0`, `c_0` (and `time_0` for batch normalization)
-    and gives `h_n`, `c_n`, `time_n`. Each direction of a recurrent layer is one `Scan`. Any opset from 18 to 26; 18 unless stated.
-    `input_shape` states the shape of `x` where the model leaves it open, with strings for lengths that vary; `dtype` converts first.
+    and gives `h_n`, `c_n`, `time_n`; a model of several recurrent layers has the layer's number before these names (`1.h_0`). With
+    `streaming=True` the graph is one step: `x` (batch, features), the states, no time axis and no `lengths`.
+
+    `target` names who will run the graph: "portable" (all of them), "onnxruntime", "openvino", "tract", "web" or "tensorrt"; any opset
+    from 18 to 26, 18 unless stated. `dtype` converts first: float16, bfloat16, float32 or float64. `fold` writes batch normalization with
+    fixed statistics into weights and tables, and plain cells as the operators LSTM, GRU and RNN; `fold=False` keeps each visible.
+    `accurate=True` centres before operators that cancel where |mean| ≫ std, at the cost of two nodes each.
+
+    `names` gives inputs and outputs other names ({"x": "features"}), `prefix` stands before every name inside, so that the graph merges
+    into another with `onnx.compose`; `function=True` makes it one model-local function. `external_data` puts weights into a file of their
+    own beside the model; by itself only where they exceed what one file can hold (2 GB). `input_shape` states the shape of `x` where the
+    model leaves it open, with strings for lengths that vary.
 
     The graph passes onnx's checker and strict shape inference and the two gates of `portnorm.verify`, on random input of several
-    (time, batch) or on `inputs`. Only then the file appears; an existing one is replaced whole. `path=None` writes nothing; the model is
-    then `report.model`. Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
+    (time, batch) or on `inputs`; a streaming graph also gives, step by step, what the sequence graph gives. Only then the file appears; an
+    existing one is replaced whole. `path=None` writes nothing; the model is then `report.model`. `portnorm.load` reads the layer back.
+    Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
 
     >>> import portnorm as pn
     >>> report = pn.export(pn.LSTM(8, 16, norm="layer", rng=0), None)
     >>> report.nodes, report.body_nodes
     (7, (19,))
     """
-    version = checked_opset(opset)
     if not isinstance(model, Layer):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
+    row = target_of(target)
+    version = checked_opset(opset, row)
     checked_path(path)
-    model = model.to(xp="numpy", dtype=dtype)
+    if streaming and (not model.recurrent or any(part.num_directions == 2 for part in recurrent_parts(model))):
+        raise UnsupportedError("`streaming` needs a recurrent model that goes forward only; a reverse direction starts at the end")
+    kind = _dtype_of(model, dtype, row)
+    model = rounded(model.to(xp="numpy", dtype="float32" if kind == "bfloat16" else kind), kind)
+    named = Names(prefix, dict(names or {}))
+    shape = Shape(version, row, kind, fold and not accurate, accurate, lengths, state, input_shape, named, streaming)
     started = time.perf_counter()
-    proto = trace(model, version, lengths=lengths, state=state, input_shape=input_shape)
+    proto = trace(model, shape)
     seconds = time.perf_counter() - started
+    check_names(proto, named)
+    if function:
+        proto = as_function(proto, prefix or type(model).__name__)
     cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
-    report = check(proto, model, runtimes=("onnxruntime",), cases=cases, path=None if path is None else Path(path))
-    report.seconds = seconds
-    if path is not None:
-        with written_whole(path) as file:
-            file.write(proto.SerializeToString())
+    with Draft(proto, path, external_data) as draft:
+        report = check(draft, model, runtimes=(checker(proto, kind),), cases=cases)
+        if streaming:
+            whole = trace(model, shape._replace(streaming=False, state=True, lengths=False, names=Names()))
+            report.trajectories += streaming_trajectory(draft, whole, model, checker(proto, kind))
+        report.seconds = seconds
+        draft.publish()
     return report
 
 
-def checked_opset(opset: int | None) -> int:
-    """`opset`, or the default; raises `UnsupportedError` for one that there are no rows for."""
+class Shape(NamedTuple):
+    """What was asked for, but for the model."""
+
+    version: int
+    target: Target
+    dtype: str
+    fold: bool
+    accurate: bool
+    lengths: bool
+    state: bool
+    input_shape: tuple[int | str, ...] | None
+    names: Names
+    streaming: bool = False
+
+
+def checked_opset(opset: int | None, target: Target) -> int:
+    """`opset`, or the default; raises `UnsupportedError` for one that there are no rows for, or that the target does not read."""
     version = DEFAULT_OPSET if opset is None else opset
-    if version not in OPSETS:
-        raise UnsupportedError(f"`opset` is {opset!r}; expected a number from {min(OPSETS)} to {max(OPSETS)}")
+    if version not in OPSETS or version > target.last_opset:
+        raise UnsupportedError(f"`opset` is {opset!r}; expected a number from {min(OPSETS)} to {target.last_opset}")
     return version
 
 
@@ -85,55 +134,59 @@ def checked_path(path: str | os.PathLike[str] | None) -> None:
         raise ExportError(f"cannot write {os.fspath(path)!r}: there is no such directory")
 
 
-def trace(
-    model: Layer, version: int, *, lengths: bool = True, state: bool = False, input_shape: tuple[int | str, ...] | None = None
-) -> Any:
+def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     """The ONNX model of a layer on NumPy, not checked yet."""
-    target = opset(version)
-    dims = tuple(input_shape) if input_shape is not None else model.input_dims()
-    x = graph_input("x", "int64" if model.takes_integers else model.dtype, dims, target)
-    inputs, feed = [x], {}
-    if lengths and model.recurrent:
-        feed["lengths"] = graph_input("lengths", "int64", ("batch",), target)
-        inputs.append(feed["lengths"])
-    params, buffers = ({n: constant(to_numpy(a), n) for n, a in group.items()} for group in (model.params, model.buffers))
-    if state:
-        given = state_inputs(model, target)
-        inputs += given
-        before: Any = tuple(given) if isinstance(model, Recurrent) else (tuple(given),)
-    else:
-        before = placed_zeros(model, x)
-    y, after, _ = model.apply(params, buffers, x, before, feed.get("lengths"))
-    outputs = {"y": y}
-    if state:
-        last = after if isinstance(model, Recurrent) else after[0]
-        outputs |= dict(zip((f"{a.name.removesuffix('_0')}_n" for a in given if a.name), last, strict=True))
-    return build(tuple(inputs), outputs, version, type(model).__name__, {_METADATA: to_json(model)})
+    dtype: Any = numpy.dtype(ml_dtypes.bfloat16 if shape.dtype == "bfloat16" else shape.dtype)
+    rows = opset(shape.version, shape.target, fold=shape.fold, final_state=shape.state, accurate=shape.accurate)
+    dims = tuple(shape.input_shape) if shape.input_shape is not None else model.input_dims()
+    axis = 1 if model.batch_first else 0
+    if shape.streaming:
+        dims = (*dims[:axis], *dims[axis + 1 :])
+    given = graph_input("x", "int64" if model.takes_integers else dtype, dims, rows)
+    x = NAMESPACE.expand_dims(given, axis=axis) if shape.streaming else given
+    inputs, lengths = [given], None
+    if shape.lengths and model.recurrent and not shape.streaming:
+        lengths = graph_input("lengths", "int64", ("batch",), rows)
+        inputs.append(lengths)
+    params, buffers = ({n: constant(_cast(to_numpy(a), dtype), n) for n, a in group.items()} for group in (model.params, model.buffers))
+    before: Any = zero_states(model, x, dtype)
+    if shape.state or shape.streaming:
+        states, before = state_inputs(model, rows, dtype)
+        inputs += states
+    y, after, _ = model.apply(params, buffers, x, before, lengths)
+    outputs = {"y": NAMESPACE.squeeze(y, axis=axis) if shape.streaming and model.keeps_time else y}
+    if shape.state or shape.streaming:
+        outputs |= named_state(model, after, "_n")
+    proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names)
+    check_types(proto, shape.target, shape.dtype)
+    names = {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}
+    described(proto, model, names=names, prefix=shape.names.prefix, dtype=shape.dtype, streaming=shape.streaming)
+    return proto
 
 
-def state_inputs(model: Layer, target: Opset) -> list[SymbolicArray]:
-    parts = recurrent_parts(model)
-    if len(parts) != 1:
-        raise UnsupportedError(f"`state=True` needs a model with one recurrent layer; this one has {len(parts)}")
-    (layer,) = parts
-    places = layer.num_layers * layer.num_directions
-    inputs = [
-        graph_input(f"{name}_0", layer.dtype, (places, "batch", size), target)
-        for name, size in zip(layer.cell.states, layer.state_sizes(), strict=True)
-    ]
-    return [*inputs, graph_input(_TIME, "int64", (), target)] if layer.timed else inputs
+def _cast(values: Any, dtype: Any) -> Any:
+    return values.astype(dtype) if values.dtype.kind == "f" else values
 
 
-def placed_zeros(model: Layer, x: SymbolicArray) -> Any:
-    """Zero states as the directions take them. The number of steps before is a named constant, so that a check can set it."""
-    parts = recurrent_parts(model)
-    if not parts:
-        return None
-    xp = x.__array_namespace__()
-    states = []
-    for layer in parts:
-        batch = x.shape[0 if layer.batch_first else 1]
-        zeros = tuple(xp.zeros((batch, size), dtype=layer.dtype) for size in layer.state_sizes())
-        time_before = constant(numpy.int64(0), _TIME) if layer.timed else None
-        states.append(PlacedState([zeros] * (layer.num_layers * layer.num_directions), time_before))
-    return states[0] if isinstance(model, Recurrent) else tuple(states)
+def _dtype_of(model: Layer, dtype: DType | None, target: Target) -> str:
+    """The name of the graph's floating type; raises `UnsupportedError` where the target does not compute in it."""
+    name = dtype if isinstance(dtype, str) else dtype_name(model.xp, model.dtype if dtype is None else dtype)
+    if name not in TYPES:
+        raise UnsupportedError(f"`dtype` is {dtype!r}; expected one of {', '.join(TYPES)}")
+    if name not in target.dtypes:
+        raise UnsupportedError(f"`target` {target.name!r} does not compute in {name} ({target.reason}); {_others(name)}")
+    return name
+
+
+def _others(dtype: str) -> str:
+    """Which target takes this type."""
+    found = [repr(row.name) for row in TARGETS.values() if dtype in row.dtypes]
+    return f"target={' or '.join(found)} does"
+
+
+def check_names(proto: onnx.ModelProto, names: Names) -> None:
+    """Raise `UnsupportedError` for a name that was given to what is not there, or twice."""
+    found = [v.name for v in (*proto.graph.input, *proto.graph.output)]
+    unknown = [name for name, given in names.given.items() if given not in found]
+    if unknown or len(set(found)) < len(found):
+        raise UnsupportedError(f"`names` has {unknown or found}; expected different names for inputs and outputs of the graph")

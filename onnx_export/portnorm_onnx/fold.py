@@ -35,7 +35,7 @@ def product(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None)
     if opset is None or not opset.fold or weight.constant is None or (bias is not None and bias.constant is None):
         return None
     matrix = weight.constant.astype(numpy.float64).T
-    shift = numpy.zeros(matrix.shape[1]) if bias is None else bias.constant.astype(numpy.float64)
+    shift = numpy.zeros(matrix.shape[1]) if bias is None or bias.constant is None else bias.constant.astype(numpy.float64)
     return _made(Affine(x, matrix, shift, f"{weight.name or 'weight'}.T"), x.dtype)
 
 

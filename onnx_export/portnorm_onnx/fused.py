@@ -19,7 +19,7 @@ from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, node, no
 
 
 @dataclass(frozen=True)
-class _Operator:
+class Operator:
     """An ONNX operator, and where each of its gates is among ours."""
 
     name: str
@@ -28,10 +28,10 @@ class _Operator:
     """Its functions before the candidate's."""
 
 
-_OPERATORS: dict[type, _Operator] = {
-    LSTMCell: _Operator("LSTM", (0, 3, 1, 2)),
-    GRUCell: _Operator("GRU", (1, 0, 2), ("Sigmoid",)),
-    RNNCell: _Operator("RNN", (0,)),
+OPERATORS: dict[type, Operator] = {
+    LSTMCell: Operator("LSTM", (0, 3, 1, 2)),
+    GRUCell: Operator("GRU", (1, 0, 2), ("Sigmoid",)),
+    RNNCell: Operator("RNN", (0,)),
 }
 _FUNCTIONS = {"tanh": "Tanh", "relu": "Relu"}
 _DTYPES = ("float16", "float32")
@@ -42,9 +42,9 @@ def _is_plain(cell: RecurrentCell, params: Any) -> bool:
     """Whether the step is the operator's, but for normalizers that may fold away."""
     v = cell.variant
     special = v.zoneout or v.clip is not None or "weight_hr" in params or v.affine != "shared"
-    resets = {GRUCell: ("after", "before")}.get(type(cell), (v.reset,))
+    resets: tuple[str | None, ...] = ("after", "before") if type(cell) is GRUCell else (v.reset,)
     slots = {name for name, slot in cell.slots.items() if slot.normalizes}
-    return not special and type(cell) in _OPERATORS and v.reset in resets and slots <= ({"norm_hh"} if v.norm == "batch" else set())
+    return not special and type(cell) in OPERATORS and v.reset in resets and slots <= ({"norm_hh"} if v.norm == "batch" else set())
 
 
 def accepts(xs: Any, state: Any, params: Any, *, cell: Any, lengths: Any = None, sequences: bool = True, keep: bool = True) -> bool:
@@ -94,7 +94,7 @@ def fused(
     xs: Any, state: Any, params: Any, *, cell: Any, lengths: Any = None, sequences: bool = True, keep: bool = True
 ) -> tuple[tuple[SymbolicArray, ...], tuple[SymbolicArray, ...]]:
     """`portnorm.scan.scan` as one node. Where `sequence_lens` is not safe, the padding is masked, and h is taken at each sequence's end."""
-    u, operator = xs[0], _OPERATORS[type(cell)]
+    u, operator = xs[0], OPERATORS[type(cell)]
     weights = _hidden(xs, params, cell)
     assert weights is not None
     hidden, x = weights[0].shape[1], u.affine.x
@@ -103,8 +103,13 @@ def fused(
     def ordered(values: NumPyArray) -> NumPyArray:
         return values.reshape(count, hidden, -1)[list(operator.gates)].reshape(count * hidden, *values.shape[1:])
 
-    w, r = (constant(ordered(m)[None].astype(dtype), n) for m, n in ((u.affine.matrix.T, "weight_ih.W"), (weights[0], "weight_hh.R")))
-    b = constant(numpy.concatenate([ordered(u.affine.shift), ordered(weights[1])])[None].astype(dtype), "bias.B")
+    slot = cell.slots.get("norm_hh")
+    changed = ".folded" if slot is not None and slot.normalizes else ""
+    w, r = (
+        constant(ordered(m)[None].astype(dtype), f"{name}.gates")
+        for m, name in ((u.affine.matrix.T, u.affine.name.replace(".T", "")), (weights[0], f"{params['weight_hh'].name}{changed}"))
+    )
+    b = constant(numpy.concatenate([ordered(u.affine.shift), ordered(weights[1])])[None].astype(dtype))
     by_operator = lengths is not None and u.opset.target.fused_lengths
     initial = [node("Unsqueeze", s, constant(numpy.array([0]))) for s in state]
     inputs = [x, w, r, b, NAMESPACE.astype(lengths, "int32") if by_operator else None, *initial]
@@ -115,7 +120,7 @@ def fused(
         attributes["activations"] = [*operator.functions, _FUNCTIONS[cell.variant.activation]]
     if cell.variant.peepholes:
         i, f, o = params["peephole"].constant
-        inputs.append(constant(numpy.concatenate([i, o, f])[None].astype(dtype), "peephole.P"))
+        inputs.append(constant(numpy.concatenate([i, o, f])[None].astype(dtype)))
     y, *last = nodes(operator.name, 1 + len(state), *inputs, **attributes)
     xp, results = NAMESPACE, [_squeezed(y, 1), *(_squeezed(s, 0) for s in last)]
     if lengths is not None and not by_operator:

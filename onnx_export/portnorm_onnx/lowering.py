@@ -19,7 +19,7 @@ from portnorm_onnx.namespace import NAMESPACE, shape_vector
 from portnorm_onnx.norms import normalize, normalize_with_rms
 from portnorm_onnx.scan import loop
 from portnorm_onnx.symbolic import Dim, Opset, SymbolicArray, constant, dims_of, node, nodes
-from portnorm_onnx.targets import target_of
+from portnorm_onnx.targets import Target
 
 Row = Callable[..., Any]
 
@@ -102,6 +102,10 @@ def _getitem(x: SymbolicArray, key: Any) -> SymbolicArray:
 
 
 def _flip(x: SymbolicArray, axis: int) -> SymbolicArray:
+    length = x.shape[axis]
+    if isinstance(length, Dim) and x.opset is not None and not x.opset.target.backward_slices:
+        steps = NAMESPACE.arange(length)
+        return node("Gather", x, (length - 1) - steps, axis=axis)
     return _getitem(x, (slice(None),) * (axis % x.ndim) + (slice(None, None, -1),))
 
 
@@ -222,9 +226,9 @@ OPSETS: dict[int, dict[str, Row]] = {version: _OPSET_18 if version < 23 else _OP
 """Rows by operator set. onnxruntime refuses those above the last; `Split` and the reductions take their present form at the first."""
 
 
-def opset(version: int, target: str = "portable", *, fold: bool = True, final_state: bool = True, accurate: bool = False) -> Opset:
+def opset(version: int, target: Target, *, fold: bool, final_state: bool, accurate: bool) -> Opset:
     """The operator set of a version for a target, with its rows."""
-    return Opset(version, OPSETS[version], target_of(target), fold, final_state, accurate)
+    return Opset(version, OPSETS[version], target, fold, final_state, accurate)
 
 
 def training_opset(version: int) -> Opset:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import array_api_compat.numpy as known
+import ml_dtypes
 import numpy
 import onnx
 
@@ -19,8 +20,14 @@ class SymbolicNamespace:
     """Functions of the Array API standard over symbolic arrays, each looked up in the table of the arrays' operator set."""
 
     __name__ = "portnorm_onnx"
-    isdtype = staticmethod(known.isdtype)
-    finfo = staticmethod(known.finfo)
+
+    def isdtype(self, dtype: Any, kind: Any) -> bool:
+        if dtype == ml_dtypes.bfloat16:
+            return kind in ("real floating", "numeric")
+        return bool(known.isdtype(dtype, kind))
+
+    def finfo(self, dtype: Any) -> Any:
+        return ml_dtypes.finfo(dtype) if dtype == ml_dtypes.bfloat16 else known.finfo(dtype)
 
     def __getattr__(self, name: str) -> Any:
         if name in _DTYPES:
@@ -103,6 +110,8 @@ def _filled(shape: Any, value: Any, dtype: Any) -> SymbolicArray:
     shape, dtype = ((shape,) if isinstance(shape, int | Dim) else tuple(shape)), numpy.dtype(dtype or "float32")
     if all(isinstance(d, int) for d in shape):
         return constant(numpy.full(shape, value, dtype=dtype))
+    if dtype == ml_dtypes.bfloat16:  # ConstantOfShape does not make it at every opset
+        return nodes("Expand", 1, constant(numpy.full((), value, dtype=dtype)), shape_vector(shape), dims=dims_of(shape))[0]
     tensor = onnx.numpy_helper.from_array(numpy.full((1,), value, dtype=dtype))
     return nodes("ConstantOfShape", 1, shape_vector(shape), dims=dims_of(shape), value=tensor)[0]
 

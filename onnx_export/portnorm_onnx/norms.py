@@ -20,22 +20,29 @@ from portnorm_onnx.symbolic import SymbolicArray, constant, node
 
 def _fits(x: SymbolicArray, attrs: Any) -> str | None:
     """The operator that computes these arguments, or `None`."""
-    axes, params = attrs["axes"], attrs["param_axes"]
+    axes, params, opset = attrs["axes"], attrs["param_axes"], x.opset
     if _folds(x, attrs):
         return "folded"
-    if attrs.get("mask") is not None or not attrs.get("center", True) or not _as_defined(attrs):
+    if attrs.get("mask") is not None or not attrs.get("center", True) or not _as_defined(attrs) or opset is None:
         return None
     if attrs.get("mean") is not None:
         others = tuple(a for a in range(x.ndim) if a != 1)
         known = attrs["mean"].constant is not None and attrs["var"].constant is not None
-        return "BatchNormalization" if axes == others and params == (1,) and known else None
+        # The operator is x · s + t, which cancels where |mean| ≫ std.
+        return "BatchNormalization" if axes == others and params == (1,) and known and not opset.accurate else None
     if axes != tuple(range(axes[0], x.ndim)) or axes[0] == 0:
         return None
-    if params == (1,) and axes[0] == 2:
+    static = all(isinstance(x.dims[a], int) for a in axes)
+    instance = numpy.dtype(x.dtype).name in _INSTANCE_DTYPES and "InstanceNormalization" not in opset.target.without
+    if params == (1,) and axes[0] == 2 and instance:
         return "InstanceNormalization"
-    if all(isinstance(x.dims[a], int) for a in axes):
+    if static:
         return "LayerNormalization"
-    return None
+    return "grouped" if params == (1, 2) and axes[0] == 2 and instance else None
+
+
+_INSTANCE_DTYPES = ("float16", "float32")
+"""onnxruntime has no InstanceNormalization for other types; then the definition is traced."""
 
 
 def _folds(x: SymbolicArray, attrs: Any) -> bool:
@@ -44,9 +51,9 @@ def _folds(x: SymbolicArray, attrs: Any) -> bool:
         return False
     mean, var = attrs["mean"], attrs["var"]
     if x.affine is not None and mean.constant is not None and var.constant is not None:
-        return attrs["param_axes"] == (x.ndim - 1,) == tuple(a for a in range(x.ndim) if mean.constant.size > 1)[-1:]
+        return bool(attrs["param_axes"] == (x.ndim - 1,) and mean.constant.size in (1, x.dims[-1]))
     by_step = all(s.step_of is not None or s.rows_of is not None or s.constant is not None for s in (mean, var))
-    return by_step and attrs["param_axes"] == (x.ndim - 1,) and numpy.dtype(x.dtype).itemsize >= 4 and mean.constant is None
+    return bool(by_step) and attrs["param_axes"] == (x.ndim - 1,) and numpy.dtype(x.dtype).itemsize >= 4 and mean.constant is None
 
 
 def _folded(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
@@ -54,15 +61,16 @@ def _folded(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) ->
     mean, var, xp = attrs["mean"], attrs["var"], NAMESPACE
     if x.affine is not None and mean.constant is not None:
         std = standard_deviation(known, var.constant.astype(numpy.float64), float32_value(eps), attrs.get("eps_place", "variance"))
-        scale = (1.0 if weight is None else weight.constant) / std
-        return scaled(x, scale, (0.0 if bias is None else bias.constant) - mean.constant * scale)
-    scale = 1.0 / standard_deviation(xp, var, float32_value(eps), attrs.get("eps_place", "variance"))
+        factor = (1.0 if weight is None else weight.constant) / std
+        return scaled(x, factor, (0.0 if bias is None else bias.constant) - mean.constant * factor)
+    scale: SymbolicArray = 1.0 / standard_deviation(xp, var, float32_value(eps), attrs.get("eps_place", "variance"))
     scale = scale if weight is None else scale * weight
     if x.producer is None or x.producer.op_type != "MatMul":
-        y = (x - mean) * scale
+        y: SymbolicArray = (x - mean) * scale
         return y if bias is None else y + bias
     shift = -mean * scale if bias is None else bias - mean * scale
-    return x * scale + shift
+    y = x * scale + shift
+    return y
 
 
 def _as_defined(attrs: Any) -> bool:
@@ -77,7 +85,7 @@ def normalize(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: fl
 
 def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
     """Gain and shift may be over more than the normalized axes: it is enough that they broadcast to `x`."""
-    axes, params = attrs["axes"], attrs["param_axes"]
+    axes, params, x = attrs["axes"], attrs["param_axes"], _centred(x, attrs["axes"])
     fits = params == tuple(range(params[0], x.ndim)) and params[0] <= axes[0]
     y = node(
         "LayerNormalization",
@@ -95,7 +103,25 @@ def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> 
 
 def _instance(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
     weight, bias = (_filled(x, (1,), value) if p is None else p for p, value in ((weight, 1), (bias, 0)))
-    return node("InstanceNormalization", x, weight, bias, epsilon=eps)
+    return node("InstanceNormalization", _centred(x, attrs["axes"]), weight, bias, epsilon=eps)
+
+
+def _grouped(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
+    """Groups of channels over space of unknown size: instance normalization of (batch, groups, all of a group)."""
+    flat = NAMESPACE.reshape(x, (x.shape[0], x.dims[1], -1))
+    own = {"axes": (2,), "param_axes": (1,)}
+    y: SymbolicArray = NAMESPACE.reshape(_instance(flat, None, None, eps, own), x.shape)
+    along = (1, *x.dims[1:3], *(1 for _ in x.dims[3:]))
+    y = y if weight is None else y * NAMESPACE.reshape(weight, along)
+    return y if bias is None else y + NAMESPACE.reshape(bias, along)
+
+
+def _centred(x: SymbolicArray, axes: tuple[int, ...]) -> SymbolicArray:
+    """`x` less its mean where that was asked for: a runtime's operator then meets no mean that its statistics could cancel against."""
+    if x.opset is None or not x.opset.accurate:
+        return x
+    centred: SymbolicArray = x - NAMESPACE.mean(x, axis=axes, keepdims=True)
+    return centred
 
 
 def _batch(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
@@ -104,7 +130,13 @@ def _batch(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> 
     return node("BatchNormalization", x, weight, bias, mean, var, epsilon=eps)
 
 
-_ROWS = {"folded": _folded, "LayerNormalization": _layer, "InstanceNormalization": _instance, "BatchNormalization": _batch}
+_ROWS = {
+    "folded": _folded,
+    "grouped": _grouped,
+    "LayerNormalization": _layer,
+    "InstanceNormalization": _instance,
+    "BatchNormalization": _batch,
+}
 
 
 def normalize_with_rms(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: float, **attrs: Any) -> SymbolicArray:
@@ -118,7 +150,8 @@ def normalize_with_rms(x: SymbolicArray, weight: Any = None, bias: Any = None, *
 def _is_rms(x: SymbolicArray, bias: Any, attrs: Any) -> bool:
     axes = attrs["axes"]
     whole = axes == tuple(range(axes[0], x.ndim)) == attrs["param_axes"] and all(isinstance(x.dims[a], int) for a in axes)
-    return not attrs.get("center", True) and whole and bias is None and attrs.get("mask") is None and _as_defined(attrs)
+    there = x.opset is not None and "RMSNormalization" not in x.opset.target.without
+    return there and not attrs.get("center", True) and whole and bias is None and attrs.get("mask") is None and _as_defined(attrs)
 
 
 def _filled(x: SymbolicArray, axes: tuple[int, ...], value: float) -> SymbolicArray:

@@ -27,9 +27,20 @@ class Comparison:
     """The eager run's own distance to the float64 run, over the same steps."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one runtime."""
+
+    runtime: str
+    version: str
+    status: str
+    """`passed`, `differs`, `does not run` or `not installed`."""
+    detail: str
+
+
 @dataclass
 class Report:
-    """A checked graph: its size, and how far each runtime was from the model. It exists only where every comparison held."""
+    """A checked graph: its size, how far each runtime was from the model, and what came of each runtime that was asked."""
 
     path: str | None
     opset: int
@@ -43,6 +54,7 @@ class Report:
     """Time that making the graph took, without the checks."""
     trajectories: list[Comparison] = field(default_factory=list)
     steps: list[Comparison] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
     model: onnx.ModelProto | None = field(default=None, repr=False)
 
     @classmethod
@@ -50,6 +62,11 @@ class Report:
         opset = next(o.version for o in proto.opset_import if o.domain == "")
         nodes, body_nodes = count_nodes(proto)
         return cls(None if path is None else str(path), opset, nodes, body_nodes, proto.ByteSize(), model=proto)
+
+    @property
+    def failures(self) -> list[Outcome]:
+        """Runtimes that are there but differ or do not run the graph."""
+        return [o for o in self.outcomes if o.status in ("differs", "does not run")]
 
     @property
     def worst_trajectory(self) -> float:
@@ -71,16 +88,19 @@ class Report:
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
         found["horizon"] = self.horizon
         found["trajectories"] = [dataclasses.asdict(c) for c in self.trajectories]
+        found["outcomes"] = [dataclasses.asdict(o) for o in self.outcomes]
         found["steps"] = [dataclasses.asdict(c) for c in self.steps]
         return found
 
     def __str__(self) -> str:
         inside = "".join(f" + {n} in a Scan" for n in self.body_nodes)
         lines = [f"{self.path or 'model in memory'}: opset {self.opset}, {self.nodes} nodes{inside}, {self.size:,} bytes"]
-        lines += [f"  {'runtime':<12} {'gate':<34} {'output':<8} {'difference':>10} {'allowed':>10} {'eager':>10}"]
+        if len(self.outcomes) > 1:
+            lines += [f"  {o.runtime:<17} {o.version:<24} {o.status:<14} {o.detail}" for o in self.outcomes]
+        lines += [f"  {'runtime':<17} {'gate':<34} {'output':<8} {'difference':>10} {'allowed':>10} {'eager':>10}"]
         for c in (*self.steps, *self.trajectories):
             numbers = f"{c.difference:>10.2e} {c.allowed:>10.2e} {c.eager_difference:>10.2e}"
-            lines.append(f"  {c.runtime:<12} {c.case:<34} {c.output:<8} {numbers}")
+            lines.append(f"  {c.runtime:<17} {c.case:<34} {c.output:<8} {numbers}")
         return "\n".join(lines)
 
 

@@ -1,43 +1,280 @@
-"""Inference runtimes behind one small interface: load a model, run it on named arrays."""
+"""Inference runtimes behind one small interface: load a model, run it on named arrays. One row per runtime, each loaded when it is named.
+
+A runtime that can end the process it runs in (tract panics across its C interface), or that is no Python package, runs in a process of
+its own, which is told the model's path and then gets arrays on its standard input and gives arrays on its standard output.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy
+import onnx
 
 from portnorm.arrays import require_extra
-from portnorm.errors import ExportError, UnsupportedError
+from portnorm.errors import ExportError, MissingExtraError, UnsupportedError
+from portnorm_onnx.storage import Loadable, beside
 
 Session = Callable[[Mapping[str, Any]], dict[str, Any]]
 """A loaded model: named input arrays to named output arrays."""
 
 
-def onnxruntime_session(model: bytes) -> Session:
-    """onnxruntime on the CPU."""
+@dataclass(frozen=True)
+class Runtime:
+    """How one runtime is found and used."""
+
+    name: str
+    load: Callable[[Loadable], Session]
+    version: Callable[[], str]
+    """Its version; raises `MissingExtraError` where it is not installed."""
+    note: str = ""
+
+
+def _package(name: str, extra: str) -> Callable[[], str]:
+    def version() -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise MissingExtraError(f'{name} is not installed: pip install "portnorm[{extra}]"') from None
+
+    return version
+
+
+# -- in this process ---------------------------------------------------------------------------------------------------------------------
+
+
+def _onnxruntime(provider: str) -> Callable[[Loadable], Session]:
+    def load(model: Loadable) -> Session:
+        ort = require_extra("onnxruntime", "onnx")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        try:
+            session = ort.InferenceSession(model, options, providers=[provider])
+        except Exception as error:
+            raise ExportError(f"onnxruntime {ort.__version__} does not load the graph: {error}") from error
+        names = [o.name for o in session.get_outputs()]
+
+        def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
+            try:
+                return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+            except Exception as error:
+                raise ExportError(f"onnxruntime {ort.__version__} does not run the graph: {error}") from error
+
+        return run
+
+    return load
+
+
+def _cuda_version() -> str:
     ort = require_extra("onnxruntime", "onnx")
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise MissingExtraError("onnxruntime has no CUDA provider here: pip install onnxruntime-gpu on a machine with a GPU")
+    return str(ort.__version__)
+
+
+def _openvino(hint: Mapping[str, str]) -> Callable[[Loadable], Session]:
+    def load(model: Loadable) -> Session:
+        openvino = require_extra("openvino", "runtimes")
+        try:
+            core = openvino.Core()
+            compiled = core.compile_model(core.read_model(model), "CPU", dict(hint))
+        except Exception as error:
+            raise ExportError(f"OpenVINO does not load the graph: {_last_line(error)}") from error
+        names = output_names(model)  # OpenVINO may name an output after something else that has the same value
+
+        def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
+            try:
+                found = compiled(dict(inputs))
+            except Exception as error:
+                raise ExportError(f"OpenVINO does not run the graph: {_last_line(error)}") from error
+            return {name: numpy.array(found[k]) for k, name in enumerate(names)}
+
+        return run
+
+    return load
+
+
+def output_names(model: Loadable) -> list[str]:
+    """The names of the outputs, in order."""
+    proto = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model, load_external_data=False)
+    return [o.name for o in proto.graph.output]
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _reference(model: Loadable) -> Session:
+    onnx_reference = require_extra("onnx.reference", "onnx")
     try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        evaluator = onnx_reference.ReferenceEvaluator(model)
     except Exception as error:
-        raise ExportError(f"onnxruntime {ort.__version__} does not load the graph: {error}") from error
-    names = [o.name for o in session.get_outputs()]
+        raise ExportError(f"onnx's reference evaluator does not load the graph: {_last_line(error)}") from error
 
     def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
         try:
-            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+            with numpy.errstate(all="ignore"):
+                return dict(zip(evaluator.output_names, evaluator.run(None, dict(inputs)), strict=True))
         except Exception as error:
-            raise ExportError(f"onnxruntime {ort.__version__} does not run the graph: {error}") from error
+            raise ExportError(f"onnx's reference evaluator does not run the graph: {_last_line(error)}") from error
 
     return run
 
 
-RUNTIMES: dict[str, Callable[[bytes], Session]] = {"onnxruntime": onnxruntime_session}
+# -- in a process of its own -------------------------------------------------------------------------------------------------------------
+
+
+def send(stream: IO[bytes], arrays: Mapping[str, Any]) -> None:
+    """Write named arrays: a line of JSON that tells their names, types and shapes, then their bytes."""
+    values = {name: numpy.ascontiguousarray(a) for name, a in arrays.items()}
+    head = [{"name": n, "dtype": str(a.dtype), "shape": list(numpy.shape(arrays[n]))} for n, a in values.items()]
+    stream.write(json.dumps(head).encode() + b"\n")
+    for a in values.values():
+        stream.write(a.tobytes())
+    stream.flush()
+
+
+def receive(stream: IO[bytes]) -> dict[str, Any] | None:
+    """Read what `send` wrote; `None` at the end. A head that is no list is an error message."""
+    line = stream.readline()
+    if not line:
+        return None
+    head = json.loads(line)
+    if isinstance(head, dict):
+        raise ExportError(str(head["error"]))
+    found = {}
+    for entry in head:
+        dtype, shape = numpy.dtype(entry["dtype"]), tuple(entry["shape"])
+        data = stream.read(dtype.itemsize * int(numpy.prod(shape, dtype=int)))
+        found[entry["name"]] = numpy.frombuffer(data, dtype=dtype).reshape(shape).copy()
+    return found
+
+
+class Worker:
+    """A process that runs one model."""
+
+    def __init__(self, name: str, command: list[str], model: Loadable):
+        self.name = name
+        self._folder = tempfile.TemporaryDirectory(prefix="portnorm-")
+        if isinstance(model, bytes):
+            path = Path(self._folder.name) / "model.onnx"
+            path.write_bytes(model)
+            model = str(path)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        self._process = subprocess.Popen(
+            [*command, model, *beside(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
+        )
+        self._answer("does not load")
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # what it ended with is read below
+            send(self._process.stdin, inputs)
+        return self._answer("does not run")
+
+    def _answer(self, failed: str) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        try:
+            found = receive(self._process.stdout)
+        except ExportError as error:
+            raise ExportError(f"{self.name} {failed} the graph: {error}") from None
+        if found is None:
+            code = self._process.wait()
+            self._errors.seek(0)
+            lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
+            said = next((line for line in lines if "Err" in line or "error" in line.lower()), lines[0] if lines else "it said nothing")
+            raise ExportError(f"{self.name} {failed} the graph: its process ended with {code}: {said.strip()[:300]}")
+        return found
+
+    def __del__(self) -> None:
+        process = getattr(self, "_process", None)
+        if process is not None:
+            process.kill()
+            process.communicate()
+            self._errors.close()
+            self._folder.cleanup()
+
+
+def _tract(model: Loadable) -> Session:
+    return Worker("tract", [sys.executable, "-m", "portnorm_onnx.tract_worker"], model)
+
+
+_WEB = "onnxruntime-web"
+
+
+def web_package() -> Path:
+    """The folder of the npm package, beside the environment or in the working directory; raises `MissingExtraError`."""
+    for folder in (Path(sys.prefix) / "web", Path.cwd()):
+        package = folder / "node_modules" / _WEB
+        if (package / "package.json").is_file():
+            return package
+    raise MissingExtraError(f'{_WEB} is not installed: npm install --prefix "{Path(sys.prefix) / "web"}" {_WEB}')
+
+
+def _web_version() -> str:
+    if shutil.which("node") is None:
+        raise MissingExtraError("Node.js is not installed")
+    return str(json.loads((web_package() / "package.json").read_text())["version"])
+
+
+def _web(model: Loadable) -> Session:
+    return Worker(_WEB, ["node", str(Path(__file__).parent / "web" / "worker.mjs"), str(web_package())], model)
+
+
+def _page_version() -> str:
+    if chromium() is None:
+        raise MissingExtraError("Chromium is not installed")
+    return str(json.loads((web_package() / "package.json").read_text())["version"])
+
+
+def chromium() -> str | None:
+    """Where Chromium or Chrome is."""
+    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+def _page(model: Loadable) -> Session:
+    from portnorm_onnx.web.page import Page
+
+    return Page(model, web_package(), str(chromium()))
+
+
+RUNTIMES: dict[str, Runtime] = {
+    row.name: row
+    for row in (
+        Runtime("onnxruntime", _onnxruntime("CPUExecutionProvider"), _package("onnxruntime", "onnx"), "CPU"),
+        Runtime("onnxruntime-cuda", _onnxruntime("CUDAExecutionProvider"), _cuda_version, "CUDA provider"),
+        Runtime("openvino", _openvino({"INFERENCE_PRECISION_HINT": "f32"}), _package("openvino", "runtimes"), "CPU, float32 hint"),
+        Runtime("openvino-default", _openvino({}), _package("openvino", "runtimes"), "CPU, its own choice of precision"),
+        Runtime("tract", _tract, _package("tract", "runtimes"), "CPU, in a process of its own"),
+        Runtime("web", _web, _web_version, "WebAssembly in Node.js"),
+        Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium"),
+        Runtime("reference", _reference, _package("onnx", "onnx"), "onnx's own evaluator"),
+    )
+}
 """Runtimes by name."""
 
 
-def session_of(runtime: str, model: bytes) -> Session:
-    """A model loaded in the named runtime."""
-    if runtime not in RUNTIMES:
-        raise UnsupportedError(f"`runtimes` names {runtime!r}; expected {', '.join(RUNTIMES)}")
-    return RUNTIMES[runtime](model)
+def runtime_of(name: str) -> Runtime:
+    """The row of a runtime; raises `UnsupportedError`."""
+    if name not in RUNTIMES:
+        raise UnsupportedError(f"`runtimes` names {name!r}; expected all, or some of {', '.join(RUNTIMES)}")
+    return RUNTIMES[name]
+
+
+def session_of(runtime: str, model: Loadable) -> Session:
+    """A model loaded in the named runtime. Raises `MissingExtraError` where that is not installed, `ExportError` where it cannot."""
+    row = runtime_of(runtime)
+    row.version()
+    return row.load(model)

@@ -14,7 +14,7 @@ import numpy
 from portnorm.arrays import leaves, mapped
 from portnorm.errors import ExportError
 from portnorm_onnx.fold import Frame, table_rows
-from portnorm_onnx.symbolic import constant, node, Body, Node, SymbolicArray, graph_input, opset_of
+from portnorm_onnx.symbolic import Body, Node, SymbolicArray, constant, graph_input, node, opset_of
 
 
 @dataclass(frozen=True, eq=False)

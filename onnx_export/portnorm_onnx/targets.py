@@ -5,7 +5,10 @@ Each reason was measured with the versions named in docs/runtimes.md, or is the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx
 
 from portnorm.errors import UnsupportedError
 
@@ -24,10 +27,14 @@ class Target:
     """These operators may take `sequence_lens`."""
     peepholes: bool = False
     """The LSTM operator may have peepholes."""
+    backward_slices: bool = True
+    """A slice of unknown length may go backward."""
     without: frozenset[str] = frozenset()
     """Operators that are traced instead."""
     dtypes: tuple[str, ...] = ("float16", "float32")
     """Types that every runtime of the target computes in."""
+    only: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """By type: the operators that there are in it, where it is not all."""
     reason: str = ""
 
 
@@ -39,6 +46,7 @@ TARGETS: dict[str, Target] = {
         Target(
             "portable",
             ("onnxruntime", "openvino", "tract", "web"),
+            backward_slices=False,
             dtypes=("float16", "float32", "float64"),
             reason=f"what all runtimes here do alike; {_LENGTHS}; OpenVINO's peepholes are off by 5e-3",
         ),
@@ -47,7 +55,8 @@ TARGETS: dict[str, Target] = {
             ("onnxruntime",),
             fused_lengths=True,
             peepholes=True,
-            dtypes=("float16", "float32", "float64"),
+            dtypes=("float16", "bfloat16", "float32", "float64"),
+            only={"bfloat16": frozenset({"LayerNormalization"})},
             reason="has every operator used here; the last opset that it loads is 26",
         ),
         Target(
@@ -57,7 +66,10 @@ TARGETS: dict[str, Target] = {
             reason="sequence_lens gives wrong values, peepholes are off by 5e-3, float64 is computed in float32",
         ),
         Target(
-            "tract", ("tract",), dtypes=("float16", "float32"), reason="aborts on sequence_lens; norms in float64 are computed in float32"
+            "tract",
+            ("tract",),
+            backward_slices=False,
+            reason="takes no sequence_lens that is not constant, and no backward slice of unknown length; no Sigmoid in float64",
         ),
         Target(
             "web",
@@ -84,3 +96,20 @@ def target_of(name: str) -> Target:
     if name not in TARGETS:
         raise UnsupportedError(f"`target` is {name!r}; expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def check_types(proto: onnx.ModelProto, target: Target, dtype: str) -> None:
+    """Raise `UnsupportedError` for an operator that the target does not have in the graph's type, naming the node."""
+    allowed = target.only.get(dtype)
+    for n in proto.graph.node if allowed is not None else ():
+        if n.op_type not in allowed:  # type: ignore[operator]
+            others = [repr(row.name) for row in TARGETS.values() if dtype in row.dtypes and dtype not in row.only]
+            raise UnsupportedError(
+                f"target {target.name!r} has no {n.op_type} in {dtype} (node {n.name!r}); target={' or '.join(others)} has it"
+            )
+
+
+def checker(proto: onnx.ModelProto, dtype: str) -> str:
+    """The runtime that checks a graph: onnxruntime, or onnx's own evaluator for a type of which onnxruntime's CPU lacks operators."""
+    only = TARGETS["onnxruntime"].only.get(dtype)
+    return "onnxruntime" if only is None or all(n.op_type in only for n in proto.graph.node) else "reference"

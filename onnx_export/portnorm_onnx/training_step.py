@@ -9,26 +9,26 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy
 
-from portnorm.arrays import leaves, mapped, to_numpy
+from portnorm.arrays import mapped, to_numpy
 from portnorm.errors import ConformanceError, ExportError, UnsupportedError
-from portnorm.files import written_whole
 from portnorm.layers.layer import Layer
-from portnorm.layers.recurrent import Recurrent, recurrent_parts
 from portnorm.losses import softmax_cross_entropy
 from portnorm.op import Op, vjp
 from portnorm.optimizers import Optimizer, clip_by_global_norm
 from portnorm_onnx.build import build
-from portnorm_onnx.export import checked_opset, checked_path, placed_zeros, state_inputs
+from portnorm_onnx.export import checked_opset, checked_path
 from portnorm_onnx.lowering import training_opset
 from portnorm_onnx.report import Comparison, Report
 from portnorm_onnx.runtimes import session_of
+from portnorm_onnx.signature import named_state, state_inputs, zero_states
+from portnorm_onnx.storage import Draft
 from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, graph_input
-from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, check_form, floats, nudged, random_cases, wide
+from portnorm_onnx.targets import TARGETS
+from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, floats, nudged, random_inputs, wide
 
 OUT = "next."
 """What stands before the name of an input in the name of its new value."""
@@ -73,7 +73,7 @@ def export_training_step(
     >>> bool(results["loss"] < 0.5)
     True
     """
-    version = checked_opset(opset)
+    version = checked_opset(opset, TARGETS["onnxruntime"])
     if not isinstance(model, Layer):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
     if not isinstance(loss, Op):
@@ -84,13 +84,12 @@ def export_training_step(
     started = time.perf_counter()
     proto = _trace(step, version, state=state, lengths=lengths)
     seconds = time.perf_counter() - started
-    check_form(proto)
-    report = Report.of(proto, None if path is None else Path(path))
-    report.seconds = seconds
-    report.trajectories += _check(proto, step, state=state, lengths=lengths)
-    if path is not None:
-        with written_whole(path) as file:
-            file.write(proto.SerializeToString())
+    with Draft(proto, path) as draft:
+        draft.check_form()
+        report = Report.of(proto, draft.path)
+        report.seconds = seconds
+        report.trajectories += _check(draft, step, state=state, lengths=lengths)
+        draft.publish()
     return report
 
 
@@ -141,11 +140,7 @@ def _trace(step: _Step, version: int, *, state: bool, lengths: bool) -> Any:
     initial = step.initial()
     given = {name: graph_input(name, a.dtype, a.shape, target) for name, a in initial.items()}
     lens = graph_input("lengths", "int64", ("batch",), target) if lengths and model.recurrent else None
-    before: Any = placed_zeros(model, x)
-    states: list[SymbolicArray] = []
-    if state:
-        states = state_inputs(model, target)
-        before = tuple(states) if isinstance(model, Recurrent) else (tuple(states),)
+    states, before = state_inputs(model, target, model.dtype) if state else ([], zero_states(model, x, model.dtype))
     y = model.apply({n: constant(a) for n, a in model.params.items()}, {n: constant(a) for n, a in model.buffers.items()}, x, before)[0]
     labels = _target(step.loss, y, target)
     batch += [labels, *([] if lens is None else [lens]), *states]
@@ -153,7 +148,7 @@ def _trace(step: _Step, version: int, *, state: bool, lengths: bool) -> Any:
     unused = [n for n, a in outputs.items() if isinstance(a, SymbolicArray) and a.opset is None and a.constant is not None]
     if unused:
         raise ExportError(f"{unused[0]} does not depend on the batch")
-    return build((*batch, *given.values()), outputs, version, "training_step", {}, defaults=initial, captures=True)
+    return build((*batch, *given.values()), outputs, version, "training_step", defaults=initial, captures=True)
 
 
 def _target(loss: Op[..., Any], y: SymbolicArray, target: Any) -> SymbolicArray:
@@ -165,13 +160,13 @@ def _target(loss: Op[..., Any], y: SymbolicArray, target: Any) -> SymbolicArray:
 UPDATES = 3
 
 
-def _check(proto: Any, step: _Step, *, state: bool, lengths: bool) -> list[Comparison]:
+def _check(draft: Draft, step: _Step, *, state: bool, lengths: bool) -> list[Comparison]:
     """Three updates in the runtime against three eager ones, each output relative to the distance of the eager run to float64."""
-    session = session_of("onnxruntime", proto.SerializeToString())
+    session = session_of("onnxruntime", draft.loadable())
     dtype = numpy.dtype(step.model.dtype).name
     double = _Step(step.model.to(dtype="float64"), step.loss, step.optimizer, step.clip)
     rng = numpy.random.default_rng(0)
-    x, lens = max(random_cases(step.model, step.model.input_dims(), lengths), key=lambda case: case[0].size)
+    x, lens = max(random_inputs(step.model, step.model.input_dims(), lengths), key=lambda case: case[0].size)
     batch = x.shape[0 if step.model.batch_first else 1] if step.model.recurrent else x.shape[0]
     before: Any = step.model.initial_state(batch, noise=0.1, rng=rng) if state else None
     y = step.model.apply(step.model.params, step.model.buffers, x, before, lens)[0]
@@ -192,9 +187,7 @@ def _check(proto: Any, step: _Step, *, state: bool, lengths: bool) -> list[Compa
     if lens is not None:
         feed["lengths"] = lens
     if state:
-        first = before if isinstance(step.model, Recurrent) else before[0]
-        (part,) = recurrent_parts(step.model)
-        feed |= {f"{n}_0": numpy.asarray(a) for n, a in zip((*part.cell.states, "time"), leaves(first), strict=False)}
+        feed |= {name: numpy.asarray(a) for name, a in named_state(step.model, before, "_0").items()}
     exact, eager = run(double, wide), run(step, lambda a: a)
     nudges: list[list[Values]] | None = None
     comparisons: list[Comparison] = []

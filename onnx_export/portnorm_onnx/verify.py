@@ -11,28 +11,33 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import onnx
 from onnx import helper, numpy_helper
+from onnx.inliner import inline_local_functions
 
-from portnorm.arrays import mapped
-from portnorm.errors import ConformanceError, ExportError, UnsupportedError
+from portnorm.arrays import leaves, mapped
+from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
-from portnorm.layers.recurrent import Recurrent, recurrent_parts
-from portnorm_onnx.report import Comparison, Report
-from portnorm_onnx.runtimes import Session, session_of
+from portnorm.layers.recurrent import recurrent_parts
+from portnorm_onnx.metadata import graph_facts, load_layer, rounded
+from portnorm_onnx.report import Comparison, Outcome, Report
+from portnorm_onnx.runtimes import RUNTIMES, Session, runtime_of, session_of
+from portnorm_onnx.signature import TIME, named_state, recurrent_places, state_names
+from portnorm_onnx.storage import Draft
 
 NumPyArray = numpy.ndarray[Any, Any]
 Inputs = tuple[NumPyArray, NumPyArray | None]
 
 # One step: units in the last place of the largest value, at least of 1; 16 units of float32 are 1.9e-6. A matrix product summed in another
 # order moves a state by a few units. float64 has more room, since runtimes keep epsilon and some tables of constants in float32.
-STEP_ULP = {"float16": 16, "float32": 16, "float64": 2**14}
+STEP_ULP = {"float16": 16, "bfloat16": 16, "float32": 16, "float64": 2**14}
+EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
 # Where one step amplifies rounding by itself (a gain of 3 over a small variance), eager float32 is further from float64 than that; then
 # the graph may be a few times as far.
 STEP_FACTOR = 4.0
@@ -42,74 +47,201 @@ ROUNDINGS = 8
 # Trajectory: a multiple of the eager run's own distance to float64, and a floor for where that is zero by chance. Nothing more exact than
 # a float64 run is at hand, so there the floor is relative.
 FACTOR = 10.0
-FLOOR = {"float16": 4e-3, "float32": 1e-6, "float64": 1e-11}
+FLOOR = {"float16": 4e-3, "bfloat16": 4e-2, "float32": 1e-6, "float64": 1e-11}
 
 # (time, batch) of the cases; with `lengths`, every case but the first is ragged.
 CASES = ((1, 1), (1, 3), (5, 2), (24, 7))
 
 
+ALL = "all"
+"""Names every runtime that there is a row for."""
+
+
 def verify(
     path: str | os.PathLike[str],
-    model: Layer,
+    model: Layer | None = None,
     *,
-    runtimes: Sequence[str] = ("onnxruntime",),
+    runtimes: Sequence[str] | str = ("onnxruntime",),
     inputs: Iterable[Any] | None = None,
 ) -> Report:
-    """Check the ONNX file at `path` against `model` in the named runtimes.
+    """Check the ONNX file at `path` against `model`, or the layer that the file says it holds, in the named runtimes.
 
     The file passes onnx's checker and strict shape inference; then it runs on random inputs of several (time, batch), ragged where it
     takes `lengths`, or on `inputs`, each `x` or `(x, lengths)`. See this module for the two gates. Returns a `Report`.
-    Raises `ConformanceError` with the first output and step that differs, and `ExportError` where the file is no valid graph.
+    Raises `ConformanceError` with the first output and step that differs, `ExportError` where the file is no valid graph or a runtime does
+    not run it, and `MissingExtraError` where a runtime is not installed. With `runtimes="all"` every runtime has its row in
+    `report.outcomes`, those that are not installed named as such, and what failed is there instead of raised.
     """
     try:
-        proto = onnx.load(os.fspath(path))
+        proto = onnx.load(os.fspath(path), load_external_data=False)
     except Exception as error:
         raise ExportError(f"cannot read {os.fspath(path)!r} as an ONNX model: {error}") from error
+    if model is None:
+        model = load_layer(path, xp=None, device=None, dtype=None)
     cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
-    return check(proto, model, runtimes=runtimes, cases=cases, path=Path(path))
+    with Draft(proto, path) as draft:
+        return check(draft, model, runtimes=runtimes, cases=cases)
 
 
-def check(
-    proto: onnx.ModelProto,
-    model: Layer,
-    *,
-    runtimes: Sequence[str],
-    cases: Sequence[Inputs] | None = None,
-    path: Path | None = None,
-) -> Report:
-    """`verify`, of a model in memory."""
-    check_form(proto)
-    eager = model.to(xp="numpy")
-    names = [i.name for i in proto.graph.input]
-    states = {f"{name}_0" for part in recurrent_parts(eager) for name in (*part.cell.states, "time")}
-    if names[0] != "x" or not set(names) <= {"x", "lengths"} | states:
-        raise ExportError(f"the graph has inputs {names}; expected x, and perhaps lengths or {', '.join(sorted(states))}")
-    dims = [d.dim_value or d.dim_param for d in proto.graph.input[0].type.tensor_type.shape.dim]
-    made = cases if cases is not None else random_cases(eager, dims, "lengths" in names)
-    if not made or not runtimes:
+def check(draft: Draft, model: Layer, *, runtimes: Sequence[str] | str, cases: Sequence[Inputs] | None = None) -> Report:
+    """`verify`, of a model that may not be in its place yet."""
+    draft.check_form()
+    graph = Graph.of(draft, model)
+    made = cases if cases is not None else random_cases(graph)
+    names = tuple(RUNTIMES) if runtimes == ALL else (runtimes,) if isinstance(runtimes, str) else tuple(runtimes)
+    if not made or not names:
         raise UnsupportedError(f"`{'runtimes' if made else 'inputs'}` is empty; expected at least one, or nothing would be checked")
-    report = Report.of(proto, path)
-    for runtime in runtimes:
-        whole = session_of(runtime, proto.SerializeToString())
-        for case in made:
-            report.trajectories.append(_trajectory(eager, proto, whole, runtime, case))
-        if eager.recurrent and any(n.op_type in ("Scan", *_OPERATORS) for n in proto.graph.node):
-            stepped = session_of(runtime, with_states(proto, eager).SerializeToString())
-            report.steps.append(_one_step(eager, proto, stepped, runtime, max(made, key=lambda c: _steps(eager, c[0]))))
+    report = Report.of(draft.proto, draft.path)
+    for name in names:
+        row = runtime_of(name)
+        try:
+            version = row.version()
+            trajectories, steps = _checked(graph, name, made)
+            report.trajectories += trajectories
+            report.steps += steps
+            report.outcomes.append(Outcome(name, version, "passed", row.note))
+        except MissingExtraError as error:
+            if runtimes != ALL:
+                raise
+            report.outcomes.append(Outcome(name, "", "not installed", str(error)))
+        except (ConformanceError, ExportError) as error:
+            if runtimes != ALL:
+                raise
+            status = "differs" if isinstance(error, ConformanceError) else "does not run"
+            report.outcomes.append(Outcome(name, version, status, str(error)))
     return report
 
 
-def check_form(proto: onnx.ModelProto) -> None:
-    """onnx's checker and strict shape inference; raises `ExportError`."""
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the graph is not valid ONNX: {error}") from error
+def _checked(graph: Graph, runtime: str, cases: Sequence[Inputs]) -> tuple[list[Comparison], list[Comparison]]:
+    longest = max(cases, key=lambda case: _steps(graph.model, case[0]))
+    if graph.streaming:
+        session = graph.session(runtime)
+        return [_trajectory(graph, graph.stepwise(session), runtime, longest)], [_one_step(graph, session, runtime, longest)]
+    session = graph.session(runtime)
+    trajectories = [_trajectory(graph, session, runtime, case) for case in cases]
+    if not graph.model.recurrent or not any(n.op_type in ("Scan", *_OPERATORS) for n in graph.proto.graph.node):
+        return trajectories, []
+    return trajectories, [_one_step(graph, graph.session(runtime, with_states(graph)), runtime, longest)]
 
 
-def random_cases(model: Layer, dims: Sequence[int | str], lengths: bool) -> list[Inputs]:
+def streaming_trajectory(draft: Draft, whole: onnx.ModelProto, model: Layer, runtime: str) -> list[Comparison]:
+    """Step by step through the streaming graph against the sequence graph of the same weights, both in the runtime."""
+    graph, sequence = Graph.of(draft, model), Graph.of(Draft(whole), model)
+    case = random_cases(graph)[-1]
+    stepped, found = (g(graph.feed(case[0], None, None)) for g in (graph.stepwise(graph.session(runtime)), sequence.session(runtime)))
+    own = _trajectory(graph, lambda _: stepped, runtime, case)
+    comparisons = [
+        Comparison(
+            runtime,
+            name,
+            "step by step against the sequence",
+            _steps(model, case[0]),
+            _distance(name, stepped[name], found[name]),
+            2 * own.allowed,
+            own.eager_difference,
+        )
+        for name in stepped
+        if not name.endswith("time_n")
+    ]
+    for c in comparisons:
+        if not c.difference <= c.allowed:
+            raise ConformanceError(f"{runtime}: {c.output!r} of the streaming graph is {c.difference:.3g} from that of the sequence graph")
+    return [max(comparisons, key=lambda c: c.difference)]
+
+
+@dataclass
+class Graph:
+    """A graph beside the model it was made from, with inputs and outputs under the names that the exporter gives them by itself."""
+
+    draft: Draft
+    proto: onnx.ModelProto
+    model: Layer
+    dtype: str
+    prefix: str
+    streaming: bool
+
+    @classmethod
+    def of(cls, draft: Draft, model: Layer) -> Graph:
+        facts = graph_facts(draft.proto)
+        proto = _renamed(draft.proto, {given: name for name, given in facts["names"].items()})
+        dtype = facts["dtype"]
+        eager = model.to(xp="numpy", dtype="float32" if dtype == "bfloat16" else dtype)
+        dtype = dtype or numpy.dtype(eager.dtype).name
+        given = [i.name for i in proto.graph.input]
+        states = [f"{name}_0" for name in state_names(eager)]
+        if not given or given[0] != "x" or not set(given) <= {"x", "lengths", *states}:
+            raise ExportError(f"the graph has inputs {given}; expected x, and perhaps lengths or {', '.join(states)}")
+        return cls(draft, proto, rounded(eager, dtype), dtype, facts["prefix"], facts["streaming"])
+
+    @property
+    def inputs(self) -> list[str]:
+        return [i.name for i in self.proto.graph.input]
+
+    def session(self, runtime: str, proto: onnx.ModelProto | None = None) -> Session:
+        return session_of(runtime, self.draft.loadable(self.proto if proto is None else proto))
+
+    def feed(self, x: NumPyArray, lengths: NumPyArray | None, state: Any) -> dict[str, NumPyArray]:
+        """The inputs of the graph. Without `state` the states are those before the first step."""
+        found = {"x": x if self.model.takes_integers else x.astype(self._element)}
+        batch, steps = _batch(self.model, x), _steps(self.model, x)
+        if "lengths" in self.inputs:
+            found["lengths"] = numpy.full(batch, steps) if lengths is None else numpy.asarray(lengths, dtype=numpy.int64)
+        if any(name not in ("x", "lengths") for name in self.inputs):
+            state = self.model.initial_state(batch) if state is None else state
+            found |= {name: self._own(a) for name, a in named_state(self.model, state, "_0").items()}
+        return found
+
+    @property
+    def _element(self) -> Any:
+        return helper.tensor_dtype_to_np_dtype(self.proto.graph.output[0].type.tensor_type.elem_type)
+
+    def _own(self, a: Any) -> NumPyArray:
+        values = numpy.asarray(a)
+        return values.astype(self._element) if values.dtype.kind == "f" else values
+
+    def stepwise(self, session: Session) -> Session:
+        """A streaming graph as one that takes the whole sequence."""
+        axis = 1 if self.model.batch_first else 0
+
+        def run(feed: Mapping[str, Any]) -> dict[str, Any]:
+            x, values, ys = feed["x"], {n: a for n, a in feed.items() if n not in ("x", "lengths")}, []
+            for t in range(x.shape[axis]):
+                found = session({"x": numpy.take(x, t, axis=axis), **values})
+                values = {f"{n.removesuffix('_n')}_0": a for n, a in found.items() if n != "y"}
+                ys.append(found["y"])
+            last = {f"{n.removesuffix('_0')}_n": a for n, a in values.items()}
+            return {"y": numpy.stack(ys, axis=axis) if self.model.keeps_time else ys[-1], **last}
+
+        return run
+
+
+def _renamed(proto: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:
+    """A copy without functions, with inputs and outputs renamed."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(inline_local_functions(proto) if proto.functions else proto)
+    for value in (*copy.graph.input, *copy.graph.output):
+        value.name = names.get(value.name, value.name)
+    for n in copy.graph.node:
+        for ends in (n.input, n.output):
+            for k, end in enumerate(ends):
+                ends[k] = names.get(end, end)
+    return copy
+
+
+def _batch(model: Layer, x: NumPyArray) -> int:
+    return int(x.shape[1 if model.recurrent and not model.batch_first else 0])
+
+
+def random_cases(graph: Graph) -> list[Inputs]:
     """Standard normal inputs for the named lengths of the graph's `x`, with ragged lengths if it takes them."""
+    dims = [d.dim_value or d.dim_param for d in graph.proto.graph.input[0].type.tensor_type.shape.dim]
+    if graph.streaming:
+        dims.insert(1 if graph.model.batch_first else 0, "time")
+    return random_inputs(graph.model, dims, "lengths" in graph.inputs)
+
+
+def random_inputs(model: Layer, dims: Sequence[int | str], lengths: bool) -> list[Inputs]:
+    """The same for a model and the shape of its `x`."""
     rng = numpy.random.default_rng(0)
     cases: list[Inputs] = []
     for steps, batch in CASES:
@@ -128,19 +260,18 @@ def _entries(model: Layer) -> int:
     return next(layer.num_embeddings for layer in model.layers() if isinstance(layer, Embedding))
 
 
-def _trajectory(model: Layer, proto: onnx.ModelProto, session: Session, runtime: str, case: Inputs) -> Comparison:
+def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs) -> Comparison:
     """The graph's distance to the float64 run against the eager run's distance to it, over the whole input."""
-    x, lengths = case
-    outputs = session(_feed(proto, model, x, lengths, None))
+    model, dtype, (x, lengths) = graph.model, graph.dtype, case
+    outputs = session(graph.feed(x, lengths, None))
     eager = _outputs(model, x, lengths)
     exact = _outputs(model.to(dtype="float64"), floats(wide, x), lengths)
-    dtype = numpy.dtype(model.dtype).name
     comparisons = []
     for name, result in outputs.items():
-        if name == "time_n":
+        if name.endswith("time_n"):
             continue
         difference, eager_difference = _distance(name, result, exact[name]), _distance(name, eager[name], exact[name])
-        floor = FLOOR[dtype] * (max(1.0, _largest(exact[name])) if dtype == "float64" else 1.0)
+        floor = FLOOR[dtype] * (max(1.0, _largest(exact[name])) if dtype in ("float64", "bfloat16") else 1.0)
         if not difference <= FACTOR * eager_difference + floor:
             others = [_outputs(model, nudged(x, seed), lengths)[name] for seed in range(ROUNDINGS)]
             eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
@@ -155,22 +286,28 @@ def _trajectory(model: Layer, proto: onnx.ModelProto, session: Session, runtime:
     return max(comparisons, key=lambda c: c.difference / c.allowed)
 
 
-def _one_step(model: Layer, proto: onnx.ModelProto, session: Session, runtime: str, case: Inputs) -> Comparison:
+def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Comparison:
     """From the eager states before every step: one step of the graph against one eager step."""
-    x, _ = case
-    axis, steps, dtype = 1 if model.batch_first else 0, _steps(model, x), numpy.dtype(model.dtype).name
-    double, ones = model.to(dtype="float64"), numpy.ones(x.shape[0 if model.batch_first else 1], dtype=numpy.int64)
-    before, worst = model.initial_state(len(ones)), Comparison(runtime, "", f"one step at each of {steps}", steps, 0.0, math.inf, 0.0)
+    model, dtype, (x, _) = graph.model, graph.dtype, case
+    axis, steps, batch = 1 if model.batch_first else 0, _steps(model, x), _batch(model, x)
+    double, ones = model.to(dtype="float64"), numpy.ones(batch, dtype=numpy.int64)
+    before, worst = model.initial_state(batch), Comparison(runtime, "", f"one step at each of {steps}", steps, 0.0, math.inf, 0.0)
     for t in range(steps):
         step = numpy.take(x, [t], axis=axis)
-        expected, after = _stepped(model, step, before)
-        exact, _ = _stepped(double, floats(wide, step), floats(wide, before))
-        result = session(_feed(proto, model, step, ones, before))
+        expected, after = _stepped(graph, model, step, before)
+        exact, _ = _stepped(graph, double, floats(wide, step), floats(wide, before))
+        feed = graph.feed(step, ones, before)
+        if graph.streaming:
+            feed["x"] = numpy.take(feed["x"], 0, axis=axis)
+        else:
+            feed |= {name: graph._own(a) for name, a in _scan_states(model, before, "in").items()}
+            feed |= {f"{name}_0": numpy.asarray(a) for name, a in named_state(model, before, "").items() if name.endswith(TIME)}
+        result = session(feed)
         for name, values in expected.items():
             difference, eager_difference = _distance(name, result[name], values), _distance(name, values, exact[name])
-            allowed = STEP_ULP[dtype] * float(numpy.finfo(dtype).eps) * max(1.0, _largest(values))
+            allowed = STEP_ULP[dtype] * EPS[dtype] * max(1.0, _largest(values))
             if not difference <= allowed:
-                others = [_stepped(model, nudged(step, seed), nudged(before, seed))[0][name] for seed in range(ROUNDINGS)]
+                others = [_stepped(graph, model, nudged(step, seed), nudged(before, seed))[0][name] for seed in range(ROUNDINGS)]
                 eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
                 allowed = max(allowed, STEP_FACTOR * eager_difference)
             if not difference <= allowed:
@@ -183,10 +320,13 @@ def _one_step(model: Layer, proto: onnx.ModelProto, session: Session, runtime: s
     return worst
 
 
-def _stepped(model: Layer, x: NumPyArray, state: Any) -> tuple[dict[str, NumPyArray], Any]:
-    """One eager step: its result and new states under the names of `with_states`, and the state as it is."""
+def _stepped(graph: Graph, model: Layer, x: NumPyArray, state: Any) -> tuple[dict[str, NumPyArray], Any]:
+    """One eager step: its result and new states under the names of the graph that is asked, and the state as it is."""
     y, after = model(x, state)
-    return {"y": y, **_scan_states(model, after)}, after
+    if graph.streaming:
+        y = numpy.squeeze(y, axis=1 if model.batch_first else 0) if model.keeps_time else y
+        return {"y": y, **{n: numpy.asarray(a) for n, a in named_state(model, after, "_n").items() if not n.endswith(f"{TIME}_n")}}, after
+    return {"y": y, **_scan_states(model, after, "out")}, after
 
 
 def floats(change: Callable[[NumPyArray], NumPyArray], tree: Any) -> Any:
@@ -214,20 +354,21 @@ _FIRST_STATE = 5
 """The place of the initial h among the inputs of these operators."""
 
 
-def with_states(proto: onnx.ModelProto, model: Layer) -> onnx.ModelProto:
+def with_states(graph: Graph) -> onnx.ModelProto:
     """A copy whose loops take their states as inputs (`h_in_0`, …, numbered by loop; `time_0`) and give them out (`h_out_0`, …)."""
     copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    graph, before = copy.graph, []
-    loops = [n for n in graph.node if n.op_type in ("Scan", *_OPERATORS)]
+    copy.CopyFrom(graph.proto)
+    inner, before, model = copy.graph, [], graph.model
+    element = inner.output[0].type.tensor_type.elem_type
+    loops = [n for n in inner.node if n.op_type in ("Scan", *_OPERATORS)]
     for k, (loop, names) in enumerate(zip(loops, _state_names(model), strict=True)):
         plain, found = loop.op_type in _OPERATORS, helper.get_node_attr_value
         states = 0 if plain else len(loop.input) - found(loop, "num_scan_inputs")
         for i, (name, size) in enumerate(names):
             given, last = f"{name}_in_{k}", f"{name}_out_{k}"
-            entry = [helper.make_tensor_value_info(v, _element(graph, model), ["batch", size]) for v in (given, last)]
-            graph.input.append(entry[0])
-            graph.output.append(entry[1])
+            entry = [helper.make_tensor_value_info(v, element, ["batch", size]) for v in (given, last)]
+            inner.input.append(entry[0])
+            inner.output.append(entry[1])
             if plain:  # the operator's state has an axis for the direction
                 before.append(helper.make_node("Unsqueeze", [given, "states_axis"], [f"{given}_1"]))
                 loop.input[_FIRST_STATE + i] = f"{given}_1"
@@ -239,20 +380,19 @@ def with_states(proto: onnx.ModelProto, model: Layer) -> onnx.ModelProto:
             while len(loop.output) <= place:
                 loop.output.append("")
             loop.output[place] = change.input[0] = loop.output[place] or f"{last}_1"
-            graph.node.append(change)
+            inner.node.append(change)
     if before:
-        graph.initializer.append(numpy_helper.from_array(numpy.array([0]), "states_axis"))
+        inner.initializer.append(numpy_helper.from_array(numpy.array([0]), "states_axis"))
         for n in reversed(before):
-            graph.node.insert(0, n)
-    for tensor in list(graph.initializer):
-        if tensor.name == "time_0":
-            graph.initializer.remove(tensor)
-            graph.input.append(helper.make_tensor_value_info("time_0", tensor.data_type, []))
+            inner.node.insert(0, n)
+    times = {f"{graph.prefix}{name}_0": f"{name}_0" for name in state_names(model) if name.endswith(TIME)}
+    for tensor in [t for t in inner.initializer if t.name in times]:
+        inner.initializer.remove(tensor)
+        inner.input.append(helper.make_tensor_value_info(times[tensor.name], tensor.data_type, []))
+        for n in inner.node:
+            for place, name in enumerate(n.input):
+                n.input[place] = times[name] if name == tensor.name else name
     return copy
-
-
-def _element(graph: onnx.GraphProto, model: Layer) -> int:
-    return int(helper.np_dtype_to_tensor_dtype(numpy.dtype(model.dtype)))
 
 
 def _state_names(model: Layer) -> list[list[tuple[str, int]]]:
@@ -264,41 +404,17 @@ def _state_names(model: Layer) -> list[list[tuple[str, int]]]:
     ]
 
 
-def _states_of(model: Layer, state: Any) -> list[Any]:
-    return [state] if isinstance(model, Recurrent) else list(state)
-
-
-def _named(model: Layer, state: Any, suffix: str) -> dict[str, NumPyArray]:
-    """The state of the first recurrent part under the names of the graph's inputs ("0") or outputs ("n")."""
-    part = recurrent_parts(model)[0]
-    names = (*part.cell.states, *(("time",) if part.timed else ()))
-    return {f"{name}_{suffix}": numpy.asarray(values) for name, values in zip(names, _states_of(model, state)[0], strict=True)}
-
-
-def _scan_states(model: Layer, state: Any, suffix: str = "out") -> dict[str, NumPyArray]:
+def _scan_states(model: Layer, state: Any, side: str) -> dict[str, NumPyArray]:
     """The state under the names of `with_states`: numbered through all layers and directions."""
-    named, k = {}, 0
-    for layer, part in zip(recurrent_parts(model), _states_of(model, state), strict=True):
-        for place in range(part[0].shape[0]):
-            named.update({f"{name}_{suffix}_{k}": values[place] for name, values in zip(layer.cell.states, part, strict=False)})
+    flat, named, k = leaves(state), {}, 0
+    for _, layer in recurrent_places(model):
+        part = [next(flat) for _ in layer.cell.states]
+        if layer.timed:
+            next(flat)
+        for place in range(layer.num_layers * layer.num_directions):
+            named.update({f"{name}_{side}_{k}": values[place] for name, values in zip(layer.cell.states, part, strict=True)})
             k += 1
     return named
-
-
-def _feed(proto: onnx.ModelProto, model: Layer, x: NumPyArray, lengths: NumPyArray | None, state: Any) -> dict[str, NumPyArray]:
-    """The inputs of the graph, or, with a `state`, those of `with_states`."""
-    names = {i.name for i in proto.graph.input}
-    feed = {"x": x}
-    if "lengths" in names:
-        steps, batch = (x.shape[1], x.shape[0]) if model.batch_first else x.shape[:2]
-        feed["lengths"] = numpy.full(batch, steps) if lengths is None else numpy.asarray(lengths, dtype=numpy.int64)
-    if "h_0" in names:
-        feed |= _named(model, state if state is not None else model.initial_state(x.shape[0 if model.batch_first else 1]), "0")
-    if state is not None:
-        feed |= _scan_states(model, state, "in")
-        times = [part[-1] for layer, part in zip(recurrent_parts(model), _states_of(model, state), strict=True) if layer.timed]
-        feed |= {"time_0": numpy.asarray(times[0])} if times else {}
-    return feed
 
 
 def _outputs(model: Layer, x: NumPyArray, lengths: NumPyArray | None) -> dict[str, NumPyArray]:
@@ -306,7 +422,7 @@ def _outputs(model: Layer, x: NumPyArray, lengths: NumPyArray | None) -> dict[st
     if not model.recurrent:
         return {"y": model(x)}
     y, state = model(x, lengths=lengths)
-    return {"y": y, **_named(model, state, "n")}
+    return {"y": y, **{name: numpy.asarray(a) for name, a in named_state(model, state, "_n").items()}}
 
 
 def _distance(name: str, result: NumPyArray, expected: NumPyArray) -> float:

@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from portnorm.arrays import DType, Namespace, dtype_name, to_numpy
+from portnorm.arrays import DType, Namespace, dtype_name, require_extra, to_numpy
 from portnorm.cells.variants import Variant
 from portnorm.checkpoint import safetensors
 from portnorm.errors import CheckpointError, PortnormError
@@ -40,10 +40,14 @@ def save(layer: Layer, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], *, xp: Namespace | str | None = None, device: Any = None, dtype: DType | None = None) -> Layer:
-    """The layer that `save` wrote, on NumPy or in the library, on the device and of the dtype asked for.
+    """The layer that `save` or `export` wrote, on NumPy or in the library, on the device and of the dtype asked for.
 
-    Raises `CheckpointError` where the file cannot be read, is damaged, or was not written by `save`.
+    A file that ends in `.onnx` is a graph of `portnorm.export`: its configuration and weights give the layer back as it was exported.
+    Raises `CheckpointError` where the file cannot be read, is damaged, or was not written by either.
     """
+    if os.fspath(path).endswith(".onnx"):
+        layer: Layer = require_extra("portnorm_onnx.metadata", "onnx").load_layer(path, xp=xp, device=device, dtype=dtype)
+        return layer
     arrays, metadata = safetensors.read(path)
     if _KEY not in metadata:
         raise CheckpointError(f"{os.fspath(path)!r} holds arrays but no configuration of portnorm; make the layer and use load_state_dict")

@@ -1,0 +1,140 @@
+"""What a graph says of the layer in it, and the way back: configuration as JSON, arrays from the graph's own weights.
+
+An array that the graph holds under its own name, transposed (`.T`) or with the gates in ONNX's order (`.gates`) is read from there; one
+that folding changed is kept beside, so that the layer that comes back is the one that was exported, bit by bit.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy
+import onnx
+from onnx import helper, numpy_helper
+
+from portnorm.arrays import DType, Namespace, to_numpy
+from portnorm.checkpoint.layers import from_json, to_json
+from portnorm.errors import CheckpointError
+from portnorm.layers.layer import Layer
+from portnorm_onnx.fused import OPERATORS
+from portnorm_onnx.signature import places
+from portnorm_onnx.symbolic import NumPyArray
+
+_LAYER, _GRAPH, _ARRAYS = "portnorm", "portnorm.graph", "portnorm.arrays"
+
+
+def described(proto: onnx.ModelProto, model: Layer, *, names: dict[str, str], prefix: str, dtype: str, streaming: bool) -> None:
+    """Write into the model what it takes to check it and to read the layer back."""
+    graph = {"names": names, "prefix": prefix, "dtype": dtype, "streaming": streaming}
+    props = {_LAYER: to_json(model), _GRAPH: json.dumps(graph)}
+    found = _found(_initializers(proto, None), model, prefix)
+    beside = {}
+    for name, a in model.state_dict().items():
+        values = to_numpy(a)
+        own = found.get(name)
+        if own is None or own.shape != values.shape or not numpy.array_equal(own, values):
+            beside[name] = {"dtype": str(values.dtype), "shape": list(values.shape), "data": _packed(values)}
+    if beside:
+        props[_ARRAYS] = json.dumps(beside)
+    helper.set_model_props(proto, props)
+
+
+def graph_facts(proto: onnx.ModelProto) -> dict[str, Any]:
+    """What `described` wrote of the graph; the defaults for one that it did not write."""
+    text = {p.key: p.value for p in proto.metadata_props}.get(_GRAPH)
+    facts: dict[str, Any] = {"names": {}, "prefix": "", "dtype": None, "streaming": False}
+    try:
+        return facts | (json.loads(text) if text else {})
+    except ValueError as error:
+        raise CheckpointError(f"the metadata {_GRAPH!r} is not understood: {error}") from error
+
+
+def load_layer(path: str | os.PathLike[str], *, xp: Namespace | str | None, device: Any, dtype: DType | None) -> Layer:
+    """The layer that `portnorm.export` wrote as `path`; raises `CheckpointError` for any other model."""
+    try:
+        proto = onnx.load(os.fspath(path), load_external_data=False)
+    except Exception as error:
+        raise CheckpointError(f"cannot read {os.fspath(path)!r} as an ONNX model: {error}") from error
+    props = {p.key: p.value for p in proto.metadata_props}
+    if _LAYER not in props:
+        raise CheckpointError(
+            f"{os.fspath(path)!r} was not written by portnorm.export; "
+            "portnorm.import_checkpoint reads the LSTM, GRU, RNN and norm nodes of any model"
+        )
+    layer = from_json(props[_LAYER], xp=xp, device=device, dtype=dtype)
+    arrays: dict[str, Any] = dict(_found(_initializers(proto, Path(path).resolve().parent), layer, graph_facts(proto)["prefix"]))
+    try:
+        for name, entry in json.loads(props.get(_ARRAYS, "{}")).items():
+            arrays[name] = _unpacked(entry)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the metadata {_ARRAYS!r} is not understood: {error!r}") from error
+    own = layer.state_dict()
+    layer.load_state_dict({name: a for name, a in arrays.items() if name in own})
+    return layer
+
+
+def _initializers(proto: onnx.ModelProto, folder: Path | None) -> dict[str, Any]:
+    """Weights by name, to be read when they are asked for."""
+    base = "" if folder is None else str(folder)
+    return {t.name: (lambda t=t: numpy_helper.to_array(t, base)) for t in proto.graph.initializer}
+
+
+def _found(weights: dict[str, Any], model: Layer, prefix: str) -> dict[str, NumPyArray]:
+    """The arrays of a layer that the graph holds, by name."""
+    found = {}
+    for name, a in model.state_dict().items():
+        for suffix, back in _BACK.items():
+            if f"{prefix}{name}{suffix}" not in weights:
+                continue
+            values: NumPyArray = weights[f"{prefix}{name}{suffix}"]()
+            if values.dtype == ml_dtypes.bfloat16:
+                values = values.astype(numpy.float32)
+            values = back(values, _order(model, name))
+            if values.shape == tuple(a.shape):
+                found[name] = values
+            break
+    return found
+
+
+def _order(model: Layer, name: str) -> tuple[int, ...]:
+    """Where the gates of ONNX's operator are among ours, for a parameter of a recurrent layer."""
+    layers = [(prefix, layer) for prefix, layer in places(model) if name.startswith(prefix)]
+    return OPERATORS[layers[-1][1].cell].gates if layers and layers[-1][1].cell in OPERATORS else ()
+
+
+def _in_our_order(values: NumPyArray, order: tuple[int, ...]) -> NumPyArray:
+    blocks = values[0].reshape(len(order), -1, *values.shape[2:])
+    found: NumPyArray = blocks[numpy.argsort(order)].reshape(values.shape[1:])
+    return found
+
+
+_BACK: dict[str, Any] = {"": lambda v, _: v, ".T": lambda v, _: v.T, ".gates": _in_our_order}
+"""What undoes the change that the end of a weight's name tells of."""
+
+
+def _packed(values: NumPyArray) -> str:
+    return base64.b64encode(numpy.ascontiguousarray(values).tobytes()).decode()
+
+
+def _unpacked(entry: dict[str, Any]) -> NumPyArray:
+    values: NumPyArray = numpy.frombuffer(base64.b64decode(entry["data"]), dtype=entry["dtype"])
+    found: NumPyArray = values.reshape(entry["shape"])
+    return found
+
+
+def rounded(model: Layer, kind: str) -> Layer:
+    """A model whose every number is one of the graph's type; a bfloat16 model is float32 with rounded weights."""
+    if kind != "bfloat16":
+        return model
+    other = model.copy()
+    other.assign(*({n: _nearest(to_numpy(a)) for n, a in group.items()} for group in (model.params, model.buffers)))
+    return other
+
+
+def _nearest(values: NumPyArray) -> NumPyArray:
+    return values.astype(ml_dtypes.bfloat16).astype(values.dtype) if values.dtype.kind == "f" else values

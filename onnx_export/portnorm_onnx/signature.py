@@ -1,0 +1,68 @@
+"""Names of a graph's inputs and outputs, and which state belongs to which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from portnorm.arrays import leaves, mapped
+from portnorm.layers.layer import Layer
+from portnorm.layers.recurrent import PlacedState, Recurrent
+from portnorm.layers.sequential import Sequential
+from portnorm_onnx.symbolic import Opset, SymbolicArray, constant, graph_input
+
+TIME = "time"
+"""The state that counts the steps before."""
+
+
+def recurrent_places(model: Layer) -> list[tuple[str, Recurrent]]:
+    """The recurrent layers, each with what stands before the names of its states: its number, or nothing where it is the only one."""
+    found = list(places(model))
+    return [("", layer) for _, layer in found] if len(found) == 1 else found
+
+
+def places(layer: Layer, prefix: str = "") -> Iterator[tuple[str, Recurrent]]:
+    """The recurrent layers, each with what stands before the names of its parameters."""
+    if isinstance(layer, Recurrent):
+        yield prefix, layer
+    elif isinstance(layer, Sequential):
+        for k, part in enumerate(layer.parts):
+            yield from places(part, f"{prefix}{k}.")
+
+
+def state_names(model: Layer) -> list[str]:
+    """The states of all recurrent layers, in the order of the leaves of `model.initial_state`: `h`, `c`, `time`, or `1.h`, …"""
+    return [
+        f"{prefix}{name}" for prefix, layer in recurrent_places(model) for name in (*layer.cell.states, *((TIME,) if layer.timed else ()))
+    ]
+
+
+def named_state(model: Layer, state: Any, suffix: str) -> dict[str, Any]:
+    """A state under the names of a graph's inputs ("_0") or outputs ("_n")."""
+    return {f"{name}{suffix}": a for name, a in zip(state_names(model), leaves(state), strict=True)}
+
+
+def state_inputs(model: Layer, opset: Opset, dtype: Any) -> tuple[list[SymbolicArray], Any]:
+    """Inputs of a graph for the states, and the same as the state that the model takes."""
+    inputs = []
+    for prefix, layer in recurrent_places(model):
+        places = layer.num_layers * layer.num_directions
+        for name, size in zip(layer.cell.states, layer.state_sizes(), strict=True):
+            inputs.append(graph_input(f"{prefix}{name}_0", dtype, (places, "batch", size), opset))
+        if layer.timed:
+            inputs.append(graph_input(f"{prefix}{TIME}_0", "int64", (), opset))
+    flat = iter(inputs)
+    return inputs, mapped(lambda _: next(flat), model.initial_state(1))
+
+
+def zero_states(layer: Layer, x: SymbolicArray, dtype: Any, prefix: str = "") -> Any:
+    """Zeros as the directions take them. The number of steps before is a named constant, so that a check can set it."""
+    if isinstance(layer, Sequential):
+        parts = [(k, part) for k, part in enumerate(layer.parts) if part.recurrent]
+        return tuple(zero_states(part, x, dtype, f"{prefix}{k}.") for k, part in parts)
+    if not isinstance(layer, Recurrent):
+        return None
+    xp, batch = x.__array_namespace__(), x.shape[0 if layer.batch_first else 1]
+    zeros = tuple(xp.zeros((batch, size), dtype=dtype) for size in layer.state_sizes())
+    time = constant(0, f"{prefix}{TIME}_0") if layer.timed else None
+    return PlacedState([zeros] * (layer.num_layers * layer.num_directions), time)

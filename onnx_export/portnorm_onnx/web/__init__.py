@@ -1,0 +1,1 @@
+"""onnxruntime-web, in Node.js and in a page."""

@@ -1,0 +1,59 @@
+// Runs one model in onnxruntime-web: node worker.mjs PACKAGE MODEL [FILES OF WEIGHTS], arrays in, arrays out. See runtimes.py.
+import { readFileSync } from "node:fs";
+import { dirname, join } from "node:path";
+import { pathToFileURL } from "node:url";
+
+const [folder, model, ...beside] = process.argv.slice(2);
+const ort = await import(pathToFileURL(join(folder, "dist", "ort.wasm.min.mjs")).href);
+ort.env.wasm.numThreads = 1;
+ort.env.wasm.wasmPaths = pathToFileURL(join(folder, "dist") + "/").href;
+
+const TYPES = {
+  float16: ["float16", Uint16Array], float32: ["float32", Float32Array], float64: ["float64", Float64Array],
+  int32: ["int32", Int32Array], int64: ["int64", BigInt64Array], bool: ["bool", Uint8Array],
+};
+
+const answer = (head, parts = []) => process.stdout.write(Buffer.concat([Buffer.from(JSON.stringify(head) + "\n"), ...parts]));
+
+let waiting = Buffer.alloc(0);
+const chunks = process.stdin[Symbol.asyncIterator]();
+async function take(enough) {
+  let end;
+  while ((end = enough(waiting)) === null) {
+    const { value, done } = await chunks.next();
+    if (done) return null;
+    waiting = Buffer.concat([waiting, value]);
+  }
+  const taken = waiting.subarray(0, end);
+  waiting = waiting.subarray(end);
+  return taken;
+}
+
+try {
+  const session = await ort.InferenceSession.create(readFileSync(model), {
+    executionProviders: ["wasm"],
+    logSeverityLevel: 3,
+    externalData: beside.map((name) => ({ path: name, data: readFileSync(join(dirname(model), name)) })),
+  });
+  answer([]);
+  for (;;) {
+    const line = await take((b) => (b.indexOf(10) < 0 ? null : b.indexOf(10) + 1));
+    if (line === null) break;
+    const feeds = {};
+    for (const { name, dtype, shape } of JSON.parse(line.toString())) {
+      const [type, Typed] = TYPES[dtype];
+      const count = shape.reduce((a, b) => a * b, 1);
+      const bytes = await take((b) => (b.length < count * Typed.BYTES_PER_ELEMENT ? null : count * Typed.BYTES_PER_ELEMENT));
+      feeds[name] = new ort.Tensor(type, new Typed(Uint8Array.from(bytes).buffer), shape);
+    }
+    const results = await session.run(feeds);
+    const named = session.outputNames.map((name) => [name, results[name]]);
+    answer(
+      named.map(([name, t]) => ({ name, dtype: t.type, shape: t.dims })),
+      named.map(([, t]) => Buffer.from(t.data.buffer, t.data.byteOffset, t.data.byteLength)),
+    );
+  }
+} catch (error) {
+  answer({ error: String(error.message ?? error).split("\n")[0].slice(0, 400) });
+}
+process.exit(0);
