@@ -27,7 +27,7 @@ class SymbolicNamespace:
         return bool(known.isdtype(dtype, kind))
 
     def finfo(self, dtype: Any) -> Any:
-        return ml_dtypes.finfo(dtype) if dtype == ml_dtypes.bfloat16 else known.finfo(dtype)
+        return ml_dtypes.finfo(dtype) if dtype == ml_dtypes.bfloat16 else known.finfo(dtype)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
         if name in _DTYPES:

@@ -7,6 +7,7 @@ its own, which is told the model's path and then gets arrays on its standard inp
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import shutil
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import ml_dtypes
 import numpy
 import onnx
+from onnx import helper
 
 from portnorm.arrays import require_extra
 from portnorm.errors import ExportError, MissingExtraError, UnsupportedError
@@ -67,6 +70,9 @@ def _onnxruntime(provider: str) -> Callable[[Loadable], Session]:
 
         def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
             try:
+                if any(a.dtype == ml_dtypes.bfloat16 for a in inputs.values()):
+                    given = {n: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(*_typed(a)) for n, a in inputs.items()}
+                    return dict(zip(names, map(_from_ort, session.run_with_ort_values(names, given)), strict=True))
                 return dict(zip(names, session.run(names, dict(inputs)), strict=True))
             except Exception as error:
                 raise ExportError(f"onnxruntime {ort.__version__} does not run the graph: {error}") from error
@@ -74,6 +80,20 @@ def _onnxruntime(provider: str) -> Callable[[Loadable], Session]:
         return run
 
     return load
+
+
+def _typed(a: Any) -> tuple[Any, int]:
+    """An array as onnxruntime takes it, with its ONNX type; NumPy has no bfloat16 of its own."""
+    kind = int(helper.np_dtype_to_tensor_dtype(a.dtype))
+    return (numpy.ascontiguousarray(a).view(numpy.uint16) if a.dtype == ml_dtypes.bfloat16 else a), kind
+
+
+def _from_ort(value: Any) -> Any:
+    if value.element_type() != onnx.TensorProto.BFLOAT16:
+        return value.numpy()
+    count = int(numpy.prod(value.shape(), dtype=int))
+    data = (ctypes.c_uint16 * count).from_address(value.data_ptr())
+    return numpy.array(data, dtype=numpy.uint16).view(ml_dtypes.bfloat16).reshape(value.shape())
 
 
 def _cuda_version() -> str:
@@ -95,14 +115,23 @@ def _openvino(hint: Mapping[str, str]) -> Callable[[Loadable], Session]:
 
         def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
             try:
-                found = compiled(dict(inputs))
+                given = {n: a if a.dtype != ml_dtypes.bfloat16 else _bfloat16_tensor(openvino, a) for n, a in inputs.items()}
+                found = compiled(given)
             except Exception as error:
                 raise ExportError(f"OpenVINO does not run the graph: {_last_line(error)}") from error
-            return {name: numpy.array(found[k]) for k, name in enumerate(names)}
+            arrays = [numpy.array(found[k]) for k in range(len(names))]
+            kinds = [o.get_element_type() == openvino.Type.bf16 for o in compiled.outputs]
+            return {n: a.view(ml_dtypes.bfloat16) if half else a for n, a, half in zip(names, arrays, kinds, strict=True)}
 
         return run
 
     return load
+
+
+def _bfloat16_tensor(openvino: Any, a: Any) -> Any:
+    tensor = openvino.Tensor(openvino.Type.bf16, openvino.Shape(a.shape))
+    tensor.data.view(numpy.uint16)[...] = a.view(numpy.uint16)  # which OpenVINO shows as float16
+    return tensor
 
 
 def output_names(model: Loadable) -> list[str]:

@@ -273,7 +273,7 @@ def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs) -> C
         difference, eager_difference = _distance(name, result, exact[name]), _distance(name, eager[name], exact[name])
         floor = FLOOR[dtype] * (max(1.0, _largest(exact[name])) if dtype in ("float64", "bfloat16") else 1.0)
         if not difference <= FACTOR * eager_difference + floor:
-            others = [_outputs(model, nudged(x, seed), lengths)[name] for seed in range(ROUNDINGS)]
+            others = [_outputs(model, nudged(x, seed, dtype), lengths)[name] for seed in range(ROUNDINGS)]
             eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
         allowed = FACTOR * eager_difference + floor
         comparisons.append(Comparison(runtime, name, _case_name(model, case), _steps(model, x), difference, allowed, eager_difference))
@@ -307,7 +307,7 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
             difference, eager_difference = _distance(name, result[name], values), _distance(name, values, exact[name])
             allowed = STEP_ULP[dtype] * EPS[dtype] * max(1.0, _largest(values))
             if not difference <= allowed:
-                others = [_stepped(graph, model, nudged(step, seed), nudged(before, seed))[0][name] for seed in range(ROUNDINGS)]
+                others = [_stepped(graph, model, nudged(step, seed, dtype), nudged(before, seed, dtype))[0][name] for seed in range(ROUNDINGS)]
                 eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
                 allowed = max(allowed, STEP_FACTOR * eager_difference)
             if not difference <= allowed:
@@ -339,10 +339,15 @@ def wide(a: NumPyArray) -> NumPyArray:
     return a.astype(numpy.float64)
 
 
-def nudged(values: Any, seed: int) -> Any:
-    """Every number moved by at most one unit in its last place: as good a float32 input as the one given."""
+def nudged(values: Any, seed: int, dtype: str | None = None) -> Any:
+    """Every number moved by at most one unit in its last place, in its own type or `dtype`: as good an input as the one given."""
     rng = numpy.random.default_rng(seed)
-    return floats(lambda a: (a * (1 + numpy.finfo(a.dtype).eps * rng.integers(-1, 2, a.shape))).astype(a.dtype), values)
+
+    def change(a: NumPyArray) -> NumPyArray:
+        unit = numpy.finfo(a.dtype).eps if dtype is None else EPS[dtype]
+        return (a * (1 + unit * rng.integers(-1, 2, a.shape))).astype(a.dtype)
+
+    return floats(change, values)
 
 
 def _largest(values: NumPyArray) -> float:

@@ -6,7 +6,8 @@
 (Ioffe & Szegedy 2015; Ba, Kiros & Hinton 2016; Ulyanov et al. 2016; Wu & He 2018); RMS normalization leaves μ out (Zhang & Sennrich 2019).
 
 Numerics. Statistics are taken in at least float32, in two passes and with re-centring: d = x − mean(x), d ← d − mean(d), σ² = mean(d²).
-The second subtraction removes what rounding left of the mean, which is all of the error where |mean| ≫ std. Where the squares of a row
+The second subtraction removes what rounding left of the mean, which is all of the error where |mean| ≫ std. The first mean is taken of the
+differences to one value of the row, which are exact there; a constant row has variance 0. Where the squares of a row
 would leave the range of the type, the row is multiplied by a power of two first, which is exact and cancels in x̂.
 
 Two published departures: `eps_place="std"` divides by sqrt(σ²) + ε instead, and `correction=1` takes σ² as Σd² / (n − 1).
@@ -128,7 +129,11 @@ def _with_own(
         z = z * scale
         eps = eps * scale if eps_place == "std" else eps * scale * scale
     if center:
-        mean = average(z)
+        first = z[tuple(slice(1) if a in axes else slice(None) for a in range(z.ndim))]
+        beside = z - first
+        if mask is not None:
+            beside = xp.where(mask, beside, 0.0)
+        mean = first + average(beside)
         z = z - mean
         if mask is not None:
             z = xp.where(mask, z, 0.0)
@@ -172,6 +177,9 @@ def _count(xp: Namespace, z: Array, axes: tuple[int, ...], mask: Array | None) -
 
 def _average(xp: Namespace, a: Array, axes: tuple[int, ...], count: Array | None) -> Array:
     """Mean over `axes` of an array that is 0 where masked out; 0 where nothing was counted."""
+    if _is_long(a, axes):
+        total = _total(xp, a, axes, keepdims=True)
+        return total / (math.prod(a.shape[k] for k in axes) if count is None else xp.where(count > 0, count, 1.0))
     if count is None:
         return xp.mean(a, axis=axes, keepdims=True)
     return xp.sum(a, axis=axes, keepdims=True) / xp.where(count > 0, count, 1.0)
@@ -237,8 +245,25 @@ def _(
     return xp.astype(dx, out_dtype, copy=False), dweight, dbias
 
 
-def _total(xp: Namespace, a: Array, axes: tuple[int, ...]) -> Array:
-    return xp.sum(a, axis=axes) if axes else a
+_BLOCK = 64
+"""Values that are added one after the other where a sum is not along the last axis."""
+
+
+def _is_long(a: Array, axes: tuple[int, ...]) -> bool:
+    """Whether a sum over `axes` could add many values one after the other: NumPy sums in pairs along the last axis only."""
+    return bool(axes) and axes[-1] != a.ndim - 1 and isinstance(a.shape[axes[0]], int) and a.shape[axes[0]] > 2 * _BLOCK
+
+
+def _total(xp: Namespace, a: Array, axes: tuple[int, ...], keepdims: bool = False) -> Array:
+    """Sum over `axes`, a long first axis in blocks and their sums in blocks again: the error grows with its logarithm."""
+    while _is_long(a, axes):
+        axis = axes[0]
+        whole = a.shape[axis] // _BLOCK
+        index = (slice(None),) * axis
+        blocks = xp.reshape(a[(*index, slice(whole * _BLOCK), ...)], (*a.shape[:axis], whole, _BLOCK, *a.shape[axis + 1 :]))
+        rest = xp.sum(a[(*index, slice(whole * _BLOCK, None), ...)], axis=axis, keepdims=True)
+        a = xp.concat((xp.sum(blocks, axis=axis + 1), rest), axis=axis)
+    return xp.sum(a, axis=axes, keepdims=keepdims) if axes else a
 
 
 def _along(xp: Namespace, parameter: Array, x: Array, param_axes: tuple[int, ...]) -> Array:

@@ -1,0 +1,205 @@
+"""The table of cases: operation × regime × type, each a few arrays made from a fixed seed."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+import portnorm as pn
+from portnorm.errors import UnsupportedError
+
+NumPyArray = numpy.ndarray[Any, Any]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A normalization over the shared core: how it is called, and over which axes the truth is taken."""
+
+    name: str
+    call: Callable[..., Any]
+    """The Op, called as `call(x, weight, bias, eps=…)`; rms_norm without bias, group_norm with its groups."""
+    shape: Shape
+    long: Shape | None
+    """The same with 2²⁰ values in a statistic."""
+    axes: Callable[[Shape], tuple[int, ...]]
+    """Axes of a statistic, in the shape of `grouped`."""
+    channel: int = 1
+    center: bool = True
+    groups: int | None = None
+
+    def arguments(self, x: Any, weight: Any, bias: Any) -> tuple[Any, ...]:
+        groups = () if self.groups is None else (self.groups,)
+        return (x, *groups, weight, bias) if self.center else (x, weight)
+
+    def grouped(self, shape: Shape) -> Shape:
+        """The shape in which `axes` are meant: with channels cut into groups where there are any."""
+        if self.groups is None:
+            return shape
+        return (shape[0], self.groups, shape[1] // self.groups, *shape[2:])
+
+
+def _space(shape: Shape) -> tuple[int, ...]:
+    return tuple(range(2, len(shape)))
+
+
+OPERATIONS: dict[str, Operation] = {
+    row.name: row
+    for row in (
+        Operation("layer_norm", pn.layer_norm, (16, 96), (2, 2**20), lambda s: (1,)),
+        Operation("rms_norm", pn.rms_norm, (16, 96), (2, 2**20), lambda s: (1,), center=False),
+        Operation("group_norm", pn.group_norm, (4, 6, 7, 5), (1, 4, 2**18, 2), lambda s: (2, *range(3, len(s))), groups=2),
+        Operation("instance_norm", pn.instance_norm, (4, 5, 8, 9), (1, 2, 2**10, 2**10), _space),
+        Operation("batch_norm", pn.batch_norm, (64, 6), (2**20, 2), lambda s: tuple(a for a in range(len(s)) if a != 1)),
+        Operation("batch_norm of a map", pn.batch_norm, (8, 4, 6, 7), None, lambda s: tuple(a for a in range(len(s)) if a != 1)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What the values are like."""
+
+    name: str
+    make: Callable[[numpy.random.Generator, Shape, Any], NumPyArray]
+    """`x` in float64 from a generator, a shape and the type it will be rounded to."""
+    eps: float = 1e-5
+    long: bool = False
+    """Whether the long shape is taken."""
+    shape: Callable[[Shape], Shape] | None = None
+    """What becomes of the operation's shape."""
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
+    gradient: bool = True
+    """Whether the gradient is measured. That of one value is 0, or what is left of a difference of equal terms."""
+
+
+def _normal(rng: numpy.random.Generator, shape: Shape, dtype: Any) -> NumPyArray:
+    return rng.standard_normal(shape)
+
+
+def _with_mean(mean: float, std: float = 1.0) -> Callable[..., NumPyArray]:
+    return lambda rng, shape, dtype: mean + std * rng.standard_normal(shape)
+
+
+def _scaled(exponent: Callable[[Any], float]) -> Callable[..., NumPyArray]:
+    """Normal values times the power of two that `exponent` names for the range of the type."""
+    return lambda rng, shape, dtype: rng.standard_normal(shape).clip(-3, 3) * 2.0 ** exponent(dtype)
+
+
+def _with_holes(rng: numpy.random.Generator, shape: Shape, dtype: Any) -> NumPyArray:
+    """A NaN and an infinity, each in one statistic; the others must not see them."""
+    x = rng.standard_normal(shape)
+    x[(0,) * x.ndim], x[(-1,) * x.ndim] = numpy.nan, numpy.inf
+    return x
+
+
+REGIMES: dict[str, Regime] = {
+    row.name: row
+    for row in (
+        Regime("normal", _normal),
+        Regime("mean 1e2 std", _with_mean(1e2)),
+        Regime("mean 1e3 std", _with_mean(1e3)),
+        Regime("mean 1e4 std", _with_mean(1e4), dtypes=("float16", "float32", "float64")),
+        Regime("mean 1e6 std", _with_mean(1e6), dtypes=("float32", "float64")),
+        Regime("mean 1e8 std", _with_mean(1e8), dtypes=("float32", "float64")),
+        Regime("N(1e4, 0.01)", _with_mean(1e4, 0.01), dtypes=("float32", "float64")),
+        Regime("tiny variance", _with_mean(1.0, 1e-6), dtypes=("float32", "float64")),
+        Regime("constant", lambda rng, shape, dtype: numpy.full(shape, 1234.5)),
+        Regime("largest float16", lambda rng, shape, dtype: rng.choice([-1.0, 1.0], shape) * rng.uniform(3e4, 6.5e4, shape)),
+        # Squares overflow, or underflow, in the type of the statistics.
+        Regime("huge", _scaled(lambda d: {"float32": 120.0, "float64": 1000.0}[d]), dtypes=("float32", "float64")),
+        Regime("tiny", _scaled(lambda d: {"float32": -100.0, "float64": -900.0}[d]), dtypes=("float32", "float64")),
+        Regime("tiny, eps 0", _scaled(lambda d: {"float32": -100.0, "float64": -900.0}[d]), eps=0.0, dtypes=("float32", "float64")),
+        Regime(
+            "subnormal",
+            _scaled(lambda d: {"float16": -18.0, "bfloat16": -128.0, "float32": -132.0, "float64": -1040.0}[d]),
+            dtypes=("float16", "float32", "float64"),
+        ),
+        Regime("rows of 2^20", _normal, long=True, dtypes=("float32", "float64")),
+        Regime("rows of 2^20, mean 1e4 std", _with_mean(1e4), long=True, dtypes=("float32", "float64")),
+        Regime("NaN and Inf", _with_holes),
+        Regime("one value", _normal, gradient=False, shape=lambda s: (*s[:1], 1) if len(s) == 2 else (*s[:2], *(1 for _ in s[2:]))),
+        Regime("no values", _normal, shape=lambda s: (0, *s[1:])),
+    )
+}
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation in one regime and type. The arrays are made anew at every call, from the case's own seed."""
+
+    operation: Operation
+    regime: Regime
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation.name} / {self.regime.name} / {self.dtype}"
+
+    @property
+    def shape(self) -> Shape:
+        shape = self.operation.long if self.regime.long else self.operation.shape
+        assert shape is not None
+        return shape if self.regime.shape is None else self.regime.shape(shape)
+
+    @property
+    def eps(self) -> float:
+        return self.regime.eps
+
+    def arrays(self) -> dict[str, NumPyArray]:
+        """`x`, `weight`, `bias` and a cotangent `dy`, in float64 but with values of the case's type."""
+        rng = numpy.random.default_rng(zlib.crc32(self.name.encode()))
+        shape, channels = self.shape, self.shape[self.operation.channel]
+        made = {
+            "x": self.regime.make(rng, shape, self.dtype),
+            "weight": rng.uniform(0.5, 2.0, channels),
+            "bias": rng.uniform(-1.0, 1.0, channels) if self.operation.center else numpy.zeros(channels),
+            "dy": rng.standard_normal(shape),
+        }
+        return {name: as_type(a, self.dtype) for name, a in made.items()}
+
+    def reproduce(self) -> str:
+        """Lines of Python that make the arrays."""
+        return (
+            "from portnorm import conform\n"
+            f"case = conform.find({self.operation.name!r}, {self.regime.name!r}, {self.dtype!r})\n"
+            "arrays = case.arrays()  # x, weight, bias, dy in float64"
+        )
+
+
+def as_type(a: NumPyArray, dtype: str) -> NumPyArray:
+    """Values rounded to a type, in float64."""
+    with numpy.errstate(over="ignore"):
+        if dtype == "bfloat16":  # to nearest, ties to even, of float32 cut to its upper half
+            bits = a.astype(numpy.float32).view(numpy.uint32)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            found: NumPyArray = numpy.where(numpy.isnan(a), numpy.nan, rounded.astype(numpy.uint32).view(numpy.float32)).astype(numpy.float64)
+            return found
+        return a.astype(dtype).astype(numpy.float64)
+
+
+def cases(operations: Any = None, regimes: Any = None, dtypes: Any = None) -> Iterator[Case]:
+    """All cases, or those of the named operations, regimes and types."""
+    for operation in OPERATIONS.values():
+        for regime in REGIMES.values():
+            for dtype in DTYPES:
+                wanted = all(
+                    chosen is None or name in chosen
+                    for chosen, name in ((operations, operation.name), (regimes, regime.name), (dtypes, dtype))
+                )
+                if wanted and dtype in regime.dtypes and not (regime.long and operation.long is None):
+                    yield Case(operation, regime, dtype)
+
+
+def find(operation: str, regime: str, dtype: str = "float32") -> Case:
+    """One case by its names; raises `UnsupportedError`."""
+    found = next(cases([operation], [regime], [dtype]), None)
+    if found is None:
+        raise UnsupportedError(f"there is no case {operation!r}, {regime!r}, {dtype!r}; see portnorm.conform.cases()")
+    return found

@@ -1,0 +1,187 @@
+"""Measure subjects on cases: how far each value is from the truth, in units in the last place, and how much further than naive code."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy
+
+import portnorm as pn
+from portnorm.arrays import require_extra
+from portnorm.conform.cases import DTYPES, Case, NumPyArray, cases
+from portnorm.conform.libraries import LIBRARIES, Library
+from portnorm.conform.oracle import Truth, is_measurable, naive, truth
+from portnorm.conform.tolerances import limit
+from portnorm.errors import MissingExtraError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Result:
+    """One subject on one case."""
+
+    subject: str
+    """A library, or a runtime."""
+    version: str
+    operation: str
+    regime: str
+    dtype: str
+    side: str
+    """`forward`, `gradient`, `one step` or `trajectory`."""
+    status: str
+    """`ok`, `beyond` the limit, `not installed`, `does not run`, or `not measured` where it does not apply."""
+    max_ulp: float | None = None
+    """Units in the last place of the largest value of the same statistic."""
+    p99_ulp: float | None = None
+    max_abs: float | None = None
+    naive_ratio: float | None = None
+    """The largest error over that of the textbook formula in float32."""
+    limit: float | None = None
+    nonfinite: int = 0
+    """Values that are not finite where the truth is, or the other way."""
+    detail: str = ""
+    reproduce: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.status in ("beyond", "does not run")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Progress = Callable[[str], None]
+
+
+def measure(
+    subjects: Sequence[str] = ("numpy",),
+    *,
+    operations: Iterable[str] | None = None,
+    regimes: Iterable[str] | None = None,
+    dtypes: Iterable[str] | None = None,
+    progress: Progress = lambda what: None,
+) -> Iterator[Result]:
+    """Every named library and runtime on every case; the definitions of portnorm forward and backward, runtimes forward.
+
+    A subject that is not installed gives one row that says so. Raises `UnsupportedError` for a name that is neither.
+    """
+    runtimes = [name for name in subjects if name not in LIBRARIES]
+    conformance: Any = require_extra("portnorm_onnx.conformance", "onnx") if runtimes else None
+    for name in runtimes:
+        conformance.check_known(name)
+    chosen = list(cases(operations, regimes, dtypes))
+    installed: dict[str, Any] = {}
+    for name in subjects:
+        try:
+            installed[name] = LIBRARIES[name].version() if name in LIBRARIES else conformance.version(name)
+        except MissingExtraError as error:
+            yield Result(name, "", "all", "all", "all", "forward", "not installed", detail=str(error))
+    for case in chosen:
+        progress(case.name)
+        if not is_measurable(case):
+            yield Result("truth", "", case.operation.name, case.regime.name, case.dtype, "forward", "not measured", detail="no wider type")
+            continue
+        arrays = case.arrays()
+        exact = truth(case, arrays)
+        for name, version in installed.items():
+            if name in LIBRARIES:
+                yield from of_library(LIBRARIES[name], version, case, arrays, exact)
+            else:
+                yield from conformance.of_runtime(name, version, case, arrays, exact)
+    if operations is None:
+        from portnorm.conform.recurrent import of_cells
+
+        for name, version in installed.items():
+            if name in LIBRARIES:
+                yield from of_cells(LIBRARIES[name], version, tuple(dtypes or DTYPES), progress)
+            else:
+                yield from conformance.of_cells(name, version, progress)
+
+
+def of_library(
+    library: Library, version: str, case: Case, arrays: dict[str, NumPyArray] | None = None, exact: Truth | None = None
+) -> Iterator[Result]:
+    """portnorm's definitions on the arrays of one library."""
+    if case.dtype not in library.dtypes:
+        return
+    arrays = case.arrays() if arrays is None else arrays
+    exact = truth(case, arrays) if exact is None else exact
+    about = (library.name, version, case.operation.name, case.regime.name, case.dtype)
+    try:
+        with library.context(), numpy.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = {name: library.array(a, case.dtype) for name, a in arrays.items()}
+            arguments = case.operation.arguments(made["x"], made["weight"], made["bias"])
+            y, pullback = pn.vjp(case.operation.call, *arguments, eps=case.eps)
+            found = {"forward": library.values(y)}
+            if case.regime.gradient:
+                found["gradient"] = library.values(pullback(made["dy"])[0])
+    except Exception as error:
+        yield Result(*about, "forward", "does not run", detail=f"{type(error).__name__}: {error}", reproduce=case.reproduce())
+        return
+    for side, values in found.items():
+        yield compared(about, side, values, exact.y if side == "forward" else exact.dx, case, arrays, exact.axes)
+
+
+def of_function(function: Callable[..., Any], case: Case, *, library: str = "numpy", name: str = "function") -> Result:
+    """Somebody's own `function(x, weight, bias, eps)` on one case, forward; arrays are of the named library and the case's type."""
+    if library not in LIBRARIES:
+        raise UnsupportedError(f"`library` is {library!r}; expected one of {', '.join(LIBRARIES)}")
+    row, arrays = LIBRARIES[library], case.arrays()
+    with row.context():
+        made = {key: row.array(a, case.dtype) for key, a in arrays.items()}
+        values = row.values(function(made["x"], made["weight"], made["bias"], case.eps))
+    exact = truth(case, arrays)
+    about = (name, row.version(), case.operation.name, case.regime.name, case.dtype)
+    return compared(about, "forward", values, exact.y, case, arrays, exact.axes)
+
+
+_MANTISSA = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}
+_LOWEST = {"float16": -14, "bfloat16": -126, "float32": -126, "float64": -1022}
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38, "float64": 1.797e308}
+
+
+def ulp(largest: NumPyArray, dtype: str) -> NumPyArray:
+    """The unit in the last place of values of this size."""
+    with numpy.errstate(divide="ignore"):
+        exponent = numpy.floor(numpy.log2(numpy.abs(largest).astype(numpy.longdouble)))
+    unit: NumPyArray = numpy.exp2(numpy.maximum(exponent, _LOWEST[dtype]) - _MANTISSA[dtype])
+    return unit
+
+
+def compared(
+    about: tuple[str, str, str, str, str],
+    side: str,
+    values: NumPyArray,
+    exact: NumPyArray,
+    case: Case,
+    arrays: dict[str, NumPyArray],
+    axes: tuple[int, ...],
+) -> Result:
+    """What the values are off by. A value that the type cannot hold may be infinite."""
+    bound = limit(case.dtype, side)
+    values = numpy.asarray(values).reshape(exact.shape)
+    if values.size == 0:
+        return Result(*about, side, "ok", 0.0, 0.0, 0.0, None, bound)
+    with numpy.errstate(all="ignore"):
+        holds = numpy.isfinite(exact) & (numpy.abs(exact) <= _LARGEST[case.dtype])
+        wrong = holds & ~numpy.isfinite(values) | (numpy.isnan(exact) & numpy.isfinite(values))
+        both = holds & numpy.isfinite(values)
+        largest = numpy.max(numpy.where(holds, numpy.abs(exact), 0), axis=axes, keepdims=True)
+        error = numpy.where(both, numpy.abs(values.astype(exact.dtype) - exact), 0)
+        units = (error / ulp(largest, case.dtype)).astype(numpy.float64)
+    worst, count = float(units.max()), int(wrong.sum())
+    place = numpy.unravel_index(int(numpy.argmax(numpy.where(wrong, numpy.inf, units))), units.shape)
+    ratio = None
+    if side == "forward" and (textbook := naive(case, arrays)) is not None:
+        with numpy.errstate(all="ignore"):
+            other = numpy.where(both, numpy.abs(textbook - exact), 0)
+            other = numpy.where(numpy.isfinite(other), other, numpy.inf)
+        ratio = float(error.max() / other.max()) if other.max() > 0 else None
+    status = "ok" if worst <= bound and not count else "beyond"
+    where = f"at {tuple(map(int, place))}: {float(values[place])!r}, the truth is {float(exact[place])!r}"
+    return Result(
+        *about, side, status, worst, float(numpy.quantile(units, 0.99)), float(error.max()), ratio, bound, count, where, case.reproduce()
+    )
