@@ -1,4 +1,4 @@
-"""The command line: `portnorm demo | train | import | export | verify | info`. Each is one call of the library and a table."""
+"""The command line: `portnorm demo | train | import | export | verify | conform | info`. Each is one call of the library and a table."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from portnorm.arrays import require_extra
 from portnorm.cells.variants import IMPLEMENTATIONS, VARIANTS
 from portnorm.digits import Dataset
 from portnorm.errors import ConformanceError, PortnormError, UnsupportedError
+from portnorm.files import written_whole
 from portnorm.optimizers import OPTIMIZERS
 
 _NORMS = {**VARIANTS["LSTM"], **IMPLEMENTATIONS["LSTM"]}
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     if options.json:
         print(json.dumps(result, default=str))
-    return 0
+    return int(getattr(options, "failed", False))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,14 +86,36 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", type=Path)
     export.add_argument("-o", "--output", type=Path, required=True, help="file to write (.onnx)")
     export.add_argument("--opset", type=int, help="18 to 26 (default: 18)")
-    export.add_argument("--dtype", choices=("float16", "float32", "float64"))
+    export.add_argument("--target", default="portable", help="who will run it (default: portable, which is all of them)")
+    export.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
+    export.add_argument("--streaming", action="store_true", help="one step with explicit states instead of a sequence")
+    export.add_argument("--no-fold", action="store_true", help="keep normalizations and cells visible that could be folded away")
+    export.add_argument("--accurate", action="store_true", help="centre before operators that cancel where the mean is large")
+    export.add_argument("--prefix", default="", help="what stands before every name in the graph")
+    export.add_argument("--function", action="store_true", help="write the model as one model-local function")
     export.add_argument("--no-lengths", action="store_true", help="leave the input `lengths` out")
     export.add_argument("--state", action="store_true", help="take the state as an input and give it out")
 
-    verify = command("verify", _verify, "check an ONNX file against a checkpoint")
+    verify = command("verify", _verify, "check an ONNX file against a checkpoint, or against the layer that it says it holds")
     verify.add_argument("model", type=Path)
-    verify.add_argument("--against", type=Path, required=True, help="checkpoint that the graph should compute")
-    verify.add_argument("--runtime", action="append", help="runtime to check in (default: onnxruntime)")
+    verify.add_argument("--against", type=Path, help="checkpoint that the graph should compute (default: what the file says)")
+    verify.add_argument("--runtime", action="append", help="runtime to check in, or `all` of them, a row each (default: onnxruntime)")
+
+    conform = command("conform", _conform, "measure array libraries and runtimes against float64, one table of cases for all")
+    conform.add_argument(
+        "subjects", nargs="*", metavar="SUBJECT", help="libraries and runtimes, or `all` (default: libraries that are installed)"
+    )
+    conform.add_argument("--operation", action="append", help="only this operation (may be repeated; no recurrent cells then)")
+    conform.add_argument("--regime", action="append", help="only this regime of values (may be repeated)")
+    conform.add_argument("--dtype", action="append", help="only this type (may be repeated)")
+    conform.add_argument("--html", type=Path, metavar="FILE", help="write a page with a heat map")
+    conform.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML")
+    conform.add_argument(
+        "--vectors", type=Path, metavar="DIR", help="write the cases in the layout of ONNX's backend tests, and measure nothing"
+    )
+    conform.add_argument(
+        "--import", dest="modules", action="append", default=[], metavar="MODULE", help="import a module that adds cases or runtimes"
+    )
 
     info = command("info", _info, "what is installed, or what is in a checkpoint")
     info.add_argument("checkpoint", type=Path, nargs="?")
@@ -173,14 +197,78 @@ def _import(options: argparse.Namespace) -> dict[str, Any]:
 def _export(options: argparse.Namespace) -> dict[str, Any]:
     model = portnorm.load(options.checkpoint)
     report = portnorm.export(
-        model, options.output, opset=options.opset, dtype=options.dtype, lengths=not options.no_lengths, state=options.state
+        model,
+        options.output,
+        opset=options.opset,
+        target=options.target,
+        dtype=options.dtype,
+        streaming=options.streaming,
+        fold=not options.no_fold,
+        accurate=options.accurate,
+        lengths=not options.no_lengths,
+        state=options.state,
+        prefix=options.prefix,
+        function=options.function,
     )
     return _shown(report, options)
 
 
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
-    model = portnorm.load(options.against)
-    return _shown(portnorm.verify(options.model, model, runtimes=options.runtime or ("onnxruntime",)), options)
+    model = None if options.against is None else portnorm.load(options.against)
+    runtimes = options.runtime or ["onnxruntime"]
+    report = portnorm.verify(options.model, model, runtimes="all" if "all" in runtimes else runtimes)
+    found = _shown(report, options)
+    if report.failures:
+        raise ConformanceError("; ".join(f"{o.runtime}: {o.status}" for o in report.failures))
+    return found
+
+
+def _conform(options: argparse.Namespace) -> dict[str, Any]:
+    from portnorm import conform
+    from portnorm.conform import report
+    from portnorm.conform.libraries import LIBRARIES
+
+    for module in options.modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UnsupportedError(f"`--import` names {module!r}: {error}") from None
+    chosen = (options.operation, options.regime, options.dtype)
+    if options.vectors is not None:
+        names = require_extra("portnorm_onnx.conformance", "onnx").write_vectors(options.vectors, conform.cases(*chosen))
+        if not options.json:
+            print(f"{options.vectors}: {len(names)} cases")
+        return {"vectors": str(options.vectors), "cases": names}
+    if not any(True for _ in conform.cases(*chosen)):
+        raise UnsupportedError(f"no case is left; operations are {', '.join(conform.OPERATIONS)}; regimes are {', '.join(conform.REGIMES)}")
+    subjects = options.subjects or ["numpy", "array_api_strict", "torch", "jax", "cupy"]
+    if "all" in subjects:
+        runtimes = require_extra("portnorm_onnx.runtimes", "onnx").RUNTIMES
+        subjects = [*LIBRARIES, *(name for name, row in runtimes.items() if row.seconds < 1)]
+    started, count = time.monotonic(), 0
+    interactive = sys.stderr.isatty() and not options.json
+
+    def progress(what: str) -> None:
+        nonlocal count
+        count += 1
+        if interactive:
+            print(f"\r\x1b[K{count:5d}  {time.monotonic() - started:5.0f} s  {what}", end="", file=sys.stderr, flush=True)
+
+    results = list(conform.measure(subjects, operations=chosen[0], regimes=chosen[1], dtypes=chosen[2], progress=progress))
+    if interactive:
+        print("\r\x1b[K", end="", file=sys.stderr)
+    about = {"portnorm": portnorm.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    for path, text in ((options.html, report.to_html), (options.junit, lambda found, _: report.to_junit(found))):
+        if path is not None:
+            with written_whole(path) as file:
+                file.write(text(results, about).encode())
+    if not options.json:
+        print(report.laid_out(report.table(results)))
+        for r in results:
+            if r.failed:
+                print(f"{r.status}: {r.subject} / {r.operation} / {r.regime} / {r.dtype} / {r.side}: {r.detail}")
+    options.failed = any(r.failed for r in results)
+    return {"about": about, "results": [r.to_dict() for r in results]}
 
 
 def _shown(report: Any, options: argparse.Namespace) -> dict[str, Any]:

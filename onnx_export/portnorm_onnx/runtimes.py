@@ -6,6 +6,7 @@ its own, which is told the model's path and then gets arrays on its standard inp
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import importlib.metadata
@@ -14,10 +15,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import ml_dtypes
 import numpy
@@ -41,6 +43,8 @@ class Runtime:
     version: Callable[[], str]
     """Its version; raises `MissingExtraError` where it is not installed."""
     note: str = ""
+    seconds: float = 0.1
+    """About how long a model takes to load; a measurement of many models leaves out what takes more than one."""
 
 
 def _package(name: str, extra: str) -> Callable[[], str]:
@@ -165,60 +169,80 @@ def _reference(model: Loadable) -> Session:
 # -- in a process of its own -------------------------------------------------------------------------------------------------------------
 
 
-def send(stream: IO[bytes], arrays: Mapping[str, Any]) -> None:
+def send(stream: IO[bytes], arrays: Mapping[str, Any], session: int = 0) -> None:
     """Write named arrays: a line of JSON that tells their names, types and shapes, then their bytes."""
     values = {name: numpy.ascontiguousarray(a) for name, a in arrays.items()}
     head = [{"name": n, "dtype": str(a.dtype), "shape": list(numpy.shape(arrays[n]))} for n, a in values.items()]
-    stream.write(json.dumps(head).encode() + b"\n")
+    stream.write(json.dumps({"session": session, "arrays": head}).encode() + b"\n")
     for a in values.values():
         stream.write(a.tobytes())
     stream.flush()
 
 
-def receive(stream: IO[bytes]) -> dict[str, Any] | None:
-    """Read what `send` wrote; `None` at the end. A head that is no list is an error message."""
-    line = stream.readline()
-    if not line:
-        return None
-    head = json.loads(line)
-    if isinstance(head, dict):
-        raise ExportError(str(head["error"]))
+def arrays_of(head: Mapping[str, Any], stream: IO[bytes]) -> dict[str, Any]:
+    """The arrays that a head announces."""
     found = {}
-    for entry in head:
+    for entry in head["arrays"]:
         dtype, shape = numpy.dtype(entry["dtype"]), tuple(entry["shape"])
         data = stream.read(dtype.itemsize * int(numpy.prod(shape, dtype=int)))
         found[entry["name"]] = numpy.frombuffer(data, dtype=dtype).reshape(shape).copy()
     return found
 
 
-class Worker:
-    """A process that runs one model."""
+def receive(stream: IO[bytes]) -> dict[str, Any] | None:
+    """Read what `send` wrote; `None` at the end. Raises `ExportError` with an error that was sent instead."""
+    line = stream.readline()
+    if not line:
+        return None
+    head = json.loads(line)
+    if "error" in head:
+        raise ExportError(str(head["error"]))
+    return arrays_of(head, stream)
 
-    def __init__(self, name: str, command: list[str], model: Loadable):
+
+class Worker:
+    """A process that runs models, one line of JSON for each: `{"session": 3, "load": "path", "beside": [...]}`, then arrays."""
+
+    _running: ClassVar[dict[str, Worker]] = {}
+
+    def __init__(self, name: str, command: list[str]):
         self.name = name
         self._folder = tempfile.TemporaryDirectory(prefix="portnorm-")
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+        self._sessions = 0
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    @classmethod
+    def of(cls, name: str, command: list[str]) -> Worker:
+        """The process of a runtime: the one that runs, or a new one where it has ended."""
+        worker = cls._running.get(name)
+        if worker is None or worker._process.poll() is not None:
+            worker = cls._running[name] = cls(name, command)
+        return worker
+
+    def load(self, model: Loadable) -> Session:
+        self._sessions += 1
+        session = self._sessions
         if isinstance(model, bytes):
-            path = Path(self._folder.name) / "model.onnx"
+            path = Path(self._folder.name) / f"model_{session}.onnx"
             path.write_bytes(model)
             model = str(path)
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
-        self._process = subprocess.Popen(
-            [*command, model, *beside(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
-        )
-        self._answer("does not load")
+        head = json.dumps({"session": session, "load": model, "beside": beside(model)}).encode() + b"\n"
+        self._asked("does not load", lambda stream: (stream.write(head), stream.flush()))
+        return lambda inputs: self._asked("does not run", lambda stream: send(stream, inputs, session))
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def _asked(self, failed: str, ask: Callable[[IO[bytes]], Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # what it ended with is read below
-            send(self._process.stdin, inputs)
-        return self._answer("does not run")
-
-    def _answer(self, failed: str) -> dict[str, Any]:
         assert self._process.stdout is not None
-        try:
-            found = receive(self._process.stdout)
-        except ExportError as error:
-            raise ExportError(f"{self.name} {failed} the graph: {error}") from None
+        with self._lock:
+            with contextlib.suppress(BrokenPipeError):  # what it ended with is read below
+                ask(self._process.stdin)
+            try:
+                found = receive(self._process.stdout)
+            except ExportError as error:
+                raise ExportError(f"{self.name} {failed} the graph: {error}") from None
         if found is None:
             code = self._process.wait()
             self._errors.seek(0)
@@ -227,17 +251,16 @@ class Worker:
             raise ExportError(f"{self.name} {failed} the graph: its process ended with {code}: {said.strip()[:300]}")
         return found
 
-    def __del__(self) -> None:
-        process = getattr(self, "_process", None)
-        if process is not None:
-            process.kill()
-            process.communicate()
-            self._errors.close()
-            self._folder.cleanup()
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+        self._folder.cleanup()
 
 
 def _tract(model: Loadable) -> Session:
-    return Worker("tract", [sys.executable, "-m", "portnorm_onnx.tract_worker"], model)
+    return Worker.of("tract", [sys.executable, "-m", "portnorm_onnx.tract_worker"]).load(model)
 
 
 _WEB = "onnxruntime-web"
@@ -259,7 +282,7 @@ def _web_version() -> str:
 
 
 def _web(model: Loadable) -> Session:
-    return Worker(_WEB, ["node", str(Path(__file__).parent / "web" / "worker.mjs"), str(web_package())], model)
+    return Worker.of(_WEB, ["node", str(Path(__file__).parent / "web" / "worker.mjs"), str(web_package())]).load(model)
 
 
 def _page_version() -> str:
@@ -288,7 +311,7 @@ RUNTIMES: dict[str, Runtime] = {
         Runtime("openvino-default", _openvino({}), _package("openvino", "runtimes"), "CPU, its own choice of precision"),
         Runtime("tract", _tract, _package("tract", "runtimes"), "CPU, in a process of its own"),
         Runtime("web", _web, _web_version, "WebAssembly in Node.js"),
-        Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium"),
+        Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium", 2.5),
         Runtime("reference", _reference, _package("onnx", "onnx"), "onnx's own evaluator"),
     )
 }

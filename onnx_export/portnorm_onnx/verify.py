@@ -307,7 +307,9 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
             difference, eager_difference = _distance(name, result[name], values), _distance(name, values, exact[name])
             allowed = STEP_ULP[dtype] * EPS[dtype] * max(1.0, _largest(values))
             if not difference <= allowed:
-                others = [_stepped(graph, model, nudged(step, seed, dtype), nudged(before, seed, dtype))[0][name] for seed in range(ROUNDINGS)]
+                others = [
+                    _stepped(graph, model, nudged(step, seed, dtype), nudged(before, seed, dtype))[0][name] for seed in range(ROUNDINGS)
+                ]
                 eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
                 allowed = max(allowed, STEP_FACTOR * eager_difference)
             if not difference <= allowed:

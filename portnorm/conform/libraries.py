@@ -23,6 +23,10 @@ class Library:
     module: str
     package: str
     dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
+    subnormals: bool = True
+    """Whether numbers below the smallest normal one are kept; else they are 0, and cases of them are not measured."""
+    cells: bool = True
+    """Whether recurrent cells are measured: their steps one by one take an array library that computes at once."""
     context: Callable[[], Any] = contextlib.nullcontext
     """What a measurement runs in."""
 
@@ -63,9 +67,9 @@ LIBRARIES: dict[str, Library] = {
         Library("numpy", "numpy", "numpy", ("float32", "float64", "float16")),
         Library("array_api_strict", "array_api_strict", "array-api-strict", ("float32", "float64")),
         Library("torch", "torch", "torch"),
-        Library("jax", "jax.numpy", "jax", context=_wide_jax),
+        Library("jax", "jax.numpy", "jax", subnormals=False, context=_wide_jax),
         Library("cupy", "cupy", "cupy", ("float32", "float64", "float16")),
-        Library("dask", "dask.array", "dask", ("float32", "float64", "float16")),
+        Library("dask", "dask.array", "dask", ("float32", "float64"), cells=False),
     )
 }
 """Array libraries by name."""

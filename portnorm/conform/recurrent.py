@@ -26,7 +26,9 @@ def layer_of(cell: str, preset: str | None) -> Recurrent:
     layer = CELLS[cell](12, 16, norm=preset, t_max=HORIZON // 2, dtype="float64", rng=rng)
     params = {n: p + 0.1 * rng.standard_normal(p.shape) for n, p in layer.params.items()}
     buffers = {n: b + (1 if n.startswith("num") else rng.uniform(0.1, 1.0, b.shape)) for n, b in layer.buffers.items()}
-    layer.assign(*({n: a.astype(numpy.float32).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in g.items()} for g in (params, buffers)))
+    layer.assign(
+        *({n: a.astype(numpy.float32).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in g.items()} for g in (params, buffers))
+    )
     return layer
 
 

@@ -1,9 +1,9 @@
-// Runs one model in onnxruntime-web: node worker.mjs PACKAGE MODEL [FILES OF WEIGHTS], arrays in, arrays out. See runtimes.py.
+// Runs models in onnxruntime-web: node worker.mjs PACKAGE, told what to do on its standard input. See runtimes.py.
 import { readFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { pathToFileURL } from "node:url";
 
-const [folder, model, ...beside] = process.argv.slice(2);
+const [folder] = process.argv.slice(2);
 const ort = await import(pathToFileURL(join(folder, "dist", "ort.wasm.min.mjs")).href);
 ort.env.wasm.numThreads = 1;
 ort.env.wasm.wasmPaths = pathToFileURL(join(folder, "dist") + "/").href;
@@ -29,31 +29,43 @@ async function take(enough) {
   return taken;
 }
 
-try {
-  const session = await ort.InferenceSession.create(readFileSync(model), {
+const line = async () => await take((b) => (b.indexOf(10) < 0 ? null : b.indexOf(10) + 1));
+const sessions = new Map();
+
+async function load(model, beside) {
+  return await ort.InferenceSession.create(readFileSync(model), {
     executionProviders: ["wasm"],
     logSeverityLevel: 3,
     externalData: beside.map((name) => ({ path: name, data: readFileSync(join(dirname(model), name)) })),
   });
-  answer([]);
-  for (;;) {
-    const line = await take((b) => (b.indexOf(10) < 0 ? null : b.indexOf(10) + 1));
-    if (line === null) break;
+}
+
+for (;;) {
+  const told = await line();
+  if (told === null) break;
+  const head = JSON.parse(told.toString());
+  try {
+    if (head.load) {
+      sessions.set(head.session, await load(head.load, head.beside));
+      answer({ arrays: [] });
+      continue;
+    }
     const feeds = {};
-    for (const { name, dtype, shape } of JSON.parse(line.toString())) {
-      const [type, Typed] = TYPES[dtype];
-      const count = shape.reduce((a, b) => a * b, 1);
-      const bytes = await take((b) => (b.length < count * Typed.BYTES_PER_ELEMENT ? null : count * Typed.BYTES_PER_ELEMENT));
+    for (const { name, dtype, shape } of head.arrays) {
+      const [type, Typed] = TYPES[dtype] ?? [dtype, Uint8Array];
+      const size = shape.reduce((a, b) => a * b, 1) * (TYPES[dtype] ? Typed.BYTES_PER_ELEMENT : 2);
+      const bytes = await take((b) => (b.length < size ? null : size));
       feeds[name] = new ort.Tensor(type, new Typed(Uint8Array.from(bytes).buffer), shape);
     }
+    const session = sessions.get(head.session);
     const results = await session.run(feeds);
     const named = session.outputNames.map((name) => [name, results[name]]);
     answer(
-      named.map(([name, t]) => ({ name, dtype: t.type, shape: t.dims })),
+      { arrays: named.map(([name, t]) => ({ name, dtype: t.type, shape: t.dims })) },
       named.map(([, t]) => Buffer.from(t.data.buffer, t.data.byteOffset, t.data.byteLength)),
     );
+  } catch (error) {
+    answer({ error: String(error.message ?? error).split("\n")[0].slice(0, 400) });
   }
-} catch (error) {
-  answer({ error: String(error.message ?? error).split("\n")[0].slice(0, 400) });
 }
 process.exit(0);
