@@ -35,12 +35,15 @@ def run(model: onnx.ModelProto, **inputs: Any) -> list[Any]:
     return session.run(None, inputs)
 
 
+FUSED = (None, "weight", "batch-input")
+
+
 @pytest.mark.parametrize("opset", sorted(OPSETS))
 @pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
 def test_every_preset_at_every_opset(cell: str, norm: str | None, opset: int) -> None:
     report = pn.export(recurrent(cell, norm), None, opset=opset)
     assert report.opset == opset
-    assert len(report.body_nodes) == 1
+    assert len(report.body_nodes) == (norm not in FUSED)  # a plain cell, or one whose norms fold away, is an operator instead of a loop
     assert report.worst_step is not None
     assert len(report.trajectories) == 4
 
@@ -104,12 +107,9 @@ def test_layers_without_time(layer: pn.Layer, keywords: dict[str, Any], nodes: i
     rng = np.random.default_rng(1)
     layer = layer.to(dtype=dtype)
     layer.load_state_dict({n: a + rng.uniform(0.1, 1.0, a.shape) if a.ndim else a for n, a in layer.state_dict().items()})
-    if dtype == "float64" and isinstance(layer, pn.InstanceNorm):
-        with pytest.raises(pn.ExportError, match="InstanceNormalization"):  # onnxruntime has none for float64
-            pn.export(layer, None, **keywords)
-        return
     report = pn.export(layer, None, **keywords)
-    assert nodes is None or report.nodes == nodes
+    traced = dtype == "float64" and isinstance(layer, pn.InstanceNorm)  # onnxruntime has no InstanceNormalization for float64
+    assert nodes is None or traced or report.nodes == nodes
 
 
 @pytest.mark.parametrize("layer", [pn.LayerNorm(7), pn.BatchNorm(3), pn.InstanceNorm(3, affine=True)], ids=repr)
@@ -226,7 +226,7 @@ def a_little_off(w: Any) -> Any:
 def test_a_wrong_weight_is_found(norm: str, name: str, tmp_path: Path) -> None:
     model = lstm(norm)
     path = tmp_path / "m.onnx"
-    wrong = spoiled(pn.export(model, None).model, name, a_little_off)
+    wrong = spoiled(pn.export(model, None, fold=False).model, name, a_little_off)
     path.write_bytes(wrong.SerializeToString())
     with pytest.raises(pn.ConformanceError, match=r"onnxruntime: .*'y'|_out_0"):
         pn.verify(path, model)

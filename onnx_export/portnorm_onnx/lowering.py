@@ -91,7 +91,9 @@ def _getitem(x: SymbolicArray, key: Any) -> SymbolicArray:
         elif isinstance(k, int):
             result = node("Gather", result, constant(numpy.int64(k)), axis=axis)
         else:
-            if k != slice(None):
+            if k == slice(1) and isinstance(result.dims[axis], str):
+                result = node("Gather", result, _ints(0), axis=axis)  # its length is 1, where that of a Slice is not known
+            elif k != slice(None):
                 last = numpy.iinfo(numpy.int64)
                 step = k.step or 1
                 start = k.start if k.start is not None else (0 if step > 0 else last.max)

@@ -2,6 +2,8 @@
 
 An array that the graph holds under its own name, transposed (`.T`) or with the gates in ONNX's order (`.gates`) is read from there; one
 that folding changed is kept beside, so that the layer that comes back is the one that was exported, bit by bit.
+
+The keys begin with the prefix of the graph's names, so that two graphs with different ones can be merged.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ _LAYER, _GRAPH, _ARRAYS = "portnorm", "portnorm.graph", "portnorm.arrays"
 
 def described(proto: onnx.ModelProto, model: Layer, *, names: dict[str, str], prefix: str, dtype: str, streaming: bool) -> None:
     """Write into the model what it takes to check it and to read the layer back."""
-    graph = {"names": names, "prefix": prefix, "dtype": dtype, "streaming": streaming}
-    props = {_LAYER: to_json(model), _GRAPH: json.dumps(graph)}
+    graph = {"names": names, "dtype": dtype, "streaming": streaming}
+    props = {f"{prefix}{_LAYER}": to_json(model), f"{prefix}{_GRAPH}": json.dumps(graph)}
     found = _found(_initializers(proto, None), model, prefix)
     beside = {}
     for name, a in model.state_dict().items():
@@ -40,18 +42,26 @@ def described(proto: onnx.ModelProto, model: Layer, *, names: dict[str, str], pr
         if own is None or own.shape != values.shape or not numpy.array_equal(own, values):
             beside[name] = {"dtype": str(values.dtype), "shape": list(values.shape), "data": _packed(values)}
     if beside:
-        props[_ARRAYS] = json.dumps(beside)
+        props[f"{prefix}{_ARRAYS}"] = json.dumps(beside)
     helper.set_model_props(proto, props)
 
 
 def graph_facts(proto: onnx.ModelProto) -> dict[str, Any]:
     """What `described` wrote of the graph; the defaults for one that it did not write."""
-    text = {p.key: p.value for p in proto.metadata_props}.get(_GRAPH)
-    facts: dict[str, Any] = {"names": {}, "prefix": "", "dtype": None, "streaming": False}
+    props = {p.key: p.value for p in proto.metadata_props}
+    prefix = next((key.removesuffix(_LAYER) for key in props if key.endswith(_LAYER)), "")
+    found = _object(props, f"{prefix}{_GRAPH}")
+    return {"names": {}, "dtype": None, "streaming": False, **found, "prefix": prefix}
+
+
+def _object(props: dict[str, str], key: str) -> dict[str, Any]:
     try:
-        return facts | (json.loads(text) if text else {})
+        found: dict[str, Any] = json.loads(props.get(key, "{}"))
     except ValueError as error:
-        raise CheckpointError(f"the metadata {_GRAPH!r} is not understood: {error}") from error
+        raise CheckpointError(f"the metadata {key!r} is not understood: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"the metadata {key!r} is not understood: a {type(found).__name__} where an object is expected")
+    return found
 
 
 def load_layer(path: str | os.PathLike[str], *, xp: Namespace | str | None, device: Any, dtype: DType | None) -> Layer:
@@ -61,18 +71,21 @@ def load_layer(path: str | os.PathLike[str], *, xp: Namespace | str | None, devi
     except Exception as error:
         raise CheckpointError(f"cannot read {os.fspath(path)!r} as an ONNX model: {error}") from error
     props = {p.key: p.value for p in proto.metadata_props}
-    if _LAYER not in props:
+    prefixes = [key.removesuffix(_LAYER) for key in props if key.endswith(_LAYER)]
+    if not prefixes:
         raise CheckpointError(
             f"{os.fspath(path)!r} was not written by portnorm.export; "
             "portnorm.import_checkpoint reads the LSTM, GRU, RNN and norm nodes of any model"
         )
-    layer = from_json(props[_LAYER], xp=xp, device=device, dtype=dtype)
-    arrays: dict[str, Any] = dict(_found(_initializers(proto, Path(path).resolve().parent), layer, graph_facts(proto)["prefix"]))
+    if len(prefixes) > 1:
+        raise CheckpointError(f"{os.fspath(path)!r} was merged of graphs with the prefixes {prefixes}; load them before they are merged")
+    prefix, key = prefixes[0], f"{prefixes[0]}{_ARRAYS}"
+    layer = from_json(props[f"{prefix}{_LAYER}"], xp=xp, device=device, dtype=dtype)
+    arrays: dict[str, Any] = dict(_found(_initializers(proto, Path(path).resolve().parent), layer, prefix))
     try:
-        for name, entry in json.loads(props.get(_ARRAYS, "{}")).items():
-            arrays[name] = _unpacked(entry)
+        arrays |= {name: _unpacked(entry) for name, entry in _object(props, key).items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the metadata {_ARRAYS!r} is not understood: {error!r}") from error
+        raise CheckpointError(f"the metadata {key!r} is not understood: {error!r}") from error
     own = layer.state_dict()
     layer.load_state_dict({name: a for name, a in arrays.items() if name in own})
     return layer

@@ -13,7 +13,7 @@ import numpy
 
 from portnorm.arrays import float32_value
 from portnorm.norm.normalize import standard_deviation
-from portnorm_onnx.fold import scaled
+from portnorm_onnx.fold import one_row, scaled
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.symbolic import SymbolicArray, constant, node
 
@@ -80,6 +80,8 @@ def _as_defined(attrs: Any) -> bool:
 
 def normalize(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: float, **attrs: Any) -> SymbolicArray:
     """`portnorm.norm.normalize`, where it is one operator, or one between a multiplication and an addition."""
+    if attrs.get("mean") is not None:
+        attrs |= {name: one_row(attrs[name]) for name in ("mean", "var")}
     return _ROWS[_fits(x, attrs) or ""](x, weight, bias, eps, attrs)
 
 

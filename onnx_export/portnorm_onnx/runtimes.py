@@ -43,8 +43,6 @@ class Runtime:
     version: Callable[[], str]
     """Its version; raises `MissingExtraError` where it is not installed."""
     note: str = ""
-    seconds: float = 0.1
-    """About how long a model takes to load; a measurement of many models leaves out what takes more than one."""
 
 
 def _package(name: str, extra: str) -> Callable[[], str]:
@@ -299,7 +297,7 @@ def chromium() -> str | None:
 def _page(model: Loadable) -> Session:
     from portnorm_onnx.web.page import Page
 
-    return Page(model, web_package(), str(chromium()))
+    return Page.of(web_package(), str(chromium())).load(model)
 
 
 RUNTIMES: dict[str, Runtime] = {
@@ -311,7 +309,7 @@ RUNTIMES: dict[str, Runtime] = {
         Runtime("openvino-default", _openvino({}), _package("openvino", "runtimes"), "CPU, its own choice of precision"),
         Runtime("tract", _tract, _package("tract", "runtimes"), "CPU, in a process of its own"),
         Runtime("web", _web, _web_version, "WebAssembly in Node.js"),
-        Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium", 2.5),
+        Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium"),
         Runtime("reference", _reference, _package("onnx", "onnx"), "onnx's own evaluator"),
     )
 }

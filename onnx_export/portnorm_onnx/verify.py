@@ -395,10 +395,12 @@ def with_states(graph: Graph) -> onnx.ModelProto:
     times = {f"{graph.prefix}{name}_0": f"{name}_0" for name in state_names(model) if name.endswith(TIME)}
     for tensor in [t for t in inner.initializer if t.name in times]:
         inner.initializer.remove(tensor)
-        inner.input.append(helper.make_tensor_value_info(times[tensor.name], tensor.data_type, []))
         for n in inner.node:
             for place, name in enumerate(n.input):
                 n.input[place] = times[name] if name == tensor.name else name
+    # Where all steps share their statistics the count is an input that nothing reads.
+    unread = set(times.values()) - {i.name for i in inner.input}
+    inner.input.extend(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, []) for name in sorted(unread))
     return copy
 
 

@@ -1,0 +1,324 @@
+"""What a graph can be made for: targets, types, streaming, names, functions, external data; and the way back from the file."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import compose, helper
+
+import portnorm as pn
+from portnorm.layers.recurrent import Recurrent
+from portnorm_onnx.storage import LIMIT
+from portnorm_onnx.targets import TARGETS
+from tests.cases import HEAVY_PRESETS, IMPLEMENTATIONS, random_recurrent
+from tests.test_export import FUSED, LAYERS, lstm, recurrent
+
+
+def run(model: onnx.ModelProto, **inputs: Any) -> dict[str, Any]:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, inputs), strict=True))
+
+
+def operators(report: Any) -> list[str]:
+    return [n.op_type for n in report.model.graph.node]
+
+
+# -- targets and folding -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
+def test_every_preset_for_every_target(cell: str, norm: str | None, target: str) -> None:
+    assert pn.export(recurrent(cell, norm), None, target=target).worst_step is not None
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("layer", "keywords", "nodes"), LAYERS, ids=lambda v: repr(v) if isinstance(v, pn.Layer) else None)
+def test_every_layer_for_every_target(layer: pn.Layer, keywords: dict[str, Any], nodes: int | None, target: str) -> None:
+    keywords = {**keywords, "opset": min(keywords.get("opset", 18), TARGETS[target].last_opset)}
+    report = pn.export(layer, None, target=target, **keywords)
+    assert not TARGETS[target].without & set(operators(report))
+
+
+FUSED_CELLS = [(c, n) for c in ("LSTM", "GRU", "RNN") for n in FUSED]
+
+
+@pytest.mark.parametrize(("cell", "norm"), FUSED_CELLS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_plain_and_folded_cells_are_one_operator(cell: str, norm: str | None, bidirectional: bool) -> None:
+    layer = recurrent(cell, norm, bidirectional=bidirectional)
+    for keywords in ({"lengths": False}, {"lengths": False, "state": True}, {"target": "onnxruntime"}):
+        report = pn.export(layer, None, **keywords)
+        assert operators(report).count(cell) == 1 + bidirectional
+        assert report.body_nodes == ()
+    visible = pn.export(layer, None, fold=False)
+    assert len(visible.body_nodes) == 1 + bidirectional
+    assert cell not in operators(visible)
+
+
+def test_statistics_shared_by_all_steps_fold_into_the_hidden_weights_too() -> None:
+    variant = pn.Variant(source="test", norm="batch", cell=None)
+    layer = random_recurrent("LSTM", variant, np.random.default_rng(0), inputs=5, hidden=8).to(dtype="float32")
+    one = pn.LSTM(5, 8, norm=variant, t_max=1, rng=0)
+    rows = {n: b if n.startswith("num") else b[:1] for n, b in layer.buffers.items()}
+    one.assign(layer.params, {n: b[:1] if n.startswith("num") else b for n, b in rows.items()})
+    report = pn.export(one, None, lengths=False)
+    assert operators(report).count("LSTM") == 1
+
+
+def test_lengths_go_to_the_operator_only_where_that_is_safe() -> None:
+    layer = lstm(None)
+
+    def lens(report: Any) -> list[str]:
+        return [n.input[4] for n in report.model.graph.node if n.op_type == "LSTM"]
+
+    assert lens(pn.export(layer, None)) == [""]
+    assert lens(pn.export(layer, None, target="onnxruntime"))[0]
+    assert lens(pn.export(layer, None, state=True)) == []  # c at each sequence's end is in no output of the operator
+    x, lengths = np.random.default_rng(0).standard_normal((5, 3, 5)).astype(np.float32), np.array([5, 0, 2])
+    expected = layer(x, lengths=lengths)[0]
+    for target in ("portable", "onnxruntime"):
+        y = run(pn.export(layer, None, target=target).model, x=x, lengths=lengths)["y"]
+        np.testing.assert_allclose(y, expected, atol=2e-6)
+
+
+def test_fold_false_keeps_statistics_visible() -> None:
+    """The running statistics are initializers of their own; folded, one gain and one shift per step are left.
+
+    The mean of c stays, because c − μ cancels, and c is no product that a shift could go into.
+    """
+    names = [t.name for t in pn.export(lstm("batch"), None, fold=False).model.graph.initializer]
+    assert any("running_mean" in n for n in names)
+    assert any("running_var" in n for n in names)
+    folded = pn.export(lstm("batch"), None)
+    assert not any("running_var" in t.name for t in folded.model.graph.initializer)
+    assert folded.body_nodes[0] < pn.export(lstm("batch"), None, fold=False).body_nodes[0]
+
+
+def test_batch_norm_behind_a_linear_layer_disappears() -> None:
+    rng = np.random.default_rng(0)
+    model = pn.Sequential(pn.Linear(3, 5, rng=0), pn.BatchNorm(5), pn.Linear(5, 2, rng=1))
+    model.load_state_dict({n: a + rng.uniform(0.1, 1.0, a.shape) if a.ndim else a for n, a in model.state_dict().items()})
+    assert operators(pn.export(model, None)) == ["MatMul", "Add", "MatMul", "Add"]
+    assert "BatchNormalization" in operators(pn.export(model, None, fold=False))
+
+
+# -- accuracy ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (pn.LayerNorm(64), ("batch", 64)),
+        (pn.InstanceNorm(4, affine=True), ("batch", 4, "space")),
+        (pn.GroupNorm(2, 4), ("batch", 4, "space")),
+        (pn.BatchNorm(4), ("batch", 4)),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, pn.Layer) else "",
+)
+def test_accurate_keeps_a_large_mean_right_in_the_runtime(layer: pn.Layer, shape: tuple[Any, ...]) -> None:
+    """N(1e4, 0.01): onnxruntime's operators are off by 1e-2 and more."""
+    x = (1e4 + 0.01 * np.random.default_rng(0).standard_normal([d if isinstance(d, int) else 32 for d in shape])).astype(np.float32)
+    if isinstance(layer, pn.BatchNorm):
+        layer.assign(layer.params, {**layer.buffers, "running_mean": x.mean(0), "running_var": np.full(4, 1e-4, np.float32)})
+    exact = layer.to(dtype="float64")(x.astype(np.float64))
+    error = {}
+    for accurate in (False, True):
+        report = pn.export(layer, None, accurate=accurate, input_shape=shape)
+        error[accurate] = float(np.max(np.abs(run(report.model, x=x)["y"] - exact)))
+    assert error[True] < 2e-3 < error[False]
+
+
+# -- types -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [None, "layer", "batch"])
+@pytest.mark.parametrize(("dtype", "target"), [("float16", "portable"), ("float64", "onnxruntime"), ("bfloat16", "openvino")])
+def test_types(dtype: str, target: str, norm: str | None) -> None:
+    report = pn.export(lstm(norm), None, dtype=dtype, target=target)
+    kind = {"float16": 10, "float64": 11, "bfloat16": 16}[dtype]
+    assert [report.model.graph.input[0].type.tensor_type.elem_type, report.model.graph.output[0].type.tensor_type.elem_type] == [kind, kind]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_norms_keep_float32_statistics(dtype: str) -> None:
+    """One operator with stash_type 1, on values whose squares overflow float16."""
+    report = pn.export(pn.LayerNorm(64), None, dtype=dtype, target="onnxruntime")
+    (node,) = report.model.graph.node
+    assert [a.i for a in node.attribute if a.name == "stash_type"] in ([], [1])
+    if dtype == "float16":
+        x = (1e3 * np.random.default_rng(0).standard_normal((4, 64))).astype(np.float16)
+        np.testing.assert_allclose(run(report.model, x=x)["y"], pn.LayerNorm(64)(x.astype(np.float32)), atol=4e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target", "message"),
+    [
+        ("bfloat16", "portable", r"'portable' does not compute in bfloat16 .*target='onnxruntime' or 'openvino' or 'tensorrt' does"),
+        ("bfloat16", "onnxruntime", r"'onnxruntime' has no \w+ in bfloat16 \(node '\w+'\); target='openvino' or 'tensorrt' has it"),
+        ("float64", "openvino", r"'openvino' does not compute in float64 .*target='portable' or 'onnxruntime' or 'web' does"),
+        ("float8", "portable", r"`dtype` is 'float8'; expected one of float16, bfloat16, float32, float64"),
+    ],
+)
+def test_a_type_that_a_target_lacks(dtype: str, target: str, message: str) -> None:
+    with pytest.raises(pn.UnsupportedError, match=message):
+        pn.export(lstm("layer"), None, dtype=dtype, target=target)
+
+
+def test_unknown_target_and_opset_of_a_target() -> None:
+    with pytest.raises(pn.UnsupportedError, match="`target` is 'toaster'; expected one of portable"):
+        pn.export(lstm(None), None, target="toaster")
+    with pytest.raises(pn.UnsupportedError, match="`opset` is 26; expected a number from 18 to 22"):
+        pn.export(lstm(None), None, target="tensorrt", opset=26)
+
+
+# -- streaming ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
+def test_step_by_step_equals_the_sequence_graph(cell: str, norm: str | None, tmp_path: Path) -> None:
+    layer, path = recurrent(cell, norm, num_layers=2), tmp_path / "step.onnx"
+    report = pn.export(layer, path, streaming=True)
+    assert report.trajectories[-1].case == "step by step against the sequence"
+    assert report.body_nodes == ()  # one step needs no loop
+    whole = pn.export(layer, None, lengths=False, state=True).model
+    x = np.random.default_rng(0).standard_normal((9, 3, 5)).astype(np.float32)
+    names = [i.name for i in report.model.graph.input if i.name != "x"]
+    first = dict(zip(names, (np.asarray(a) for a in layer.initial_state(3)), strict=True))
+    state, ys = dict(first), []
+    for t in range(9):
+        found = run(report.model, x=x[t], **state)
+        ys.append(found.pop("y"))
+        state = {f"{n.removesuffix('_n')}_0": a for n, a in found.items()}
+    expected = run(whole, x=x, **first)
+    np.testing.assert_allclose(np.stack(ys), expected.pop("y"), atol=2e-5)
+    for name, a in expected.items():
+        np.testing.assert_allclose(state[f"{name.removesuffix('_n')}_0"], a, atol=2e-5)
+    assert pn.verify(path, layer).worst_step is not None
+
+
+def test_streaming_of_a_whole_model_names_the_states_of_its_parts() -> None:
+    parts = (pn.Embedding(9, 4, rng=0), pn.GRU(4, 8, norm="layer", rng=0), pn.LSTM(8, 8, norm="batch", rng=0), pn.Linear(8, 3, rng=0))
+    report = pn.export(pn.Sequential(*parts), None, streaming=True)
+    assert [i.name for i in report.model.graph.input] == ["x", "1.h_0", "2.h_0", "2.c_0", "2.time_0"]
+
+
+@pytest.mark.parametrize("layer", [pn.LSTM(3, 4, bidirectional=True), pn.LayerNorm(3)], ids=repr)
+def test_streaming_of_what_cannot_stream(layer: pn.Layer) -> None:
+    with pytest.raises(pn.UnsupportedError, match="`streaming` needs a recurrent model that goes forward only"):
+        pn.export(layer, None, streaming=True)
+
+
+# -- into somebody's model ---------------------------------------------------------------------------------------------------------------
+
+
+def test_names_and_prefix_merge_with_another_model(tmp_path: Path) -> None:
+    """Two encoders with the same names inside, and a model in front of them, become one that computes both."""
+    layers = [recurrent("LSTM", "layer"), recurrent("LSTM", "batch")]
+    models = []
+    for k, layer in enumerate(layers):
+        path = tmp_path / f"{k}.onnx"
+        report = pn.export(layer, path, prefix=f"e{k}/", names={"x": f"in{k}", "y": f"out{k}"}, lengths=False)
+        inner = [n.name for n in report.model.graph.node] + [t.name for t in report.model.graph.initializer]
+        assert all(name.startswith(f"e{k}/") for name in inner)
+        assert pn.verify(path, layer).worst_step is not None
+        models.append(report.model)
+    front = helper.make_graph(
+        [helper.make_node("Mul", ["x", "x"], ["a"]), helper.make_node("Neg", ["x"], ["b"])],
+        "front",
+        [helper.make_tensor_value_info("x", 1, ["time", "batch", 5])],
+        [helper.make_tensor_value_info(n, 1, ["time", "batch", 5]) for n in ("a", "b")],
+    )
+    start = helper.make_model(front, opset_imports=[helper.make_opsetid("", 18)], ir_version=models[0].ir_version)
+    merged = compose.merge_models(compose.merge_models(start, models[0], [("a", "in0")]), models[1], [("b", "in1")])
+    onnx.checker.check_model(merged, full_check=True)
+    x = np.random.default_rng(0).standard_normal((6, 3, 5)).astype(np.float32)
+    found = run(merged, x=x)
+    np.testing.assert_allclose(found["out0"], layers[0](x * x)[0], atol=2e-5)
+    np.testing.assert_allclose(found["out1"], layers[1](-x)[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("names", [{"z": "a"}, {"x": "same", "y": "same"}])
+def test_names_that_do_not_fit(names: dict[str, str]) -> None:
+    with pytest.raises(pn.UnsupportedError, match="`names` has"):
+        pn.export(lstm("layer"), None, names=names)
+
+
+def test_a_model_local_function_on_request(tmp_path: Path) -> None:
+    path, layer = tmp_path / "m.onnx", lstm("batch")
+    report = pn.export(layer, path, function=True)
+    assert [f.name for f in report.model.functions] == ["LSTM"]
+    assert report.nodes == 1
+    assert pn.verify(path, layer).worst_step is not None
+
+
+def test_external_data(tmp_path: Path) -> None:
+    path, layer = tmp_path / "m.onnx", pn.LSTM(32, 64, norm="layer", rng=0)
+    pn.export(layer, path, external_data=True)
+    first = sorted(p.name for p in tmp_path.iterdir())
+    assert len(first) == 2
+    assert path.stat().st_size < 20_000
+    assert pn.verify(path, layer).worst_step is not None
+    np.testing.assert_array_equal(pn.load(path).params["weight_hh_l0"], layer.params["weight_hh_l0"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == first  # a check leaves nothing behind
+    with pytest.raises(pn.ExportError, match="give a `path`"):
+        pn.export(layer, None, external_data=True)
+    assert LIMIT < 2**31
+
+
+# -- back again --------------------------------------------------------------------------------------------------------------------------
+
+
+WITH_EPS = [pytest.param(c, n, marks=pytest.mark.slow) for c, n in IMPLEMENTATIONS if pn.IMPLEMENTATIONS[c][n].eps]
+
+
+@pytest.mark.parametrize("keywords", [{}, {"lengths": False}, {"fold": False}, {"prefix": "p.", "function": True}], ids=str)
+@pytest.mark.parametrize(("cell", "norm"), [*HEAVY_PRESETS, *WITH_EPS])
+def test_load_gives_back_the_layer_bit_by_bit(cell: str, norm: str | None, keywords: dict[str, Any], tmp_path: Path) -> None:
+    layer, path = recurrent(cell, norm, bidirectional=True), tmp_path / "m.onnx"
+    pn.export(layer, path, **keywords)
+    back = pn.load(path)
+    assert isinstance(back, Recurrent)
+    assert back.state_dict().keys() == layer.state_dict().keys()
+    for name, a in layer.state_dict().items():
+        np.testing.assert_array_equal(back.state_dict()[name], a, err_msg=name)
+    pn.verify(path, back)
+    pn.verify(path)
+
+
+def test_unfolded_weights_are_not_stored_twice(tmp_path: Path) -> None:
+    for norm in (None, "layer"):
+        layer, path = pn.LSTM(64, 128, norm=norm, rng=0), tmp_path / "m.onnx"
+        pn.export(layer, path, lengths=False)
+        weights = sum(a.nbytes for a in layer.params.values())
+        assert path.stat().st_size < 1.1 * weights + 20_000
+
+
+def test_load_of_what_export_did_not_write(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    with pytest.raises(pn.CheckpointError, match="cannot read"):
+        pn.load(path)
+    graph = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [helper.make_tensor_value_info("x", 1, [1])],
+                              [helper.make_tensor_value_info("y", 1, [1])])  # fmt: skip
+    onnx.save(helper.make_model(graph), path)
+    with pytest.raises(pn.CheckpointError, match=r"was not written by portnorm.export"):
+        pn.load(path)
+
+
+@pytest.mark.parametrize("key", ["portnorm", "portnorm.arrays", "portnorm.graph"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"layer": 3}', '{"bias_l0": {"dtype": "float32", "shape": [99], "data": "AAAA"}}'])
+def test_damaged_metadata(key: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    pn.export(lstm("layer"), path)
+    model = onnx.load(path)
+    props = {p.key: p.value for p in model.metadata_props} | {key: text}
+    helper.set_model_props(model, props)
+    onnx.save(model, path)
+    with contextlib.suppress(pn.CheckpointError):  # and nothing else
+        pn.load(path)
