@@ -41,7 +41,7 @@ def _pointwise(op_type: str, function: Callable[..., Any]) -> Row:
 
     def row(*args: Any) -> SymbolicArray:
         dtype = next((a.dtype for a in args if isinstance(a, SymbolicArray)), numpy.dtype("int64"))
-        arrays = (a.scalar() if isinstance(a, Dim) else a for a in args)
+        arrays = (a.number() if isinstance(a, Dim) else a for a in args)
         return made(*(a if isinstance(a, SymbolicArray) else constant(numpy.asarray(a, dtype=dtype)) for a in arrays))
 
     return row

@@ -88,7 +88,8 @@ def normalize(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: fl
 def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
     """Gain and shift may be over more than the normalized axes: it is enough that they broadcast to `x`."""
     axes, params, x = attrs["axes"], attrs["param_axes"], _centred(x, attrs["axes"])
-    fits = params == tuple(range(params[0], x.ndim)) and params[0] <= axes[0]
+    wide = x.opset is not None and x.opset.target.wide_gains
+    fits = params == tuple(range(params[0], x.ndim)) and (params[0] == axes[0] or (wide and params[0] < axes[0]))
     y = node(
         "LayerNormalization",
         x,

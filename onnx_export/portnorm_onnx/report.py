@@ -92,11 +92,20 @@ class Report:
         found["steps"] = [dataclasses.asdict(c) for c in self.steps]
         return found
 
+    def _of(self, outcome: Outcome) -> str:
+        """One line: the nearest that a runtime that passed came to a limit, and what it runs on; the reason of another."""
+        found = [c for c in (*self.steps, *self.trajectories) if c.runtime == outcome.runtime]
+        if outcome.status != "passed" or not found:
+            return outcome.detail
+        worst = max(found, key=lambda c: c.difference / c.allowed)
+        return f"{worst.difference:.2e} of {worst.allowed:.2e} at {worst.case} ({outcome.detail})"
+
     def __str__(self) -> str:
         inside = "".join(f" + {n} in a Scan" for n in self.body_nodes)
         lines = [f"{self.path or 'model in memory'}: opset {self.opset}, {self.nodes} nodes{inside}, {self.size:,} bytes"]
         if len(self.outcomes) > 1:
-            lines += [f"  {o.runtime:<17} {o.version:<24} {o.status:<14} {o.detail}" for o in self.outcomes]
+            lines += [f"  {o.runtime:<17} {o.version:<10} {o.status:<14} {self._of(o)}" for o in self.outcomes]
+            return "\n".join(lines)
         lines += [f"  {'runtime':<17} {'gate':<34} {'output':<8} {'difference':>10} {'allowed':>10} {'eager':>10}"]
         for c in (*self.steps, *self.trajectories):
             numbers = f"{c.difference:>10.2e} {c.allowed:>10.2e} {c.eager_difference:>10.2e}"

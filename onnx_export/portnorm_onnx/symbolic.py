@@ -79,6 +79,13 @@ class Dim:
         """The length as an array ()."""
         return node("Squeeze", self.vector(), constant(numpy.array([0])))
 
+    def number(self) -> SymbolicArray:
+        """The length as an array () to compute with; where a runtime cannot give out what is made of lengths, a sum of so many ones."""
+        if self.array.opset is None or self.array.opset.target.length_outputs:
+            return self.scalar()
+        ones = node("ConstantOfShape", self.vector(), value=onnx.numpy_helper.from_array(numpy.array([1])))
+        return node("ReduceSum", ones, keepdims=0)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Dim) and other.name == self.name
 
@@ -87,9 +94,6 @@ class Dim:
 
     def __repr__(self) -> str:
         return self.name
-
-    def __radd__(self, other: SymbolicArray) -> SymbolicArray:
-        return self.scalar() + other
 
     def __sub__(self, other: Any) -> SymbolicArray:
         return self.scalar()._call("subtract", other)

@@ -1,0 +1,319 @@
+"""The promise of the definitions on hard values, in ULP; and the conformance run itself: its table, its reports, its test vectors."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+import unittest
+import warnings
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import onnx.backend.test.loader as loader
+import onnx.backend.test.runner as runner
+import pytest
+
+import portnorm as pn
+from portnorm import conform
+from portnorm.__main__ import main
+from portnorm.conform import report
+from portnorm.conform import runner as measuring
+from portnorm.conform.recurrent import layer_of
+from portnorm_onnx import runtimes
+from portnorm_onnx.conformance import write_vectors
+
+pytest_plugins = ["pytester"]
+
+# -- the promise -------------------------------------------------------------------------------------------------------------------------
+
+SUBJECTS = [
+    "numpy",
+    pytest.param("array_api_strict", marks=pytest.mark.slow),
+    *(pytest.param(name, marks=[pytest.mark.peers, pytest.mark.slow]) for name in ("torch", "jax")),
+]
+
+
+CASES = [pytest.param(case, marks=pytest.mark.slow if case.regime.long else [], id=case.name) for case in conform.cases()]
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("case", CASES)
+def test_definitions_are_within_their_ulp(case: conform.Case, subject: str) -> None:
+    """Forward ≤ 8 ULP, gradient ≤ 32 (half precision 2 and 4 of its own); finite where the truth is."""
+    row = conform.LIBRARIES[subject]
+    found = list(measuring.of_library(row, row.version(), case))
+    if case.dtype not in row.dtypes:
+        assert found == []
+        return
+    if case.regime.name == "subnormal" and not row.subnormals:
+        assert [r.status for r in found] == ["not measured"]
+        return
+    assert [r.side for r in found] == ["forward", "gradient"][: 1 + case.regime.gradient]
+    for r in found:
+        assert r.status == "ok", f"{r.side}: {r.max_ulp} ULP, {r.nonfinite} not finite, {r.detail}"
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_weight_norm_of_rows_of_any_size(size: float, rng: np.random.Generator) -> None:
+    v, g = (size * rng.standard_normal((5, 7))).astype(np.float32), rng.uniform(0.5, 2.0, 5).astype(np.float32)
+    dy = rng.standard_normal((5, 7)).astype(np.float32)
+    w, pullback = pn.vjp(pn.weight_norm, v, g)
+    exact, exact_pullback = pn.vjp(pn.weight_norm, v.astype(np.float64), g.astype(np.float64))
+    np.testing.assert_allclose(w, exact, rtol=1e-6)
+    for a, b in zip(pullback(dy), exact_pullback(dy.astype(np.float64)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.max(np.abs(b)))
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------------------------
+
+
+def torch_like(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+    mean = x.mean(axis=-1, keepdims=True)
+    return (x - mean) / np.sqrt((x * x).mean(axis=-1, keepdims=True) - mean * mean + np.float32(eps)) * weight + bias
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_wrong_function_is_beyond_its_limit() -> None:
+    found = conform.of_function(torch_like, conform.find("layer_norm", "mean 1e4 std"))
+    assert found.failed
+    assert found.max_ulp is not None
+    assert found.max_ulp > 1000
+    assert conform.of_function(torch_like, conform.find("layer_norm", "normal")).status == "ok"
+
+
+def test_values_that_are_not_finite_are_counted() -> None:
+    case = conform.find("layer_norm", "normal")
+    found = conform.of_function(lambda x, *_: np.where(np.arange(96) == 3, np.nan, x), case)
+    assert (found.status, found.nonfinite) == ("beyond", 16)
+
+
+def test_the_truth_is_more_exact_than_what_it_judges() -> None:
+    """float64 of the case against the extended type, on values that are easy for both."""
+    for operation in conform.OPERATIONS:
+        case = conform.find(operation, "normal", "float64")
+        (forward, gradient) = measuring.of_library(conform.LIBRARIES["numpy"], "", case)
+        assert 0.0 < forward.max_ulp < 4.0 and 0.0 < gradient.max_ulp < 16.0  # type: ignore[operator]  # noqa: PT018
+
+
+def test_a_case_is_reproduced_by_the_lines_it_gives() -> None:
+    case = conform.find("group_norm", "tiny variance")
+    scope: dict[str, Any] = {}
+    exec(case.reproduce(), scope)
+    for name, a in case.arrays().items():
+        np.testing.assert_array_equal(scope["arrays"][name], a)
+
+
+def test_a_subject_that_is_not_installed_or_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(conform.LIBRARIES, "absent", conform.Library("absent", "no_such_module", "no-such-package"))
+    chosen: dict[str, Any] = {"operations": ["rms_norm"], "regimes": ["normal"], "dtypes": ["float32"]}
+    found = list(conform.measure(["absent", "numpy"], **chosen))
+    assert [(r.subject, r.status) for r in found] == [("absent", "not installed"), ("numpy", "ok"), ("numpy", "ok")]
+    with pytest.raises(pn.UnsupportedError, match="'toaster' is no library or runtime"):
+        list(conform.measure(["toaster"]))
+    with pytest.raises(pn.UnsupportedError, match="there is no case"):
+        conform.find("layer_norm", "nice")
+
+
+def test_a_case_and_a_runtime_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    """A few lines each: a regime is measured everywhere, a runtime on every case; also from the command line with --import."""
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n"
+        "from portnorm import conform\n"
+        "from portnorm_onnx.runtimes import RUNTIMES, Runtime, session_of\n"
+        "conform.REGIMES['mine'] = conform.Regime('mine', lambda rng, shape, dtype: rng.uniform(5, 6, shape), dtypes=('float32',))\n"
+        "def load(model):\n"
+        "    run = session_of('onnxruntime', model)\n"
+        "    return lambda inputs: {n: a + np.float32(1e-4) for n, a in run(inputs).items()}\n"
+        "RUNTIMES['mine'] = Runtime('mine', load, lambda: '1.0')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        options = ["--operation", "layer_norm", "--regime", "mine", "--import", "mine", "--json"]
+        assert main(["conform", "numpy", "onnxruntime", "mine", *options]) == 1
+    finally:
+        conform.REGIMES.pop("mine", None)
+        runtimes.RUNTIMES.pop("mine", None)
+    found = json.loads(capsys.readouterr().out)["results"]
+    status = {(r["subject"], r["side"]): r["status"] for r in found}
+    assert status == {
+        ("numpy", "forward"): "ok",
+        ("numpy", "gradient"): "ok",
+        ("onnxruntime", "forward"): "ok",
+        ("mine", "forward"): "beyond",
+    }
+
+
+def test_recurrent_cells_by_one_step_and_a_whole_run() -> None:
+    found = list(conform.measure(["numpy", "onnxruntime"], regimes=["normal"], dtypes=["float32"]))
+    cells = [r for r in found if r.side in ("one step", "trajectory")]
+    presets = {f"{cell} {preset or 'plain'}" for cell, table in pn.VARIANTS.items() for preset in table}
+    assert {(r.subject, r.operation) for r in cells} == {(s, p) for s in ("numpy", "onnxruntime") for p in presets}
+    assert {r.status for r in cells} == {"ok"}
+
+
+def test_a_wrong_cell_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoiled(cell: str, preset: str | None) -> Any:
+        layer = layer_of(cell, preset)
+        if spoiled.calls % 2:  # type: ignore[attr-defined]
+            layer.params["weight_hh_l0"][0, 0] += 1e-3
+        spoiled.calls += 1  # type: ignore[attr-defined]
+        return layer
+
+    spoiled.calls = 1  # type: ignore[attr-defined]
+    exact = layer_of("LSTM", "layer")
+    wrong = spoiled("LSTM", "layer")
+    monkeypatch.setattr("portnorm.conform.recurrent.layer_of", lambda *_: wrong)
+    monkeypatch.setattr(type(wrong), "to", lambda self, **_: exact)
+    from portnorm.conform.recurrent import _of_cell
+
+    assert next(iter(_of_cell(conform.LIBRARIES["numpy"], "", "LSTM", "layer", "float64"))).status == "beyond"
+
+
+def test_the_plugin_runs_somebodys_tests_on_every_case(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        "import numpy as np, portnorm as pn\n"
+        "from portnorm import conform\n"
+        "pytest_plugins = ['portnorm.conform.plugin']\n"
+        "def test_mine(conformance_case):\n"
+        "    result = conform.of_function(lambda x, w, b, eps: pn.layer_norm(x, w, b, eps=eps), conformance_case)\n"
+        "    assert result.status == 'ok', result.detail\n"
+    )
+    options = ["--conform-operation", "layer_norm", "--conform-dtype", "float32", "--conform-regime", "normal", "--conform-regime", "huge"]
+    result = pytester.runpytest_subprocess("-p", "portnorm.conform.plugin", *options)
+    result.assert_outcomes(passed=2)
+
+
+# -- reports -----------------------------------------------------------------------------------------------------------------------------
+
+
+def some_results() -> list[conform.Result]:
+    def result(subject: str, regime: str, status: str, **more: Any) -> conform.Result:
+        return conform.Result(subject, "1.0", "all" if regime == "all" else "layer_norm", regime, "float32", "forward", status, **more)
+
+    measured = {"p99_ulp": 0.5, "max_abs": 1e-7, "naive_ratio": 0.5, "limit": 8.0}
+    return [
+        result("numpy", "normal", "ok", max_ulp=0.7, **measured, detail="at (0,)", reproduce="pass"),
+        result("numpy", "constant", "ok", max_ulp=0.0, **measured),
+        result("runtime", "normal", "beyond", max_ulp=321.0, **measured, detail="</script><b>at (3, 1)", reproduce="find(<case>)"),
+        result("runtime", "constant", "does not run", detail="it said & no"),
+        result("absent", "all", "not installed", detail="pip install it"),
+        result("runtime", "no values", "not measured", detail="a graph needs one"),
+    ]
+
+
+def test_junit() -> None:
+    suite = ElementTree.fromstring(report.to_junit(some_results()))
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("6", "2", "2")
+    cases = suite.findall("testcase")
+    assert [len(c) for c in cases] == [0, 0, 1, 1, 1, 1]
+    assert "321.0 ULP, limit 8.0" in str(cases[2][0].get("message"))
+    assert "find(<case>)" in str(cases[2][0].text)
+    assert [c.tag for case in cases for c in case] == ["failure", "failure", "skipped", "skipped"]
+
+
+def test_the_command_writes_all_reports(tmp_path: Path, capsys: Any) -> None:
+    html, junit = tmp_path / "r.html", tmp_path / "r.xml"
+    options = ["--operation", "rms_norm", "--regime", "normal", "--dtype", "float32", "--html", str(html), "--junit", str(junit)]
+    assert main(["conform", "numpy", "onnxruntime", *options]) == 0
+    out = capsys.readouterr().out
+    assert "rms_norm" in out
+    assert "onnxruntime" in out
+    assert ElementTree.parse(junit).getroot().get("failures") == "0"
+    page = html.read_text(encoding="utf-8")
+    assert not re.findall(r"(?:src|href)\s*=|https?://|@import|url\(", page)  # nothing is fetched
+    assert main(["conform", "numpy", "--operation", "no such"]) == 2
+    assert main(["conform", "no such"]) == 2
+    assert main(["conform", "numpy", "--html", str(tmp_path / "no" / "r.html"), "--operation", "rms_norm", "--regime", "normal"]) == 2
+
+
+PROBE = """<script>
+  const bad = document.querySelector("td button.bad");
+  bad.click();
+  const out = document.createElement("pre");
+  out.id = "probe";
+  out.textContent = JSON.stringify({
+    cells: document.querySelectorAll("td button").length,
+    red: document.querySelectorAll("td button.bad").length,
+    detail: document.getElementById("detail").innerText,
+    about: document.getElementById("about").innerText,
+    wide: document.documentElement.scrollWidth > innerWidth,
+    size: Math.min(...[...document.querySelectorAll("td button, select")].map((e) => e.getBoundingClientRect().height)),
+    injected: document.querySelectorAll("b").length,
+  });
+  document.body.append(out);
+</script>"""
+
+
+@pytest.mark.runtime("web-page")
+@pytest.mark.parametrize("window", ["1280,900", "500,844"], ids=["desk", "phone"])
+def test_the_page_in_a_browser(window: str, tmp_path: Path) -> None:
+    """Drawn, pressed, and no wider than the screen of a phone (Chromium's narrowest window is 500)."""
+    page = tmp_path / "r.html"
+    page.write_text(report.to_html(some_results(), {"portnorm": "1"}).replace("</html>", PROBE), encoding="utf-8")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={window}", f"--user-data-dir={profile}", "--dump-dom"]
+        dumped = subprocess.run([str(runtimes.chromium()), *options, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    match = re.search(r'<pre id="probe">(.*?)</pre>', dumped.stdout, re.DOTALL)
+    assert match, dumped.stdout[-2000:]
+    found = json.loads(match.group(1).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert (found["cells"], found["red"], found["injected"], found["wide"]) == (4, 2, 0, False)
+    assert found["size"] >= 40  # a thumb
+    for text in ("321.0 ULP", "limit 8.00", "</script><b>at (3, 1)", "find(<case>)", "To reproduce"):
+        assert text in found["detail"]
+    assert "not installed: absent" in found["about"]
+
+
+# -- test vectors ------------------------------------------------------------------------------------------------------------------------
+
+
+def vectors(folder: Path, chosen: list[conform.Case]) -> dict[str, str]:
+    """The outcome of each case, by onnx's own runner over onnxruntime."""
+    written = write_vectors(folder / "vectors", chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "load_model_tests", lambda kind: loader.load_model_tests(str(folder), "vectors") if kind == "simple" else [])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # onnxruntime asks for onnx.version
+            backend = importlib.import_module("onnxruntime.backend")
+        made = runner.Runner(backend, __name__)
+    suite, outcomes = made.test_suite, {}
+
+    class Outcomes(unittest.TestResult):
+        def addSuccess(self, test: unittest.TestCase) -> None:  # noqa: N802
+            outcomes[test.id().split(".")[-1]] = "ok"
+
+        def addFailure(self, test: unittest.TestCase, err: Any) -> None:  # noqa: N802
+            outcomes[test.id().split(".")[-1]] = "differs"
+
+        def addError(self, test: unittest.TestCase, err: Any) -> None:  # noqa: N802
+            outcomes[test.id().split(".")[-1]] = f"error: {err[1]}"
+
+    suite.run(Outcomes())
+    found = {name.removesuffix("_cpu"): status for name, status in outcomes.items() if name.endswith("_cpu")}
+    assert sorted(found) == sorted(written)
+    return found
+
+
+def name_of(case: conform.Case) -> str:
+    return "test_portnorm_" + "".join(c if c.isalnum() else "_" for c in case.name.replace(" / ", "__"))
+
+
+def test_vectors_run_with_the_runner_of_onnx(tmp_path: Path) -> None:
+    """onnxruntime passes the easy regimes; its operators fail the hard ones (docs/runtimes.md), or the vectors would tell nothing."""
+    dtypes = ("float16", "float32", "float64")
+    easy = list(conform.cases(None, ("normal", "tiny", "subnormal", "NaN and Inf"), dtypes))
+    hard = list(conform.cases(("layer_norm",), ("N(1e4, 0.01)", "mean 1e6 std", "huge", "tiny, eps 0"), ("float32",)))
+    outcomes = vectors(tmp_path, easy + hard)
+    assert {name: status for name, status in outcomes.items() if status != "ok"} == {name_of(case): "differs" for case in hard}
+    assert len(outcomes) > 50
+
+
+def test_vectors_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
+    assert main(["conform", "--vectors", str(tmp_path / "v"), "--operation", "rms_norm", "--dtype", "float32", "--regime", "normal"]) == 0
+    (folder,) = (tmp_path / "v").iterdir()
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == ["data.json", "model.onnx", "test_data_set_0/input_0.pb", "test_data_set_0/output_0.pb"]
