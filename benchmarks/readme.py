@@ -6,13 +6,18 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import portnorm as pn
 from portnorm.checkpoint.formats import ROWS
+from portnorm.conform import LIBRARIES, REGIMES
+from portnorm_onnx.runtimes import RUNTIMES
+from portnorm_onnx.targets import TARGETS
 from tests.conftest import ALWAYS, PEERS
 
 ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "benchmarks" / "results" / "demo.json"
+RESULTS = ROOT / "benchmarks" / "results"
+DEMO = RESULTS / "demo.json"
 
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -113,7 +118,108 @@ def demo() -> str:
     return table(header, rows)
 
 
+# -- docs/runtimes.md, kept from runs of benchmarks/conformance.py and benchmarks/latency.py -----------------------------------------------
+
+
+def _kept(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def targets() -> str:
+    """What a target's graphs avoid, from the rows that the exporter reads."""
+    rows = ((f"`{t.name}`", str(t.last_opset), ", ".join(t.dtypes), t.reason) for t in TARGETS.values())
+    return table(("`target=`", "opset up to", "types", "what it says of the runtime"), rows)
+
+
+def runtimes() -> str:
+    """The adapters, and the versions that were measured."""
+    versions = _kept("support")["versions"]
+    rows = ((f"`{name}`", row.note, versions[name] or "not installed") for name, row in RUNTIMES.items())
+    return table(("`--runtime`", "what it is", "measured"), rows)
+
+
+def support() -> str:
+    """Layers × targets, each checked in the runtime of the target; the portable graph in every runtime that was there."""
+    kept = _kept("support")
+    there = [name for name, version in kept["versions"].items() if version]
+    found: dict[str, dict[str, Any]] = {}
+    for r in kept["rows"]:
+        found.setdefault(r["layer"], {})[r.get("target") or f"in {r['runtime']}"] = r
+    marks = {"passed": "✓", "differs": "differs", "does not run": "no", "failed": "no"}
+    rows = []
+    for layer, cells in found.items():
+        made = [cells[t]["nodes"] if cells[t]["status"] == "passed" else "no" for t in TARGETS]
+        rows.append((layer, *made, *(marks[cells[f"in {name}"]["status"]] for name in there)))
+    return table(("layer", *(f"`{t}`" for t in TARGETS), *there), rows)
+
+
+def unsupported() -> str:
+    """Every cell of the support table that is not a success: the reason, and the smallest case."""
+    lines = [
+        f"- {r['layer']}, {r.get('target') or r['runtime']}: {r['detail']} (`portnorm.export` of the layer alone shows it)"
+        for r in _kept("support")["rows"]
+        if r["status"] not in ("passed", "not installed")
+    ]
+    return "\n".join(lines) or "None: every layer is exported for every target, and every portable graph agrees in every runtime above."
+
+
+_SHOWN = [name for name in REGIMES if name not in ("no values", "NaN and Inf")]
+
+
+def _number(row: dict[str, Any]) -> str:
+    """ULP of the worst operation, and what failed beside."""
+    shown = "–" if row["max_ulp"] is None else f"{row['max_ulp']:.1f}" if row["max_ulp"] < 100 else f"{row['max_ulp']:.0e}"
+    return f"**{shown}**" if row["failed"] else shown
+
+
+def accuracy(side: str, dtypes: tuple[str, ...], subjects: Iterable[str]) -> str:
+    """The worst of all operations by regime, in ULP of the row's largest output."""
+    kept = {(r["subject"], r["regime"], r["dtype"]): r for r in _kept("accuracy") if r["side"] == side}
+    columns = [(s, d) for s in subjects for d in dtypes if (s, "normal", d) in kept]
+    rows = []
+    for regime in _SHOWN:
+        cells = [kept.get((s, regime, d)) for s, d in columns]
+        if any(cells):
+            rows.append((regime, *("" if r is None or not r["cases"] else _number(r) for r in cells)))
+    return table(("regime", *(f"{s} {d}" if len(dtypes) > 1 else s for s, d in columns)), rows)
+
+
+def definitions_forward() -> str:
+    return accuracy("forward", ("float32", "float64"), LIBRARIES)
+
+
+def definitions_gradient() -> str:
+    return accuracy("gradient", ("float32", "float64"), LIBRARIES)
+
+
+def definitions_half() -> str:
+    return accuracy("forward", ("float16", "bfloat16"), LIBRARIES)
+
+
+def operators() -> str:
+    return accuracy("forward", ("float32",), [name for name in RUNTIMES if name != "web-page"])
+
+
+def latency() -> str:
+    """Milliseconds in onnxruntime, one thread, and the ratio to the plain operator: of minima, and the median of turns."""
+    rows = []
+    for r in _kept("latency")["rows"]:
+        plain, others = r["milliseconds"]["plain"]["min"], [name for name in r["ratio"] if name != "plain"]
+        shown = (f"{r['ratio'][n]['of minima']:.2f} ({r['ratio'][n]['median']:.2f})" for n in others)
+        rows.append((str(tuple(r["shape"])), f"{plain:.2f} ms", *shown))
+    return table(("(T, B, I, H)", "`LSTM` operator", "LN-LSTM", "BN-LSTM"), rows)
+
+
 TABLES = {
+    "targets": targets,
+    "runtimes": runtimes,
+    "support": support,
+    "unsupported": unsupported,
+    "definitions_forward": definitions_forward,
+    "definitions_gradient": definitions_gradient,
+    "definitions_half": definitions_half,
+    "operators": operators,
+    "latency": latency,
     "variants": variants,
     "implementations": implementations,
     "formats": formats,
@@ -133,7 +239,7 @@ def filled(text: str) -> str:
     return text
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "variants.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "variants.md", ROOT / "docs" / "runtimes.md")
 """Pages with generated tables."""
 
 if __name__ == "__main__":
