@@ -24,8 +24,14 @@ $(VENV)/.peers: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check jax flax keras
 	@touch $@
 
-test-all: $(VENV)/.peers
-	$(BIN)/python -m pytest -n auto --peers
+# Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.
+$(VENV)/.runtimes: $(VENV)/.test
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[runtimes]"
+	@if command -v npm > /dev/null; then npm install --silent --prefix $(VENV)/web onnxruntime-web; else echo "no npm: onnxruntime-web is left out"; fi
+	@touch $@
+
+test-all: $(VENV)/.peers $(VENV)/.runtimes
+	$(BIN)/python -m pytest -n auto --peers --runtimes installed
 
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 test-lowest: $(VENV)/.test

@@ -88,7 +88,11 @@ PRESETS = [(cell, name) for cell, table in pn.VARIANTS.items() for name in table
 IMPLEMENTATIONS = [(cell, name) for cell, table in pn.IMPLEMENTATIONS.items() for name in table]
 """Published cells that differ from the presets."""
 
-HEAVY_PRESETS = [pytest.param(*row, marks=() if row[0] == "LSTM" else pytest.mark.slow, id=f"{row[0]}-{row[1]}") for row in PRESETS]
+_ALSO = ("layer-gates", "layer-state")
+HEAVY_PRESETS = [
+    pytest.param(cell, name, marks=() if cell == "LSTM" and name not in _ALSO else pytest.mark.slow, id=f"{cell}-{name}")
+    for cell, name in PRESETS
+]
 """The same for the largest products: `make test` has those of the LSTM, `make test-all` has all."""
 
 

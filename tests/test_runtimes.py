@@ -24,6 +24,7 @@ NAMES = [pytest.param(name, marks=[] if name in ("onnxruntime", "reference") els
 EVERY = [pytest.param(layer, keywords, id=name) for name, layer, keywords in layers()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", NAMES)
 @pytest.mark.parametrize(("layer", "keywords"), EVERY)
 def test_every_portable_graph(layer: pn.Layer, keywords: dict[str, Any], runtime: str) -> None:
@@ -134,8 +135,10 @@ def test_what_is_not_installed_is_named_and_never_passes(tmp_path: Path, capsys:
         pn.verify(path, runtimes="toaster")
 
 
-def test_a_graph_that_differs_fails_the_command(tmp_path: Path, capsys: Any) -> None:
+def test_a_graph_that_differs_fails_the_command(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m.onnx"
+    for name in RUNTIMES.keys() - {"onnxruntime", "reference"}:
+        monkeypatch.delitem(RUNTIMES, name)
     onnx.save(spoiled(pn.export(lstm("layer"), None).model, "weight_hh_l0", a_little_off), path)
     pn.save(lstm("layer"), tmp_path / "m.safetensors")
     assert main(["verify", str(path), "--against", str(tmp_path / "m.safetensors"), "--runtime", "all"]) == 1

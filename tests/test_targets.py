@@ -32,13 +32,13 @@ def operators(report: Any) -> list[str]:
 # -- targets and folding -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [t if t in ("portable", "onnxruntime") else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS])
 @pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
 def test_every_preset_for_every_target(cell: str, norm: str | None, target: str) -> None:
     assert pn.export(recurrent(cell, norm), None, target=target).worst_step is not None
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [t if t in ("portable", "onnxruntime") else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS])
 @pytest.mark.parametrize(("layer", "keywords", "nodes"), LAYERS, ids=lambda v: repr(v) if isinstance(v, pn.Layer) else None)
 def test_every_layer_for_every_target(layer: pn.Layer, keywords: dict[str, Any], nodes: int | None, target: str) -> None:
     keywords = {**keywords, "opset": min(keywords.get("opset", 18), TARGETS[target].last_opset)}
@@ -278,7 +278,11 @@ def test_external_data(tmp_path: Path) -> None:
 WITH_EPS = [pytest.param(c, n, marks=pytest.mark.slow) for c, n in IMPLEMENTATIONS if pn.IMPLEMENTATIONS[c][n].eps]
 
 
-@pytest.mark.parametrize("keywords", [{}, {"lengths": False}, {"fold": False}, {"prefix": "p.", "function": True}], ids=str)
+@pytest.mark.parametrize(
+    "keywords",
+    [{}, *(pytest.param(k, marks=pytest.mark.slow) for k in ({"lengths": False}, {"fold": False}, {"prefix": "p.", "function": True}))],
+    ids=str,
+)
 @pytest.mark.parametrize(("cell", "norm"), [*HEAVY_PRESETS, *WITH_EPS])
 def test_load_gives_back_the_layer_bit_by_bit(cell: str, norm: str | None, keywords: dict[str, Any], tmp_path: Path) -> None:
     layer, path = recurrent(cell, norm, bidirectional=True), tmp_path / "m.onnx"
