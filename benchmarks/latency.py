@@ -21,13 +21,19 @@ import portnorm as pn
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 SHAPES = ((64, 64, 512, 1024), (100, 32, 128, 256), (64, 1, 64, 128))
 """(time, batch, inputs, hidden)"""
-NORMS: tuple[str | None, ...] = (None, "layer", "batch")
-TURNS = 15
+GRAPHS: dict[str, tuple[str | None, int | None]] = {
+    "plain": (None, None),
+    "LN-LSTM": ("layer", None),
+    "LN-LSTM, opset 18": ("layer", 18),
+    "BN-LSTM": ("batch", None),
+}
+"""norm and opset"""
+TURNS = 25
 
 
-def session(layer: pn.Layer) -> ort.InferenceSession:
+def session(layer: pn.Layer, opset: int | None) -> ort.InferenceSession:
     """The layer's graph for onnxruntime, without `lengths`, in one thread."""
-    report = pn.export(layer, None, target="onnxruntime", lengths=False)
+    report = pn.export(layer, None, target="onnxruntime", lengths=False, opset=opset)
     assert report.model is not None
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -38,7 +44,7 @@ def measure(shape: tuple[int, int, int, int]) -> dict[str, Any]:
     """Milliseconds of each norm, and the ratio to the plain operator, from turns that are taken one after the other."""
     steps, batch, inputs, hidden = shape
     x = np.random.default_rng(0).standard_normal((steps, batch, inputs)).astype(np.float32)
-    runs = {norm or "plain": session(pn.LSTM(inputs, hidden, norm=norm, t_max=steps, rng=0)) for norm in NORMS}
+    runs = {name: session(pn.LSTM(inputs, hidden, norm=norm, t_max=steps, rng=0), opset) for name, (norm, opset) in GRAPHS.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(TURNS + 1):
         for name, run in runs.items():

@@ -16,6 +16,7 @@ import portnorm as pn
 import portnorm_onnx.export as export_module
 from portnorm.layers.recurrent import Recurrent
 from portnorm_onnx.lowering import OPSETS
+from portnorm_onnx.storage import weights_of
 from portnorm_onnx.verify import STEP_ULP
 from tests.cases import COMBINATIONS, HEAVY_PRESETS, IMPLEMENTATIONS, random_recurrent
 from tests.tolerances import ONNX_OPERATOR
@@ -209,7 +210,7 @@ def test_plain_layer_is_onnxruntimes_operator(cell: str, norm: Any, attributes: 
 def spoiled(model: onnx.ModelProto, name: str, change: Any) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    for tensor in copy.graph.initializer:
+    for tensor in weights_of(copy.graph):
         if name in tensor.name:
             tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)).astype(np.float32), tensor.name))
             return copy

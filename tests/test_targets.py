@@ -14,7 +14,7 @@ from onnx import compose, helper
 
 import portnorm as pn
 from portnorm.layers.recurrent import Recurrent
-from portnorm_onnx.storage import LIMIT
+from portnorm_onnx.storage import LIMIT, weights_of
 from portnorm_onnx.targets import TARGETS
 from tests.cases import HEAVY_PRESETS, IMPLEMENTATIONS, random_recurrent
 from tests.test_export import FUSED, LAYERS, lstm, recurrent
@@ -93,11 +93,11 @@ def test_fold_false_keeps_statistics_visible() -> None:
 
     The mean of c stays, because c − μ cancels, and c is no product that a shift could go into.
     """
-    names = [t.name for t in pn.export(lstm("batch"), None, fold=False).model.graph.initializer]
+    names = [t.name for t in weights_of(pn.export(lstm("batch"), None, fold=False).model.graph)]
     assert any("running_mean" in n for n in names)
     assert any("running_var" in n for n in names)
     folded = pn.export(lstm("batch"), None)
-    assert not any("running_var" in t.name for t in folded.model.graph.initializer)
+    assert not any("running_var" in t.name for t in weights_of(folded.model.graph))
     assert folded.body_nodes[0] < pn.export(lstm("batch"), None, fold=False).body_nodes[0]
 
 
@@ -225,7 +225,7 @@ def test_names_and_prefix_merge_with_another_model(tmp_path: Path) -> None:
     for k, layer in enumerate(layers):
         path = tmp_path / f"{k}.onnx"
         report = pn.export(layer, path, prefix=f"e{k}/", names={"x": f"in{k}", "y": f"out{k}"}, lengths=False)
-        inner = [n.name for n in report.model.graph.node] + [t.name for t in report.model.graph.initializer]
+        inner = [n.name for n in report.model.graph.node] + [t.name for t in weights_of(report.model.graph)]
         assert all(name.startswith(f"e{k}/") for name in inner)
         assert pn.verify(path, layer).worst_step is not None
         models.append(report.model)

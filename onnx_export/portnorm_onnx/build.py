@@ -40,10 +40,35 @@ def build(
         names.prefix + name,
         [helper.make_value_info(graph.names[a], type_of(a)) for a in inputs],
         [helper.make_value_info(n, type_of(a)) for n, a in outputs.items()],
-        [*graph.initializers.values(), *(numpy_helper.from_array(a, n) for n, a in (defaults or {}).items())],
     )
     opsets = [helper.make_opsetid("", opset)]
-    return helper.make_model(proto, opset_imports=opsets, producer_name="portnorm", ir_version=helper.find_min_ir_version_for(opsets))
+    model = helper.make_model(proto, opset_imports=opsets, producer_name="portnorm", ir_version=helper.find_min_ir_version_for(opsets))
+    for label, values in {**graph.initializers, **(defaults or {})}.items():
+        _put(model.graph.initializer.add(), label, values)
+    return model
+
+
+def _put(tensor: onnx.TensorProto, name: str, values: NumPyArray) -> None:
+    """Fill a tensor in its place: to copy a message of protocol buffers is to serialize it, which ends at 2 GB."""
+    made = numpy_helper.from_array(values, name)
+    tensor.name, tensor.data_type, tensor.raw_data = name, made.data_type, made.raw_data
+    tensor.dims.extend(made.dims)
+
+
+def put_inside(proto: onnx.ModelProto) -> None:
+    """Move what only one loop reads into its body: onnxruntime then does not pass it in anew at every step."""
+    graph = proto.graph
+    readers: dict[str, list[onnx.GraphProto]] = {}
+    bodies = [a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH]
+    for inner in (graph, *bodies):
+        for name in {name for n in inner.node for name in n.input} | {o.name for o in inner.output}:
+            readers.setdefault(name, []).append(inner)
+    given = {i.name for i in graph.input}
+    for tensor in list(graph.initializer):
+        found = readers.get(tensor.name, [])
+        if len(found) == 1 and found[0] is not graph and tensor.name not in given:
+            found[0].initializer.append(tensor)
+            graph.initializer.remove(tensor)
 
 
 @dataclass(frozen=True)
@@ -64,7 +89,7 @@ class _Graph:
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         self.names: dict[SymbolicArray, str] = {}
-        self.initializers: dict[str, onnx.TensorProto] = {}
+        self.initializers: dict[str, NumPyArray] = {}
         self._by_content: dict[Any, str] = {}
         self._used: dict[str, int] = {}
 
@@ -129,7 +154,7 @@ class _Graph:
         key = (str(a.dtype), a.constant.shape, a.constant.tobytes(), a.name)
         if key not in self._by_content:
             name = self._by_content[key] = self._unique(a.name) if a.name else self._numbered("constant")
-            self.initializers[name] = numpy_helper.from_array(a.constant.copy(), name)
+            self.initializers[name] = a.constant
         return self._by_content[key]
 
     def _numbered(self, stem: str) -> str:

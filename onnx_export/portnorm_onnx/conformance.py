@@ -22,7 +22,7 @@ from portnorm.errors import ConformanceError, MissingExtraError, PortnormError, 
 from portnorm.files import written_whole
 from portnorm.layers.layer import Layer
 from portnorm_onnx.build import Names
-from portnorm_onnx.export import DEFAULT_OPSET, TYPES, Shape, trace
+from portnorm_onnx.export import TYPES, Shape, trace
 from portnorm_onnx.runtimes import RUNTIMES, session_of
 from portnorm_onnx.storage import Draft
 from portnorm_onnx.targets import TARGETS
@@ -129,7 +129,7 @@ def of_cells(name: str, version: str, progress: Callable[[str], None]) -> Iterat
 
 @cache
 def _sequence_graph(cell: str, preset: str | None) -> onnx.ModelProto:
-    shape = Shape(DEFAULT_OPSET, TARGETS["portable"], "float32", True, False, True, False, None, Names())
+    shape = Shape(TARGETS["portable"].opset, TARGETS["portable"], "float32", True, False, True, False, None, Names())
     return trace(layer_of(cell, preset).to(dtype="float32"), shape)
 
 

@@ -16,18 +16,17 @@ from portnorm.arrays import DType, dtype_name, to_numpy
 from portnorm.errors import ExportError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import recurrent_parts
-from portnorm_onnx.build import Names, build
+from portnorm_onnx.build import Names, build, put_inside
 from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.metadata import described, rounded
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report
 from portnorm_onnx.signature import named_state, state_inputs, zero_states
-from portnorm_onnx.storage import Draft, as_function
+from portnorm_onnx.storage import Draft, as_function, is_large
 from portnorm_onnx.symbolic import constant, graph_input
 from portnorm_onnx.targets import TARGETS, Target, check_types, checker, target_of
 from portnorm_onnx.verify import check, streaming_trajectory
 
-DEFAULT_OPSET = 18
 TYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -57,10 +56,10 @@ def export(
     and gives `h_n`, `c_n`, `time_n`; a model of several recurrent layers has the layer's number before these names (`1.h_0`). With
     `streaming=True` the graph is one step: `x` (batch, features), the states, no time axis and no `lengths`.
 
-    `target` names who will run the graph: "portable" (all of them), "onnxruntime", "openvino", "tract", "web" or "tensorrt"; any opset
-    from 18 to 26, 18 unless stated. `dtype` converts first: float16, bfloat16, float32 or float64. `fold` writes batch normalization with
-    fixed statistics into weights and tables, and plain cells as the operators LSTM, GRU and RNN; `fold=False` keeps each visible.
-    `accurate=True` centres before operators that cancel where |mean| ≫ std, at the cost of two nodes each.
+    `target` names who will run the graph: "portable" (all of them), "onnxruntime", "openvino", "tract", "web" or "tensorrt"; any opset from
+    18 to 26 (18 unless stated, for onnxruntime 23). `dtype` converts first: float16, bfloat16, float32 or float64. `fold` writes batch
+    normalization with fixed statistics into weights and tables, and plain cells as the operators LSTM, GRU and RNN; `fold=False` keeps each
+    visible. `accurate=True` centres before operators that cancel where |mean| ≫ std, at the cost of two nodes each.
 
     `names` gives inputs and outputs other names ({"x": "features"}), `prefix` stands before every name inside, so that the graph merges
     into another with `onnx.compose`; `function=True` makes it one model-local function. `external_data` puts weights into a file of their
@@ -75,7 +74,7 @@ def export(
     >>> import portnorm as pn
     >>> report = pn.export(pn.LSTM(8, 16, norm="layer", rng=0), None)
     >>> report.nodes, report.body_nodes
-    (7, (19,))
+    (6, (20,))
     """
     if not isinstance(model, Layer):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
@@ -92,10 +91,13 @@ def export(
     proto = trace(model, shape)
     seconds = time.perf_counter() - started
     check_names(proto, named)
+    external = is_large(proto) if external_data is None else external_data
     if function:
         proto = as_function(proto, prefix or type(model).__name__)
+    elif not external:
+        put_inside(proto)
     cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
-    with Draft(proto, path, external_data) as draft:
+    with Draft(proto, path, external) as draft:
         report = check(draft, model, runtimes=(checker(proto, kind),), cases=cases)
         if streaming:
             whole = trace(model, shape._replace(streaming=False, state=True, lengths=False, names=Names()))
@@ -122,7 +124,7 @@ class Shape(NamedTuple):
 
 def checked_opset(opset: int | None, target: Target) -> int:
     """`opset`, or the default; raises `UnsupportedError` for one that there are no rows for, or that the target does not read."""
-    version = DEFAULT_OPSET if opset is None else opset
+    version = target.opset if opset is None else opset
     if version not in OPSETS or version > target.last_opset:
         raise UnsupportedError(f"`opset` is {opset!r}; expected a number from {min(OPSETS)} to {target.last_opset}")
     return version
@@ -157,7 +159,7 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     outputs = {"y": NAMESPACE.squeeze(y, axis=axis) if shape.streaming and model.keeps_time else y}
     if shape.state or shape.streaming:
         outputs |= named_state(model, after, "_n")
-    proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names)
+    proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names, captures=shape.target.captures)
     check_types(proto, shape.target, shape.dtype)
     names = {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}
     described(proto, model, names=names, prefix=shape.names.prefix, dtype=shape.dtype, streaming=shape.streaming)

@@ -127,11 +127,23 @@ class Frame:
         for other, symbol in zip(self.scanned, self.steps, strict=True):
             if other is outer:
                 return symbol
+        if (inside := self._normalized(outer)) is not None:
+            return inside
         symbol = SymbolicArray(outer.dtype, outer.dims[1:], outer.opset)
         symbol.step_of = (self, outer)
         self.scanned.append(outer)
         self.steps.append(symbol)
         return symbol
+
+    def _normalized(self, outer: SymbolicArray) -> SymbolicArray | None:
+        """A normalization of the last axis, done on the step: there the row is in the cache when the loop reads it."""
+        n = outer.producer
+        if n is None or n.op_type not in ("LayerNormalization", "RMSNormalization") or n.attributes["axis"] != len(outer.dims) - 1:
+            return None
+        x, *others = n.inputs
+        if x is None or any(a is not None and a.constant is None for a in others):
+            return None
+        return node(n.op_type, self.step(x), *others, **{**n.attributes, "axis": len(outer.dims) - 2})
 
 
 def _before_loop(args: tuple[SymbolicArray, ...], row: Callable[..., SymbolicArray]) -> SymbolicArray | None:

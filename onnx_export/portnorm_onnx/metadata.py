@@ -25,6 +25,7 @@ from portnorm.errors import CheckpointError
 from portnorm.layers.layer import Layer
 from portnorm_onnx.fused import OPERATORS
 from portnorm_onnx.signature import places
+from portnorm_onnx.storage import weights_of
 from portnorm_onnx.symbolic import NumPyArray
 
 _LAYER, _GRAPH, _ARRAYS = "portnorm", "portnorm.graph", "portnorm.arrays"
@@ -94,7 +95,7 @@ def load_layer(path: str | os.PathLike[str], *, xp: Namespace | str | None, devi
 def _initializers(proto: onnx.ModelProto, folder: Path | None) -> dict[str, Any]:
     """Weights by name, to be read when they are asked for."""
     base = "" if folder is None else str(folder)
-    return {t.name: (lambda t=t: numpy_helper.to_array(t, base)) for t in proto.graph.initializer}
+    return {t.name: (lambda t=t: numpy_helper.to_array(t, base)) for t in weights_of(proto.graph)}
 
 
 def _found(weights: dict[str, Any], model: Layer, prefix: str) -> dict[str, NumPyArray]:

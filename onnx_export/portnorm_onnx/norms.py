@@ -87,7 +87,10 @@ def normalize(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: fl
 
 def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
     """Gain and shift may be over more than the normalized axes: it is enough that they broadcast to `x`."""
-    axes, params, x = attrs["axes"], attrs["param_axes"], _centred(x, attrs["axes"])
+    axes, params = attrs["axes"], attrs["param_axes"]
+    if bias is None and weight is not None and axes == params and (product := _centred_product(x, axes)) is not None:
+        return node("RMSNormalization", product, weight, axis=axes[0], epsilon=eps)
+    x = _centred(x, axes)
     wide = x.opset is not None and x.opset.target.wide_gains
     fits = params == tuple(range(params[0], x.ndim)) and (params[0] == axes[0] or (wide and params[0] < axes[0]))
     y = node(
@@ -125,6 +128,18 @@ def _centred(x: SymbolicArray, axes: tuple[int, ...]) -> SymbolicArray:
         return x
     centred: SymbolicArray = x - NAMESPACE.mean(x, axis=axes, keepdims=True)
     return centred
+
+
+def _centred_product(x: SymbolicArray, axes: tuple[int, ...]) -> SymbolicArray | None:
+    """h·W less the mean of each row, as the product with W less the mean of its rows, which is computed once, before the loop."""
+    n, opset = x.producer, x.opset
+    if n is None or n.op_type != "MatMul" or opset is None or not (opset.fold and opset.target.captures and opset.version >= 23):
+        return None
+    h, weights = n.inputs
+    if h is None or weights is None or weights.constant is None or axes != (x.ndim - 1,) or numpy.dtype(x.dtype).itemsize < 4:
+        return None
+    w = SymbolicArray(weights.dtype, weights.dims, opset, constant=weights.constant, name=weights.name)
+    return node("MatMul", h, node("Sub", w, node("ReduceMean", w, constant(numpy.array([1])))))
 
 
 def _batch(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:

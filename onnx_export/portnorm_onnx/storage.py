@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +26,18 @@ Loadable = bytes | str
 """What a runtime loads: a model's bytes, or the path of one whose weights lie beside it."""
 
 
+def weights_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """The initializers of a graph, and of the bodies of its loops."""
+    yield from graph.initializer
+    for a in (a for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH):
+        yield from weights_of(a.g)
+
+
+def is_large(proto: onnx.ModelProto) -> bool:
+    """Whether the weights are more than one file can hold."""
+    return sum(len(t.raw_data) for t in weights_of(proto.graph)) > LIMIT
+
+
 def is_external(proto: onnx.ModelProto) -> bool:
     """Whether weights of the model are in a file of their own."""
     return any(external_data_helper.uses_external_data(t) for t in proto.graph.initializer)
@@ -39,7 +52,7 @@ def beside(path: str) -> list[str]:
 class Draft:
     """A model that is checked before anybody sees it. As a context it removes what it wrote, but for what it published."""
 
-    def __init__(self, proto: onnx.ModelProto, path: str | os.PathLike[str] | None = None, external: bool | None = None):
+    def __init__(self, proto: onnx.ModelProto, path: str | os.PathLike[str] | None = None, external: bool = False):
         self.proto = proto
         self.path = None if path is None else Path(path)
         self._folder: Path | None = None
@@ -48,7 +61,7 @@ class Draft:
         if is_external(proto):
             assert self.path is not None
             self._folder = self.path.parent
-        elif external or (external is None and sum(len(t.raw_data) for t in proto.graph.initializer) > LIMIT):
+        elif external:
             self._put_outside()
 
     def __enter__(self) -> Self:

@@ -20,11 +20,15 @@ class Target:
     name: str
     runtimes: tuple[str, ...]
     """Adapters of `portnorm verify` that stand for this target."""
+    opset: int = 18
+    """The one that is written unless another is asked for: the first in which everything needed has its present form."""
     last_opset: int = 26
     fused: bool = True
     """Plain cells are the operators LSTM, GRU and RNN, not a loop."""
     fused_lengths: bool = False
     """These operators may take `sequence_lens`."""
+    captures: bool = False
+    """The body of a loop may read what is computed outside of it."""
     peepholes: bool = False
     """The LSTM operator may have peepholes."""
     backward_slices: bool = True
@@ -59,12 +63,14 @@ TARGETS: dict[str, Target] = {
         Target(
             "onnxruntime",
             ("onnxruntime",),
+            opset=23,
             fused_lengths=True,
+            captures=True,
             peepholes=True,
             wide_gains=True,
             dtypes=("float16", "bfloat16", "float32", "float64"),
             only={"bfloat16": frozenset({"LayerNormalization"})},
-            reason="has every operator used here; the last opset that it loads is 26",
+            reason="has every operator used here, RMSNormalization from opset 23 on; the last opset that it loads is 26",
         ),
         Target(
             "openvino",

@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 import onnx
-import tract  # type: ignore[import-untyped]
 
 from portnorm_onnx.runtimes import arrays_of, send
 
@@ -33,6 +32,8 @@ def main() -> None:
 
 
 def _loaded(path: str) -> tuple[Any, list[str], list[str]]:
+    import tract  # type: ignore[import-untyped]  # here, since this module is also read where there is none
+
     graph = onnx.load(path, load_external_data=False).graph
     return tract.onnx().load(path).into_model().into_runnable(), [v.name for v in graph.input], [v.name for v in graph.output]
 
