@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _loaded(path: str) -> tuple[Any, list[str], list[str]]:
-    import tract  # type: ignore[import-untyped]  # here, since this module is also read where there is none
+    import tract  # here, since this module is also read where there is none
 
     graph = onnx.load(path, load_external_data=False).graph
     return tract.onnx().load(path).into_model().into_runnable(), [v.name for v in graph.input], [v.name for v in graph.output]
