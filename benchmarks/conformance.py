@@ -20,7 +20,7 @@ from portnorm_onnx.conformance import support
 from portnorm_onnx.runtimes import RUNTIMES
 
 RESULTS = Path(__file__).parent / "results"
-LIBRARIES = ("numpy", "array_api_strict", "torch", "jax", "cupy")
+LIBRARIES = ("numpy", "numpy-definitions", "array_api_strict", "torch", "jax", "cupy")
 
 
 def worst(results: Iterable[conform.Result]) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ from portnorm.optimizers import SGD, Adam, RMSProp, clip_by_global_norm
 if TYPE_CHECKING:
     from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
     from portnorm.checkpoint.layers import load, save
+    from portnorm_onnx.compiled import compile  # noqa: A004
     from portnorm_onnx.export import export
     from portnorm_onnx.training_step import export_training_step
     from portnorm_onnx.verify import verify
@@ -51,6 +52,7 @@ _LAZY = {
     "FORMATS": ("portnorm.checkpoint.foreign", None),
     "import_checkpoint": ("portnorm.checkpoint.foreign", None),
     "to_format": ("portnorm.checkpoint.foreign", None),
+    "compile": ("portnorm_onnx.compiled", "onnx"),
     "export": ("portnorm_onnx.export", "onnx"),
     "export_training_step": ("portnorm_onnx.training_step", "onnx"),
     "verify": ("portnorm_onnx.verify", "onnx"),
@@ -88,6 +90,7 @@ __all__ = [
     "batch_norm",
     "batch_renorm",
     "clip_by_global_norm",
+    "compile",
     "embedding",
     "export",
     "export_training_step",

@@ -6,6 +6,7 @@ A library's own module (`portnorm_backends.<name>`) is loaded when the first arr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -51,7 +52,12 @@ class Library:
 
 
 # Root module of an array's type -> module that holds its `LIBRARY`. Others are found by the entry points of this group.
-_LIBRARIES = {"jax": "portnorm_backends.jax", "jaxlib": "portnorm_backends.jax", "portnorm_onnx": "portnorm_onnx.library"}
+_LIBRARIES = {
+    "numpy": "portnorm_backends.numpy",
+    "jax": "portnorm_backends.jax",
+    "jaxlib": "portnorm_backends.jax",
+    "portnorm_onnx": "portnorm_onnx.library",
+}
 _ENTRY_POINTS = "portnorm.backends"
 _KNOWN = ("numpy", "cupy", "torch", "jax", "jaxlib", "array_api_strict", "dask", "portnorm_onnx")
 
@@ -65,6 +71,19 @@ def library(x: Array) -> Library:
         return _libraries[type(x)]
     except KeyError:
         return _libraries.setdefault(type(x), _find_library(type(x)))
+
+
+@contextlib.contextmanager
+def without_kernels(array_type: type) -> Iterator[None]:
+    """The definitions alone on arrays of this type, in the whole process: what tests and measurements hold kernels against."""
+    known = _libraries.get(array_type)
+    _libraries[array_type] = Library(array_type.__module__.partition(".")[0])
+    try:
+        yield
+    finally:
+        del _libraries[array_type]
+        if known is not None:
+            _libraries[array_type] = known
 
 
 def _find_library(array_type: type) -> Library:

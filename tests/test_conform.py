@@ -33,6 +33,7 @@ pytest_plugins = ["pytester"]
 
 SUBJECTS = [
     "numpy",
+    "numpy-definitions",
     pytest.param("array_api_strict", marks=pytest.mark.slow),
     *(pytest.param(name, marks=[pytest.mark.peers, pytest.mark.slow]) for name in ("torch", "jax")),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,21 @@ def test_what_is_no_model_is_an_error_and_the_next_model_runs(runtime: str) -> N
     x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     found = session_of(runtime, report.model.SerializeToString())({"x": x})
     np.testing.assert_allclose(found["y"], pn.LayerNorm(4)(x), atol=2e-6)
+
+
+@pytest.mark.runtime("openvino")
+def test_openvino_forks_nothing_and_sends_nothing() -> None:
+    code = """
+import os, sys, time
+os.register_at_fork(before=lambda: os.write(1, b"fork "))
+import numpy as np, portnorm as pn
+from portnorm_onnx.runtimes import session_of
+session_of("openvino", pn.export(pn.LayerNorm(4), None).model.SerializeToString())({"x": np.ones((2, 4), np.float32)})
+time.sleep(1)
+print(any(name.startswith("openvino_telemetry.") for name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 
 @pytest.mark.runtime("tract")

@@ -15,8 +15,9 @@ OPERATION = {
 # A recurrent layer over five steps, values, cotangents and statistics.
 RECURRENT = {
     "float64": 1e-12,
-    # 1.2e-5 measured: statistics over three features or three rows, with variances as small as those have by chance.
-    "float32": 2e-5,
+    # 2.5e-5 measured: statistics over three features or three rows, with variances as small as those have by chance, which amplify a
+    # last bit over five steps. The definitions come to 1.2e-5, the compiled kernels, which round elsewhere, to 2.5e-5 (icefall's GRU).
+    "float32": 5e-5,
 }
 
 # Equality with torch in float64, as promised.

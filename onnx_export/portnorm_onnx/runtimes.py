@@ -105,9 +105,16 @@ def _cuda_version() -> str:
     return str(ort.__version__)
 
 
+def _openvino_module() -> Any:
+    """OpenVINO without its telemetry, which would send from a process that it forks. Where it is imported already it stays as it is."""
+    if "openvino" not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # then it takes its own stub
+    return require_extra("openvino", "runtimes")
+
+
 def _openvino(hint: Mapping[str, str]) -> Callable[[Loadable], Session]:
     def load(model: Loadable) -> Session:
-        openvino = require_extra("openvino", "runtimes")
+        openvino = _openvino_module()
         try:
             core = openvino.Core()
             compiled = core.compile_model(core.read_model(model), "CPU", dict(hint))

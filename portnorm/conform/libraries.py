@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import to_numpy
+from portnorm.arrays import to_numpy, without_kernels
 from portnorm.errors import MissingExtraError
 
 
@@ -65,6 +65,7 @@ LIBRARIES: dict[str, Library] = {
     row.name: row
     for row in (
         Library("numpy", "numpy", "numpy", ("float32", "float64", "float16")),
+        Library("numpy-definitions", "numpy", "numpy", ("float32", "float64", "float16"), context=lambda: without_kernels(numpy.ndarray)),
         Library("array_api_strict", "array_api_strict", "array-api-strict", ("float32", "float64")),
         Library("torch", "torch", "torch"),
         Library("jax", "jax.numpy", "jax", subnormals=False, context=_wide_jax),

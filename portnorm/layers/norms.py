@@ -252,10 +252,10 @@ class BatchNorm(_ChannelNorm):
         xp = xp_of(residuals.mean)
         mean, var = (xp.reshape(s, (self.num_features,)) for s in residuals.statistics())
         if self.unbiased:
-            axes = tuple(a for a in range(residuals.xhat.ndim) if a != self.channel_axis % residuals.xhat.ndim)
+            axes = tuple(a for a in range(len(residuals.shape)) if a != self.channel_axis % len(residuals.shape))
             count = residuals.counted
             count = None if count is None else xp.reshape(xp.broadcast_to(count, residuals.mean.shape), var.shape)
-            var = var * bessel(var, count, residuals.xhat.shape, axes)
+            var = var * bessel(var, count, residuals.shape, axes)
         # A batch in which nothing counts has no statistics, and changes none.
         before = buffers["num_batches_tracked"]
         seen = xp.ones_like(before) > 0 if residuals.counted is None else xp.max(residuals.counted) > 0

@@ -65,7 +65,7 @@ def group_norm(
 def _(residuals: Normalized, dy: Array, *, channel_axis: int = 1, eps: float = 1e-5, mask: Array | None = None) -> tuple[Any, ...]:
     xp = checked_namespace(dy, None, None)
     channel = channel_axis % dy.ndim
-    grouped = residuals.xhat.shape[channel : channel + 2]
+    grouped = residuals.shape[channel : channel + 2]
     mask = _grouped_mask(xp, checked_mask(xp, dy, mask, channel), channel, grouped)
     dx, dweight, dbias = normalize.vjp(
         residuals, xp.reshape(dy, _grouped_shape(dy, channel, grouped)), mask=mask, **_axes(dy.ndim, channel)

@@ -41,6 +41,12 @@ class Normalized(NamedTuple):
     weight: Array | None
     bias: Array | None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the array that was normalized."""
+        shape: tuple[int, ...] = self.xhat.shape
+        return shape
+
     def statistics(self) -> tuple[Array, Array]:
         """μ and the biased σ² of `x` itself."""
         if self.scale is None:

@@ -1,0 +1,192 @@
+"""NumPy: kernels compiled by numba where it is installed (extra `fast`), else the definitions alone.
+
+numba itself is imported when the first array comes that a kernel takes. The kernels run in the calling thread and start none.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any, NamedTuple
+
+import numpy
+
+from portnorm.arrays import Array, Kernel, Library, float32_value
+from portnorm.norm.normalize import normalize
+
+NumPyArray = numpy.ndarray[Any, Any]
+
+_RANGE = {"float32": (1e-70, 1e70), "float64": (1e-280, 1e280)}
+"""Bounds of σ² + ε: beyond them 1 / σ or the values themselves may leave the type, and the definition scales the row first."""
+
+
+class KernelResiduals(NamedTuple):
+    """What the vjp of a kernel needs: the input itself and its statistics. Nothing of the size of the input is made."""
+
+    x: NumPyArray
+    means: NumPyArray  # (statistics, 2) float64: the mean, and what rounding left of it
+    rstd: NumPyArray  # (statistics,) float64
+    weight: NumPyArray | None
+    bias: NumPyArray | None
+    laid_out: tuple[int, int] | None  # of rows: the shape of the parameters as the kernel takes them
+    var: NumPyArray | None  # of channels: σ², of length 1 along the normalized axes
+    counted: None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the array that was normalized."""
+        shape: tuple[int, ...] = self.x.shape
+        return shape
+
+    @property
+    def mean(self) -> NumPyArray:
+        """μ of each channel, of length 1 along the normalized axes."""
+        assert self.var is not None
+        mean: NumPyArray = self.means.sum(axis=1).astype(self.x.dtype).reshape(self.var.shape)
+        return mean
+
+    def statistics(self) -> tuple[NumPyArray, NumPyArray]:
+        """μ and the biased σ² of each channel."""
+        assert self.var is not None
+        return self.mean, self.var
+
+
+def _accepts(
+    x: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    axes: tuple[int, ...],
+    param_axes: tuple[int, ...],
+    eps: float,
+    mask: Any = None,
+    mean: Any = None,
+    eps_place: str = "variance",
+    correction: int = 0,
+    **attrs: Any,
+) -> bool:
+    """Contiguous float32 or float64 values with their own biased variance: whole rows, or all axes but the one with the parameters."""
+    if mask is not None or mean is not None or correction or eps_place != "variance" or not x.size or x.dtype.name not in _RANGE:
+        return False
+    return bool(x.flags.c_contiguous) and (_are_rows(x, axes, param_axes) or _is_channel(x, axes, param_axes))
+
+
+def _are_rows(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
+    if not axes or not param_axes:
+        return False
+    first, last = axes[0], param_axes[-1] + 1
+    return axes[-1] - first == x.ndim - 1 - first == len(axes) - 1 and param_axes[0] <= first <= last == param_axes[0] + len(param_axes)
+
+
+def _is_channel(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
+    return len(param_axes) == 1 and len(axes) == x.ndim - 1 and param_axes[0] not in axes
+
+
+def _forward(
+    x: NumPyArray,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    axes: tuple[int, ...],
+    param_axes: tuple[int, ...],
+    eps: float,
+    center: bool = True,
+    **attrs: Any,
+) -> tuple[NumPyArray, Any]:
+    made = _forward_of_rows if _are_rows(x, axes, param_axes) else _forward_of_channels
+    found = made(x, weight, bias, axes, param_axes, float32_value(eps), center)
+    if found is None:
+        return normalize.definition(x, weight, bias, axes=axes, param_axes=param_axes, eps=eps, center=center, **attrs)
+    return found
+
+
+def _given(p: Any, x: NumPyArray, shape: tuple[int, ...]) -> NumPyArray:
+    """A parameter as a kernel takes it: in the type of `x`, empty where there is none."""
+    return numpy.empty((0,) * len(shape), dtype=x.dtype) if p is None else numpy.ascontiguousarray(p, dtype=x.dtype).reshape(shape)
+
+
+def _cotangents(p: Any, d: NumPyArray) -> NumPyArray | None:
+    return None if p is None else d.astype(p.dtype).reshape(p.shape)
+
+
+def _forward_of_rows(
+    x: NumPyArray, weight: Any, bias: Any, axes: tuple[int, ...], param_axes: tuple[int, ...], eps: float, center: bool
+) -> tuple[NumPyArray, KernelResiduals] | None:
+    """`None` where the definition has to do it. A row of parameters for each of the last rows, a value for each run of neighbours."""
+    from portnorm_backends import rowwise
+
+    first, last = axes[0], param_axes[-1] + 1
+    rows = x.reshape(-1, math.prod(x.shape[first:]))
+    shape = (math.prod(x.shape[param_axes[0] : first]), math.prod(x.shape[first:last]))
+    y, means, rstd = numpy.empty_like(rows), numpy.empty((rows.shape[0], 2)), numpy.empty(rows.shape[0])
+    parameters = (_given(weight, x, shape), _given(bias, x, shape))
+    if not rowwise.forward(x.dtype.name)(rows, *parameters, eps, center, *_RANGE[x.dtype.name], y, means, rstd):
+        return None
+    return y.reshape(x.shape), KernelResiduals(x, means, rstd, weight, bias, shape, None)
+
+
+def _vjp_of_rows(residuals: KernelResiduals, dy: NumPyArray, *, center: bool = True, **attrs: Any) -> tuple[Any, Any, Any]:
+    from portnorm_backends import rowwise
+
+    x, means, rstd, weight, bias, shape, *_ = residuals
+    assert shape is not None
+    rows = x.reshape(rstd.size, -1)
+    dx, room = numpy.empty_like(rows), numpy.empty(rows.shape[1], dtype=x.dtype)
+    dweight, dbias = (numpy.zeros(shape if p is not None else (0, 0)) for p in (weight, bias))
+    given = numpy.ascontiguousarray(dy, dtype=x.dtype).reshape(rows.shape)
+    rowwise.backward(x.dtype.name)(rows, given, _given(weight, x, shape), means, rstd, center, room, dx, dweight, dbias)
+    return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
+
+
+def _by_channel(x: NumPyArray, channel: int) -> NumPyArray:
+    """(outer, channels, inner), or (rows, channels) where nothing comes after the channels."""
+    inner = math.prod(x.shape[channel + 1 :])
+    return x.reshape((-1, x.shape[channel], inner) if inner > 1 else (-1, x.shape[channel]))
+
+
+def _forward_of_channels(
+    x: NumPyArray, weight: Any, bias: Any, axes: tuple[int, ...], param_axes: tuple[int, ...], eps: float, center: bool
+) -> tuple[NumPyArray, KernelResiduals] | None:
+    """`None` where the definition has to do it."""
+    from portnorm_backends import channelwise
+
+    (channel,) = param_axes
+    blocks, count = _by_channel(x, channel), x.shape[channel]
+    y, means, var, rstd = numpy.empty_like(blocks), numpy.empty((count, 2)), numpy.empty(count), numpy.empty(count)
+    parameters = (_given(weight, x, (count,)), _given(bias, x, (count,)))
+    kernel = channelwise.forward(x.dtype.name, blocks.ndim == 3)
+    if not kernel(blocks, *parameters, eps, center, *_RANGE[x.dtype.name], y, means, var, rstd):
+        return None
+    kept = var.astype(x.dtype).reshape(tuple(count if a == channel else 1 for a in range(x.ndim)))
+    return y.reshape(x.shape), KernelResiduals(x, means, rstd, weight, bias, None, kept)
+
+
+def _vjp_of_channels(
+    residuals: KernelResiduals, dy: NumPyArray, *, param_axes: tuple[int, ...], center: bool = True, **attrs: Any
+) -> tuple[Any, Any, Any]:
+    from portnorm_backends import channelwise
+
+    x, means, rstd, weight, bias, *_ = residuals
+    blocks = _by_channel(x, param_axes[0])
+    dx, dweight, dbias = numpy.empty_like(blocks), numpy.empty(rstd.size), numpy.empty(rstd.size)
+    given = numpy.ascontiguousarray(dy, dtype=x.dtype).reshape(blocks.shape)
+    kernel = channelwise.backward(x.dtype.name, blocks.ndim == 3)
+    kernel(blocks, given, _given(weight, x, (rstd.size,)), means, rstd, center, dx, dweight, dbias)
+    return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
+
+
+def _vjp(residuals: KernelResiduals, dy: Array, **attrs: Any) -> tuple[Any, Any, Any]:
+    return _vjp_of_channels(residuals, dy, **attrs) if residuals.laid_out is None else _vjp_of_rows(residuals, dy, **attrs)
+
+
+_KERNELS = {
+    "normalize": Kernel(
+        call=lambda *args, **attrs: _forward(*args, **attrs)[0],
+        forward=_forward,
+        vjp=_vjp,
+        residuals=KernelResiduals,
+        accepts=_accepts,
+    )
+}
+
+LIBRARY = Library("numpy", kernels=_KERNELS if importlib.util.find_spec("numba") is not None else {})

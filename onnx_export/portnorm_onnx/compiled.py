@@ -1,0 +1,132 @@
+"""A model behind its own call signature, computed by onnxruntime: the exporter as a compiler for NumPy."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy
+
+from portnorm.arrays import leaves, mapped, require_extra
+from portnorm.errors import DTypeError, ShapeError, UnsupportedError
+from portnorm.layers.layer import Layer
+from portnorm_onnx.export import export
+from portnorm_onnx.signature import named_state, state_names
+from portnorm_onnx.symbolic import NumPyArray
+
+_Key = tuple[bool, tuple[int, ...]]
+_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """One that another thread held at the fork would never be let go in the child."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def compile(model: Layer, *, threads: int = 1) -> Compiled:  # noqa: A001  # the name that users of torch look for
+    """`model` in inference mode as a function that onnxruntime computes: `y`, or `(y, state)` for a recurrent model, from NumPy arrays.
+
+    The call takes what the model takes: `x`, `state`, `lengths` or `mask`. On the first call, and on the first with `lengths`, the model is
+    exported to memory and checked as `portnorm.export` does; a model without time is compiled for every shape beyond the batch. Parameters
+    and statistics are those of the moment of `compile`. Calls may come from many threads at once, and after a fork. `threads` are what
+    onnxruntime computes one call with. Raises `UnsupportedError` for what is no layer, and what `portnorm.export` raises.
+
+    >>> import numpy as np, portnorm as pn
+    >>> lstm = pn.LSTM(3, 4, norm="layer", rng=0)
+    >>> fast = pn.compile(lstm)
+    >>> x = np.random.default_rng(0).standard_normal((7, 2, 3)).astype("float32")
+    >>> y, state = fast(x, lengths=[7, 3])
+    >>> bool(np.allclose(y, lstm(x, lengths=[7, 3])[0], atol=1e-5))
+    True
+    """
+    if not isinstance(model, Layer):
+        raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
+    if threads < 1:
+        raise UnsupportedError(f"`threads` is {threads}; expected 1 or more")
+    return Compiled(model, threads)
+
+
+class Compiled:
+    """What `compile` gives; call it like the model."""
+
+    def __init__(self, model: Layer, threads: int):
+        self._model = model.to(xp="numpy").copy()
+        self._threads = threads
+        self._graphs: dict[_Key, bytes] = {}
+        self._sessions: dict[tuple[int, _Key], Any] = {}
+
+    def __call__(self, x: NumPyArray, state: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
+        model = self._model
+        if not isinstance(x, numpy.ndarray):
+            raise UnsupportedError(f"`x` is a {type(x).__name__}; expected a NumPy array, which is what onnxruntime computes on")
+        counted = model._checked(x, state, lengths, mask)
+        if not model.takes_integers and x.dtype != model.dtype:
+            raise DTypeError(f"`x` has dtype {x.dtype}; expected {model.dtype}, that of the compiled model")
+        if x.size == 0:  # onnxruntime's loops take no sequence of no steps
+            return model(x, state, lengths, mask=mask)
+        feed = {"x": x.astype(numpy.int64, copy=False) if model.takes_integers else x}
+        if counted is not None:
+            feed["lengths"] = numpy.asarray(counted, dtype=numpy.int64)
+        if model.recurrent:
+            feed |= self._states(x, state)
+        session = self._session((counted is not None, () if model.recurrent else x.shape[1:]))
+        y, *after = session.run(None, feed)
+        if not model.recurrent:
+            return y
+        named = dict(zip((f"{name}_n" for name in state_names(model)), after, strict=True))
+        flat = iter(named.values())
+        return y, mapped(lambda _: next(flat), model.initial_state(1))
+
+    def _states(self, x: NumPyArray, state: Any) -> dict[str, NumPyArray]:
+        """The inputs for the state before the first step; `x` and `state` are held against what the model takes."""
+        model, dims = self._model, self._model.input_dims()
+        if x.ndim != len(dims) or any(isinstance(d, int) and d != n for d, n in zip(dims, x.shape, strict=True)):
+            raise ShapeError(f"`x` has shape {x.shape}; expected ({', '.join(map(str, dims))})")
+        zeros = named_state(model, model.initial_state(x.shape[0 if model.batch_first else 1]), "_0")
+        if state is None:
+            return zeros
+        given = [numpy.asarray(a) for a in leaves(state)]
+        expected = [(a.shape, a.dtype.kind) for a in zeros.values()]
+        if [(a.shape, a.dtype.kind) for a in given] != expected:
+            shapes = ", ".join(f"{name.removesuffix('_0')} {a.shape}" for name, a in zeros.items())
+            raise ShapeError(f"`state` has arrays of shapes {[a.shape for a in given]}; expected {shapes}")
+        return {name: a.astype(zeros[name].dtype, copy=False) for name, a in zip(zeros, given, strict=True)}
+
+    def _session(self, key: _Key) -> Any:
+        """The session for this kind of call, of this process: one that was made before a fork is not used after it."""
+        mine = (os.getpid(), key)
+        if mine not in self._sessions:
+            with _lock:
+                if mine not in self._sessions:
+                    if key not in self._graphs:
+                        self._graphs[key] = self._exported(*key)
+                    ort = require_extra("onnxruntime", "onnx")
+                    options = ort.SessionOptions()
+                    options.log_severity_level = 3
+                    options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
+                    self._sessions[mine] = ort.InferenceSession(self._graphs[key], options, providers=["CPUExecutionProvider"])
+        return self._sessions[mine]
+
+    def _exported(self, lengths: bool, shape: tuple[int, ...]) -> bytes:
+        given: tuple[int | str, ...] | None = None if self._model.recurrent else ("batch", *shape)
+        report = export(
+            self._model,
+            None,
+            target="onnxruntime",
+            lengths=lengths,
+            state=self._model.recurrent,
+            input_shape=given,
+            dtype=self._model.dtype,
+        )
+        assert report.model is not None
+        data: bytes = report.model.SerializeToString()
+        return data
+
+    def __repr__(self) -> str:
+        return f"compile({self._model!r}, threads={self._threads})"

@@ -1,0 +1,213 @@
+"""Kernels against the definitions they stand for: random shapes, strides, types and masks; threads, forks, and other libraries beside."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import portnorm as pn
+from portnorm.arrays import library, without_kernels
+from portnorm.norm.normalize import Normalized, normalize
+from portnorm_backends.numpy import KernelResiduals
+from tests.tolerances import OPERATION
+
+KERNELS = sorted(library(np.zeros(1)).kernels)
+
+
+def test_the_kernels_are_there() -> None:
+    """The test environment has numba; without it everything below would compare the definitions with themselves."""
+    assert KERNELS == ["normalize"]
+
+
+@st.composite
+def calls(draw: Any) -> tuple[np.ndarray[Any, Any], dict[str, Any], bool]:
+    """An array, arguments of `normalize`, and whether a kernel takes them."""
+    shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=4)))
+    first = draw(st.integers(0, len(shape) - 1))
+    start = draw(st.integers(0, len(shape) - 1))
+    params = tuple(range(start, draw(st.integers(start + 1, len(shape)))))
+    axes = tuple(range(first, len(shape)))
+    if len(shape) > 1 and draw(st.booleans()):
+        axes, params = tuple(a for a in range(len(shape)) if a != first), (first,)
+    elif len(shape) > 1 and draw(st.booleans()):
+        axes = tuple(range(first + 1))
+    dtype = draw(st.sampled_from(["float32", "float64", "float16"]))
+    contiguous = draw(st.booleans()) or draw(st.booleans())
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    mean = draw(st.sampled_from([0.0, 30.0, 1000.0]))
+    x = (mean + rng.standard_normal(shape if contiguous else (*shape[:-1], 2 * shape[-1]))).astype(dtype)
+    x = x if contiguous else x[..., ::2]
+    attrs: dict[str, Any] = {"axes": axes, "param_axes": params, "eps": draw(st.sampled_from([1e-5, 0.1])), "center": draw(st.booleans())}
+    masked = draw(st.booleans()) and draw(st.booleans())
+    if masked:
+        attrs["mask"] = rng.uniform(size=shape) < 0.7
+    along = tuple(shape[a] for a in params)
+    for name in ("weight", "bias"):
+        attrs[name] = rng.standard_normal(along).astype(dtype) if draw(st.booleans()) else None
+    rows = axes == tuple(range(axes[0], len(shape))) and params[0] <= axes[0] <= params[-1] + 1
+    channel = len(params) == 1 and sorted((*axes, *params)) == list(range(len(shape)))
+    plain = dtype != "float16" and not masked and x.flags.c_contiguous
+    return x, attrs, plain and (rows or channel)
+
+
+@settings(max_examples=300, deadline=None)
+@given(calls())
+def test_normalize_is_what_its_definition_is(call: tuple[np.ndarray[Any, Any], dict[str, Any], bool]) -> None:
+    x, attrs, taken = call
+    weight, bias = attrs.pop("weight"), attrs.pop("bias")
+    dy = np.random.default_rng(0).standard_normal(x.shape).astype(x.dtype)
+
+    def both() -> tuple[Any, Any, Any]:
+        y, residuals = normalize.forward(x, weight, bias, **attrs)
+        np.testing.assert_array_equal(normalize(x, weight, bias, **attrs), y)
+        return y, normalize.vjp(residuals, dy, **attrs), type(residuals)
+
+    found, cotangents, kind = both()
+    assert kind is (KernelResiduals if taken else Normalized)
+    with without_kernels(np.ndarray):
+        expected, expected_cotangents, own = both()
+    assert own is Normalized
+    assert found.dtype == expected.dtype
+    tolerance = OPERATION[x.dtype.name]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * max(1.0, float(np.max(np.abs(expected)))))
+    for a, b, p in zip(cotangents, expected_cotangents, (x, weight, bias), strict=True):
+        assert (a is None) == (b is None) == (p is None)
+        if p is not None:
+            assert (a.shape, a.dtype) == (p.shape, p.dtype)
+            np.testing.assert_allclose(a, b, rtol=0, atol=10 * tolerance * max(1.0, float(np.max(np.abs(b)))))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_whose_squares_leave_the_type_go_to_the_definition(dtype: str, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((3, 8)).astype(dtype)
+    x[1] *= np.finfo(dtype).max / 10
+    y, residuals = normalize.forward(x, axes=(1,), param_axes=(1,), eps=1e-5)
+    assert isinstance(residuals, Normalized if dtype == "float64" else Normalized | KernelResiduals)
+    with without_kernels(np.ndarray):
+        np.testing.assert_allclose(y, normalize(x, axes=(1,), param_axes=(1,), eps=1e-5), atol=1e-6)
+
+
+def test_read_only_arrays_need_no_version_of_their_own(rng: np.random.Generator) -> None:
+    from portnorm_backends import rowwise
+
+    x, w = rng.standard_normal((3, 8)), rng.standard_normal(8)
+    expected, pullback = pn.vjp(pn.layer_norm, x, w, w)
+    cotangents = pullback(x)
+    for a in (x, w):
+        a.flags.writeable = False
+    y, pullback = pn.vjp(pn.layer_norm, x, w, w)
+    for a, b in zip((y, *pullback(x)), (expected, *cotangents), strict=True):
+        np.testing.assert_array_equal(a, b)
+    kernels: Any = rowwise.forward("float64")
+    assert len(kernels.signatures) == 1
+
+
+@pytest.mark.parametrize("shape", [(64, 16384), (16384, 64)])
+def test_no_temporary_of_the_size_of_the_input(shape: tuple[int, int], rng: np.random.Generator) -> None:
+    x, w = rng.standard_normal(shape).astype(np.float32), np.ones(shape[1], np.float32)
+    y, pullback = pn.vjp(pn.layer_norm, x, w, w)
+    pullback(y)
+    tracemalloc.start()
+    y, pullback = pn.vjp(pn.layer_norm, x, w, w)
+    forward = tracemalloc.get_traced_memory()[1]
+    tracemalloc.reset_peak()
+    dx, _, _ = pullback(y)
+    backward = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert forward < 1.5 * y.nbytes
+    assert backward < 2.5 * dx.nbytes  # with y, which lives
+
+
+def test_many_threads_at_once(rng: np.random.Generator) -> None:
+    """8 threads × 1,000 calls forward and backward, bit by bit as alone."""
+    given_, failed = rng.standard_normal((8, 4, 64)).astype(np.float32), []
+    w = rng.standard_normal(64).astype(np.float32)
+
+    def run(k: int) -> list[Any]:
+        y, pullback = pn.vjp(pn.layer_norm, given_[k], w, w)
+        return [y, *pullback(y)]
+
+    expected = [run(k) for k in range(8)]
+
+    def work(k: int) -> None:
+        for _ in range(1000):
+            if not all(np.array_equal(a, b) for a, b in zip(run(k), expected[k], strict=True)):
+                failed.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert failed == []
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+CALL = """
+import numpy as np, portnorm as pn
+def call():
+    x = np.random.default_rng(0).standard_normal((64, 512)).astype("float32")
+    y, pullback = pn.vjp(pn.layer_norm, x, np.ones(512, "float32"), np.zeros(512, "float32"))
+    return float(np.abs(y).sum() + np.abs(pullback(x)[0]).sum())
+"""
+
+
+def test_after_a_fork_and_from_threads_of_the_child() -> None:
+    code = (
+        CALL
+        + """
+import os, threading
+expected = call()
+threads = [threading.Thread(target=call) for _ in range(4)]
+[t.start() for t in threads]
+child = os.fork()
+if child == 0:
+    found = []
+    inner = [threading.Thread(target=lambda: found.append(call())) for _ in range(4)]
+    [t.start() for t in inner]
+    [t.join() for t in inner]
+    os._exit(0 if found == [expected] * 4 else 1)
+[t.join() for t in threads]
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    )
+    assert run(code) == "0"
+
+
+@pytest.mark.peers
+def test_beside_torch_and_onnxruntime() -> None:
+    """All three compute in turns, in one process, whichever was imported first."""
+    for order in ("import torch, onnxruntime", "call(); import torch, onnxruntime"):
+        code = f"""{CALL}
+{order}
+expected = call()
+layer = torch.nn.LayerNorm(512)
+fast = pn.compile(pn.LayerNorm(512))
+x = np.ones((64, 512), "float32")
+for _ in range(50):
+    layer(torch.ones(64, 512)).sum().backward()
+    fast(x)
+    assert call() == expected
+print("same")
+"""
+        assert run(code) == "same"
+
+
+def test_without_numba_there_are_no_kernels_and_the_same_numbers() -> None:
+    hidden = f"import sys; sys.modules['numba'] = None\n{CALL}\nfrom portnorm.arrays import library\n"
+    kernels, value = run(hidden + "print(len(library(np.ones(1)).kernels), call())").split()
+    assert kernels == "0"
+    assert float(value) == pytest.approx(float(run(CALL + "print(call())")), rel=1e-6)
