@@ -1,4 +1,4 @@
-"""The generated tables of the README and docs/variants.md: `make readme` writes them, a test holds them against what they are made from."""
+"""The generated tables of the README and of docs/: `make readme` writes them, a test holds them against what they are made from."""
 
 from __future__ import annotations
 

@@ -101,7 +101,8 @@ def vjp(function: Op[..., Any], *args: Any, **attrs: Any) -> tuple[Any, Pullback
     """Value of an Op and its pullback: `y, pullback = vjp(op, *args, **attrs)`, then `dx, dw, … = pullback(dy)`.
 
     The pullback maps a cotangent of `y` (its shape and dtype) to one cotangent per positional argument,
-    dy ↦ dyᵀ·∂y/∂args, with `None` for arguments that were `None` or are no arrays. Keyword arguments are constants.
+    dy ↦ dyᵀ·∂y/∂args, with `None` for arguments that were `None` or are no arrays. Keyword arguments are constants. The arrays must not be
+    changed in place before the pullback has been called: it reads them again.
 
     >>> import numpy as np, portnorm as pn
     >>> x = np.array([[1.0, 2.0, 4.0]])

@@ -110,6 +110,28 @@ def test_read_only_arrays_need_no_version_of_their_own(rng: np.random.Generator)
     assert len(kernels.signatures) == 1
 
 
+def unaligned(a: Any) -> Any:
+    room = np.zeros(a.nbytes + 1, np.uint8)[1:]
+    room[:] = np.frombuffer(a.tobytes(), np.uint8)
+    return room.view(a.dtype).reshape(a.shape)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda a: a.astype(a.dtype.newbyteorder()), unaligned, np.asfortranarray, lambda a: np.repeat(a, 2, axis=-1)[..., ::2]],
+    ids=["other byte order", "unaligned", "Fortran order", "strided"],
+)
+@pytest.mark.parametrize("which", ["x", "parameters", "cotangent"])
+def test_arrays_of_any_layout(change: Any, which: str, rng: np.random.Generator) -> None:
+    x, w, dy = (rng.standard_normal(s).astype(np.float32) for s in ((6, 8), 8, (6, 8)))
+    expected, pullback = pn.vjp(pn.layer_norm, x, w, w)
+    cotangents = pullback(dy)
+    x, w, dy = change(x) if which == "x" else x, change(w) if which == "parameters" else w, change(dy) if which == "cotangent" else dy
+    y, pullback = pn.vjp(pn.layer_norm, x, w, w)
+    for a, b in zip((y, *pullback(dy)), (expected, *cotangents), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
 @pytest.mark.parametrize("shape", [(64, 16384), (16384, 64)])
 def test_no_temporary_of_the_size_of_the_input(shape: tuple[int, int], rng: np.random.Generator) -> None:
     x, w = rng.standard_normal(shape).astype(np.float32), np.ones(shape[1], np.float32)

@@ -25,9 +25,20 @@ _GROUP = 64
 
 
 @compiled()
+def _add(total: Any, lost: Any, part: Any) -> None:
+    """total += part with what rounding loses carried along (Kahan 1965): there can be many groups."""
+    for c in range(total.size):
+        term = part[c] - lost[c]
+        more = total[c] + term
+        lost[c] = (more - total[c]) - term
+        total[c] = more
+
+
+@compiled()
 def _column_means(x: Any, shift: Any, part: Any, total: Any) -> None:
     """total[c] = Σ (x − shift[c]) / n."""
     rows, channels = x.shape
+    lost = numpy.zeros(channels)
     total[:] = 0.0
     for start in range(0, rows, _GROUP):
         part[:] = 0.0
@@ -35,8 +46,7 @@ def _column_means(x: Any, shift: Any, part: Any, total: Any) -> None:
             row = x[k]
             for c in range(channels):
                 part[c] += row[c] - shift[c]
-        for c in range(channels):
-            total[c] += part[c]
+        _add(total, lost, part)
     for c in range(channels):
         total[c] /= rows
 
@@ -45,6 +55,7 @@ def _column_means(x: Any, shift: Any, part: Any, total: Any) -> None:
 def _column_variances(x: Any, high: Any, low: Any, part: Any, total: Any) -> None:
     """total[c] = Σ ((x − high[c]) − low[c])² / n."""
     rows, channels = x.shape
+    lost = numpy.zeros(channels)
     total[:] = 0.0
     for start in range(0, rows, _GROUP):
         part[:] = 0.0
@@ -53,8 +64,7 @@ def _column_variances(x: Any, high: Any, low: Any, part: Any, total: Any) -> Non
             for c in range(channels):
                 z = (row[c] - high[c]) - low[c]
                 part[c] += z * z
-        for c in range(channels):
-            total[c] += part[c]
+        _add(total, lost, part)
     for c in range(channels):
         total[c] /= rows
 
@@ -95,7 +105,7 @@ def _columns_backward(x: Any, dy: Any, weight: Any, mean: Any, rstd: Any, center
     rows, channels = x.shape
     room = numpy.empty((6, channels), x.dtype)
     near, rest, factor, gain, a, b = room[0], room[1], room[2], room[3], room[4], room[5]
-    first, second = numpy.zeros(channels), numpy.zeros(channels)
+    first, second, lost = numpy.zeros(channels), numpy.zeros(channels), numpy.zeros((2, channels))
     for c in range(channels):
         near[c], factor[c] = mean[c, 0], rstd[c]
         rest[c] = mean[c, 0] - near[c] + mean[c, 1]
@@ -109,9 +119,8 @@ def _columns_backward(x: Any, dy: Any, weight: Any, mean: Any, rstd: Any, center
             for c in range(channels):
                 first[c] += given[c]
                 second[c] += given[c] * (((row[c] - near[c]) - rest[c]) * factor[c])
-        for c in range(channels):
-            dbias[c] += first[c]
-            dweight[c] += second[c]
+        _add(dbias, lost[0], first)
+        _add(dweight, lost[1], second)
     for c in range(channels):
         a[c], b[c] = dbias[c] / rows if center else 0.0, dweight[c] / rows
     for k in range(rows):

@@ -66,9 +66,11 @@ def _accepts(
     **attrs: Any,
 ) -> bool:
     """Contiguous float32 or float64 values with their own biased variance: whole rows, or all axes but the one with the parameters."""
-    if mask is not None or mean is not None or correction or eps_place != "variance" or not x.size or x.dtype.name not in _RANGE:
+    if mask is not None or mean is not None or correction or eps_place != "variance":
         return False
-    return bool(x.flags.c_contiguous) and (_are_rows(x, axes, param_axes) or _is_channel(x, axes, param_axes))
+    if type(x) is not numpy.ndarray or not x.size or x.dtype.name not in _RANGE or not x.dtype.isnative:
+        return False
+    return bool(x.flags.c_contiguous and x.flags.aligned) and (_are_rows(x, axes, param_axes) or _is_channel(x, axes, param_axes))
 
 
 def _are_rows(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
@@ -101,8 +103,11 @@ def _forward(
 
 
 def _given(p: Any, x: NumPyArray, shape: tuple[int, ...]) -> NumPyArray:
-    """A parameter as a kernel takes it: in the type of `x`, empty where there is none."""
-    return numpy.empty((0,) * len(shape), dtype=x.dtype) if p is None else numpy.ascontiguousarray(p, dtype=x.dtype).reshape(shape)
+    """A parameter or a cotangent as a kernel takes it: in the type of `x`, contiguous and aligned, empty where there is none."""
+    if p is None:
+        return numpy.empty((0,) * len(shape), dtype=x.dtype)
+    values = numpy.ascontiguousarray(p, dtype=x.dtype)
+    return (values if values.flags.aligned else values.copy()).reshape(shape)
 
 
 def _cotangents(p: Any, d: NumPyArray) -> NumPyArray | None:
@@ -133,7 +138,7 @@ def _vjp_of_rows(residuals: KernelResiduals, dy: NumPyArray, *, center: bool = T
     rows = x.reshape(rstd.size, -1)
     dx, room = numpy.empty_like(rows), numpy.empty(rows.shape[1], dtype=x.dtype)
     dweight, dbias = (numpy.zeros(shape if p is not None else (0, 0)) for p in (weight, bias))
-    given = numpy.ascontiguousarray(dy, dtype=x.dtype).reshape(rows.shape)
+    given = _given(dy, x, rows.shape)
     rowwise.backward(x.dtype.name)(rows, given, _given(weight, x, shape), means, rstd, center, room, dx, dweight, dbias)
     return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
@@ -169,7 +174,7 @@ def _vjp_of_channels(
     x, means, rstd, weight, bias, *_ = residuals
     blocks = _by_channel(x, param_axes[0])
     dx, dweight, dbias = numpy.empty_like(blocks), numpy.empty(rstd.size), numpy.empty(rstd.size)
-    given = numpy.ascontiguousarray(dy, dtype=x.dtype).reshape(blocks.shape)
+    given = _given(dy, x, blocks.shape)
     kernel = channelwise.backward(x.dtype.name, blocks.ndim == 3)
     kernel(blocks, given, _given(weight, x, (rstd.size,)), means, rstd, center, dx, dweight, dbias)
     return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
