@@ -21,7 +21,7 @@ UPDATES, BATCH = 50, 32
 
 @pytest.mark.parametrize(
     ("norm", "rows", "free"),
-    [("batch", 64, True), ("layer", 8, True), pytest.param("layer", 64, False, marks=pytest.mark.slow)],
+    [pytest.param("batch", 64, True, marks=pytest.mark.slow), ("layer", 8, True), pytest.param("layer", 64, False, marks=pytest.mark.slow)],
     ids=["BN, pixel by pixel", "LN, row by row", "LN, pixel by pixel, from eager parameters"],
 )
 def test_fifty_updates_in_onnxruntime_follow_eager_training(norm: str, rows: int, free: bool, tmp_path: Path) -> None:
