@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 
 import portnorm as pn
 from tests.cases import HEAVY_PRESETS
+from tests.processes import in_threads, output_of
 from tests.test_export import LAYERS, lstm, recurrent
 
 
@@ -86,11 +84,7 @@ def test_many_threads_at_once(rng: np.random.Generator) -> None:
             if not np.allclose(fast(given[k])[0], expected[k], atol=1e-5):
                 failed.append(k)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(work)
     assert failed == []
 
 
@@ -106,5 +100,4 @@ if child == 0:
     os._exit(0 if np.array_equal(fast(x)[0], expected) else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == "0", done.stderr
+    assert output_of(code) == "0"

@@ -21,6 +21,7 @@ import pytest
 import portnorm as pn
 from portnorm import conform
 from portnorm.__main__ import main
+from portnorm.conform import recurrent as cells
 from portnorm.conform import report
 from portnorm.conform import runner as measuring
 from portnorm.conform.recurrent import layer_of
@@ -158,21 +159,13 @@ def test_recurrent_cells_by_one_step_and_a_whole_run() -> None:
 
 
 def test_a_wrong_cell_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoiled(cell: str, preset: str | None) -> Any:
-        layer = layer_of(cell, preset)
-        if spoiled.calls % 2:  # type: ignore[attr-defined]
-            layer.params["weight_hh_l0"][0, 0] += 1e-3
-        spoiled.calls += 1  # type: ignore[attr-defined]
-        return layer
-
-    spoiled.calls = 1  # type: ignore[attr-defined]
-    exact = layer_of("LSTM", "layer")
-    wrong = spoiled("LSTM", "layer")
-    monkeypatch.setattr("portnorm.conform.recurrent.layer_of", lambda *_: wrong)
-    monkeypatch.setattr(type(wrong), "to", lambda self, **_: exact)
-    from portnorm.conform.recurrent import _of_cell
-
-    assert next(iter(_of_cell(conform.LIBRARIES["numpy"], "", "LSTM", "layer", "float64"))).status == "beyond"
+    """What is measured has one weight that the truth has not."""
+    truth, measured = layer_of("LSTM", "layer"), layer_of("LSTM", "layer")
+    measured.params["weight_hh_l0"][0, 0] += 1e-3
+    monkeypatch.setattr(cells, "layer_of", lambda *_: truth)
+    monkeypatch.setattr(type(truth), "to", lambda self, **_: measured)
+    found = next(iter(cells._of_cell(conform.LIBRARIES["numpy"], "", "LSTM", "layer", "float64")))
+    assert (found.side, found.status) == ("one step", "beyond")
 
 
 def test_the_plugin_runs_somebodys_tests_on_every_case(pytester: pytest.Pytester) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import threading
 import tracemalloc
 from typing import Any
 
@@ -17,6 +14,7 @@ import portnorm as pn
 from portnorm.arrays import library, without_kernels
 from portnorm.norm.normalize import Normalized, normalize
 from portnorm_backends.numpy import KernelResiduals
+from tests.processes import in_threads, output_of
 from tests.tolerances import OPERATION
 
 KERNELS = sorted(library(np.zeros(1)).kernels)
@@ -164,18 +162,8 @@ def test_many_threads_at_once(rng: np.random.Generator) -> None:
             if not all(np.array_equal(a, b) for a, b in zip(run(k), expected[k], strict=True)):
                 failed.append(k)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(work)
     assert failed == []
-
-
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 CALL = """
@@ -206,7 +194,7 @@ if child == 0:
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     )
-    assert run(code) == "0"
+    assert output_of(code) == "0"
 
 
 @pytest.mark.peers
@@ -225,11 +213,11 @@ for _ in range(50):
     assert call() == expected
 print("same")
 """
-        assert run(code) == "same"
+        assert output_of(code) == "same"
 
 
 def test_without_numba_there_are_no_kernels_and_the_same_numbers() -> None:
     hidden = f"import sys; sys.modules['numba'] = None\n{CALL}\nfrom portnorm.arrays import library\n"
-    kernels, value = run(hidden + "print(len(library(np.ones(1)).kernels), call())").split()
+    kernels, value = output_of(hidden + "print(len(library(np.ones(1)).kernels), call())").split()
     assert kernels == "0"
-    assert float(value) == pytest.approx(float(run(CALL + "print(call())")), rel=1e-6)
+    assert float(value) == pytest.approx(float(output_of(CALL + "print(call())")), rel=1e-6)

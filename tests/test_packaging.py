@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tarfile
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import portnorm as pn
+from tests.processes import output_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,15 +50,9 @@ def test_all_is_what_there_is() -> None:
         _ = pn.nothing
 
 
-def run(code: str, **environment: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 def test_import_brings_in_nothing_but_numpy_and_array_api_compat() -> None:
     code = "import sys, numpy; before = set(sys.modules); import portnorm; print({m.split('.')[0] for m in set(sys.modules) - before})"
-    found = eval(run(code), {"__builtins__": {}})  # of our own process
+    found = eval(output_of(code), {"__builtins__": {}})  # of our own process
     assert {"portnorm", "array_api_compat"} <= found
     assert not found & {"onnx", "onnxruntime", "torch", "jax", "cupy", "dask", "matplotlib", "sklearn", "rich", "portnorm_onnx"}
 
@@ -67,8 +61,8 @@ def test_import_takes_at_most_50_ms_over_numpy(tmp_path: Path) -> None:
     """Compiled, as an installed package is, by the first run. Processor time, since other tests run beside this one."""
     code = "import numpy, time; t = time.process_time(); import portnorm; print((time.process_time() - t) * 1e3)"
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
-    run(code, **compiled)
-    assert min(float(run(code, **compiled)) for _ in range(7)) < 50
+    output_of(code, **compiled)
+    assert min(float(output_of(code, **compiled)) for _ in range(7)) < 50
 
 
 def test_a_missing_extra_is_named() -> None:
@@ -81,7 +75,7 @@ try:
 except portnorm.MissingExtraError as error:
     print(error)
 """
-    assert run(code) == 'this needs the package onnx, which is not installed: pip install "portnorm[onnx]"'
+    assert output_of(code) == 'this needs the package onnx, which is not installed: pip install "portnorm[onnx]"'
 
 
 def test_the_core_does_not_import_the_other_two_packages() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from portnorm_onnx.conformance import layers
 from portnorm_onnx.runtimes import RUNTIMES, Worker, session_of
 from portnorm_onnx.storage import Draft
 from portnorm_onnx.verify import check
+from tests.processes import output_of
 from tests.test_export import a_little_off, lstm, spoiled
 
 NAMES = [pytest.param(name, marks=[] if name in ("onnxruntime", "reference") else pytest.mark.runtime(name), id=name) for name in RUNTIMES]
@@ -94,8 +94,7 @@ session_of("openvino", pn.export(pn.LayerNorm(4), None).model.SerializeToString(
 time.sleep(1)
 print(any(name.startswith("openvino_telemetry.") for name in sys.modules))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
+    assert output_of(code) == "False"
 
 
 @pytest.mark.runtime("tract")

@@ -35,8 +35,8 @@ def _add(total: Any, lost: Any, part: Any) -> None:
 
 
 @compiled()
-def _column_means(x: Any, shift: Any, part: Any, total: Any) -> None:
-    """total[c] = Σ (x − shift[c]) / n."""
+def _column_averages(x: Any, high: Any, low: Any, squared: bool, part: Any, total: Any) -> None:
+    """total[c] = Σ z / n, or Σ z² / n, of z = (x − high[c]) − low[c]."""
     rows, channels = x.shape
     lost = numpy.zeros(channels)
     total[:] = 0.0
@@ -44,26 +44,13 @@ def _column_means(x: Any, shift: Any, part: Any, total: Any) -> None:
         part[:] = 0.0
         for k in range(start, min(start + _GROUP, rows)):
             row = x[k]
-            for c in range(channels):
-                part[c] += row[c] - shift[c]
-        _add(total, lost, part)
-    for c in range(channels):
-        total[c] /= rows
-
-
-@compiled()
-def _column_variances(x: Any, high: Any, low: Any, part: Any, total: Any) -> None:
-    """total[c] = Σ ((x − high[c]) − low[c])² / n."""
-    rows, channels = x.shape
-    lost = numpy.zeros(channels)
-    total[:] = 0.0
-    for start in range(0, rows, _GROUP):
-        part[:] = 0.0
-        for k in range(start, min(start + _GROUP, rows)):
-            row = x[k]
-            for c in range(channels):
-                z = (row[c] - high[c]) - low[c]
-                part[c] += z * z
+            if squared:
+                for c in range(channels):
+                    z = (row[c] - high[c]) - low[c]
+                    part[c] += z * z
+            else:
+                for c in range(channels):
+                    part[c] += (row[c] - high[c]) - low[c]
         _add(total, lost, part)
     for c in range(channels):
         total[c] /= rows
@@ -76,12 +63,14 @@ def _columns_forward(
     high, low, part = numpy.zeros(channels), numpy.zeros(channels), numpy.zeros(channels)
     if center:
         first = x[0].astype(numpy.float64)
-        _column_means(x, first, part, high)
+        _column_averages(x, first, low, False, part, high)
         for c in range(channels):
             high[c] += first[c]
         if x.itemsize == 8:
-            _column_means(x, high, part, low)
-    _column_variances(x, high, low, part, var)
+            rest_of_mean = numpy.empty(channels)
+            _column_averages(x, high, low, False, part, rest_of_mean)
+            low = rest_of_mean
+    _column_averages(x, high, low, True, part, var)
     fine = True
     room = numpy.empty((4, channels), x.dtype)
     near, rest, gain, shift = room[0], room[1], room[2], room[3]

@@ -1,0 +1,28 @@
+"""Code in a Python process of its own, and in many threads at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+from benchmarks.readme import ROOT
+
+
+def output_of(code: str, **environment: str) -> str:
+    """What `code` prints; fails with its traceback."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def in_threads(work: Callable[[int], None], count: int = 8) -> None:
+    """`work(0)` … `work(count − 1)`, all at once."""
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(count)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
