@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import array_api_compat
 import numpy
@@ -41,6 +41,29 @@ class Kernel(NamedTuple):
     accepts: Callable[..., bool] = lambda *args, **attrs: True
 
 
+class Differentiable(Protocol):
+    """What a library's own automatic differentiation can be taught: every Op, and every layer with its training mode."""
+
+    def __call__(self, *args: Any, **attrs: Any) -> Any:
+        """The value alone."""
+
+    def forward(self, *args: Any, **attrs: Any) -> tuple[Any, Any]:
+        """`(value, residuals)`; both are nested tuples, lists and dicts of arrays, with `None` and what is static."""
+
+    def vjp(self, residuals: Any, cotangent: Any, /, **attrs: Any) -> tuple[Any, ...]:
+        """One cotangent per positional argument, nested like it; `None` stands for zero, and so does what is left out at the end."""
+
+
+class Autodiff(NamedTuple):
+    """How a library with automatic differentiation calls a function that brings its own vjp. Keyword arguments are constants to it."""
+
+    records: Callable[[Any], bool]
+    """Whether a call on these arguments, in any nesting, is being differentiated or traced now."""
+    call: Callable[[Differentiable, tuple[Any, ...], dict[str, Any]], Any]
+    constant: Callable[[Array], Array]
+    """An array with the same values, of which nothing is differentiated."""
+
+
 @dataclass(frozen=True)
 class Library:
     """One array library: its name and what it does better than the definitions."""
@@ -49,15 +72,40 @@ class Library:
     kernels: Mapping[str, Kernel] = field(default_factory=lambda: MappingProxyType({}))
     is_concrete: Callable[[Array], bool] = lambda x: True
     """False for an array whose values cannot be looked at now (traced or symbolic)."""
+    autodiff: Autodiff | None = None
+    namespace: Namespace | None = None
+    """The module of its functions; `None` for the one that array-api-compat finds."""
+    device: Callable[[Array], Any] = array_api_compat.device
+    """Where an array is, as creation functions take it; `None` where the library itself finds the place."""
 
 
-# Root module of an array's type -> module that holds its `LIBRARY`. Others are found by the entry points of this group.
-_LIBRARIES = {
-    "numpy": "portnorm_backends.numpy",
-    "jax": "portnorm_backends.jax",
-    "jaxlib": "portnorm_backends.jax",
-    "portnorm_onnx": "portnorm_onnx.library",
-}
+def _numpy() -> Library:
+    from portnorm_backends.numpy import LIBRARY
+
+    return LIBRARY
+
+
+def _jax() -> Library:
+    from portnorm_backends.jax import LIBRARY
+
+    return LIBRARY
+
+
+def _torch() -> Library:
+    from portnorm_backends.torch import LIBRARY
+
+    return LIBRARY
+
+
+def _onnx() -> Library:
+    from portnorm_onnx.library import LIBRARY
+
+    return LIBRARY
+
+
+# Root module of an array's type -> its `LIBRARY`. Others are found by the entry points of this group. Each is an import statement, which
+# `torch.compile` can follow where the first array of all is in what it compiles.
+_LIBRARIES = {"numpy": _numpy, "jax": _jax, "jaxlib": _jax, "torch": _torch, "portnorm_onnx": _onnx}
 _ENTRY_POINTS = "portnorm.backends"
 _KNOWN = ("numpy", "cupy", "torch", "jax", "jaxlib", "array_api_strict", "dask", "portnorm_onnx")
 
@@ -89,7 +137,7 @@ def without_kernels(array_type: type) -> Iterator[None]:
 def _find_library(array_type: type) -> Library:
     root = array_type.__module__.partition(".")[0]
     if root in _LIBRARIES:
-        found: Library = importlib.import_module(_LIBRARIES[root]).LIBRARY
+        found: Library = _LIBRARIES[root]()
         return found
     if root not in _KNOWN:
         from importlib.metadata import entry_points
@@ -127,7 +175,8 @@ def xp_of(x: Array) -> Namespace:
     try:
         return _namespaces[type(x)]
     except KeyError:
-        return _namespaces.setdefault(type(x), array_api_compat.array_namespace(x))
+        own = library(x).namespace
+        return _namespaces.setdefault(type(x), array_api_compat.array_namespace(x) if own is None else own)
 
 
 def namespace(**arrays: Array | None) -> Namespace:
@@ -152,11 +201,9 @@ def namespace(**arrays: Array | None) -> Namespace:
                 f"`{name}` is an array of {_root(x)} but `{first_name}` is one of {_root(first)}; convert one of them first"
             )
         elif type(x) is not numpy.ndarray:
-            device = array_api_compat.device(first) if device is None else device
-            if array_api_compat.device(x) != device:
-                raise UnsupportedError(
-                    f"`{name}` is on device {array_api_compat.device(x)} but `{first_name}` is on {device}; move one of them first"
-                )
+            device, other = device_of(first) if device is None else device, device_of(x)
+            if device is not None and other is not None and other != device:
+                raise UnsupportedError(f"`{name}` is on device {other} but `{first_name}` is on {device}; move one of them first")
     return xp
 
 
@@ -166,7 +213,7 @@ def _root(x: Array) -> str:
 
 def device_of(x: Array) -> Any:
     """The device of `x`, as creation functions of its namespace take it."""
-    return array_api_compat.device(x)
+    return library(x).device(x)
 
 
 def require_floating(xp: Namespace, **arrays: Array | None) -> None:

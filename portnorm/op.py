@@ -22,7 +22,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from portnorm.arrays import Array, Kernel, is_concrete, leaves, library
+from portnorm.arrays import Array, Kernel, Library, is_concrete, leaves, library
 from portnorm.errors import ShapeError, UnsupportedError
 
 P = ParamSpec("P")
@@ -39,7 +39,8 @@ class Op(Generic[P, R]):
     """An operation with a definition, a vjp and a seam. Call it like the function it was made from.
 
     `definition(*args, **attrs) -> (y, residuals)` is written in Array API terms and runs on every library.
-    `vjp(residuals, dy, **attrs)` returns one cotangent per positional argument, `None` where there is none.
+    `vjp(residuals, dy, **attrs)` returns one cotangent per positional argument, `None` where there is none. A library that differentiates
+    by itself (torch, JAX) takes the vjp in place of its own of the definition, where the Op is `differentiable`.
     Residuals are (nested) tuples of arrays; what is static is in `attrs`, which both directions get.
     """
 
@@ -49,12 +50,17 @@ class Op(Generic[P, R]):
         functools.update_wrapper(self, definition)
         self.name = definition.__name__
         self.definition = definition
+        self.differentiable = False
         self._backward: Backward | None = None
         self._kernel_vjps: dict[type, Backward] = {}
         OPS[self.name] = self
 
     def __call__(self, *args: P.args, **attrs: P.kwargs) -> R:
-        kernel = self._kernel(args, attrs)
+        own = library(next(leaves(args), None))
+        if own.autodiff is not None and self.differentiable and own.autodiff.records(args):
+            recorded: R = own.autodiff.call(self, args, attrs)
+            return recorded
+        kernel = self._kernel(own, args, attrs)
         if kernel is None:
             return self.definition(*args, **attrs)[0]
         result: R = kernel.call(*args, **attrs)
@@ -62,7 +68,7 @@ class Op(Generic[P, R]):
 
     def forward(self, *args: P.args, **attrs: P.kwargs) -> tuple[R, Any]:
         """The result, and the residuals that `vjp` takes."""
-        kernel = self._kernel(args, attrs)
+        kernel = self._kernel(library(next(leaves(args), None)), args, attrs)
         if kernel is None or kernel.forward is None:
             return self.definition(*args, **attrs)
         if kernel.vjp is not None and kernel.residuals is not None:
@@ -81,11 +87,11 @@ class Op(Generic[P, R]):
     def backward(self, function: Backward) -> Backward:
         """Decorator: register `function(residuals, dy, **attrs)` as the vjp of the definition."""
         self._backward = function
+        self.differentiable = True
         return function
 
-    def _kernel(self, args: tuple[Any, ...], attrs: dict[str, Any]) -> Kernel | None:
-        kernels = library(next(leaves(args), None)).kernels
-        kernel = kernels.get(self.name) if kernels else None
+    def _kernel(self, own: Library, args: tuple[Any, ...], attrs: dict[str, Any]) -> Kernel | None:
+        kernel = own.kernels.get(self.name) if own.kernels else None
         return kernel if kernel is not None and kernel.accepts(*args, **attrs) else None
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple
 
-from portnorm.arrays import Array, xp_of
+from portnorm.arrays import Array, device_of, xp_of
 from portnorm.op import op
 
 
@@ -53,7 +53,12 @@ class Activation(NamedTuple):
     vjp: Callable[[Array, Array], Array]
 
 
+def _relu(x: Array) -> Array:
+    xp = xp_of(x)
+    return xp.maximum(x, xp.asarray(0.0, dtype=x.dtype, device=device_of(x)))
+
+
 ACTIVATIONS = {
     "tanh": Activation(lambda x: xp_of(x).tanh(x), lambda y, dy: dy * (1.0 - y * y)),
-    "relu": Activation(lambda x: xp_of(x).maximum(x, 0.0), lambda y, dy: xp_of(y).where(y > 0, dy, 0.0)),
+    "relu": Activation(_relu, lambda y, dy: xp_of(y).where(y > 0, dy, 0.0)),
 }

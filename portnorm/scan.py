@@ -38,24 +38,25 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = F
     form the array library likes (a list here, stacked arrays under `jax.lax.scan`); it is only ever given back as `kept`.
     A sequence of no steps gives the carry back and outputs of length 0.
     """
-    length = len(kept) if kept is not None else next(leaves(xs)).shape[0]
+    length = len(kept.steps) if kept is not None else next(leaves(xs)).shape[0]
     if length == 0:
         return _loop_of_no_steps(carry, xs, kept, body), None
-    outputs, keeps = [], Kept()
+    outputs, keeps = [], []
     for t in reversed(range(length)) if reverse else range(length):
         x = tuple(None if a is None else a[t, ...] for a in xs)
-        carry, out, keep = body(carry, x, None if kept is None else kept[t])
+        carry, out, keep = body(carry, x, None if kept is None else kept.steps[t])
         outputs.append(out)
         keeps.append(keep)
     if reverse:
         outputs.reverse()
         keeps.reverse()
-    return (carry, tuple(xp_of(column[0]).stack(column) for column in zip(*outputs, strict=True)), keeps), None
+    return (carry, tuple(xp_of(column[0]).stack(column) for column in zip(*outputs, strict=True)), Kept(keeps)), None
 
 
-class Kept(list[Any]):
+class Kept(NamedTuple):
     """What a loop kept, one entry per step; after a loop of no steps, `probe` is what one step would have kept."""
 
+    steps: list[Any]
     probe: Any = None
 
 
@@ -64,9 +65,7 @@ def _loop_of_no_steps(carry: Any, xs: Any, kept: Any, body: Body) -> tuple[Any, 
     xp = xp_of(next(leaves((carry, xs))))
     step = tuple(None if a is None else xp.zeros(a.shape[1:], dtype=a.dtype, device=device_of(a)) for a in xs)
     _, outputs, keep = body(carry, step, None if kept is None else kept.probe)
-    keeps = Kept()
-    keeps.probe = keep
-    return carry, tuple(xp.zeros((0, *a.shape), dtype=a.dtype, device=device_of(a)) for a in outputs), keeps
+    return carry, tuple(xp.zeros((0, *a.shape), dtype=a.dtype, device=device_of(a)) for a in outputs), Kept([], keep)
 
 
 def sequence_mask(x: Array, lengths: Array) -> Array:
@@ -165,3 +164,6 @@ def _(
     zeros = tuple(xp.zeros_like(params[name]) for name in names)
     (dstate, dparams), stacked, _ = loop((dstate, zeros), (dy,), kept, body=body, reverse=True)
     return stacked, dstate, dict(zip(names, dparams, strict=True))
+
+
+scan.differentiable = False  # what its vjp gives for `xs` is stacked as the cell has it: the layer around the scan is differentiated

@@ -34,7 +34,7 @@ def check_momentum(momentum: float | None) -> None:
 def rows_of_steps(time: Array, x: Array, last: Array | int) -> Array:
     """The row of each step of `x` (time, …), of which `time` steps have gone before; steps after the `last` row have that row."""
     xp = xp_of(x)
-    limit = last - 1 if isinstance(last, int) else last
+    limit = xp.asarray(last - 1, dtype=time.dtype, device=device_of(x)) if isinstance(last, int) else last
     return xp.minimum(time + xp.arange(x.shape[0], dtype=time.dtype, device=device_of(x)), limit)
 
 
@@ -71,11 +71,13 @@ def update(buffers: Buffers, seen: Seen, time: Array | None, lengths: Array | No
         hits = xp.astype(xp.max(lengths) > 0, before.dtype) if lengths is not None else xp.ones_like(before)
     else:
         row = xp.arange(before.shape[0], dtype=before.dtype, device=device_of(before)) - time
-        end = first.shape[0] if lengths is None else xp.minimum(xp.max(lengths), first.shape[0])
+        end = xp.asarray(first.shape[0], dtype=before.dtype, device=device_of(before))
+        if lengths is not None:
+            end = xp.minimum(xp.astype(xp.max(lengths), before.dtype, copy=False), end)
         hits = xp.astype((row >= 0) & (row < end), before.dtype)
         step = xp.where(hits > 0, row, 0)
         # The last row: its steps are those from `start` to `end`, and a later one weighs more, as a moving average has it.
-        start = xp.maximum(row[-1], 0)
+        start = xp.maximum(row[-1], xp.zeros_like(row[-1]))
         many = xp.where(start < end, end - start, 0)
         hits = xp.concat([hits[:-1], xp.reshape(many, (1,))])
         steps = xp.arange(first.shape[0], dtype=before.dtype, device=device_of(first))

@@ -24,7 +24,7 @@ def test_loop_is_a_fold_in_either_direction() -> None:
     carry, (before,), kept = loop(np.zeros(1), (xs,), body=body)
     assert carry[0] == 0 * 16 + 1 * 8 + 2 * 4 + 3 * 2 + 4
     np.testing.assert_array_equal(before[:, 0], [0, 0, 1, 4, 11])
-    assert [float(k[0]) for k in kept] == [0, 10, 20, 30, 40]
+    assert [float(k[0]) for k in kept.steps] == [0, 10, 20, 30, 40]
     carry, (before,), _ = loop(np.zeros(1), (xs,), body=body, reverse=True)
     assert carry[0] == 4 * 16 + 3 * 8 + 2 * 4 + 1 * 2 + 0
     np.testing.assert_array_equal(before[:, 0], [49, 24, 11, 4, 0])

@@ -1,13 +1,18 @@
-"""JAX: the time loop is `lax.scan`, so that tracing and compiling do not grow with the number of steps."""
+"""JAX: the time loop is `lax.scan`, so that tracing and compiling do not grow with the number of steps, and one `jax.custom_vjp` for every
+Op and layer, whose backward is the hand-written vjp."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
 
-from portnorm.arrays import Kernel, Library, leaves
+from portnorm.arrays import Array, Autodiff, Differentiable, Kernel, Library, leaves
 from portnorm.scan import Body
+from portnorm_backends.flat import cotangents_at, put_together, taken_apart
 
 
 def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = False) -> tuple[Any, Any, Any]:
@@ -22,8 +27,67 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = F
     return carry, outputs, keeps
 
 
+_inside: ContextVar[bool] = ContextVar("inside a function that brings its own vjp", default=False)
+
+
+@contextlib.contextmanager
+def _outermost() -> Iterator[None]:
+    """What is called in here is part of what is differentiated as a whole."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+def _records(args: Any) -> bool:
+    return not _inside.get() and any(isinstance(a, jax.core.Tracer) for a in leaves(args))
+
+
+def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
+    arrays, form = taken_apart((args, attrs), _is_array)
+    dtypes = [a.dtype for a in arrays]
+    form_of_kept: Any = None
+
+    @jax.custom_vjp  # type: ignore[untyped-decorator]
+    def value(*arrays: Array) -> Any:
+        args, attrs = put_together(form, arrays)
+        with _outermost():
+            return function(*args, **attrs)
+
+    def forward(*arrays: Array) -> tuple[Any, list[Array]]:
+        nonlocal form_of_kept
+        args, attrs = put_together(form, arrays)
+        with _outermost():
+            y, residuals = function.forward(*args, **attrs)
+        kept, form_of_kept = taken_apart((residuals, attrs), _is_array)
+        return y, kept
+
+    def backward(kept: list[Array], dy: Any) -> tuple[Any, ...]:
+        residuals, attrs = put_together(form_of_kept, kept)
+        with _outermost():
+            found = cotangents_at(form[0], function.vjp(residuals, dy, **attrs))
+        return tuple(None if k not in found else found[k].astype(dtype) for k, dtype in enumerate(dtypes))
+
+    value.defvjp(forward, backward)
+    return value(*arrays)
+
+
+def _device(x: Any) -> Any:
+    """The one device that an array is committed to; JAX places what is traced, a constant, sharded, or free to move."""
+    if isinstance(x, jax.core.Tracer) or not getattr(x, "committed", False):
+        return None
+    return x.device if len(x.sharding.device_set) == 1 else None
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | jax.core.Tracer)
+
+
 LIBRARY = Library(
     "jax",
     kernels={"loop": Kernel(call=loop)},
     is_concrete=lambda x: not isinstance(x, jax.core.Tracer),
+    autodiff=Autodiff(_records, _call, constant=jax.lax.stop_gradient),
+    device=_device,
 )

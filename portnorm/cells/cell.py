@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.slots import Slot, Slots
 from portnorm.cells.variants import Variant
 from portnorm.scan import Params, State
+
+T = TypeVar("T")
+
+
+class once(Generic[T]):  # noqa: N801  # a decorator
+    """A property that is computed when it is first read.
+
+    `functools.cached_property` takes a lock in Python 3.11, which `torch.compile` does not follow.
+    """
+
+    def __init__(self, compute: Callable[[Any], T]):
+        self.compute = compute
+
+    def __get__(self, owner: Any, _: type | None = None) -> T:
+        value = self.compute(owner)
+        object.__setattr__(owner, self.compute.__name__, value)
+        return value
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,7 @@ class RecurrentCell:
             return None
         return Slot(self.variant, self.partition("norm_ih"), self.training, self.variant.scale, self._is_shifted("norm_ih"))
 
-    @cached_property
+    @once
     def slots(self) -> dict[str, Slot]:
         """The normalizers inside the loop, by the name of their slot."""
         found = {
@@ -95,7 +111,7 @@ class RecurrentCell:
 
     # -- biases --------------------------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @once
     def late_biases(self) -> dict[str, tuple[str, ...]]:
         """By the slot whose shift their sum is: the parameters that are added to the gates after normalization."""
         own = tuple(f"{slot}.bias" for slot in ("norm_ih", "norm_hh", "norm_sum") if slot in self.names() and self.shifts(slot))

@@ -18,11 +18,10 @@ The gates are in the order of torch: r, z, n. Keras, haste and ONNX have z first
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from portnorm.arrays import Array, xp_of
-from portnorm.cells.cell import RecurrentCell
+from portnorm.cells.cell import RecurrentCell, once
 from portnorm.cells.slots import SlotsVjp
 from portnorm.pointwise import ACTIVATIONS, sigmoid, split
 from portnorm.scan import Params, State
@@ -78,7 +77,7 @@ class GRUCell(RecurrentCell):
     def shifts(self, slot: str) -> bool:
         return slot != "norm_hn" and super().shifts(slot)
 
-    @cached_property
+    @once
     def late_biases(self) -> dict[str, tuple[str, ...]]:
         if not self._candidate_apart:
             return super().late_biases

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import array_api_compat
@@ -17,8 +18,10 @@ from portnorm.arrays import (
     device_of,
     dtype_name,
     is_concrete,
+    library,
     load_dtype,
     load_namespace,
+    mapped,
     namespace,
     to_numpy,
     xp_of,
@@ -73,8 +76,15 @@ class Layer:
     def apply(
         self, params: Arrays, buffers: Arrays, x: Array, state: Any = None, lengths: Array | None = None, training: bool = False
     ) -> tuple[Array, Any, Arrays]:
-        """The layer as a pure function: `(y, state, buffers)`. JAX transforms and the exporter use this form."""
-        return self.forward(params, buffers, x, state, lengths, training, False)[:3]
+        """The layer as a pure function: `(y, state, buffers)`. JAX transforms and the exporter use this form.
+
+        torch's autograd and JAX's differentiate it as one function, by `backward`; running statistics are constants to them.
+        """
+        autodiff = library(x).autodiff
+        if autodiff is None or not autodiff.records((params, buffers, x, state)):
+            return self.forward(params, buffers, x, state, lengths, training, False)[:3]
+        y, state, new = autodiff.call(_Function(self, training), (params, buffers, x, state, lengths), {})
+        return y, state, mapped(autodiff.constant, new) if training else buffers
 
     # -- the object ----------------------------------------------------------------------------------------------------------------
 
@@ -229,6 +239,28 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A layer as a function of its arrays that brings its own vjp: `portnorm.arrays.Differentiable`."""
+
+    layer: Layer
+    training: bool
+
+    def __call__(self, *args: Any, **attrs: Any) -> Any:
+        params, buffers, x, state, lengths = args
+        return self.layer.forward(params, buffers, x, state, lengths, self.training, False)[:3]
+
+    def forward(self, *args: Any, **attrs: Any) -> tuple[Any, Any]:
+        params, buffers, x, state, lengths = args
+        y, state, buffers, residuals = self.layer.forward(params, buffers, x, state, lengths, self.training, True)
+        return (y, state, buffers), residuals
+
+    def vjp(self, residuals: Any, cotangent: Any, **attrs: Any) -> tuple[Any, ...]:
+        dy, dstate, _ = cotangent
+        dx, dstate, grads = self.layer.backward(residuals, dy, dstate, self.training)
+        return grads, None, dx, dstate
 
 
 def lengths_of_mask(xp: Namespace, x: Array, mask: Array, batch_first: bool = False) -> Array:

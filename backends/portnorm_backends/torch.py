@@ -1,0 +1,71 @@
+"""torch: one `torch.autograd.Function` for every Op and layer, whose backward is the hand-written vjp.
+
+Its graph then has one node for a call, which keeps the residuals and nothing else. Under `torch.compile` and the transforms of
+`torch.func` the definition itself is what they differentiate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat.torch
+import torch
+
+from portnorm.arrays import Array, Autodiff, Differentiable, Kernel, Library, leaves
+from portnorm_backends.flat import cotangents_at, put_together, taken_apart
+
+
+class _Recorded(torch.autograd.Function):  # type: ignore[misc]
+    """`forward(function, form, *arrays)` gives the form of the value and then its arrays; `form` is that of `(args, attrs)`."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Differentiable, form: Any, *arrays: Array) -> tuple[Any, ...]:
+        args, attrs = put_together(form, arrays)
+        value, residuals = function.forward(*args, **attrs)
+        outputs, form_of_value = taken_apart(value, torch.is_tensor)
+        kept, form_of_kept = taken_apart((residuals, attrs), torch.is_tensor)
+        ctx.save_for_backward(*kept)
+        ctx.function, ctx.forms = function, (form[0], form_of_value, form_of_kept)
+        ctx.mark_non_differentiable(*(a for a in outputs if not a.is_floating_point()))
+        return form_of_value, *outputs
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, _: None, *given: Array) -> tuple[Any, ...]:
+        form, form_of_value, form_of_kept = ctx.forms
+        residuals, attrs = put_together(form_of_kept, ctx.saved_tensors)
+        found = cotangents_at(form, ctx.function.vjp(residuals, put_together(form_of_value, given), **attrs))
+        needed = ctx.needs_input_grad[2:]
+        return None, None, *(found.get(k) if needed[k] else None for k in range(len(needed)))
+
+
+def _records(args: Any) -> bool:
+    """Whether autograd records now. `torch.compile` and `torch.func` follow the operations of the definition instead."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return any(torch.is_tensor(a) and a.requires_grad for a in leaves(args))
+
+
+def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
+    arrays, form = taken_apart((args, attrs), torch.is_tensor)
+    form_of_value, *outputs = _Recorded.apply(function, form, *arrays)
+    return put_together(form_of_value, outputs)
+
+
+def _is_concrete(x: Any) -> bool:
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and x.device.type != "meta"
+
+
+def _sigmoid(x: Array) -> tuple[Array, tuple[Array]]:
+    y = torch.sigmoid(x)
+    return y, (y,)
+
+
+LIBRARY = Library(
+    "torch",
+    kernels={"sigmoid": Kernel(call=torch.sigmoid, forward=_sigmoid)},
+    is_concrete=_is_concrete,
+    autodiff=Autodiff(_records, _call, constant=lambda x: x.detach()),
+    namespace=array_api_compat.torch,
+    device=lambda x: x.device,
+)
