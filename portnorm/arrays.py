@@ -284,13 +284,14 @@ def default_integer(xp: Namespace) -> DType:
 
 
 def to_numpy(x: Array) -> Any:
-    """A NumPy copy or view of `x`, from any library and device."""
+    """A NumPy copy or view of `x`, from any library and device; bfloat16, which NumPy does not have, comes from torch as float32."""
     if isinstance(x, numpy.ndarray | numpy.generic):
         return numpy.asarray(x)
     if array_api_compat.is_cupy_array(x):
         return x.get()
     if array_api_compat.is_torch_array(x):
-        return x.detach().cpu().numpy()
+        x = x.detach().cpu()
+        return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
     if array_api_compat.is_jax_array(x) or array_api_compat.is_dask_array(x):
         return numpy.asarray(x)
     return numpy.from_dlpack(x)

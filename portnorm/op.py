@@ -75,7 +75,7 @@ class Op(Generic[P, R]):
             self._kernel_vjps[kernel.residuals] = kernel.vjp
         return kernel.forward(*args, **attrs)
 
-    def vjp(self, residuals: Any, dy: Any, **attrs: Any) -> tuple[Any, ...]:
+    def vjp(self, residuals: Any, dy: Any, /, **attrs: Any) -> tuple[Any, ...]:
         """Cotangents of the positional arguments, from the residuals of `forward` and the cotangent of the result."""
         kernel_vjp = self._kernel_vjps.get(type(residuals))
         if kernel_vjp is not None:

@@ -10,6 +10,8 @@ OPERATION = {
     "float32": 2e-6,
     # Inputs and results are rounded to 11 bits; statistics are float32. 1.8e-3 measured.
     "float16": 4e-3,
+    # The same with 8 bits.
+    "bfloat16": 3.2e-2,
 }
 
 # A recurrent layer over five steps, values, cotangents and statistics.
@@ -28,6 +30,10 @@ PUBLISHED_FLOAT64 = 1e-10
 
 # Keras and flax in float32 against layers with their weights: six steps in another order. 6e-7 measured.
 LIBRARY_FLOAT32 = {"rtol": 2e-6, "atol": 2e-6}
+
+# Gradients that a library finds from the definitions, in float64, relative to the largest entry: the same sums in another order, of inputs
+# whose mean is thirty standard deviations, or over five steps with variances of three values.
+AUTODIFF_FLOAT64 = 1e-9
 
 # Central differences with step 1e-6 in float64: error of third order 1e-12 times the third derivative (large where a variance is small:
 # two rows in a batch, three features in a layer), and rounding 1e-16 / 1e-6. 3.4e-6 measured.

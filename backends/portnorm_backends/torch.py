@@ -12,6 +12,7 @@ import array_api_compat.torch
 import torch
 
 from portnorm.arrays import Array, Autodiff, Differentiable, Kernel, Library, leaves
+from portnorm.errors import UnsupportedError
 from portnorm_backends.flat import cotangents_at, put_together, taken_apart
 
 
@@ -30,8 +31,12 @@ class _Recorded(torch.autograd.Function):  # type: ignore[misc]
         return form_of_value, *outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, _: None, *given: Array) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise UnsupportedError(
+                "`create_graph=True` asks for the backward pass of a portnorm function as a graph, which autograd does not have; "
+                "for second derivatives use torch.func (torch.func.grad, hessian, ...), or portnorm.vjp, whose results autograd records"
+            )
         form, form_of_value, form_of_kept = ctx.forms
         residuals, attrs = put_together(form_of_kept, ctx.saved_tensors)
         found = cotangents_at(form, ctx.function.vjp(residuals, put_together(form_of_value, given), **attrs))

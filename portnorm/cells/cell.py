@@ -114,6 +114,10 @@ class RecurrentCell:
     @once
     def late_biases(self) -> dict[str, tuple[str, ...]]:
         """By the slot whose shift their sum is: the parameters that are added to the gates after normalization."""
+        return self.biases_by_slot()
+
+    def biases_by_slot(self) -> dict[str, tuple[str, ...]]:
+        """What `late_biases` is, for a cell to say."""
         own = tuple(f"{slot}.bias" for slot in ("norm_ih", "norm_hh", "norm_sum") if slot in self.names() and self.shifts(slot))
         every = (*self.variant.biases, *own)
         if "norm_sum" in self.names():

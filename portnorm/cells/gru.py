@@ -21,7 +21,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from portnorm.arrays import Array, xp_of
-from portnorm.cells.cell import RecurrentCell, once
+from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.slots import SlotsVjp
 from portnorm.pointwise import ACTIVATIONS, sigmoid, split
 from portnorm.scan import Params, State
@@ -77,10 +77,9 @@ class GRUCell(RecurrentCell):
     def shifts(self, slot: str) -> bool:
         return slot != "norm_hn" and super().shifts(slot)
 
-    @once
-    def late_biases(self) -> dict[str, tuple[str, ...]]:
+    def biases_by_slot(self) -> dict[str, tuple[str, ...]]:
         if not self._candidate_apart:
-            return super().late_biases
+            return super().biases_by_slot()
         slots = ("norm_sum", "norm_n")
         return {slot: (*self.variant.biases, *((f"{slot}.bias",) if self.shifts(slot) else ())) for slot in slots}
 

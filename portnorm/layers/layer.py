@@ -21,7 +21,6 @@ from portnorm.arrays import (
     library,
     load_dtype,
     load_namespace,
-    mapped,
     namespace,
     to_numpy,
     xp_of,
@@ -82,9 +81,10 @@ class Layer:
         """
         autodiff = library(x).autodiff
         if autodiff is None or not autodiff.records((params, buffers, x, state)):
-            return self.forward(params, buffers, x, state, lengths, training, False)[:3]
-        y, state, new = autodiff.call(_Function(self, training), (params, buffers, x, state, lengths), {})
-        return y, state, mapped(autodiff.constant, new) if training else buffers
+            y, state, new, _ = self.forward(params, buffers, x, state, lengths, training, False)
+        else:
+            y, state, new = autodiff.call(_Function(self, training), (params, buffers, x, state, lengths), {})
+        return y, state, _constant(new) if training else buffers
 
     # -- the object ----------------------------------------------------------------------------------------------------------------
 
@@ -104,7 +104,8 @@ class Layer:
         Either cotangent of a recurrent layer may be `None` for zero. `grads` has the names of `parameters()`.
         """
         lengths = self._checked(x, state, lengths, mask)
-        y, out, self.buffers, residuals = self.forward(self.params, self.buffers, x, state, lengths, training, True)
+        y, out, buffers, residuals = self.forward(self.params, self.buffers, x, state, lengths, training, True)
+        self.buffers = _constant(buffers)
 
         def pullback(dy: Array | None, dstate: Any = None) -> Any:
             if dy is not None and is_concrete(y) and tuple(dy.shape) != tuple(y.shape):
@@ -132,7 +133,11 @@ class Layer:
         return None if lengths is None else checked_lengths(xp, x, lengths, self.batch_first)
 
     def parameters(self) -> Arrays:
-        """The trainable arrays by name."""
+        """The trainable arrays by name: the very ones that the layer computes with.
+
+        A torch optimizer that changes them in place changes the layer. Set `requires_grad_()` on them first, and again after `to` and
+        `load_state_dict`, which make new ones.
+        """
         return dict(self.params)
 
     def state_dict(self) -> Arrays:
@@ -194,7 +199,7 @@ class Layer:
         dtype = self.dtype if floating else default_integer(self.xp)
         if xp_of(array) is not self.xp:
             return self.xp.asarray(numpy.array(to_numpy(array)), dtype=dtype, device=self.device)
-        array = self.xp.astype(array, dtype)
+        (array,) = _constant({"": self.xp.astype(array, dtype)}).values()
         return array if self.device is None else array_api_compat.to_device(array, self.device)
 
     def _new(self, values: Any, *, integer: bool = False) -> Array:
@@ -241,6 +246,15 @@ class Layer:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
 
 
+def _constant(arrays: Arrays) -> Arrays:
+    """The same arrays, through which no library differentiates."""
+    constants = {}
+    for name, array in arrays.items():
+        autodiff = library(array).autodiff
+        constants[name] = array if autodiff is None else autodiff.constant(array)
+    return constants
+
+
 @dataclass(frozen=True)
 class _Function:
     """A layer as a function of its arrays that brings its own vjp: `portnorm.arrays.Differentiable`."""
@@ -257,7 +271,7 @@ class _Function:
         y, state, buffers, residuals = self.layer.forward(params, buffers, x, state, lengths, self.training, True)
         return (y, state, buffers), residuals
 
-    def vjp(self, residuals: Any, cotangent: Any, **attrs: Any) -> tuple[Any, ...]:
+    def vjp(self, residuals: Any, cotangent: Any, /, **attrs: Any) -> tuple[Any, ...]:
         dy, dstate, _ = cotangent
         dx, dstate, grads = self.layer.backward(residuals, dy, dstate, self.training)
         return grads, None, dx, dstate

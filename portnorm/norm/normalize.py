@@ -167,7 +167,7 @@ def bessel(var: Array, count: Array | None, shape: tuple[int, ...], axes: tuple[
     """n / (n − 1) for the n values of each of `var`, from `count` or from the lengths of `axes`; 1 where n is 1 or 0."""
     xp = xp_of(var)
     if count is None:
-        n = math.prod(shape[a] for a in axes)
+        n = math.prod([shape[a] for a in axes])
         if isinstance(n, int):
             return n / max(n - 1, 1)
         count = xp.astype(n, var.dtype)
@@ -185,7 +185,7 @@ def _average(xp: Namespace, a: Array, axes: tuple[int, ...], count: Array | None
     """Mean over `axes` of an array that is 0 where masked out; 0 where nothing was counted."""
     if _is_long(a, axes):
         total = _total(xp, a, axes, keepdims=True)
-        return total / (math.prod(a.shape[k] for k in axes) if count is None else xp.where(count > 0, count, 1.0))
+        return total / (math.prod([a.shape[k] for k in axes]) if count is None else xp.where(count > 0, count, 1.0))
     if count is None:
         return xp.mean(a, axis=axes, keepdims=True)
     return xp.sum(a, axis=axes, keepdims=True) / xp.where(count > 0, count, 1.0)

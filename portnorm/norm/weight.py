@@ -36,10 +36,10 @@ def weight_norm(v: Array, g: Array, *, axis: int | tuple[int, ...] | None = 0) -
     kept = () if axis is None else checked_axes(v, axis)
     expected = tuple(v.shape[a] for a in kept)
     as_torch = tuple(n if a in kept else 1 for a, n in enumerate(v.shape)) if kept else ()
-    if tuple(g.shape) not in (expected, as_torch):
+    if tuple(g.shape) != expected and tuple(g.shape) != as_torch:  # not `in`, which torch.compile does not follow
         raise ShapeError(f"`g` has shape {tuple(g.shape)}; expected {expected} or {as_torch} for `v` {tuple(v.shape)} and `axis` {axis}")
     axes = _axes(v, kept)
-    length = xp.reshape(g, expected) / math.sqrt(math.prod(v.shape[a] for a in axes["axes"]))
+    length = xp.reshape(g, expected) / math.sqrt(math.prod([v.shape[a] for a in axes["axes"]]))
     w, residuals = normalize.forward(v, length, None, eps=0.0, center=False, **axes)
     return w, (residuals, g)
 
@@ -49,7 +49,7 @@ def _(residuals: tuple[Normalized, Array], dw: Array, *, axis: int | tuple[int, 
     normalized, g = residuals
     axes = _axes(dw, () if axis is None else checked_axes(dw, axis))
     dv, dlength, _ = normalize.vjp(normalized, dw, center=False, **axes)
-    return dv, xp_of(g).reshape(dlength / math.sqrt(math.prod(dw.shape[a] for a in axes["axes"])), g.shape)
+    return dv, xp_of(g).reshape(dlength / math.sqrt(math.prod([dw.shape[a] for a in axes["axes"]])), g.shape)
 
 
 def weight_norm_init(v: Array, x: Array, *, scale: float = 1.0) -> tuple[Array, Array]:
