@@ -192,8 +192,13 @@ def namespace(**arrays: Array | None) -> Namespace:
             x_space = xp_of(x)
         except TypeError:
             raise UnsupportedError(
-                f"`{name}` is a {type(x).__name__}; expected an array of an Array API library such as numpy, cupy, torch or jax"
+                f"`{name}` is a {type(x).__name__}; expected an array of an Array API library such as numpy, cupy, torch or jax, "
+                f"or of one that the entry points of {_ENTRY_POINTS} name; numpy.asarray makes one of numbers"
             ) from None
+        except Exception as error:
+            raise MissingExtraError(
+                f"`{name}` is an array of {_root(x)}, which does not work here: {error}; {_remedy(_root(x))}"
+            ) from error
         if xp is None:
             first_name, first, xp = name, x, x_space
         elif x_space is not xp:
@@ -219,8 +224,15 @@ def device_of(x: Array) -> Any:
 def require_floating(xp: Namespace, **arrays: Array | None) -> None:
     """Raise `DTypeError` unless every named array holds real floating-point numbers."""
     for name, x in arrays.items():
-        if x is not None and not xp.isdtype(x.dtype, "real floating"):
-            raise DTypeError(f"`{name}` has dtype {x.dtype}; expected a real floating-point type such as float32")
+        if x is not None and not _is_floating(xp, x.dtype):
+            raise DTypeError(f"`{name}` has dtype {x.dtype}; expected a real floating-point type such as float32{_elsewhere(x.dtype)}")
+
+
+def _is_floating(xp: Namespace, dtype: DType) -> bool:
+    try:
+        return bool(xp.isdtype(dtype, "real floating"))
+    except TypeError:  # a type that another package gave to NumPy
+        return False
 
 
 def statistics_dtype(xp: Namespace, dtype: DType) -> DType:
@@ -243,11 +255,12 @@ def load_namespace(xp: Namespace | str | None) -> Namespace:
         try:
             module = importlib.import_module(_MODULES[root])
         except ImportError as error:
-            raise MissingExtraError(f"`xp` names {root}, which is not installed") from error
+            raise MissingExtraError(f"`xp` names {root}, which cannot be imported: {error}; {_remedy(root)}") from error
     try:
         return xp_of(module.zeros(1))
     except Exception as error:
-        raise UnsupportedError(f"`xp` is {xp!r}, which makes no arrays here: {error}") from error
+        root = getattr(module, "__name__", "")
+        raise UnsupportedError(f"`xp` is {xp!r}, which makes no arrays here: {error}; {_remedy(root)}") from error
 
 
 _MODULES = {
@@ -260,13 +273,27 @@ _MODULES = {
 }
 
 
+def _remedy(root: str) -> str:
+    """What helps where a library does not work."""
+    if root == "cupy":
+        return 'it needs an NVIDIA GPU, its driver and pip install "portnorm[cupy]"; else use another library, such as numpy'
+    return "install or mend it, or use another library, such as numpy"
+
+
+def _elsewhere(dtype: DType) -> str:
+    """Who has a type that is not there."""
+    return "; bfloat16 is a type of torch and jax" if str(dtype) == "bfloat16" else ""
+
+
 def load_dtype(xp: Namespace, dtype: DType) -> DType:
     """A dtype of `xp` from its name ("float32"), or `dtype` itself."""
     if not isinstance(dtype, str):
         return dtype
     found = getattr(xp, dtype, None)
     if found is None:
-        raise DTypeError(f"`dtype` is {dtype!r}, which {xp.__name__} does not have")
+        raise DTypeError(
+            f"`dtype` is {dtype!r}, which {xp.__name__} does not have; expected a type of its own such as float32{_elsewhere(dtype)}"
+        )
     return found
 
 

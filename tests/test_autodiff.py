@@ -347,6 +347,7 @@ def test_torch_compile_of_a_recurrent_layer(cell: str, norm: str | None, rng: np
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, from its inductor
 def test_torch_compile_to_machine_code(rng: np.random.Generator) -> None:
     assert_compiled(random_recurrent("LSTM", "layer", rng).to(xp="torch"), "inductor", rng)
 
