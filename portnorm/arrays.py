@@ -97,6 +97,12 @@ def _torch() -> Library:
     return LIBRARY
 
 
+def _dask() -> Library:
+    from portnorm_backends.dask import LIBRARY
+
+    return LIBRARY
+
+
 def _onnx() -> Library:
     from portnorm_onnx.library import LIBRARY
 
@@ -105,7 +111,7 @@ def _onnx() -> Library:
 
 # Root module of an array's type -> its `LIBRARY`. Others are found by the entry points of this group. Each is an import statement, which
 # `torch.compile` can follow where the first array of all is in what it compiles.
-_LIBRARIES = {"numpy": _numpy, "jax": _jax, "jaxlib": _jax, "torch": _torch, "portnorm_onnx": _onnx}
+_LIBRARIES = {"numpy": _numpy, "jax": _jax, "jaxlib": _jax, "torch": _torch, "dask": _dask, "portnorm_onnx": _onnx}
 _ENTRY_POINTS = "portnorm.backends"
 _KNOWN = ("numpy", "cupy", "torch", "jax", "jaxlib", "array_api_strict", "dask", "portnorm_onnx")
 
