@@ -11,10 +11,10 @@ from collections.abc import Callable
 from benchmarks.readme import ROOT
 
 
-def output_of(code: str, **environment: str) -> str:
+def output_of(code: str, timeout: float = 120, **environment: str) -> str:
     """What `code` prints; fails with its traceback."""
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ, **environment})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

@@ -63,10 +63,11 @@ def _accepts(
     mean: Any = None,
     eps_place: str = "variance",
     correction: int = 0,
+    reduce: Any = None,
     **attrs: Any,
 ) -> bool:
     """Contiguous float32 or float64 values with their own biased variance: whole rows, or all axes but the one with the parameters."""
-    if mask is not None or mean is not None or correction or eps_place != "variance":
+    if mask is not None or mean is not None or reduce is not None or correction or eps_place != "variance":
         return False
     if type(x) is not numpy.ndarray or not x.size or x.dtype.name not in _RANGE or not x.dtype.isnative:
         return False

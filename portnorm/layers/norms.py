@@ -14,7 +14,7 @@ from portnorm.norm.batch_renorm import batch_renorm
 from portnorm.norm.group import group_norm
 from portnorm.norm.instance import instance_norm
 from portnorm.norm.layer import layer_norm
-from portnorm.norm.normalize import bessel
+from portnorm.norm.normalize import Reduce, bessel
 from portnorm.norm.rms import rms_norm
 from portnorm.op import Op
 from portnorm.scan import sequence_mask
@@ -201,7 +201,8 @@ class BatchNorm(_ChannelNorm):
     In training the batch's own statistics normalize, and the running ones follow: running + momentum · (batch − running), where
     `momentum` is the weight of the new value and `None` means the plain average of all batches. As in torch the running variance is
     the unbiased one (n/(n−1)); `unbiased=False` keeps the biased one, as ONNX, flax and Keras 3 do. With `lengths`, `x` is
-    (time, batch, features) or what `channel_axis` says, and padding enters no statistic.
+    (time, batch, features) or what `channel_axis` says, and padding enters no statistic. `reduce`, which is not saved with
+    the layer, sums an array over the processes that have a part of the batch each: see `portnorm.batch_norm`.
 
     >>> import numpy as np, portnorm as pn
     >>> layer = pn.BatchNorm(1, momentum=None, dtype="float64")
@@ -221,13 +222,14 @@ class BatchNorm(_ChannelNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         unbiased: bool = True,
+        reduce: Reduce | None = None,
         xp: Namespace | str | None = None,
         device: Any = None,
         dtype: DType = "float32",
     ):
         config = {"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "momentum": momentum, "affine": affine}
         super().__init__({**config, "unbiased": unbiased}, xp, device, dtype)
-        self.momentum, self.unbiased = momentum, unbiased
+        self.momentum, self.unbiased, self.reduce = momentum, unbiased, reduce
         check_momentum(momentum)
         self._start_statistics()
 
@@ -243,8 +245,8 @@ class BatchNorm(_ChannelNorm):
         self._start_statistics()
 
     def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
-        running = {} if training else {"mean": buffers["running_mean"], "var": buffers["running_var"]}
-        return {**super().attributes(buffers, x, lengths, training), **running}
+        running = {"mean": buffers["running_mean"], "var": buffers["running_var"]}
+        return {**super().attributes(buffers, x, lengths, training), **({"reduce": self.reduce} if training else running)}
 
     def new_buffers(self, buffers: Arrays, residuals: Any, training: bool) -> Arrays:
         if not training:

@@ -10,7 +10,7 @@ from typing import Any
 from portnorm.arrays import Array, require_floating
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.norm.arguments import check_affine, checked_channel_axis, checked_eps, checked_mask, checked_namespace
-from portnorm.norm.normalize import Normalized, normalize
+from portnorm.norm.normalize import Normalized, Reduce, normalize
 from portnorm.op import op
 
 
@@ -25,6 +25,7 @@ def batch_norm(
     channel_axis: int = 1,
     eps: float = 1e-5,
     mask: Array | None = None,
+    reduce: Reduce | None = None,
 ) -> tuple[Array, Normalized]:
     """Batch normalization of `x`: with the given `mean` and `var` of each channel, or with the batch's own.
 
@@ -33,6 +34,11 @@ def batch_norm(
 
     `weight`, `bias`, `mean` and `var` have shape (channels,). `mask` is True where a value counts, shaped like `x` without the channel
     axis, or broadcastable to `x`; where it is False the value enters no statistic and `y` is 0. The result has the shape and dtype of `x`.
+
+    `reduce` is for batches that are parted among processes: a function that gives the sum of an array over all of them (MPI, NCCL, gloo).
+    Every process calls with its part; counts, means and squares go through `reduce`, forward and backward, so that `y` and the
+    cotangent of `x` are those of the whole batch. The cotangents of `weight` and `bias` are this part's, to be summed like all others.
+
     Raises `ShapeError` (also, as torch does, where the batch's own statistics would come from one value), `DTypeError`, `UnsupportedError`.
 
     >>> import numpy as np, portnorm as pn
@@ -48,22 +54,32 @@ def batch_norm(
         given, absent = ("mean", "var") if var is None else ("var", "mean")
         raise UnsupportedError(f"`{given}` is given but `{absent}` is not; expected both, or none to use the batch's own")
     axes = _others(x, channel)
-    if mean is None and all(x.shape[a] == 1 for a in axes):
+    if reduce is not None and any(x.shape[a] == 0 for a in axes):
+        raise ShapeError(f"`x` {tuple(x.shape)} is empty; expected a value for each channel in every process that `reduce` sums over")
+    if mean is None and reduce is None and all(x.shape[a] == 1 for a in axes):
         raise ShapeError(f"`x` {tuple(x.shape)} has one value per channel; expected more to take statistics of, or `mean` and `var`")
     mask = checked_mask(xp, x, mask, channel)
     along = tuple(x.shape[a] if a == channel else 1 for a in range(x.ndim))
     if mean is not None and var is not None:
         mean, var = xp.reshape(mean, along), xp.reshape(var, along)
-    return normalize.forward(x, weight, bias, axes=axes, param_axes=(channel,), eps=checked_eps(eps), mask=mask, mean=mean, var=var)
+    how: dict[str, Any] = {"eps": checked_eps(eps), "mask": mask, "mean": mean, "var": var, "reduce": reduce}
+    return normalize.forward(x, weight, bias, axes=axes, param_axes=(channel,), **how)
 
 
 @batch_norm.backward
 def _(
-    residuals: Normalized, dy: Array, *, channel_axis: int = 1, mask: Array | None = None, mean: Array | None = None, **attrs: Any
+    residuals: Normalized,
+    dy: Array,
+    *,
+    channel_axis: int = 1,
+    mask: Array | None = None,
+    mean: Array | None = None,
+    reduce: Reduce | None = None,
+    **attrs: Any,
 ) -> tuple[Any, ...]:
     channel = channel_axis % dy.ndim
     mask = checked_mask(checked_namespace(dy, None, None), dy, mask, channel)
-    return normalize.vjp(residuals, dy, axes=_others(dy, channel), param_axes=(channel,), mask=mask, mean=mean)
+    return normalize.vjp(residuals, dy, axes=_others(dy, channel), param_axes=(channel,), mask=mask, mean=mean, reduce=reduce)
 
 
 def _others(x: Array, channel: int) -> tuple[int, ...]:

@@ -16,10 +16,14 @@ Two published departures: `eps_place="std"` divides by sqrt(σ²) + ε instead, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
 from portnorm.arrays import Array, Namespace, float32_value, statistics_dtype, xp_of
 from portnorm.op import op
+
+Reduce = Callable[[Array], Array]
+"""The sum of an array over all processes of a group, as MPI and NCCL compute it: the same result in each of them."""
 
 
 class Axes(TypedDict):
@@ -78,11 +82,13 @@ def normalize(
     mask: Array | None = None,
     mean: Array | None = None,
     var: Array | None = None,
+    reduce: Reduce | None = None,
 ) -> tuple[Array, Normalized]:
     """Normalize `x` over `axes` (non-negative, sorted), with gain and shift along `param_axes`.
 
     `weight` and `bias` have the shape of `x` at `param_axes`. With `mean` and `var` (broadcastable to `x`) these are used in place of
     the statistics of `x`. `mask` (broadcastable to `x`, True where a value counts) keeps values out of every statistic; there `y` is 0.
+    `reduce` sums an array over all processes, each of which has a part of the values.
     Result in the dtype of `x`. No checks here: the public functions make them.
     """
     xp = xp_of(x)
@@ -96,7 +102,7 @@ def normalize(
         residuals = Normalized(z, empty, None, empty, empty, None, None, None)
     else:
         wide = float(xp.finfo(x.dtype).max) > 1e30
-        residuals = _with_own(xp, z, axes, eps, center, mask, eps_place, correction, wide)
+        residuals = _with_own(xp, z, axes, eps, center, mask, eps_place, correction, wide, reduce)
     y = residuals.xhat
     if weight is not None:
         y = y * _along(xp, weight, y, param_axes)
@@ -123,19 +129,21 @@ def _with_own(
     eps_place: str,
     correction: int,
     wide: bool,
+    reduce: Reduce | None,
 ) -> Normalized:
-    count = _count(xp, z, axes, mask)
+    count = _count(xp, z, axes, mask, reduce)
 
     def average(a: Array) -> Array:
-        return _average(xp, a, axes, count)
+        return _average(xp, a, axes, count, reduce)
 
     eps = float32_value(eps)
-    scale = _row_scale(xp, z, axes, eps) if wide else None
+    scale = _row_scale(xp, z, axes, eps, reduce) if wide else None
     if scale is not None:
         z = z * scale
         eps = eps * scale if eps_place == "std" else eps * scale * scale
     if center:
         first = z[tuple(slice(1) if a in axes else slice(None) for a in range(z.ndim))]
+        first = first if reduce is None else reduce(first) / reduce(xp.ones_like(first))
         beside = z - first
         if mask is not None:
             beside = xp.where(mask, beside, 0.0)
@@ -174,15 +182,18 @@ def bessel(var: Array, count: Array | None, shape: tuple[int, ...], axes: tuple[
     return xp.where(count > 1, count, 1.0) / xp.where(count > 1, count - 1, 1.0)
 
 
-def _count(xp: Namespace, z: Array, axes: tuple[int, ...], mask: Array | None) -> Array | None:
-    if mask is None:
+def _count(xp: Namespace, z: Array, axes: tuple[int, ...], mask: Array | None, reduce: Reduce | None) -> Array | None:
+    if mask is None and reduce is None:
         return None
-    counted = xp.astype(xp.broadcast_to(mask, z.shape), z.dtype)
-    return xp.sum(counted, axis=axes, keepdims=True)
+    counted = xp.ones_like(z) if mask is None else xp.astype(xp.broadcast_to(mask, z.shape), z.dtype)
+    count = xp.sum(counted, axis=axes, keepdims=True)
+    return count if reduce is None else reduce(count)
 
 
-def _average(xp: Namespace, a: Array, axes: tuple[int, ...], count: Array | None) -> Array:
+def _average(xp: Namespace, a: Array, axes: tuple[int, ...], count: Array | None, reduce: Reduce | None = None) -> Array:
     """Mean over `axes` of an array that is 0 where masked out; 0 where nothing was counted."""
+    if reduce is not None and count is not None:
+        return reduce(_total(xp, a, axes, keepdims=True)) / xp.where(count > 0, count, 1.0)
     if _is_long(a, axes):
         total = _total(xp, a, axes, keepdims=True)
         return total / (math.prod([a.shape[k] for k in axes]) if count is None else xp.where(count > 0, count, 1.0))
@@ -191,10 +202,11 @@ def _average(xp: Namespace, a: Array, axes: tuple[int, ...], count: Array | None
     return xp.sum(a, axis=axes, keepdims=True) / xp.where(count > 0, count, 1.0)
 
 
-def _row_scale(xp: Namespace, z: Array, axes: tuple[int, ...], eps: float) -> Array:
+def _row_scale(xp: Namespace, z: Array, axes: tuple[int, ...], eps: float, reduce: Reduce | None) -> Array:
     """The power of two that brings each row's squares into range; 1 for all but extreme rows."""
     limits = _RANGE[xp.finfo(z.dtype).bits]
     largest = xp.max(xp.abs(z), axis=axes, keepdims=True)
+    largest = largest if reduce is None else reduce(largest)  # a bound, the same in every process
     one = xp.ones_like(largest)
     scale = xp.where(largest > limits["big"], one * limits["down"], one)
     if eps < limits["tiny"]:
@@ -216,6 +228,7 @@ def _(
     mean: Array | None = None,
     var: Array | None = None,
     eps: float = 0.0,
+    reduce: Reduce | None = None,
 ) -> tuple[Array, Array | None, Array | None]:
     """dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)) with g = dy · weight; mean(g) only if centred, rstd · g with given statistics.
 
@@ -236,13 +249,13 @@ def _(
         dbias = xp.astype(xp.reshape(_total(xp, dy, others), bias.shape), bias.dtype, copy=False)
     g = dy if weight is None else dy * _along(xp, weight, dy, param_axes)
     if mean is None and all(xhat.shape[a] != 0 for a in axes):
-        inner = xhat * _average(xp, g * xhat, axes, residuals.counted)
+        inner = xhat * _average(xp, g * xhat, axes, residuals.counted, reduce)
         if correction:
             inner = inner * bessel(residuals.var, residuals.counted, xhat.shape, axes)
         if eps_place == "std":
             std = xp.sqrt(residuals.var)
             inner = inner / xp.where(std > 0, std * rstd, 1.0)
-        g = (g - _average(xp, g, axes, residuals.counted) if center else g) - inner
+        g = (g - _average(xp, g, axes, residuals.counted, reduce) if center else g) - inner
         if mask is not None:
             g = xp.where(mask, g, 0.0)
     dx = g * rstd
