@@ -13,19 +13,17 @@ import numpy
 
 from portnorm.arrays import Array, Kernel, Library, float32_value
 from portnorm.norm.normalize import normalize
+from portnorm_backends import recurrent
+from portnorm_backends.recurrent import RANGE
 
 NumPyArray = numpy.ndarray[Any, Any]
-
-_RANGE = {"float32": (1e-70, 1e70), "float64": (1e-280, 1e280)}
-"""Bounds of σ² + ε: beyond them 1 / σ or the values themselves may leave the type, and the definition scales the row first."""
 
 
 class KernelResiduals(NamedTuple):
     """What the vjp of a kernel needs: the input itself and its statistics. Nothing of the size of the input is made."""
 
     x: NumPyArray
-    means: NumPyArray  # (statistics, 2) float64: the mean, and what rounding left of it
-    rstd: NumPyArray  # (statistics,) float64
+    kept: NumPyArray  # m, d and 1 / σ of each statistic; the mean is m + d. (rows, 3), or (3, channels)
     weight: NumPyArray | None
     bias: NumPyArray | None
     laid_out: tuple[int, int] | None  # of rows: the shape of the parameters as the kernel takes them
@@ -42,7 +40,7 @@ class KernelResiduals(NamedTuple):
     def mean(self) -> NumPyArray:
         """μ of each channel, of length 1 along the normalized axes."""
         assert self.var is not None
-        mean: NumPyArray = self.means.sum(axis=1).astype(self.x.dtype).reshape(self.var.shape)
+        mean: NumPyArray = self.kept[:2].sum(axis=0).reshape(self.var.shape)
         return mean
 
     def statistics(self) -> tuple[NumPyArray, NumPyArray]:
@@ -68,7 +66,7 @@ def _accepts(
     """Contiguous float32 or float64 values with their own biased variance: whole rows, or all axes but the one with the parameters."""
     if mask is not None or mean is not None or correction or eps_place != "variance":
         return False
-    if type(x) is not numpy.ndarray or not x.size or x.dtype.name not in _RANGE or not x.dtype.isnative:
+    if type(x) is not numpy.ndarray or not x.size or x.dtype.name not in RANGE or not x.dtype.isnative:
         return False
     return bool(x.flags.c_contiguous and x.flags.aligned) and (_are_rows(x, axes, param_axes) or _is_channel(x, axes, param_axes))
 
@@ -123,23 +121,24 @@ def _forward_of_rows(
     first, last = axes[0], param_axes[-1] + 1
     rows = x.reshape(-1, math.prod(x.shape[first:]))
     shape = (math.prod(x.shape[param_axes[0] : first]), math.prod(x.shape[first:last]))
-    y, means, rstd = numpy.empty_like(rows), numpy.empty((rows.shape[0], 2)), numpy.empty(rows.shape[0])
+    y, kept = numpy.empty_like(rows), numpy.empty((rows.shape[0], 3), dtype=x.dtype)
     parameters = (_given(weight, x, shape), _given(bias, x, shape))
-    if not rowwise.forward(x.dtype.name)(rows, *parameters, eps, center, *_RANGE[x.dtype.name], y, means, rstd):
+    if not rowwise.forward(x.dtype.name)(rows, *parameters, eps, center, *RANGE[x.dtype.name], y, kept):
         return None
-    return y.reshape(x.shape), KernelResiduals(x, means, rstd, weight, bias, shape, None)
+    return y.reshape(x.shape), KernelResiduals(x, kept, weight, bias, shape, None)
 
 
 def _vjp_of_rows(residuals: KernelResiduals, dy: NumPyArray, *, center: bool = True, **attrs: Any) -> tuple[Any, Any, Any]:
     from portnorm_backends import rowwise
 
-    x, means, rstd, weight, bias, shape, *_ = residuals
+    x, kept, weight, bias, shape, *_ = residuals
     assert shape is not None
-    rows = x.reshape(rstd.size, -1)
-    dx, room = numpy.empty_like(rows), numpy.empty(rows.shape[1], dtype=x.dtype)
+    rows = x.reshape(kept.shape[0], -1)
+    by_value = shape[1] == rows.shape[1] and not (weight is None and bias is None)
+    dx, room = numpy.empty_like(rows), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype=x.dtype)
     dweight, dbias = (numpy.zeros(shape if p is not None else (0, 0)) for p in (weight, bias))
     given = _given(dy, x, rows.shape)
-    rowwise.backward(x.dtype.name)(rows, given, _given(weight, x, shape), means, rstd, center, room, dx, dweight, dbias)
+    rowwise.backward(x.dtype.name)(rows, given, _given(weight, x, shape), kept, center, room, dx, dweight, dbias)
     return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
 
@@ -157,13 +156,13 @@ def _forward_of_channels(
 
     (channel,) = param_axes
     blocks, count = _by_channel(x, channel), x.shape[channel]
-    y, means, var, rstd = numpy.empty_like(blocks), numpy.empty((count, 2)), numpy.empty(count), numpy.empty(count)
+    y, kept, var = numpy.empty_like(blocks), numpy.empty((3, count), dtype=x.dtype), numpy.empty(count)
     parameters = (_given(weight, x, (count,)), _given(bias, x, (count,)))
     kernel = channelwise.forward(x.dtype.name, blocks.ndim == 3)
-    if not kernel(blocks, *parameters, eps, center, *_RANGE[x.dtype.name], y, means, var, rstd):
+    if not kernel(blocks, *parameters, eps, center, *RANGE[x.dtype.name], y, kept, var):
         return None
-    kept = var.astype(x.dtype).reshape(tuple(count if a == channel else 1 for a in range(x.ndim)))
-    return y.reshape(x.shape), KernelResiduals(x, means, rstd, weight, bias, None, kept)
+    variance = var.astype(x.dtype).reshape(tuple(count if a == channel else 1 for a in range(x.ndim)))
+    return y.reshape(x.shape), KernelResiduals(x, kept, weight, bias, None, variance)
 
 
 def _vjp_of_channels(
@@ -171,12 +170,12 @@ def _vjp_of_channels(
 ) -> tuple[Any, Any, Any]:
     from portnorm_backends import channelwise
 
-    x, means, rstd, weight, bias, *_ = residuals
-    blocks = _by_channel(x, param_axes[0])
-    dx, dweight, dbias = numpy.empty_like(blocks), numpy.empty(rstd.size), numpy.empty(rstd.size)
+    x, kept, weight, bias, *_ = residuals
+    blocks, count = _by_channel(x, param_axes[0]), kept.shape[1]
+    dx, dweight, dbias = numpy.empty_like(blocks), numpy.empty(count), numpy.empty(count)
     given = _given(dy, x, blocks.shape)
     kernel = channelwise.backward(x.dtype.name, blocks.ndim == 3)
-    kernel(blocks, given, _given(weight, x, (rstd.size,)), means, rstd, center, dx, dweight, dbias)
+    kernel(blocks, given, _given(weight, x, (count,)), kept, center, dx, dweight, dbias)
     return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
 
@@ -191,7 +190,8 @@ _KERNELS = {
         vjp=_vjp,
         residuals=KernelResiduals,
         accepts=_accepts,
-    )
+    ),
+    "scan": recurrent.KERNEL,
 }
 
 LIBRARY = Library("numpy", kernels=_KERNELS if importlib.util.find_spec("numba") is not None else {})
