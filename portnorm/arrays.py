@@ -49,6 +49,8 @@ class Library:
     kernels: Mapping[str, Kernel] = field(default_factory=lambda: MappingProxyType({}))
     is_concrete: Callable[[Array], bool] = lambda x: True
     """False for an array whose values cannot be looked at now (traced or symbolic)."""
+    at_once: int | None = None
+    """Values of a recurrent layer's input term that are made at a time where nothing is kept for a vjp; `None`: those of all steps."""
 
 
 # Root module of an array's type -> module that holds its `LIBRARY`. Others are found by the entry points of this group.

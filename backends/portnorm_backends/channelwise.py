@@ -15,7 +15,7 @@ from typing import Any
 import numba
 import numpy
 
-from portnorm_backends.rowwise import compiled, guess, sums, sums_of_cotangents
+from portnorm_backends.rowwise import bare, compiled, fill, guess, sums, sums_of_cotangents
 
 _GROUP = 64
 """Rows that are added to one sum before it is added to the others."""
@@ -40,8 +40,8 @@ def column_sums(x: Any, m: Any, first: Any, second: Any) -> None:
     """Σ (x − m) and Σ (x − m)² of each column."""
     rows, channels = x.shape
     part, lost = numpy.zeros((2, channels), x.dtype), numpy.zeros((2, channels))
-    first[:] = 0.0
-    second[:] = 0.0
+    fill(first, 0)
+    fill(second, 0)
     for start in range(0, rows, _GROUP):
         a, b = part[0], part[1]
         for k in range(start, min(start + _GROUP, rows)):
@@ -59,7 +59,7 @@ def column_statistics(x: Any, center: bool, m: Any, d: Any, var: Any) -> None:
     """m, d and σ² of each column; m and d in the type of the values."""
     rows, channels = x.shape
     total, again = numpy.empty(channels), False
-    m[:] = 0
+    fill(m, 0)
     if center:
         for c in range(channels):
             m[c] = x[0, c]
@@ -86,6 +86,7 @@ def column_statistics(x: Any, center: bool, m: Any, d: Any, var: Any) -> None:
 def _columns_forward(
     x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any, var: Any
 ) -> bool:
+    x, weight, bias, y, kept, var = bare(x), bare(weight), bare(bias), bare(y), bare(kept), bare(var)
     rows, channels = x.shape
     m, d, rstd, fine = kept[0], kept[1], kept[2], True
     column_statistics(x, center, m, d, var)
@@ -109,8 +110,8 @@ def column_cotangents(x: Any, dy: Any, m: Any, d: Any, rstd: Any, first: Any, se
     """Σ dy and Σ dy · x̂ of each column."""
     rows, channels = x.shape
     part, lost = numpy.zeros((2, channels), x.dtype), numpy.zeros((2, channels))
-    first[:] = 0.0
-    second[:] = 0.0
+    fill(first, 0)
+    fill(second, 0)
     for start in range(0, rows, _GROUP):
         a, b = part[0], part[1]
         for k in range(start, min(start + _GROUP, rows)):
@@ -123,6 +124,7 @@ def column_cotangents(x: Any, dy: Any, m: Any, d: Any, rstd: Any, first: Any, se
 
 
 def _columns_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx: Any, dweight: Any, dbias: Any) -> None:
+    x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
     rows, channels = x.shape
     m, d, rstd = kept[0], kept[1], kept[2]
     column_cotangents(x, dy, m, d, rstd, dbias, dweight)
@@ -154,6 +156,7 @@ def _channel_sums(x: Any, c: int, m: Any) -> tuple[float, float]:
 def _channels_forward(
     x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any, var: Any
 ) -> bool:
+    x, weight, bias, y, kept, var = bare(x), bare(weight), bare(bias), bare(y), bare(kept), bare(var)
     outer, channels, inner = x.shape
     n, fine = outer * inner, True
     for c in range(channels):
@@ -178,6 +181,7 @@ def _channels_forward(
 
 
 def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx: Any, dweight: Any, dbias: Any) -> None:
+    x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
     outer, channels, inner = x.shape
     n = outer * inner
     for c in range(channels):

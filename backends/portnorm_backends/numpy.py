@@ -194,4 +194,5 @@ _KERNELS = {
     "scan": recurrent.KERNEL,
 }
 
-LIBRARY = Library("numpy", kernels=_KERNELS if importlib.util.find_spec("numba") is not None else {})
+# 8 MB in float32: enough rows for a matrix product at full speed, and memory that the allocator has at hand again.
+LIBRARY = Library("numpy", kernels=_KERNELS if importlib.util.find_spec("numba") is not None else {}, at_once=2**21)

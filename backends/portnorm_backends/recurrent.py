@@ -124,7 +124,7 @@ def _forward(
     gates, inner = (numpy.empty((kept, batch, n), dtype=dtype) for n in (features, size))
     c = _from(state[1], kept) if len(state) > 1 else None
     slots = tuple(_slot(cell, name, xs, params, batch, keep) for name in _SLOTS[type(cell)])
-    none = numpy.empty((0, 0), dtype=dtype)
+    none, room = numpy.empty((0, 0), dtype=dtype), steps.rooms(cell.gates, size, batch, dtype)
     few, large = batch <= _FEW, batch > _FEW and weights.size >= _LARGE
     matrix = weights if large else numpy.ascontiguousarray(weights.T)
     turned = numpy.empty((features, batch), dtype=dtype) if large else none
@@ -136,14 +136,14 @@ def _forward(
         run, own = steps.gru_forward, (gates, inner, *slots)
     else:
         run, own = steps.rnn_forward, slots
-    fine = run(0, time, matrix, none, u, counts, a, h, y, *own) if few else True
+    fine = run(0, time, matrix, none, room, u, counts, a, h, y, *own) if few else True
     for t in range(0 if few else time):
         before = h[t % h.shape[0]]
         if large:
             numpy.matmul(matrix, before.T, out=turned)
         else:
             numpy.matmul(before, matrix, out=a)
-        fine &= run(t, t + 1, none, turned, u, counts, a, h, y, *own)
+        fine &= run(t, t + 1, none, turned, room, u, counts, a, h, y, *own)
     if not fine:
         return scan.definition(xs, state, params, cell=cell, lengths=lengths, sequences=sequences, keep=keep)
     last = (h[time % h.shape[0]].copy(), *(() if c is None else (c[time % c.shape[0]].copy(),)))
@@ -199,12 +199,12 @@ def _vjp(
         run, own = steps.gru_backward, (h, gates, inner, *slots, *shares, dx, dhidden)
     else:
         run, own = steps.rnn_backward, (h, *slots, *shares, dx, dhidden)
-    over = dhidden if apart else dx
+    over, room = dhidden if apart else dx, steps.rooms(cell.gates, dh.shape[1], batch, dtype)
     if few:
-        run(time, 0, weights, empty, given, counts, back, dh, *own)
+        run(time, 0, weights, empty, room, given, counts, back, dh, *own)
     by_feature = numpy.ascontiguousarray(weights.T) if large else weights
     for t in reversed(range(0 if few else time)):
-        run(t + 1, t, empty, turned, given, counts, back, dh, *own)
+        run(t + 1, t, empty, turned, room, given, counts, back, dh, *own)
         if large:
             numpy.matmul(by_feature, over[t].T, out=turned)
         else:

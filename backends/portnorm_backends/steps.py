@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from portnorm_backends.pointwise import sigmoid, tanh
-from portnorm_backends.rowwise import compiled, less, statistics
+from portnorm_backends.pointwise import LANES, sigmoid, tanh
+from portnorm_backends.rowwise import bare, compiled, copy, fill, less, statistics
 
 NONE, ROWS, OWN, GIVEN = range(4)
 """What a slot does: nothing, statistics of each row, of each feature over the batch, given statistics of each feature."""
@@ -47,6 +47,33 @@ class Shares(NamedTuple):
     bias: Any
 
 
+class Rooms(NamedTuple):
+    """What a step writes and nobody reads after it."""
+
+    sums: Any  # (5, features): statistics of the hidden term over the batch
+    narrow: Any  # (5, hidden): of the cell state
+    z: Any  # (gates, padded hidden)
+    opened: Any  # (gates, padded hidden)
+    row: Any  # (gates, hidden)
+    states: Any  # (batch, hidden)
+    small: Any  # (hidden,)
+    zeros: Any  # (features,)
+
+
+def rooms(gates: int, size: int, batch: int, dtype: Any) -> Rooms:
+    """Zeroed room for the steps of one loop."""
+    shapes = (
+        (5, gates * size),
+        (5, size),
+        *((gates, size // LANES * LANES + LANES),) * 2,
+        (gates, size),
+        (batch, size),
+        size,
+        gates * size,
+    )
+    return Rooms(*(numpy.zeros(shape, dtype=dtype) for shape in shapes))
+
+
 # -- matrix products that are too small to be worth a call, or come transposed ---------------------------------------------------------
 
 
@@ -66,7 +93,8 @@ def _add_one(y: Any, a: Any, p: Any) -> None:
 def _product(x: Any, matrix: Any, y: Any) -> None:
     """y = x · matrix, with every row of the matrix read once."""
     whole = matrix.shape[0] // 4 * 4
-    y[:] = 0
+    for b in range(x.shape[0]):
+        fill(y[b], 0)
     for k in range(0, whole, 4):
         for b in range(x.shape[0]):
             _add_four(y[b], matrix[k], matrix[k + 1], matrix[k + 2], matrix[k + 3], x[b, k], x[b, k + 1], x[b, k + 2], x[b, k + 3])
@@ -115,14 +143,14 @@ def _over_batch(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
     for b in range(z.shape[0]):
         if _runs(lengths, b, t):
             if count == 0:
-                m[:] = z[b]
+                copy(z[b], m)
             count += 1
     if count == 0:
-        m[:] = 0
+        fill(m, 0)
     counted = z.dtype.type(max(count, 1))
     for turn in range(2):  # from the first value to the mean, and again from there
-        first[:] = 0
-        second[:] = 0
+        fill(first, 0)
+        fill(second, 0)
         for b in range(z.shape[0]):
             if _runs(lengths, b, t):
                 _add_row(z[b], m, first, second)
@@ -168,24 +196,36 @@ def _sum(z: Any, bias: Any, plus: Any, y: Any) -> None:
 
 @compiled()
 def _normalized(slot: Any, t: int, b: int, z: Any, plus: Any, room: Any, y: Any) -> bool:
-    """y = N(z) + plus of one row; `room` has the statistics where they are of features."""
+    """y = N(z) + plus of one row; `room` has the statistics where they are of features.
+
+    `y` (slices, …) gets the row in equal slices, each from the beginning of a row of its own: loops over one slice then read what was
+    written in the same units, which a processor need not wait for.
+    """
+    size, fine = z.size // y.shape[0], True
     if slot.mode == NONE:
-        _sum(z, slot.bias, plus, y)
-        return True
-    k, fine = t % slot.xhat.shape[0], True
+        for g in range(y.shape[0]):
+            i, j = g * size, (g + 1) * size
+            _sum(z[i:j], slot.bias[i:j], plus[i:j], y[g, :size])
+        return fine
+    k = t % slot.xhat.shape[0]
+    xhat = slot.xhat[k, b]
     if slot.mode == ROWS:
-        xhat, rstd = slot.xhat[k, b], slot.rstd[k, b]
+        rstd = slot.rstd[k, b]
         for p in range(slot.ends.size - 1):
-            i, j = slot.ends[p], slot.ends[p + 1]
-            m, d, var = statistics(z[i:j], slot.center)
+            start, stop = slot.ends[p], slot.ends[p + 1]
+            m, d, var = statistics(z[start:stop], slot.center)
             if not (slot.smallest < var + slot.eps < slot.largest):
                 fine = False
             rstd[p] = 1.0 / math.sqrt(var + slot.eps)
-            _scaled(z[i:j], m, d, rstd[p], slot.weight[i:j], slot.bias[i:j], plus[i:j], xhat[i:j], y[i:j])
+            for g in range(start // size, -(-stop // size)):
+                i, j = max(g * size, start), min((g + 1) * size, stop)
+                into = y[g, i - g * size : j - g * size]
+                _scaled(z[i:j], m, d, rstd[p], slot.weight[i:j], slot.bias[i:j], plus[i:j], xhat[i:j], into)
     else:
-        xhat = slot.xhat[k, b]
         _scaled_by_feature(z, room[0], room[1], room[2], xhat)
-        _shifted(xhat, slot.weight, slot.bias, plus, y)
+        for g in range(y.shape[0]):
+            i, j = g * size, (g + 1) * size
+            _shifted(xhat[i:j], slot.weight[i:j], slot.bias[i:j], plus[i:j], y[g, :size])
     return fine
 
 
@@ -195,7 +235,7 @@ def _prepared(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
     if slot.mode == NONE or slot.mode == ROWS:
         return True
     fine = _over_batch(slot, t, z, lengths, room)
-    slot.rstd[t % slot.rstd.shape[0], 0, :] = room[2]
+    copy(room[2], slot.rstd[t % slot.rstd.shape[0], 0])
     return fine
 
 
@@ -304,6 +344,7 @@ def lstm_forward(
     stop: int,
     weights: Any,
     turned: Any,
+    room: Any,
     u: Any,
     lengths: Any,
     a: Any,
@@ -321,9 +362,13 @@ def lstm_forward(
 
     False where a variance left its range: then nothing of the result is to be used.
     """
+    weights, turned, u, lengths, a, h = bare(weights), bare(turned), bare(u), bare(lengths), bare(a), bare(h)
+    y, c, gates, tanh_c = bare(y), bare(c), bare(gates), bare(tanh_c)
+    hidden, total, cell = bare(hidden), bare(total), bare(cell)
+    room = bare(room)
     batch, size = h.shape[1], h.shape[2]
-    room, wide = numpy.empty((5, 4 * size), h.dtype), numpy.empty((2, 4 * size), h.dtype)
-    narrow, raw, zeros, fine = numpy.empty((5, size), h.dtype), numpy.empty((batch, size), h.dtype), numpy.zeros(4 * size, h.dtype), True
+    z, opened, row, narrow, raw, zeros, fine = room.z, room.opened, room.row, room.narrow, room.states, room.zeros, True
+    flat = row.reshape(4 * size)
     for t in range(start, stop):
         before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
         c_before, c_after = c[t % c.shape[0]], c[(t + 1) % c.shape[0]]
@@ -331,40 +376,40 @@ def lstm_forward(
             _product(h[before], weights, a)
         elif turned.size:
             _turn(turned, a)
-        fine &= _prepared(hidden, t, a, lengths, room)
+        fine &= _prepared(hidden, t, a, lengths, room.sums)
         for b in range(batch):
             if not _runs(lengths, b, t):
                 continue
-            z, gate = wide[0], gates[k, b]
-            fine &= _normalized(hidden, t, b, a[b], u[t, b], room, z)
+            fine &= _normalized(hidden, t, b, a[b], u[t, b], room.sums, z if total.mode == NONE else row)
             if total.mode != NONE:
-                z = wide[1]
-                fine &= _normalized(total, t, b, wide[0], zeros, room, z)
-            sigmoid(z[: 2 * size], gate[: 2 * size])
-            tanh(z[2 * size : 3 * size], gate[2 * size : 3 * size])
-            sigmoid(z[3 * size :], gate[3 * size :])
+                fine &= _normalized(total, t, b, flat, zeros, room.sums, z)
+            for g in range(4):
+                if g == 2:
+                    tanh(z[g], opened[g], size)
+                else:
+                    sigmoid(z[g], opened[g], size)
+                copy(opened[g, :size], gates[k, b, g * size : (g + 1) * size])
             into = raw[b] if cell.mode != NONE and not copies else c_after[b]
-            _memory(gate[:size], gate[size : 2 * size], gate[2 * size : 3 * size], c_before[b], into)
+            _memory(opened[0], opened[1], opened[2], c_before[b], into)
         if cell.mode != NONE:
             fine &= _prepared(cell, t, c_after if copies else raw, lengths, narrow)
         for b in range(batch):
             if not _runs(lengths, b, t):
-                h[after, b, :], c_after[b, :] = h[before, b], c_before[b]
+                copy(h[before, b], h[after, b])
+                copy(c_before[b], c_after[b])
                 if y.size:
-                    y[t, b, :] = 0
+                    fill(y[t, b], 0)
                 continue
-            inside = wide[0, :size]
-            if cell.mode == NONE:
-                inside = c_after[b]
-            elif copies:
-                fine &= _normalized(cell, t, b, c_after[b], zeros[:size], narrow, inside)
-            else:
-                fine &= _normalized(cell, t, b, raw[b], zeros[:size], narrow, c_after[b])
-                inside = c_after[b]
-            tanh(inside, tanh_c[k, b])
+            if cell.mode != NONE:
+                inside, into = (c_after[b], z[:1]) if copies else (raw[b], c_after[b : b + 1])
+                fine &= _normalized(cell, t, b, inside, zeros[:size], narrow, into)
+            if cell.mode == NONE or not copies:
+                copy(c_after[b], z[0, :size])
+            tanh(z[0], opened[0], size)
+            copy(opened[0, :size], tanh_c[k, b])
             _times(gates[k, b, 3 * size :], tanh_c[k, b], h[after, b])
             if y.size:
-                y[t, b, :] = h[after, b]
+                copy(h[after, b], y[t, b])
     return fine
 
 
@@ -398,9 +443,9 @@ def _back_to_hidden(
             if _runs(lengths, b, t):
                 _collected(total, total_shares, t, b, dx[b])
                 _denormalized(total, t, b, dx[b], room, row)
-                dx[b, :] = row
+                copy(row, dx[b])
                 if dhidden.size:
-                    dhidden[b, :] = row
+                    copy(row, dhidden[b])
         _settled(total_shares)
     for b in range(batch):
         if _runs(lengths, b, t):
@@ -410,7 +455,7 @@ def _back_to_hidden(
         for b in range(batch):
             if _runs(lengths, b, t):
                 _denormalized(hidden, t, b, dhidden[b], room, row)
-                dhidden[b, :] = row
+                copy(row, dhidden[b])
     _settled(hidden_shares)
 
 
@@ -420,6 +465,7 @@ def lstm_backward(
     stop: int,
     weights: Any,
     turned: Any,
+    room: Any,
     dy: Any,
     lengths: Any,
     back: Any,
@@ -442,9 +488,13 @@ def lstm_backward(
 
     `dhidden` is (0, 0, 0) where the cotangent of the hidden term is that of the input term. `dy` may be (0, 0, 0).
     """
+    weights, turned, dy, lengths, back, dh = bare(weights), bare(turned), bare(dy), bare(lengths), bare(back), bare(dh)
+    dc, c, gates, tanh_c, dx, dhidden = bare(dc), bare(c), bare(gates), bare(tanh_c), bare(dx), bare(dhidden)
+    hidden, total, cell = bare(hidden), bare(total), bare(cell)
+    hidden_shares, total_shares, cell_shares = bare(hidden_shares), bare(total_shares), bare(cell_shares)
+    room = bare(room)
     steps, batch, size = gates.shape[0], dh.shape[0], dh.shape[1]
-    room, row, narrow = numpy.empty((2, 4 * size), dh.dtype), numpy.empty(4 * size, dh.dtype), numpy.empty((2, size), dh.dtype)
-    inside, small = numpy.empty((batch, size), dh.dtype), numpy.empty(size, dh.dtype)
+    sums, narrow, row, inside, small = room.sums, room.narrow, room.row.reshape(4 * size), room.states, room.small
     for t in range(start - 1, stop - 1, -1):
         if turned.size and t < steps - 1:
             _turn(turned, back)
@@ -455,25 +505,20 @@ def lstm_backward(
             if dy.size:
                 _add(dy[t, b], dh[b])
             _out_of_cell(dh[b], gates[t, b, 3 * size :], tanh_c[t, b], dx[t, b, 3 * size :], inside[b])
-            dh[b, :] = 0
-            if cell.mode == NONE:
+            fill(dh[b], 0)
+            if cell.mode == NONE or not copies:
                 _add(inside[b], dc[b])
-            elif copies:
-                _collected(cell, cell_shares, t, b, inside[b])
-            else:
-                _add(inside[b], dc[b])
-                _collected(cell, cell_shares, t, b, dc[b])
+            if cell.mode != NONE:
+                _collected(cell, cell_shares, t, b, inside[b] if copies else dc[b])
         if cell.mode != NONE:
             _counted(cell, cell_shares, t, lengths, batch, narrow)
             for b in range(batch):
                 if not _runs(lengths, b, t):
                     continue
-                if copies:
-                    _denormalized(cell, t, b, inside[b], narrow, small)
-                    _add(small, dc[b])
-                else:
-                    _denormalized(cell, t, b, dc[b], narrow, small)
-                    dc[b, :] = small
+                _denormalized(cell, t, b, inside[b] if copies else dc[b], narrow, small)
+                if not copies:
+                    fill(dc[b], 0)
+                _add(small, dc[b])
             _settled(cell_shares)
         for b in range(batch):
             d, gate = dx[t, b], gates[t, b]
@@ -481,13 +526,13 @@ def lstm_backward(
                 i, f, g = gate[:size], gate[size : 2 * size], gate[2 * size : 3 * size]
                 _into_gates(dc[b], i, f, g, c[t, b], d[:size], d[size : 2 * size], d[2 * size : 3 * size])
                 _times(dc[b], f, small)
-                dc[b, :] = small
+                copy(small, dc[b])
             else:
-                d[:] = 0
+                fill(d, 0)
             if dhidden.size:
-                dhidden[t, b, :] = d
+                copy(d, dhidden[t, b])
         over = dhidden[t] if dhidden.size else dhidden[:0].reshape((0, 4 * size))
-        _back_to_hidden(hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, room, row)
+        _back_to_hidden(hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, sums, row)
         if weights.size:
             _product(dhidden[t] if dhidden.size else dx[t], weights, back)
 
@@ -503,40 +548,60 @@ def _candidate(u: Any, r: Any, a: Any, y: Any) -> None:
 
 @compiled()
 def _between(z: Any, n: Any, before: Any, y: Any) -> None:
-    for j in range(z.size):
+    for j in range(y.size):
         y[j] = n[j] + z[j] * (before[j] - n[j])
 
 
 @compiled()
 def gru_forward(
-    start: int, stop: int, weights: Any, turned: Any, u: Any, lengths: Any, a: Any, h: Any, y: Any, gates: Any, reset: Any, hidden: Any
+    start: int,
+    stop: int,
+    weights: Any,
+    turned: Any,
+    room: Any,
+    u: Any,
+    lengths: Any,
+    a: Any,
+    h: Any,
+    y: Any,
+    gates: Any,
+    reset: Any,
+    hidden: Any,
 ) -> bool:
     """As `lstm_forward`; `reset` (steps, batch, hidden) keeps what r is multiplied with."""
+    weights, turned, u, lengths, a, h = bare(weights), bare(turned), bare(u), bare(lengths), bare(a), bare(h)
+    y, gates, reset = bare(y), bare(gates), bare(reset)
+    hidden = bare(hidden)
+    room = bare(room)
     batch, size = h.shape[1], h.shape[2]
-    room, wide, zeros, fine = numpy.empty((5, 3 * size), h.dtype), numpy.empty((2, 3 * size), h.dtype), numpy.zeros(3 * size, h.dtype), True
+    z, opened, term, zeros, fine = room.z, room.opened, room.row, room.zeros, True
     for t in range(start, stop):
         before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
         if weights.size:
             _product(h[before], weights, a)
         elif turned.size:
             _turn(turned, a)
-        fine &= _prepared(hidden, t, a, lengths, room)
+        fine &= _prepared(hidden, t, a, lengths, room.sums)
         for b in range(batch):
             if not _runs(lengths, b, t):
-                h[after, b, :] = h[before, b]
+                copy(h[before, b], h[after, b])
                 if y.size:
-                    y[t, b, :] = 0
+                    fill(y[t, b], 0)
                 continue
-            term, z, gate = wide[0], wide[1], gates[k, b]
-            fine &= _normalized(hidden, t, b, a[b], zeros, room, term)
-            _sum(term[: 2 * size], zeros[: 2 * size], u[t, b, : 2 * size], z[: 2 * size])
-            sigmoid(z[: 2 * size], gate[: 2 * size])
-            reset[k, b, :] = term[2 * size :]
-            _candidate(u[t, b, 2 * size :], gate[:size], term[2 * size :], z[2 * size :])
-            tanh(z[2 * size :], gate[2 * size :])
-            _between(gate[size : 2 * size], gate[2 * size :], h[before, b], h[after, b])
+            fine &= _normalized(hidden, t, b, a[b], zeros, room.sums, term)
+            for g in range(3):
+                part = u[t, b, g * size : (g + 1) * size]
+                if g == 2:
+                    copy(term[g], reset[k, b])
+                    _candidate(part, opened[0], term[g], z[g])
+                    tanh(z[g], opened[g], size)
+                else:
+                    _sum(part, zeros, term[g], z[g])
+                    sigmoid(z[g], opened[g], size)
+                copy(opened[g, :size], gates[k, b, g * size : (g + 1) * size])
+            _between(opened[1], opened[2], h[before, b], h[after, b])
             if y.size:
-                y[t, b, :] = h[after, b]
+                copy(h[after, b], y[t, b])
     return fine
 
 
@@ -560,6 +625,7 @@ def gru_backward(
     stop: int,
     weights: Any,
     turned: Any,
+    room: Any,
     dy: Any,
     lengths: Any,
     back: Any,
@@ -573,8 +639,13 @@ def gru_backward(
     dhidden: Any,
 ) -> None:
     """As `lstm_backward`."""
+    weights, turned, dy, lengths, back, dh = bare(weights), bare(turned), bare(dy), bare(lengths), bare(back), bare(dh)
+    h, gates, reset, dx, dhidden = bare(h), bare(gates), bare(reset), bare(dx), bare(dhidden)
+    hidden = bare(hidden)
+    shares = bare(shares)
+    room = bare(room)
     steps, batch, size = gates.shape[0], dh.shape[0], dh.shape[1]
-    room, row, small = numpy.empty((2, 3 * size), dh.dtype), numpy.empty(3 * size, dh.dtype), numpy.empty(size, dh.dtype)
+    sums, row, small = room.sums, room.row.reshape(3 * size), room.small
     for t in range(start - 1, stop - 1, -1):
         if turned.size and t < steps - 1:
             _turn(turned, back)
@@ -582,8 +653,8 @@ def gru_backward(
             d, over, gate = dx[t, b], dhidden[t, b], gates[t, b]
             _add(back[b], dh[b])
             if not _runs(lengths, b, t):
-                d[:] = 0
-                over[:] = 0
+                fill(d, 0)
+                fill(over, 0)
                 continue
             if dy.size:
                 _add(dy[t, b], dh[b])
@@ -591,14 +662,14 @@ def gru_backward(
             _reset_gate(d[2 * size :], reset[t, b], gate[:size], d[:size], over[2 * size :])
             over[: 2 * size] = d[: 2 * size]
             _times(dh[b], gate[size : 2 * size], small)
-            dh[b, :] = small
+            copy(small, dh[b])
             _collected(hidden, shares, t, b, over)
         if hidden.mode != NONE:
-            _counted(hidden, shares, t, lengths, batch, room)
+            _counted(hidden, shares, t, lengths, batch, sums)
             for b in range(batch):
                 if _runs(lengths, b, t):
-                    _denormalized(hidden, t, b, dhidden[t, b], room, row)
-                    dhidden[t, b, :] = row
+                    _denormalized(hidden, t, b, dhidden[t, b], sums, row)
+                    copy(row, dhidden[t, b])
         _settled(shares)
         if weights.size:
             _product(dhidden[t], weights, back)
@@ -609,32 +680,36 @@ def gru_backward(
 
 @compiled()
 def rnn_forward(
-    start: int, stop: int, weights: Any, turned: Any, u: Any, lengths: Any, a: Any, h: Any, y: Any, hidden: Any, total: Any
+    start: int, stop: int, weights: Any, turned: Any, room: Any, u: Any, lengths: Any, a: Any, h: Any, y: Any, hidden: Any, total: Any
 ) -> bool:
     """As `lstm_forward`."""
+    weights, turned, u, lengths, a, h = bare(weights), bare(turned), bare(u), bare(lengths), bare(a), bare(h)
+    y = bare(y)
+    hidden, total = bare(hidden), bare(total)
+    room = bare(room)
     batch, size = h.shape[1], h.shape[2]
-    room, wide, zeros, fine = numpy.empty((5, size), h.dtype), numpy.empty((2, size), h.dtype), numpy.zeros(size, h.dtype), True
+    z, opened, row, zeros, fine = room.z, room.opened, room.row, room.zeros, True
+    flat = row.reshape(size)
     for t in range(start, stop):
         before, after = t % h.shape[0], (t + 1) % h.shape[0]
         if weights.size:
             _product(h[before], weights, a)
         elif turned.size:
             _turn(turned, a)
-        fine &= _prepared(hidden, t, a, lengths, room)
+        fine &= _prepared(hidden, t, a, lengths, room.sums)
         for b in range(batch):
             if not _runs(lengths, b, t):
-                h[after, b, :] = h[before, b]
+                copy(h[before, b], h[after, b])
                 if y.size:
-                    y[t, b, :] = 0
+                    fill(y[t, b], 0)
                 continue
-            z = wide[0]
-            fine &= _normalized(hidden, t, b, a[b], u[t, b], room, z)
+            fine &= _normalized(hidden, t, b, a[b], u[t, b], room.sums, z if total.mode == NONE else row)
             if total.mode != NONE:
-                z = wide[1]
-                fine &= _normalized(total, t, b, wide[0], zeros, room, z)
-            tanh(z, h[after, b])
+                fine &= _normalized(total, t, b, flat, zeros, room.sums, z)
+            tanh(z[0], opened[0], size)
+            copy(opened[0, :size], h[after, b])
             if y.size:
-                y[t, b, :] = h[after, b]
+                copy(h[after, b], y[t, b])
     return fine
 
 
@@ -650,6 +725,7 @@ def rnn_backward(
     stop: int,
     weights: Any,
     turned: Any,
+    room: Any,
     dy: Any,
     lengths: Any,
     back: Any,
@@ -663,8 +739,13 @@ def rnn_backward(
     dhidden: Any,
 ) -> None:
     """As `lstm_backward`; `h` (steps + 1, batch, hidden) has the results."""
+    weights, turned, dy, lengths, back, dh = bare(weights), bare(turned), bare(dy), bare(lengths), bare(back), bare(dh)
+    h, dx, dhidden = bare(h), bare(dx), bare(dhidden)
+    hidden, total = bare(hidden), bare(total)
+    hidden_shares, total_shares = bare(hidden_shares), bare(total_shares)
+    room = bare(room)
     steps, batch, size = h.shape[0] - 1, dh.shape[0], dh.shape[1]
-    room, row = numpy.empty((2, size), dh.dtype), numpy.empty(size, dh.dtype)
+    sums, row = room.sums, room.row.reshape(size)
     for t in range(start - 1, stop - 1, -1):
         if turned.size and t < steps - 1:
             _turn(turned, back)
@@ -674,12 +755,12 @@ def rnn_backward(
                 if dy.size:
                     _add(dy[t, b], dh[b])
                 _through_tanh(dh[b], h[t + 1, b], dx[t, b])
-                dh[b, :] = 0
+                fill(dh[b], 0)
             else:
-                dx[t, b, :] = 0
+                fill(dx[t, b], 0)
             if dhidden.size:
-                dhidden[t, b, :] = dx[t, b]
+                copy(dx[t, b], dhidden[t, b])
         over = dhidden[t] if dhidden.size else dhidden[:0].reshape((0, size))
-        _back_to_hidden(hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, room, row)
+        _back_to_hidden(hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, sums, row)
         if weights.size:
             _product(dhidden[t] if dhidden.size else dx[t], weights, back)
