@@ -7,6 +7,7 @@ A library's own module (`portnorm_backends.<name>`) is loaded when the first arr
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -183,6 +184,7 @@ def statistics_dtype(xp: Namespace, dtype: DType) -> DType:
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
 
+@functools.lru_cache(256)
 def float32_value(number: float) -> float:
     """`number` as float32 stores it: ONNX keeps epsilon so, and every library must see the same value."""
     return float(numpy.float32(number))

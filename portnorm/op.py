@@ -35,6 +35,9 @@ Backward = Callable[..., tuple[Any, ...]]
 Pullback = Callable[..., Any]
 
 
+_TREES = (tuple, list, dict, type(None))
+
+
 class Op(Generic[P, R]):
     """An operation with a definition, a vjp and a seam. Call it like the function it was made from.
 
@@ -84,7 +87,8 @@ class Op(Generic[P, R]):
         return function
 
     def _kernel(self, args: tuple[Any, ...], attrs: dict[str, Any]) -> Kernel | None:
-        kernels = library(next(leaves(args), None)).kernels
+        first = args[0] if args else None
+        kernels = (library(first) if type(first) not in _TREES else library(next(leaves(args), None))).kernels
         kernel = kernels.get(self.name) if kernels else None
         return kernel if kernel is not None and kernel.accepts(*args, **attrs) else None
 
@@ -113,6 +117,8 @@ def vjp(function: Op[..., Any], *args: Any, **attrs: Any) -> tuple[Any, Pullback
     """
     if not isinstance(function, Op):
         raise UnsupportedError(f"`function` is {function!r}; expected an Op of portnorm such as portnorm.layer_norm")
+    if attrs.get("out") is not None:
+        raise UnsupportedError("`out` is for a call whose result is all that is wanted; leave it out here")
     y, residuals = function.forward(*args, **attrs)
 
     def pullback(dy: Array) -> tuple[Any, ...]:

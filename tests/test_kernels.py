@@ -23,7 +23,7 @@ KERNELS = sorted(library(np.zeros(1)).kernels)
 
 def test_the_kernels_are_there() -> None:
     """The test environment has numba; without it everything below would compare the definitions with themselves."""
-    assert KERNELS == ["normalize", "scan"]
+    assert KERNELS == ["layer_norm", "normalize", "rms_norm", "scan"]
 
 
 @st.composite
@@ -205,6 +205,24 @@ def test_rows_whose_squares_leave_the_type_go_to_the_definition(dtype: str, rng:
     assert isinstance(residuals, Normalized if dtype == "float64" else Normalized | KernelResiduals)
     with without_kernels(np.ndarray):
         np.testing.assert_allclose(y, normalize(x, axes=(1,), param_axes=(1,), eps=1e-5), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 2, 5), (0, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("parameters", ["none", "weight", "both"])
+def test_the_last_axis(shape: tuple[int, ...], dtype: str, parameters: str, rng: np.random.Generator) -> None:
+    """The public functions, whose kernels take plain arguments without detours."""
+    x, w, b = (rng.standard_normal(s).astype(dtype) for s in (shape, shape[-1:], shape[-1:]))
+    given_ = {"none": (), "weight": (w,), "both": (w, b)}[parameters]
+    for function, arguments in ((pn.layer_norm, given_), (pn.rms_norm, given_[:1])):
+        y, pullback = pn.vjp(function, x, *arguments)
+        found = [y, function(x, *arguments), function(x, *arguments, axis=x.ndim - 1), *pullback(x)]
+        with without_kernels(np.ndarray):
+            y, pullback = pn.vjp(function, x, *arguments)
+            expected = [y, y, y, *pullback(x)]
+        for a, e in zip(found, expected, strict=True):
+            assert (a.shape, a.dtype) == (e.shape, e.dtype)
+            np.testing.assert_allclose(a, e, atol=10 * OPERATION[dtype] * max(1.0, float(np.max(np.abs(e), initial=0.0))))
 
 
 def test_read_only_arrays_need_no_version_of_their_own(rng: np.random.Generator) -> None:

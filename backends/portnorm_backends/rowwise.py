@@ -163,7 +163,7 @@ def statistics(row: Any, center: bool) -> tuple[Any, Any, float]:
 
 
 def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
-    """y of x, both (rows, n). Fills `kept` (rows, 3) with m, d and 1 / sqrt(σ² + ε).
+    """y of x, both (rows, n). Fills `kept` (rows, 3), which may have fewer rows, with m, d and 1 / sqrt(σ² + ε).
 
     `weight` and `bias` are (p, k): row r takes row r mod p, each value of it for n / k neighbours; (0, 0) where there is none. False where
     σ² + ε is not between `smallest` and `largest`: then the result is not to be used.
@@ -176,12 +176,12 @@ def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest:
         wide = n // bias.shape[1]
     by_value = wide == 1 and weight.size + bias.size > 0
     for r in range(x.shape[0]):
-        row, out = x[r], y[r]
+        row, out, k = x[r], y[r], r % kept.shape[0]
         m, d, var = statistics(row, center)
         if not (smallest < var + eps < largest):
             fine = False
         factor = x.dtype.type(1.0 / math.sqrt(var + eps))
-        kept[r, 0], kept[r, 1], kept[r, 2] = m, d, factor
+        kept[k, 0], kept[k, 1], kept[k, 2] = m, d, factor
         if not by_value:
             for s in range(n // wide):
                 block, into = row[s * wide : (s + 1) * wide], out[s * wide : (s + 1) * wide]
@@ -291,6 +291,20 @@ def forward(dtype: str) -> Callable[..., bool]:
     given, made, wide = numba.types.Array(t, 2, "C", readonly=True), t[:, ::1], numba.float64
     signature = numba.boolean(given, given, given, wide, numba.boolean, wide, wide, made, made)
     return compiled(signatures=signature)(_forward)
+
+
+@functools.cache
+def last_axis(dtype: str) -> Callable[..., bool]:
+    """`_forward` with parameters (n,), or (0,) where there are none: what a call on a small array has no time to reshape."""
+    inner, t = forward(dtype), numba.from_dtype(numpy.dtype(dtype))
+    given, made, wide = numba.types.Array(t, 2, "C", readonly=True), t[:, ::1], numba.float64
+    parameter = numba.types.Array(t, 1, "C", readonly=True)
+
+    def along(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
+        gains, shifts = weight.reshape((min(weight.size, 1), weight.size)), bias.reshape((min(bias.size, 1), bias.size))
+        return inner(x, gains, shifts, eps, center, smallest, largest, y, kept)
+
+    return compiled(signatures=numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, made, made))(along)
 
 
 @functools.cache
