@@ -7,6 +7,7 @@ A library's own module (`portnorm_backends.<name>`) is loaded when the first arr
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -77,6 +78,8 @@ class Library:
     """The module of its functions; `None` for the one that array-api-compat finds."""
     device: Callable[[Array], Any] = array_api_compat.device
     """Where an array is, as creation functions take it; `None` where the library itself finds the place."""
+    at_once: int | None = None
+    """Values of a recurrent layer's input term that are made at a time where nothing is kept for a vjp; `None`: those of all steps."""
 
 
 def _numpy() -> Library:
@@ -246,6 +249,7 @@ def statistics_dtype(xp: Namespace, dtype: DType) -> DType:
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
 
+@functools.lru_cache(256)
 def float32_value(number: float) -> float:
     """`number` as float32 stores it: ONNX keeps epsilon so, and every library must see the same value."""
     return float(numpy.float32(number))

@@ -35,6 +35,9 @@ Backward = Callable[..., tuple[Any, ...]]
 Pullback = Callable[..., Any]
 
 
+_TREES = (tuple, list, dict, type(None))
+
+
 class Op(Generic[P, R]):
     """An operation with a definition, a vjp and a seam. Call it like the function it was made from.
 
@@ -56,7 +59,7 @@ class Op(Generic[P, R]):
         OPS[self.name] = self
 
     def __call__(self, *args: P.args, **attrs: P.kwargs) -> R:
-        own = library(next(leaves(args), None))
+        own = _library_of(args)
         if own.autodiff is not None and self.differentiable and own.autodiff.records(args):
             recorded: R = own.autodiff.call(self, args, attrs)
             return recorded
@@ -68,7 +71,7 @@ class Op(Generic[P, R]):
 
     def forward(self, *args: P.args, **attrs: P.kwargs) -> tuple[R, Any]:
         """The result, and the residuals that `vjp` takes."""
-        kernel = self._kernel(library(next(leaves(args), None)), args, attrs)
+        kernel = self._kernel(_library_of(args), args, attrs)
         if kernel is None or kernel.forward is None:
             return self.definition(*args, **attrs)
         if kernel.vjp is not None and kernel.residuals is not None:
@@ -98,6 +101,11 @@ class Op(Generic[P, R]):
         return f"<Op {self.name}>"
 
 
+def _library_of(args: tuple[Any, ...]) -> Library:
+    first = args[0] if args else None
+    return library(first) if type(first) not in _TREES else library(next(leaves(args), None))
+
+
 def op(definition: Callable[P, tuple[R, Any]]) -> Op[P, R]:
     """Decorator: make an `Op` of a forward function that returns `(y, residuals)`."""
     return Op(definition)
@@ -119,6 +127,8 @@ def vjp(function: Op[..., Any], *args: Any, **attrs: Any) -> tuple[Any, Pullback
     """
     if not isinstance(function, Op):
         raise UnsupportedError(f"`function` is {function!r}; expected an Op of portnorm such as portnorm.layer_norm")
+    if attrs.get("out") is not None:
+        raise UnsupportedError("`out` is for a call whose result is all that is wanted; leave it out here")
     y, residuals = function.forward(*args, **attrs)
 
     def pullback(dy: Array) -> tuple[Any, ...]:

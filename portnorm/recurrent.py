@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from portnorm.affine import linear, weight_cotangent
-from portnorm.arrays import Array, device_of, xp_of
+from portnorm.arrays import Array, device_of, library, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.variants import Variant
 from portnorm.norm.weight import weight_norm
@@ -64,14 +64,53 @@ class Direction:
         `y` is (time, batch, outputs), or (batch, outputs) of the last step without `sequences`. `time` counts the steps that came before
         this call (batch normalization only).
         """
-        xp = xp_of(x)
         params, weights = _normalized_weights(params)
-        batch, cell = self.variant.norm == "batch", self.cell(self.variant, training)
-        mask = sequence_mask(x, lengths) if lengths is not None and (keep or (batch and training)) else None
+        xp, by_batch = xp_of(x), self.variant.norm == "batch" and training
+        mask = sequence_mask(x, lengths) if lengths is not None and (keep or by_batch) else None
         if mask is not None:
             x = xp.where(mask, x, 0.0)
         if self.reverse:
             x = reverse_sequences(x, lengths)
+        if keep or by_batch:
+            y, state, buffers, residuals = self._run(params, buffers, x, state, time, lengths, mask, training, keep)
+            residuals = residuals._replace(weights=weights)
+        else:
+            y, state, residuals = self._run_in_chunks(params, buffers, x, state, time, lengths, training)
+        if self.reverse and self.sequences:
+            y = reverse_sequences(y, lengths)
+        return y, state, buffers, residuals
+
+    def _run_in_chunks(
+        self, params: Params, buffers: Buffers, x: Array, state: State, time: Array | None, lengths: Array | None, training: bool
+    ) -> tuple[Array, State, RecurrentResiduals]:
+        """The loop where nothing has to be kept: over some steps at a time, so that the input term of all steps is never there at once."""
+        xp, limit, parts = xp_of(x), library(x).at_once, []
+        steps = x.shape[0] if limit is None else max(1, limit // max(1, x.shape[1] * params["weight_ih"].shape[0]))
+        if limit is None or x.shape[0] <= steps:
+            y, state, _, residuals = self._run(params, buffers, x, state, time, lengths, None, training, False)
+            return y, state, residuals
+        for start in range(0, x.shape[0], steps):
+            left = None if lengths is None else xp.where(lengths > start, lengths - start, 0)
+            now = None if time is None else time + start
+            y, state, _, residuals = self._run(params, buffers, x[start : start + steps, ...], state, now, left, None, training, False)
+            parts.append(y)
+        return (xp.concat(parts) if self.sequences else y), state, residuals
+
+    def _run(
+        self,
+        params: Params,
+        buffers: Buffers,
+        x: Array,
+        state: State,
+        time: Array | None,
+        lengths: Array | None,
+        mask: Array | None,
+        training: bool,
+        keep: bool,
+    ) -> tuple[Array, State, Buffers, RecurrentResiduals]:
+        """The input term and the loop, in the order of the steps."""
+        xp, cell = xp_of(x), self.cell(self.variant, training)
+        batch = self.variant.norm == "batch"
         given = at_steps(buffers, time, x) if batch and not training else {}
         rows = None if self.variant.affine == "shared" else rows_of_steps(time, x, self.t_max)
         loop = self._loop_params(cell, params)
@@ -85,9 +124,7 @@ class Direction:
             tracked = [name for name, slot in cell.slots.items() if slot.normalizes]
             inside = dict(zip(tracked, zip(further[::2], further[1::2], strict=True), strict=True))
             buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, lengths, self.momentum)
-        if self.reverse and self.sequences:
-            y = reverse_sequences(y, lengths)
-        return y, state, buffers, RecurrentResiduals(params, weights, x, lengths, rows, input_residuals, scanned)
+        return y, state, buffers, RecurrentResiduals(params, {}, x, lengths, rows, input_residuals, scanned)
 
     def vjp(self, residuals: RecurrentResiduals, dy: Array | None, dstate: State, *, training: bool = False) -> tuple[Array, State, Params]:
         """`(dx, dstate, dparams)` from the cotangents of `y` (or `None`) and of the last state."""

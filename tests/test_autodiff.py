@@ -451,6 +451,8 @@ def test_torch_does_not_record_where_it_is_told_not_to(rng: np.random.Generator)
         assert not pn.layer_norm(x).requires_grad
     assert not pn.layer_norm(x.detach()).requires_grad
     assert pn.layer_norm(x).requires_grad
+    with pytest.raises(pn.UnsupportedError, match="`out` cannot take a result that autograd records"):
+        pn.layer_norm(x, out=torch.empty_like(x))
 
 
 def test_changing_an_array_before_the_backward_pass_is_an_error(rng: np.random.Generator) -> None:

@@ -11,18 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import portnorm as pn
-from portnorm.arrays import library, without_kernels
+from portnorm.arrays import leaves, library, without_kernels
 from portnorm.norm.normalize import Normalized, normalize
 from portnorm_backends.numpy import KernelResiduals
+from portnorm_backends.recurrent import LoopResiduals
 from tests.processes import in_threads, output_of
-from tests.tolerances import OPERATION
+from tests.tolerances import OPERATION, RECURRENT
 
 KERNELS = sorted(library(np.zeros(1)).kernels)
 
 
 def test_the_kernels_are_there() -> None:
     """The test environment has numba; without it everything below would compare the definitions with themselves."""
-    assert KERNELS == ["normalize"]
+    assert KERNELS == ["layer_norm", "normalize", "rms_norm", "scan"]
 
 
 @st.composite
@@ -83,6 +84,119 @@ def test_normalize_is_what_its_definition_is(call: tuple[np.ndarray[Any, Any], d
             np.testing.assert_allclose(a, b, rtol=0, atol=10 * tolerance * max(1.0, float(np.max(np.abs(b)))))
 
 
+# -- recurrent cells -----------------------------------------------------------------------------------------------------------------------
+
+CELLS = [(cell, name) for cell in pn.VARIANTS for name in (*pn.VARIANTS[cell], *pn.IMPLEMENTATIONS[cell])]
+
+TAKEN = {
+    "LSTM": {
+        None,
+        "layer",
+        "layer-gates",
+        "layer-state",
+        "batch",
+        "batch-input",
+        "batch-input-frame",
+        "weight",
+        "fastrnns",
+        "haste",
+    },
+    "GRU": {None, "layer", "batch", "batch-input", "batch-input-frame", "weight"},
+    "RNN": {None, "layer", "batch", "batch-input", "batch-input-frame", "weight"},
+}
+"""Variants that must not fall back to the definition."""
+
+
+@st.composite
+def sequences(draw: Any) -> tuple[pn.LSTM | pn.GRU | pn.RNN, Any, Any, bool]:
+    """A layer of any variant, its input, lengths or `None`, and whether it trains."""
+    cell, name = draw(st.sampled_from(CELLS))
+    dtype = draw(st.sampled_from(["float32", "float64"]))
+    size, seed = draw(st.integers(1, 9)), draw(st.integers(0, 2**32))
+    options = {"t_max": draw(st.integers(1, 5)), "bidirectional": draw(st.booleans()), "return_sequences": draw(st.booleans())}
+    layer = getattr(pn, cell)(3, size, norm=name, dtype=dtype, rng=seed, **options)
+    rng = np.random.default_rng(seed)
+    for key, p in layer.params.items():
+        layer.params[key] = p + (0.3 * rng.standard_normal(p.shape)).astype(dtype)
+    training = draw(st.booleans()) and not layer.variant.zoneout
+    batch = draw(st.integers(2 if training and layer.variant.norm == "batch" else 1, 6))
+    x = (1 + rng.standard_normal((draw(st.integers(1, 6)), batch, 3))).astype(dtype)
+    lengths = rng.integers(1, len(x) + 1, batch) if draw(st.booleans()) and layer.variant.eps > 0 else None
+    return layer, x, lengths, training
+
+
+def whole(layer: Any, x: Any, lengths: Any, training: bool) -> list[Any]:
+    """Everything that a layer computes, forward and backward."""
+    state, buffers = layer.initial_state(x.shape[1], noise=0.5, rng=1), dict(layer.buffers)
+    y, after, pullback = layer.vjp(x, state=state, lengths=lengths, training=training)
+    dy = np.random.default_rng(2).standard_normal(y.shape).astype(y.dtype)
+    found = [y, after, pullback(dy, tuple(np.ones_like(a) for a in after[: len(layer.cell.states)])), layer.buffers]
+    layer.buffers = buffers
+    return list(leaves([*found, layer(x, state=state, lengths=lengths)[0]]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(sequences())
+def test_a_cell_is_what_its_definition_is(call: tuple[Any, Any, Any, bool]) -> None:
+    layer, x, lengths, training = call
+    found = whole(layer, x, lengths, training)
+    with without_kernels(np.ndarray):
+        expected = whole(layer, x, lengths, training)
+    # Six steps in float32 amplify rounding where the variance of a few values is near 0, which eps bounds in the variants that are used.
+    tolerance = 1e-9 if x.dtype == np.float64 else RECURRENT["float32"] * (10 if layer.variant.eps < 1e-6 or len(x[0]) < 3 else 1)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1.0, float(np.max(np.abs(b), initial=0.0))))
+
+
+@pytest.mark.parametrize(("cell", "name"), [(cell, name) for cell, names in TAKEN.items() for name in sorted(names, key=str)])
+@pytest.mark.parametrize("batch", [2, 5, 40])
+def test_the_presets_are_computed_by_kernels(cell: str, name: str | None, batch: int, rng: np.random.Generator) -> None:
+    """With weights of a size that takes each way to the product, forward and backward; nothing here goes to the definition."""
+    layer = getattr(pn, cell)(3, 192 if batch == 40 else 4, norm=name, rng=0)
+    x = rng.standard_normal((3, batch, 3)).astype(np.float32)
+    places = [residual.scan for residual in layer.forward(layer.params, layer.buffers, x, None, None, True, True)[3].directions]
+    assert [type(place) for place in places] == [LoopResiduals]
+    found = whole(layer, x, None, True)
+    with without_kernels(np.ndarray):
+        expected = whole(layer, x, None, True)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=10 * RECURRENT["float32"] * max(1.0, float(np.max(np.abs(b), initial=0.0))))
+
+
+def test_a_step_whose_squares_leave_the_type_goes_to_the_definition(rng: np.random.Generator) -> None:
+    layer = pn.LSTM(3, 4, norm="layer", rng=0)
+    layer.params["weight_hh_l0"] = layer.params["weight_hh_l0"] * np.float32(1e25)
+    x = rng.standard_normal((4, 2, 3)).astype(np.float32)
+    y, _ = layer(x)
+    with without_kernels(np.ndarray):
+        expected, _ = layer(x)
+    assert np.isfinite(y).all()
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_sigmoid_and_tanh_are_within_four_units(name: str, dtype: Any) -> None:
+    """Wherever the result is a normal number; NaN stays NaN, and nothing overflows."""
+    from portnorm_backends import pointwise
+
+    limits = {"sigmoid": (1e-3, 1.0, 20.0, 87.0 if dtype is np.float32 else 700.0), "tanh": (1e-20, 1e-3, 1.0, 30.0)}
+    x = np.concatenate([np.linspace(-limit, limit, 32 * 625) for limit in limits[name]]).astype(dtype)
+    y, special = np.empty_like(x), np.zeros(pointwise.LANES, dtype)
+    getattr(pointwise, name)(x, y, x.size)
+    wide = x.astype(np.longdouble)
+    exact = np.tanh(wide) if name == "tanh" else 1 / (1 + np.exp(-wide))
+    normal = np.abs(exact) >= np.finfo(dtype).tiny
+    assert np.max(np.abs(y - exact)[normal] / np.spacing(np.abs(exact[normal]).astype(dtype))) <= 4
+    special[:3] = np.nan, np.inf, -np.inf
+    getattr(pointwise, name)(special, special, 3)
+    np.testing.assert_allclose(special[:3], [np.nan, 1, -1 if name == "tanh" else 0], atol=1e-30)
+
+
+# -- rows and channels ---------------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_rows_whose_squares_leave_the_type_go_to_the_definition(dtype: str, rng: np.random.Generator) -> None:
     x = rng.standard_normal((3, 8)).astype(dtype)
@@ -91,6 +205,24 @@ def test_rows_whose_squares_leave_the_type_go_to_the_definition(dtype: str, rng:
     assert isinstance(residuals, Normalized if dtype == "float64" else Normalized | KernelResiduals)
     with without_kernels(np.ndarray):
         np.testing.assert_allclose(y, normalize(x, axes=(1,), param_axes=(1,), eps=1e-5), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 2, 5), (0, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("parameters", ["none", "weight", "both"])
+def test_the_last_axis(shape: tuple[int, ...], dtype: str, parameters: str, rng: np.random.Generator) -> None:
+    """The public functions, whose kernels take plain arguments without detours."""
+    x, w, b = (rng.standard_normal(s).astype(dtype) for s in (shape, shape[-1:], shape[-1:]))
+    given_ = {"none": (), "weight": (w,), "both": (w, b)}[parameters]
+    for function, arguments in ((pn.layer_norm, given_), (pn.rms_norm, given_[:1])):
+        y, pullback = pn.vjp(function, x, *arguments)
+        found = [y, function(x, *arguments), function(x, *arguments, axis=x.ndim - 1), *pullback(x)]
+        with without_kernels(np.ndarray):
+            y, pullback = pn.vjp(function, x, *arguments)
+            expected = [y, y, y, *pullback(x)]
+        for a, e in zip(found, expected, strict=True):
+            assert (a.shape, a.dtype) == (e.shape, e.dtype)
+            np.testing.assert_allclose(a, e, atol=10 * OPERATION[dtype] * max(1.0, float(np.max(np.abs(e), initial=0.0))))
 
 
 def test_read_only_arrays_need_no_version_of_their_own(rng: np.random.Generator) -> None:

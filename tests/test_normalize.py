@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import array_shapes, arrays
 
 import portnorm as pn
+from portnorm.arrays import to_numpy
 from tests.conftest import Library
 from tests.tolerances import LARGE_MEAN, relative
 
@@ -163,3 +164,36 @@ def test_weight_norm_of_extreme_rows(scale: float, rng: np.random.Generator) -> 
     w = pn.weight_norm((v * scale).astype(np.float32), np.float32([1.0, 2.0, 3.0]))
     np.testing.assert_allclose(w, pn.weight_norm(v, np.array([1.0, 2.0, 3.0])), rtol=2e-6, atol=1e-7)
     np.testing.assert_allclose(np.linalg.norm(w.astype(np.float64), axis=1), [1.0, 2.0, 3.0], rtol=1e-6)
+
+
+OUT: dict[str, Any] = {
+    "layer": lambda x, w, **o: pn.layer_norm(x, w, w, **o),
+    "rms": lambda x, w, **o: pn.rms_norm(x, w, **o),
+    "batch": lambda x, w, **o: pn.batch_norm(x, w, w, channel_axis=-1, **o),
+    "batch with statistics": lambda x, w, **o: pn.batch_norm(x, w, w, mean=w, var=w * w, channel_axis=-1, **o),
+    "instance": lambda x, w, **o: pn.instance_norm(x, w, w, channel_axis=-1, **o),
+    "group": lambda x, w, **o: pn.group_norm(x, 2, w, w, channel_axis=-1, **o),
+    "group of the first channels": lambda x, w, **o: pn.group_norm(x, 1, channel_axis=1, **o),
+}
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_out_takes_the_result(name: str, library: Library, rng: np.random.Generator) -> None:
+    """And is what comes back; also with gaps between its rows, and where it is the input itself."""
+    if library.name == "numpy-readonly":
+        pytest.skip("nothing can be written to")
+    x, w = rng.standard_normal((3, 5, 4)), 1.0 + rng.uniform(size=4)
+    given_, w = library.array(x, "float32"), library.array(w, "float32")
+    expected = np.array(to_numpy(OUT[name](given_, w)))
+    if library.name == "jax":
+        with pytest.raises(pn.UnsupportedError, match="`out` cannot be written to"):
+            OUT[name](given_, w, out=given_)
+        return
+    for out in (
+        library.array(np.zeros((3, 5, 4)), "float32"),
+        library.array(np.zeros((3, 5, 8)), "float32")[..., ::2],
+        library.array(x, "float32"),
+    ):
+        x = out if float(to_numpy(out)[0, 0, 0]) else given_
+        assert OUT[name](x, w, out=out) is out
+        np.testing.assert_allclose(to_numpy(out), expected, atol=1e-6)

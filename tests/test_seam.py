@@ -99,7 +99,7 @@ def test_a_third_party_joins_through_an_entry_point(monkeypatch: pytest.MonkeyPa
 def test_an_op_looks_like_its_function() -> None:
     import inspect
 
-    assert list(inspect.signature(pn.layer_norm).parameters) == ["x", "weight", "bias", "axis", "eps"]
+    assert list(inspect.signature(pn.layer_norm).parameters) == ["x", "weight", "bias", "axis", "eps", "out"]
     assert pn.layer_norm.__doc__ is not None
     assert pn.layer_norm.__name__ == "layer_norm"
     assert repr(normalize) == "<Op normalize>"

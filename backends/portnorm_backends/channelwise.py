@@ -1,8 +1,8 @@
 """Normalization over all axes but the channels, as batch normalization in training does it; compiled by numba like `rowwise`.
 
 `columns`: the channels are the last axis, (rows, channels). The loops go along the channels and hold sums for each, in groups of rows.
-`channels`: (outer, channels, inner), every (outer, channel) a contiguous block. Statistics as in `rowwise`. The gain w of a channel is one
-number, so that the cotangent is dx = w · rstd · (dy − Σ dy / n − x̂ · Σ dy x̂ / n).
+`channels`: (outer, channels, inner), every (outer, channel) a contiguous block. Statistics as in `rowwise`: from a first guess m of the
+mean, with d what it lacks. The gain w of a channel is one number, so that dx = w · rstd · (dy − Σ dy / n − x̂ · Σ dy x̂ / n).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numba
 import numpy
 
-from portnorm_backends.rowwise import compiled, sum_of_differences, sum_of_squares, sums_of_cotangents
+from portnorm_backends.rowwise import bare, compiled, fill, guess, sums, sums_of_cotangents
 
 _GROUP = 64
 """Rows that are added to one sum before it is added to the others."""
@@ -26,142 +26,170 @@ _GROUP = 64
 
 @compiled()
 def _add(total: Any, lost: Any, part: Any) -> None:
-    """total += part with what rounding loses carried along (Kahan 1965): there can be many groups."""
+    """total += part with what rounding loses carried along (Kahan 1965): there can be many groups. part = 0."""
     for c in range(total.size):
         term = part[c] - lost[c]
         more = total[c] + term
         lost[c] = (more - total[c]) - term
         total[c] = more
+        part[c] = 0
 
 
 @compiled()
-def _column_averages(x: Any, high: Any, low: Any, squared: bool, part: Any, total: Any) -> None:
-    """total[c] = Σ z / n, or Σ z² / n, of z = (x − high[c]) − low[c]."""
+def column_sums(x: Any, m: Any, first: Any, second: Any) -> None:
+    """Σ (x − m) and Σ (x − m)² of each column."""
     rows, channels = x.shape
-    lost = numpy.zeros(channels)
-    total[:] = 0.0
+    part, lost = numpy.zeros((2, channels), x.dtype), numpy.zeros((2, channels))
+    fill(first, 0)
+    fill(second, 0)
     for start in range(0, rows, _GROUP):
-        part[:] = 0.0
+        a, b = part[0], part[1]
         for k in range(start, min(start + _GROUP, rows)):
             row = x[k]
-            if squared:
-                for c in range(channels):
-                    z = (row[c] - high[c]) - low[c]
-                    part[c] += z * z
-            else:
-                for c in range(channels):
-                    part[c] += (row[c] - high[c]) - low[c]
-        _add(total, lost, part)
+            for c in range(channels):
+                z = row[c] - m[c]
+                a[c] += z
+                b[c] += z * z
+        _add(first, lost[0], a)
+        _add(second, lost[1], b)
+
+
+@compiled()
+def column_statistics(x: Any, center: bool, m: Any, d: Any, var: Any) -> None:
+    """m, d and σ² of each column; m and d in the type of the values."""
+    rows, channels = x.shape
+    total, again = numpy.empty(channels), False
+    fill(m, 0)
+    if center:
+        for c in range(channels):
+            m[c] = x[0, c]
+        column_sums(x[: min(_GROUP, rows)], m, total, var)
+        for c in range(channels):
+            m[c] += total[c] / min(_GROUP, rows)
+    column_sums(x, m, total, var)
     for c in range(channels):
-        total[c] /= rows
+        mean = total[c] / rows if center else 0.0
+        var[c] = var[c] / rows - mean * mean
+        d[c] = mean
+        if not mean * mean <= 2.0 * var[c]:
+            again = True
+    if again and center:
+        for c in range(channels):
+            m[c] += d[c]
+        column_sums(x, m, total, var)
+        for c in range(channels):
+            mean = total[c] / rows
+            var[c] = max(var[c] / rows - mean * mean, 0.0)
+            d[c] = mean
 
 
 def _columns_forward(
-    x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, mean: Any, var: Any, rstd: Any
+    x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any, var: Any
 ) -> bool:
+    x, weight, bias, y, kept, var = bare(x), bare(weight), bare(bias), bare(y), bare(kept), bare(var)
     rows, channels = x.shape
-    high, low, part = numpy.zeros(channels), numpy.zeros(channels), numpy.zeros(channels)
-    if center:
-        first = x[0].astype(numpy.float64)
-        _column_averages(x, first, low, False, part, high)
-        for c in range(channels):
-            high[c] += first[c]
-        if x.itemsize == 8:
-            rest_of_mean = numpy.empty(channels)
-            _column_averages(x, high, low, False, part, rest_of_mean)
-            low = rest_of_mean
-    _column_averages(x, high, low, True, part, var)
-    fine = True
-    room = numpy.empty((4, channels), x.dtype)
-    near, rest, gain, shift = room[0], room[1], room[2], room[3]
+    m, d, rstd, fine = kept[0], kept[1], kept[2], True
+    column_statistics(x, center, m, d, var)
+    gain, shift = numpy.empty(channels, x.dtype), numpy.zeros(channels, x.dtype)
     for c in range(channels):
         if not (smallest < var[c] + eps < largest):
             fine = False
         rstd[c] = 1.0 / math.sqrt(var[c] + eps)
-        mean[c, 0], mean[c, 1] = high[c], low[c]
-        near[c] = high[c]
-        rest[c] = high[c] - near[c] + low[c]
-        gain[c] = rstd[c] * (weight[c] if weight.size else 1.0)
-        shift[c] = bias[c] if bias.size else 0.0
+        gain[c] = rstd[c] * weight[c] if weight.size else rstd[c]
+        if bias.size:
+            shift[c] = bias[c]
     for k in range(rows):
         row, out = x[k], y[k]
         for c in range(channels):
-            out[c] = ((row[c] - near[c]) - rest[c]) * gain[c] + shift[c]
+            out[c] = ((row[c] - m[c]) - d[c]) * gain[c] + shift[c]
     return fine
 
 
-def _columns_backward(x: Any, dy: Any, weight: Any, mean: Any, rstd: Any, center: bool, dx: Any, dweight: Any, dbias: Any) -> None:
+@compiled()
+def column_cotangents(x: Any, dy: Any, m: Any, d: Any, rstd: Any, first: Any, second: Any) -> None:
+    """Σ dy and Σ dy · x̂ of each column."""
     rows, channels = x.shape
-    room = numpy.empty((6, channels), x.dtype)
-    near, rest, factor, gain, a, b = room[0], room[1], room[2], room[3], room[4], room[5]
-    first, second, lost = numpy.zeros(channels), numpy.zeros(channels), numpy.zeros((2, channels))
-    for c in range(channels):
-        near[c], factor[c] = mean[c, 0], rstd[c]
-        rest[c] = mean[c, 0] - near[c] + mean[c, 1]
-        gain[c] = rstd[c] * (weight[c] if weight.size else 1.0)
-        dweight[c] = dbias[c] = 0.0
+    part, lost = numpy.zeros((2, channels), x.dtype), numpy.zeros((2, channels))
+    fill(first, 0)
+    fill(second, 0)
     for start in range(0, rows, _GROUP):
-        first[:] = 0.0
-        second[:] = 0.0
+        a, b = part[0], part[1]
         for k in range(start, min(start + _GROUP, rows)):
             row, given = x[k], dy[k]
             for c in range(channels):
-                first[c] += given[c]
-                second[c] += given[c] * (((row[c] - near[c]) - rest[c]) * factor[c])
-        _add(dbias, lost[0], first)
-        _add(dweight, lost[1], second)
+                a[c] += given[c]
+                b[c] += given[c] * (((row[c] - m[c]) - d[c]) * rstd[c])
+        _add(first, lost[0], a)
+        _add(second, lost[1], b)
+
+
+def _columns_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx: Any, dweight: Any, dbias: Any) -> None:
+    x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
+    rows, channels = x.shape
+    m, d, rstd = kept[0], kept[1], kept[2]
+    column_cotangents(x, dy, m, d, rstd, dbias, dweight)
+    room = numpy.empty((3, channels), x.dtype)
+    gain, a, b = room[0], room[1], room[2]
     for c in range(channels):
+        gain[c] = rstd[c] * weight[c] if weight.size else rstd[c]
         a[c], b[c] = dbias[c] / rows if center else 0.0, dweight[c] / rows
     for k in range(rows):
         row, given, out = x[k], dy[k], dx[k]
         for c in range(channels):
-            out[c] = gain[c] * ((given[c] - a[c]) - ((row[c] - near[c]) - rest[c]) * factor[c] * b[c])
+            out[c] = gain[c] * ((given[c] - a[c]) - ((row[c] - m[c]) - d[c]) * rstd[c] * b[c])
 
 
 # -- (outer, channels, inner) ------------------------------------------------------------------------------------------------------------
 
 
+@compiled()
+def _channel_sums(x: Any, c: int, m: Any) -> tuple[float, float]:
+    """Σ (x − m) and Σ (x − m)² of one channel."""
+    first, second = 0.0, 0.0
+    for k in range(x.shape[0]):
+        a, b = sums(x[k, c], m)
+        first += a
+        second += b
+    return first, second
+
+
 def _channels_forward(
-    x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, mean: Any, var: Any, rstd: Any
+    x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any, var: Any
 ) -> bool:
+    x, weight, bias, y, kept, var = bare(x), bare(weight), bare(bias), bare(y), bare(kept), bare(var)
     outer, channels, inner = x.shape
     n, fine = outer * inner, True
     for c in range(channels):
-        m = d = total = 0.0
-        if center:
-            first = float(x[0, c, 0])
-            for k in range(outer):
-                total += sum_of_differences(x[k, c], first)
-            m, total = first + total / n, 0.0
-            if x.itemsize == 8:
-                for k in range(outer):
-                    total += sum_of_differences(x[k, c], m)
-                d, total = total / n, 0.0
-        for k in range(outer):
-            total += sum_of_squares(x[k, c], m, d)
-        spread = total / n
+        m = guess(x[0, c]) if center else x.dtype.type(0)
+        a, b = _channel_sums(x, c, m)
+        d = a / n if center else 0.0
+        spread = b / n - d * d
+        if not d * d <= 2.0 * spread:
+            m = x.dtype.type(m + d)
+            a, b = _channel_sums(x, c, m)
+            d, spread = a / n, max(b / n - (a / n) ** 2, 0.0)
         if not (smallest < spread + eps < largest):
             fine = False
-        mean[c, 0], mean[c, 1], var[c], rstd[c] = m, d, spread, 1.0 / math.sqrt(spread + eps)
-        near = x.dtype.type(m)
-        rest, gain = x.dtype.type(m - near + d), x.dtype.type(rstd[c] * (weight[c] if weight.size else 1.0))
-        shift = bias[c] if bias.size else x.dtype.type(0)
+        rest, rstd, var[c] = x.dtype.type(d), x.dtype.type(1.0 / math.sqrt(spread + eps)), spread
+        kept[0, c], kept[1, c], kept[2, c] = m, rest, rstd
+        gain, shift = weight[c] * rstd if weight.size else rstd, bias[c] if bias.size else x.dtype.type(0)
         for k in range(outer):
             block, out = x[k, c], y[k, c]
             for i in range(inner):
-                out[i] = ((block[i] - near) - rest) * gain + shift
+                out[i] = ((block[i] - m) - rest) * gain + shift
     return fine
 
 
-def _channels_backward(x: Any, dy: Any, weight: Any, mean: Any, rstd: Any, center: bool, dx: Any, dweight: Any, dbias: Any) -> None:
+def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx: Any, dweight: Any, dbias: Any) -> None:
+    x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
     outer, channels, inner = x.shape
     n = outer * inner
     for c in range(channels):
-        near, factor = x.dtype.type(mean[c, 0]), x.dtype.type(rstd[c])
-        rest, gain = x.dtype.type(mean[c, 0] - near + mean[c, 1]), x.dtype.type(rstd[c] * (weight[c] if weight.size else 1.0))
+        m, d, rstd = kept[0, c], kept[1, c], kept[2, c]
+        gain = weight[c] * rstd if weight.size else rstd
         first = second = 0.0
         for k in range(outer):
-            a, b = sums_of_cotangents(x[k, c], dy[k, c], near, rest, factor)
+            a, b = sums_of_cotangents(x[k, c], dy[k, c], m, d, rstd)
             first += a
             second += b
         dbias[c], dweight[c] = first, second
@@ -169,7 +197,7 @@ def _channels_backward(x: Any, dy: Any, weight: Any, mean: Any, rstd: Any, cente
         for k in range(outer):
             block, given, out = x[k, c], dy[k, c], dx[k, c]
             for i in range(inner):
-                out[i] = gain * ((given[i] - one) - ((block[i] - near) - rest) * factor * two)
+                out[i] = gain * ((given[i] - one) - ((block[i] - m) - d) * rstd * two)
 
 
 @functools.cache
@@ -178,8 +206,7 @@ def forward(dtype: str, inner: bool) -> Callable[..., bool]:
     t, wide, ndim = numba.from_dtype(numpy.dtype(dtype)), numba.float64, 3 if inner else 2
     given = numba.types.Array(t, ndim, "C", readonly=True)
     parameter, made = numba.types.Array(t, 1, "C", readonly=True), numba.types.Array(t, ndim, "C")
-    statistics = (wide[:, ::1], wide[::1], wide[::1])
-    signature = numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, made, *statistics)
+    signature = numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, made, t[:, ::1], wide[::1])
     return compiled(signatures=signature)(_channels_forward if inner else _columns_forward)
 
 
@@ -189,6 +216,6 @@ def backward(dtype: str, inner: bool) -> Callable[..., None]:
     t, wide, ndim = numba.from_dtype(numpy.dtype(dtype)), numba.float64, 3 if inner else 2
     given = numba.types.Array(t, ndim, "C", readonly=True)
     parameter, made = numba.types.Array(t, 1, "C", readonly=True), numba.types.Array(t, ndim, "C")
-    statistics = (numba.types.Array(wide, 2, "C", readonly=True), numba.types.Array(wide, 1, "C", readonly=True))
-    signature = numba.void(given, given, parameter, *statistics, numba.boolean, made, wide[::1], wide[::1])
+    kept = numba.types.Array(t, 2, "C", readonly=True)
+    signature = numba.void(given, given, parameter, kept, numba.boolean, made, wide[::1], wide[::1])
     return compiled(signatures=signature)(_channels_backward if inner else _columns_backward)

@@ -5,6 +5,7 @@ numba itself is imported when the first array comes that a kernel takes. The ker
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from typing import Any, NamedTuple
@@ -12,20 +13,20 @@ from typing import Any, NamedTuple
 import numpy
 
 from portnorm.arrays import Array, Kernel, Library, float32_value
-from portnorm.norm.normalize import normalize
+from portnorm.norm.layer import layer_norm
+from portnorm.norm.normalize import normalize, written
+from portnorm.norm.rms import rms_norm
+from portnorm_backends import recurrent
+from portnorm_backends.recurrent import RANGE
 
 NumPyArray = numpy.ndarray[Any, Any]
-
-_RANGE = {"float32": (1e-70, 1e70), "float64": (1e-280, 1e280)}
-"""Bounds of σ² + ε: beyond them 1 / σ or the values themselves may leave the type, and the definition scales the row first."""
 
 
 class KernelResiduals(NamedTuple):
     """What the vjp of a kernel needs: the input itself and its statistics. Nothing of the size of the input is made."""
 
     x: NumPyArray
-    means: NumPyArray  # (statistics, 2) float64: the mean, and what rounding left of it
-    rstd: NumPyArray  # (statistics,) float64
+    kept: NumPyArray  # m, d and 1 / σ of each statistic; the mean is m + d. (rows, 3), or (3, channels)
     weight: NumPyArray | None
     bias: NumPyArray | None
     laid_out: tuple[int, int] | None  # of rows: the shape of the parameters as the kernel takes them
@@ -42,7 +43,7 @@ class KernelResiduals(NamedTuple):
     def mean(self) -> NumPyArray:
         """μ of each channel, of length 1 along the normalized axes."""
         assert self.var is not None
-        mean: NumPyArray = self.means.sum(axis=1).astype(self.x.dtype).reshape(self.var.shape)
+        mean: NumPyArray = self.kept[:2].sum(axis=0).reshape(self.var.shape)
         return mean
 
     def statistics(self) -> tuple[NumPyArray, NumPyArray]:
@@ -69,7 +70,7 @@ def _accepts(
     """Contiguous float32 or float64 values with their own biased variance: whole rows, or all axes but the one with the parameters."""
     if mask is not None or mean is not None or reduce is not None or correction or eps_place != "variance":
         return False
-    if type(x) is not numpy.ndarray or not x.size or x.dtype.name not in _RANGE or not x.dtype.isnative:
+    if type(x) is not numpy.ndarray or not x.size or x.dtype.name not in RANGE or not x.dtype.isnative:
         return False
     return bool(x.flags.c_contiguous and x.flags.aligned) and (_are_rows(x, axes, param_axes) or _is_channel(x, axes, param_axes))
 
@@ -94,13 +95,21 @@ def _forward(
     param_axes: tuple[int, ...],
     eps: float,
     center: bool = True,
+    out: Any = None,
     **attrs: Any,
 ) -> tuple[NumPyArray, Any]:
     made = _forward_of_rows if _are_rows(x, axes, param_axes) else _forward_of_channels
-    found = made(x, weight, bias, axes, param_axes, float32_value(eps), center)
+    into = numpy.empty_like(x) if out is None or not _can_take(out, x, weight, bias) else out
+    found = made(x, weight, bias, axes, param_axes, float32_value(eps), center, into)
     if found is None:
-        return normalize.definition(x, weight, bias, axes=axes, param_axes=param_axes, eps=eps, center=center, **attrs)
-    return found
+        return normalize.definition(x, weight, bias, axes=axes, param_axes=param_axes, eps=eps, center=center, out=out, **attrs)
+    return written(into, out), found
+
+
+def _can_take(out: Any, *others: Any) -> bool:
+    """Whether a kernel can write into `out` while it reads the others."""
+    contiguous = type(out) is numpy.ndarray and out.flags.c_contiguous and out.flags.aligned and out.flags.writeable
+    return bool(contiguous and not any(p is not None and numpy.may_share_memory(out, p) for p in others))
 
 
 def _given(p: Any, x: NumPyArray, shape: tuple[int, ...]) -> NumPyArray:
@@ -116,32 +125,31 @@ def _cotangents(p: Any, d: NumPyArray) -> NumPyArray | None:
 
 
 def _forward_of_rows(
-    x: NumPyArray, weight: Any, bias: Any, axes: tuple[int, ...], param_axes: tuple[int, ...], eps: float, center: bool
-) -> tuple[NumPyArray, KernelResiduals] | None:
-    """`None` where the definition has to do it. A row of parameters for each of the last rows, a value for each run of neighbours."""
+    x: NumPyArray, weight: Any, bias: Any, axes: tuple[int, ...], param_axes: tuple[int, ...], eps: float, center: bool, y: NumPyArray
+) -> KernelResiduals | None:
+    """`y`; `None` where the definition has to do it. A row of parameters for each of the last rows, a value for each run of neighbours."""
     from portnorm_backends import rowwise
 
     first, last = axes[0], param_axes[-1] + 1
     rows = x.reshape(-1, math.prod(x.shape[first:]))
     shape = (math.prod(x.shape[param_axes[0] : first]), math.prod(x.shape[first:last]))
-    y, means, rstd = numpy.empty_like(rows), numpy.empty((rows.shape[0], 2)), numpy.empty(rows.shape[0])
+    kept = numpy.empty((rows.shape[0], 3), dtype=x.dtype)
     parameters = (_given(weight, x, shape), _given(bias, x, shape))
-    if not rowwise.forward(x.dtype.name)(rows, *parameters, eps, center, *_RANGE[x.dtype.name], y, means, rstd):
+    if not rowwise.forward(x.dtype.name)(rows, *parameters, eps, center, *RANGE[x.dtype.name], y.reshape(rows.shape), kept):
         return None
-    return y.reshape(x.shape), KernelResiduals(x, means, rstd, weight, bias, shape, None)
+    return KernelResiduals(x, kept, weight, bias, shape, None)
 
 
 def _vjp_of_rows(residuals: KernelResiduals, dy: NumPyArray, *, center: bool = True, **attrs: Any) -> tuple[Any, Any, Any]:
-    from portnorm_backends import rowwise
-
-    x, means, rstd, weight, bias, shape, *_ = residuals
+    x, kept, weight, bias, shape, *_ = residuals
     assert shape is not None
-    rows = x.reshape(rstd.size, -1)
-    dx, room = numpy.empty_like(rows), numpy.empty(rows.shape[1], dtype=x.dtype)
+    rows, dtype = x if x.ndim == 2 and x.shape[0] == kept.shape[0] else x.reshape(kept.shape[0], -1), x.dtype
+    by_value = shape[1] == rows.shape[1] and not (weight is None and bias is None)
+    dx, room = numpy.empty_like(rows), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype)
     dweight, dbias = (numpy.zeros(shape if p is not None else (0, 0)) for p in (weight, bias))
-    given = _given(dy, x, rows.shape)
-    rowwise.backward(x.dtype.name)(rows, given, _given(weight, x, shape), means, rstd, center, room, dx, dweight, dbias)
-    return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
+    _plain(dtype)[1](rows, _given(dy, x, rows.shape), _given(weight, x, shape), kept, center, room, dx, dweight, dbias)
+    dx = dx if rows is x else dx.reshape(x.shape)
+    return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
 
 def _by_channel(x: NumPyArray, channel: int) -> NumPyArray:
@@ -151,20 +159,20 @@ def _by_channel(x: NumPyArray, channel: int) -> NumPyArray:
 
 
 def _forward_of_channels(
-    x: NumPyArray, weight: Any, bias: Any, axes: tuple[int, ...], param_axes: tuple[int, ...], eps: float, center: bool
-) -> tuple[NumPyArray, KernelResiduals] | None:
-    """`None` where the definition has to do it."""
+    x: NumPyArray, weight: Any, bias: Any, axes: tuple[int, ...], param_axes: tuple[int, ...], eps: float, center: bool, y: NumPyArray
+) -> KernelResiduals | None:
+    """`y`; `None` where the definition has to do it."""
     from portnorm_backends import channelwise
 
     (channel,) = param_axes
     blocks, count = _by_channel(x, channel), x.shape[channel]
-    y, means, var, rstd = numpy.empty_like(blocks), numpy.empty((count, 2)), numpy.empty(count), numpy.empty(count)
+    kept, var = numpy.empty((3, count), dtype=x.dtype), numpy.empty(count)
     parameters = (_given(weight, x, (count,)), _given(bias, x, (count,)))
     kernel = channelwise.forward(x.dtype.name, blocks.ndim == 3)
-    if not kernel(blocks, *parameters, eps, center, *_RANGE[x.dtype.name], y, means, var, rstd):
+    if not kernel(blocks, *parameters, eps, center, *RANGE[x.dtype.name], y.reshape(blocks.shape), kept, var):
         return None
-    kept = var.astype(x.dtype).reshape(tuple(count if a == channel else 1 for a in range(x.ndim)))
-    return y.reshape(x.shape), KernelResiduals(x, means, rstd, weight, bias, None, kept)
+    variance = var.astype(x.dtype).reshape(tuple(count if a == channel else 1 for a in range(x.ndim)))
+    return KernelResiduals(x, kept, weight, bias, None, variance)
 
 
 def _vjp_of_channels(
@@ -172,17 +180,78 @@ def _vjp_of_channels(
 ) -> tuple[Any, Any, Any]:
     from portnorm_backends import channelwise
 
-    x, means, rstd, weight, bias, *_ = residuals
-    blocks = _by_channel(x, param_axes[0])
-    dx, dweight, dbias = numpy.empty_like(blocks), numpy.empty(rstd.size), numpy.empty(rstd.size)
+    x, kept, weight, bias, *_ = residuals
+    blocks, count = _by_channel(x, param_axes[0]), kept.shape[1]
+    dx, dweight, dbias = numpy.empty_like(blocks), numpy.empty(count), numpy.empty(count)
     given = _given(dy, x, blocks.shape)
     kernel = channelwise.backward(x.dtype.name, blocks.ndim == 3)
-    kernel(blocks, given, _given(weight, x, (rstd.size,)), means, rstd, center, dx, dweight, dbias)
+    kernel(blocks, given, _given(weight, x, (count,)), kept, center, dx, dweight, dbias)
     return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
 
 def _vjp(residuals: KernelResiduals, dy: Array, **attrs: Any) -> tuple[Any, Any, Any]:
     return _vjp_of_channels(residuals, dy, **attrs) if residuals.laid_out is None else _vjp_of_rows(residuals, dy, **attrs)
+
+
+# -- the last axis -------------------------------------------------------------------------------------------------------------------------
+
+
+class LastAxisResiduals(KernelResiduals):
+    """Residuals of a normalization of the last axis that was taken without detours."""
+
+
+@functools.cache
+def _plain(dtype: Any) -> tuple[Any, ...]:
+    """For rows of one type: the kernels forward and backward, what the former takes for no parameter, and the bounds of σ² + ε."""
+    from portnorm_backends import rowwise
+
+    return rowwise.last_axis(dtype.name), rowwise.backward(dtype.name), numpy.empty((0,), dtype=dtype), *RANGE[dtype.name]
+
+
+_PLAIN = tuple(numpy.dtype(name) for name in RANGE)
+
+
+def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, eps: float = 1e-5, out: Any = None) -> bool:
+    """Whether the arguments of a public function need no further look: contiguous arrays of one type, and the last axis."""
+    if type(x) is not numpy.ndarray or x.dtype not in _PLAIN or out is not None or axis != -1 or not x.size or not eps >= 0:
+        return False
+    flags = x.flags
+    if not (flags.c_contiguous and flags.aligned and x.ndim):
+        return False
+    for p in (weight, bias):
+        if p is not None:
+            if type(p) is not numpy.ndarray or p.dtype != x.dtype or p.shape != x.shape[-1:]:
+                return False
+            flags = p.flags
+            if not (flags.c_contiguous and flags.aligned):
+                return False
+    return True
+
+
+def _last_axis(op: Any, center: bool) -> Kernel:
+    """The kernel of a public function for the arguments that most calls have; what others need is done by its definition."""
+
+    def call(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, **attrs: Any) -> Any:
+        kernel, _, none, smallest, largest = _plain(x.dtype)
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        y, w, b = numpy.empty_like(rows), none if weight is None else weight, none if bias is None else bias
+        if not kernel(rows, w, b, float32_value(eps), center, smallest, largest, y, numpy.empty((1, 3), x.dtype)):
+            return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps)[0]
+        return y if x.ndim == 2 else y.reshape(x.shape)
+
+    def forward(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, **attrs: Any) -> Any:
+        kernel, _, none, smallest, largest = _plain(x.dtype)
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        y, w, b = numpy.empty_like(rows), none if weight is None else weight, none if bias is None else bias
+        kept = numpy.empty((rows.shape[0], 3), x.dtype)
+        if not kernel(rows, w, b, float32_value(eps), center, smallest, largest, y, kept):
+            return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps)
+        return y.reshape(x.shape), LastAxisResiduals(x, kept, weight, bias, (1, x.shape[-1]), None)
+
+    def vjp(residuals: LastAxisResiduals, dy: NumPyArray, **attrs: Any) -> tuple[Any, ...]:
+        return _vjp_of_rows(residuals, dy, center=center)
+
+    return Kernel(call=call, forward=forward, vjp=vjp, residuals=LastAxisResiduals, accepts=_is_plain)
 
 
 _KERNELS = {
@@ -192,7 +261,11 @@ _KERNELS = {
         vjp=_vjp,
         residuals=KernelResiduals,
         accepts=_accepts,
-    )
+    ),
+    "scan": recurrent.KERNEL,
+    "layer_norm": _last_axis(layer_norm, True),
+    "rms_norm": _last_axis(rms_norm, False),
 }
 
-LIBRARY = Library("numpy", kernels=_KERNELS if importlib.util.find_spec("numba") is not None else {})
+# 8 MB in float32: enough rows for a matrix product at full speed, and memory that the allocator has at hand again.
+LIBRARY = Library("numpy", kernels=_KERNELS if importlib.util.find_spec("numba") is not None else {}, at_once=2**21)

@@ -1,10 +1,14 @@
-"""Normalization of contiguous rows in one read and one write, compiled by numba. Held against `portnorm.norm.normalize` by the tests.
+"""Normalization of contiguous rows, compiled by numba. Held against `portnorm.norm.normalize` by the tests.
 
-    m = x₀ + Σ (x − x₀) / n,  d = Σ (x − m) / n,  σ² = Σ ((x − m) − d)² / n,  y = ((x − m) − d) · rstd · weight + bias
+    d = Σ (x − m) / n,  σ² = Σ (x − m)² / n − d²,  y = ((x − m) − d) · rstd · weight + bias
 
-as in the definition: the first mean is one of differences, and d is what rounding left of it. Sums are in float64 and in blocks. Only the
-functions that add may reassociate, which lets the compiler vectorize them; differences are a function without that leave, so that
-(x − m) − d stays as it is written. float64 sums of float32 squares cannot overflow; a row whose variance leaves the range is reported.
+in one pass over a row for its statistics and one for its result. m is the mean of the row's first values, taken of their differences to the
+first of all. Nothing cancels as long as m lies within √2 σ of the mean; where the first values say little about the row the pass is made
+again from m + d. What is left of d then comes from rounding, and the σ² of values of one binade is at least half of Σ (x − m)² / n.
+
+Sums are taken in lanes of the type of the values for a block, and of blocks in float64. Only the functions that add may reassociate, which
+lets the compiler vectorize them; differences are a function without that leave, so that (x − m) − d stays as it is written. A row whose
+variance leaves the range in which squares keep their accuracy is reported.
 """
 
 from __future__ import annotations
@@ -16,18 +20,27 @@ from typing import Any, TypeVar
 
 import numba
 import numpy
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 _BLOCK = 4096
 """Values that are summed in lanes before their sum is added to the others."""
+
+_FIRST = 64
+"""Values that the first guess of a mean is taken of."""
+
+GROUP = 32
+"""Rows whose cotangents are summed before they are added to the other rows' in float64."""
 
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compiled(*, reassociate: bool = False, signatures: Any = None) -> Callable[[F], F]:
+def compiled(*, reassociate: bool = False, contract: bool = False, signatures: Any = None) -> Callable[[F], F]:
     """Decorator: compiled on the first call without the interpreter's lock, and kept on disk where there is a place for it."""
     # False is said, since a function that says nothing takes over what the function has that it is called from.
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz"} if reassociate else False}
+    leave = {"reassoc", "nsz"} if reassociate else {"contract"} if contract else False
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": leave}
 
     def compile_(function: F) -> F:
         try:
@@ -39,157 +52,236 @@ def compiled(*, reassociate: bool = False, signatures: Any = None) -> Callable[[
     return compile_
 
 
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def bare(typing: Any, x: Any) -> Any:
+    """An array, or the arrays of a tuple, without owner, for a call during which the owner lives.
+
+    Otherwise every slice counts a reference, atomically: it was half of the time of a recurrent step of 64 × 100.
+    """
+
+    def strip(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+        if isinstance(kind, numba.types.Array):
+            array = context.make_array(kind)(context, builder, value)
+            array.meminfo, array.parent = (cgutils.get_null_value(pointer.type) for pointer in (array.meminfo, array.parent))
+            return array._getvalue()
+        if isinstance(kind, numba.types.BaseTuple):
+            for i, inner in enumerate(kind):
+                value = builder.insert_value(value, strip(context, builder, inner, builder.extract_value(value, i)), i)
+        return value
+
+    return x(x), lambda context, builder, signature, args: strip(context, builder, x, args[0])
+
+
 @compiled()
-def _less(x: Any, m: Any) -> Any:
+def less(x: Any, m: Any) -> Any:
+    """x − m, not to be reassociated by who calls it."""
     return x - m
 
 
+@compiled()
+def fill(y: Any, value: Any) -> None:
+    """y[:] = value, in a fraction of the time that it takes to compile that; `copy` likewise."""
+    for i in range(y.size):
+        y[i] = value
+
+
+@compiled()
+def copy(x: Any, y: Any) -> None:
+    """y[:] = x."""
+    for i in range(x.size):
+        y[i] = x[i]
+
+
 @compiled(reassociate=True)
-def sum_of_differences(row: Any, m: float) -> float:
-    """Σ (x − m)."""
-    total = 0.0
+def guess(row: Any) -> Any:
+    """The mean of the first values of a row."""
+    first, count, total = row[0], min(_FIRST, row.size), row.dtype.type(0)
+    for i in range(count):
+        total += less(row[i], first)
+    return first + total / row.dtype.type(count)
+
+
+@compiled(reassociate=True)
+def sums(row: Any, m: Any) -> tuple[float, float]:
+    """Σ (x − m) and Σ (x − m)²."""
+    first, second = 0.0, 0.0
     for start in range(0, row.size, _BLOCK):
-        block, part = row[start : start + _BLOCK], 0.0
+        block, a, b = row[start : start + _BLOCK], row.dtype.type(0), row.dtype.type(0)
         for i in range(block.size):
-            part += _less(block[i], m)
-        total += part
-    return total
+            z = less(block[i], m)
+            a += z
+            b += z * z
+        first += a
+        second += b
+    return first, second
 
 
 @compiled(reassociate=True)
-def sum_of_squares(row: Any, m: float, d: float) -> float:
-    """Σ ((x − m) − d)²."""
-    total = 0.0
-    for start in range(0, row.size, _BLOCK):
-        block, part = row[start : start + _BLOCK], 0.0
-        for i in range(block.size):
-            z = _less(_less(block[i], m), d)
-            part += z * z
-        total += part
-    return total
-
-
-@compiled(reassociate=True)
-def sums_of_cotangents(row: Any, g: Any, high: Any, low: Any, factor: Any) -> tuple[float, float]:
+def sums_of_cotangents(row: Any, g: Any, m: Any, d: Any, factor: Any) -> tuple[float, float]:
     """Σ g and Σ g · x̂."""
     first, second = 0.0, 0.0
     for start in range(0, row.size, _BLOCK):
-        block, given, a, b = row[start : start + _BLOCK], g[start : start + _BLOCK], 0.0, 0.0
+        block, given, a, b = row[start : start + _BLOCK], g[start : start + _BLOCK], row.dtype.type(0), row.dtype.type(0)
         for i in range(block.size):
             a += given[i]
-            b += given[i] * (_less(_less(block[i], high), low) * factor)
+            b += given[i] * (less(less(block[i], m), d) * factor)
+        first += a
+        second += b
+    return first, second
+
+
+@compiled(reassociate=True)
+def sums_with_gains(row: Any, dy: Any, gains: Any, m: Any, d: Any, factor: Any) -> tuple[float, float]:
+    """Σ g and Σ g · x̂ of g = dy · gains."""
+    first, second = 0.0, 0.0
+    for start in range(0, row.size, _BLOCK):
+        stop = start + _BLOCK
+        block, given, gain, a, b = row[start:stop], dy[start:stop], gains[start:stop], row.dtype.type(0), row.dtype.type(0)
+        for i in range(block.size):
+            g = given[i] * gain[i]
+            a += g
+            b += g * (less(less(block[i], m), d) * factor)
         first += a
         second += b
     return first, second
 
 
 @compiled()
-def _statistics(row: Any, eps: float, center: bool) -> tuple[float, float, float]:
-    """(m, d, σ² + ε) of a row, in float64; the mean of float32 values needs no second look there."""
-    n, m, d = row.size, 0.0, 0.0
-    if center:
-        first = float(row[0])
-        m = first + sum_of_differences(row, first) / n
-        if row.itemsize == 8:
-            d = sum_of_differences(row, m) / n
-    return m, d, sum_of_squares(row, m, d) / n + eps
+def statistics(row: Any, center: bool) -> tuple[Any, Any, float]:
+    """(m, d, σ²) of a row; m and d in the type of the row, 0 unless `center`."""
+    n, zero = row.size, row.dtype.type(0)
+    if not center:
+        return zero, zero, sums(row, zero)[1] / n
+    m = guess(row)
+    a, b = sums(row, m)
+    d, var = a / n, b / n - (a / n) ** 2
+    if not d * d <= 2.0 * var:
+        m = row.dtype.type(m + d)
+        a, b = sums(row, m)
+        d, var = a / n, max(b / n - (a / n) ** 2, 0.0)
+    return m, row.dtype.type(d), var
 
 
-def _forward(
-    x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, mean: Any, rstd: Any
-) -> bool:
-    """y of x, both (rows, n). Fills `mean` (rows, 2) with m and d, and `rstd` (rows,).
+def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
+    """y of x, both (rows, n). Fills `kept` (rows, 3), which may have fewer rows, with m, d and 1 / sqrt(σ² + ε).
 
     `weight` and `bias` are (p, k): row r takes row r mod p, each value of it for n / k neighbours; (0, 0) where there is none. False where
     σ² + ε is not between `smallest` and `largest`: then the result is not to be used.
     """
-    n, fine, wide = x.shape[1], True, 1
+    x, weight, bias, y, kept = bare(x), bare(weight), bare(bias), bare(y), bare(kept)
+    n, fine, wide = x.shape[1], True, x.shape[1]
     if weight.size:
         wide = n // weight.shape[1]
     elif bias.size:
         wide = n // bias.shape[1]
+    by_value = wide == 1 and weight.size + bias.size > 0
     for r in range(x.shape[0]):
-        row, out = x[r], y[r]
-        m, d, spread = _statistics(row, eps, center)
-        if not (smallest < spread < largest):
+        row, out, k = x[r], y[r], r % kept.shape[0]
+        m, d, var = statistics(row, center)
+        if not (smallest < var + eps < largest):
             fine = False
-        scale = 1.0 / math.sqrt(spread)
-        mean[r, 0], mean[r, 1], rstd[r] = m, d, scale
-        # In the type of the row: (x − m) is exact where it is small, d is what m lost.
-        high = x.dtype.type(m)
-        low, factor = x.dtype.type(m - high + d), x.dtype.type(scale)
-        if wide > 1:
+        factor = x.dtype.type(1.0 / math.sqrt(var + eps))
+        kept[k, 0], kept[k, 1], kept[k, 2] = m, d, factor
+        if not by_value:
             for s in range(n // wide):
                 block, into = row[s * wide : (s + 1) * wide], out[s * wide : (s + 1) * wide]
-                gain = weight[r % weight.shape[0], s] if weight.size else x.dtype.type(1)
+                gain = weight[r % weight.shape[0], s] * factor if weight.size else factor
                 shift = bias[r % bias.shape[0], s] if bias.size else x.dtype.type(0)
                 for i in range(wide):
-                    into[i] = ((block[i] - high) - low) * factor * gain + shift
+                    into[i] = ((block[i] - m) - d) * gain + shift
         elif weight.size and bias.size:
             gains, shifts = weight[r % weight.shape[0]], bias[r % bias.shape[0]]
             for i in range(n):
-                out[i] = ((row[i] - high) - low) * factor * gains[i] + shifts[i]
+                out[i] = ((row[i] - m) - d) * factor * gains[i] + shifts[i]
         elif weight.size:
             gains = weight[r % weight.shape[0]]
             for i in range(n):
-                out[i] = ((row[i] - high) - low) * factor * gains[i]
-        elif bias.size:
+                out[i] = ((row[i] - m) - d) * factor * gains[i]
+        else:
             shifts = bias[r % bias.shape[0]]
             for i in range(n):
-                out[i] = ((row[i] - high) - low) * factor + shifts[i]
-        else:
-            for i in range(n):
-                out[i] = ((row[i] - high) - low) * factor
+                out[i] = ((row[i] - m) - d) * factor + shifts[i]
     return fine
 
 
-def _backward(x: Any, dy: Any, weight: Any, mean: Any, rstd: Any, center: bool, g: Any, dx: Any, dweight: Any, dbias: Any) -> None:
+@compiled()
+def _add(total: Any, part: Any) -> None:
+    """total += part, and part = 0."""
+    for i in range(total.size):
+        total[i] += part[i]
+        part[i] = 0
+
+
+@compiled()
+def _cotangents_with_gains(
+    row: Any, dy: Any, gains: Any, m: Any, d: Any, factor: Any, a: Any, b: Any, dx: Any, with_x: Any, alone: Any
+) -> None:
+    """dx of one row, where a and b are the means of g and g · x̂; with_x += dy · x̂ and alone += dy."""
+    for i in range(row.size):
+        xhat = ((row[i] - m) - d) * factor
+        dx[i] = factor * ((dy[i] * gains[i] - a) - xhat * b)
+        with_x[i] += dy[i] * xhat
+        alone[i] += dy[i]
+
+
+@compiled()
+def _cotangents(row: Any, dy: Any, m: Any, d: Any, factor: Any, a: Any, b: Any, dx: Any, alone: Any) -> None:
+    """The same without gains."""
+    for i in range(row.size):
+        dx[i] = factor * ((dy[i] - a) - ((row[i] - m) - d) * factor * b)
+        alone[i] += dy[i]
+
+
+def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, dx: Any, dweight: Any, dbias: Any) -> None:
     """dx = rstd · (g − Σ g / n − x̂ · Σ g x̂ / n) with g = dy · weight; adds Σ dy · x̂ and Σ dy to the float64 `dweight` and `dbias`.
 
-    `g` (n,) is room for one row. `weight`, `dweight` and `dbias` are (p, k) as in `forward`, or (0, 0).
+    `part` (2, p, k), or (2, 0, 0), is zeroed room for sums over a few rows. `weight`, `dweight` and `dbias` are (p, k) as in `forward`, or
+    (0, 0).
     """
-    n, wide = x.shape[1], 1
+    x, dy, weight, kept, part, dx = bare(x), bare(dy), bare(weight), bare(kept), bare(part), bare(dx)
+    dweight, dbias = bare(dweight), bare(dbias)
+    n, wide = x.shape[1], x.shape[1]
     if weight.size:
         wide = n // weight.shape[1]
     elif dbias.size:
         wide = n // dbias.shape[1]
+    by_value, turns = part.size > 0, max(weight.shape[0], dbias.shape[0], 1)
     for r in range(x.shape[0]):
-        row, given, out = x[r], dy[r], dx[r]
-        high = x.dtype.type(mean[r, 0])
-        low, factor = x.dtype.type(mean[r, 0] - high + mean[r, 1]), x.dtype.type(rstd[r])
-        if not weight.size:
-            for i in range(n):
-                g[i] = given[i]
-        elif wide == 1:
-            gains = weight[r % weight.shape[0]]
-            for i in range(n):
-                g[i] = given[i] * gains[i]
+        row, given, out, p = x[r], dy[r], dx[r], r % turns
+        m, d, factor = kept[r, 0], kept[r, 1], kept[r, 2]
+        first, second = 0.0, 0.0
+        if by_value and weight.size:
+            first, second = sums_with_gains(row, given, weight[p], m, d, factor)
+        elif by_value:
+            first, second = sums_of_cotangents(row, given, m, d, factor)
         else:
             for s in range(n // wide):
-                into, block, gain = g[s * wide : (s + 1) * wide], given[s * wide : (s + 1) * wide], weight[r % weight.shape[0], s]
-                for i in range(wide):
-                    into[i] = block[i] * gain
-        first, second = sums_of_cotangents(row, g, high, low, factor)
-        a, b = x.dtype.type(first / n if center else 0.0), x.dtype.type(second / n)
-        for i in range(n):
-            out[i] = factor * ((g[i] - a) - ((row[i] - high) - low) * factor * b)
-        if wide == 1:
-            if dweight.size:
-                sums = dweight[r % dweight.shape[0]]
-                for i in range(n):
-                    sums[i] += given[i] * (((row[i] - high) - low) * factor)
-            if dbias.size:
-                sums = dbias[r % dbias.shape[0]]
-                for i in range(n):
-                    sums[i] += given[i]
-        else:
-            for s in range(n // wide):
-                own, block = given[s * wide : (s + 1) * wide], row[s * wide : (s + 1) * wide]
-                all_of, with_x = sums_of_cotangents(block, own, high, low, factor)
+                block, own = row[s * wide : (s + 1) * wide], given[s * wide : (s + 1) * wide]
+                shift, with_x = sums_of_cotangents(block, own, m, d, factor)
+                gain = float(weight[p, s]) if weight.size else 1.0
+                first += shift * gain
+                second += with_x * gain
                 if dweight.size:
-                    dweight[r % dweight.shape[0], s] += with_x
+                    dweight[p, s] += with_x
                 if dbias.size:
-                    dbias[r % dbias.shape[0], s] += all_of
+                    dbias[p, s] += shift
+        a, b = x.dtype.type(first / n if center else 0.0), x.dtype.type(second / n)
+        if not by_value:
+            for s in range(n // wide):
+                block, own, into = row[s * wide : (s + 1) * wide], given[s * wide : (s + 1) * wide], out[s * wide : (s + 1) * wide]
+                gain = weight[p, s] if weight.size else x.dtype.type(1)
+                for i in range(wide):
+                    into[i] = factor * ((own[i] * gain - a) - ((block[i] - m) - d) * factor * b)
+        elif weight.size:
+            _cotangents_with_gains(row, given, weight[p], m, d, factor, a, b, out, part[0, p], part[1, p])
+        else:
+            _cotangents(row, given, m, d, factor, a, b, out, part[1, p])
+        if by_value and ((r + 1) % (GROUP * turns) == 0 or r == x.shape[0] - 1):
+            for k in range(turns):
+                if dweight.size:
+                    _add(dweight[k], part[0, k])
+                if dbias.size:
+                    _add(dbias[k], part[1, k])
 
 
 @functools.cache
@@ -197,15 +289,28 @@ def forward(dtype: str) -> Callable[..., bool]:
     """`_forward` for one type of values. Inputs are declared read-only, so that those which are need no version of their own."""
     t = numba.from_dtype(numpy.dtype(dtype))
     given, made, wide = numba.types.Array(t, 2, "C", readonly=True), t[:, ::1], numba.float64
-    signature = numba.boolean(given, given, given, wide, numba.boolean, wide, wide, made, wide[:, ::1], wide[::1])
+    signature = numba.boolean(given, given, given, wide, numba.boolean, wide, wide, made, made)
     return compiled(signatures=signature)(_forward)
+
+
+@functools.cache
+def last_axis(dtype: str) -> Callable[..., bool]:
+    """`_forward` with parameters (n,), or (0,) where there are none: what a call on a small array has no time to reshape."""
+    inner, t = forward(dtype), numba.from_dtype(numpy.dtype(dtype))
+    given, made, wide = numba.types.Array(t, 2, "C", readonly=True), t[:, ::1], numba.float64
+    parameter = numba.types.Array(t, 1, "C", readonly=True)
+
+    def along(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
+        gains, shifts = weight.reshape((min(weight.size, 1), weight.size)), bias.reshape((min(bias.size, 1), bias.size))
+        return inner(x, gains, shifts, eps, center, smallest, largest, y, kept)
+
+    return compiled(signatures=numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, made, made))(along)
 
 
 @functools.cache
 def backward(dtype: str) -> Callable[..., None]:
     """`_backward` for one type of values."""
     t = numba.from_dtype(numpy.dtype(dtype))
-    given, made, wide = numba.types.Array(t, 2, "C", readonly=True), t[:, ::1], numba.float64
-    statistics = (numba.types.Array(wide, 2, "C", readonly=True), numba.types.Array(wide, 1, "C", readonly=True))
-    signature = numba.void(given, given, given, *statistics, numba.boolean, t[::1], made, wide[:, ::1], wide[:, ::1])
+    given, made, wide = numba.types.Array(t, 2, "C", readonly=True), t[:, ::1], numba.float64[:, ::1]
+    signature = numba.void(given, given, given, given, numba.boolean, t[:, :, ::1], made, wide, wide)
     return compiled(signatures=signature)(_backward)

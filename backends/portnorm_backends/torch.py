@@ -52,6 +52,8 @@ def _records(args: Any) -> bool:
 
 
 def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
+    if attrs.get("out") is not None:
+        raise UnsupportedError("`out` cannot take a result that autograd records; leave it out, or call under torch.no_grad()")
     arrays, form = taken_apart((args, attrs), torch.is_tensor)
     form_of_value, *outputs = _Recorded.apply(function, form, *arrays)
     return put_together(form_of_value, outputs)

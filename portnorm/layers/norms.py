@@ -96,7 +96,7 @@ class LayerNorm(_Norm):
         shape = _shape(normalized_shape)
         config = {"normalized_shape": list(shape), "eps": eps, "affine": affine, "bias": bias}
         super().__init__(config, shape, affine, affine and bias, xp, device, dtype)
-        self.axis = tuple(range(-len(shape), 0))
+        self.axis: int | tuple[int, ...] = -1 if len(shape) == 1 else tuple(range(-len(shape), 0))
         self.shape, self.eps = shape, eps
 
     def input_dims(self) -> tuple[int | str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array_api_compat import is_writeable_array
+
 from portnorm.arrays import Array, Namespace, namespace, require_floating
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 
@@ -40,6 +42,19 @@ def checked_channel_axis(x: Array, channel_axis: int, least_dimensions: int) -> 
         raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected at least {least_dimensions} dimensions")
     (channel,) = checked_axes(x, channel_axis)
     return channel
+
+
+def check_out(x: Array, out: Array | None) -> None:
+    """Raise unless `out` is `None` or an array like `x` that can be written to."""
+    if out is None:
+        return
+    namespace(x=x, out=out)
+    if tuple(out.shape) != tuple(x.shape):
+        raise ShapeError(f"`out` has shape {tuple(out.shape)}; expected {tuple(x.shape)}, that of `x`")
+    if out.dtype != x.dtype:
+        raise DTypeError(f"`out` has dtype {out.dtype}; expected {x.dtype}, that of `x`")
+    if not is_writeable_array(out):
+        raise UnsupportedError("`out` cannot be written to; leave it out and use the result")
 
 
 def check_affine(x: Array, axes: tuple[int, ...], **parameters: Array | None) -> None:

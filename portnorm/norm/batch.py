@@ -9,7 +9,7 @@ from typing import Any
 
 from portnorm.arrays import Array, require_floating
 from portnorm.errors import ShapeError, UnsupportedError
-from portnorm.norm.arguments import check_affine, checked_channel_axis, checked_eps, checked_mask, checked_namespace
+from portnorm.norm.arguments import check_affine, check_out, checked_channel_axis, checked_eps, checked_mask, checked_namespace
 from portnorm.norm.normalize import Normalized, Reduce, normalize
 from portnorm.op import op
 
@@ -26,6 +26,7 @@ def batch_norm(
     eps: float = 1e-5,
     mask: Array | None = None,
     reduce: Reduce | None = None,
+    out: Array | None = None,
 ) -> tuple[Array, Normalized]:
     """Batch normalization of `x`: with the given `mean` and `var` of each channel, or with the batch's own.
 
@@ -34,6 +35,7 @@ def batch_norm(
 
     `weight`, `bias`, `mean` and `var` have shape (channels,). `mask` is True where a value counts, shaped like `x` without the channel
     axis, or broadcastable to `x`; where it is False the value enters no statistic and `y` is 0. The result has the shape and dtype of `x`.
+    `out`, an array like `x`, takes the result and is returned.
 
     `reduce` is for batches that are parted among processes: a function that gives the sum of an array over all of them (MPI, NCCL, gloo).
     Every process calls with its part; counts, means and squares go through `reduce`, forward and backward, so that `y` and the
@@ -59,10 +61,11 @@ def batch_norm(
     if mean is None and reduce is None and all(x.shape[a] == 1 for a in axes):
         raise ShapeError(f"`x` {tuple(x.shape)} has one value per channel; expected more to take statistics of, or `mean` and `var`")
     mask = checked_mask(xp, x, mask, channel)
+    check_out(x, out)
     along = tuple(x.shape[a] if a == channel else 1 for a in range(x.ndim))
     if mean is not None and var is not None:
         mean, var = xp.reshape(mean, along), xp.reshape(var, along)
-    how: dict[str, Any] = {"eps": checked_eps(eps), "mask": mask, "mean": mean, "var": var, "reduce": reduce}
+    how: dict[str, Any] = {"eps": checked_eps(eps), "mask": mask, "mean": mean, "var": var, "reduce": reduce, "out": out}
     return normalize.forward(x, weight, bias, axes=axes, param_axes=(channel,), **how)
 
 

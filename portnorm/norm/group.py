@@ -9,8 +9,8 @@ from typing import Any
 
 from portnorm.arrays import Array
 from portnorm.errors import ShapeError
-from portnorm.norm.arguments import check_affine, checked_channel_axis, checked_eps, checked_mask, checked_namespace
-from portnorm.norm.normalize import Axes, Normalized, normalize
+from portnorm.norm.arguments import check_affine, check_out, checked_channel_axis, checked_eps, checked_mask, checked_namespace
+from portnorm.norm.normalize import Axes, Normalized, normalize, written
 from portnorm.op import op
 
 
@@ -24,6 +24,7 @@ def group_norm(
     channel_axis: int = 1,
     eps: float = 1e-5,
     mask: Array | None = None,
+    out: Array | None = None,
 ) -> tuple[Array, Normalized]:
     """Group normalization of `x` (batch, …, channels, …) in `num_groups` groups of neighbouring channels.
 
@@ -32,6 +33,7 @@ def group_norm(
     `weight` and `bias` have shape (channels,). `mask` is True where a value counts, shaped like `x` without the channel axis, or
     broadcastable to `x`; where it is False `y` is 0. One group per channel is instance normalization, one group in all is layer
     normalization over channels and space. The result has the shape and dtype of `x`.
+    `out`, an array like `x`, takes the result and is returned.
     Raises `ShapeError` (also where `num_groups` does not divide the channels), `DTypeError`, `UnsupportedError`.
 
     >>> import numpy as np, portnorm as pn
@@ -49,16 +51,19 @@ def group_norm(
         )
     check_affine(x, (channel,), weight=weight, bias=bias)
     mask = checked_mask(xp, x, mask, channel)
+    check_out(x, out)
     grouped = (num_groups, channels // num_groups)
+    into = None if out is None else _view(xp, out, _grouped_shape(x, channel, grouped))
     y, residuals = normalize.forward(
         xp.reshape(x, _grouped_shape(x, channel, grouped)),
         None if weight is None else xp.reshape(weight, grouped),
         None if bias is None else xp.reshape(bias, grouped),
         mask=_grouped_mask(xp, mask, channel, grouped),
         eps=checked_eps(eps),
+        out=into,
         **_axes(x.ndim, channel),
     )
-    return xp.reshape(y, x.shape), residuals
+    return (xp.reshape(y, x.shape) if out is None else out if into is not None else written(xp.reshape(y, x.shape), out)), residuals
 
 
 @group_norm.backward
@@ -81,6 +86,14 @@ def _axes(ndim: int, channel: int) -> Axes:
 
 def _grouped_shape(x: Array, channel: int, grouped: tuple[int, ...]) -> tuple[int, ...]:
     return (*x.shape[:channel], *grouped, *x.shape[channel + 1 :])
+
+
+def _view(xp: Any, a: Array, shape: tuple[int, ...]) -> Array | None:
+    """The same memory in another shape, or `None` where its layout does not allow that."""
+    try:
+        return xp.reshape(a, shape, copy=False)
+    except (ValueError, NotImplementedError):
+        return None
 
 
 def _grouped_mask(xp: Any, mask: Array | None, channel: int, grouped: tuple[int, ...]) -> Array | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from portnorm.arrays import Array
 from portnorm.errors import ShapeError
-from portnorm.norm.arguments import check_affine, checked_channel_axis, checked_eps, checked_mask, checked_namespace
+from portnorm.norm.arguments import check_affine, check_out, checked_channel_axis, checked_eps, checked_mask, checked_namespace
 from portnorm.norm.normalize import Axes, Normalized, normalize
 from portnorm.op import op
 
@@ -23,6 +23,7 @@ def instance_norm(
     channel_axis: int = 1,
     eps: float = 1e-5,
     mask: Array | None = None,
+    out: Array | None = None,
 ) -> tuple[Array, Normalized]:
     """Instance normalization of `x` (batch, …, channels, …): each channel of each case over all space.
 
@@ -30,6 +31,7 @@ def instance_norm(
 
     `weight` and `bias` have shape (channels,). `mask` is True where a value counts, shaped like `x` without the channel axis, or
     broadcastable to `x`; where it is False `y` is 0. The result has the shape and dtype of `x`.
+    `out`, an array like `x`, takes the result and is returned.
     Raises `ShapeError`, `DTypeError`, `UnsupportedError`. Same as `torch.nn.functional.instance_norm`.
 
     >>> import numpy as np, portnorm as pn
@@ -43,7 +45,8 @@ def instance_norm(
         raise ShapeError(f"`channel_axis` {channel_axis} is the batch axis of `x` {tuple(x.shape)}")
     check_affine(x, (channel,), weight=weight, bias=bias)
     mask = checked_mask(xp, x, mask, channel)
-    return normalize.forward(x, weight, bias, mask=mask, eps=checked_eps(eps), **_axes(x.ndim, channel))
+    check_out(x, out)
+    return normalize.forward(x, weight, bias, mask=mask, eps=checked_eps(eps), out=out, **_axes(x.ndim, channel))
 
 
 @instance_norm.backward

@@ -8,14 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 from portnorm.arrays import Array
-from portnorm.norm.arguments import check_affine, checked_axes, checked_eps, checked_namespace
+from portnorm.norm.arguments import check_affine, check_out, checked_axes, checked_eps, checked_namespace
 from portnorm.norm.normalize import Normalized, normalize
 from portnorm.op import op
 
 
 @op
 def layer_norm(
-    x: Array, weight: Array | None = None, bias: Array | None = None, *, axis: int | tuple[int, ...] = -1, eps: float = 1e-5
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    eps: float = 1e-5,
+    out: Array | None = None,
 ) -> tuple[Array, Normalized]:
     """Layer normalization of `x` over `axis`.
 
@@ -23,6 +29,7 @@ def layer_norm(
 
     `weight` and `bias` have the shape of `x` at `axis`; either may be `None`. The result has the shape and dtype of `x`; statistics are
     taken in at least float32. LN over time and features of a (batch, time, features) array is `axis=(1, 2)`.
+    `out`, an array like `x`, takes the result and is returned.
     Raises `ShapeError`, `DTypeError`, and `UnsupportedError` for arrays of two libraries. Same as `torch.nn.functional.layer_norm`.
 
     >>> import numpy as np, portnorm as pn
@@ -31,9 +38,10 @@ def layer_norm(
            [-1.2247,  0.    ,  1.2247]])
     """
     checked_namespace(x, weight, bias)
+    check_out(x, out)
     axes = checked_axes(x, axis)
     check_affine(x, axes, weight=weight, bias=bias)
-    return normalize.forward(x, weight, bias, axes=axes, param_axes=axes, eps=checked_eps(eps))
+    return normalize.forward(x, weight, bias, axes=axes, param_axes=axes, eps=checked_eps(eps), out=out)
 
 
 @layer_norm.backward

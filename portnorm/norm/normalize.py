@@ -83,13 +83,14 @@ def normalize(
     mean: Array | None = None,
     var: Array | None = None,
     reduce: Reduce | None = None,
+    out: Array | None = None,
 ) -> tuple[Array, Normalized]:
     """Normalize `x` over `axes` (non-negative, sorted), with gain and shift along `param_axes`.
 
     `weight` and `bias` have the shape of `x` at `param_axes`. With `mean` and `var` (broadcastable to `x`) these are used in place of
     the statistics of `x`. `mask` (broadcastable to `x`, True where a value counts) keeps values out of every statistic; there `y` is 0.
     `reduce` sums an array over all processes, each of which has a part of the values.
-    Result in the dtype of `x`. No checks here: the public functions make them.
+    Result in the dtype of `x`, in `out` where that is given. No checks here: the public functions make them.
     """
     xp = xp_of(x)
     z = xp.astype(x, statistics_dtype(xp, x.dtype), copy=False)
@@ -110,7 +111,15 @@ def normalize(
         y = y + _along(xp, bias, y, param_axes)
     if mask is not None:
         y = xp.where(mask, y, 0.0)
-    return xp.astype(y, x.dtype, copy=False), residuals._replace(weight=weight, bias=bias)
+    return written(xp.astype(y, x.dtype, copy=False), out), residuals._replace(weight=weight, bias=bias)
+
+
+def written(y: Array, out: Array | None) -> Array:
+    """`y`, or `out` with the values of `y`."""
+    if out is None or y is out:
+        return y
+    out[...] = y
+    return out
 
 
 def _with_given(xp: Namespace, z: Array, mean: Array, var: Array, eps: float, eps_place: str) -> Normalized:

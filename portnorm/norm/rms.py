@@ -8,19 +8,22 @@ from __future__ import annotations
 from typing import Any
 
 from portnorm.arrays import Array
-from portnorm.norm.arguments import check_affine, checked_axes, checked_eps, checked_namespace
+from portnorm.norm.arguments import check_affine, check_out, checked_axes, checked_eps, checked_namespace
 from portnorm.norm.normalize import Normalized, normalize
 from portnorm.op import op
 
 
 @op
-def rms_norm(x: Array, weight: Array | None = None, *, axis: int | tuple[int, ...] = -1, eps: float = 1e-5) -> tuple[Array, Normalized]:
+def rms_norm(
+    x: Array, weight: Array | None = None, *, axis: int | tuple[int, ...] = -1, eps: float = 1e-5, out: Array | None = None
+) -> tuple[Array, Normalized]:
     """RMS normalization of `x` over `axis`.
 
     y = x / sqrt(mean(x²) + eps) · weight, the mean over `axis`; nothing is centred.
 
     `weight` has the shape of `x` at `axis`. The result has the shape and dtype of `x`; statistics are taken in at least float32.
     `eps` defaults to ONNX's 1e-5; torch's default is the machine epsilon of the dtype.
+    `out`, an array like `x`, takes the result and is returned.
     Raises `ShapeError`, `DTypeError`, and `UnsupportedError` for arrays of two libraries.
 
     >>> import numpy as np, portnorm as pn
@@ -28,9 +31,10 @@ def rms_norm(x: Array, weight: Array | None = None, *, axis: int | tuple[int, ..
     array([[0.8485, 1.1314]])
     """
     checked_namespace(x, weight, None)
+    check_out(x, out)
     axes = checked_axes(x, axis)
     check_affine(x, axes, weight=weight)
-    return normalize.forward(x, weight, None, axes=axes, param_axes=axes, eps=checked_eps(eps), center=False)
+    return normalize.forward(x, weight, None, axes=axes, param_axes=axes, eps=checked_eps(eps), center=False, out=out)
 
 
 @rms_norm.backward

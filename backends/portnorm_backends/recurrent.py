@@ -1,0 +1,221 @@
+"""The time loop of LSTM, GRU and RNN on NumPy arrays: per step one matrix product and one compiled call, all room made once per call.
+
+A cell that the kernels do not know in every detail (peepholes, projections, zoneout, …) stays with the definition, `portnorm.scan.scan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy
+
+from portnorm.arrays import Array, Kernel, float32_value
+from portnorm.cells.cell import RecurrentCell
+from portnorm.cells.gru import GRUCell
+from portnorm.cells.lstm import LSTMCell
+from portnorm.cells.rnn import RNNCell
+from portnorm.cells.slots import Slot
+from portnorm.norm.normalize import bessel
+from portnorm.scan import Params, State, scan
+
+NumPyArray = numpy.ndarray[Any, Any]
+
+RANGE = {"float32": (1e-28, 1e32), "float64": (1e-280, 1e280)}
+"""Bounds of σ² + ε: beyond them sums of squares may leave the type or lose bits, and the definition scales the row first."""
+
+_FEW = 2
+"""Sequences up to which the kernel makes the product with the hidden weights itself: a call costs more than it saves."""
+
+_LARGE = 2**17
+"""Size of the hidden weights from which W · hᵀ is faster than h · Wᵀ although it has to be transposed: BLAS reorders its right factor."""
+
+_SLOTS = {LSTMCell: ("norm_hh", "norm_sum", "norm_c"), GRUCell: ("norm_hh",), RNNCell: ("norm_hh", "norm_sum")}
+"""The slots that each cell's kernels know."""
+
+
+class LoopResiduals(NamedTuple):
+    """What the vjp of the loop needs. Arrays of all steps are (time, batch, …)."""
+
+    params: Params
+    lengths: NumPyArray
+    h: NumPyArray  # (time + 1, batch, hidden), from the first state on
+    c: NumPyArray | None
+    gates: NumPyArray
+    inner: NumPyArray  # tanh(c), or what the reset gate is multiplied with
+    slots: tuple[Any, ...]
+
+
+def _accepts(
+    xs: tuple[Array, ...], state: State, params: Params, *, cell: Any, lengths: Any = None, sequences: bool = True, keep: bool = True
+) -> bool:
+    """A cell in its plain form or with normalizers of rows or of the batch, on arrays of one type, and at least one step."""
+    u, weights = xs[0], params["weight_hh"]
+    if type(cell) not in _SLOTS or not set(cell.slots) <= set(_SLOTS[type(cell)]) or not _is_known(cell):
+        return False
+    arrays = (*xs, *state, *params.values())
+    if any(type(a) is not numpy.ndarray or a.dtype != u.dtype for a in arrays) or u.dtype.name not in RANGE or not u.dtype.isnative:
+        return False
+    return bool(u.size and weights.shape[0] == u.shape[-1] and {"weight_hh", *cell.shared()} == set(params))
+
+
+def _is_known(cell: RecurrentCell) -> bool:
+    v = cell.variant
+    plain = (v.zoneout, v.peepholes, v.clip, v.affine, v.activation) == (0.0, False, None, "shared", "tanh")
+    by_batch = v.norm == "batch" and any(slot.normalizes for slot in cell.slots.values())
+    known = v.eps_place == "variance" and v.variance != "unbiased" and not (by_batch and ("norm_sum" in cell.slots or not v.timed))
+    return plain and known and (type(cell) is not GRUCell or v.reset == "after")
+
+
+def _own(a: NumPyArray) -> NumPyArray:
+    """`a` as compiled code takes it: contiguous, aligned, and of the one type that arrays have which can be written."""
+    a = numpy.ascontiguousarray(a)
+    return a if a.flags.aligned and a.flags.writeable else a.copy()
+
+
+def _slot(cell: RecurrentCell, name: str, xs: tuple[Array, ...], params: Params, batch: int, keep: bool) -> Any:
+    """A slot as the kernels take it, with room for what it finds."""
+    from portnorm_backends import steps
+
+    slot, dtype, size = cell.slots.get(name), xs[0].dtype, params["weight_hh"].shape[1] * cell.width(name)
+    time, none = xs[0].shape[0], numpy.empty((0, 0, 0), dtype=dtype)
+    own = {p: params[f"{name}.{p}"] for p in slot.parameters()} if slot is not None else {}
+    weight, bias = (own[p].copy() if p in own else numpy.full(size, start, dtype=dtype) for p, start in (("weight", 1), ("bias", 0)))
+    ends = numpy.zeros(1, dtype=numpy.int64)
+    mean = var = none[0:0].reshape(0, 0)
+    if slot is None or not slot.normalizes:
+        room, rstd, mode = none, none, steps.NONE
+    else:
+        kept = time if keep else 1
+        room = numpy.empty((kept, batch, size), dtype=dtype)
+        if not slot.is_batch:
+            unit = size // sum(slot.partition)
+            ends, mode = numpy.cumsum((0, *slot.partition), dtype=numpy.int64) * unit, steps.ROWS
+            rstd = numpy.empty((kept, batch, len(slot.partition)), dtype=dtype)
+        else:
+            rstd, mode = numpy.empty((kept, 1, size), dtype=dtype), steps.OWN if slot.training else steps.GIVEN
+            given = dict(zip(cell.given(), xs[1:], strict=True))
+            made = numpy.empty((time, size), dtype=dtype)
+            mean, var = (made, made.copy()) if slot.training else (_own(given[f"{name}.{s}"]) for s in ("mean", "var"))
+    variant = cell.variant
+    return steps.SlotArrays(
+        mode, ends, weight, bias, room, rstd, mean, var, float32_value(variant.eps), variant.norm != "rms", *RANGE[dtype.name]
+    )
+
+
+def _forward(
+    xs: tuple[Array, ...],
+    state: State,
+    params: Params,
+    *,
+    cell: Any,
+    lengths: Any = None,
+    sequences: bool = True,
+    keep: bool = True,
+) -> tuple[tuple[State, tuple[Array, ...]], Any]:
+    from portnorm_backends import steps
+
+    u, weights = _own(xs[0]), params["weight_hh"]
+    (time, batch, features), size, dtype = u.shape, weights.shape[1], u.dtype
+    counts = numpy.zeros(0, dtype=numpy.int64) if lengths is None else numpy.array(lengths, dtype=numpy.int64)
+    kept = time if keep else 1
+    h, a = _from(state[0], time if keep or (sequences and lengths is None) else 1), numpy.empty((batch, features), dtype=dtype)
+    y = numpy.empty((time, batch, size) if sequences and lengths is not None else (0, 0, 0), dtype=dtype)
+    gates, inner = (numpy.empty((kept, batch, n), dtype=dtype) for n in (features, size))
+    c = _from(state[1], kept) if len(state) > 1 else None
+    slots = tuple(_slot(cell, name, xs, params, batch, keep) for name in _SLOTS[type(cell)])
+    none, room = numpy.empty((0, 0), dtype=dtype), steps.rooms(cell.gates, size, batch, dtype)
+    few, large = batch <= _FEW, batch > _FEW and weights.size >= _LARGE
+    matrix = weights if large else numpy.ascontiguousarray(weights.T)
+    turned = numpy.empty((features, batch), dtype=dtype) if large else none
+    run: Callable[..., bool]
+    own: tuple[Any, ...]
+    if type(cell) is LSTMCell:
+        run, own = steps.lstm_forward, (c, gates, inner, *slots, cell.variant.cell == "copy")
+    elif type(cell) is GRUCell:
+        run, own = steps.gru_forward, (gates, inner, *slots)
+    else:
+        run, own = steps.rnn_forward, slots
+    fine = run(0, time, matrix, none, room, u, counts, a, h, y, *own) if few else True
+    for t in range(0 if few else time):
+        before = h[t % h.shape[0]]
+        if large:
+            numpy.matmul(matrix, before.T, out=turned)
+        else:
+            numpy.matmul(before, matrix, out=a)
+        fine &= run(t, t + 1, none, turned, room, u, counts, a, h, y, *own)
+    if not fine:
+        return scan.definition(xs, state, params, cell=cell, lengths=lengths, sequences=sequences, keep=keep)
+    last = (h[time % h.shape[0]].copy(), *(() if c is None else (c[time % c.shape[0]].copy(),)))
+    hidden = () if not sequences else (h[1:],) if lengths is None else (y,)
+    residuals = LoopResiduals(params, counts, h, c, gates, inner, slots) if keep else None
+    return (last, (*hidden, *_statistics(cell, slots, counts, batch))), residuals
+
+
+def _from(state: NumPyArray, steps: int) -> NumPyArray:
+    """Room for a state before and after each of the steps, with the first in its place."""
+    room = numpy.empty((steps + 1, *state.shape), dtype=state.dtype)
+    room[0] = state
+    return room
+
+
+def _statistics(cell: RecurrentCell, slots: tuple[Any, ...], counts: NumPyArray, batch: int) -> list[NumPyArray]:
+    """Mean and variance of each step, by slot, as running averages take them."""
+    found = []
+    for name, arrays in zip(_SLOTS[type(cell)], slots, strict=True):
+        slot: Slot | None = cell.slots.get(name)
+        if slot is not None and slot.normalizes and slot.is_batch and slot.training:
+            var = arrays.var
+            if cell.variant.variance == "running":
+                steps = numpy.arange(var.shape[0])[:, None]
+                count = (steps < counts).sum(axis=1, keepdims=True) if counts.size else numpy.full((len(steps), 1), batch)
+                var = var * bessel(var, count.astype(var.dtype), var.shape, ())
+            found += [arrays.mean, var]
+    return found
+
+
+def _vjp(
+    residuals: LoopResiduals, cotangents: tuple[State, Array | None], *, cell: Any, **attrs: Any
+) -> tuple[tuple[Array, ...], State, Params]:
+    from portnorm_backends import steps
+
+    params, counts, h, c, gates, inner, slots = residuals
+    dstate, dy = cotangents
+    weights, (time, batch, _), dtype = _own(params["weight_hh"]), gates.shape, h.dtype
+    none = numpy.empty((0, 0, 0), dtype=dtype)
+    dh, *dothers = (numpy.array(d, dtype=dtype, order="C") for d in dstate)
+    given = none if dy is None else _own(dy.astype(dtype, copy=False))
+    back, dx = numpy.zeros(dh.shape, dtype=dtype), numpy.empty(gates.shape, dtype=dtype)
+    apart = type(cell) is GRUCell or slots[0].mode != steps.NONE
+    dhidden = numpy.empty(gates.shape, dtype=dtype) if apart else none
+    shares = tuple(steps.Shares(*numpy.zeros((2, s.weight.size)), *numpy.zeros((2, s.weight.size), dtype=dtype)) for s in slots)
+    few, large, empty = batch <= _FEW, batch > _FEW and weights.size >= _LARGE, none.reshape(0, 0)
+    turned = numpy.empty((weights.shape[1], batch), dtype=dtype) if large else empty
+    run: Callable[..., None]
+    own: tuple[Any, ...]
+    if type(cell) is LSTMCell:
+        run, own = steps.lstm_backward, (*dothers, c, gates, inner, *slots, *shares, dx, dhidden, cell.variant.cell == "copy")
+    elif type(cell) is GRUCell:
+        run, own = steps.gru_backward, (h, gates, inner, *slots, *shares, dx, dhidden)
+    else:
+        run, own = steps.rnn_backward, (h, *slots, *shares, dx, dhidden)
+    over, room = dhidden if apart else dx, steps.rooms(cell.gates, dh.shape[1], batch, dtype)
+    if few:
+        run(time, 0, weights, empty, room, given, counts, back, dh, *own)
+    by_feature = numpy.ascontiguousarray(weights.T) if large else weights
+    for t in reversed(range(0 if few else time)):
+        run(t + 1, t, empty, turned, room, given, counts, back, dh, *own)
+        if large:
+            numpy.matmul(by_feature, over[t].T, out=turned)
+        else:
+            numpy.matmul(over[t], weights, out=back)
+    dh += turned.T if large else back
+    found = {
+        f"{name}.{p}": d for name, s in zip(_SLOTS[type(cell)], shares, strict=True) for p, d in (("weight", s.dweight), ("bias", s.dbias))
+    }
+    return (dx, over, h[:-1]), (dh, *dothers), {name: found[name].astype(params[name].dtype) for name in cell.shared()}
+
+
+KERNEL = Kernel(
+    call=lambda *args, **attrs: _forward(*args, **attrs)[0], forward=_forward, vjp=_vjp, residuals=LoopResiduals, accepts=_accepts
+)

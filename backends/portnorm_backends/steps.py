@@ -1,0 +1,766 @@
+"""Steps of LSTM, GRU and RNN with their normalizers, forward and backward, compiled by numba.
+
+The equations are those of `portnorm/cells`; here every row of the batch goes through a whole step before the next one does, in a few loops
+that the compiler vectorizes, so that what one loop leaves is still in the nearest cache when the next one reads it. Each function goes from
+step `start` to before `stop` (backward: from `start` − 1 down to `stop`) and finds the product with the hidden weights in `a` (`back`),
+or transposed in `turned`, or makes it itself where it was given the weights. Arrays of all steps have the time first; one that keeps fewer
+steps is used in turns.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy
+
+from portnorm_backends.pointwise import LANES, sigmoid, tanh
+from portnorm_backends.rowwise import bare, compiled, copy, fill, less, statistics
+
+NONE, ROWS, OWN, GIVEN = range(4)
+"""What a slot does: nothing, statistics of each row, of each feature over the batch, given statistics of each feature."""
+
+
+class SlotArrays(NamedTuple):
+    """A normalizer inside the loop: y = x̂ · weight + bias."""
+
+    mode: int
+    ends: Any  # (parts + 1,): where the parts of a row with statistics of their own begin and end
+    weight: Any  # (features,)
+    bias: Any  # (features,)
+    xhat: Any  # (steps, batch, features)
+    rstd: Any  # (steps, batch, parts), or of features (steps, 1, features)
+    mean: Any  # (time, features), given or the batch's own; else (0, 0)
+    var: Any
+    eps: float
+    center: bool
+    smallest: float  # bounds of σ² + ε
+    largest: float
+
+
+class Shares(NamedTuple):
+    """Cotangents of a slot's gain and shift: sums over all steps, and what one step adds."""
+
+    dweight: Any  # (features,) float64
+    dbias: Any
+    weight: Any  # (features,) in the type of the values, 0 between steps
+    bias: Any
+
+
+class Rooms(NamedTuple):
+    """What a step writes and nobody reads after it."""
+
+    sums: Any  # (5, features): statistics of the hidden term over the batch
+    narrow: Any  # (5, hidden): of the cell state
+    z: Any  # (gates, padded hidden)
+    opened: Any  # (gates, padded hidden)
+    row: Any  # (gates, hidden)
+    states: Any  # (batch, hidden)
+    small: Any  # (hidden,)
+    zeros: Any  # (features,)
+
+
+def rooms(gates: int, size: int, batch: int, dtype: Any) -> Rooms:
+    """Zeroed room for the steps of one loop."""
+    shapes = (
+        (5, gates * size),
+        (5, size),
+        *((gates, size // LANES * LANES + LANES),) * 2,
+        (gates, size),
+        (batch, size),
+        size,
+        gates * size,
+    )
+    return Rooms(*(numpy.zeros(shape, dtype=dtype) for shape in shapes))
+
+
+# -- matrix products that are too small to be worth a call, or come transposed ---------------------------------------------------------
+
+
+@compiled(contract=True)
+def _add_four(y: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, r: Any, s: Any) -> None:
+    for j in range(y.size):
+        y[j] += (a[j] * p + b[j] * q) + (c[j] * r + d[j] * s)
+
+
+@compiled(contract=True)
+def _add_one(y: Any, a: Any, p: Any) -> None:
+    for j in range(y.size):
+        y[j] += a[j] * p
+
+
+@compiled()
+def _product(x: Any, matrix: Any, y: Any) -> None:
+    """y = x · matrix, with every row of the matrix read once."""
+    whole = matrix.shape[0] // 4 * 4
+    for b in range(x.shape[0]):
+        fill(y[b], 0)
+    for k in range(0, whole, 4):
+        for b in range(x.shape[0]):
+            _add_four(y[b], matrix[k], matrix[k + 1], matrix[k + 2], matrix[k + 3], x[b, k], x[b, k + 1], x[b, k + 2], x[b, k + 3])
+    for k in range(whole, matrix.shape[0]):
+        for b in range(x.shape[0]):
+            _add_one(y[b], matrix[k], x[b, k])
+
+
+@compiled()
+def _turn(x: Any, y: Any) -> None:
+    """y = xᵀ, in blocks that stay in the nearest cache."""
+    for i in range(0, x.shape[0], 16):
+        for j in range(0, x.shape[1], 16):
+            for q in range(j, min(j + 16, x.shape[1])):
+                row = y[q]
+                for p in range(i, min(i + 16, x.shape[0])):
+                    row[p] = x[p, q]
+
+
+# -- slots -----------------------------------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def _runs(lengths: Any, b: int, t: int) -> bool:
+    """Whether a sequence has a step t; all have where there are no lengths."""
+    return bool(lengths.size == 0 or t < lengths[b])
+
+
+@compiled()
+def _add_row(row: Any, m: Any, first: Any, second: Any) -> None:
+    for j in range(row.size):
+        z = row[j] - m[j]
+        first[j] += z
+        second[j] += z * z
+
+
+@compiled()
+def _over_batch(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
+    """m, d and 1 / σ of each feature into `room` (5, features), the latter two also into what is kept, of the rows that have a step t."""
+    m, d, rstd, first, second = room[0], room[1], room[2], room[3], room[4]
+    fine, n, count = True, m.size, 0
+    if slot.mode == GIVEN:
+        for j in range(n):
+            m[j], d[j], rstd[j] = slot.mean[t, j], 0, 1.0 / math.sqrt(slot.var[t, j] + slot.eps)
+        return fine
+    for b in range(z.shape[0]):
+        if _runs(lengths, b, t):
+            if count == 0:
+                copy(z[b], m)
+            count += 1
+    if count == 0:
+        fill(m, 0)
+    counted = z.dtype.type(max(count, 1))
+    for turn in range(2):  # from the first value to the mean, and again from there
+        fill(first, 0)
+        fill(second, 0)
+        for b in range(z.shape[0]):
+            if _runs(lengths, b, t):
+                _add_row(z[b], m, first, second)
+        for j in range(n):
+            d[j] = first[j] / counted if slot.center else z.dtype.type(0)
+            if turn == 0:
+                m[j] = m[j] + d[j] if slot.center else z.dtype.type(0)
+    for j in range(n):
+        var = second[j] / counted - d[j] * d[j]
+        if not (slot.smallest < var + slot.eps < slot.largest):
+            fine = False
+        rstd[j] = 1.0 / math.sqrt(var + slot.eps)
+        slot.mean[t, j], slot.var[t, j] = m[j] + d[j], var
+    return fine
+
+
+@compiled()
+def _scaled(z: Any, m: Any, d: Any, rstd: Any, weight: Any, bias: Any, plus: Any, xhat: Any, y: Any) -> None:
+    """x̂ of a row with statistics of the row, and y = x̂ · weight + bias + plus."""
+    for j in range(z.size):
+        x = less(less(z[j], m), d) * rstd
+        xhat[j] = x
+        y[j] = x * weight[j] + bias[j] + plus[j]
+
+
+@compiled()
+def _scaled_by_feature(z: Any, m: Any, d: Any, rstd: Any, xhat: Any) -> None:
+    for j in range(z.size):
+        xhat[j] = ((z[j] - m[j]) - d[j]) * rstd[j]
+
+
+@compiled()
+def _shifted(xhat: Any, weight: Any, bias: Any, plus: Any, y: Any) -> None:
+    for j in range(xhat.size):
+        y[j] = xhat[j] * weight[j] + bias[j] + plus[j]
+
+
+@compiled()
+def _sum(z: Any, bias: Any, plus: Any, y: Any) -> None:
+    for j in range(z.size):
+        y[j] = z[j] + bias[j] + plus[j]
+
+
+@compiled()
+def _normalized(slot: Any, t: int, b: int, z: Any, plus: Any, room: Any, y: Any) -> bool:
+    """y = N(z) + plus of one row; `room` has the statistics where they are of features.
+
+    `y` (slices, …) gets the row in equal slices, each from the beginning of a row of its own: loops over one slice then read what was
+    written in the same units, which a processor need not wait for.
+    """
+    size, fine = z.size // y.shape[0], True
+    if slot.mode == NONE:
+        for g in range(y.shape[0]):
+            i, j = g * size, (g + 1) * size
+            _sum(z[i:j], slot.bias[i:j], plus[i:j], y[g, :size])
+        return fine
+    k = t % slot.xhat.shape[0]
+    xhat = slot.xhat[k, b]
+    if slot.mode == ROWS:
+        rstd = slot.rstd[k, b]
+        for p in range(slot.ends.size - 1):
+            start, stop = slot.ends[p], slot.ends[p + 1]
+            m, d, var = statistics(z[start:stop], slot.center)
+            if not (slot.smallest < var + slot.eps < slot.largest):
+                fine = False
+            rstd[p] = 1.0 / math.sqrt(var + slot.eps)
+            for g in range(start // size, -(-stop // size)):
+                i, j = max(g * size, start), min((g + 1) * size, stop)
+                into = y[g, i - g * size : j - g * size]
+                _scaled(z[i:j], m, d, rstd[p], slot.weight[i:j], slot.bias[i:j], plus[i:j], xhat[i:j], into)
+    else:
+        _scaled_by_feature(z, room[0], room[1], room[2], xhat)
+        for g in range(y.shape[0]):
+            i, j = g * size, (g + 1) * size
+            _shifted(xhat[i:j], slot.weight[i:j], slot.bias[i:j], plus[i:j], y[g, :size])
+    return fine
+
+
+@compiled()
+def _prepared(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
+    """What a slot has to know of the whole batch before its rows are normalized."""
+    if slot.mode == NONE or slot.mode == ROWS:
+        return True
+    fine = _over_batch(slot, t, z, lengths, room)
+    copy(room[2], slot.rstd[t % slot.rstd.shape[0], 0])
+    return fine
+
+
+@compiled(reassociate=True)
+def _sums(dy: Any, weight: Any, xhat: Any) -> Any:
+    """Σ g and Σ g · x̂ of g = dy · weight."""
+    a, b = xhat.dtype.type(0), xhat.dtype.type(0)
+    for j in range(dy.size):
+        g = dy[j] * weight[j]
+        a += g
+        b += g * xhat[j]
+    return a, b
+
+
+@compiled()
+def _add_shares(dy: Any, xhat: Any, with_xhat: Any, alone: Any) -> None:
+    for j in range(dy.size):
+        with_xhat[j] += dy[j] * xhat[j]
+        alone[j] += dy[j]
+
+
+@compiled()
+def _add(dy: Any, y: Any) -> None:
+    for j in range(dy.size):
+        y[j] += dy[j]
+
+
+@compiled()
+def _row_cotangent(dy: Any, weight: Any, xhat: Any, a: Any, b: Any, rstd: Any, dz: Any) -> None:
+    for j in range(dy.size):
+        dz[j] = rstd * ((dy[j] * weight[j] - a) - xhat[j] * b)
+
+
+@compiled()
+def _feature_cotangent(dy: Any, weight: Any, xhat: Any, a: Any, b: Any, rstd: Any, dz: Any) -> None:
+    for j in range(dy.size):
+        dz[j] = rstd[j] * weight[j] * ((dy[j] - a[j]) - xhat[j] * b[j])
+
+
+@compiled()
+def _collected(slot: Any, shares: Any, t: int, b: int, dy: Any) -> None:
+    """Add the shares of one row."""
+    if slot.mode == NONE:
+        _add(dy, shares.bias)
+    else:
+        _add_shares(dy, slot.xhat[t, b], shares.weight, shares.bias)
+
+
+@compiled()
+def _counted(slot: Any, shares: Any, t: int, lengths: Any, batch: int, room: Any) -> None:
+    """The means of dy and dy · x̂ of each feature into `room`, once all rows have given their shares."""
+    if slot.mode == NONE or slot.mode == ROWS:
+        return
+    count = 0
+    for b in range(batch):
+        count += _runs(lengths, b, t)
+    scale = room.dtype.type(1.0 / max(count, 1) if slot.mode == OWN else 0.0)
+    for j in range(room.shape[1]):
+        room[0, j] = shares.bias[j] * scale if slot.center else room.dtype.type(0)
+        room[1, j] = shares.weight[j] * scale
+
+
+@compiled()
+def _denormalized(slot: Any, t: int, b: int, dy: Any, room: Any, dz: Any) -> None:
+    """The cotangent of what a row was normalized from; `dz` is not `dy`. Not for a slot that does nothing."""
+    xhat = slot.xhat[t, b]
+    if slot.mode == ROWS:
+        for p in range(slot.ends.size - 1):
+            i, j = slot.ends[p], slot.ends[p + 1]
+            size = xhat.dtype.type(j - i)
+            first, second = _sums(dy[i:j], slot.weight[i:j], xhat[i:j])
+            first = first / size if slot.center else xhat.dtype.type(0)
+            _row_cotangent(dy[i:j], slot.weight[i:j], xhat[i:j], first, second / size, slot.rstd[t, b, p], dz[i:j])
+    else:
+        _feature_cotangent(dy, slot.weight, xhat, room[0], room[1], slot.rstd[t, 0], dz)
+
+
+@compiled()
+def _settled(shares: Any) -> None:
+    """Add what a step has given to what all steps have."""
+    for j in range(shares.weight.size):
+        shares.dweight[j] += shares.weight[j]
+        shares.dbias[j] += shares.bias[j]
+        shares.weight[j] = 0
+        shares.bias[j] = 0
+
+
+# -- LSTM ------------------------------------------------------------------------------------------------------------------------------
+
+
+@compiled(contract=True)
+def _memory(i: Any, f: Any, g: Any, c: Any, y: Any) -> None:
+    for j in range(c.size):
+        y[j] = f[j] * c[j] + i[j] * g[j]
+
+
+@compiled()
+def _times(a: Any, b: Any, y: Any) -> None:
+    for j in range(a.size):
+        y[j] = a[j] * b[j]
+
+
+@compiled()
+def lstm_forward(
+    start: int,
+    stop: int,
+    weights: Any,
+    turned: Any,
+    room: Any,
+    u: Any,
+    lengths: Any,
+    a: Any,
+    h: Any,
+    y: Any,
+    c: Any,
+    gates: Any,
+    tanh_c: Any,
+    hidden: Any,
+    total: Any,
+    cell: Any,
+    copies: bool,
+) -> bool:
+    """`h` and `c` (steps + 1, batch, hidden) begin with the states; `copies`: the normalized c goes into tanh only. `y` may be (0, 0, 0).
+
+    False where a variance left its range: then nothing of the result is to be used.
+    """
+    weights, turned, u, lengths, a, h = bare(weights), bare(turned), bare(u), bare(lengths), bare(a), bare(h)
+    y, c, gates, tanh_c = bare(y), bare(c), bare(gates), bare(tanh_c)
+    hidden, total, cell = bare(hidden), bare(total), bare(cell)
+    room = bare(room)
+    batch, size = h.shape[1], h.shape[2]
+    z, opened, row, narrow, raw, zeros, fine = room.z, room.opened, room.row, room.narrow, room.states, room.zeros, True
+    flat = row.reshape(4 * size)
+    for t in range(start, stop):
+        before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
+        c_before, c_after = c[t % c.shape[0]], c[(t + 1) % c.shape[0]]
+        if weights.size:
+            _product(h[before], weights, a)
+        elif turned.size:
+            _turn(turned, a)
+        fine &= _prepared(hidden, t, a, lengths, room.sums)
+        for b in range(batch):
+            if not _runs(lengths, b, t):
+                continue
+            fine &= _normalized(hidden, t, b, a[b], u[t, b], room.sums, z if total.mode == NONE else row)
+            if total.mode != NONE:
+                fine &= _normalized(total, t, b, flat, zeros, room.sums, z)
+            for g in range(4):
+                if g == 2:
+                    tanh(z[g], opened[g], size)
+                else:
+                    sigmoid(z[g], opened[g], size)
+                copy(opened[g, :size], gates[k, b, g * size : (g + 1) * size])
+            into = raw[b] if cell.mode != NONE and not copies else c_after[b]
+            _memory(opened[0], opened[1], opened[2], c_before[b], into)
+        if cell.mode != NONE:
+            fine &= _prepared(cell, t, c_after if copies else raw, lengths, narrow)
+        for b in range(batch):
+            if not _runs(lengths, b, t):
+                copy(h[before, b], h[after, b])
+                copy(c_before[b], c_after[b])
+                if y.size:
+                    fill(y[t, b], 0)
+                continue
+            if cell.mode != NONE:
+                inside, into = (c_after[b], z[:1]) if copies else (raw[b], c_after[b : b + 1])
+                fine &= _normalized(cell, t, b, inside, zeros[:size], narrow, into)
+            if cell.mode == NONE or not copies:
+                copy(c_after[b], z[0, :size])
+            tanh(z[0], opened[0], size)
+            copy(opened[0, :size], tanh_c[k, b])
+            _times(gates[k, b, 3 * size :], tanh_c[k, b], h[after, b])
+            if y.size:
+                copy(h[after, b], y[t, b])
+    return fine
+
+
+@compiled()
+def _out_of_cell(dh: Any, o: Any, tanh_c: Any, do: Any, dinside: Any) -> None:
+    for j in range(dh.size):
+        do[j] = dh[j] * tanh_c[j] * o[j] * (1 - o[j])
+        dinside[j] = dh[j] * o[j] * (1 - tanh_c[j] * tanh_c[j])
+
+
+@compiled()
+def _into_gates(dc: Any, i: Any, f: Any, g: Any, before: Any, di: Any, df: Any, dg: Any) -> None:
+    for j in range(dc.size):
+        d = dc[j]
+        di[j] = d * g[j] * i[j] * (1 - i[j])
+        df[j] = d * before[j] * f[j] * (1 - f[j])
+        dg[j] = d * i[j] * (1 - g[j] * g[j])
+
+
+@compiled()
+def _back_to_hidden(
+    hidden: Any, hidden_shares: Any, total: Any, total_shares: Any, t: int, lengths: Any, dx: Any, dhidden: Any, room: Any, row: Any
+) -> None:
+    """Through the slots of the sum and of the hidden term, from the cotangents of the sum's result in `dx` and `dhidden`.
+
+    `dx` (batch, features) becomes the cotangent of the input term; `dhidden`, where it is another array, that of the hidden term.
+    """
+    batch = dx.shape[0]
+    if total.mode != NONE:
+        for b in range(batch):
+            if _runs(lengths, b, t):
+                _collected(total, total_shares, t, b, dx[b])
+                _denormalized(total, t, b, dx[b], room, row)
+                copy(row, dx[b])
+                if dhidden.size:
+                    copy(row, dhidden[b])
+        _settled(total_shares)
+    for b in range(batch):
+        if _runs(lengths, b, t):
+            _collected(hidden, hidden_shares, t, b, dhidden[b] if dhidden.size else dx[b])
+    if hidden.mode != NONE:
+        _counted(hidden, hidden_shares, t, lengths, batch, room)
+        for b in range(batch):
+            if _runs(lengths, b, t):
+                _denormalized(hidden, t, b, dhidden[b], room, row)
+                copy(row, dhidden[b])
+    _settled(hidden_shares)
+
+
+@compiled()
+def lstm_backward(
+    start: int,
+    stop: int,
+    weights: Any,
+    turned: Any,
+    room: Any,
+    dy: Any,
+    lengths: Any,
+    back: Any,
+    dh: Any,
+    dc: Any,
+    c: Any,
+    gates: Any,
+    tanh_c: Any,
+    hidden: Any,
+    total: Any,
+    cell: Any,
+    hidden_shares: Any,
+    total_shares: Any,
+    cell_shares: Any,
+    dx: Any,
+    dhidden: Any,
+    copies: bool,
+) -> None:
+    """`dh` and `dc` (batch, hidden) are the cotangents of the states, before and after; `back` what the hidden term adds to the former.
+
+    `dhidden` is (0, 0, 0) where the cotangent of the hidden term is that of the input term. `dy` may be (0, 0, 0).
+    """
+    weights, turned, dy, lengths, back, dh = bare(weights), bare(turned), bare(dy), bare(lengths), bare(back), bare(dh)
+    dc, c, gates, tanh_c, dx, dhidden = bare(dc), bare(c), bare(gates), bare(tanh_c), bare(dx), bare(dhidden)
+    hidden, total, cell = bare(hidden), bare(total), bare(cell)
+    hidden_shares, total_shares, cell_shares = bare(hidden_shares), bare(total_shares), bare(cell_shares)
+    room = bare(room)
+    steps, batch, size = gates.shape[0], dh.shape[0], dh.shape[1]
+    sums, narrow, row, inside, small = room.sums, room.narrow, room.row.reshape(4 * size), room.states, room.small
+    for t in range(start - 1, stop - 1, -1):
+        if turned.size and t < steps - 1:
+            _turn(turned, back)
+        for b in range(batch):
+            _add(back[b], dh[b])
+            if not _runs(lengths, b, t):
+                continue
+            if dy.size:
+                _add(dy[t, b], dh[b])
+            _out_of_cell(dh[b], gates[t, b, 3 * size :], tanh_c[t, b], dx[t, b, 3 * size :], inside[b])
+            fill(dh[b], 0)
+            if cell.mode == NONE or not copies:
+                _add(inside[b], dc[b])
+            if cell.mode != NONE:
+                _collected(cell, cell_shares, t, b, inside[b] if copies else dc[b])
+        if cell.mode != NONE:
+            _counted(cell, cell_shares, t, lengths, batch, narrow)
+            for b in range(batch):
+                if not _runs(lengths, b, t):
+                    continue
+                _denormalized(cell, t, b, inside[b] if copies else dc[b], narrow, small)
+                if not copies:
+                    fill(dc[b], 0)
+                _add(small, dc[b])
+            _settled(cell_shares)
+        for b in range(batch):
+            d, gate = dx[t, b], gates[t, b]
+            if _runs(lengths, b, t):
+                i, f, g = gate[:size], gate[size : 2 * size], gate[2 * size : 3 * size]
+                _into_gates(dc[b], i, f, g, c[t, b], d[:size], d[size : 2 * size], d[2 * size : 3 * size])
+                _times(dc[b], f, small)
+                copy(small, dc[b])
+            else:
+                fill(d, 0)
+            if dhidden.size:
+                copy(d, dhidden[t, b])
+        over = dhidden[t] if dhidden.size else dhidden[:0].reshape((0, 4 * size))
+        _back_to_hidden(hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, sums, row)
+        if weights.size:
+            _product(dhidden[t] if dhidden.size else dx[t], weights, back)
+
+
+# -- GRU -------------------------------------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def _candidate(u: Any, r: Any, a: Any, y: Any) -> None:
+    for j in range(u.size):
+        y[j] = u[j] + r[j] * a[j]
+
+
+@compiled()
+def _between(z: Any, n: Any, before: Any, y: Any) -> None:
+    for j in range(y.size):
+        y[j] = n[j] + z[j] * (before[j] - n[j])
+
+
+@compiled()
+def gru_forward(
+    start: int,
+    stop: int,
+    weights: Any,
+    turned: Any,
+    room: Any,
+    u: Any,
+    lengths: Any,
+    a: Any,
+    h: Any,
+    y: Any,
+    gates: Any,
+    reset: Any,
+    hidden: Any,
+) -> bool:
+    """As `lstm_forward`; `reset` (steps, batch, hidden) keeps what r is multiplied with."""
+    weights, turned, u, lengths, a, h = bare(weights), bare(turned), bare(u), bare(lengths), bare(a), bare(h)
+    y, gates, reset = bare(y), bare(gates), bare(reset)
+    hidden = bare(hidden)
+    room = bare(room)
+    batch, size = h.shape[1], h.shape[2]
+    z, opened, term, zeros, fine = room.z, room.opened, room.row, room.zeros, True
+    for t in range(start, stop):
+        before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
+        if weights.size:
+            _product(h[before], weights, a)
+        elif turned.size:
+            _turn(turned, a)
+        fine &= _prepared(hidden, t, a, lengths, room.sums)
+        for b in range(batch):
+            if not _runs(lengths, b, t):
+                copy(h[before, b], h[after, b])
+                if y.size:
+                    fill(y[t, b], 0)
+                continue
+            fine &= _normalized(hidden, t, b, a[b], zeros, room.sums, term)
+            for g in range(3):
+                part = u[t, b, g * size : (g + 1) * size]
+                if g == 2:
+                    copy(term[g], reset[k, b])
+                    _candidate(part, opened[0], term[g], z[g])
+                    tanh(z[g], opened[g], size)
+                else:
+                    _sum(part, zeros, term[g], z[g])
+                    sigmoid(z[g], opened[g], size)
+                copy(opened[g, :size], gates[k, b, g * size : (g + 1) * size])
+            _between(opened[1], opened[2], h[before, b], h[after, b])
+            if y.size:
+                copy(h[after, b], y[t, b])
+    return fine
+
+
+@compiled()
+def _gru_gates(dh: Any, z: Any, n: Any, before: Any, dz: Any, dp: Any) -> None:
+    for j in range(dh.size):
+        dz[j] = dh[j] * (before[j] - n[j]) * z[j] * (1 - z[j])
+        dp[j] = dh[j] * (1 - z[j]) * (1 - n[j] * n[j])
+
+
+@compiled()
+def _reset_gate(dp: Any, reset: Any, r: Any, dr: Any, dterm: Any) -> None:
+    for j in range(dp.size):
+        dr[j] = dp[j] * reset[j] * r[j] * (1 - r[j])
+        dterm[j] = dp[j] * r[j]
+
+
+@compiled()
+def gru_backward(
+    start: int,
+    stop: int,
+    weights: Any,
+    turned: Any,
+    room: Any,
+    dy: Any,
+    lengths: Any,
+    back: Any,
+    dh: Any,
+    h: Any,
+    gates: Any,
+    reset: Any,
+    hidden: Any,
+    shares: Any,
+    dx: Any,
+    dhidden: Any,
+) -> None:
+    """As `lstm_backward`."""
+    weights, turned, dy, lengths, back, dh = bare(weights), bare(turned), bare(dy), bare(lengths), bare(back), bare(dh)
+    h, gates, reset, dx, dhidden = bare(h), bare(gates), bare(reset), bare(dx), bare(dhidden)
+    hidden = bare(hidden)
+    shares = bare(shares)
+    room = bare(room)
+    steps, batch, size = gates.shape[0], dh.shape[0], dh.shape[1]
+    sums, row, small = room.sums, room.row.reshape(3 * size), room.small
+    for t in range(start - 1, stop - 1, -1):
+        if turned.size and t < steps - 1:
+            _turn(turned, back)
+        for b in range(batch):
+            d, over, gate = dx[t, b], dhidden[t, b], gates[t, b]
+            _add(back[b], dh[b])
+            if not _runs(lengths, b, t):
+                fill(d, 0)
+                fill(over, 0)
+                continue
+            if dy.size:
+                _add(dy[t, b], dh[b])
+            _gru_gates(dh[b], gate[size : 2 * size], gate[2 * size :], h[t, b], d[size : 2 * size], d[2 * size :])
+            _reset_gate(d[2 * size :], reset[t, b], gate[:size], d[:size], over[2 * size :])
+            over[: 2 * size] = d[: 2 * size]
+            _times(dh[b], gate[size : 2 * size], small)
+            copy(small, dh[b])
+            _collected(hidden, shares, t, b, over)
+        if hidden.mode != NONE:
+            _counted(hidden, shares, t, lengths, batch, sums)
+            for b in range(batch):
+                if _runs(lengths, b, t):
+                    _denormalized(hidden, t, b, dhidden[t, b], sums, row)
+                    copy(row, dhidden[t, b])
+        _settled(shares)
+        if weights.size:
+            _product(dhidden[t], weights, back)
+
+
+# -- RNN -------------------------------------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def rnn_forward(
+    start: int, stop: int, weights: Any, turned: Any, room: Any, u: Any, lengths: Any, a: Any, h: Any, y: Any, hidden: Any, total: Any
+) -> bool:
+    """As `lstm_forward`."""
+    weights, turned, u, lengths, a, h = bare(weights), bare(turned), bare(u), bare(lengths), bare(a), bare(h)
+    y = bare(y)
+    hidden, total = bare(hidden), bare(total)
+    room = bare(room)
+    batch, size = h.shape[1], h.shape[2]
+    z, opened, row, zeros, fine = room.z, room.opened, room.row, room.zeros, True
+    flat = row.reshape(size)
+    for t in range(start, stop):
+        before, after = t % h.shape[0], (t + 1) % h.shape[0]
+        if weights.size:
+            _product(h[before], weights, a)
+        elif turned.size:
+            _turn(turned, a)
+        fine &= _prepared(hidden, t, a, lengths, room.sums)
+        for b in range(batch):
+            if not _runs(lengths, b, t):
+                copy(h[before, b], h[after, b])
+                if y.size:
+                    fill(y[t, b], 0)
+                continue
+            fine &= _normalized(hidden, t, b, a[b], u[t, b], room.sums, z if total.mode == NONE else row)
+            if total.mode != NONE:
+                fine &= _normalized(total, t, b, flat, zeros, room.sums, z)
+            tanh(z[0], opened[0], size)
+            copy(opened[0, :size], h[after, b])
+            if y.size:
+                copy(h[after, b], y[t, b])
+    return fine
+
+
+@compiled()
+def _through_tanh(dh: Any, y: Any, d: Any) -> None:
+    for j in range(dh.size):
+        d[j] = dh[j] * (1 - y[j] * y[j])
+
+
+@compiled()
+def rnn_backward(
+    start: int,
+    stop: int,
+    weights: Any,
+    turned: Any,
+    room: Any,
+    dy: Any,
+    lengths: Any,
+    back: Any,
+    dh: Any,
+    h: Any,
+    hidden: Any,
+    total: Any,
+    hidden_shares: Any,
+    total_shares: Any,
+    dx: Any,
+    dhidden: Any,
+) -> None:
+    """As `lstm_backward`; `h` (steps + 1, batch, hidden) has the results."""
+    weights, turned, dy, lengths, back, dh = bare(weights), bare(turned), bare(dy), bare(lengths), bare(back), bare(dh)
+    h, dx, dhidden = bare(h), bare(dx), bare(dhidden)
+    hidden, total = bare(hidden), bare(total)
+    hidden_shares, total_shares = bare(hidden_shares), bare(total_shares)
+    room = bare(room)
+    steps, batch, size = h.shape[0] - 1, dh.shape[0], dh.shape[1]
+    sums, row = room.sums, room.row.reshape(size)
+    for t in range(start - 1, stop - 1, -1):
+        if turned.size and t < steps - 1:
+            _turn(turned, back)
+        for b in range(batch):
+            _add(back[b], dh[b])
+            if _runs(lengths, b, t):
+                if dy.size:
+                    _add(dy[t, b], dh[b])
+                _through_tanh(dh[b], h[t + 1, b], dx[t, b])
+                fill(dh[b], 0)
+            else:
+                fill(dx[t, b], 0)
+            if dhidden.size:
+                copy(dx[t, b], dhidden[t, b])
+        over = dhidden[t] if dhidden.size else dhidden[:0].reshape((0, size))
+        _back_to_hidden(hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, sums, row)
+        if weights.size:
+            _product(dhidden[t] if dhidden.size else dx[t], weights, back)
