@@ -7,7 +7,6 @@ A library's own module (`portnorm_backends.<name>`) is loaded when the first arr
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -249,10 +248,18 @@ def statistics_dtype(xp: Namespace, dtype: DType) -> DType:
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
 
-@functools.lru_cache(256)
+_float32_values: dict[float, float] = {}
+
+
 def float32_value(number: float) -> float:
-    """`number` as float32 stores it: ONNX keeps epsilon so, and every library must see the same value."""
-    return float(numpy.float32(number))
+    """`number` as float32 stores it: ONNX keeps epsilon so, and every library must see the same value.
+
+    Remembered in a dict, which `torch.compile` follows, unlike `functools.lru_cache`.
+    """
+    try:
+        return _float32_values[number]
+    except KeyError:
+        return _float32_values.setdefault(number, float(numpy.float32(number)))
 
 
 def load_namespace(xp: Namespace | str | None) -> Namespace:
