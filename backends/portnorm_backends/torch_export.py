@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy
@@ -22,7 +22,7 @@ from onnx.inliner import inline_local_functions
 from torch.utils import _pytree as pytree
 
 from portnorm.arrays import leaves, mapped, to_numpy
-from portnorm.errors import ConformanceError, ExportError, PortnormError, UnsupportedError
+from portnorm.errors import ConformanceError, DTypeError, ExportError, PortnormError, UnsupportedError
 from portnorm.layers.layer import Layer, checked_call
 from portnorm_backends.torch_module import RECORDER, TorchModule
 from portnorm_onnx.build import Names
@@ -32,11 +32,14 @@ from portnorm_onnx.runtimes import Session, runtime_of, session_of
 from portnorm_onnx.signature import state_names
 from portnorm_onnx.splice import Inserted, spliced, without_traces
 from portnorm_onnx.storage import Draft, is_large
-from portnorm_onnx.targets import check_types, checker, target_of
+from portnorm_onnx.targets import checker, target_of
 from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, check, nudged
 
 Arrays = list["numpy.ndarray[Any, Any]"]
 DOMAIN = "portnorm"
+"""That of the nodes that stand for layers."""
+_LEAST = 2
+"""The smallest length that torch assumes of an axis that is free; what it makes of it holds for 1 too, or a check says so."""
 
 
 def export_torch(
@@ -57,27 +60,30 @@ def export_torch(
     """Write a whole torch model, with layers of portnorm in it, as an ONNX file, after the graph was checked against it in onnxruntime.
 
     `model` is any module that `torch.export` takes; its layers of portnorm are `portnorm.torch_module(...)` (see
-    `portnorm.replace_modules`), called any number of times, with or without `state` and `lengths`. They become what `portnorm.export` makes of
-    them, by the same `target`, `opset`, `fold` and `accurate`: one `Scan` for each direction, weights under the module's path
-    (`encoder.rnn.weight_hh_l0`). The rest is torch's own translation, for which `target` gives the opset only. The model is exported in
+    `portnorm.replace_modules`), called any number of times, with or without `state` and `lengths`. They become what `portnorm.export`
+    makes of them, by the same `target`, `opset`, `fold` and `accurate`: one `Scan` for each direction, weights under the module's path
+    (`encoder.rnn.weight_hh_l0`). The rest is torch's own translation, to which `target` gives the opset only. The model is exported in
     evaluation mode and left in the mode that it had.
 
-    `args` is the tuple of example inputs, or the only one; `dynamic_shapes` says as `torch.onnx.export` takes it which lengths are free, for
-    example `{"x": {0: "time", 1: "batch"}}`; axes of one name have one length. `input_names` and `output_names` are those of the graph.
+    `args` is the tuple of example inputs, or the only one; `dynamic_shapes` says in the form of `torch.onnx.export` which lengths are free,
+    for example `{"x": {0: "time", 1: "batch"}}`; axes of one name have one length. `input_names` and `output_names` are those of the graph.
 
     Every layer's graph passes the two gates of `portnorm.verify`; the whole graph passes onnx's checker and strict shape inference, and in
     onnxruntime it is compared with the torch model on the example and with every free length at 1 and at two others, or on `inputs`, each a
-    tuple like `args`. Where those are not given, numbers are drawn from the example's, and integers (batch,) that are a layer's `lengths`
-    follow the time axis. The distance to a float64 run of the model may be a small multiple of torch's own. Only then the file appears; an
-    existing one is replaced whole. Returns a `Report`; `path=None` writes nothing, and the model is `report.model`.
-    Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
+    tuple like `args`. Where those are not given, numbers are drawn from the example's, integers (batch,) that become a layer's `lengths`
+    follow the time axis, and what the model itself refuses is left out. The graph's distance to a float64 run of the model may be a small
+    multiple of torch's own. Only then the file appears; an existing one is replaced whole. Returns a `Report`; `path=None` writes nothing,
+    and the model is `report.model`. Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
     """
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a torch.nn.Module")
-    example = args if isinstance(args, tuple) else (args,)
+    # torch takes one tensor in two places for one input.
+    example = pytree.tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else a, args if isinstance(args, tuple) else (args,))
     row = target_of(target)
     version = checked_opset(opset, row)
     checked_path(path)
+    if any(a.dtype == torch.bfloat16 for a in (*model.state_dict().values(), *_tensors(example))):
+        raise UnsupportedError("`model` or `args` have bfloat16 arrays, in which onnxruntime cannot check a graph; convert them first")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -96,13 +102,22 @@ def export_torch(
             draft.check_form()
             report = Report.of(draft.proto, draft.path)
             report.seconds = seconds
-            report.steps += [step for call in recorder.calls for step in call.checked()]
+            for call in recorder.calls:
+                steps, trajectories = call.checked()
+                report.steps += steps
+                report.trajectories += trajectories
             kinds = {call.shape.dtype for call in recorder.calls}
             runtime = next((r for r in (checker(proto, kind) for kind in kinds) if r != "onnxruntime"), "onnxruntime")
             made = _Cases(program, proto, example, recorder.calls)
-            cases = made.random() if inputs is None else [made.given(item if isinstance(item, tuple) else (item,)) for item in inputs]
+            if inputs is None:
+                cases, refused = made.random(eager)
+            else:
+                cases, refused = [made.given(item if isinstance(item, tuple) else (item,)) for item in inputs], []
+            if not cases:
+                raise UnsupportedError("`inputs` is empty; expected at least one, or nothing would be checked")
             report.trajectories += _compared(eager, session_of(runtime, draft.loadable()), runtime, cases)
-            report.outcomes.append(Outcome(runtime, runtime_of(runtime).version(), "passed", runtime_of(runtime).note))
+            detail = f"not compared at {', '.join(refused)}, which the model refuses" if refused else runtime_of(runtime).note
+            report.outcomes.append(Outcome(runtime, runtime_of(runtime).version(), "passed", detail))
             draft.publish()
         return report
     finally:
@@ -149,20 +164,17 @@ class _Call:
 
         return Inserted(self.inputs, self.outputs, f"{self.path}." if self.path else "", self.alone, graph)
 
-    def checked(self) -> list[Comparison]:
-        """The two gates of `portnorm.verify` for the layer alone, under its path."""
+    def checked(self) -> tuple[list[Comparison], list[Comparison]]:
+        """The two gates of `portnorm.verify` for the layer alone, under its path: steps, and trajectories of a layer without steps."""
         proto = self.graph(Names(), tuple(name for name in self.outputs if name == "y" or name in self.wanted))
         try:
             with Draft(proto) as draft:
                 report = check(draft, self.layer, runtimes=(checker(proto, self.shape.dtype),))
         except ConformanceError as error:
-            raise ConformanceError(f"layer {self.path or type(self.layer).__name__!r}: {error}") from error
-        found = report.steps or report.trajectories
-        return [_with_case(c, f"{self.path or 'layer'}: {c.case}") for c in found]
-
-
-def _with_case(c: Comparison, case: str) -> Comparison:
-    return Comparison(c.runtime, c.output, case, c.steps, c.difference, c.allowed, c.eager_difference)
+            raise ConformanceError(f"layer {self.path or type(self.layer).__name__}: {error}") from error
+        title = self.path or "layer"
+        steps, trajectories = ([replace(c, case=f"{title}: {c.case}") for c in found] for found in (report.steps, report.trajectories))
+        return steps, [] if steps else trajectories
 
 
 @dataclass
@@ -174,16 +186,18 @@ class _Recorder:
     calls: list[_Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # The arrays are read now: while the model is traced they have no values.
+        # The arrays are read now: while the model is traced they have no values, and a module at two places is two with one layer.
         self._layers: dict[int, tuple[str, Layer]] = {}
         for path, module in self.model.named_modules():
             if isinstance(module, TorchModule):
-                self._layers[id(module)] = (path, self._on_numpy(path, module))
+                self._layers[id(module._layer)] = (path, self._on_numpy(path, module))
 
     def _on_numpy(self, path: str, module: TorchModule) -> Layer:
         layer = module.to_layer()
         if layer.dtype == torch.bfloat16:
-            raise UnsupportedError(f"layer {path!r} has bfloat16 parameters, in which onnxruntime does not check a graph; convert the model")
+            raise UnsupportedError(
+                f"layer {path!r} has bfloat16 parameters, in which onnxruntime does not check a graph; convert the model"
+            )
         found = layer.to(xp="numpy", device="cpu")
         kind = numpy.dtype(found.dtype).name
         if kind not in self.shape.target.dtypes:
@@ -191,7 +205,7 @@ class _Recorder:
         return found
 
     def __call__(self, module: TorchModule, x: Any, state: Any, lengths: Any, mask: Any) -> Any:
-        path, layer = self._layers[id(module)]
+        path, layer = self._layers[id(module._layer)]
         dtype = getattr(torch, numpy.dtype(layer.dtype).name)
         if torch.is_autocast_enabled(x.device.type):
             x, state = mapped(lambda a: a.to(dtype) if a.is_floating_point() else a, (x, state))
@@ -295,17 +309,21 @@ class _Eager:
             wide = pytree.tree_map(lambda a: a.double() if _is_floating(a) else a, args)
             try:
                 return _outputs(self._double, wide)
-            except RuntimeError as error:
-                if "dtype" not in str(error) and "type" not in str(error):
+            except (RuntimeError, DTypeError) as error:
+                if "type" not in str(error):
                     raise
                 self._double = None
         return None
 
     def rounded(self, args: tuple[Any, ...], seed: int) -> Arrays:
         """With every parameter and input moved by at most one unit in the last place."""
-        moved = {n: _nudged(a, seed) for n, a in self.model.state_dict().items()}
+        moved = {n: _nudged(a, seed) for n, a in (*self.model.named_parameters(), *self.model.named_buffers())}
         given = pytree.tree_map(lambda a: _nudged(a, seed) if _is_floating(a) else a, args)
         return _outputs(lambda *a: torch.func.functional_call(self.model, moved, a), given)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [a for a in pytree.tree_leaves(tree) if isinstance(a, torch.Tensor)]
 
 
 def _is_floating(a: Any) -> bool:
@@ -319,7 +337,7 @@ def _nudged(a: torch.Tensor, seed: int) -> torch.Tensor:
 def _outputs(model: Callable[..., Any], args: tuple[Any, ...]) -> Arrays:
     """The tensors that come out, in order."""
     with torch.no_grad():
-        return [to_numpy(a) for a in pytree.tree_leaves(model(*args)) if isinstance(a, torch.Tensor)]
+        return [to_numpy(a) for a in _tensors(model(*args))]
 
 
 def _compared(eager: _Eager, session: Session, runtime: str, cases: Sequence[_Case]) -> list[Comparison]:
@@ -372,56 +390,57 @@ def _distance(a: Any, b: Any) -> float:
         return float(numpy.max(numpy.where(same, 0.0, numpy.abs(a - b)), initial=0.0))
 
 
+_LENGTHS: tuple[Callable[[int], int], ...] = (lambda k: 1, lambda k: 3 + 2 * k, lambda k: 24 - 5 * (k % 4))
+"""For every case beside the example the free lengths, in their order."""
+
+
 class _Cases:
     """Inputs of several lengths, made of the example."""
 
     def __init__(self, program: torch.export.ExportedProgram, proto: onnx.ModelProto, example: tuple[Any, ...], calls: Sequence[_Call]):
         self.example = example
         self.names = [i.name for i in proto.graph.input]
-        tensors = [a for a in pytree.tree_leaves(example) if isinstance(a, torch.Tensor)]
+        tensors = _tensors(example)
         if len(tensors) != len(self.names):
             raise ExportError(f"the graph has the inputs {', '.join(self.names)}, but `args` has {len(tensors)} tensors")
         self.tensors = tensors
         self.types = [helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in proto.graph.input]
         self.dims = [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in proto.graph.input]
-        placeholders = [s.arg.name for s in program.graph_signature.input_specs if s.kind == torch.export.graph_signature.InputKind.USER_INPUT]
         nodes = {n.name: n for n in program.graph.nodes}
-        held = [nodes[name] for name in placeholders if isinstance(nodes[name].meta.get("val"), torch.Tensor)]
-        self.lengths = self._measured(held)
-        self.bounds = self._bounds(program, held)
+        given = [nodes[name] for name in program.graph_signature.user_inputs if name in nodes]
+        held = [n for n in given if isinstance(n.meta.get("val"), torch.Tensor)]
+        self.measured = {d: n for dims, a in zip(self.dims, tensors, strict=True) for d, n in zip(dims, a.shape, strict=True)}
+        self.symbols, self.derived = self._named(held)
+        self.bounds = self._bounds(program)
         self.counts = self._counts(program, held, calls)
 
-    def _measured(self, held: Sequence[Any]) -> dict[str, int]:
-        """The lengths of the example by name."""
-        return {d: n for dims, a in zip(self.dims, self.tensors, strict=True) for d, n in zip(dims, a.shape, strict=True) if isinstance(d, str)}
-
-    def _symbols(self, held: Sequence[Any]) -> dict[Any, str]:
-        """Names of torch's symbols; a length that is an expression of others has no name of its own."""
-        found = {}
+    def _named(self, held: Sequence[Any]) -> tuple[dict[Any, str], dict[str, Any]]:
+        """Names of torch's symbols, and lengths that are expressions of these by the names that they have in the graph."""
+        symbols, derived = {}, {}
         for node, dims in zip(held, self.dims, strict=True):
             for d, n in zip(dims, node.meta["val"].shape, strict=True):
-                if isinstance(d, str) and isinstance(n, torch.SymInt) and n.node.expr.is_symbol:
-                    found[n.node.expr] = d
-        return found
+                if isinstance(d, str) and isinstance(n, torch.SymInt):
+                    if n.node.expr.is_symbol:
+                        symbols[n.node.expr] = d
+                    else:
+                        derived[d] = n.node.expr
+        return symbols, derived
 
-    def _bounds(self, program: torch.export.ExportedProgram, held: Sequence[Any]) -> dict[str, tuple[int, int]]:
+    def _bounds(self, program: torch.export.ExportedProgram) -> dict[str, tuple[int, int]]:
         """The smallest and largest length that each name may have."""
         found: dict[str, tuple[int, int]] = {}
-        for symbol, name in self._symbols(held).items():
+        for symbol, name in self.symbols.items():
             limits = program.range_constraints.get(symbol)
             low, high = found.get(name, (1, 2**31))
             if limits is not None:
-                low = max(low, int(limits.lower))
+                low = max(low, int(limits.lower) if limits.lower > _LEAST else 1)
                 high = min(high, int(limits.upper)) if limits.upper.is_number and limits.upper < high else high
             found[name] = (low, high)
-        unnamed = [d for d in self.lengths if d not in found]
-        if unnamed:
-            raise UnsupportedError(f"`dynamic_shapes` has lengths that follow from others ({', '.join(unnamed)}); give each a name of its own")
         return found
 
     def _counts(self, program: torch.export.ExportedProgram, held: Sequence[Any], calls: Sequence[_Call]) -> dict[str, str]:
         """Integer inputs (batch,) that reach the `lengths` of a layer, and the name of the length that they count."""
-        symbols, by_node = self._symbols(held), {node: name for node, name in zip(held, self.names, strict=True)}
+        symbols, by_node = self.symbols, dict(zip(held, self.names, strict=True))
         found: dict[str, str] = {}
         for node in program.graph.nodes:
             call = next((c for c in calls if c.name in node.args), None) if "symbolic" in str(node.target) else None
@@ -442,40 +461,54 @@ class _Cases:
                     found[by_node[n]] = names[0]
         return found
 
-    def given(self, args: tuple[Any, ...], title: str = "") -> _Case:
+    def given(self, args: tuple[Any, ...]) -> _Case:
         """A case of these inputs."""
-        tensors = [a for a in pytree.tree_leaves(args) if isinstance(a, torch.Tensor)]
+        tensors = _tensors(args)
         if len(tensors) != len(self.names):
             raise UnsupportedError(f"`inputs` has {len(tensors)} tensors; expected {len(self.names)}: {', '.join(self.names)}")
         shapes = " ".join(f"{name} {tuple(a.shape)}" for name, a in zip(self.names, tensors, strict=True))
         feed = {name: to_numpy(a).astype(kind, copy=False) for name, a, kind in zip(self.names, tensors, self.types, strict=True)}
-        return _Case(title or shapes, args, feed, max((max(a.shape, default=1) for a in tensors), default=1))
+        free = [n for dims, a in zip(self.dims, tensors, strict=True) for d, n in zip(dims, a.shape, strict=True) if isinstance(d, str)]
+        return _Case(shapes, args, feed, max(free, default=1))
 
-    def random(self) -> list[_Case]:
-        """The example, and others with every free length at 1 and at two others, where the model takes them."""
-        cases = [self.given(self.example)]
-        for rule in (lambda k: 1, lambda k: 3 + 2 * k, lambda k: 24 - 5 * (k % 4)):
-            lengths = {name: min(max(rule(k), self.bounds[name][0]), self.bounds[name][1]) for k, name in enumerate(self.lengths)}
-            if not lengths:
-                break
-            rng = numpy.random.default_rng(len(cases))
-            flat, spec = pytree.tree_flatten(self.example)
+    def random(self, eager: _Eager) -> tuple[list[_Case], list[str]]:
+        """The example, and others with every free length at 1 and at two others; and what the model itself refuses of these."""
+        cases, refused = [self.given(self.example)], []
+        flat, spec = pytree.tree_flatten(self.example)
+        for seed, rule in enumerate(_LENGTHS if self.bounds else ()):
+            lengths = {name: min(max(rule(k), low), high) for k, (name, (low, high)) in enumerate(self.bounds.items())}
+            own = {symbol: lengths[name] for symbol, name in self.symbols.items()}
+            lengths |= {name: int(expression.subs(own)) for name, expression in self.derived.items()}
+            rng = numpy.random.default_rng(seed)
             drawn = iter([self._drawn(k, lengths, rng) for k in range(len(self.names))])
-            cases.append(self.given(pytree.tree_unflatten([next(drawn) if isinstance(a, torch.Tensor) else a for a in flat], spec)))
-        return cases
+            args = pytree.tree_unflatten([next(drawn) if isinstance(a, torch.Tensor) else a for a in flat], spec)
+            case = self.given(args)
+            try:
+                eager(args)
+            except Exception as error:  # whatever somebody else's model raises
+                refused.append(case.title)
+                reason = error
+                continue
+            cases.append(case)
+        if len(refused) == len(_LENGTHS):
+            raise ExportError(
+                f"the model refuses all inputs that were made of the example, such as {refused[-1]}; give `inputs` to check it on: {reason}"
+            ) from reason
+        return cases, refused
 
     def _drawn(self, k: int, lengths: Mapping[str, int], rng: numpy.random.Generator) -> torch.Tensor:
         """Numbers of the example's input `k` in another shape."""
         name, tensor = self.names[k], self.tensors[k]
         values = to_numpy(tensor)
         shape = [lengths[d] if isinstance(d, str) else d for d in self.dims[k]]
+        drawn: Any
         if name in self.counts:
             axis = self.counts[name]
-            most = max(1, round(int(values.max(initial=1)) * lengths[axis] / self.lengths[axis]))
+            most = max(1, round(int(values.max(initial=1)) * lengths[axis] / self.measured[axis]))
             drawn = rng.integers(1, most + 1, shape)
             drawn[:1] = most
-        elif values.dtype.kind == "f" and values.size and values.min() == values.max():
+        elif values.dtype.kind == "f" and values.min() == values.max():
             drawn = rng.standard_normal(shape)
         else:
-            drawn = rng.choice(values.ravel(), shape) if values.size else numpy.zeros(shape)
+            drawn = rng.choice(values.ravel(), shape)
         return torch.as_tensor(drawn.astype(values.dtype), device=tensor.device)

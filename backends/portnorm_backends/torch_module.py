@@ -23,17 +23,19 @@ def torch_module(layer: Layer) -> TorchModule:
     Parameters and buffers are copies of the layer's, under its names; a state dict of the module is one of the layer. `train()` takes the
     batch's statistics and updates the running ones, `eval()` takes those. Gradients, `.to(...)`, `copy.deepcopy`, `torch.func` and
     `torch.nn.utils.parametrize` work as with torch's own layers. Computation is in the dtype of the parameters: under autocast floating
-    inputs and states are converted to it, as torch does for its own norms, and nothing inside is computed in less. Made in evaluation mode
-    or not: a new module is in training mode, as any of torch. Raises `UnsupportedError` for what is no layer, and what the layer raises.
+    inputs and states are converted to it, as torch does for its own norms, and nothing inside is computed in less. As any module of torch
+    it starts in training mode. Raises `UnsupportedError` for what is no layer; a call raises what the layer raises.
 
     >>> import portnorm as pn
-    >>> sorted(pn.torch_module(pn.LayerNorm(3)).state_dict())  # doctest: +SKIP
-    ['bias', 'weight']
+    >>> m = pn.torch_module(pn.LSTM(3, 4, norm="layer", rng=0))
+    >>> y, (h, c) = m(torch.ones(7, 2, 3))
+    >>> y.shape, y.requires_grad
+    (torch.Size([7, 2, 4]), True)
     """
     return TorchModule(layer)
 
 
-class TorchModule(torch.nn.Module):
+class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
     """What `torch_module` gives."""
 
     def __init__(self, layer: Layer):
@@ -76,7 +78,9 @@ class TorchModule(torch.nn.Module):
         self, params: Arrays, buffers: Arrays, dtype: torch.dtype | None, x: Array, state: Any, lengths: Any, mask: Array | None
     ) -> Any:
         lengths = checked_call(self._layer, params or buffers, dtype, x, state, lengths, mask)
-        y, state, new = self._layer.apply(params, buffers, x, state, lengths, self.training)
+        # The buffers change in place below, and what is computed now may be asked for by the backward pass.
+        before = {name: a.clone() for name, a in buffers.items()} if self.training else buffers
+        y, state, new = self._layer.apply(params, before, x, state, lengths, self.training)
         if self.training:
             with torch.no_grad():
                 for name, buffer in buffers.items():
@@ -85,7 +89,9 @@ class TorchModule(torch.nn.Module):
 
     def arrays(self) -> tuple[Arrays, Arrays]:
         """Parameters and buffers by the layer's names, as they are now."""
-        params, buffers = ({n: functools.reduce(getattr, n.split("."), self) for n in names} for names in (self._params, self._buffer_names))
+        params, buffers = (
+            {n: functools.reduce(getattr, n.split("."), self) for n in names} for names in (self._params, self._buffer_names)
+        )
         return params, buffers
 
     def to_layer(self) -> Layer:

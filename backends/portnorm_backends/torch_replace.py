@@ -28,23 +28,26 @@ def replace_modules(
     """Swap the modules of these classes inside `model`, in place, for `portnorm.torch_module` of the layers that compute the same.
 
     `table` has for each class the format of its weights (`portnorm.FORMATS`: `"torch-fastrnns"`, `"haste"`, `"icefall"`, `"torch"`, …), or
-    a function from the module to a layer of portnorm that has its weights. `config` is what weights do not say, as `portnorm.import_checkpoint`
-    takes it (`batch_first=True`, `eps=1e-3`), for all formats in the table; torch's own recurrent modules say it themselves. A module is
-    swapped as a whole, with what is inside it; one that is used at several places stays one.
+    a function from the module to a layer of portnorm that has its weights. `config` is what weights do not say, in the words of
+    `portnorm.import_checkpoint` (`batch_first=True`, `eps=1e-3`), for all formats in the table; torch's own recurrent modules say it
+    themselves. A module is swapped with all that is inside it; one that is used at several places stays one.
 
     A replacement is called as its module was: it takes and gives states in that module's form (nested tuples of (batch, hidden) for each
     layer and direction as in fastrnns, one array as in torch.nn.GRU) as well as in portnorm's, and only `y` where that gave no state. It
-    keeps the mode, the dtype, the device, and whether parameters are trained where that is the same for all.
+    keeps the mode, the dtype and the device, and is frozen where all parameters were.
 
     Every replacement is compared in evaluation mode with what it replaces, on random input and random states, or, with `args`, the example
-    inputs of `model`, on the calls that the model makes then. Only when all agree the model is changed. Returns the paths that were swapped.
-    Raises `ConformanceError` with the difference, `CheckpointError` where weights do not fit a format, and `UnsupportedError` where there is no
-    such module, or where it is called in a way that a layer cannot be called in.
+    inputs of `model`, on the calls that the model makes then. Only when all agree the model is changed. Returns the paths that were
+    swapped. Raises `ConformanceError` with the difference, `CheckpointError` where weights do not fit a format, and `UnsupportedError`
+    where there is no such module, or where it is called in a way that a layer cannot be called in.
     """
     places = list(_places(model, table))
     if not places:
-        raise UnsupportedError(f"`model` has no module of {', '.join(c.__name__ for c in table)}; expected one at least, below the model itself")
-    modules = {id(module): (path, module) for path, _, _, module in reversed(places)}
+        names = ", ".join(kind.__name__ for kind in table)
+        raise UnsupportedError(f"`model` has no module of {names} inside; expected at least one to swap")
+    modules: dict[int, tuple[str, torch.nn.Module]] = {}
+    for path, _, _, module in places:
+        modules.setdefault(id(module), (path, module))
     made = {key: _replacement(path, module, _row(module, table), config) for key, (path, module) in modules.items()}
     calls = _recorded(model, modules, args if isinstance(args, tuple) else (args,)) if args is not None else {}
     for key, (path, module) in modules.items():
@@ -87,13 +90,14 @@ def _replacement(path: str, module: torch.nn.Module, row: Replacement | None, co
         layer = row(module)
         if not isinstance(layer, Layer):
             raise UnsupportedError(f"the function for {path!r} gives a {type(layer).__name__}; expected a layer of portnorm")
-    made = _Replaced(layer)
+    made: _Replaced = _Replaced(layer)
     like = next((a for a in module.state_dict().values() if a.is_floating_point()), None)
     if like is not None:
         made = made.to(device=like.device, dtype=like.dtype)
     if own and not any(p.requires_grad for p in own.values()):
         made.requires_grad_(False)
-    return made.train(module.training)
+    made.train(module.training)
+    return made
 
 
 class _Replaced(TorchModule):
@@ -209,9 +213,9 @@ def _check_random(title: str, module: torch.nn.Module, made: _Replaced) -> None:
     if differ:
         raise next((error for error in differ if isinstance(error, ConformanceError)), differ[0])
     if not agreed:
+        how = f"`x` {tuple(x.shape)}, alone or with a state in a form that is known" if len(states) > 1 else f"`x` {tuple(x.shape)}"
         raise UnsupportedError(
-            f"{title} takes neither `x` {tuple(x.shape)} nor `x` and a state, in any form that is known; the first call gave {refused[0]}. "
-            "Give `args`, the example inputs of the model, for the calls that it makes"
+            f"{title} cannot be called with {how}: {refused[0]}. Give `args`, the example inputs of the model, for the calls that it makes"
         )
 
 
@@ -231,7 +235,10 @@ def _random_inputs(made: _Replaced) -> tuple[torch.Tensor, list[tuple[Any, ...]]
     x = torch.zeros(*shape, dtype=torch.int64, device=device) if layer.takes_integers else drawn(*shape)
     states: list[tuple[Any, ...]] = [()]
     if isinstance(layer, Recurrent) and not layer.timed:
-        places, whole = layer.num_layers * layer.num_directions, [drawn(layer.num_layers * layer.num_directions, 3, n) for n in layer.state_sizes()]
+        places, whole = (
+            layer.num_layers * layer.num_directions,
+            [drawn(layer.num_layers * layer.num_directions, 3, n) for n in layer.state_sizes()],
+        )
         pairs = [tuple(s[k] for s in whole) for k in range(places)]
         nested = [pairs[k : k + layer.num_directions] for k in range(0, places, layer.num_directions)]
         states += [(tuple(whole),), (pairs,), (nested,)] + ([(pairs[0],)] if places == 1 else [])
