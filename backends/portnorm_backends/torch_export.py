@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from portnorm.arrays import leaves, mapped, to_numpy
 from portnorm.errors import ConformanceError, DTypeError, ExportError, PortnormError, UnsupportedError
 from portnorm.layers.layer import Layer, checked_call
-from portnorm_backends.torch_module import RECORDER, TorchModule
+from portnorm_backends.torch_module import TorchModule
 from portnorm_onnx.build import Names
 from portnorm_onnx.export import Shape, checked_opset, checked_path, trace
 from portnorm_onnx.report import Comparison, Outcome, Report
@@ -248,7 +248,9 @@ def _translated(
 ) -> tuple[torch.export.ExportedProgram, onnx.ModelProto]:
     """torch's translation of the model."""
     hints = pytree.tree_map(lambda d: torch.export.Dim.DYNAMIC if isinstance(d, str) else d, dynamic_shapes)
-    token = RECORDER.set(recorder)
+    inside = [module for module in model.modules() if isinstance(module, TorchModule)]
+    for module in inside:
+        module.recorder = recorder
     with warnings.catch_warnings():
         # What torch's exporter says of its own code, and of two axes that were given one name.
         warnings.filterwarnings("ignore", message=r".*LeafSpec", category=FutureWarning)
@@ -271,7 +273,8 @@ def _translated(
         except Exception as error:
             raise ExportError(f"torch does not export the model: {error}") from error
         finally:
-            RECORDER.reset(token)
+            for module in inside:
+                del module.recorder
     if proto.functions:
         proto = inline_local_functions(proto)
     found = next(o.version for o in proto.opset_import if o.domain == "")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,9 +11,6 @@ import torch
 from portnorm.arrays import Array, mapped
 from portnorm.errors import UnsupportedError
 from portnorm.layers.layer import Arrays, Layer, checked_call
-
-RECORDER: ContextVar[Callable[..., Any] | None] = ContextVar("recorder", default=None)
-"""What takes the calls of every `TorchModule` while a torch model is exported: `recorder(module, x, state, lengths, mask)`."""
 
 
 def torch_module(layer: Layer) -> TorchModule:
@@ -37,6 +33,9 @@ def torch_module(layer: Layer) -> TorchModule:
 
 class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
     """What `torch_module` gives."""
+
+    recorder: Callable[..., Any] | None = None
+    """What takes the calls while the model around is exported: `recorder(module, x, state, lengths, mask)`."""
 
     def __init__(self, layer: Layer):
         super().__init__()
@@ -63,9 +62,8 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
 
     def forward(self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None) -> Any:
         """`y`, or `(y, state)` for a recurrent layer; see `portnorm.Layer.__call__`. In training the running statistics are updated."""
-        recorder = RECORDER.get()
-        if recorder is not None:
-            return recorder(self, x, state, lengths, mask)
+        if self.recorder is not None:
+            return self.recorder(self, x, state, lengths, mask)
         params, buffers = self.arrays()
         dtype = _floating(params, buffers)
         if not torch.is_autocast_enabled(x.device.type):

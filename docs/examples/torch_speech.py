@@ -3,8 +3,8 @@
     python docs/examples/torch_speech.py [--out m.onnx]
 
 The model has a convolution in front that halves the frame rate, a stack of layer-normalized LSTMs written as in fastrnns of
-pytorch/benchmarks, and a linear head with one class per frame. torch's exporter writes the LSTM's loop out, step by step, for the one length
-that it sees; in the graph of portnorm it is one `Scan` per layer.
+pytorch/benchmarks, and a linear head with one class per frame. torch's exporter writes the LSTM's loop out, step by step, for the one
+length that it sees; in the graph of portnorm it is one `Scan` per layer.
 """
 
 from __future__ import annotations
