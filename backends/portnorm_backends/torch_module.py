@@ -47,8 +47,9 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
             self._owner(name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(array.detach()))
         for name, array in kept.buffers.items():
             self._owner(name).register_buffer(name.rpartition(".")[2], array.detach())
+        # The layer keeps the names, which its backward pass asks for, and arrays without values.
         for part in kept.layers():
-            part.params, part.buffers = {}, {}
+            part.params, part.buffers = ({n: a.to("meta") for n, a in group.items()} for group in (part.params, part.buffers))
         self._layer = kept
 
     def _owner(self, name: str) -> torch.nn.Module:
