@@ -254,14 +254,15 @@ def test_a_front_end_that_shortens_time_and_limits_that_are_known() -> None:
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.rnn = torch.nn.Conv1d(3, 4, 3, 2), pn.torch_module(pn.GRU(4, 4, norm="layer", batch_first=True, rng=0))
+            self.conv, self.rnn = torch.nn.Conv1d(3, 4, 3, 2), pn.torch_module(pn.LSTM(4, 4, batch_first=True, rng=0))
 
         def forward(self, x: Any, lengths: Any) -> Any:
-            return self.rnn(self.conv(x).transpose(1, 2), lengths=(lengths - 1) // 2)[0]
+            return self.rnn(self.conv(x).transpose(1, 2), lengths=(lengths - 1) // 2)[1][0]
 
     free = {"x": {2: torch.export.Dim("frames", min=5, max=20)}, "lengths": None}
     report = pn.export_torch(Model(), (torch.randn(2, 3, 9), torch.tensor([9, 5])), None, dynamic_shapes=free)
     assert [c.case for c in report.trajectories] == [f"x (2, 3, {n}) lengths (2,)" for n in (9, 5, 5, 20)]
+    assert {c.output for c in report.trajectories} == {report.model.graph.output[0].name}  # the last state alone: `y` is not made
 
 
 def test_a_graph_that_differs_is_not_written(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from portnorm.arrays import Array, mapped
+from portnorm.arrays import Array, mapped, xp_of
 from portnorm.errors import UnsupportedError
 from portnorm.layers.layer import Arrays, Layer, checked_call
 
@@ -51,6 +51,8 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         for part in kept.layers():
             part.params, part.buffers = ({n: a.to("meta") for n, a in group.items()} for group in (part.params, part.buffers))
         self._layer = kept
+        for array in (*self.parameters(), *self.buffers(), torch.empty(0)):
+            xp_of(array)  # known from now on: torch.compile cannot follow how a type is looked up for the first time
 
     def _owner(self, name: str) -> torch.nn.Module:
         """The module that holds the array of this name, made where it is missing: names with a point are those of modules inside."""
