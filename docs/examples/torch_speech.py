@@ -143,7 +143,7 @@ def main(path: Path) -> None:
     losses = train(model, 20, generator)
     print(f"trained with the LSTM in torch:    loss {losses[0]:.2f} to {losses[-1]:.2f} in 20 updates")
 
-    frames = 20
+    frames = 12
     x, _ = batch_of(frames, 1, generator)
     model.eval()
     started = time.perf_counter()
