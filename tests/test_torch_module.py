@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +232,31 @@ def test_it_trains_with_an_optimizer_and_functions_of_torch(rng: np.random.Gener
         torch.testing.assert_close(grads[n], p.grad)
 
 
+@pytest.mark.peers
+def test_parametrizations_of_torch_are_seen(rng: np.random.Generator) -> None:
+    import torch
+
+    module = pn.torch_module(pn.LSTM(3, 4, norm="layer", rng=0))
+    x = torch.tensor(rng.standard_normal((5, 2, 3)), dtype=torch.float32)
+    y, _ = module(x)
+    torch.nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
+    again, _ = module(x)
+    torch.testing.assert_close(again, y, rtol=1e-5, atol=1e-5)
+    again.sum().backward()
+    assert dict(module.named_parameters())["parametrizations.weight_hh_l0.original0"].grad.any()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", ["torch_module", "torch_replace", "torch_export"])
+def test_the_examples_of_the_documentation(name: str) -> None:
+    import torch
+
+    module = importlib.import_module(f"portnorm_backends.{name}")
+    failed, attempted = doctest.testmod(module, extraglobs={"torch": torch})
+    assert failed == 0
+    assert attempted >= 3
+
+
 # -- modules swapped -------------------------------------------------------------------------------------------------------------------
 
 
@@ -306,12 +333,14 @@ def test_a_swapped_module_is_called_as_before(bidirectional: bool, example: bool
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "RNN with relu"])
 def test_recurrent_modules_of_torch_are_swapped(kind: str) -> None:
     import torch
 
     torch.manual_seed(0)
-    theirs = getattr(torch.nn, kind)(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+    kind, _, relu = kind.partition(" with ")
+    more = {"nonlinearity": relu} if relu else {}
+    theirs = getattr(torch.nn, kind)(3, 4, num_layers=2, bidirectional=True, batch_first=True, **more)
     model, x = torch.nn.ModuleList([theirs]), torch.randn(2, 5, 3)
     pn.replace_modules(model, {torch.nn.RNNBase: "torch"})
     y, state = theirs(x)

@@ -74,6 +74,12 @@ def export_torch(
     follow the time axis, and what the model itself refuses is left out. The graph's distance to a float64 run of the model may be a small
     multiple of torch's own. Only then the file appears; an existing one is replaced whole. Returns a `Report`; `path=None` writes nothing,
     and the model is `report.model`. Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
+
+    >>> import portnorm as pn
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), pn.torch_module(pn.LayerNorm(4)))
+    >>> report = pn.export_torch(model, torch.ones(2, 3), None, dynamic_shapes=({0: "batch"},))
+    >>> [n.op_type for n in report.model.graph.node]
+    ['Gemm', 'LayerNormalization']
     """
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a torch.nn.Module")
@@ -193,12 +199,7 @@ class _Recorder:
                 self._layers[id(module._layer)] = (path, self._on_numpy(path, module))
 
     def _on_numpy(self, path: str, module: TorchModule) -> Layer:
-        layer = module.to_layer()
-        if layer.dtype == torch.bfloat16:
-            raise UnsupportedError(
-                f"layer {path!r} has bfloat16 parameters, in which onnxruntime does not check a graph; convert the model"
-            )
-        found = layer.to(xp="numpy", device="cpu")
+        found = module.to_layer().to(xp="numpy")
         kind = numpy.dtype(found.dtype).name
         if kind not in self.shape.target.dtypes:
             raise UnsupportedError(f"`target` {self.shape.target.name!r} does not compute in {kind}, the dtype of layer {path!r}")
@@ -219,8 +220,8 @@ class _Recorder:
             x = x.to(torch.int64)
         counted = [] if lengths is None else [torch.as_tensor(lengths, device=x.device).to(torch.int64)]
         own = layer.input_dims() if layer.recurrent else tuple(f"d{k}" for k in range(x.ndim))
-        free = layer.recurrent
-        dims = tuple(d if isinstance(d, str) and (free or not isinstance(n, int)) else int(n) for d, n in zip(own, x.shape, strict=True))
+        free = [isinstance(d, str) and (layer.recurrent or not isinstance(n, int)) for d, n in zip(own, x.shape, strict=True)]
+        dims = tuple(d if is_free else int(n) for d, n, is_free in zip(own, x.shape, free, strict=True))
         kind = numpy.dtype(layer.dtype).name
         shape = self.shape._replace(dtype=kind, lengths=lengths is not None, state=state is not None, input_shape=dims)
         call = _Call(f"call_{len(self.calls)}", path, layer, shape)
@@ -382,7 +383,8 @@ def _wide(a: Any) -> Any:
 
 
 def _largest(a: Any) -> float:
-    return float(numpy.nanmax(numpy.abs(_wide(a)), initial=0.0))
+    """The largest finite value."""
+    return float(numpy.max(numpy.abs(_wide(a)), initial=0.0, where=numpy.isfinite(_wide(a))))
 
 
 def _distance(a: Any, b: Any) -> float:

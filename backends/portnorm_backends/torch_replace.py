@@ -40,6 +40,11 @@ def replace_modules(
     inputs of `model`, on the calls that the model makes then. Only when all agree the model is changed. Returns the paths that were
     swapped. Raises `ConformanceError` with the difference, `CheckpointError` where weights do not fit a format, and `UnsupportedError`
     where there is no such module, or where it is called in a way that a layer cannot be called in.
+
+    >>> import portnorm as pn
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    >>> pn.replace_modules(model, {torch.nn.BatchNorm1d: "torch"})
+    ['1']
     """
     places = list(_places(model, table))
     if not places:
@@ -81,6 +86,8 @@ def _replacement(path: str, module: torch.nn.Module, row: Replacement | None, co
         known: dict[str, Any] = {}
         if isinstance(module, torch.nn.RNNBase):
             known = {"batch_first": module.batch_first}
+            if getattr(module, "nonlinearity", "tanh") != "tanh":
+                known["activation"] = module.nonlinearity
             if module.dropout:
                 raise UnsupportedError(f"{path!r} has dropout={module.dropout} between its layers, which portnorm's have not")
         arrays = {n: a.detach().float() if a.dtype == torch.bfloat16 else a.detach() for n, a in module.state_dict().items()}
@@ -177,7 +184,8 @@ def _check(path: str, module: torch.nn.Module, made: _Replaced, calls: list[tupl
     title = f"{path!r} ({type(module).__name__})"
     modes = [(inner, inner.training) for inner in (*module.modules(), *made.modules())]
     try:
-        module.eval(), made.eval()
+        module.eval()
+        made.eval()
         with torch.no_grad():
             if calls is None:
                 return _check_random(title, module, made)
