@@ -1,4 +1,4 @@
-"""The command line, `portnorm demo | train | import | export | verify | conform | bench | info`: each one call of the library, and a table."""
+"""The command line, `portnorm demo | train | import | export | verify | conform | bench | info`: each a call of the library and a table."""
 
 from __future__ import annotations
 
