@@ -251,8 +251,9 @@ def speed_in_short() -> str:
     about = kept["machine"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("numpy", "numba", "torch", "jax", "onnxruntime") if name in about)
     return (
-        f"{about['processor']}, one core, float32, minimum of many runs ({versions}).\nOver {len(ratios)} works the geometric mean of the time "
-        f"over that of the fastest peer is {mean:.2f}; {len(ratios) - above} ratios are at most 1.1, {above} above."
+        f"{about['processor']}, one core, float32, minimum of many runs ({versions}).\n"
+        f"Over {len(ratios)} works the geometric mean of the time over that of the fastest peer is {mean:.2f}; "
+        f"{len(ratios) - above} ratios are at most 1.1, {above} above."
     )
 
 

@@ -25,7 +25,7 @@ RANGE = {"float32": (1e-28, 1e32), "float64": (1e-280, 1e280)}
 """Bounds of σ² + ε: beyond them sums of squares may leave the type or lose bits, and the definition scales the row first."""
 
 _FEW, _SMALL, _CACHED = 2, 2**18, 2**20
-"""A kernel makes the hidden product itself for so few sequences with weights that stay in a cache, or for so few multiplications in a step."""
+"""A kernel makes the hidden product itself for so few sequences with weights that stay in a cache, or so few multiplications in a step."""
 
 _LARGE = 2**17
 """Size of the hidden weights from which W · hᵀ is faster than h · Wᵀ although it has to be transposed: BLAS reorders its right factor."""
