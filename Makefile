@@ -21,7 +21,7 @@ test: $(VENV)/.test
 # The heavy peers: torch, JAX, Keras and flax on the CPU.
 $(VENV)/.peers: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check jax flax keras
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check jax flax keras onnxscript
 	@touch $@
 
 # Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.

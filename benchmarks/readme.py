@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import portnorm as pn
+from portnorm import bench
 from portnorm.checkpoint.formats import ROWS
 from portnorm.conform import LIBRARIES, REGIMES
 from portnorm_onnx.runtimes import RUNTIMES
 from portnorm_onnx.targets import TARGETS
 from tests.conftest import ALWAYS, PEERS
 
+GROWING = ("portnorm", "portnorm compile", "torch", "JAX jit")
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEMO = RESULTS / "demo.json"
@@ -211,7 +214,62 @@ def latency() -> str:
     return table(("(T, B, I, H)", "`LSTM` operator", *others), rows)
 
 
+def _milliseconds(t: float | None) -> str:
+    return "–" if t is None else f"{t:.4f}" if t < 0.1 else f"{t:.2f}" if t < 10 else f"{t:.0f}"
+
+
+def speed() -> str:
+    """One core: milliseconds, the ratio of the fastest of our engines to the fastest peer, and GB/s or GFLOP/s."""
+    kept = _kept("speed")
+    names = (
+        "portnorm",
+        "portnorm out=",
+        "portnorm compile",
+        "torch",
+        "torch.compile",
+        "JAX jit",
+        "onnxruntime",
+        "NumPy",
+        "copy",
+        "matmuls",
+    )
+    rows = []
+    for row in kept["cores 1"]:
+        cells = [_milliseconds(row["times"][name]["min"] if name in row["times"] else None) for name in names]
+        two = next((r for r in kept["cores 2"] if r["work"] == row["work"]), None)
+        found, rate = bench.ratio(row), bench.rate(row)
+        both = None if two is None else bench.ratio(two)
+        rows.append((row["work"], *cells, *("–" if n is None else f"{n:.2f}" for n in (found, both)), f"{rate:.0f}" if rate else "–"))
+    return table(("ms", *names, "ratio", "two cores", "GB/s, GFLOP/s"), rows)
+
+
+def speed_in_short() -> str:
+    """The machine, and the geometric mean of the ratios."""
+    kept = _kept("speed")
+    ratios = [r for r in map(bench.ratio, kept["cores 1"]) if r is not None]
+    mean, above = math.exp(sum(map(math.log, ratios)) / len(ratios)), sum(r > 1.1 for r in ratios)
+    about = kept["machine"]
+    versions = ", ".join(f"{name} {about[name]}" for name in ("numpy", "numba", "torch", "jax", "onnxruntime") if name in about)
+    return (
+        f"{about['processor']}, one core, float32, minimum of many runs ({versions}).\n"
+        f"Over {len(ratios)} works the geometric mean of the time over that of the fastest peer is {mean:.2f}; "
+        f"{len(ratios) - above} ratios are at most 1.1, {above} above."
+    )
+
+
+def growth() -> str:
+    """How time and peak memory grow."""
+    rows = []
+    for row in _kept("speed")["growth"]:
+        shown = [f"{_milliseconds(t['min'])} ({t['peak_kb'] / 1024:.0f})" if t else "–" for t in (row["times"].get(n) for n in GROWING)]
+        rows.append((row["work"], *shown))
+    return table(("ms (peak of the process in MB)", *GROWING), rows)
+
+
 TABLES = {
+    "speed": speed,
+    "speed_in_short": speed_in_short,
+    "growth": growth,
     "targets": targets,
     "runtimes": runtimes,
     "support": support,
@@ -240,7 +298,7 @@ def filled(text: str) -> str:
     return text
 
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "variants.md", ROOT / "docs" / "runtimes.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("variants.md", "runtimes.md", "speed.md")))
 """Pages with generated tables."""
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ from portnorm.optimizers import SGD, Adam, RMSProp, clip_by_global_norm
 if TYPE_CHECKING:
     from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
     from portnorm.checkpoint.layers import load, save
+    from portnorm_backends.torch_export import export_torch
+    from portnorm_backends.torch_module import torch_module
+    from portnorm_backends.torch_replace import replace_modules
     from portnorm_onnx.compiled import compile  # noqa: A004
     from portnorm_onnx.export import export
     from portnorm_onnx.training_step import export_training_step
@@ -45,17 +48,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Loaded on first use: what reads and writes files, and what needs the extra `onnx`.
-_LAZY = {
-    "save": ("portnorm.checkpoint.layers", None),
-    "load": ("portnorm.checkpoint.layers", None),
-    "FORMATS": ("portnorm.checkpoint.foreign", None),
-    "import_checkpoint": ("portnorm.checkpoint.foreign", None),
-    "to_format": ("portnorm.checkpoint.foreign", None),
-    "compile": ("portnorm_onnx.compiled", "onnx"),
-    "export": ("portnorm_onnx.export", "onnx"),
-    "export_training_step": ("portnorm_onnx.training_step", "onnx"),
-    "verify": ("portnorm_onnx.verify", "onnx"),
+# Loaded on first use: what reads and writes files, and what needs an extra. Each with the packages that it needs.
+_LAZY: dict[str, tuple[str, tuple[str, ...]]] = {
+    "save": ("portnorm.checkpoint.layers", ()),
+    "load": ("portnorm.checkpoint.layers", ()),
+    "FORMATS": ("portnorm.checkpoint.foreign", ()),
+    "import_checkpoint": ("portnorm.checkpoint.foreign", ()),
+    "to_format": ("portnorm.checkpoint.foreign", ()),
+    "compile": ("portnorm_onnx.compiled", ("onnx",)),
+    "export": ("portnorm_onnx.export", ("onnx",)),
+    "export_torch": ("portnorm_backends.torch_export", ("torch", "onnx", "onnxscript")),
+    "export_training_step": ("portnorm_onnx.training_step", ("onnx",)),
+    "replace_modules": ("portnorm_backends.torch_replace", ("torch",)),
+    "torch_module": ("portnorm_backends.torch_module", ("torch",)),
+    "verify": ("portnorm_onnx.verify", ("onnx",)),
 }
 
 __all__ = [
@@ -93,6 +99,7 @@ __all__ = [
     "compile",
     "embedding",
     "export",
+    "export_torch",
     "export_training_step",
     "group_norm",
     "import_checkpoint",
@@ -101,10 +108,12 @@ __all__ = [
     "linear",
     "load",
     "mean_squared_error",
+    "replace_modules",
     "rms_norm",
     "save",
     "softmax_cross_entropy",
     "to_format",
+    "torch_module",
     "verify",
     "vjp",
     "weight_norm",
@@ -115,11 +124,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'portnorm' has no attribute {name!r}")
-    module, extra = _LAZY[name]
-    if extra is not None:
+    module, packages = _LAZY[name]
+    for package in packages:
         from portnorm.arrays import require_extra
 
-        require_extra(extra, extra)
+        require_extra(package, "torch" if "torch" in packages else "onnx")
     return getattr(importlib.import_module(module), name)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `portnorm demo | train | import | export | verify | conform | info`. Each is one call of the library and a table."""
+"""The command line, `portnorm demo | train | import | export | verify | conform | bench | info`: each a call of the library and a table."""
 
 from __future__ import annotations
 
@@ -101,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--against", type=Path, help="checkpoint that the graph should compute (default: what the file says)")
     verify.add_argument("--runtime", action="append", help="runtime to check in, or `all` of them, a row each (default: onnxruntime)")
 
+    bench = command("bench", _bench, "time this library and its peers, each in a process of its own, checked against float64 first")
+    bench.add_argument("engines", nargs="*", help="only these engines (default: all that are installed)")
+    bench.add_argument("--only", action="append", default=[], help="only works whose name has this in it (may be repeated)")
+    bench.add_argument("--cores", type=int, default=1, help="cores and threads of each engine (default: 1)")
+    bench.add_argument("--seconds", type=float, default=0.5, help="time per work, engine and round (default: 0.5)")
+    bench.add_argument("--rounds", type=int, default=2, help="how often the engines take turns (default: 2)")
     conform = command("conform", _conform, "measure array libraries and runtimes against float64, one table of cases for all")
     conform.add_argument(
         "subjects", nargs="*", metavar="SUBJECT", help="libraries and runtimes, or `all` (default: libraries that are installed)"
@@ -269,6 +275,27 @@ def _conform(options: argparse.Namespace) -> dict[str, Any]:
                 print(f"{r.status}: {r.subject} / {r.operation} / {r.regime} / {r.dtype} / {r.side}: {r.detail}")
     options.failed = any(r.failed for r in results)
     return {"about": about, "results": [r.to_dict() for r in results]}
+
+
+def _bench(options: argparse.Namespace) -> dict[str, Any]:
+    from portnorm import bench
+
+    works = [work for work in bench.WORKS if all(part in work.name for part in options.only)]
+    if not works:
+        raise UnsupportedError(
+            f"`--only` {' '.join(options.only)} leaves no work; works are {', '.join(work.name for work in bench.WORKS)}"
+        )
+
+    def progress(what: str) -> None:
+        if not options.json:
+            print(what, file=sys.stderr, flush=True)
+
+    rows = bench.measure(
+        works, options.engines or None, cores=options.cores, seconds=options.seconds, rounds=options.rounds, progress=progress
+    )
+    if not options.json:
+        print(bench.laid_out(rows))
+    return {"machine": bench.machine(), "cores": options.cores, "rows": rows}
 
 
 def _shown(report: Any, options: argparse.Namespace) -> dict[str, Any]:

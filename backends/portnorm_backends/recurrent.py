@@ -24,8 +24,8 @@ NumPyArray = numpy.ndarray[Any, Any]
 RANGE = {"float32": (1e-28, 1e32), "float64": (1e-280, 1e280)}
 """Bounds of σ² + ε: beyond them sums of squares may leave the type or lose bits, and the definition scales the row first."""
 
-_FEW = 2
-"""Sequences up to which the kernel makes the product with the hidden weights itself: a call costs more than it saves."""
+_FEW, _SMALL, _CACHED = 2, 2**18, 2**20
+"""A kernel makes the hidden product itself for so few sequences with weights that stay in a cache, or so few multiplications in a step."""
 
 _LARGE = 2**17
 """Size of the hidden weights from which W · hᵀ is faster than h · Wᵀ although it has to be transposed: BLAS reorders its right factor."""
@@ -125,7 +125,8 @@ def _forward(
     c = _from(state[1], kept) if len(state) > 1 else None
     slots = tuple(_slot(cell, name, xs, params, batch, keep) for name in _SLOTS[type(cell)])
     none, room = numpy.empty((0, 0), dtype=dtype), steps.rooms(cell.gates, size, batch, dtype)
-    few, large = batch <= _FEW, batch > _FEW and weights.size >= _LARGE
+    few = _is_few(batch, weights)
+    large = not few and weights.size >= _LARGE
     matrix = weights if large else numpy.ascontiguousarray(weights.T)
     turned = numpy.empty((features, batch), dtype=dtype) if large else none
     run: Callable[..., bool]
@@ -150,6 +151,10 @@ def _forward(
     hidden = () if not sequences else (h[1:],) if lengths is None else (y,)
     residuals = LoopResiduals(params, counts, h, c, gates, inner, slots) if keep else None
     return (last, (*hidden, *_statistics(cell, slots, counts, batch))), residuals
+
+
+def _is_few(batch: int, weights: NumPyArray) -> bool:
+    return (batch <= _FEW and weights.size <= _CACHED) or batch * weights.size <= _SMALL
 
 
 def _from(state: NumPyArray, steps: int) -> NumPyArray:
@@ -189,7 +194,8 @@ def _vjp(
     apart = type(cell) is GRUCell or slots[0].mode != steps.NONE
     dhidden = numpy.empty(gates.shape, dtype=dtype) if apart else none
     shares = tuple(steps.Shares(*numpy.zeros((2, s.weight.size)), *numpy.zeros((2, s.weight.size), dtype=dtype)) for s in slots)
-    few, large, empty = batch <= _FEW, batch > _FEW and weights.size >= _LARGE, none.reshape(0, 0)
+    few, empty = _is_few(batch, weights), none.reshape(0, 0)
+    large = not few and weights.size >= _LARGE
     turned = numpy.empty((weights.shape[1], batch), dtype=dtype) if large else empty
     run: Callable[..., None]
     own: tuple[Any, ...]

@@ -120,6 +120,8 @@ class Shape(NamedTuple):
     input_shape: tuple[int | str, ...] | None
     names: Names
     streaming: bool = False
+    gives: tuple[str, ...] | None = None
+    """The outputs that are wanted; by itself `y`, and the states where they are inputs."""
 
 
 def checked_opset(opset: int | None, target: Target) -> int:
@@ -139,7 +141,9 @@ def checked_path(path: str | os.PathLike[str] | None) -> None:
 def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     """The ONNX model of a layer on NumPy, not checked yet."""
     dtype: Any = numpy.dtype(ml_dtypes.bfloat16 if shape.dtype == "bfloat16" else shape.dtype)
-    rows = opset(shape.version, shape.target, fold=shape.fold, final_state=shape.state, accurate=shape.accurate)
+    stateful = shape.state or shape.streaming
+    last = stateful if shape.gives is None else any(name != "y" for name in shape.gives)
+    rows = opset(shape.version, shape.target, fold=shape.fold, final_state=last, accurate=shape.accurate)
     dims = tuple(shape.input_shape) if shape.input_shape is not None else model.input_dims()
     axis = 1 if model.batch_first else 0
     if shape.streaming:
@@ -152,13 +156,15 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
         inputs.append(lengths)
     params, buffers = ({n: constant(_cast(to_numpy(a), dtype), n) for n, a in group.items()} for group in (model.params, model.buffers))
     before: Any = zero_states(model, x, dtype)
-    if shape.state or shape.streaming:
+    if stateful:
         states, before = state_inputs(model, rows, dtype)
         inputs += states
     y, after, _ = model.apply(params, buffers, x, before, lengths)
     outputs = {"y": NAMESPACE.squeeze(y, axis=axis) if shape.streaming and model.keeps_time else y}
-    if shape.state or shape.streaming:
+    if last and model.recurrent:
         outputs |= named_state(model, after, "_n")
+    if shape.gives is not None:
+        outputs = {name: outputs[name] for name in shape.gives}
     proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names, captures=shape.target.captures)
     check_types(proto, shape.target, shape.dtype)
     names = {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}

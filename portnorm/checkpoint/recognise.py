@@ -35,7 +35,8 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     exact = [fit for fit in fits if not fit.unknown and not fit.missing]
     # A row with a learned initial state or unused arrays explains more keys than one without.
     exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
-    plausible = [fit for fit in exact if _is_plausible(fit, arrays)]
+    # A stack of one layer is that layer under a longer name.
+    plausible = list({(id(fit.row), *sorted(fit.keys.values())): fit for fit in reversed(exact) if _is_plausible(fit, arrays)}.values())
     if len(plausible) == 1:
         return plausible[0]
     nearest = sorted(

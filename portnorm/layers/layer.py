@@ -117,20 +117,7 @@ class Layer:
 
     def _checked(self, x: Array, state: Any, lengths: Any, mask: Array | None = None) -> Array | None:
         """`lengths` or those of `mask` as an array, after `x` and it were found to fit the layer."""
-        if not self.recurrent and state is not None:
-            raise UnsupportedError(f"`state` is given, but {type(self).__name__} has none")
-        own = next(iter(self.params.values()), None)
-        xp = namespace(**({} if own is None else {"parameters": own}), x=x)
-        if self.takes_integers:
-            if not xp.isdtype(x.dtype, "integral"):
-                raise DTypeError(f"`x` has dtype {x.dtype}; expected integers")
-        elif x.dtype != self.dtype:
-            raise DTypeError(f"`x` has dtype {x.dtype} but the layer has {self.dtype}; convert `x`, or the layer with layer.to(dtype=...)")
-        if mask is not None:
-            if lengths is not None:
-                raise UnsupportedError("`lengths` and `mask` are both given; expected one of them")
-            lengths = lengths_of_mask(xp, x, mask, self.batch_first)
-        return None if lengths is None else checked_lengths(xp, x, lengths, self.batch_first)
+        return checked_call(self, self.params, self.dtype, x, state, lengths, mask)
 
     def parameters(self) -> Arrays:
         """The trainable arrays by name: the very ones that the layer computes with.
@@ -275,6 +262,29 @@ class _Function:
         dy, dstate, _ = cotangent
         dx, dstate, grads = self.layer.backward(residuals, dy, dstate, self.training)
         return grads, None, dx, dstate
+
+
+def checked_call(
+    layer: Layer, params: Mapping[str, Array], dtype: DType | None, x: Array, state: Any, lengths: Any, mask: Array | None = None
+) -> Array | None:
+    """`lengths` or those of `mask` as an array, after the arguments were found to fit `layer` with these parameters, of this dtype or any.
+
+    Raises `ShapeError`, `DTypeError`, `UnsupportedError`.
+    """
+    if not layer.recurrent and state is not None:
+        raise UnsupportedError(f"`state` is given, but {type(layer).__name__} has none")
+    own = next(iter(params.values()), None)
+    xp = namespace(**({} if own is None else {"parameters": own}), x=x)
+    if layer.takes_integers:
+        if not xp.isdtype(x.dtype, "integral"):
+            raise DTypeError(f"`x` has dtype {x.dtype}; expected integers")
+    elif dtype is not None and x.dtype != dtype:
+        raise DTypeError(f"`x` has dtype {x.dtype} but the layer has {dtype}; convert `x`, or the layer with layer.to(dtype=...)")
+    if mask is not None:
+        if lengths is not None:
+            raise UnsupportedError("`lengths` and `mask` are both given; expected one of them")
+        lengths = lengths_of_mask(xp, x, mask, layer.batch_first)
+    return None if lengths is None else checked_lengths(xp, x, lengths, layer.batch_first)
 
 
 def lengths_of_mask(xp: Namespace, x: Array, mask: Array, batch_first: bool = False) -> Array:

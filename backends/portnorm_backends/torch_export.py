@@ -1,0 +1,519 @@
+"""A torch model as one ONNX graph, in which every layer of portnorm is its own graph: one `Scan` for each direction of each layer.
+
+While `torch.export` runs the model, a `TorchModule` does not compute: it leaves one node of the domain `portnorm` behind, with the shapes
+that the layer's own graph has. torch translates all the rest, and then the layers' graphs take the places of these nodes.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy
+import onnx
+import torch
+from onnx import helper
+from onnx.inliner import inline_local_functions
+from torch.utils import _pytree as pytree
+
+from portnorm.arrays import leaves, mapped, to_numpy
+from portnorm.errors import ConformanceError, DTypeError, ExportError, PortnormError, UnsupportedError
+from portnorm.layers.layer import Layer, checked_call
+from portnorm_backends.torch_module import TorchModule
+from portnorm_onnx.build import Names
+from portnorm_onnx.export import Shape, checked_opset, checked_path, trace
+from portnorm_onnx.report import Comparison, Outcome, Report
+from portnorm_onnx.runtimes import Session, runtime_of, session_of
+from portnorm_onnx.signature import state_names
+from portnorm_onnx.splice import Inserted, spliced, without_traces
+from portnorm_onnx.storage import Draft, is_large
+from portnorm_onnx.targets import checker, target_of
+from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, check, nudged
+
+Arrays = list["numpy.ndarray[Any, Any]"]
+DOMAIN = "portnorm"
+"""That of the nodes that stand for layers."""
+_LEAST = 2
+"""The smallest length that torch assumes of an axis that is free; what it makes of it holds for 1 too, or a check says so."""
+
+
+def export_torch(
+    model: torch.nn.Module,
+    args: Any,
+    path: str | os.PathLike[str] | None,
+    *,
+    dynamic_shapes: Any = None,
+    opset: int | None = None,
+    target: str = "portable",
+    fold: bool = True,
+    accurate: bool = False,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    inputs: Iterable[Any] | None = None,
+    external_data: bool | None = None,
+) -> Report:
+    """Write a whole torch model, with layers of portnorm in it, as an ONNX file, after the graph was checked against it in onnxruntime.
+
+    `model` is any module that `torch.export` takes; its layers of portnorm are `portnorm.torch_module(...)` (see
+    `portnorm.replace_modules`), called any number of times, with or without `state` and `lengths`. They become what `portnorm.export`
+    makes of them, by the same `target`, `opset`, `fold` and `accurate`: one `Scan` for each direction, weights under the module's path
+    (`encoder.rnn.weight_hh_l0`). The rest is torch's own translation, to which `target` gives the opset only. The model is exported in
+    evaluation mode and left in the mode that it had.
+
+    `args` is the tuple of example inputs, or the only one; `dynamic_shapes` says in the form of `torch.onnx.export` which lengths are free,
+    for example `{"x": {0: "time", 1: "batch"}}`; axes of one name have one length. `input_names` and `output_names` are those of the graph.
+
+    Every layer's graph passes the two gates of `portnorm.verify`; the whole graph passes onnx's checker and strict shape inference, and in
+    onnxruntime it is compared with the torch model on the example and with every free length at 1 and at two others, or on `inputs`, each a
+    tuple like `args`. Where those are not given, numbers are drawn from the example's, integers (batch,) that become a layer's `lengths`
+    follow the time axis, and what the model itself refuses is left out. The graph's distance to a float64 run of the model may be a small
+    multiple of torch's own. Only then the file appears; an existing one is replaced whole. Returns a `Report`; `path=None` writes nothing,
+    and the model is `report.model`. Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
+
+    >>> import portnorm as pn
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), pn.torch_module(pn.LayerNorm(4)))
+    >>> report = pn.export_torch(model, torch.ones(2, 3), None, dynamic_shapes=({0: "batch"},))
+    >>> [n.op_type for n in report.model.graph.node]
+    ['Gemm', 'LayerNormalization']
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a torch.nn.Module")
+    # torch takes one tensor in two places for one input.
+    example = pytree.tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else a, args if isinstance(args, tuple) else (args,))
+    row = target_of(target)
+    version = checked_opset(opset, row)
+    checked_path(path)
+    if any(a.dtype == torch.bfloat16 for a in (*model.state_dict().values(), *_tensors(example))):
+        raise UnsupportedError("`model` or `args` have bfloat16 arrays, in which onnxruntime cannot check a graph; convert them first")
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        eager = _Eager(model)
+        eager(example)
+        shape = Shape(version, row, "", fold and not accurate, accurate, False, False, None, Names())
+        recorder = _Recorder(model, shape)
+        started = time.perf_counter()
+        program, proto = _translated(model, example, dynamic_shapes, recorder, version, input_names, output_names)
+        parts = {call.name: call.inserted(recorder) for call in recorder.calls}
+        proto = spliced(proto, DOMAIN, parts, inside=external_data is not True)
+        without_traces(proto)
+        seconds = time.perf_counter() - started
+        external = is_large(proto) if external_data is None else external_data
+        with Draft(proto, path, external) as draft:
+            draft.check_form()
+            report = Report.of(draft.proto, draft.path)
+            report.seconds = seconds
+            for call in recorder.calls:
+                steps, trajectories = call.checked()
+                report.steps += steps
+                report.trajectories += trajectories
+            kinds = {call.shape.dtype for call in recorder.calls}
+            runtime = next((r for r in (checker(proto, kind) for kind in kinds) if r != "onnxruntime"), "onnxruntime")
+            made = _Cases(program, proto, example, recorder.calls)
+            if inputs is None:
+                cases, refused = made.random(eager)
+            else:
+                cases, refused = [made.given(item if isinstance(item, tuple) else (item,)) for item in inputs], []
+            if not cases:
+                raise UnsupportedError("`inputs` is empty; expected at least one, or nothing would be checked")
+            report.trajectories += _compared(eager, session_of(runtime, draft.loadable()), runtime, cases)
+            detail = f"not compared at {', '.join(refused)}, which the model refuses" if refused else runtime_of(runtime).note
+            report.outcomes.append(Outcome(runtime, runtime_of(runtime).version(), "passed", detail))
+            draft.publish()
+        return report
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+# -- from torch to a graph with nodes for the layers -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Call:
+    """One call of a layer while the model was traced."""
+
+    name: str
+    """The operator type of its node."""
+    path: str
+    layer: Layer
+    shape: Shape
+    alone: bool = True
+    wanted: tuple[str, ...] = ("y",)
+    """The outputs that the model reads."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        states = [f"{name}_0" for name in state_names(self.layer)] if self.shape.state else []
+        return ("x", *(("lengths",) if self.shape.lengths else ()), *states)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("y", *(f"{name}_n" for name in state_names(self.layer)))
+
+    def graph(self, names: Names, outputs: tuple[str, ...]) -> onnx.ModelProto:
+        """The layer's graph with these outputs."""
+        return trace(self.layer, self.shape._replace(names=names, gives=outputs))
+
+    def inserted(self, recorder: _Recorder) -> Inserted:
+        """What replaces the node."""
+        self.alone = sum(call.path == self.path for call in recorder.calls) == 1
+
+        def graph(names: Names, outputs: tuple[str, ...]) -> onnx.ModelProto:
+            self.wanted = outputs
+            return self.graph(names, outputs)
+
+        return Inserted(self.inputs, self.outputs, f"{self.path}." if self.path else "", self.alone, graph)
+
+    def checked(self) -> tuple[list[Comparison], list[Comparison]]:
+        """The two gates of `portnorm.verify` for the layer alone, under its path: steps, and trajectories of a layer without steps."""
+        proto = self.graph(Names(), tuple(name for name in self.outputs if name == "y" or name in self.wanted))
+        try:
+            with Draft(proto) as draft:
+                report = check(draft, self.layer, runtimes=(checker(proto, self.shape.dtype),))
+        except ConformanceError as error:
+            raise ConformanceError(f"layer {self.path or type(self.layer).__name__}: {error}") from error
+        title = self.path or "layer"
+        steps, trajectories = ([replace(c, case=f"{title}: {c.case}") for c in found] for found in (report.steps, report.trajectories))
+        return steps, [] if steps else trajectories
+
+
+@dataclass
+class _Recorder:
+    """Takes the calls of the layers while the model is traced, and leaves a node for each."""
+
+    model: torch.nn.Module
+    shape: Shape
+    calls: list[_Call] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # The arrays are read now: while the model is traced they have no values, and a module at two places is two with one layer.
+        self._layers: dict[int, tuple[str, Layer]] = {}
+        for path, module in self.model.named_modules():
+            if isinstance(module, TorchModule):
+                self._layers[id(module._layer)] = (path, self._on_numpy(path, module))
+
+    def _on_numpy(self, path: str, module: TorchModule) -> Layer:
+        found = module.to_layer().to(xp="numpy")
+        kind = numpy.dtype(found.dtype).name
+        if kind not in self.shape.target.dtypes:
+            raise UnsupportedError(f"`target` {self.shape.target.name!r} does not compute in {kind}, the dtype of layer {path!r}")
+        return found
+
+    def __call__(self, module: TorchModule, x: Any, state: Any, lengths: Any, mask: Any) -> Any:
+        path, layer = self._layers[id(module._layer)]
+        dtype = getattr(torch, numpy.dtype(layer.dtype).name)
+        if torch.is_autocast_enabled(x.device.type):
+            x, state = mapped(lambda a: a.to(dtype) if a.is_floating_point() else a, (x, state))
+        checked_call(module.to_layer(), {}, dtype if any(True for _ in module.parameters()) else None, x, state, None)
+        axis = 1 if layer.batch_first else 0
+        if mask is not None:
+            lengths = mask.sum(axis)
+        if lengths is not None and not layer.recurrent:
+            raise UnsupportedError(f"layer {path!r} is called with `lengths`, which is exported for recurrent layers only")
+        if layer.takes_integers:
+            x = x.to(torch.int64)
+        counted = [] if lengths is None else [torch.as_tensor(lengths, device=x.device).to(torch.int64)]
+        own = layer.input_dims() if layer.recurrent else tuple(f"d{k}" for k in range(x.ndim))
+        free = [isinstance(d, str) and (layer.recurrent or not isinstance(n, int)) for d, n in zip(own, x.shape, strict=True)]
+        dims = tuple(d if is_free else int(n) for d, n, is_free in zip(own, x.shape, free, strict=True))
+        kind = numpy.dtype(layer.dtype).name
+        shape = self.shape._replace(dtype=kind, lengths=lengths is not None, state=state is not None, input_shape=dims)
+        call = _Call(f"call_{len(self.calls)}", path, layer, shape)
+        self.calls.append(call)
+        lengths_of = dict(zip(own, x.shape, strict=True))
+        types = [o.type.tensor_type for o in call.graph(Names(), call.outputs).graph.output]
+        shapes = [[d.dim_value if d.HasField("dim_value") else lengths_of[d.dim_param] for d in t.shape.dim] for t in types]
+        results = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{call.name}", [x, *counted, *leaves(state)], dtypes=[t.elem_type for t in types], shapes=shapes, version=1
+        )
+        if not layer.recurrent:
+            return results[0]
+        rest = iter(results[1:])
+        return results[0], mapped(lambda _: next(rest), layer.initial_state(1))
+
+
+def _translated(
+    model: torch.nn.Module,
+    example: tuple[Any, ...],
+    dynamic_shapes: Any,
+    recorder: _Recorder,
+    version: int,
+    input_names: Sequence[str] | None,
+    output_names: Sequence[str] | None,
+) -> tuple[torch.export.ExportedProgram, onnx.ModelProto]:
+    """torch's translation of the model."""
+    hints = pytree.tree_map(lambda d: torch.export.Dim.DYNAMIC if isinstance(d, str) else d, dynamic_shapes)
+    inside = [module for module in model.modules() if isinstance(module, TorchModule)]
+    for module in inside:
+        module.recorder = recorder
+    with warnings.catch_warnings():
+        # What torch's exporter says of its own code, and of two axes that were given one name.
+        warnings.filterwarnings("ignore", message=r".*LeafSpec", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"# The axis name", category=UserWarning)
+        try:
+            program = torch.export.export(model, example, dynamic_shapes=hints, strict=False)
+            made = torch.onnx.export(
+                program,
+                dynamo=True,
+                dynamic_shapes=dynamic_shapes,
+                opset_version=version,
+                input_names=input_names,
+                output_names=output_names,
+                verbose=False,
+            )
+            assert made is not None
+            proto: onnx.ModelProto = made.model_proto
+        except PortnormError:
+            raise
+        except Exception as error:
+            raise ExportError(f"torch does not export the model: {error}") from error
+        finally:
+            for module in inside:
+                del module.recorder
+    if proto.functions:
+        proto = inline_local_functions(proto)
+    found = next(o.version for o in proto.opset_import if o.domain == "")
+    if found != version:
+        raise ExportError(f"torch translates the model at opset {found}, not {version}; ask for `opset={found}`")
+    return program, proto
+
+
+# -- is it the same? -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Inputs of the model, and the same by the names of the graph."""
+
+    title: str
+    args: tuple[Any, ...]
+    feed: dict[str, Any]
+    steps: int
+
+
+class _Eager:
+    """The torch model on its inputs: as it is, in float64, and with numbers that are moved by a rounding."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+        self._double: torch.nn.Module | None = copy.deepcopy(model).double()
+
+    def __call__(self, args: tuple[Any, ...]) -> Arrays:
+        return _outputs(self.model, args)
+
+    def exact(self, args: tuple[Any, ...]) -> Arrays | None:
+        """In float64; `None` for a model that makes numbers of another type by itself, which torch then refuses to mix."""
+        if self._double is not None:
+            wide = pytree.tree_map(lambda a: a.double() if _is_floating(a) else a, args)
+            try:
+                return _outputs(self._double, wide)
+            except (RuntimeError, DTypeError) as error:
+                if "type" not in str(error):
+                    raise
+                self._double = None
+        return None
+
+    def rounded(self, args: tuple[Any, ...], seed: int) -> Arrays:
+        """With every parameter and input moved by at most one unit in the last place."""
+        moved = {n: _nudged(a, seed) for n, a in (*self.model.named_parameters(), *self.model.named_buffers())}
+        given = pytree.tree_map(lambda a: _nudged(a, seed) if _is_floating(a) else a, args)
+        return _outputs(lambda *a: torch.func.functional_call(self.model, moved, a), given)
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [a for a in pytree.tree_leaves(tree) if isinstance(a, torch.Tensor)]
+
+
+def _is_floating(a: Any) -> bool:
+    return isinstance(a, torch.Tensor) and a.is_floating_point()
+
+
+def _nudged(a: torch.Tensor, seed: int) -> torch.Tensor:
+    return torch.as_tensor(nudged(to_numpy(a), seed), device=a.device)
+
+
+def _outputs(model: Callable[..., Any], args: tuple[Any, ...]) -> Arrays:
+    """The tensors that come out, in order."""
+    with torch.no_grad():
+        return [to_numpy(a) for a in _tensors(model(*args))]
+
+
+def _compared(eager: _Eager, session: Session, runtime: str, cases: Sequence[_Case]) -> list[Comparison]:
+    """The graph's distance to the float64 run against torch's own distance to it, at every case."""
+    found = []
+    for case in cases:
+        results, mine = session(case.feed), eager(case.args)
+        if len(results) != len(mine):
+            raise ExportError(f"the model has {len(mine)} outputs but the graph {len(results)}: {', '.join(results)}")
+        exact = eager.exact(case.args)
+        others = [] if exact is not None else [eager.rounded(case.args, seed) for seed in range(ROUNDINGS)]
+        comparisons = []
+        for k, ((name, result), own) in enumerate(zip(results.items(), mine, strict=True)):
+            truth = own if exact is None else exact[k]
+            if result.shape != own.shape:
+                raise ConformanceError(f"{runtime}: {name!r} has shape {result.shape} but {own.shape} in torch, at {case.title}")
+            floor = FLOOR[own.dtype.name] * max(1.0, _largest(truth)) if own.dtype.kind == "f" else 0.0
+            spread = max(_distance(a, truth) for a in (own, *(other[k] for other in others)))
+            difference = _distance(result, truth)
+            if difference > FACTOR * spread + floor and not others:
+                # How far torch itself is from float64 is a matter of luck where rounding is amplified.
+                others = [eager.rounded(case.args, seed) for seed in range(ROUNDINGS)]
+                spread = max(spread, *(_distance(other[k], truth) for other in others))
+            allowed = FACTOR * spread + floor
+            comparisons.append(Comparison(runtime, name, case.title, case.steps, difference, allowed, spread))
+            if not difference <= allowed:
+                wrong = numpy.argwhere(~(numpy.abs(_wide(result) - _wide(truth)) <= allowed))
+                where = f"; first at index {tuple(int(i) for i in wrong[0])}" if len(wrong) else ""
+                raise ConformanceError(
+                    f"{runtime}: output {name!r} is {difference:.3g} from the torch model at {case.title}; torch's own rounding is "
+                    f"{spread:.3g}, so at most {allowed:.3g} is allowed{where}"
+                )
+        found.append(max(comparisons, key=lambda c: c.difference / c.allowed if c.allowed else 0.0))
+    return found
+
+
+def _wide(a: Any) -> Any:
+    return a.astype(numpy.float64)
+
+
+def _largest(a: Any) -> float:
+    """The largest finite value."""
+    return float(numpy.max(numpy.abs(_wide(a)), initial=0.0, where=numpy.isfinite(_wide(a))))
+
+
+def _distance(a: Any, b: Any) -> float:
+    """Largest absolute difference; NaN against NaN, and infinity against the same, is none."""
+    a, b = _wide(a), _wide(b)
+    same = (numpy.isnan(a) & numpy.isnan(b)) | (a == b)
+    with numpy.errstate(invalid="ignore"):
+        return float(numpy.max(numpy.where(same, 0.0, numpy.abs(a - b)), initial=0.0))
+
+
+_LENGTHS: tuple[Callable[[int], int], ...] = (lambda k: 1, lambda k: 3 + 2 * k, lambda k: 24 - 5 * (k % 4))
+"""For every case beside the example the free lengths, in their order."""
+
+
+class _Cases:
+    """Inputs of several lengths, made of the example."""
+
+    def __init__(self, program: torch.export.ExportedProgram, proto: onnx.ModelProto, example: tuple[Any, ...], calls: Sequence[_Call]):
+        self.example = example
+        self.names = [i.name for i in proto.graph.input]
+        tensors = _tensors(example)
+        if len(tensors) != len(self.names):
+            raise ExportError(f"the graph has the inputs {', '.join(self.names)}, but `args` has {len(tensors)} tensors")
+        self.tensors = tensors
+        self.types = [helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in proto.graph.input]
+        self.dims = [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in proto.graph.input]
+        nodes = {n.name: n for n in program.graph.nodes}
+        given = [nodes[name] for name in program.graph_signature.user_inputs if name in nodes]
+        held = [n for n in given if isinstance(n.meta.get("val"), torch.Tensor)]
+        self.measured = {d: n for dims, a in zip(self.dims, tensors, strict=True) for d, n in zip(dims, a.shape, strict=True)}
+        self.symbols, self.derived = self._named(held)
+        self.bounds = self._bounds(program)
+        self.counts = self._counts(program, held, calls)
+
+    def _named(self, held: Sequence[Any]) -> tuple[dict[Any, str], dict[str, Any]]:
+        """Names of torch's symbols, and lengths that are expressions of these by the names that they have in the graph."""
+        symbols, derived = {}, {}
+        for node, dims in zip(held, self.dims, strict=True):
+            for d, n in zip(dims, node.meta["val"].shape, strict=True):
+                if isinstance(d, str) and isinstance(n, torch.SymInt):
+                    if n.node.expr.is_symbol:
+                        symbols[n.node.expr] = d
+                    else:
+                        derived[d] = n.node.expr
+        return symbols, derived
+
+    def _bounds(self, program: torch.export.ExportedProgram) -> dict[str, tuple[int, int]]:
+        """The smallest and largest length that each name may have."""
+        found: dict[str, tuple[int, int]] = {}
+        for symbol, name in self.symbols.items():
+            limits = program.range_constraints.get(symbol)
+            low, high = found.get(name, (1, 2**31))
+            if limits is not None:
+                low = max(low, int(limits.lower) if limits.lower > _LEAST else 1)
+                high = min(high, int(limits.upper)) if limits.upper.is_number and limits.upper < high else high
+            found[name] = (low, high)
+        return found
+
+    def _counts(self, program: torch.export.ExportedProgram, held: Sequence[Any], calls: Sequence[_Call]) -> dict[str, str]:
+        """Integer inputs (batch,) that reach the `lengths` of a layer, and the name of the length that they count."""
+        symbols, by_node = self.symbols, dict(zip(held, self.names, strict=True))
+        found: dict[str, str] = {}
+        for node in program.graph.nodes:
+            call = next((c for c in calls if c.name in node.args), None) if "symbolic" in str(node.target) else None
+            if call is None or not call.shape.lengths:
+                continue
+            x, counted = node.args[0][:2]
+            steps = x.meta["val"].shape[1 if call.layer.batch_first else 0]
+            names = [symbols[s] for s in steps.node.expr.free_symbols if s in symbols] if isinstance(steps, torch.SymInt) else []
+            waiting, seen = [counted], set()
+            while waiting:
+                n = waiting.pop()
+                if n not in seen:
+                    seen.add(n)
+                    waiting.extend(n.all_input_nodes)
+            for n in seen & by_node.keys():
+                value = n.meta["val"]
+                if value.ndim == 1 and not value.is_floating_point() and names:
+                    found[by_node[n]] = names[0]
+        return found
+
+    def given(self, args: tuple[Any, ...]) -> _Case:
+        """A case of these inputs."""
+        tensors = _tensors(args)
+        if len(tensors) != len(self.names):
+            raise UnsupportedError(f"`inputs` has {len(tensors)} tensors; expected {len(self.names)}: {', '.join(self.names)}")
+        shapes = " ".join(f"{name} {tuple(a.shape)}" for name, a in zip(self.names, tensors, strict=True))
+        feed = {name: to_numpy(a).astype(kind, copy=False) for name, a, kind in zip(self.names, tensors, self.types, strict=True)}
+        free = [n for dims, a in zip(self.dims, tensors, strict=True) for d, n in zip(dims, a.shape, strict=True) if isinstance(d, str)]
+        return _Case(shapes, args, feed, max(free, default=1))
+
+    def random(self, eager: _Eager) -> tuple[list[_Case], list[str]]:
+        """The example, and others with every free length at 1 and at two others; and what the model itself refuses of these."""
+        cases, refused = [self.given(self.example)], []
+        flat, spec = pytree.tree_flatten(self.example)
+        for seed, rule in enumerate(_LENGTHS if self.bounds else ()):
+            lengths = {name: min(max(rule(k), low), high) for k, (name, (low, high)) in enumerate(self.bounds.items())}
+            own = {symbol: lengths[name] for symbol, name in self.symbols.items()}
+            lengths |= {name: int(expression.subs(own)) for name, expression in self.derived.items()}
+            rng = numpy.random.default_rng(seed)
+            drawn = iter([self._drawn(k, lengths, rng) for k in range(len(self.names))])
+            args = pytree.tree_unflatten([next(drawn) if isinstance(a, torch.Tensor) else a for a in flat], spec)
+            case = self.given(args)
+            try:
+                eager(args)
+            except Exception as error:  # whatever somebody else's model raises
+                refused.append(case.title)
+                reason = error
+                continue
+            cases.append(case)
+        if len(refused) == len(_LENGTHS):
+            raise ExportError(
+                f"the model refuses all inputs that were made of the example, such as {refused[-1]}; give `inputs` to check it on: {reason}"
+            ) from reason
+        return cases, refused
+
+    def _drawn(self, k: int, lengths: Mapping[str, int], rng: numpy.random.Generator) -> torch.Tensor:
+        """Numbers of the example's input `k` in another shape."""
+        name, tensor = self.names[k], self.tensors[k]
+        values = to_numpy(tensor)
+        shape = [lengths[d] if isinstance(d, str) else d for d in self.dims[k]]
+        drawn: Any
+        if name in self.counts:
+            axis = self.counts[name]
+            most = max(1, round(int(values.max(initial=1)) * lengths[axis] / self.measured[axis]))
+            drawn = rng.integers(1, most + 1, shape)
+            drawn[:1] = most
+        elif values.dtype.kind == "f" and values.min() == values.max():
+            drawn = rng.standard_normal(shape)
+        else:
+            drawn = rng.choice(values.ravel(), shape)
+        return torch.as_tensor(drawn.astype(values.dtype), device=tensor.device)

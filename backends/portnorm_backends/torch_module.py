@@ -1,0 +1,120 @@
+"""A layer of portnorm inside a torch model: an `nn.Module` that holds the layer's arrays and calls its pure form."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from portnorm.arrays import Array, mapped, xp_of
+from portnorm.errors import UnsupportedError
+from portnorm.layers.layer import Arrays, Layer, checked_call
+
+
+def torch_module(layer: Layer) -> TorchModule:
+    """`layer` as a `torch.nn.Module`, called as the layer is: `y = m(x)`, or `y, state = m(x, state=None, lengths=None)`.
+
+    Parameters and buffers are copies of the layer's, under its names; a state dict of the module is one of the layer. `train()` takes the
+    batch's statistics and updates the running ones, `eval()` takes those. Gradients, `.to(...)`, `copy.deepcopy`, `torch.func` and
+    `torch.nn.utils.parametrize` work as with torch's own layers. Computation is in the dtype of the parameters: under autocast floating
+    inputs and states are converted to it, as torch does for its own norms, and nothing inside is computed in less. As any module of torch
+    it starts in training mode. `portnorm.export_torch` exports a model with such modules; torch.onnx.export alone writes their loops out,
+    step by step. Raises `UnsupportedError` for what is no layer; a call raises what the layer raises.
+
+    >>> import portnorm as pn
+    >>> m = pn.torch_module(pn.LSTM(3, 4, norm="layer", rng=0))
+    >>> y, (h, c) = m(torch.ones(7, 2, 3))
+    >>> y.shape, y.requires_grad
+    (torch.Size([7, 2, 4]), True)
+    """
+    return TorchModule(layer)
+
+
+class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
+    """What `torch_module` gives."""
+
+    recorder: Callable[..., Any] | None = None
+    """What takes the calls while the model around is exported: `recorder(module, x, state, lengths, mask)`."""
+
+    def __init__(self, layer: Layer):
+        super().__init__()
+        if not isinstance(layer, Layer):
+            raise UnsupportedError(f"`layer` is a {type(layer).__name__}; expected a layer of portnorm")
+        kept = layer.to(xp="torch")
+        self._params, self._buffer_names = tuple(kept.params), tuple(kept.buffers)
+        for name, array in kept.params.items():
+            self._owner(name).register_parameter(name.rpartition(".")[2], torch.nn.Parameter(array.detach()))
+        for name, array in kept.buffers.items():
+            self._owner(name).register_buffer(name.rpartition(".")[2], array.detach())
+        # The layer keeps the names, which its backward pass asks for, and arrays without values.
+        for part in kept.layers():
+            part.params, part.buffers = ({n: a.to("meta") for n, a in group.items()} for group in (part.params, part.buffers))
+        self._layer = kept
+        for array in (*self.parameters(), *self.buffers(), torch.empty(0)):
+            xp_of(array)  # known from now on: torch.compile cannot follow how a type is looked up for the first time
+
+    def _owner(self, name: str) -> torch.nn.Module:
+        """The module that holds the array of this name, made where it is missing: names with a point are those of modules inside."""
+        module: torch.nn.Module = self
+        for part in name.split(".")[:-1]:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module.get_submodule(part)
+        return module
+
+    def forward(self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None) -> Any:
+        """`y`, or `(y, state)` for a recurrent layer; see `portnorm.Layer.__call__`. In training the running statistics are updated."""
+        if self.recorder is not None:
+            return self.recorder(self, x, state, lengths, mask)
+        params, buffers = self.arrays()
+        dtype = _floating(params, buffers)
+        if not torch.is_autocast_enabled(x.device.type):
+            return self._computed(params, buffers, dtype, x, state, lengths, mask)
+        with torch.autocast(x.device.type, enabled=False):
+            x, state = mapped(functools.partial(_converted, dtype=dtype), (x, state))
+            return self._computed(params, buffers, dtype, x, state, lengths, mask)
+
+    def _computed(
+        self, params: Arrays, buffers: Arrays, dtype: torch.dtype | None, x: Array, state: Any, lengths: Any, mask: Array | None
+    ) -> Any:
+        lengths = checked_call(self._layer, params or buffers, dtype, x, state, lengths, mask)
+        # The buffers change in place below, and what is computed now may be asked for by the backward pass.
+        before = {name: a.clone() for name, a in buffers.items()} if self.training else buffers
+        y, state, new = self._layer.apply(params, before, x, state, lengths, self.training)
+        if self.training:
+            with torch.no_grad():
+                for name, buffer in buffers.items():
+                    buffer.copy_(new[name])
+        return (y, state) if self._layer.recurrent else y
+
+    def arrays(self) -> tuple[Arrays, Arrays]:
+        """Parameters and buffers by the layer's names, as they are now."""
+        params, buffers = (
+            {n: functools.reduce(getattr, n.split("."), self) for n in names} for names in (self._params, self._buffer_names)
+        )
+        return params, buffers
+
+    def to_layer(self) -> Layer:
+        """The layer of portnorm that shares the arrays as they are now: for `portnorm.save`, `portnorm.export`, `initial_state`."""
+        params, buffers = ({n: a.detach() for n, a in group.items()} for group in self.arrays())
+        layer, dtype = self._layer.copy(), _floating(params, buffers)
+        device = next((a.device for a in (*params.values(), *buffers.values())), None)
+        for part in (layer, *layer.layers()):
+            part.device, part.dtype = device, dtype or part.dtype
+        layer.assign(params, buffers)
+        return layer
+
+    def __repr__(self) -> str:
+        return f"torch_module({self._layer!r})"
+
+
+def _floating(params: Arrays, buffers: Arrays) -> torch.dtype | None:
+    """The dtype of a layer's arrays; `None` where it has none."""
+    found: torch.dtype | None = next((a.dtype for a in (*params.values(), *buffers.values()) if a.is_floating_point()), None)
+    return found
+
+
+def _converted(array: Array, dtype: torch.dtype | None) -> Array:
+    return array if dtype is None or not array.is_floating_point() else array.to(dtype)

@@ -1,0 +1,56 @@
+"""The benchmark: every engine computes the same, ratios are of what was measured, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import portnorm as pn
+from portnorm import bench
+from portnorm.__main__ import main
+from portnorm.bench.worker import difference
+
+SMALL = [
+    *(bench.Work("LN", (4, 32), backward) for backward in (False, True)),
+    *(bench.Work(what, (2, 8, 3, 3), backward) for what in ("BN", "GN") for backward in (False, True)),
+    *(bench.Work(what, (5, 3, 4, 6), backward) for what in ("LSTM", "LN-LSTM", "BN-LSTM", "GRU", "LN-GRU") for backward in (False, True)),
+]
+HEAVY = ("torch", "torch.compile", "JAX jit")
+COMPUTING = [name for name in bench.ENGINES if name not in ("copy", "matmuls", "torch.compile")]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.peers] if name in HEAVY else []) for name in COMPUTING])
+def test_every_engine_computes_what_float64_does(name: str) -> None:
+    made = [work for work in SMALL if bench.ENGINES[name].make(work, work.data()) is not None]
+    assert made
+    for work in made:
+        assert difference(name, work) < 1e-4, work.name
+
+
+def test_rows_have_what_was_measured() -> None:
+    rows = bench.measure([SMALL[0], SMALL[6]], ["portnorm", "NumPy", "copy", "matmuls"], seconds=0.01, rounds=1)
+    norm, recurrent = rows
+    assert set(norm["times"]) == {"portnorm", "NumPy", "copy"}
+    assert set(recurrent["times"]) == {"portnorm", "NumPy", "matmuls"}
+    assert bench.best_peer(norm) == ("NumPy", norm["times"]["NumPy"]["min"])
+    assert bench.ratio(norm) == norm["times"]["portnorm"]["min"] / norm["times"]["NumPy"]["min"]
+    assert bench.rate(norm) == pytest.approx(2 * 4 * 4 * 32 / norm["times"]["portnorm"]["min"] / 1e6)
+    assert all(t["runs"] >= 3 and t["min"] <= t["median"] and t["peak_kb"] > 0 for row in rows for t in row["times"].values())
+
+
+def test_a_process_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(pn.UnsupportedError, match="`engines` has 'pen and paper'"):
+        bench.measure(SMALL[:1], ["pen and paper"])
+    with pytest.raises(pn.UnsupportedError, match="the process of NumPy ended with 1"):
+        bench.measure([bench.Work("LN", (0,))], ["NumPy"])
+
+
+def test_the_command(capsys: Any) -> None:
+    arguments = ["bench", "portnorm", "NumPy", "--only", "LN forward 32", "--seconds", "0.01", "--rounds", "1"]
+    assert main(arguments) == 0
+    assert "LN forward 32×256" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["rows"][0]["times"]) == {"portnorm", "NumPy"}
+    assert main(["bench", "--only", "nothing"]) == 2

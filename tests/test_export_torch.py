@@ -1,0 +1,353 @@
+"""Whole models of torch as ONNX graphs, with portnorm's layers as loops: each compared again here, in onnxruntime, against the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+from tests.processes import output_of
+from tests.tolerances import EXPORTED_TORCH
+
+pytestmark = pytest.mark.peers
+
+
+def outputs(proto_or_path: Any, *arrays: Any) -> list[Any]:
+    """What onnxruntime makes of the inputs, in order."""
+    import onnxruntime
+
+    model = str(proto_or_path) if isinstance(proto_or_path, Path) else proto_or_path.SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return session.run(None, {i.name: np.asarray(a) for i, a in zip(session.get_inputs(), arrays, strict=True)})
+
+
+def speech(layer: pn.Layer, features: int) -> Any:
+    """A model around a recurrent layer: `y` for `x` and `lengths`, and the first array of the last state."""
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front = torch.nn.Linear(3, 4)
+            self.encoder = torch.nn.ModuleDict({"rnn": pn.torch_module(layer), "norm": pn.torch_module(pn.LayerNorm(features))})
+            self.head = torch.nn.Linear(features, 2)
+
+        def forward(self, x: Any, lengths: Any) -> Any:
+            y, state = self.encoder["rnn"](self.front(x), lengths=lengths)
+            return self.head(self.encoder["norm"](y)), state[0]
+
+    torch.manual_seed(0)
+    return Model()
+
+
+LAYERS: dict[str, tuple[Any, int]] = {
+    "LSTM, layer norm": (lambda: pn.LSTM(4, 5, norm="layer", rng=0), 5),
+    "LSTM, plain, projected": (lambda: pn.LSTM(4, 5, proj_size=3, rng=0), 3),
+    "LSTM, batch norm": (lambda: pn.LSTM(4, 5, norm="batch", t_max=3, rng=0), 5),
+    "GRU, both directions, batch first": (lambda: pn.GRU(4, 5, norm="layer", bidirectional=True, batch_first=True, rng=0), 10),
+    "RNN, two layers": (lambda: pn.RNN(4, 5, num_layers=2, rng=0), 5),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_in_the_middle_is_one_loop_for_any_length(name: str, tmp_path: Path) -> None:
+    import torch
+
+    make, features = LAYERS[name]
+    layer = make()
+    model, path = speech(layer, features), tmp_path / "m.onnx"
+    time, batch = (1, 0) if layer.batch_first else (0, 1)
+    free = {"x": {time: "time", batch: "batch"}, "lengths": {0: "batch"}}
+    report = pn.export_torch(model, (torch.randn(4, 4, 3), torch.tensor([4, 3, 1, 2])), path, dynamic_shapes=free)
+    assert model.training
+    loops = sum(n.op_type in ("Scan", "LSTM", "GRU", "RNN") for n in report.model.graph.node)
+    assert loops == layer.num_layers * layer.num_directions
+    assert report.nodes < 60
+    assert path.read_bytes() == report.model.SerializeToString()
+    rng = np.random.default_rng(1)
+    for steps, rows in ((1, 1), (1, 3), (7, 2), (60, 5)):
+        x = torch.tensor(rng.standard_normal((rows, steps, 3) if layer.batch_first else (steps, rows, 3)), dtype=torch.float32)
+        lengths = torch.tensor(rng.integers(1, steps + 1, rows))
+        with torch.no_grad():
+            expected = model.eval()(x, lengths)
+        for mine, theirs in zip(outputs(path, x, lengths), expected, strict=True):
+            np.testing.assert_allclose(mine, theirs, rtol=EXPORTED_TORCH, atol=EXPORTED_TORCH)
+    model.train()
+
+
+def test_the_graph_says_what_it_is_and_not_where_it_was_made() -> None:
+    import torch
+
+    model = speech(pn.LSTM(4, 5, norm="layer", rng=0), 5)
+    report = pn.export_torch(
+        model,
+        (torch.randn(4, 2, 3), torch.tensor([4, 2])),
+        None,
+        dynamic_shapes={"x": {0: "time", 1: "batch"}, "lengths": {0: "batch"}},
+        input_names=["features", "lengths"],
+        output_names=["logits", "h"],
+    )
+    graph = report.model.graph
+    assert [i.name for i in graph.input] == ["features", "lengths"]
+    assert [o.name for o in graph.output] == ["logits", "h"]
+    dims = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.input, *graph.output)]
+    assert dims == [["time", "batch", 3], ["batch"], ["time", "batch", 2], [1, "batch", 5]]
+    (scan,) = (n for n in graph.node if n.op_type == "Scan")
+    weights = {t.name for t in (*graph.initializer, *next(a.g for a in scan.attribute if a.name == "body").initializer)}
+    assert {"encoder.rnn.weight_ih_l0.T", "encoder.rnn.weight_hh_l0.T", "encoder.rnn.norm_c_l0.weight"} <= weights
+    assert [o.domain for o in report.model.opset_import] == [""]
+    text = report.model.SerializeToString()
+    assert b".py" not in text
+    assert b"stack_trace" not in text
+    assert report.seconds > 0
+    assert {c.case.split(":")[0] for c in report.steps} == {"encoder.rnn"}
+    assert {c.case for c in report.trajectories if not c.case.startswith("encoder")} == {
+        "features (4, 2, 3) lengths (2,)",
+        "features (1, 1, 3) lengths (1,)",
+        "features (3, 5, 3) lengths (5,)",
+        "features (24, 19, 3) lengths (19,)",
+    }
+
+
+def test_a_layer_that_is_called_twice_and_its_states(tmp_path: Path) -> None:
+    """Weights of one layer are there once; states go from one call to the next, in and out of the graph."""
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.other = pn.torch_module(pn.LSTM(4, 4, norm="layer", rng=0)), pn.torch_module(pn.GRU(4, 4, norm="layer", rng=0))
+            self.alias = self.rnn
+
+        def forward(self, x: Any, state: Any) -> Any:
+            y, state = self.rnn(x, state)
+            y, state = self.alias(y, state)
+            return self.other(y)[0], state
+
+    torch.manual_seed(0)
+    model = Model()
+    zeros = torch.zeros(1, 3, 4)
+    free = {"x": {0: "time", 1: "batch"}, "state": ({1: "batch"}, {1: "batch"})}
+    report = pn.export_torch(model, (torch.randn(5, 3, 4), (zeros, zeros)), tmp_path / "m.onnx", dynamic_shapes=free)
+    kinds = [n.op_type for n in report.model.graph.node]
+    assert kinds.count("Scan") == 3
+    names = [t.name for t in report.model.graph.initializer]
+    assert names.count("rnn.weight_hh_l0.T") == 1
+    assert not any("weight" in name and "call_" in name for name in names)
+    x, h, c = torch.randn(9, 2, 4), torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    with torch.no_grad():
+        y, state = model(x, (h, c))
+    for mine, theirs in zip(outputs(tmp_path / "m.onnx", x, h, c), (y, *state), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=EXPORTED_TORCH, atol=EXPORTED_TORCH)
+
+
+def test_integers_a_mask_and_several_layers_in_a_row() -> None:
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = pn.torch_module(pn.Embedding(11, 6, rng=0))
+            self.stack = pn.torch_module(pn.Sequential(pn.LSTM(6, 4, norm="layer-gates", rng=0), pn.Linear(4, 3, rng=0)))
+            self.norm = pn.torch_module(pn.GroupNorm(3, 3))
+
+        def forward(self, ids: Any) -> Any:
+            y, _ = self.stack(self.embed(ids), mask=ids != 0)
+            return self.norm(y.permute(1, 2, 0))
+
+    torch.manual_seed(0)
+    ids = torch.randint(1, 11, (6, 4))
+    ids[4:, 1] = 0
+    report = pn.export_torch(Model(), ids, None, dynamic_shapes={"ids": {0: "time", 1: "batch"}}, inputs=[ids, ids[:1], ids[2:5, :1]])
+    assert [c.case for c in report.trajectories if c.case.startswith("ids")] == ["ids (6, 4)", "ids (1, 4)", "ids (3, 1)"]
+    assert [n.op_type for n in report.model.graph.node].count("Scan") == 1
+
+
+@pytest.mark.parametrize(("opset", "target"), [(18, "tract"), (21, "portable"), (None, "onnxruntime")])
+def test_opsets_and_targets(opset: Any, target: str) -> None:
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), pn.torch_module(pn.RMSNorm(4)), torch.nn.GELU())
+    report = pn.export_torch(model, torch.randn(2, 3), None, dynamic_shapes=({0: "batch"},), opset=opset, target=target)
+    version = opset or 23
+    assert report.opset == version
+    assert ("RMSNormalization" in {n.op_type for n in report.model.graph.node}) == (version >= 23)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_dtypes(dtype: str) -> None:
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), pn.torch_module(pn.LayerNorm(4))).to(getattr(torch, dtype))
+    target = "portable" if dtype == "float16" else "onnxruntime"
+    x = torch.randn(2, 3).to(getattr(torch, dtype))
+    report = pn.export_torch(model, x, None, dynamic_shapes=({0: "batch"},), target=target)
+    assert outputs(report.model, x)[0].dtype == dtype
+
+
+def test_a_module_of_portnorm_alone_with_lengths_that_are_fixed(tmp_path: Path) -> None:
+    import torch
+
+    layer = pn.LSTM(3, 4, norm="layer", rng=0)
+    x = torch.randn(5, 2, 3)
+    report = pn.export_torch(pn.torch_module(layer), x, tmp_path / "m.onnx")
+    np.testing.assert_allclose(outputs(report.model, x)[0], layer(x.numpy())[0], rtol=EXPORTED_TORCH, atol=EXPORTED_TORCH)
+    assert len(report.trajectories) == 1
+    assert report.outcomes[0].status == "passed"
+
+
+def test_weights_beside_the_model(tmp_path: Path) -> None:
+    import torch
+
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 16), pn.torch_module(pn.Linear(16, 64, rng=0))), torch.randn(2, 8)
+    pn.export_torch(model, x, tmp_path / "m.onnx", external_data=True)
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert len(files) == 2
+    assert files[1].startswith("m.onnx.")
+    with torch.no_grad():
+        np.testing.assert_allclose(outputs(tmp_path / "m.onnx", x)[0], model(x), rtol=EXPORTED_TORCH, atol=EXPORTED_TORCH)
+
+
+def test_a_model_that_cannot_go_to_float64_is_held_against_its_own_rounding() -> None:
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = pn.torch_module(pn.LSTM(3, 4, norm="layer", rng=0))
+
+        def forward(self, x: Any) -> Any:
+            return self.rnn(x, (torch.zeros(1, x.shape[1], 4), torch.zeros(1, x.shape[1], 4)))[0]
+
+    report = pn.export_torch(Model(), torch.randn(5, 2, 3), None, dynamic_shapes={"x": {0: "time", 1: "batch"}})
+    assert all(c.eager_difference > 0 for c in report.trajectories)
+
+
+def test_what_the_model_refuses_is_left_out_and_said() -> None:
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self, least: int) -> None:
+            super().__init__()
+            self.least, self.rnn = least, pn.torch_module(pn.GRU(3, 4, norm="layer", rng=0))
+
+        def forward(self, x: Any) -> Any:
+            if not torch.compiler.is_exporting() and x.shape[0] < self.least:
+                raise ValueError("too short")
+            return self.rnn(x)[0]
+
+    free, x = {"x": {0: "time"}}, torch.randn(30, 2, 3)
+    report = pn.export_torch(Model(2), x, None, dynamic_shapes=free)
+    assert report.outcomes[0].detail == "not compared at x (1, 2, 3), which the model refuses"
+    assert [c.case for c in report.trajectories] == ["x (30, 2, 3)", "x (3, 2, 3)", "x (24, 2, 3)"]
+    with pytest.raises(pn.ExportError, match=r"refuses all inputs .* such as x \(24, 2, 3\); give `inputs`.*: too short"):
+        pn.export_torch(Model(30), x, None, dynamic_shapes=free)
+    assert len(pn.export_torch(Model(30), x, None, dynamic_shapes=free, inputs=[x]).trajectories) == 1
+
+
+def test_a_front_end_that_shortens_time_and_limits_that_are_known() -> None:
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.rnn = torch.nn.Conv1d(3, 4, 3, 2), pn.torch_module(pn.LSTM(4, 4, batch_first=True, rng=0))
+
+        def forward(self, x: Any, lengths: Any) -> Any:
+            return self.rnn(self.conv(x).transpose(1, 2), lengths=(lengths - 1) // 2)[1][0]
+
+    free = {"x": {2: torch.export.Dim("frames", min=5, max=20)}, "lengths": None}
+    report = pn.export_torch(Model(), (torch.randn(2, 3, 9), torch.tensor([9, 5])), None, dynamic_shapes=free)
+    assert [c.case for c in report.trajectories] == [f"x (2, 3, {n}) lengths (2,)" for n in (9, 5, 5, 20)]
+    assert {c.output for c in report.trajectories} == {report.model.graph.output[0].name}  # the last state alone: `y` is not made
+
+
+def test_a_graph_that_differs_is_not_written(tmp_path: Path) -> None:
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = pn.torch_module(pn.LayerNorm(3))
+
+        def forward(self, x: Any) -> Any:
+            return self.norm(x) * (1.001 if torch.compiler.is_exporting() else 1.0)
+
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"as it was")
+    with pytest.raises(pn.ConformanceError, match=r"onnxruntime: output 'mul' is 0\.00.* from the torch model at x \(2, 3\)"):
+        pn.export_torch(Model(), torch.randn(2, 3), path)
+    assert path.read_bytes() == b"as it was"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_errors_name_the_argument(tmp_path: Path) -> None:
+    import torch
+
+    norm = pn.torch_module(pn.LayerNorm(3))
+    x = torch.randn(2, 3)
+    with pytest.raises(pn.UnsupportedError, match="`model` is a LayerNorm; expected a torch"):
+        pn.export_torch(pn.LayerNorm(3), x, None)  # type: ignore[arg-type]
+    with pytest.raises(pn.UnsupportedError, match="bfloat16"):
+        pn.export_torch(torch.nn.Sequential(norm).bfloat16(), x.bfloat16(), None)
+    norm.float()
+    with pytest.raises(pn.UnsupportedError, match="`target` 'tensorrt' does not compute in float64, the dtype of layer '0'"):
+        pn.export_torch(torch.nn.Sequential(norm).double(), x.double(), None, target="tensorrt")
+    norm.float()
+    with pytest.raises(pn.ExportError, match="no such directory"):
+        pn.export_torch(norm, x, tmp_path / "absent" / "m.onnx")
+    with pytest.raises(pn.UnsupportedError, match="`opset` is 9"):
+        pn.export_torch(norm, x, None, opset=9)
+    with pytest.raises(pn.UnsupportedError, match="`inputs` is empty"):
+        pn.export_torch(norm, x, None, inputs=[])
+    with pytest.raises(pn.UnsupportedError, match="`inputs` has 2 tensors; expected 1: x"):
+        pn.export_torch(norm, x, None, inputs=[(x, x)])
+
+    class Branches(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(pn.ExportError, match="torch does not export the model"):
+        pn.export_torch(Branches(), x, None)
+
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = pn.torch_module(pn.GroupNorm(1, 3, channel_axis=-1))
+
+        def forward(self, x: Any, lengths: Any) -> Any:
+            return self.norm(x, lengths=lengths)
+
+    with pytest.raises(pn.UnsupportedError, match="layer 'norm' is called with `lengths`"):
+        pn.export_torch(Masked(), (torch.randn(4, 2, 3), torch.tensor([4, 2])), None)
+
+
+@pytest.mark.slow
+def test_the_example_runs_from_end_to_end(tmp_path: Path) -> None:
+    """It compares the exported model with torch's at several lengths by itself."""
+    code = f"""
+import runpy, sys
+sys.argv = ["torch_speech.py", "--out", {str(tmp_path / "m.onnx")!r}]
+runpy.run_path("docs/examples/torch_speech.py", run_name="__main__")
+"""
+    printed = output_of(code)
+    assert "16 in a Scan + 16 in a Scan" in printed
+    assert "swapped for portnorm's, weights included: rnn" in printed
+    assert (tmp_path / "m.onnx").exists()
+
+
+def test_without_onnxscript_the_extra_is_named() -> None:
+    code = """
+import sys
+sys.modules["onnxscript"] = None
+import portnorm
+portnorm.torch_module
+try:
+    portnorm.export_torch
+except portnorm.MissingExtraError as error:
+    print(error)
+"""
+    assert output_of(code) == 'this needs the package onnxscript, which is not installed: pip install "portnorm[torch]"'
