@@ -57,6 +57,7 @@ class Library:
 # Root module of an array's type -> module that holds its `LIBRARY`. Others are found by the entry points of this group.
 _LIBRARIES = {
     "numpy": "portnorm_backends.numpy",
+    "cupy": "portnorm_backends.cupy",
     "jax": "portnorm_backends.jax",
     "jaxlib": "portnorm_backends.jax",
     "portnorm_onnx": "portnorm_onnx.library",
