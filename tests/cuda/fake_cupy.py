@@ -31,7 +31,16 @@ import pytest
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "backends" / "portnorm_backends" / "cuda"
 COMPILER = shutil.which("g++")
-OPTIONS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-Wno-unknown-pragmas")
+OPTIONS = (
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-shared",
+    "-fno-strict-aliasing",
+    "-U_FORTIFY_SOURCE",
+    "-ffp-contract=off",
+    "-Wno-unknown-pragmas",
+)
 _GUARD = 512
 
 
@@ -279,7 +288,7 @@ class RawModule:
     def __init__(self, *, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]):
         assert options == ("--std=c++17",)
         self.expressions = tuple(name_expressions)
-        texts = {path.stem: importlib.import_module("portnorm_backends.cupy").source(path.stem) for path in SOURCES.glob("*.cu")}
+        texts = {path.stem: importlib.import_module("portnorm_backends.cuda.kernels").source(path.stem) for path in SOURCES.glob("*.cu")}
         (self.file,) = (stem for stem, text in texts.items() if text == code)
 
     def get_function(self, name: str) -> Callable[..., None]:
@@ -329,7 +338,8 @@ def installed() -> Iterator[Any]:
     if COMPILER is None:
         pytest.skip("g++ is not installed: CUDA kernels are not run on the CPU")
     cupy = _module()
-    names = {"cupy": cupy, "array_api_compat.cupy": cupy, "portnorm_backends.cupy": None}
+    own = ("portnorm_backends.cupy", *(f"portnorm_backends.cuda.{name}" for name in ("kernels", "normalize", "recurrent")))
+    names = {"cupy": cupy, "array_api_compat.cupy": cupy, **dict.fromkeys(own)}
     before = {name: sys.modules.pop(name, None) for name in names}
     sys.modules.update({name: module for name, module in names.items() if module is not None})
     known = array_api_helpers_cache_clear()

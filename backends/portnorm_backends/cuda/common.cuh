@@ -3,8 +3,6 @@
 // Values are float, double, __half or __nv_bfloat16; statistics are float for the narrow types. Nothing here adds with atomics: the same
 // input gives the same bits.
 
-#pragma once
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
