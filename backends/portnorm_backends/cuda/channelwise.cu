@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(128) merge_moments(const void* parts, void* st
   const float near = (float)scaled;
   const float rstd = (float)(1.0 / sqrt(spread * scale * scale + eps * scale * scale));
   static_cast<RowStatistics<float>*>(statistics)[blockIdx.x] = {near, (float)(scaled - (double)near), rstd, (float)scale};
-  mean[blockIdx.x] = (float)own.mean;
-  variance[blockIdx.x] = (float)spread;
+  if (mean) mean[blockIdx.x] = (float)own.mean;
+  if (variance) variance[blockIdx.x] = (float)spread;
 }
 
 template <class T, class P, int V>

@@ -19,7 +19,7 @@ class KernelResiduals(NamedTuple):
     statistics_of_rows: Array  # (rows or channels, 4): the mean, what rounding left of it, 1 / σ, and the scale of each
     weight: Array | None
     bias: Array | None
-    mean: Array | None  # of channels: μ and σ², of length 1 along the normalized axes
+    mean: Array | None  # μ and σ² of channels, of length 1 along the normalized axes
     var: Array | None
     counted: None = None
 
@@ -91,7 +91,7 @@ def accepts(
         return False
     if _are_rows(x.ndim, axes, param_axes):
         length = math.prod(x.shape[axes[0] :])
-        return length <= _most_in_registers(TYPES[x.dtype.name]) or (x.dtype.name != "float64" and length < 2**31)
+        return bool(length <= _most_in_registers(TYPES[x.dtype.name]) or (x.dtype.name != "float64" and length < 2**31))
     return _is_channel(x.ndim, axes, param_axes) and x.dtype.name != "float64" and bool(x.size < 2**32)
 
 
@@ -152,20 +152,21 @@ def forward(
         plan = _plan(x, (weight, bias), axes, param_axes)
         gain, shift = (_given(a, plan.dtype) for a in (weight, bias))
         y, statistics = cupy.empty_like(x), cupy.empty((plan.rows, 4), dtype=statistics_dtype(plan.t))
-        mean = var = None
+        # Where each channel is a row, somebody may ask for its statistics.
+        along = tuple(n if k in param_axes else 1 for k, n in enumerate(x.shape)) if _is_channel(x.ndim, axes, param_axes) else None
+        mean, var = (None if along is None else cupy.empty(along, dtype=statistics.dtype) for _ in range(2))
         if not _are_rows(x.ndim, axes, param_axes):
-            mean, var = _forward_of_channels(plan, x, gain, shift, y, statistics, param_axes[0], float32_value(eps), center)
+            _forward_of_channels(plan, x, gain, shift, y, statistics, mean, var, param_axes[0], float32_value(eps), center)
         elif plan.length > _most_in_registers(plan.t):
-            _forward_of_parts(plan, (plan.rows, 1, plan.length), x, gain, shift, y, statistics, float32_value(eps), center)
+            shape = (plan.rows, 1, plan.length)
+            _forward_of_parts(plan, shape, x, gain, shift, y, statistics, mean, var, float32_value(eps), center)
         else:
             per, block = _block(plan.length, FORWARD[plan.t])
             packed = (gain, shift) if plan.wide == 1 else ()
             template = (plan.t, plan.p, _vector(plan.vector, plan.length, x, y, *packed), per)
             grid = (math.ceil(plan.rows / block[1]), 1)
-            layout = (plan.rows, plan.period, plan.wide, plan.length)
-            launch(
-                "rows_forward", plan.t, plan.p, template, grid, block, x, gain, shift, y, statistics, *layout, float32_value(eps), center
-            )
+            at = (plan.rows, plan.period, plan.wide, plan.length, float32_value(eps), center)
+            launch("rows_forward", plan.t, plan.p, template, grid, block, x, gain, shift, y, statistics, mean, var, *at)
         return y, KernelResiduals(x, statistics, weight, bias, mean, var)
 
 
@@ -176,7 +177,7 @@ def vjp(
     with x.device:
         plan = _plan(x, (weight, bias), axes, param_axes)
         gain, g, dx = _given(weight, plan.dtype), _given(dy, x.dtype), cupy.empty_like(x)
-        made = [None if a is None else cupy.empty(a.shape, dtype=plan.dtype) for a in (weight, bias)]
+        made: list[Any] = [None if a is None else cupy.empty(a.shape, dtype=plan.dtype) for a in (weight, bias)]
         if not _are_rows(x.ndim, axes, param_axes):
             _backward_of_channels(plan, x, g, gain, statistics, dx, made, param_axes[0], center)
         elif plan.length > _most_in_registers(plan.t):
@@ -186,8 +187,8 @@ def vjp(
             _parameter_sums(plan, x, g, statistics, made)
         else:
             _backward_of_rows(plan, x, g, gain, statistics, dx, made, center)
-        cotangents = [None if d is None else d.astype(a.dtype, copy=False) for d, a in zip(made, (weight, bias), strict=True)]
-        return dx.astype(dy.dtype, copy=False), cotangents[0], cotangents[1]
+        dweight, dbias = (None if a is None else d.astype(a.dtype, copy=False) for d, a in zip(made, (weight, bias), strict=True))
+        return dx.astype(dy.dtype, copy=False), dweight, dbias
 
 
 def _backward_of_rows(plan: Plan, x: Array, g: Array, gain: Any, statistics: Array, dx: Array, made: list[Any], center: bool) -> None:
@@ -271,17 +272,25 @@ def _parts_shape(plan: Plan, shape: tuple[int, int, int], *arrays: Any) -> tuple
 
 
 def _forward_of_parts(
-    plan: Plan, shape: tuple[int, int, int], x: Array, gain: Any, shift: Any, y: Array, statistics: Array, eps: float, center: bool
-) -> tuple[Array, Array]:
+    plan: Plan,
+    shape: tuple[int, int, int],
+    x: Array,
+    gain: Any,
+    shift: Any,
+    y: Array,
+    statistics: Array,
+    mean: Any,
+    var: Any,
+    eps: float,
+    center: bool,
+) -> None:
     vector, splits, grid = _parts_shape(plan, shape, x, y)
     parts = cupy.empty((shape[0], splits, 4), dtype="float64")
-    mean, var = (cupy.empty(shape[0], dtype="float32") for _ in range(2))
     launch("channel_moments", plan.t, plan.p, (plan.t, vector), grid, (256, 1), x, parts, *shape, splits, center)
     launch("merge_moments", plan.t, plan.p, (), (shape[0], 1), (128, 1), parts, statistics, mean, var, splits, eps)
     template = (plan.t, plan.p, vector)
     at = (*shape, splits, plan.period, plan.wide)
     launch("channel_write", plan.t, plan.p, template, grid, (256, 1), x, gain, shift, statistics, y, *at)
-    return mean, var
 
 
 def _totals_of_parts(
@@ -328,21 +337,28 @@ def _columns(channels: int, rows: int, *arrays: Any) -> tuple[int, int, tuple[in
 
 
 def _forward_of_channels(
-    plan: Plan, x: Array, gain: Any, shift: Any, y: Array, statistics: Array, channel: int, eps: float, center: bool
-) -> tuple[Array, Array]:
+    plan: Plan,
+    x: Array,
+    gain: Any,
+    shift: Any,
+    y: Array,
+    statistics: Array,
+    mean: Array,
+    var: Array,
+    channel: int,
+    eps: float,
+    center: bool,
+) -> None:
     channels, rows, inner = shape = _channel_shape(x, channel)
     if inner > 1:
-        mean, var = _forward_of_parts(plan, shape, x, gain, shift, y, statistics, eps, center)
-    else:
-        vector, per_block, grid = _columns(channels, rows, x, y)
-        parts = cupy.empty((channels, grid[1], 4), dtype="float64")
-        mean, var = (cupy.empty(channels, dtype="float32") for _ in range(2))
-        launch("column_moments", plan.t, plan.p, (plan.t, vector), grid, (32, 8), x, parts, rows, channels, per_block, center)
-        launch("merge_moments", plan.t, plan.p, (), (channels, 1), (128, 1), parts, statistics, mean, var, grid[1], eps)
-        template = (plan.t, plan.p, vector)
-        launch("column_write", plan.t, plan.p, template, grid, (32, 8), x, gain, shift, statistics, y, rows, channels, per_block)
-    along = tuple(channels if a == channel else 1 for a in range(x.ndim))
-    return mean.reshape(along), var.reshape(along)
+        _forward_of_parts(plan, shape, x, gain, shift, y, statistics, mean, var, eps, center)
+        return
+    vector, per_block, grid = _columns(channels, rows, x, y)
+    parts = cupy.empty((channels, grid[1], 4), dtype="float64")
+    launch("column_moments", plan.t, plan.p, (plan.t, vector), grid, (32, 8), x, parts, rows, channels, per_block, center)
+    launch("merge_moments", plan.t, plan.p, (), (channels, 1), (128, 1), parts, statistics, mean, var, grid[1], eps)
+    template = (plan.t, plan.p, vector)
+    launch("column_write", plan.t, plan.p, template, grid, (32, 8), x, gain, shift, statistics, y, rows, channels, per_block)
 
 
 def _backward_of_channels(

@@ -11,8 +11,8 @@
 
 template <class T, class P, int V, int PER>
 __global__ void __launch_bounds__(512) rows_forward(
-    const T* x, const P* weight, const P* bias, T* y, void* statistics, Count rows, Count period, Count wide, Count length, double eps,
-    bool center) {
+    const T* x, const P* weight, const P* bias, T* y, void* statistics, void* means, void* variances, Count rows, Count period, Count wide,
+    Count length, double eps, bool center) {
   typedef typename StatisticsOf<T>::type S;
   const Layout layout = {period, wide, length};
   const int n = (int)length, stride = blockDim.x * V;
@@ -109,7 +109,12 @@ __global__ void __launch_bounds__(512) rows_forward(
     }
     store<V>(y + row * length + i, value[k]);
   }
-  if (threadIdx.x == 0) static_cast<RowStatistics<S>*>(statistics)[row] = {mean, rest, rstd, scale};
+  if (threadIdx.x != 0) return;
+  static_cast<RowStatistics<S>*>(statistics)[row] = {mean, rest, rstd, scale};
+  if (means) {
+    static_cast<S*>(means)[row] = (mean + rest) / scale;
+    static_cast<S*>(variances)[row] = variance / scale / scale;
+  }
 }
 
 // With `sums`, every block adds dy · x̂ and dy of its rows, value by value, into its own row of parts (blocks, 2, n).
