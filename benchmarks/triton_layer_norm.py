@@ -1,4 +1,4 @@
-"""Layer normalization of rows as a Triton kernel, as Triton's own tutorial has it: what `benchmarks.gpu` measures the CUDA kernels against."""
+"""Layer normalization of rows as a Triton kernel, one row a program: what `benchmarks.gpu` measures the CUDA kernels against."""
 
 from __future__ import annotations
 

@@ -185,33 +185,34 @@ __global__ void __launch_bounds__(512) rows_backward(
       store<V>(dx + from + i, g[k]);
     }
   }
-  if constexpr (!SUMS) return;
-  // The rows of a block one after the other, where it has several; their values then fit into 32 · PER.
-  __shared__ S room[SUMS ? 2 * 32 * PER : 1];
-  for (int y = 0; y < (int)blockDim.y; y++) {
-    if ((int)threadIdx.y == y) {
+  if constexpr (SUMS) {
+    // The rows of a block one after the other, where it has several; their values then fit into 32 · PER.
+    __shared__ S room[2 * 32 * PER];
+    for (int y = 0; y < (int)blockDim.y; y++) {
+      if ((int)threadIdx.y == y) {
 #pragma unroll
-      for (int k = 0; k < PER / V; k++) {
-        const int i = k * stride + (int)threadIdx.x * V;
-        if (i >= n) continue;
+        for (int k = 0; k < PER / V; k++) {
+          const int i = k * stride + (int)threadIdx.x * V;
+          if (i >= n) continue;
 #pragma unroll
-        for (int v = 0; v < V; v++) {
-          S a = dweight[SUMS ? k : 0][v], b = dbias[SUMS ? k : 0][v];
-          if (y > 0) {
-            a += room[i + v];
-            b += room[n + i + v];
-          }
-          if (y + 1 < (int)blockDim.y) {
-            room[i + v] = a;
-            room[n + i + v] = b;
-          } else {
-            parts[((Count)blockIdx.x * 2) * n + i + v] = (double)a;
-            parts[((Count)blockIdx.x * 2 + 1) * n + i + v] = (double)b;
+          for (int v = 0; v < V; v++) {
+            S a = dweight[k][v], b = dbias[k][v];
+            if (y > 0) {
+              a += room[i + v];
+              b += room[n + i + v];
+            }
+            if (y + 1 < (int)blockDim.y) {
+              room[i + v] = a;
+              room[n + i + v] = b;
+            } else {
+              parts[((Count)blockIdx.x * 2) * n + i + v] = (double)a;
+              parts[((Count)blockIdx.x * 2 + 1) * n + i + v] = (double)b;
+            }
           }
         }
       }
+      __syncthreads();
     }
-    __syncthreads();
   }
 }
 
