@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import portnorm as pn
+from benchmarks import gpu
 from portnorm.arrays import without_kernels
 from portnorm.norm.normalize import Normalized, normalize
 from tests import test_libraries
@@ -466,6 +467,27 @@ def test_every_kernel_compiles_for_gpus(emulated: Any, file: str, architecture: 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "all.cubin").stat().st_size > 1000
+
+
+def test_the_benchmark_measures_all_of_its_cases(emulated: Any) -> None:
+    rows = gpu.bandwidth(emulated, nbytes=2**14, turns=1)
+    for dtype in ("float32", "float16"):
+        assert {row["what"].partition(" ")[0] for row in rows if row["dtype"] == dtype} == {"copy", "layer", "RMS", "group", "batch"}
+    assert all(row[f"{way} GB/s"] > 0 for row in rows[1:7] for way in ("forward", "backward"))
+    row = gpu.recurrent(emulated, (2, 3, 4, 5), turns=1)
+    assert all(0 < row[name] < np.inf for name in ("LN-LSTM forward", "LN-LSTM training step"))
+
+
+def test_the_benchmark_without_a_gpu_says_so_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.json")
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2
+    assert "CuPy is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "gpu.json").exists()
 
 
 # -- the emulation itself ------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -105,6 +107,18 @@ def _allocated(shape: Any, dtype: Any) -> Any:
     whole = _room(size)
     start, end = whole.inside
     return whole[start:end].view(np.ndarray).view(dtype).reshape(shape)
+
+
+class _Event:
+    """A place on the stream, which here is the time."""
+
+    at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        counts.synchronizations += 1
 
 
 class _Pointer:
@@ -261,8 +275,9 @@ def binary(name: str, lines: str) -> Path:
     folder = Path(tempfile.gettempdir()) / f"portnorm-emulation-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     made = folder / f"{re.sub('[^a-z_0-9]', '_', name)}-{digest}.so"
-    if not made.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as room:
+    with (folder / f"{made.stem}.lock").open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as room:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
+        if not made.exists():
             text, new = Path(room) / "kernels.cpp", Path(room) / "kernels.so"
             text.write_text(lines)
             assert COMPILER is not None
@@ -331,7 +346,13 @@ def _module() -> _Namespace:
     cupy.empty_like = lambda x: _empty(x.shape, x.dtype)
     cupy.ascontiguousarray = lambda a, dtype=None: _wrapped(np.ascontiguousarray(a.values, dtype=dtype or a.dtype))
     cupy.asnumpy = lambda a: a.get()
-    cupy.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDevice=lambda: 0), Device=lambda *_: Device())
+    cupy.copyto = lambda to, of: to.__setitem__(..., of)
+    cupy.cuda = types.SimpleNamespace(
+        runtime=types.SimpleNamespace(getDevice=lambda: 0),
+        Device=lambda *_: Device(),
+        Event=_Event,
+        get_elapsed_time=lambda start, end: (end.at - start.at) * 1e3,
+    )
     cupy.__version__ = "14.0.0"
     return cupy
 
