@@ -304,13 +304,14 @@ backwards = False
 
 
 class RawModule:
-    """A `.cu` file, compiled by g++ with the kernels that are named."""
+    """A `.cu` file, compiled by g++ with the kernels that are named, and those that differ from them in numbers alone."""
 
     def __init__(self, *, code: str, options: tuple[str, ...], name_expressions: tuple[str, ...]):
         assert options == ("--std=c++17",)
-        self.expressions = tuple(name_expressions)
-        texts = {path.stem: importlib.import_module("portnorm_backends.cuda.kernels").source(path.stem) for path in SOURCES.glob("*.cu")}
-        (self.file,) = (stem for stem, text in texts.items() if text == code)
+        kernels = importlib.import_module("portnorm_backends.cuda.kernels")
+        (self.file,) = (path.stem for path in SOURCES.glob("*.cu") if kernels.source(path.stem) == code)
+        families = (kernels.expressions(name, t, p) for t, p in kernels.types() for name in kernels.KERNELS)
+        self.expressions = next(family for family in families if set(name_expressions) <= set(family))
 
     def get_function(self, name: str) -> Callable[..., None]:
         library = _compiled(self.file, self.expressions)

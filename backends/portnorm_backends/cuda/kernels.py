@@ -103,18 +103,16 @@ def source(file: str) -> str:
 
 
 @functools.cache
-def _module(name: str, t: str, p: str, device: int) -> Any:
-    return cupy.RawModule(code=source(KERNELS[name].file), options=("--std=c++17",), name_expressions=expressions(name, t, p))
+def _function(name: str, template: tuple[Any, ...], device: int) -> Any:
+    """One kernel for one device. Each is a module of its own, since compiling takes a second or so, and a call needs few of them."""
+    expression = _expression(name, template)
+    module = cupy.RawModule(code=source(KERNELS[name].file), options=("--std=c++17",), name_expressions=(expression,))
+    return module.get_function(expression)
 
 
-@functools.cache
-def _function(name: str, t: str, p: str, arguments: tuple[Any, ...], device: int) -> Any:
-    return _module(name, t, p, device).get_function(_expression(name, arguments))
-
-
-def launch(name: str, t: str, p: str, template: tuple[Any, ...], grid: tuple[int, int], block: tuple[int, int], *arguments: Any) -> None:
+def launch(name: str, template: tuple[Any, ...], grid: tuple[int, int], block: tuple[int, int], *arguments: Any) -> None:
     """Run a kernel on the current device and stream. Arrays go as their address, `None` as 0, structures by value."""
-    function = _function(name, t, p, template, cupy.cuda.runtime.getDevice())
+    function = _function(name, template, cupy.cuda.runtime.getDevice())
     function((*grid, 1), (*block, 1), tuple(map(_argument, arguments)))
 
 

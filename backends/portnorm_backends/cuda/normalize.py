@@ -166,7 +166,7 @@ def forward(
             template = (plan.t, plan.p, _vector(plan.vector, plan.length, x, y, *packed), per)
             grid = (math.ceil(plan.rows / block[1]), 1)
             at = (plan.rows, plan.period, plan.wide, plan.length, float32_value(eps), center)
-            launch("rows_forward", plan.t, plan.p, template, grid, block, x, gain, shift, y, statistics, mean, var, *at)
+            launch("rows_forward", template, grid, block, x, gain, shift, y, statistics, mean, var, *at)
         return y, KernelResiduals(x, statistics, weight, bias, mean, var)
 
 
@@ -204,7 +204,7 @@ def _backward_of_rows(plan: Plan, x: Array, g: Array, gain: Any, statistics: Arr
         blocks = min(blocks, max(_BLOCKS, blocks // 64))
     parts = cupy.empty((blocks, 2, plan.length), dtype="float64") if fused else None
     layout = (plan.rows, plan.period, plan.wide, plan.length)
-    launch("rows_backward", plan.t, plan.p, template, (blocks, 1), block, x, g, gain, statistics, dx, parts, *layout, center)
+    launch("rows_backward", template, (blocks, 1), block, x, g, gain, statistics, dx, parts, *layout, center)
     if fused:
         sum_parts(plan, parts, made)
     elif wanted:
@@ -227,7 +227,7 @@ def _parameter_sums(plan: Plan, x: Array, g: Array, statistics: Array, made: lis
         block = (threads, max(1, 128 // threads))
         parts = cupy.empty((count, 2, width), dtype="float64")
         grid = (math.ceil(plan.rows * plan.length // plan.wide / block[1]), 1)
-        launch("run_sums", plan.t, plan.p, (plan.t,), grid, block, x, g, statistics, parts, plan.rows, plan.period, plan.wide, plan.length)
+        launch("run_sums", (plan.t,), grid, block, x, g, statistics, parts, plan.rows, plan.period, plan.wide, plan.length)
     sum_parts(plan, parts, made)
 
 
@@ -238,7 +238,7 @@ def column_parts(plan: Plan, x: Array, g: Array, statistics: Array) -> Array:
     grid = (math.ceil(width / 32), math.ceil(count / per_block))
     parts = cupy.empty((grid[1], 2, width), dtype="float64")
     at = (plan.rows, plan.period, plan.length, per_block)
-    launch("column_sums", plan.t, plan.p, (plan.t,), grid, (32, 8), x, g, statistics, parts, *at)
+    launch("column_sums", (plan.t,), grid, (32, 8), x, g, statistics, parts, *at)
     return parts
 
 
@@ -250,7 +250,7 @@ def sum_parts(plan: Plan, parts: Array, made: list[Any]) -> None:
         last = left == 1
         further = None if last else cupy.empty((left, 2, width), dtype="float64")
         grid = (math.ceil(2 * width / 32), left)
-        launch("sum_parts", plan.t, plan.p, (plan.p,), grid, (32, 8), parts, further, *(made if last else (None, None)), count, width, 512)
+        launch("sum_parts", (plan.p,), grid, (32, 8), parts, further, *(made if last else (None, None)), count, width, 512)
         if last:
             return
         parts = further
@@ -286,11 +286,11 @@ def _forward_of_parts(
 ) -> None:
     vector, splits, grid = _parts_shape(plan, shape, x, y)
     parts = cupy.empty((shape[0], splits, 4), dtype="float64")
-    launch("channel_moments", plan.t, plan.p, (plan.t, vector), grid, (256, 1), x, parts, *shape, splits, center)
-    launch("merge_moments", plan.t, plan.p, (), (shape[0], 1), (128, 1), parts, statistics, mean, var, splits, eps)
+    launch("channel_moments", (plan.t, vector), grid, (256, 1), x, parts, *shape, splits, center)
+    launch("merge_moments", (), (shape[0], 1), (128, 1), parts, statistics, mean, var, splits, eps)
     template = (plan.t, plan.p, vector)
     at = (*shape, splits, plan.period, plan.wide)
-    launch("channel_write", plan.t, plan.p, template, grid, (256, 1), x, gain, shift, statistics, y, *at)
+    launch("channel_write", template, grid, (256, 1), x, gain, shift, statistics, y, *at)
 
 
 def _totals_of_parts(
@@ -300,8 +300,8 @@ def _totals_of_parts(
     sums, totals = cupy.empty((shape[0], splits, 2), dtype="float64"), cupy.empty((shape[0], 2), dtype="float64")
     template = (plan.t, plan.p, vector)
     at = (*shape, splits, plan.period, plan.wide)
-    launch("channel_sums", plan.t, plan.p, template, grid, (256, 1), x, g, gain, statistics, sums, *at)
-    launch("merge_sums", plan.t, plan.p, (plan.p,), (shape[0], 1), (128, 1), sums, totals, dweight, dbias, splits)
+    launch("channel_sums", template, grid, (256, 1), x, g, gain, statistics, sums, *at)
+    launch("merge_sums", (plan.p,), (shape[0], 1), (128, 1), sums, totals, dweight, dbias, splits)
     return totals
 
 
@@ -320,7 +320,7 @@ def _dx_of_parts(
     vector, splits, grid = _parts_shape(plan, shape, x, g, dx)
     template = (plan.t, plan.p, vector)
     at = (*shape, splits, plan.period, plan.wide, center, outside)
-    launch("channel_dx", plan.t, plan.p, template, grid, (256, 1), x, g, gain, statistics, totals, dx, *at)
+    launch("channel_dx", template, grid, (256, 1), x, g, gain, statistics, totals, dx, *at)
 
 
 def _channel_shape(x: Array, channel: int) -> tuple[int, int, int]:
@@ -355,10 +355,10 @@ def _forward_of_channels(
         return
     vector, per_block, grid = _columns(channels, rows, x, y)
     parts = cupy.empty((channels, grid[1], 4), dtype="float64")
-    launch("column_moments", plan.t, plan.p, (plan.t, vector), grid, (32, 8), x, parts, rows, channels, per_block, center)
-    launch("merge_moments", plan.t, plan.p, (), (channels, 1), (128, 1), parts, statistics, mean, var, grid[1], eps)
+    launch("column_moments", (plan.t, vector), grid, (32, 8), x, parts, rows, channels, per_block, center)
+    launch("merge_moments", (), (channels, 1), (128, 1), parts, statistics, mean, var, grid[1], eps)
     template = (plan.t, plan.p, vector)
-    launch("column_write", plan.t, plan.p, template, grid, (32, 8), x, gain, shift, statistics, y, rows, channels, per_block)
+    launch("column_write", template, grid, (32, 8), x, gain, shift, statistics, y, rows, channels, per_block)
 
 
 def _backward_of_channels(
@@ -372,7 +372,7 @@ def _backward_of_channels(
     vector, per_block, grid = _columns(channels, rows, x, g, dx)
     sums, totals = cupy.empty((channels, grid[1], 2), dtype="float64"), cupy.empty((channels, 2), dtype="float64")
     at = (rows, channels, per_block)
-    launch("column_gradients", plan.t, plan.p, (plan.t, vector), grid, (32, 8), x, g, statistics, sums, *at)
-    launch("merge_sums", plan.t, plan.p, (plan.p,), (channels, 1), (128, 1), sums, totals, *made, grid[1])
+    launch("column_gradients", (plan.t, vector), grid, (32, 8), x, g, statistics, sums, *at)
+    launch("merge_sums", (plan.p,), (channels, 1), (128, 1), sums, totals, *made, grid[1])
     template = (plan.t, plan.p, vector)
-    launch("column_dx", plan.t, plan.p, template, grid, (32, 8), x, g, gain, statistics, totals, dx, *at, center)
+    launch("column_dx", template, grid, (32, 8), x, g, gain, statistics, totals, dx, *at, center)

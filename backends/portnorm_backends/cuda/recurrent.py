@@ -115,7 +115,7 @@ def forward(
         weights, a, h = params["weight_hh"].T, b["a"], b["h"]
         for t in range(steps):
             cupy.matmul(h[t if whole else 0], weights, out=a[t if keep else 0])
-            launch(name, template[0], template[0], template, grid, block, step, t)
+            launch(name, template, grid, block, step, t)
         last = tuple(b[name][-1] for name in ("h", "c") if name in b)
         y = () if not sequences else (b["y"] if "y" in b else h[1:],)
         seen = tuple(b[name] for name in _SEEN if name in b)
@@ -152,7 +152,7 @@ def vjp(
         name = "batch_backward" if batchwise else "step_backward"
         weights, da, dh = params["weight_hh"], b["da"], b["dh"]
         for t in reversed(range(steps)):
-            launch(name, template[0], template[0], template, grid, block, step, t)
+            launch(name, template, grid, block, step, t)
             cupy.matmul(da[t], weights, out=dh)
         first = (dh + b["direct"], *((b["dc"],) if "dc" in b else ()))
         return (b["du"], da, b["h"][:steps]), first, _shares(cell, shape, b)
