@@ -443,13 +443,9 @@ def test_the_structure_of_a_step_is_the_same_on_both_sides(emulated: Any) -> Non
 def test_every_kernel_compiles_for_gpus(emulated: Any, file: str, architecture: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc") or pytest.skip("nvcc is not installed: no kernel was compiled for a GPU")
     kernels = importlib.import_module("portnorm_backends.cuda.kernels")
-    names = {
-        e
-        for t, p in kernels.types()
-        for name in kernels.KERNELS
-        if kernels.KERNELS[name].file == file
-        for e in kernels.expressions(name, t, p)
-    }
+    families = [(name, t, p) for name, family in kernels.KERNELS.items() if family.file == file for t, p in kernels.types()]
+    # All of float, and of every other type those that hold the most values.
+    names = {e for name, t, p in families for e in kernels.expressions(name, t, p)[0 if t == "float" else -1 :]}
     table = ",\n".join(f"(void*){name}" for name in sorted(names))
     text = tmp_path / "all.cu"
     text.write_text(f"{kernels.source(file)}\nconst void* table[] = {{{table}}};\n")
