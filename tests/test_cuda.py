@@ -255,6 +255,17 @@ def test_what_no_kernel_takes_goes_to_the_definition(cupy: Any, rng: np.random.G
     assert type(normalize.forward(x, axes=(0,), param_axes=(1,), eps=1e-5)[1]) is Normalized  # channels in float64
 
 
+def test_out_is_what_is_written_to(cupy: Any, rng: np.random.Generator) -> None:
+    x, weight, bias, _ = (cupy.asarray(a.astype(np.float32)) for a in drawn(rng, (6, 8), (8,)))
+    for norm in (pn.layer_norm, pn.batch_norm):
+        expected = norm(x, weight, bias).get()
+        fresh, own = cupy.empty((6, 8), dtype=np.float32), cupy.asarray(x.get())
+        strided = cupy.asarray(np.zeros((6, 16), np.float32))[:, ::2]
+        for given, out in ((x, fresh), (own, own), (x, strided)):
+            assert norm(given, weight, bias, out=out) is out
+            np.testing.assert_array_equal(out.get(), expected)
+
+
 def test_gain_shift_and_cotangent_of_another_dtype(cupy: Any, rng: np.random.Generator) -> None:
     x, weight, bias, dy = drawn(rng, (5, 24), (24,))
     half = x.astype(np.float16)

@@ -9,6 +9,7 @@ import cupy
 import numpy
 
 from portnorm.arrays import Array, float32_value
+from portnorm.norm.normalize import written
 from portnorm_backends.cuda.kernels import BACKWARD, COLUMN_PACK, FORWARD, PACK, THREADS, TYPES, WITH_SUMS, launch, statistics_type
 
 
@@ -146,12 +147,14 @@ def forward(
     param_axes: tuple[int, ...],
     eps: float,
     center: bool = True,
+    out: Any = None,
     **attrs: Any,
 ) -> tuple[Array, KernelResiduals]:
     with x.device:
         plan = _plan(x, (weight, bias), axes, param_axes)
         gain, shift = (_given(a, plan.dtype) for a in (weight, bias))
-        y, statistics = cupy.empty_like(x), cupy.empty((plan.rows, 4), dtype=statistics_dtype(plan.t))
+        y = out if _can_take(out, x, gain, shift) else cupy.empty_like(x)
+        statistics = cupy.empty((plan.rows, 4), dtype=statistics_dtype(plan.t))
         # Where each channel is a row, somebody may ask for its statistics.
         along = tuple(n if k in param_axes else 1 for k, n in enumerate(x.shape)) if _is_channel(x.ndim, axes, param_axes) else None
         mean, var = (None if along is None else cupy.empty(along, dtype=statistics.dtype) for _ in range(2))
@@ -167,7 +170,14 @@ def forward(
             grid = (math.ceil(plan.rows / block[1]), 1)
             at = (plan.rows, plan.period, plan.wide, plan.length, float32_value(eps), center)
             launch("rows_forward", template, grid, block, x, gain, shift, y, statistics, mean, var, *at)
-        return y, KernelResiduals(x, statistics, weight, bias, mean, var)
+        return written(y, out), KernelResiduals(x, statistics, weight, bias, mean, var)
+
+
+def _can_take(out: Any, *others: Any) -> bool:
+    """Whether a kernel can write into `out` while it reads the others."""
+    if out is None or not out.flags.c_contiguous:
+        return False
+    return not any(a is not None and cupy.may_share_memory(out, a) for a in others)
 
 
 def vjp(
