@@ -87,6 +87,12 @@ def _numpy() -> Library:
     return LIBRARY
 
 
+def _cupy() -> Library:
+    from portnorm_backends.cupy import LIBRARY
+
+    return LIBRARY
+
+
 def _jax() -> Library:
     from portnorm_backends.jax import LIBRARY
 
@@ -113,7 +119,15 @@ def _onnx() -> Library:
 
 # Root module of an array's type -> its `LIBRARY`. Others are found by the entry points of this group. Each is an import statement, which
 # `torch.compile` can follow where the first array of all is in what it compiles.
-_LIBRARIES = {"numpy": _numpy, "jax": _jax, "jaxlib": _jax, "torch": _torch, "dask": _dask, "portnorm_onnx": _onnx}
+_LIBRARIES = {
+    "numpy": _numpy,
+    "cupy": _cupy,
+    "torch": _torch,
+    "jax": _jax,
+    "jaxlib": _jax,
+    "dask": _dask,
+    "portnorm_onnx": _onnx,
+}
 _ENTRY_POINTS = "portnorm.backends"
 _KNOWN = ("numpy", "cupy", "torch", "jax", "jaxlib", "array_api_strict", "dask", "portnorm_onnx")
 

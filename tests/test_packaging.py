@@ -33,7 +33,11 @@ def test_top_level_names_of_the_wheel(distributions: Path) -> None:
     for package in ("portnorm", "portnorm_backends", "portnorm_onnx"):
         assert f"{package}/py.typed" in names
         assert f"{package}/__init__.py" in names
-    assert {"portnorm/conform/page.html", *(f"portnorm_onnx/web/{file}" for file in ("page.html", "page.py", "worker.mjs"))} <= set(names)
+    kernels = {f"portnorm_backends/cuda/{file}" for file in ("common.cuh", "rowwise.cu", "channelwise.cu", "recurrent.cu")}
+    assert kernels | {
+        "portnorm/conform/page.html",
+        *(f"portnorm_onnx/web/{file}" for file in ("page.html", "page.py", "worker.mjs")),
+    } <= set(names)
 
 
 def test_the_source_distribution_has_what_the_two_commands_need(distributions: Path) -> None:

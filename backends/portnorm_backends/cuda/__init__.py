@@ -1,0 +1,1 @@
+"""CUDA C++ kernels (`*.cu`) for CuPy arrays, and what runs on the host to use them."""
