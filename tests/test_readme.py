@@ -34,4 +34,4 @@ def test_tables_are_up_to_date(page: Path) -> None:
 def test_links_lead_somewhere() -> None:
     for text in (README, *(page.read_text() for page in (ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")))):
         for target in re.findall(r"\]\(([^)#]+)\)", text):
-            assert target.startswith("http") or (ROOT / target).exists() or (ROOT / "docs" / target).exists(), target
+            assert target.startswith("http") or (ROOT / target).exists() or (ROOT / "docs" / target).resolve().exists(), target

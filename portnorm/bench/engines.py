@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
+import portnorm
 from portnorm.bench.works import CELLS, GROUPS, NORMS, Arrays, Work
 from portnorm.op import vjp
 
@@ -74,11 +75,9 @@ def _portnorm_out(work: Work, data: Arrays) -> Run | None:
 
 
 def _portnorm_compiled(work: Work, data: Arrays) -> Run | None:
-    from portnorm_onnx.compiled import compile as compiled
-
     if not work.recurrent or work.backward or work.what == "BN-LSTM":
         return None
-    model = compiled(_layer(work, data))
+    model = portnorm.compile(_layer(work, data))
     return lambda: model(data["x"])[0]
 
 
@@ -266,13 +265,10 @@ def _onnxruntime(work: Work, data: Arrays) -> Run | None:
         return None
     import onnxruntime
 
-    from portnorm.layers.norms import LayerNorm
-    from portnorm_onnx.export import export
-
-    layer = _layer(work, data) if work.recurrent else LayerNorm(work.shape[-1])
+    layer = _layer(work, data) if work.recurrent else portnorm.LayerNorm(work.shape[-1])
     if not work.recurrent:
         layer.load_state_dict({name: data[name] for name in ("weight", "bias")})
-    report = export(layer, None, lengths=False) if work.recurrent else export(layer, None)
+    report = portnorm.export(layer, None, lengths=False) if work.recurrent else portnorm.export(layer, None)
     assert report.model is not None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
