@@ -251,3 +251,15 @@ def test_batch_renorm_layer(rng: np.random.Generator) -> None:
     assert set(pullback(y)[1]) == {"weight", "bias"}
     np.testing.assert_allclose(layer(x), (x - x.mean(0)) / np.sqrt(x.var(0) + np.float32(1e-5)), **CLOSE)
     np.testing.assert_allclose(layer(x, training=True), layer(x), **CLOSE)
+
+
+@pytest.mark.parametrize("shape", [(3, 50), (3, 5, 4)])
+def test_channels_may_come_first(shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    """Each channel is then a row of memory, and still a channel with statistics."""
+    x = (2.0 + rng.standard_normal(shape)).astype(np.float32)
+    layer = pn.BatchNorm(3, channel_axis=0, momentum=1.0)
+    y = layer(x, training=True)
+    mean, var = x.reshape(3, -1).mean(axis=1), x.reshape(3, -1).var(axis=1, ddof=1)
+    np.testing.assert_allclose(layer.buffers["running_mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(layer.buffers["running_var"], var, rtol=1e-5)
+    np.testing.assert_allclose(y.reshape(3, -1).std(axis=1), 1.0, rtol=1e-4)

@@ -98,7 +98,8 @@ def _forward(
     out: Any = None,
     **attrs: Any,
 ) -> tuple[NumPyArray, Any]:
-    made = _forward_of_rows if _are_rows(x, axes, param_axes) else _forward_of_channels
+    # The channels of (channels, values) are rows too, but someone may ask for their statistics.
+    made = _forward_of_channels if _is_channel(x, axes, param_axes) else _forward_of_rows
     into = numpy.empty_like(x) if out is None or not _can_take(out, x, weight, bias) else out
     found = made(x, weight, bias, axes, param_axes, float32_value(eps), center, into)
     if found is None:
