@@ -236,7 +236,7 @@ def speed() -> str:
     rows = []
     for row in kept["cores 1"]:
         cells = [_milliseconds(row["times"][name]["min"] if name in row["times"] else None) for name in names]
-        two = next((r for r in kept["cores 2"] if r["work"] == row["work"]), None)
+        two = next((r for r in kept.get("cores 2", []) if r["work"] == row["work"]), None)
         found, rate = bench.ratio(row), bench.rate(row)
         both = None if two is None else bench.ratio(two)
         rows.append((row["work"], *cells, *("–" if n is None else f"{n:.2f}" for n in (found, both)), f"{rate:.0f}" if rate else "–"))
@@ -260,7 +260,7 @@ def speed_in_short() -> str:
 def growth() -> str:
     """How time and peak memory grow."""
     rows = []
-    for row in _kept("speed")["growth"]:
+    for row in _kept("speed").get("growth", []):
         shown = [f"{_milliseconds(t['min'])} ({t['peak_kb'] / 1024:.0f})" if t else "–" for t in (row["times"].get(n) for n in GROWING)]
         rows.append((row["work"], *shown))
     return table(("ms (peak of the process in MB)", *GROWING), rows)

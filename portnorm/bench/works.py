@@ -82,8 +82,8 @@ class Work:
         return cell(inputs, hidden, norm=norm, t_max=time, rng=0, dtype=dtype)
 
     def shortened(self) -> Work:
-        """The same with few steps: what is compared, since a long run of a normalized recurrent net amplifies rounding without limit."""
-        return Work(self.what, (min(self.shape[0], 8), *self.shape[1:]), self.backward) if self.recurrent else self
+        """The same with few steps or rows: what is compared, since a long run of a normalized recurrent net may amplify rounding at will."""
+        return Work(self.what, (min(self.shape[0], 8), *self.shape[1:]), self.backward)
 
 
 _LN = ((1, 64), (32, 256), (512, 768), (4096, 768), (4096, 4096))
