@@ -21,6 +21,7 @@ LAYERS: dict[str, Callable[..., pn.Layer]] = {
     "LayerNorm": lambda **kw: pn.LayerNorm(4, **kw),
     "RMSNorm": lambda **kw: pn.RMSNorm(4, **kw),
     "BatchNorm": lambda **kw: pn.BatchNorm(4, channel_axis=-1, **kw),
+    "BatchRenorm": lambda **kw: pn.BatchRenorm(4, channel_axis=-1, **kw),
     "GroupNorm": lambda **kw: pn.GroupNorm(2, 4, channel_axis=-1, **kw),
     "InstanceNorm": lambda **kw: pn.InstanceNorm(4, channel_axis=-1, affine=True, **kw),
     "Linear": lambda **kw: pn.Linear(4, 3, rng=0, **kw),
@@ -449,3 +450,25 @@ def test_a_module_that_the_example_does_not_reach_is_not_swapped_unseen() -> Non
 
     with pytest.raises(pn.UnsupportedError, match=r"'unused' .*is not called while the model runs on `args`"):
         pn.replace_modules(Model(), {torch.nn.GRU: "torch"}, args=torch.ones(5, 2, 3))
+
+
+@pytest.mark.peers
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LayerNorm", "BatchNorm", "LSTM with layer norm"])
+@pytest.mark.parametrize("training", [False, True])
+def test_torch_compile_follows_a_module(name: str, training: bool, rng: np.random.Generator) -> None:
+    """In one graph, values and gradients; with PyTorch's own code generation left out, which is not ours to test."""
+    import torch
+
+    module = pn.torch_module(drawn(LAYERS[name](dtype="float64"), rng)).train(training)
+    x = torch.tensor(rng.standard_normal((3, 5, 4)), requires_grad=True)
+
+    def first(found: Any) -> Any:
+        return found[0] if isinstance(found, tuple) else found
+
+    expected = first(module(x))
+    (dx,) = torch.autograd.grad(expected.square().sum(), x)
+    found = first(torch.compile(module, fullgraph=True, backend="aot_eager")(x))
+    (again,) = torch.autograd.grad(found.square().sum(), x)
+    np.testing.assert_allclose(found.detach(), expected.detach(), atol=1e-12)
+    np.testing.assert_allclose(again, dx, atol=1e-10)

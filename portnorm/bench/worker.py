@@ -46,7 +46,7 @@ def difference(name: str, work: Work) -> float:
 def timed(name: str, work: Work, seconds: float) -> dict[str, Any] | None:
     """Minimum and median, in milliseconds, of as many runs as fit into `seconds`, at least three; `None` where there is no such thing.
 
-    Before that the same with few steps or rows is compared with float64. Raises `ArithmeticError` where it is 1e-3 of the largest value off.
+    Before that the same with few steps or rows is compared with float64. Raises `ArithmeticError` where it is 1e-3 of the largest off.
     """
     if ENGINES[name].make(work.shortened(), work.shortened().data()) is None:
         return None

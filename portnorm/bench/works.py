@@ -82,7 +82,7 @@ class Work:
         return cell(inputs, hidden, norm=norm, t_max=time, rng=0, dtype=dtype)
 
     def shortened(self) -> Work:
-        """The same with few steps or rows: what is compared, since a long run of a normalized recurrent net may amplify rounding at will."""
+        """The same with few steps or rows: what is compared, since a long run of a normalized recurrent net amplifies rounding at will."""
         return Work(self.what, (min(self.shape[0], 8), *self.shape[1:]), self.backward)
 
 
