@@ -167,6 +167,21 @@ def test_the_presets_are_computed_by_kernels(cell: str, name: str | None, batch:
         np.testing.assert_allclose(a, b, rtol=0, atol=10 * RECURRENT["float32"] * max(1.0, float(np.max(np.abs(b), initial=0.0))))
 
 
+@pytest.mark.parametrize("name", ["weight_hh_l0", "norm_hh_l0.weight", "norm_c_l0.bias", "norm_c_l0.weight"])
+@pytest.mark.parametrize("change", [lambda p: p[:-1], lambda p: p[..., :1], lambda p: p[:0]], ids=["short", "one", "none"])
+def test_parameters_of_another_shape_never_reach_compiled_code(name: str, change: Any, rng: np.random.Generator) -> None:
+    """Which would read beyond them: it is an error, or what the definition makes of it."""
+    layer, x = pn.LSTM(3, 4, norm="layer", rng=0), rng.standard_normal((4, 2, 3)).astype(np.float32)
+    layer.params[name] = change(layer.params[name])
+    try:
+        y, _ = layer(x)
+    except ValueError:
+        return
+    with without_kernels(np.ndarray):
+        expected, _ = layer(x)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
 def test_a_step_whose_squares_leave_the_type_goes_to_the_definition(rng: np.random.Generator) -> None:
     layer = pn.LSTM(3, 4, norm="layer", rng=0)
     layer.params["weight_hh_l0"] = layer.params["weight_hh_l0"] * np.float32(1e25)

@@ -50,13 +50,28 @@ def _accepts(
     xs: tuple[Array, ...], state: State, params: Params, *, cell: Any, lengths: Any = None, sequences: bool = True, keep: bool = True
 ) -> bool:
     """A cell in its plain form or with normalizers of rows or of the batch, on arrays of one type, and at least one step."""
-    u, weights = xs[0], params["weight_hh"]
+    u = xs[0]
     if type(cell) not in _SLOTS or not set(cell.slots) <= set(_SLOTS[type(cell)]) or not _is_known(cell):
         return False
     arrays = (*xs, *state, *params.values())
     if any(type(a) is not numpy.ndarray or a.dtype != u.dtype for a in arrays) or u.dtype.name not in RANGE or not u.dtype.isnative:
         return False
-    return bool(u.size and weights.shape[0] == u.shape[-1] and {"weight_hh", *cell.shared()} == set(params))
+    return bool(u.size) and {"weight_hh", *cell.shared()} == set(params) and _fit(u, xs[1:], state, params, cell, lengths)
+
+
+def _fit(u: NumPyArray, given: tuple[Array, ...], state: State, params: Params, cell: RecurrentCell, lengths: Any) -> bool:
+    """Whether all shapes are those that compiled code relies on; it does not look where it reads."""
+    if u.ndim != 3 or u.shape[2] % cell.gates:
+        return False
+    (time, batch, features), size = u.shape, u.shape[2] // cell.gates
+    slots = {name: cell.width(name) * size for name in cell.slots}
+    return (
+        params["weight_hh"].shape == (features, size)
+        and all(s.shape == (batch, size) for s in state)
+        and all(params[f"{name}.{p}"].shape == (n,) for name, n in slots.items() for p in cell.slots[name].parameters())
+        and all(a.shape == (time, slots[name.partition(".")[0]]) for name, a in zip(cell.given(), given, strict=True))
+        and (lengths is None or numpy.shape(lengths) == (batch,))
+    )
 
 
 def _is_known(cell: RecurrentCell) -> bool:
