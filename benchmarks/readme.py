@@ -219,7 +219,7 @@ def _milliseconds(t: float | None) -> str:
 
 
 def speed() -> str:
-    """One core: milliseconds, the ratio of the fastest of our engines to the fastest peer, and GB/s or GFLOP/s."""
+    """One core: milliseconds, the ratio of the fastest of our engines to the fastest peer, and GB/s or GFLOP/s; on two cores the ratio."""
     kept = _kept("speed")
     names = (
         "portnorm",
@@ -233,14 +233,14 @@ def speed() -> str:
         "copy",
         "matmuls",
     )
+    two = {row["work"]: bench.ratio(row) for row in kept.get("cores 2", [])}
     rows = []
     for row in kept["cores 1"]:
         cells = [_milliseconds(row["times"][name]["min"] if name in row["times"] else None) for name in names]
-        two = next((r for r in kept.get("cores 2", []) if r["work"] == row["work"]), None)
-        found, rate = bench.ratio(row), bench.rate(row)
-        both = None if two is None else bench.ratio(two)
-        rows.append((row["work"], *cells, *("–" if n is None else f"{n:.2f}" for n in (found, both)), f"{rate:.0f}" if rate else "–"))
-    return table(("ms", *names, "ratio", "two cores", "GB/s, GFLOP/s"), rows)
+        ratios = (bench.ratio(row), *((two.get(row["work"]),) if two else ()))
+        rate = bench.rate(row)
+        rows.append((row["work"], *cells, *("–" if n is None else f"{n:.2f}" for n in ratios), f"{rate:.1f}" if rate else "–"))
+    return table(("ms", *names, "ratio", *(("two cores",) if two else ()), "GB/s, GFLOP/s"), rows)
 
 
 def speed_in_short() -> str:

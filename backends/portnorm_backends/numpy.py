@@ -214,7 +214,7 @@ _PLAIN = tuple(numpy.dtype(name) for name in RANGE)
 
 def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, eps: float = 1e-5, out: Any = None) -> bool:
     """Whether the arguments of a public function need no further look: contiguous arrays of one type, and the last axis."""
-    if type(x) is not numpy.ndarray or x.dtype not in _PLAIN or out is not None or axis != -1 or not x.size or not eps >= 0:
+    if type(x) is not numpy.ndarray or x.dtype not in _PLAIN or axis != -1 or not x.size or not eps >= 0:
         return False
     flags = x.flags
     if not (flags.c_contiguous and flags.aligned and x.ndim):
@@ -226,28 +226,29 @@ def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, e
             flags = p.flags
             if not (flags.c_contiguous and flags.aligned):
                 return False
-    return True
+    return out is None or (_can_take(out, x, weight, bias) and out.dtype == x.dtype and out.shape == x.shape)
 
 
 def _last_axis(op: Any, center: bool) -> Kernel:
     """The kernel of a public function for the arguments that most calls have; what others need is done by its definition."""
 
-    def call(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, **attrs: Any) -> Any:
+    def call(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
         kernel, _, none, smallest, largest = _plain(x.dtype)
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        y, w, b = numpy.empty_like(rows), none if weight is None else weight, none if bias is None else bias
-        if not kernel(rows, w, b, float32_value(eps), center, smallest, largest, y, numpy.empty((1, 3), x.dtype)):
-            return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps)[0]
-        return y if x.ndim == 2 else y.reshape(x.shape)
+        y, w, b = numpy.empty_like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
+        into = y if x.ndim == 2 else y.reshape(rows.shape)
+        if not kernel(rows, w, b, float32_value(eps), center, smallest, largest, into, numpy.empty((1, 3), x.dtype)):
+            return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps, out=out)[0]
+        return y
 
-    def forward(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, **attrs: Any) -> Any:
+    def forward(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
         kernel, _, none, smallest, largest = _plain(x.dtype)
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        y, w, b = numpy.empty_like(rows), none if weight is None else weight, none if bias is None else bias
+        y, w, b = numpy.empty_like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         kept = numpy.empty((rows.shape[0], 3), x.dtype)
-        if not kernel(rows, w, b, float32_value(eps), center, smallest, largest, y, kept):
-            return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps)
-        return y.reshape(x.shape), LastAxisResiduals(x, kept, weight, bias, (1, x.shape[-1]), None)
+        if not kernel(rows, w, b, float32_value(eps), center, smallest, largest, y.reshape(rows.shape), kept):
+            return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps, out=out)
+        return y, LastAxisResiduals(x, kept, weight, bias, (1, x.shape[-1]), None)
 
     def vjp(residuals: LastAxisResiduals, dy: NumPyArray, **attrs: Any) -> tuple[Any, ...]:
         return _vjp_of_rows(residuals, dy, center=center)
