@@ -22,6 +22,9 @@ from portnorm.errors import MissingExtraError
 from portnorm_onnx.runtimes import RUNTIMES
 
 
+collect_ignore = ["torch_cells.py"]  # has no tests, and imports torch
+
+
 @dataclass(frozen=True)
 class Library:
     name: str
