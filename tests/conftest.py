@@ -21,7 +21,6 @@ import pytest
 from portnorm.errors import MissingExtraError
 from portnorm_onnx.runtimes import RUNTIMES
 
-
 collect_ignore = ["torch_cells.py"]  # has no tests, and imports torch
 
 
