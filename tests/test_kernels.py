@@ -296,19 +296,24 @@ def test_no_temporary_of_the_size_of_the_input(shape: tuple[int, int], rng: np.r
     assert backward < 2.5 * dx.nbytes  # with y, which lives
 
 
-def test_many_threads_at_once(rng: np.random.Generator) -> None:
-    """8 threads × 1,000 calls forward and backward, bit by bit as alone."""
-    given_, failed = rng.standard_normal((8, 4, 64)).astype(np.float32), []
+@pytest.mark.parametrize(("what", "calls_"), [("layer_norm", 1000), ("LSTM", 100)])
+def test_many_threads_at_once(what: str, calls_: int, rng: np.random.Generator) -> None:
+    """8 threads forward and backward, bit by bit as alone."""
+    given_, failed = rng.standard_normal((8, 5, 4, 64)).astype(np.float32), []
     w = rng.standard_normal(64).astype(np.float32)
+    layer = pn.LSTM(64, 8, norm="layer", rng=0)
 
     def run(k: int) -> list[Any]:
+        if what == "LSTM":
+            y, _, pull = layer.vjp(given_[k], training=True)
+            return [y, *leaves(pull(y))]
         y, pullback = pn.vjp(pn.layer_norm, given_[k], w, w)
         return [y, *pullback(y)]
 
     expected = [run(k) for k in range(8)]
 
     def work(k: int) -> None:
-        for _ in range(1000):
+        for _ in range(calls_):
             if not all(np.array_equal(a, b) for a, b in zip(run(k), expected[k], strict=True)):
                 failed.append(k)
 
@@ -321,7 +326,8 @@ import numpy as np, portnorm as pn
 def call():
     x = np.random.default_rng(0).standard_normal((64, 512)).astype("float32")
     y, pullback = pn.vjp(pn.layer_norm, x, np.ones(512, "float32"), np.zeros(512, "float32"))
-    return float(np.abs(y).sum() + np.abs(pullback(x)[0]).sum())
+    h, _, back = pn.LSTM(512, 8, norm="layer", rng=0).vjp(x[:, None, :], training=True)
+    return float(np.abs(y).sum() + np.abs(pullback(x)[0]).sum() + np.abs(back(h)[0]).sum())
 """
 
 
@@ -370,4 +376,5 @@ def test_without_numba_there_are_no_kernels_and_the_same_numbers() -> None:
     hidden = f"import sys; sys.modules['numba'] = None\n{CALL}\nfrom portnorm.arrays import library\n"
     kernels, value = output_of(hidden + "print(len(library(np.ones(1)).kernels), call())").split()
     assert kernels == "0"
-    assert float(value) == pytest.approx(float(output_of(CALL + "print(call())")), rel=1e-6)
+    # 64 steps of an LN-LSTM amplify the last bit; 1.2e-6 measured.
+    assert float(value) == pytest.approx(float(output_of(CALL + "print(call())")), rel=1e-5)
