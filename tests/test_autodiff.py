@@ -396,8 +396,9 @@ def test_a_training_step_keeps_less_than_autograd_would() -> None:
 
 
 PEAK = """
-import contextlib, resource, torch, portnorm as pn
+import contextlib, torch, portnorm as pn
 from portnorm.arrays import without_kernels
+from portnorm.bench.worker import peak_kilobytes
 torch.set_num_threads(1)
 layer = pn.LSTM(64, 256, norm="layer", xp=torch, rng=0)
 for p in layer.parameters().values():
@@ -406,9 +407,9 @@ def step(steps):
     layer.apply(layer.params, {}, torch.ones((steps, 32, 64)))[0].sum().backward()
 with HOW:
     step(2)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_kilobytes()
     step(200)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_kilobytes() - before)
 """
 
 
