@@ -1,4 +1,4 @@
-"""The time loop of LSTM, GRU and RNN on NumPy arrays: per step one matrix product and one compiled call, all room made once per call.
+"""The time loop of LSTM, GRU and RNN on NumPy arrays, in compiled calls of many steps, all room made once per call.
 
 A cell that the kernels do not know in every detail (peepholes, projections, zoneout, …) stays with the definition, `portnorm.scan.scan`.
 """
@@ -24,11 +24,8 @@ NumPyArray = numpy.ndarray[Any, Any]
 RANGE = {"float32": (1e-28, 1e32), "float64": (1e-280, 1e280)}
 """Bounds of σ² + ε: beyond them sums of squares may leave the type or lose bits, and the definition scales the row first."""
 
-_FEW, _SMALL, _CACHED = 2, 2**18, 2**20
-"""A kernel makes the hidden product itself for so few sequences with weights that stay in a cache, or so few multiplications in a step."""
-
-_LARGE = 2**17
-"""Size of the hidden weights from which W · hᵀ is faster than h · Wᵀ although it has to be transposed: BLAS reorders its right factor."""
+_AT_ONCE = 2**31
+"""Multiplications of hidden products in one compiled call, some tens of milliseconds, during which Python does not see an interrupt."""
 
 _SLOTS = {LSTMCell: ("norm_hh", "norm_sum", "norm_c"), GRUCell: ("norm_hh",), RNNCell: ("norm_hh", "norm_sum")}
 """The slots that each cell's kernels know."""
@@ -129,6 +126,7 @@ def _forward(
     keep: bool = True,
 ) -> tuple[tuple[State, tuple[Array, ...]], Any]:
     from portnorm_backends import steps
+    from portnorm_backends.products import pack
 
     u, weights = _own(xs[0]), params["weight_hh"]
     (time, batch, features), size, dtype = u.shape, weights.shape[1], u.dtype
@@ -139,11 +137,7 @@ def _forward(
     gates, inner = (numpy.empty((kept, batch, n), dtype=dtype) for n in (features, size))
     c = _from(state[1], kept) if len(state) > 1 else None
     slots = tuple(_slot(cell, name, xs, params, batch, keep) for name in _SLOTS[type(cell)])
-    none, room = numpy.empty((0, 0), dtype=dtype), steps.rooms(cell.gates, size, batch, dtype)
-    few = _is_few(batch, weights)
-    large = not few and weights.size >= _LARGE
-    matrix = weights if large else numpy.ascontiguousarray(weights.T)
-    turned = numpy.empty((features, batch), dtype=dtype) if large else none
+    packed, room = pack(weights.T), steps.rooms(cell.gates, size, batch, dtype)
     run: Callable[..., bool]
     own: tuple[Any, ...]
     if type(cell) is LSTMCell:
@@ -152,14 +146,9 @@ def _forward(
         run, own = steps.gru_forward, (gates, inner, *slots)
     else:
         run, own = steps.rnn_forward, slots
-    fine = run(0, time, matrix, none, room, u, counts, a, h, y, *own) if few else True
-    for t in range(0 if few else time):
-        before = h[t % h.shape[0]]
-        if large:
-            numpy.matmul(matrix, before.T, out=turned)
-        else:
-            numpy.matmul(before, matrix, out=a)
-        fine &= run(t, t + 1, none, turned, room, u, counts, a, h, y, *own)
+    fine, count = True, _steps_at_once(batch, weights)
+    for t in range(0, time, count):
+        fine &= run(t, min(t + count, time), packed, room, u, counts, a, h, y, *own)
     if not fine:
         return scan.definition(xs, state, params, cell=cell, lengths=lengths, sequences=sequences, keep=keep)
     last = (h[time % h.shape[0]].copy(), *(() if c is None else (c[time % c.shape[0]].copy(),)))
@@ -168,8 +157,8 @@ def _forward(
     return (last, (*hidden, *_statistics(cell, slots, counts, batch))), residuals
 
 
-def _is_few(batch: int, weights: NumPyArray) -> bool:
-    return (batch <= _FEW and weights.size <= _CACHED) or batch * weights.size <= _SMALL
+def _steps_at_once(batch: int, weights: NumPyArray) -> int:
+    return max(1, _AT_ONCE // (batch * weights.size))
 
 
 def _from(state: NumPyArray, steps: int) -> NumPyArray:
@@ -198,10 +187,11 @@ def _vjp(
     residuals: LoopResiduals, cotangents: tuple[State, Array | None], *, cell: Any, **attrs: Any
 ) -> tuple[tuple[Array, ...], State, Params]:
     from portnorm_backends import steps
+    from portnorm_backends.products import pack
 
     params, counts, h, c, gates, inner, slots = residuals
     dstate, dy = cotangents
-    weights, (time, batch, _), dtype = _own(params["weight_hh"]), gates.shape, h.dtype
+    weights, (time, batch, _), dtype = params["weight_hh"], gates.shape, h.dtype
     none = numpy.empty((0, 0, 0), dtype=dtype)
     dh, *dothers = (numpy.array(d, dtype=dtype, order="C") for d in dstate)
     given = none if dy is None else _own(dy.astype(dtype, copy=False))
@@ -209,9 +199,6 @@ def _vjp(
     apart = type(cell) is GRUCell or slots[0].mode != steps.NONE
     dhidden = numpy.empty(gates.shape, dtype=dtype) if apart else none
     shares = tuple(steps.Shares(*numpy.zeros((2, s.weight.size)), *numpy.zeros((2, s.weight.size), dtype=dtype)) for s in slots)
-    few, empty = _is_few(batch, weights), none.reshape(0, 0)
-    large = not few and weights.size >= _LARGE
-    turned = numpy.empty((weights.shape[1], batch), dtype=dtype) if large else empty
     run: Callable[..., None]
     own: tuple[Any, ...]
     if type(cell) is LSTMCell:
@@ -221,16 +208,10 @@ def _vjp(
     else:
         run, own = steps.rnn_backward, (h, *slots, *shares, dx, dhidden)
     over, room = dhidden if apart else dx, steps.rooms(cell.gates, dh.shape[1], batch, dtype)
-    if few:
-        run(time, 0, weights, empty, room, given, counts, back, dh, *own)
-    by_feature = numpy.ascontiguousarray(weights.T) if large else weights
-    for t in reversed(range(0 if few else time)):
-        run(t + 1, t, empty, turned, room, given, counts, back, dh, *own)
-        if large:
-            numpy.matmul(by_feature, over[t].T, out=turned)
-        else:
-            numpy.matmul(over[t], weights, out=back)
-    dh += turned.T if large else back
+    packed, count = pack(weights), _steps_at_once(batch, weights)
+    for t in range(time, 0, -count):
+        run(t, max(t - count, 0), packed, room, given, counts, back, dh, *own)
+    dh += back
     found = {
         f"{name}.{p}": d for name, s in zip(_SLOTS[type(cell)], shares, strict=True) for p, d in (("weight", s.dweight), ("bias", s.dbias))
     }

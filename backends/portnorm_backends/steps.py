@@ -2,9 +2,8 @@
 
 The equations are those of `portnorm/cells`; here every row of the batch goes through a whole step before the next one does, in a few loops
 that the compiler vectorizes, so that what one loop leaves is still in the nearest cache when the next one reads it. Each function goes from
-step `start` to before `stop` (backward: from `start` − 1 down to `stop`) and finds the product with the hidden weights in `a` (`back`),
-or transposed in `turned`, or makes it itself where it was given the weights. Arrays of all steps have the time first; one that keeps fewer
-steps is used in turns.
+step `start` to before `stop` (backward: from `start` − 1 down to `stop`), with the hidden weights as `products.pack` lays them out, and leaves
+their product in `a` (`back`). Arrays of all steps have the time first; one that keeps fewer steps is used in turns.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from portnorm_backends.pointwise import LANES, sigmoid, tanh
+from portnorm_backends.products import product
 from portnorm_backends.rowwise import bare, compiled, copy, fill, less, statistics
 
 NONE, ROWS, OWN, GIVEN = range(4)
@@ -72,46 +72,6 @@ def rooms(gates: int, size: int, batch: int, dtype: Any) -> Rooms:
         gates * size,
     )
     return Rooms(*(numpy.zeros(shape, dtype=dtype) for shape in shapes))
-
-
-# -- matrix products that are too small to be worth a call, or come transposed ---------------------------------------------------------
-
-
-@compiled(contract=True)
-def _add_four(y: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, r: Any, s: Any) -> None:
-    for j in range(y.size):
-        y[j] += (a[j] * p + b[j] * q) + (c[j] * r + d[j] * s)
-
-
-@compiled(contract=True)
-def _add_one(y: Any, a: Any, p: Any) -> None:
-    for j in range(y.size):
-        y[j] += a[j] * p
-
-
-@compiled()
-def _product(x: Any, matrix: Any, y: Any) -> None:
-    """y = x · matrix, with every row of the matrix read once."""
-    whole = matrix.shape[0] // 4 * 4
-    for b in range(x.shape[0]):
-        fill(y[b], 0)
-    for k in range(0, whole, 4):
-        for b in range(x.shape[0]):
-            _add_four(y[b], matrix[k], matrix[k + 1], matrix[k + 2], matrix[k + 3], x[b, k], x[b, k + 1], x[b, k + 2], x[b, k + 3])
-    for k in range(whole, matrix.shape[0]):
-        for b in range(x.shape[0]):
-            _add_one(y[b], matrix[k], x[b, k])
-
-
-@compiled()
-def _turn(x: Any, y: Any) -> None:
-    """y = xᵀ, in blocks that stay in the nearest cache."""
-    for i in range(0, x.shape[0], 16):
-        for j in range(0, x.shape[1], 16):
-            for q in range(j, min(j + 16, x.shape[1])):
-                row = y[q]
-                for p in range(i, min(i + 16, x.shape[0])):
-                    row[p] = x[p, q]
 
 
 # -- slots -----------------------------------------------------------------------------------------------------------------------------
@@ -342,8 +302,7 @@ def _times(a: Any, b: Any, y: Any) -> None:
 def lstm_forward(
     start: int,
     stop: int,
-    weights: Any,
-    turned: Any,
+    packed: Any,
     room: Any,
     u: Any,
     lengths: Any,
@@ -362,7 +321,7 @@ def lstm_forward(
 
     False where a variance left its range: then nothing of the result is to be used.
     """
-    weights, turned, u, lengths, a, h = bare(weights), bare(turned), bare(u), bare(lengths), bare(a), bare(h)
+    packed, u, lengths, a, h = bare(packed), bare(u), bare(lengths), bare(a), bare(h)
     y, c, gates, tanh_c = bare(y), bare(c), bare(gates), bare(tanh_c)
     hidden, total, cell = bare(hidden), bare(total), bare(cell)
     room = bare(room)
@@ -372,10 +331,7 @@ def lstm_forward(
     for t in range(start, stop):
         before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
         c_before, c_after = c[t % c.shape[0]], c[(t + 1) % c.shape[0]]
-        if weights.size:
-            _product(h[before], weights, a)
-        elif turned.size:
-            _turn(turned, a)
+        product(h[before], packed, a)
         fine &= _prepared(hidden, t, a, lengths, room.sums)
         for b in range(batch):
             if not _runs(lengths, b, t):
@@ -463,8 +419,7 @@ def _back_to_hidden(
 def lstm_backward(
     start: int,
     stop: int,
-    weights: Any,
-    turned: Any,
+    packed: Any,
     room: Any,
     dy: Any,
     lengths: Any,
@@ -488,16 +443,14 @@ def lstm_backward(
 
     `dhidden` is (0, 0, 0) where the cotangent of the hidden term is that of the input term. `dy` may be (0, 0, 0).
     """
-    weights, turned, dy, lengths, back, dh = bare(weights), bare(turned), bare(dy), bare(lengths), bare(back), bare(dh)
+    packed, dy, lengths, back, dh = bare(packed), bare(dy), bare(lengths), bare(back), bare(dh)
     dc, c, gates, tanh_c, dx, dhidden = bare(dc), bare(c), bare(gates), bare(tanh_c), bare(dx), bare(dhidden)
     hidden, total, cell = bare(hidden), bare(total), bare(cell)
     hidden_shares, total_shares, cell_shares = bare(hidden_shares), bare(total_shares), bare(cell_shares)
     room = bare(room)
-    steps, batch, size = gates.shape[0], dh.shape[0], dh.shape[1]
+    batch, size = dh.shape
     sums, narrow, row, inside, small = room.sums, room.narrow, room.row.reshape(4 * size), room.states, room.small
     for t in range(start - 1, stop - 1, -1):
-        if turned.size and t < steps - 1:
-            _turn(turned, back)
         for b in range(batch):
             _add(back[b], dh[b])
             if not _runs(lengths, b, t):
@@ -533,8 +486,7 @@ def lstm_backward(
                 copy(d, dhidden[t, b])
         over = dhidden[t] if dhidden.size else dhidden[:0].reshape((0, 4 * size))
         _back_to_hidden(hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, sums, row)
-        if weights.size:
-            _product(dhidden[t] if dhidden.size else dx[t], weights, back)
+        product(dhidden[t] if dhidden.size else dx[t], packed, back)
 
 
 # -- GRU -------------------------------------------------------------------------------------------------------------------------------
@@ -556,8 +508,7 @@ def _between(z: Any, n: Any, before: Any, y: Any) -> None:
 def gru_forward(
     start: int,
     stop: int,
-    weights: Any,
-    turned: Any,
+    packed: Any,
     room: Any,
     u: Any,
     lengths: Any,
@@ -569,7 +520,7 @@ def gru_forward(
     hidden: Any,
 ) -> bool:
     """As `lstm_forward`; `reset` (steps, batch, hidden) keeps what r is multiplied with."""
-    weights, turned, u, lengths, a, h = bare(weights), bare(turned), bare(u), bare(lengths), bare(a), bare(h)
+    packed, u, lengths, a, h = bare(packed), bare(u), bare(lengths), bare(a), bare(h)
     y, gates, reset = bare(y), bare(gates), bare(reset)
     hidden = bare(hidden)
     room = bare(room)
@@ -577,10 +528,7 @@ def gru_forward(
     z, opened, term, zeros, fine = room.z, room.opened, room.row, room.zeros, True
     for t in range(start, stop):
         before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
-        if weights.size:
-            _product(h[before], weights, a)
-        elif turned.size:
-            _turn(turned, a)
+        product(h[before], packed, a)
         fine &= _prepared(hidden, t, a, lengths, room.sums)
         for b in range(batch):
             if not _runs(lengths, b, t):
@@ -623,8 +571,7 @@ def _reset_gate(dp: Any, reset: Any, r: Any, dr: Any, dterm: Any) -> None:
 def gru_backward(
     start: int,
     stop: int,
-    weights: Any,
-    turned: Any,
+    packed: Any,
     room: Any,
     dy: Any,
     lengths: Any,
@@ -639,16 +586,14 @@ def gru_backward(
     dhidden: Any,
 ) -> None:
     """As `lstm_backward`."""
-    weights, turned, dy, lengths, back, dh = bare(weights), bare(turned), bare(dy), bare(lengths), bare(back), bare(dh)
+    packed, dy, lengths, back, dh = bare(packed), bare(dy), bare(lengths), bare(back), bare(dh)
     h, gates, reset, dx, dhidden = bare(h), bare(gates), bare(reset), bare(dx), bare(dhidden)
     hidden = bare(hidden)
     shares = bare(shares)
     room = bare(room)
-    steps, batch, size = gates.shape[0], dh.shape[0], dh.shape[1]
+    batch, size = dh.shape
     sums, row, small = room.sums, room.row.reshape(3 * size), room.small
     for t in range(start - 1, stop - 1, -1):
-        if turned.size and t < steps - 1:
-            _turn(turned, back)
         for b in range(batch):
             d, over, gate = dx[t, b], dhidden[t, b], gates[t, b]
             _add(back[b], dh[b])
@@ -671,8 +616,7 @@ def gru_backward(
                     _denormalized(hidden, t, b, dhidden[t, b], sums, row)
                     copy(row, dhidden[t, b])
         _settled(shares)
-        if weights.size:
-            _product(dhidden[t], weights, back)
+        product(dhidden[t], packed, back)
 
 
 # -- RNN -------------------------------------------------------------------------------------------------------------------------------
@@ -680,10 +624,10 @@ def gru_backward(
 
 @compiled()
 def rnn_forward(
-    start: int, stop: int, weights: Any, turned: Any, room: Any, u: Any, lengths: Any, a: Any, h: Any, y: Any, hidden: Any, total: Any
+    start: int, stop: int, packed: Any, room: Any, u: Any, lengths: Any, a: Any, h: Any, y: Any, hidden: Any, total: Any
 ) -> bool:
     """As `lstm_forward`."""
-    weights, turned, u, lengths, a, h = bare(weights), bare(turned), bare(u), bare(lengths), bare(a), bare(h)
+    packed, u, lengths, a, h = bare(packed), bare(u), bare(lengths), bare(a), bare(h)
     y = bare(y)
     hidden, total = bare(hidden), bare(total)
     room = bare(room)
@@ -692,10 +636,7 @@ def rnn_forward(
     flat = row.reshape(size)
     for t in range(start, stop):
         before, after = t % h.shape[0], (t + 1) % h.shape[0]
-        if weights.size:
-            _product(h[before], weights, a)
-        elif turned.size:
-            _turn(turned, a)
+        product(h[before], packed, a)
         fine &= _prepared(hidden, t, a, lengths, room.sums)
         for b in range(batch):
             if not _runs(lengths, b, t):
@@ -723,8 +664,7 @@ def _through_tanh(dh: Any, y: Any, d: Any) -> None:
 def rnn_backward(
     start: int,
     stop: int,
-    weights: Any,
-    turned: Any,
+    packed: Any,
     room: Any,
     dy: Any,
     lengths: Any,
@@ -739,16 +679,14 @@ def rnn_backward(
     dhidden: Any,
 ) -> None:
     """As `lstm_backward`; `h` (steps + 1, batch, hidden) has the results."""
-    weights, turned, dy, lengths, back, dh = bare(weights), bare(turned), bare(dy), bare(lengths), bare(back), bare(dh)
+    packed, dy, lengths, back, dh = bare(packed), bare(dy), bare(lengths), bare(back), bare(dh)
     h, dx, dhidden = bare(h), bare(dx), bare(dhidden)
     hidden, total = bare(hidden), bare(total)
     hidden_shares, total_shares = bare(hidden_shares), bare(total_shares)
     room = bare(room)
-    steps, batch, size = h.shape[0] - 1, dh.shape[0], dh.shape[1]
+    batch, size = dh.shape
     sums, row = room.sums, room.row.reshape(size)
     for t in range(start - 1, stop - 1, -1):
-        if turned.size and t < steps - 1:
-            _turn(turned, back)
         for b in range(batch):
             _add(back[b], dh[b])
             if _runs(lengths, b, t):
@@ -762,5 +700,4 @@ def rnn_backward(
                 copy(dx[t, b], dhidden[t, b])
         over = dhidden[t] if dhidden.size else dhidden[:0].reshape((0, size))
         _back_to_hidden(hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, sums, row)
-        if weights.size:
-            _product(dhidden[t] if dhidden.size else dx[t], weights, back)
+        product(dhidden[t] if dhidden.size else dx[t], packed, back)
