@@ -37,9 +37,13 @@ def _(residuals: Residuals, dy: Array) -> tuple[Array, Array, Array | None]:
     """dx = dy · weight,  dweight = Σ dyᵀ · x,  dbias = Σ dy over all leading axes."""
     x, weight, bias = residuals
     xp = xp_of(x)
-    rows = _rows(xp, dy)
-    dx = xp.reshape(xp.matmul(rows, weight), x.shape)
-    return dx, weight_cotangent(dy, x), None if bias is None else xp.sum(rows, axis=0)
+    return input_cotangent(dy, weight), weight_cotangent(dy, x), None if bias is None else xp.sum(_rows(xp, dy), axis=0)
+
+
+def input_cotangent(dy: Array, weight: Array) -> Array:
+    """dy · weight, as one matrix product."""
+    xp = xp_of(dy)
+    return xp.reshape(xp.matmul(_rows(xp, dy), weight), (*dy.shape[:-1], weight.shape[1]))
 
 
 def weight_cotangent(dy: Array, x: Array) -> Array:

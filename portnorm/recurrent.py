@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from portnorm.affine import linear, weight_cotangent
+from portnorm.affine import input_cotangent, linear, weight_cotangent
 from portnorm.arrays import Array, device_of, library, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.variants import Variant
@@ -149,7 +149,7 @@ class Direction:
         grads = {"weight_ih": weight_cotangent(dxw, x), **shares, **outside}
         grads["weight_hh"] = blocks[0] if len(blocks) == 1 else xp_of(x).concat(blocks, axis=0)
         grads.update(self._bias_cotangents(cell, params, grads, dxw, hidden[::2]))
-        dx = linear.vjp((x, params["weight_ih"], None), dxw)[0]
+        dx = input_cotangent(dxw, params["weight_ih"])
         if self.reverse:
             dx = reverse_sequences(dx, lengths)
         for name, kept in weights.items():

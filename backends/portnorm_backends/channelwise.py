@@ -1,6 +1,7 @@
 """Normalization over all axes but the channels, as batch normalization in training does it; compiled by numba like `rowwise`.
 
-`columns`: the channels are the last axis, (rows, channels). The loops go along the channels and hold sums for each, in groups of rows.
+`columns`: the channels are the last axis, (groups, rows, channels), with statistics for each group, such as a step of a sequence. The loops go
+along the channels and hold sums for each, some rows at a time.
 `channels`: (outer, channels, inner), every (outer, channel) a contiguous block. Statistics as in `rowwise`: from a first guess m of the
 mean, with d what it lacks. The gain w of a channel is one number, so that dx = w · rstd · (dy − Σ dy / n − x̂ · Σ dy x̂ / n).
 """
@@ -21,7 +22,7 @@ _GROUP = 64
 """Rows that are added to one sum before it is added to the others."""
 
 
-# -- (rows, channels) --------------------------------------------------------------------------------------------------------------------
+# -- (groups, rows, channels) ------------------------------------------------------------------------------------------------------------
 
 
 @compiled()
@@ -87,21 +88,22 @@ def _columns_forward(
     x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any, var: Any
 ) -> bool:
     x, weight, bias, y, kept, var = bare(x), bare(weight), bare(bias), bare(y), bare(kept), bare(var)
-    rows, channels = x.shape
-    m, d, rstd, fine = kept[0], kept[1], kept[2], True
-    column_statistics(x, center, m, d, var)
-    gain, shift = numpy.empty(channels, x.dtype), numpy.zeros(channels, x.dtype)
-    for c in range(channels):
-        if not (smallest < var[c] + eps < largest):
-            fine = False
-        rstd[c] = 1.0 / math.sqrt(var[c] + eps)
-        gain[c] = rstd[c] * weight[c] if weight.size else rstd[c]
-        if bias.size:
-            shift[c] = bias[c]
-    for k in range(rows):
-        row, out = x[k], y[k]
+    groups, rows, channels = x.shape
+    fine, gain, shift = True, numpy.empty(channels, x.dtype), numpy.zeros(channels, x.dtype)
+    for g in range(groups):
+        m, d, rstd, spread = kept[0, g], kept[1, g], kept[2, g], var[g]
+        column_statistics(x[g], center, m, d, spread)
         for c in range(channels):
-            out[c] = ((row[c] - m[c]) - d[c]) * gain[c] + shift[c]
+            if not (smallest < spread[c] + eps < largest):
+                fine = False
+            rstd[c] = 1.0 / math.sqrt(spread[c] + eps)
+            gain[c] = rstd[c] * weight[c] if weight.size else rstd[c]
+            if bias.size:
+                shift[c] = bias[c]
+        for k in range(rows):
+            row, out = x[g, k], y[g, k]
+            for c in range(channels):
+                out[c] = ((row[c] - m[c]) - d[c]) * gain[c] + shift[c]
     return fine
 
 
@@ -125,18 +127,23 @@ def column_cotangents(x: Any, dy: Any, m: Any, d: Any, rstd: Any, first: Any, se
 
 def _columns_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx: Any, dweight: Any, dbias: Any) -> None:
     x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
-    rows, channels = x.shape
-    m, d, rstd = kept[0], kept[1], kept[2]
-    column_cotangents(x, dy, m, d, rstd, dbias, dweight)
-    room = numpy.empty((3, channels), x.dtype)
-    gain, a, b = room[0], room[1], room[2]
-    for c in range(channels):
-        gain[c] = rstd[c] * weight[c] if weight.size else rstd[c]
-        a[c], b[c] = dbias[c] / rows if center else 0.0, dweight[c] / rows
-    for k in range(rows):
-        row, given, out = x[k], dy[k], dx[k]
+    groups, rows, channels = x.shape
+    room, found = numpy.empty((3, channels), x.dtype), numpy.empty((2, channels))
+    gain, a, b, first, second = room[0], room[1], room[2], found[0], found[1]
+    fill(dweight, 0)
+    fill(dbias, 0)
+    for g in range(groups):
+        m, d, rstd = kept[0, g], kept[1, g], kept[2, g]
+        column_cotangents(x[g], dy[g], m, d, rstd, first, second)
         for c in range(channels):
-            out[c] = gain[c] * ((given[c] - a[c]) - ((row[c] - m[c]) - d[c]) * rstd[c] * b[c])
+            gain[c] = rstd[c] * weight[c] if weight.size else rstd[c]
+            a[c], b[c] = first[c] / rows if center else 0.0, second[c] / rows
+            dbias[c] += first[c]
+            dweight[c] += second[c]
+        for k in range(rows):
+            row, given, out = x[g, k], dy[g, k], dx[g, k]
+            for c in range(channels):
+                out[c] = gain[c] * ((given[c] - a[c]) - ((row[c] - m[c]) - d[c]) * rstd[c] * b[c])
 
 
 # -- (outer, channels, inner) ------------------------------------------------------------------------------------------------------------
@@ -201,21 +208,20 @@ def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx
 
 
 @functools.cache
-def forward(dtype: str, inner: bool) -> Callable[..., bool]:
+def forward(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., bool]:
     """The forward kernel for one type of values: `_channels_forward`, or without an inner axis `_columns_forward`."""
-    t, wide, ndim = numba.from_dtype(numpy.dtype(dtype)), numba.float64, 3 if inner else 2
-    given = numba.types.Array(t, ndim, "C", readonly=True)
-    parameter, made = numba.types.Array(t, 1, "C", readonly=True), numba.types.Array(t, ndim, "C")
-    signature = numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, made, t[:, ::1], wide[::1])
+    t, wide = numba.from_dtype(dtype), numba.float64
+    given, parameter = numba.types.Array(t, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
+    kept, var = (t[:, ::1], wide[::1]) if inner else (t[:, :, ::1], wide[:, ::1])
+    signature = numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, t[:, :, ::1], kept, var)
     return compiled(signatures=signature)(_channels_forward if inner else _columns_forward)
 
 
 @functools.cache
-def backward(dtype: str, inner: bool) -> Callable[..., None]:
+def backward(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., None]:
     """The backward kernel for one type of values."""
-    t, wide, ndim = numba.from_dtype(numpy.dtype(dtype)), numba.float64, 3 if inner else 2
-    given = numba.types.Array(t, ndim, "C", readonly=True)
-    parameter, made = numba.types.Array(t, 1, "C", readonly=True), numba.types.Array(t, ndim, "C")
-    kept = numba.types.Array(t, 2, "C", readonly=True)
-    signature = numba.void(given, given, parameter, kept, numba.boolean, made, wide[::1], wide[::1])
+    t, wide = numba.from_dtype(dtype), numba.float64
+    given, parameter = numba.types.Array(t, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
+    kept = numba.types.Array(t, 2 if inner else 3, "C", readonly=True)
+    signature = numba.void(given, given, parameter, kept, numba.boolean, t[:, :, ::1], wide[::1], wide[::1])
     return compiled(signatures=signature)(_channels_backward if inner else _columns_backward)

@@ -26,7 +26,7 @@ class KernelResiduals(NamedTuple):
     """What the vjp of a kernel needs: the input itself and its statistics. Nothing of the size of the input is made."""
 
     x: NumPyArray
-    kept: NumPyArray  # m, d and 1 / σ of each statistic; the mean is m + d. (rows, 3), or (3, channels)
+    kept: NumPyArray  # m, d and 1 / σ of each statistic; the mean is m + d. (rows, 3), (3, channels), or (3, groups, channels)
     weight: NumPyArray | None
     bias: NumPyArray | None
     laid_out: tuple[int, int] | None  # of rows: the shape of the parameters as the kernel takes them
@@ -67,12 +67,16 @@ def _accepts(
     reduce: Any = None,
     **attrs: Any,
 ) -> bool:
-    """Contiguous float32 or float64 values with their own biased variance: whole rows, or all axes but the one with the parameters."""
+    """float32 or float64 values with their own biased variance: contiguous rows, or all axes but the one with the parameters."""
     if mask is not None or mean is not None or reduce is not None or correction or eps_place != "variance":
         return False
-    if type(x) is not numpy.ndarray or not x.size or x.dtype.name not in RANGE or not x.dtype.isnative:
+    if type(x) is not numpy.ndarray or not x.size or x.dtype not in RANGE:
         return False
-    return bool(x.flags.c_contiguous and x.flags.aligned) and (_are_rows(x, axes, param_axes) or _is_channel(x, axes, param_axes))
+    if not x.flags.aligned:
+        return False
+    if x.flags.c_contiguous and _is_channel(x, axes, param_axes):
+        return True
+    return _are_rows(x, axes, param_axes) and _as_rows(x, axes[0]) is not None
 
 
 def _are_rows(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
@@ -82,8 +86,26 @@ def _are_rows(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...])
     return axes[-1] - first == x.ndim - 1 - first == len(axes) - 1 and param_axes[0] <= first <= last == param_axes[0] + len(param_axes)
 
 
+def _as_rows(x: NumPyArray, first: int) -> NumPyArray | None:
+    """A view (rows, n) of n values from axis `first` on that lie beside each other; `None` where there is none."""
+    if x.flags.c_contiguous:
+        return x.reshape(-1, math.prod(x.shape[first:]))
+    step = x.itemsize
+    for axis in reversed(range(x.ndim)):
+        if axis == first - 1:
+            step = x.strides[axis]
+        if x.shape[axis] != 1 and x.strides[axis] != step:
+            return None
+        step *= x.shape[axis]
+    shape = (math.prod(x.shape[:first]), math.prod(x.shape[first:]))
+    return numpy.lib.stride_tricks.as_strided(x, shape, (x.strides[first - 1], x.itemsize)) if first else None
+
+
 def _is_channel(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
-    return len(param_axes) == 1 and len(axes) == x.ndim - 1 and param_axes[0] not in axes
+    """All axes but the channels, or of channels that come last those before them from some axis on."""
+    if len(param_axes) != 1 or param_axes[0] in axes:
+        return False
+    return len(axes) == x.ndim - 1 or (param_axes[0] == x.ndim - 1 and bool(axes) and axes == tuple(range(axes[0], x.ndim - 1)))
 
 
 def _forward(
@@ -100,7 +122,7 @@ def _forward(
 ) -> tuple[NumPyArray, Any]:
     # The channels of (channels, values) are rows too, but someone may ask for their statistics.
     made = _forward_of_channels if _is_channel(x, axes, param_axes) else _forward_of_rows
-    into = numpy.empty_like(x) if out is None or not _can_take(out, x, weight, bias) else out
+    into = numpy.empty(x.shape, x.dtype) if out is None or not _can_take(out, x, weight, bias) else out
     found = made(x, weight, bias, axes, param_axes, float32_value(eps), center, into)
     if found is None:
         return normalize.definition(x, weight, bias, axes=axes, param_axes=param_axes, eps=eps, center=center, out=out, **attrs)
@@ -132,31 +154,37 @@ def _forward_of_rows(
     from portnorm_backends import rowwise
 
     first, last = axes[0], param_axes[-1] + 1
-    rows = x.reshape(-1, math.prod(x.shape[first:]))
+    rows = _as_rows(x, first)
+    assert rows is not None
     shape = (math.prod(x.shape[param_axes[0] : first]), math.prod(x.shape[first:last]))
     kept = numpy.empty((rows.shape[0], 3), dtype=x.dtype)
     parameters = (_given(weight, x, shape), _given(bias, x, shape))
-    if not rowwise.forward(x.dtype.name)(rows, *parameters, eps, center, *RANGE[x.dtype.name], y.reshape(rows.shape), kept):
+    if not rowwise.forward(x.dtype)(rows, *parameters, eps, center, *RANGE[x.dtype], y.reshape(rows.shape), kept):
         return None
     return KernelResiduals(x, kept, weight, bias, shape, None)
 
 
-def _vjp_of_rows(residuals: KernelResiduals, dy: NumPyArray, *, center: bool = True, **attrs: Any) -> tuple[Any, Any, Any]:
+def _vjp_of_rows(
+    residuals: KernelResiduals, dy: NumPyArray, *, axes: tuple[int, ...] = (-1,), center: bool = True, **attrs: Any
+) -> tuple[Any, Any, Any]:
     x, kept, weight, bias, shape, *_ = residuals
-    assert shape is not None
-    rows, dtype = x if x.ndim == 2 and x.shape[0] == kept.shape[0] else x.reshape(kept.shape[0], -1), x.dtype
+    first, dtype = axes[0] % x.ndim, x.dtype
+    rows = x if x.ndim == 2 and first == 1 else _as_rows(x, first)
+    assert shape is not None and rows is not None
+    given = _as_rows(dy, first) if type(dy) is numpy.ndarray and dy.dtype == dtype and dy.flags.aligned else None
     by_value = shape[1] == rows.shape[1] and not (weight is None and bias is None)
-    dx, room = numpy.empty_like(rows), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype)
+    dx, room = numpy.empty(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype)
     dweight, dbias = (numpy.zeros(shape if p is not None else (0, 0)) for p in (weight, bias))
-    _plain(dtype)[1](rows, _given(dy, x, rows.shape), _given(weight, x, shape), kept, center, room, dx, dweight, dbias)
+    given = _given(dy, x, rows.shape) if given is None else given
+    _plain(dtype)[1](rows, given, _given(weight, x, shape), kept, center, room, dx, dweight, dbias)
     dx = dx if rows is x else dx.reshape(x.shape)
     return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
 
-def _by_channel(x: NumPyArray, channel: int) -> NumPyArray:
-    """(outer, channels, inner), or (rows, channels) where nothing comes after the channels."""
+def _by_channel(x: NumPyArray, channel: int, var: NumPyArray) -> NumPyArray:
+    """(outer, channels, inner), or (groups, rows, channels) where nothing comes after the channels."""
     inner = math.prod(x.shape[channel + 1 :])
-    return x.reshape((-1, x.shape[channel], inner) if inner > 1 else (-1, x.shape[channel]))
+    return x.reshape((-1, x.shape[channel], inner) if inner > 1 else (var.size // x.shape[channel], -1, x.shape[channel]))
 
 
 def _forward_of_channels(
@@ -166,14 +194,14 @@ def _forward_of_channels(
     from portnorm_backends import channelwise
 
     (channel,) = param_axes
-    blocks, count = _by_channel(x, channel), x.shape[channel]
-    kept, var = numpy.empty((3, count), dtype=x.dtype), numpy.empty(count)
+    count, var = x.shape[channel], numpy.empty(tuple(1 if a in axes else n for a, n in enumerate(x.shape)))
+    blocks, kept = _by_channel(x, channel, var), numpy.empty((3, var.size // count, count), dtype=x.dtype)
     parameters = (_given(weight, x, (count,)), _given(bias, x, (count,)))
-    kernel = channelwise.forward(x.dtype.name, blocks.ndim == 3)
-    if not kernel(blocks, *parameters, eps, center, *RANGE[x.dtype.name], y.reshape(blocks.shape), kept, var):
+    inner = math.prod(x.shape[channel + 1 :]) > 1
+    room = (kept.reshape(3, count), var.reshape(count)) if inner else (kept, var.reshape(kept.shape[1:]))
+    if not channelwise.forward(x.dtype, inner)(blocks, *parameters, eps, center, *RANGE[x.dtype], y.reshape(blocks.shape), *room):
         return None
-    variance = var.astype(x.dtype).reshape(tuple(count if a == channel else 1 for a in range(x.ndim)))
-    return KernelResiduals(x, kept, weight, bias, None, variance)
+    return KernelResiduals(x, room[0], weight, bias, None, var.astype(x.dtype))
 
 
 def _vjp_of_channels(
@@ -181,11 +209,12 @@ def _vjp_of_channels(
 ) -> tuple[Any, Any, Any]:
     from portnorm_backends import channelwise
 
-    x, kept, weight, bias, *_ = residuals
-    blocks, count = _by_channel(x, param_axes[0]), kept.shape[1]
+    x, kept, weight, bias, _, var, _ = residuals
+    assert var is not None
+    blocks, count = _by_channel(x, param_axes[0], var), kept.shape[-1]
     dx, dweight, dbias = numpy.empty_like(blocks), numpy.empty(count), numpy.empty(count)
     given = _given(dy, x, blocks.shape)
-    kernel = channelwise.backward(x.dtype.name, blocks.ndim == 3)
+    kernel = channelwise.backward(x.dtype, kept.ndim == 2)
     kernel(blocks, given, _given(weight, x, (count,)), kept, center, dx, dweight, dbias)
     return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
@@ -206,15 +235,13 @@ def _plain(dtype: Any) -> tuple[Any, ...]:
     """For rows of one type: the kernels forward and backward, what the former takes for no parameter, and the bounds of σ² + ε."""
     from portnorm_backends import rowwise
 
-    return rowwise.last_axis(dtype.name), rowwise.backward(dtype.name), numpy.empty((0,), dtype=dtype), *RANGE[dtype.name]
+    return rowwise.last_axis(dtype), rowwise.backward(dtype), numpy.empty((0,), dtype=dtype), *RANGE[dtype]
 
-
-_PLAIN = tuple(numpy.dtype(name) for name in RANGE)
 
 
 def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, eps: float = 1e-5, out: Any = None) -> bool:
     """Whether the arguments of a public function need no further look: contiguous arrays of one type, and the last axis."""
-    if type(x) is not numpy.ndarray or x.dtype not in _PLAIN or axis != -1 or not x.size or not eps >= 0:
+    if type(x) is not numpy.ndarray or x.dtype not in RANGE or axis != -1 or not x.size or not eps >= 0:
         return False
     flags = x.flags
     if not (flags.c_contiguous and flags.aligned and x.ndim):
@@ -256,6 +283,30 @@ def _last_axis(op: Any, center: bool) -> Kernel:
     return Kernel(call=call, forward=forward, vjp=vjp, residuals=LastAxisResiduals, accepts=_is_plain)
 
 
+# -- the affine map --------------------------------------------------------------------------------------------------------------------
+
+_WORTH = 2**18
+"""Multiplications from which the kernel is worth its call and the packing of the weights."""
+
+
+def _is_worth(x: Any, weight: Any, bias: Any = None) -> bool:
+    """Matrices of one type of which BLAS would make the product and NumPy then the sum; for few rows it need not pack."""
+    arrays = (x, weight) if bias is None else (x, weight, bias)
+    if any(type(a) is not numpy.ndarray or a.dtype not in RANGE or a.dtype != x.dtype for a in arrays):
+        return False
+    outputs, inputs = weight.shape if weight.ndim == 2 else (0, 0)
+    fits = 0 < inputs == x.shape[-1] and (bias is None or bias.shape == (outputs,)) if x.ndim > 1 else False
+    return fits and x.size * outputs >= _WORTH and x.size >= 8 * inputs
+
+
+def _linear(x: NumPyArray, weight: NumPyArray, bias: NumPyArray | None = None) -> tuple[NumPyArray, Any]:
+    from portnorm_backends import products
+
+    rows = _given(x, x, (x.size // x.shape[-1], x.shape[-1]))
+    y = products.affine(rows, weight.T, bias)
+    return y.reshape(*x.shape[:-1], weight.shape[0]), (x, weight, bias)
+
+
 _KERNELS = {
     "normalize": Kernel(
         call=lambda *args, **attrs: _forward(*args, **attrs)[0],
@@ -265,6 +316,7 @@ _KERNELS = {
         accepts=_accepts,
     ),
     "scan": recurrent.KERNEL,
+    "linear": Kernel(call=lambda *args: _linear(*args)[0], forward=_linear, accepts=_is_worth),
     "layer_norm": _last_axis(layer_norm, True),
     "rms_norm": _last_axis(rms_norm, False),
 }

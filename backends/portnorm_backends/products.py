@@ -1,25 +1,28 @@
-"""Matrix products y = x · w with many x and one w, which is packed once; compiled by numba from LLVM vectors.
+"""Matrix products y = x · w + shift whose w is packed once for many x; compiled by numba from LLVM vectors.
 
 The product of a recurrent step is too small for a BLAS to pay for its own packing, which it does again in every step. Here w (k, n) is laid
-out in panels of `2 · lanes` columns, each panel a contiguous (k, columns): a tile of y, some rows of one panel, stays in registers while k
-runs; each k loads two vectors of w, which all rows of the tile use, and one value of x per row (Goto & van de Geijn 2008, without the
-packing of x, whose rows are few). One or two rows would wait for their sums, so they take several panels at once.
+out in panels of `2 · lanes` columns, each a contiguous (1 + k, columns) that begins with the shift: a tile of y, some rows of one panel, stays
+in registers while k runs; each k loads two vectors of w, which all rows of the tile use, and one value of x per row (Goto & van de Geijn
+2008). One or two rows would wait for their sums, so they take several panels at once.
 
 The sum over k is taken in its order, in blocks whose panel stays in the nearest cache.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import llvmlite.binding
+import numba
 import numpy
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from portnorm_backends.rowwise import bare, compiled
+from portnorm_backends.rowwise import bare, compiled, copy, row_of
 
 
 def _register() -> tuple[int, tuple[int, ...]]:
@@ -39,19 +42,24 @@ _VECTORS = 2
 _PANEL = 2**15
 """Bytes of the part of a panel that is read again and again."""
 
+_ROWS = 240
+"""Rows of x that go through all panels before the next ones do."""
+
 
 def _columns(itemsize: int) -> int:
     return _VECTORS * _BYTES // itemsize
 
 
 def _tile(rows: int, panels: int) -> Any:
-    """`tile(x, packed, y, i, p, start, stop)`: y[i : i + rows] of the columns of panels p … p + panels − 1 gets, or with start > 0 adds, Σ over k."""
+    """`tile(x, packed, y, i, p, start, stop, adds)`: of y[i : i + rows], in the columns of panels p … p + panels − 1, add Σ over k in
+    start … stop − 1 to what is there, or to the shift unless `adds`.
+    """
 
     @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-    def tile(typing: Any, x: Any, packed: Any, y: Any, i: Any, p: Any, start: Any, stop: Any) -> Any:
+    def tile(typing: Any, x: Any, packed: Any, y: Any, i: Any, p: Any, start: Any, stop: Any, adds: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             arrays = [context.make_array(t)(context, builder, v) for t, v in zip(signature.args[:3], args[:3], strict=True)]
-            size, i, p, start, stop = x.dtype.bitwidth // 8, *args[3:]
+            size, i, p, start, stop, adds = x.dtype.bitwidth // 8, *args[3:]
             value, index, place = context.get_value_type(x.dtype), ir.IntType(64), ir.IntType(32)
             lanes, many = _BYTES // size, builder.mul
             vector = ir.VectorType(value, lanes)
@@ -78,7 +86,8 @@ def _tile(rows: int, panels: int) -> Any:
 
             length, width, columns = builder.extract_value(arrays[0].shape, 1), builder.extract_value(arrays[2].shape, 1), _columns(size)
             of_x = builder.gep(arrays[0].data, [many(i, length)])
-            of_w = builder.gep(arrays[1].data, [many(p, many(length, n(columns)))])
+            panel = many(builder.extract_value(arrays[1].shape, 1), n(columns))
+            of_w = builder.gep(arrays[1].data, [many(p, panel)])
             of_y = builder.gep(arrays[2].data, [builder.add(many(i, width), many(p, n(columns)))])
             left = builder.sub(width, many(p, n(columns)))
             numbers = ir.Constant(ir.VectorType(index, lanes), list(range(lanes)))
@@ -89,8 +98,11 @@ def _tile(rows: int, panels: int) -> Any:
             keys = [(r, *key) for r in range(rows) for key in beside]
             places = {(r, q, v): vector_at(of_y, builder.add(many(n(r), width), n(q * columns + v * lanes))) for r, q, v in keys}
 
+            shifts = {
+                (q, v): builder.load(vector_at(of_w, builder.add(many(n(q), panel), n(v * lanes))), align=size) for q, v in beside
+            }
             entry, again, head, body, end = (builder.block, *(builder.append_basic_block() for _ in range(4)))
-            builder.cbranch(builder.icmp_signed(">", start, n(0)), again, head)
+            builder.cbranch(builder.icmp_signed("!=", adds, ir.Constant(adds.type, 0)), again, head)
             builder.position_at_end(again)
             found = {key: builder.call(load, [places[key], unit, inside[key[1:]], zero]) for key in keys}
             builder.branch(head)
@@ -101,13 +113,13 @@ def _tile(rows: int, panels: int) -> Any:
             sums = {}
             for key in keys:
                 sums[key] = builder.phi(vector)
-                sums[key].add_incoming(zero, entry)
+                sums[key].add_incoming(shifts[key[1:]], entry)
                 sums[key].add_incoming(found[key], again)
             builder.cbranch(builder.icmp_signed("<", k, stop), body, end)
             builder.position_at_end(body)
             w = {}
             for q, v in beside:
-                offset = builder.add(many(builder.add(many(n(q), length), k), n(columns)), n(v * lanes))
+                offset = builder.add(builder.add(many(n(q), panel), many(builder.add(k, n(1)), n(columns))), n(v * lanes))
                 w[q, v] = builder.load(vector_at(of_w, offset), align=size)
             for r in range(rows):
                 one = everywhere(builder.load(builder.gep(of_x, [builder.add(many(n(r), length), k)])))
@@ -121,82 +133,124 @@ def _tile(rows: int, panels: int) -> Any:
                 builder.call(store, [sums[key], places[key], unit, inside[key[1:]]])
             return context.get_dummy_value()
 
-        return types.void(x, packed, y, types.int64, types.int64, types.int64, types.int64), generate
+        return types.void(x, packed, y, *[types.int64] * 4, types.boolean), generate
 
     return tile
 
 
-_highest, _high, _four = (_tile(rows, 1) for rows in (_HEIGHTS[0], _HEIGHTS[-2 if len(_HEIGHTS) > 1 else 0], 4))
-_two, _two_by_two, _one, _one_by_four = _tile(2, 1), _tile(2, 2), _tile(1, 1), _tile(1, 4)
 _HIGHEST, _HIGH = _HEIGHTS[0], _HEIGHTS[-2 if len(_HEIGHTS) > 1 else 0]
+_highest, _high, _four = (_tile(rows, 1) for rows in (_HIGHEST, _HIGH, 4))
+_two, _two_by_two, _one, _one_by_four = _tile(2, 1), _tile(2, 2), _tile(1, 1), _tile(1, 4)
 
 
 @compiled()
-def _few_rows(x: Any, packed: Any, y: Any, i: int, first: int, last: int, start: int, stop: int) -> None:
+def _few_rows(x: Any, packed: Any, y: Any, i: int, first: int, last: int, start: int, stop: int, adds: bool) -> None:
     """The up to three last rows, from row i on, of panels `first` to before `last`."""
     if i + 2 <= x.shape[0]:
         p = first
         while p + 2 <= last:
-            _two_by_two(x, packed, y, i, p, start, stop)
+            _two_by_two(x, packed, y, i, p, start, stop, adds)
             p += 2
         if p < last:
-            _two(x, packed, y, i, p, start, stop)
+            _two(x, packed, y, i, p, start, stop, adds)
         i += 2
     if i < x.shape[0]:
         p = first
         while p + 4 <= last:
-            _one_by_four(x, packed, y, i, p, start, stop)
+            _one_by_four(x, packed, y, i, p, start, stop, adds)
             p += 4
         while p < last:
-            _one(x, packed, y, i, p, start, stop)
+            _one(x, packed, y, i, p, start, stop, adds)
             p += 1
 
 
 @compiled()
-def product(x: Any, packed: Any, y: Any) -> None:
-    """y (m, n) = x (m, k) · w, from what `pack` made of w (k, n)."""
-    x, packed, y = bare(x), bare(packed), bare(y)
-    panels, length, columns = packed.shape
-    rows, block = x.shape[0], max(1, _PANEL // (columns * x.itemsize))
-    for start in range(0, length, block):
-        stop = min(length, start + block)
-        for first in range(0, panels, 4):
-            last = min(panels, first + 4)
+def _block(x: Any, packed: Any, y: Any, start: int, stop: int, adds: bool) -> None:
+    """All rows and panels, of k in start … stop − 1."""
+    panels, rows = packed.shape[0], x.shape[0]
+    for first in range(0, panels, 4):
+        last, i = min(panels, first + 4), 0
+        for p in range(first, last if rows >= 4 else first):
             i = 0
-            for p in range(first, last if rows >= 4 else first):
-                i = 0
-                while i + _HIGHEST <= rows:
-                    _highest(x, packed, y, i, p, start, stop)
-                    i += _HIGHEST
-                while i + _HIGH <= rows:
-                    _high(x, packed, y, i, p, start, stop)
-                    i += _HIGH
-                while i + 4 <= rows:
-                    _four(x, packed, y, i, p, start, stop)
-                    i += 4
-            _few_rows(x, packed, y, i, first, last, start, stop)
+            while i + _HIGHEST <= rows:
+                _highest(x, packed, y, i, p, start, stop, adds)
+                i += _HIGHEST
+            while i + _HIGH <= rows:
+                _high(x, packed, y, i, p, start, stop, adds)
+                i += _HIGH
+            while i + 4 <= rows:
+                _four(x, packed, y, i, p, start, stop, adds)
+                i += 4
+        _few_rows(x, packed, y, i, first, last, start, stop, adds)
 
 
-@compiled()
-def _fill_panels(w: Any, packed: Any) -> None:
+def _product(x: Any, packed: Any, y: Any) -> None:
+    """y (m, n) = x (m, k) · w + shift, from what `pack` made of w (k, n)."""
+    x, packed, y = bare(x), bare(packed), bare(y)
+    length, block = x.shape[1], _PANEL // (packed.shape[2] * x.itemsize)
+    for i in range(0, x.shape[0], _ROWS):
+        rows, into = x[i : i + _ROWS], y[i : i + _ROWS]
+        for start in range(0, max(length, 1), block):
+            _block(rows, packed, into, start, min(length, start + block), start > 0)
+
+
+product = compiled()(_product)
+
+
+def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
+    """`turned`: w is (n, k), of which each row becomes a column."""
+    packed = bare(packed)
     panels, length, columns = packed.shape
+    count = w.shape[0] if turned else w.shape[1]
     for p in range(panels):
         first = p * columns
-        count = min(columns, w.shape[1] - first)
-        for k in range(length):
-            for j in range(count):
-                packed[p, k, j] = w[k, first + j]
-            for j in range(count, columns):
-                packed[p, k, j] = 0
+        here = min(columns, count - first)
+        if turned:
+            for near in range(0, length - 1, 64):
+                for j in range(here):
+                    row = row_of(w, first + j)
+                    for k in range(near, min(near + 64, length - 1)):
+                        packed[p, 1 + k, j] = row[k]
+        else:
+            for k in range(length - 1):
+                copy(row_of(w, k)[first : first + here], packed[p, 1 + k])
+        if shift.size:
+            copy(shift[first : first + here], packed[p, 0])
 
 
-def pack(w: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
-    """w (k, n) as `product` takes it: (panels, k, columns), from the beginning of a cache line on. Any strides."""
-    columns = _columns(w.itemsize)
-    shape = (-(-w.shape[1] // columns), w.shape[0], columns)
-    count, line = shape[0] * shape[1] * shape[2], 64 // w.itemsize
-    room = numpy.empty(count + line, dtype=w.dtype)
-    start = -(room.__array_interface__["data"][0] // w.itemsize) % line
-    packed = room[start : start + count].reshape(shape)
-    _fill_panels(w, packed)
+@functools.cache
+def _for(dtype: numpy.dtype[Any]) -> tuple[Any, Any]:
+    """`_fill_panels` and `_product` for one type of values."""
+    t = numba.from_dtype(dtype)
+    w, shift, x = (types.Array(t, ndim, layout, readonly=True) for ndim, layout in ((2, "A"), (1, "C"), (2, "C")))
+    packed, y = t[:, :, ::1], t[:, ::1]
+    return compiled(signatures=types.void(w, types.boolean, shift, packed))(_fill_panels), compiled(signatures=types.void(x, packed, y))(_product)
+
+
+def aligned(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> numpy.ndarray[Any, Any]:
+    """Room from the beginning of a cache line on: a vector in two lines is stored and read as two."""
+    count, line = math.prod(shape), 64 // dtype.itemsize
+    room = numpy.empty(count + line, dtype=dtype)
+    start = -(room.__array_interface__["data"][0] // dtype.itemsize) % line
+    return room[start : start + count].reshape(shape)
+
+
+def pack(w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = None) -> numpy.ndarray[Any, Any]:
+    """w (k, n) and shift (n,) as `product` takes them: (panels, 1 + k, columns). Any strides."""
+    columns, dtype = _columns(w.itemsize), w.dtype
+    packed = aligned((-(-w.shape[1] // columns), 1 + w.shape[0], columns), dtype)
+    packed[:, 0] = 0
+    packed[-1] = 0
+    turned = w.strides[0] == w.itemsize and w.shape[0] > 1
+    rows = w.T if turned else w
+    if not rows.flags.aligned or rows.strides[1] != rows.itemsize:
+        rows = rows.copy("C")
+    _for(dtype)[0](rows, turned, numpy.empty(0, dtype) if shift is None else numpy.require(shift, requirements="CA"), packed)
     return packed
+
+
+def affine(x: numpy.ndarray[Any, Any], w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = None) -> numpy.ndarray[Any, Any]:
+    """x · w + shift for contiguous x (m, k)."""
+    y = aligned((x.shape[0], w.shape[1]), x.dtype)
+    _for(x.dtype)[1](x, pack(w, shift), y)
+    return y

@@ -21,7 +21,7 @@ from portnorm.scan import Params, State, scan
 
 NumPyArray = numpy.ndarray[Any, Any]
 
-RANGE = {"float32": (1e-28, 1e32), "float64": (1e-280, 1e280)}
+RANGE = {numpy.dtype("float32"): (1e-28, 1e32), numpy.dtype("float64"): (1e-280, 1e280)}
 """Bounds of σ² + ε: beyond them sums of squares may leave the type or lose bits, and the definition scales the row first."""
 
 _AT_ONCE = 2**31
@@ -51,7 +51,7 @@ def _accepts(
     if type(cell) not in _SLOTS or not set(cell.slots) <= set(_SLOTS[type(cell)]) or not _is_known(cell):
         return False
     arrays = (*xs, *state, *params.values())
-    if any(type(a) is not numpy.ndarray or a.dtype != u.dtype for a in arrays) or u.dtype.name not in RANGE or not u.dtype.isnative:
+    if any(type(a) is not numpy.ndarray or a.dtype != u.dtype for a in arrays) or u.dtype not in RANGE:
         return False
     return bool(u.size) and {"weight_hh", *cell.shared()} == set(params) and _fit(u, xs[1:], state, params, cell, lengths)
 
@@ -111,7 +111,7 @@ def _slot(cell: RecurrentCell, name: str, xs: tuple[Array, ...], params: Params,
             mean, var = (made, made.copy()) if slot.training else (_own(given[f"{name}.{s}"]) for s in ("mean", "var"))
     variant = cell.variant
     return steps.SlotArrays(
-        mode, ends, weight, bias, room, rstd, mean, var, float32_value(variant.eps), variant.norm != "rms", *RANGE[dtype.name]
+        mode, ends, weight, bias, room, rstd, mean, var, float32_value(variant.eps), variant.norm != "rms", *RANGE[dtype]
     )
 
 
@@ -126,13 +126,13 @@ def _forward(
     keep: bool = True,
 ) -> tuple[tuple[State, tuple[Array, ...]], Any]:
     from portnorm_backends import steps
-    from portnorm_backends.products import pack
+    from portnorm_backends.products import aligned, pack
 
     u, weights = _own(xs[0]), params["weight_hh"]
     (time, batch, features), size, dtype = u.shape, weights.shape[1], u.dtype
     counts = numpy.zeros(0, dtype=numpy.int64) if lengths is None else numpy.array(lengths, dtype=numpy.int64)
     kept = time if keep else 1
-    h, a = _from(state[0], time if keep or (sequences and lengths is None) else 1), numpy.empty((batch, features), dtype=dtype)
+    h, a = _from(state[0], time if keep or (sequences and lengths is None) else 1), aligned((batch, features), dtype)
     y = numpy.empty((time, batch, size) if sequences and lengths is not None else (0, 0, 0), dtype=dtype)
     gates, inner = (numpy.empty((kept, batch, n), dtype=dtype) for n in (features, size))
     c = _from(state[1], kept) if len(state) > 1 else None
@@ -187,7 +187,7 @@ def _vjp(
     residuals: LoopResiduals, cotangents: tuple[State, Array | None], *, cell: Any, **attrs: Any
 ) -> tuple[tuple[Array, ...], State, Params]:
     from portnorm_backends import steps
-    from portnorm_backends.products import pack
+    from portnorm_backends.products import aligned, pack
 
     params, counts, h, c, gates, inner, slots = residuals
     dstate, dy = cotangents

@@ -14,14 +14,17 @@ variance leaves the range in which squares keep their accuracy is reported.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
 import numpy
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 _BLOCK = 4096
 """Values that are summed in lanes before their sum is added to the others."""
@@ -35,6 +38,9 @@ GROUP = 32
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
+"""Stands in the name of what is kept on disk: numba looks at the file of a function only, not at those of the functions that it calls."""
+
 
 def compiled(*, reassociate: bool = False, contract: bool = False, signatures: Any = None) -> Callable[[F], F]:
     """Decorator: compiled on the first call without the interpreter's lock, and kept on disk where there is a place for it."""
@@ -43,6 +49,7 @@ def compiled(*, reassociate: bool = False, contract: bool = False, signatures: A
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": leave}
 
     def compile_(function: F) -> F:
+        function.__qualname__ = f"{function.__qualname__}_{_SOURCES}"
         try:
             made: F = numba.njit(signatures, cache=True, **options)(function)
         except RuntimeError:  # no place on disk that can be written
@@ -70,6 +77,21 @@ def bare(typing: Any, x: Any) -> Any:
         return value
 
     return x(x), lambda context, builder, signature, args: strip(context, builder, x, args[0])
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def row_of(typing: Any, x: Any, r: Any) -> Any:
+    """Row r of a matrix whose rows are contiguous but may lie apart, without owner."""
+    row = numba.types.Array(x.dtype, 1, "C", readonly=not x.mutable)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        matrix, found = context.make_array(x)(context, builder, args[0]), context.make_array(row)(context, builder)
+        start = cgutils.pointer_add(builder, matrix.data, builder.mul(args[1], builder.extract_value(matrix.strides, 0)))
+        length, size = builder.extract_value(matrix.shape, 1), matrix.itemsize
+        populate_array(found, builder.bitcast(start, matrix.data.type), [length], [size], size, None)
+        return found._getvalue()
+
+    return row(x, numba.types.int64), generate
 
 
 @compiled()
@@ -163,7 +185,7 @@ def statistics(row: Any, center: bool) -> tuple[Any, Any, float]:
 
 
 def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
-    """y of x, both (rows, n). Fills `kept` (rows, 3), which may have fewer rows, with m, d and 1 / sqrt(σ² + ε).
+    """y of x, both (rows, n), of which only each row need be contiguous. Fills `kept` (rows, 3), which may have fewer rows, with m, d and 1 / sqrt(σ² + ε).
 
     `weight` and `bias` are (p, k): row r takes row r mod p, each value of it for n / k neighbours; (0, 0) where there is none. False where
     σ² + ε is not between `smallest` and `largest`: then the result is not to be used.
@@ -176,7 +198,7 @@ def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest:
         wide = n // bias.shape[1]
     by_value = wide == 1 and weight.size + bias.size > 0
     for r in range(x.shape[0]):
-        row, out, k = x[r], y[r], r % kept.shape[0]
+        row, out, k = row_of(x, r), row_of(y, r), r % kept.shape[0]
         m, d, var = statistics(row, center)
         if not (smallest < var + eps < largest):
             fine = False
@@ -247,7 +269,7 @@ def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, 
         wide = n // dbias.shape[1]
     by_value, turns = part.size > 0, max(weight.shape[0], dbias.shape[0], 1)
     for r in range(x.shape[0]):
-        row, given, out, p = x[r], dy[r], dx[r], r % turns
+        row, given, out, p = row_of(x, r), row_of(dy, r), row_of(dx, r), r % turns
         m, d, factor = kept[r, 0], kept[r, 1], kept[r, 2]
         first, second = 0.0, 0.0
         if by_value and weight.size:
@@ -285,18 +307,19 @@ def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, 
 
 
 @functools.cache
-def forward(dtype: str) -> Callable[..., bool]:
+def forward(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
     """`_forward` for one type of values. Inputs are declared read-only, so that those which are need no version of their own."""
-    t = numba.from_dtype(numpy.dtype(dtype))
-    given, made, wide = numba.types.Array(t, 2, "C", readonly=True), t[:, ::1], numba.float64
-    signature = numba.boolean(given, given, given, wide, numba.boolean, wide, wide, made, made)
+    t = numba.from_dtype(dtype)
+    apart, given = (numba.types.Array(t, 2, layout, readonly=True) for layout in "AC")
+    wide = numba.float64
+    signature = numba.boolean(apart, given, given, wide, numba.boolean, wide, wide, t[:, :], t[:, ::1])
     return compiled(signatures=signature)(_forward)
 
 
 @functools.cache
-def last_axis(dtype: str) -> Callable[..., bool]:
+def last_axis(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
     """`_forward` with parameters (n,), or (0,) where there are none: what a call on a small array has no time to reshape."""
-    inner, t = forward(dtype), numba.from_dtype(numpy.dtype(dtype))
+    inner, t = forward(dtype), numba.from_dtype(dtype)
     given, made, wide = numba.types.Array(t, 2, "C", readonly=True), t[:, ::1], numba.float64
     parameter = numba.types.Array(t, 1, "C", readonly=True)
 
@@ -308,9 +331,10 @@ def last_axis(dtype: str) -> Callable[..., bool]:
 
 
 @functools.cache
-def backward(dtype: str) -> Callable[..., None]:
+def backward(dtype: numpy.dtype[Any]) -> Callable[..., None]:
     """`_backward` for one type of values."""
-    t = numba.from_dtype(numpy.dtype(dtype))
-    given, made, wide = numba.types.Array(t, 2, "C", readonly=True), t[:, ::1], numba.float64[:, ::1]
-    signature = numba.void(given, given, given, given, numba.boolean, t[:, :, ::1], made, wide, wide)
+    t = numba.from_dtype(dtype)
+    apart, given = (numba.types.Array(t, 2, layout, readonly=True) for layout in "AC")
+    wide = numba.float64[:, ::1]
+    signature = numba.void(apart, apart, given, given, numba.boolean, t[:, :, ::1], t[:, :], wide, wide)
     return compiled(signatures=signature)(_backward)
