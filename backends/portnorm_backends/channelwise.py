@@ -1,7 +1,7 @@
 """Normalization over all axes but the channels, as batch normalization in training does it; compiled by numba like `rowwise`.
 
-`columns`: the channels are the last axis, (groups, rows, channels), with statistics for each group, such as a step of a sequence. The loops go
-along the channels and hold sums for each, some rows at a time.
+`columns`: the channels are the last axis, (groups, rows, channels), with statistics for each group, such as a step of a sequence. The loops
+go along the channels and hold sums for each, some rows at a time.
 `channels`: (outer, channels, inner), every (outer, channel) a contiguous block. Statistics as in `rowwise`: from a first guess m of the
 mean, with d what it lacks. The gain w of a channel is one number, so that dx = w · rstd · (dy − Σ dy / n − x̂ · Σ dy x̂ / n).
 """
@@ -16,7 +16,8 @@ from typing import Any
 import numba
 import numpy
 
-from portnorm_backends.rowwise import bare, compiled, fill, guess, sums, sums_of_cotangents
+from portnorm_backends.rowwise import bare, compiled, fill, guess, scaled, sums, sums_of_cotangents
+from portnorm_backends.vectors import Vector, elementwise, fused
 
 _GROUP = 64
 """Rows that are added to one sum before it is added to the others."""
@@ -36,6 +37,23 @@ def _add(total: Any, lost: Any, part: Any) -> None:
         part[c] = 0
 
 
+@elementwise
+def _add_moments(x: Vector, m: Vector, first: Vector, second: Vector) -> tuple[Vector, Vector]:
+    z = x - m
+    return first + z, fused(z, z, second)
+
+
+@elementwise
+def _add_cotangents(x: Vector, dy: Vector, m: Vector, d: Vector, rstd: Vector, alone: Vector, with_x: Vector) -> tuple[Vector, Vector]:
+    return alone + dy, fused(dy, ((x - m) - d) * rstd, with_x)
+
+
+@elementwise
+def _back(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, rstd: Vector, a: Vector, b: Vector) -> tuple[Vector]:
+    """dx, where a and b are the means of dy and dy · x̂, and the gain has 1 / σ."""
+    return (gain * ((dy - a) - ((x - m) - d) * rstd * b),)
+
+
 @compiled()
 def column_sums(x: Any, m: Any, first: Any, second: Any) -> None:
     """Σ (x − m) and Σ (x − m)² of each column."""
@@ -46,11 +64,7 @@ def column_sums(x: Any, m: Any, first: Any, second: Any) -> None:
     for start in range(0, rows, _GROUP):
         a, b = part[0], part[1]
         for k in range(start, min(start + _GROUP, rows)):
-            row = x[k]
-            for c in range(channels):
-                z = row[c] - m[c]
-                a[c] += z
-                b[c] += z * z
+            _add_moments(channels, (x[k], m, a, b), (a, b))
         _add(first, lost[0], a)
         _add(second, lost[1], b)
 
@@ -101,9 +115,7 @@ def _columns_forward(
             if bias.size:
                 shift[c] = bias[c]
         for k in range(rows):
-            row, out = x[g, k], y[g, k]
-            for c in range(channels):
-                out[c] = ((row[c] - m[c]) - d[c]) * gain[c] + shift[c]
+            scaled(channels, (x[g, k], m, d, gain, shift), (y[g, k],))
     return fine
 
 
@@ -117,10 +129,7 @@ def column_cotangents(x: Any, dy: Any, m: Any, d: Any, rstd: Any, first: Any, se
     for start in range(0, rows, _GROUP):
         a, b = part[0], part[1]
         for k in range(start, min(start + _GROUP, rows)):
-            row, given = x[k], dy[k]
-            for c in range(channels):
-                a[c] += given[c]
-                b[c] += given[c] * (((row[c] - m[c]) - d[c]) * rstd[c])
+            _add_cotangents(channels, (x[k], dy[k], m, d, rstd, a, b), (a, b))
         _add(first, lost[0], a)
         _add(second, lost[1], b)
 
@@ -141,9 +150,7 @@ def _columns_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx:
             dbias[c] += first[c]
             dweight[c] += second[c]
         for k in range(rows):
-            row, given, out = x[g, k], dy[g, k], dx[g, k]
-            for c in range(channels):
-                out[c] = gain[c] * ((given[c] - a[c]) - ((row[c] - m[c]) - d[c]) * rstd[c] * b[c])
+            _back(channels, (x[g, k], dy[g, k], gain, m, d, rstd, a, b), (dx[g, k],))
 
 
 # -- (outer, channels, inner) ------------------------------------------------------------------------------------------------------------
@@ -181,9 +188,7 @@ def _channels_forward(
         kept[0, c], kept[1, c], kept[2, c] = m, rest, rstd
         gain, shift = weight[c] * rstd if weight.size else rstd, bias[c] if bias.size else x.dtype.type(0)
         for k in range(outer):
-            block, out = x[k, c], y[k, c]
-            for i in range(inner):
-                out[i] = ((block[i] - m) - rest) * gain + shift
+            scaled(inner, (x[k, c], m, rest, gain, shift), (y[k, c],))
     return fine
 
 
@@ -202,9 +207,7 @@ def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx
         dbias[c], dweight[c] = first, second
         one, two = x.dtype.type(first / n if center else 0.0), x.dtype.type(second / n)
         for k in range(outer):
-            block, given, out = x[k, c], dy[k, c], dx[k, c]
-            for i in range(inner):
-                out[i] = gain * ((given[i] - one) - ((block[i] - m) - d) * rstd * two)
+            _back(inner, (x[k, c], dy[k, c], gain, m, d, rstd, one, two), (dx[k, c],))
 
 
 @functools.cache

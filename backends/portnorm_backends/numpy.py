@@ -74,8 +74,8 @@ def _accepts(
         return False
     if not x.flags.aligned:
         return False
-    if x.flags.c_contiguous and _is_channel(x, axes, param_axes):
-        return True
+    if _is_channel(x, axes, param_axes):
+        return bool(x.flags.c_contiguous)
     return _are_rows(x, axes, param_axes) and _as_rows(x, axes[0]) is not None
 
 
@@ -170,7 +170,8 @@ def _vjp_of_rows(
     x, kept, weight, bias, shape, *_ = residuals
     first, dtype = axes[0] % x.ndim, x.dtype
     rows = x if x.ndim == 2 and first == 1 else _as_rows(x, first)
-    assert shape is not None and rows is not None
+    assert shape is not None
+    assert rows is not None
     given = _as_rows(dy, first) if type(dy) is numpy.ndarray and dy.dtype == dtype and dy.flags.aligned else None
     by_value = shape[1] == rows.shape[1] and not (weight is None and bias is None)
     dx, room = numpy.empty(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype)
@@ -236,7 +237,6 @@ def _plain(dtype: Any) -> tuple[Any, ...]:
     from portnorm_backends import rowwise
 
     return rowwise.last_axis(dtype), rowwise.backward(dtype), numpy.empty((0,), dtype=dtype), *RANGE[dtype]
-
 
 
 def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, eps: float = 1e-5, out: Any = None) -> bool:

@@ -1,4 +1,4 @@
-"""Sigmoid and tanh for loops that the compiler vectorizes, compiled by numba.
+"""Sigmoid and tanh of vectors.
 
     eˣ = 2ᵏ (1 + q),  k = round(x / ln 2),  q = eʳ − 1 as a polynomial of r = x − k ln 2,  |r| ≤ ln 2 / 2
 
@@ -11,75 +11,35 @@ that of Cephes' expf (Moshier), in float64 Taylor's of degree 13, whose remainde
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import numba
-import numpy
-from numba.extending import overload
+from portnorm_backends.vectors import Vector, fused
 
-from portnorm_backends.rowwise import compiled
-
-_SINGLE = tuple(
-    numpy.float32(c) for c in (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-)
+_SINGLE = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _DOUBLE = tuple(1.0 / math.factorial(n) for n in range(13, 1, -1))
-_PER_LN2, _ROUND_SINGLE, _ROUND_DOUBLE = 1.4426950408889634, numpy.float32(1.5 * 2.0**23), 1.5 * 2.0**52
+_LN2_SINGLE = (0.693359375, -2.12194440e-4)
+_LN2_DOUBLE = (6.93145751953125e-1, 1.42860682030941723212e-6)
+"""ln 2 as a sum whose first term times a whole k is exact."""
 
 
-def _parts(x: Any) -> Any:
+def _exponential(x: Vector) -> tuple[Vector, Vector]:
     """(q, 2ᵏ) of eˣ."""
-    raise NotImplementedError("compiled by numba")
+    polynomial, (high, low), to_whole = (_SINGLE, _LN2_SINGLE, 1.5 * 2.0**23) if x.is_single else (_DOUBLE, _LN2_DOUBLE, 1.5 * 2.0**52)
+    k = fused(1 / math.log(2), x, to_whole) - to_whole
+    r = fused(-low, k, fused(-high, k, x))
+    p = fused(polynomial[0], r, polynomial[1])
+    for c in polynomial[2:]:
+        p = fused(p, r, c)
+    return fused(p, r * r, r), k.power_of_two()
 
 
-@overload(_parts, jit_options={"fastmath": {"contract"}, "error_model": "numpy"})  # type: ignore[untyped-decorator, unused-ignore]
-def _(x: Any) -> Any:
-    per_ln2, high, low = numpy.float32(_PER_LN2), numpy.float32(0.693359375), numpy.float32(-2.12194440e-4)
-    a, b, c, d, e, f = _SINGLE
-    wide_high, wide_low = 6.93145751953125e-1, 1.42860682030941723212e-6
-
-    def single(x: Any) -> Any:
-        k = (x * per_ln2 + _ROUND_SINGLE) - _ROUND_SINGLE
-        r = (x - k * high) - k * low
-        p = ((((a * r + b) * r + c) * r + d) * r + e) * r + f
-        two = numpy.int32((numpy.int32(k) + numpy.int32(127)) << 23).view(numpy.float32)
-        return p * (r * r) + r, two
-
-    def double(x: Any) -> Any:
-        k = (x * _PER_LN2 + _ROUND_DOUBLE) - _ROUND_DOUBLE
-        r = (x - k * wide_high) - k * wide_low
-        p = 0.0
-        for i in numba.literal_unroll(_DOUBLE):
-            p = p * r + i
-        two = numpy.int64((numpy.int64(k) + 1023) << 52).view(numpy.float64)
-        return p * (r * r) + r, two
-
-    return single if x == numba.float32 else double
+def sigmoid(x: Vector) -> Vector:
+    """σ(x)"""
+    q, two = _exponential((0.0 - x).clipped(88 if x.is_single else 709))
+    return 1.0 / (1.0 + fused(q, two, two))
 
 
-LANES = 32
-"""The loops below go to the next multiple of this: the compiler vectorizes so many at once, and a rest of single values would cost more."""
-
-
-@compiled()
-def padded(size: int) -> int:
-    """`size` or the next multiple of `LANES`: the length of a vector that `sigmoid` and `tanh` may read or write from a place on."""
-    return -(-size // LANES) * LANES
-
-
-@compiled(contract=True)
-def sigmoid(x: Any, y: Any, size: int) -> None:
-    """y = σ(x) for the first `size` values of two vectors with room for `padded(size)`."""
-    one, limit = x.dtype.type(1), x.dtype.type(88 if x.itemsize == 4 else 709)
-    for i in range(padded(size)):
-        q, two = _parts(min(max(-x[i], -limit), limit))
-        y[i] = one / (one + (q * two + two))
-
-
-@compiled(contract=True)
-def tanh(x: Any, y: Any, size: int) -> None:
-    """y = tanh(x), likewise."""
-    one, limit = x.dtype.type(1), x.dtype.type(20 if x.itemsize == 4 else 40)
-    for i in range(padded(size)):
-        q, two = _parts(min(max(x[i] + x[i], -limit), limit))
-        e = q * two + (two - one)
-        y[i] = e / (e + x.dtype.type(2))
+def tanh(x: Vector) -> Vector:
+    """tanh x"""
+    q, two = _exponential((x + x).clipped(20 if x.is_single else 40))
+    e = fused(q, two, two - 1.0)
+    return e / (e + 2.0)

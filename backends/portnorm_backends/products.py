@@ -1,9 +1,9 @@
 """Matrix products y = x · w + shift whose w is packed once for many x; compiled by numba from LLVM vectors.
 
-The product of a recurrent step is too small for a BLAS to pay for its own packing, which it does again in every step. Here w (k, n) is laid
-out in panels of `2 · lanes` columns, each a contiguous (1 + k, columns) that begins with the shift: a tile of y, some rows of one panel, stays
-in registers while k runs; each k loads two vectors of w, which all rows of the tile use, and one value of x per row (Goto & van de Geijn
-2008). One or two rows would wait for their sums, so they take several panels at once.
+The product of a recurrent step is too small for a BLAS to pay for its own packing, which it does again in every step. Here w (k, n) is
+laid out in panels of `2 · lanes` columns, each a contiguous (1 + k, columns) that begins with the shift: a tile of y, some rows of one
+panel, stays in registers while k runs; each k loads two vectors of w, which all rows of the tile use, and one value of x per row (Goto &
+van de Geijn 2008). One or two rows would wait for their sums, so they take several panels at once.
 
 The sum over k is taken in its order, in blocks whose panel stays in the nearest cache.
 """
@@ -14,28 +14,18 @@ import functools
 import math
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from portnorm_backends.rowwise import bare, compiled, copy, row_of
+from portnorm_backends.vectors import REGISTER, Memory, Vector, fused, mask_of, splat
 
+_HEIGHTS = {64: (12, 8, 4), 32: (6, 4)}.get(REGISTER, (4,))
+"""Rows of the tiles that fit into the registers of such a processor."""
 
-def _register() -> tuple[int, tuple[int, ...]]:
-    """Bytes of a vector register of this processor, and the heights of tiles that fit into its registers, a multiple of each other or not."""
-    features = llvmlite.binding.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 64, (12, 8, 4)
-    if features.get("avx"):
-        return 32, (6, 4)
-    return 16, (8, 4) if features.get("neon") else (4,)
-
-
-_BYTES, _HEIGHTS = _register()
 _VECTORS = 2
 """Vectors beside each other in a panel."""
 
@@ -47,7 +37,7 @@ _ROWS = 240
 
 
 def _columns(itemsize: int) -> int:
-    return _VECTORS * _BYTES // itemsize
+    return _VECTORS * REGISTER // itemsize
 
 
 def _tile(rows: int, panels: int) -> Any:
@@ -59,30 +49,12 @@ def _tile(rows: int, panels: int) -> Any:
     def tile(typing: Any, x: Any, packed: Any, y: Any, i: Any, p: Any, start: Any, stop: Any, adds: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             arrays = [context.make_array(t)(context, builder, v) for t, v in zip(signature.args[:3], args[:3], strict=True)]
-            size, i, p, start, stop, adds = x.dtype.bitwidth // 8, *args[3:]
-            value, index, place = context.get_value_type(x.dtype), ir.IntType(64), ir.IntType(32)
-            lanes, many = _BYTES // size, builder.mul
-            vector = ir.VectorType(value, lanes)
-            bits, some = ir.VectorType(ir.IntType(1), lanes), f"v{lanes}f{8 * size}.p0"
-            load = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(vector, [vector.as_pointer(), place, bits, vector]), f"llvm.masked.load.{some}"
-            )
-            store = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(ir.VoidType(), [vector, vector.as_pointer(), place, bits]), f"llvm.masked.store.{some}"
-            )
-            zero, unit = ir.Constant(vector, None), ir.Constant(place, size)
+            size, (i, p, start, stop, adds) = x.dtype.bitwidth // 8, args[3:]
+            value, index, lanes = context.get_value_type(x.dtype), ir.IntType(64), REGISTER // size
+            memory, many = Memory(builder, ir.VectorType(value, lanes), size), builder.mul
 
             def n(number: int) -> Any:
                 return ir.Constant(index, number)
-
-            def everywhere(one: Any) -> Any:
-                kind = ir.VectorType(one.type, lanes)
-                undefined = ir.Constant(kind, ir.Undefined)
-                first = builder.insert_element(undefined, one, ir.Constant(place, 0))
-                return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(place, lanes), [0] * lanes))
-
-            def vector_at(base: Any, offset: Any) -> Any:
-                return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
 
             length, width, columns = builder.extract_value(arrays[0].shape, 1), builder.extract_value(arrays[2].shape, 1), _columns(size)
             of_x = builder.gep(arrays[0].data, [many(i, length)])
@@ -90,21 +62,16 @@ def _tile(rows: int, panels: int) -> Any:
             of_w = builder.gep(arrays[1].data, [many(p, panel)])
             of_y = builder.gep(arrays[2].data, [builder.add(many(i, width), many(p, n(columns)))])
             left = builder.sub(width, many(p, n(columns)))
-            numbers = ir.Constant(ir.VectorType(index, lanes), list(range(lanes)))
             beside = [(q, v) for q in range(panels) for v in range(_VECTORS)]
-            inside = {
-                (q, v): builder.icmp_signed("<", numbers, everywhere(builder.sub(left, n(q * columns + v * lanes)))) for q, v in beside
-            }
-            keys = [(r, *key) for r in range(rows) for key in beside]
-            places = {(r, q, v): vector_at(of_y, builder.add(many(n(r), width), n(q * columns + v * lanes))) for r, q, v in keys}
+            masks = {(q, v): mask_of(builder, builder.sub(left, n(q * columns + v * lanes)), lanes) for q, v in beside}
+            keys = [(r, q, v) for r in range(rows) for q, v in beside]
+            places = {(r, q, v): memory.at(of_y, builder.add(many(n(r), width), n(q * columns + v * lanes))) for r, q, v in keys}
+            shifts = {(q, v): memory.load(memory.at(of_w, builder.add(many(n(q), panel), n(v * lanes)))) for q, v in beside}
 
-            shifts = {
-                (q, v): builder.load(vector_at(of_w, builder.add(many(n(q), panel), n(v * lanes))), align=size) for q, v in beside
-            }
             entry, again, head, body, end = (builder.block, *(builder.append_basic_block() for _ in range(4)))
             builder.cbranch(builder.icmp_signed("!=", adds, ir.Constant(adds.type, 0)), again, head)
             builder.position_at_end(again)
-            found = {key: builder.call(load, [places[key], unit, inside[key[1:]], zero]) for key in keys}
+            found = {key: memory.load(places[key], masks[key[1:]]) for key in keys}
             builder.branch(head)
             builder.position_at_end(head)
             k = builder.phi(index)
@@ -112,7 +79,7 @@ def _tile(rows: int, panels: int) -> Any:
             k.add_incoming(start, again)
             sums = {}
             for key in keys:
-                sums[key] = builder.phi(vector)
+                sums[key] = builder.phi(memory.vector)
                 sums[key].add_incoming(shifts[key[1:]], entry)
                 sums[key].add_incoming(found[key], again)
             builder.cbranch(builder.icmp_signed("<", k, stop), body, end)
@@ -120,17 +87,17 @@ def _tile(rows: int, panels: int) -> Any:
             w = {}
             for q, v in beside:
                 offset = builder.add(builder.add(many(n(q), panel), many(builder.add(k, n(1)), n(columns))), n(v * lanes))
-                w[q, v] = builder.load(vector_at(of_w, offset), align=size)
+                w[q, v] = memory.load(memory.at(of_w, offset))
             for r in range(rows):
-                one = everywhere(builder.load(builder.gep(of_x, [builder.add(many(n(r), length), k)])))
-                for key in beside:
-                    term = builder.fmul(one, w[key], flags=("contract",))
-                    sums[r, *key].add_incoming(builder.fadd(term, sums[r, *key], flags=("contract",)), body)
+                one = Vector(builder, splat(builder, builder.load(builder.gep(of_x, [builder.add(many(n(r), length), k)])), lanes))
+                for q, v in beside:
+                    total = Vector(builder, sums[r, q, v])
+                    sums[r, q, v].add_incoming(fused(Vector(builder, w[q, v]), one, total).value, body)
             k.add_incoming(builder.add(k, n(1)), body)
             builder.branch(head)
             builder.position_at_end(end)
             for key in keys:
-                builder.call(store, [sums[key], places[key], unit, inside[key[1:]]])
+                memory.store(sums[key], places[key], masks[key[1:]])
             return context.get_dummy_value()
 
         return types.void(x, packed, y, *[types.int64] * 4, types.boolean), generate
@@ -224,7 +191,9 @@ def _for(dtype: numpy.dtype[Any]) -> tuple[Any, Any]:
     t = numba.from_dtype(dtype)
     w, shift, x = (types.Array(t, ndim, layout, readonly=True) for ndim, layout in ((2, "A"), (1, "C"), (2, "C")))
     packed, y = t[:, :, ::1], t[:, ::1]
-    return compiled(signatures=types.void(w, types.boolean, shift, packed))(_fill_panels), compiled(signatures=types.void(x, packed, y))(_product)
+    return compiled(signatures=types.void(w, types.boolean, shift, packed))(_fill_panels), compiled(signatures=types.void(x, packed, y))(
+        _product
+    )
 
 
 def aligned(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> numpy.ndarray[Any, Any]:
@@ -245,7 +214,7 @@ def pack(w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = Non
     rows = w.T if turned else w
     if not rows.flags.aligned or rows.strides[1] != rows.itemsize:
         rows = rows.copy("C")
-    _for(dtype)[0](rows, turned, numpy.empty(0, dtype) if shift is None else numpy.require(shift, requirements="CA"), packed)
+    _for(dtype)[0](rows, turned, numpy.empty(0, dtype) if shift is None else numpy.require(shift, requirements=["C", "A"]), packed)
     return packed
 
 

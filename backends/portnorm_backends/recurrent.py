@@ -187,7 +187,7 @@ def _vjp(
     residuals: LoopResiduals, cotangents: tuple[State, Array | None], *, cell: Any, **attrs: Any
 ) -> tuple[tuple[Array, ...], State, Params]:
     from portnorm_backends import steps
-    from portnorm_backends.products import aligned, pack
+    from portnorm_backends.products import pack
 
     params, counts, h, c, gates, inner, slots = residuals
     dstate, dy = cotangents

@@ -6,9 +6,8 @@ in one pass over a row for its statistics and one for its result. m is the mean 
 first of all. Nothing cancels as long as m lies within √2 σ of the mean; where the first values say little about the row the pass is made
 again from m + d. What is left of d then comes from rounding, and the σ² of values of one binade is at least half of Σ (x − m)² / n.
 
-Sums are taken in lanes of the type of the values for a block, and of blocks in float64. Only the functions that add may reassociate, which
-lets the compiler vectorize them; differences are a function without that leave, so that (x − m) − d stays as it is written. A row whose
-variance leaves the range in which squares keep their accuracy is reported.
+Sums are taken in lanes of the type of the values for a block, and of blocks in float64 (`vectors`). A row whose variance leaves the range
+in which squares keep their accuracy is reported.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
+from portnorm_backends.vectors import Vector, elementwise, fused, summed
+
 _BLOCK = 4096
 """Values that are summed in lanes before their sum is added to the others."""
 
@@ -42,11 +43,9 @@ _SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__f
 """Stands in the name of what is kept on disk: numba looks at the file of a function only, not at those of the functions that it calls."""
 
 
-def compiled(*, reassociate: bool = False, contract: bool = False, signatures: Any = None) -> Callable[[F], F]:
+def compiled(*, signatures: Any = None) -> Callable[[F], F]:
     """Decorator: compiled on the first call without the interpreter's lock, and kept on disk where there is a place for it."""
-    # False is said, since a function that says nothing takes over what the function has that it is called from.
-    leave = {"reassoc", "nsz"} if reassociate else {"contract"} if contract else False
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": leave}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
     def compile_(function: F) -> F:
         function.__qualname__ = f"{function.__qualname__}_{_SOURCES}"
@@ -95,12 +94,6 @@ def row_of(typing: Any, x: Any, r: Any) -> Any:
 
 
 @compiled()
-def less(x: Any, m: Any) -> Any:
-    """x − m, not to be reassociated by who calls it."""
-    return x - m
-
-
-@compiled()
 def fill(y: Any, value: Any) -> None:
     """y[:] = value, in a fraction of the time that it takes to compile that; `copy` likewise."""
     for i in range(y.size):
@@ -114,55 +107,64 @@ def copy(x: Any, y: Any) -> None:
         y[i] = x[i]
 
 
-@compiled(reassociate=True)
+@summed(1)
+def _beside(x: Vector, first: Vector) -> tuple[Vector]:
+    return (x - first,)
+
+
+@summed(2)
+def _moments(x: Vector, m: Vector) -> tuple[Vector, Vector]:
+    z = x - m
+    return z, z * z
+
+
+@summed(2)
+def _cotangents(x: Vector, g: Vector, m: Vector, d: Vector, factor: Vector) -> tuple[Vector, Vector]:
+    return g, g * (((x - m) - d) * factor)
+
+
+@summed(2)
+def _cotangents_with_gains(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, factor: Vector) -> tuple[Vector, Vector]:
+    g = dy * gain
+    return g, g * (((x - m) - d) * factor)
+
+
+@compiled()
 def guess(row: Any) -> Any:
     """The mean of the first values of a row."""
-    first, count, total = row[0], min(_FIRST, row.size), row.dtype.type(0)
-    for i in range(count):
-        total += less(row[i], first)
-    return first + total / row.dtype.type(count)
+    count = min(_FIRST, row.size)
+    return row[0] + row.dtype.type(_beside(count, (row, row[0]))[0] / count)
 
 
-@compiled(reassociate=True)
+@compiled()
 def sums(row: Any, m: Any) -> tuple[float, float]:
     """Σ (x − m) and Σ (x − m)²."""
     first, second = 0.0, 0.0
     for start in range(0, row.size, _BLOCK):
-        block, a, b = row[start : start + _BLOCK], row.dtype.type(0), row.dtype.type(0)
-        for i in range(block.size):
-            z = less(block[i], m)
-            a += z
-            b += z * z
+        a, b = _moments(min(_BLOCK, row.size - start), (row[start:], m))
         first += a
         second += b
     return first, second
 
 
-@compiled(reassociate=True)
+@compiled()
 def sums_of_cotangents(row: Any, g: Any, m: Any, d: Any, factor: Any) -> tuple[float, float]:
     """Σ g and Σ g · x̂."""
     first, second = 0.0, 0.0
     for start in range(0, row.size, _BLOCK):
-        block, given, a, b = row[start : start + _BLOCK], g[start : start + _BLOCK], row.dtype.type(0), row.dtype.type(0)
-        for i in range(block.size):
-            a += given[i]
-            b += given[i] * (less(less(block[i], m), d) * factor)
+        a, b = _cotangents(min(_BLOCK, row.size - start), (row[start:], g[start:], m, d, factor))
         first += a
         second += b
     return first, second
 
 
-@compiled(reassociate=True)
+@compiled()
 def sums_with_gains(row: Any, dy: Any, gains: Any, m: Any, d: Any, factor: Any) -> tuple[float, float]:
     """Σ g and Σ g · x̂ of g = dy · gains."""
     first, second = 0.0, 0.0
     for start in range(0, row.size, _BLOCK):
-        stop = start + _BLOCK
-        block, given, gain, a, b = row[start:stop], dy[start:stop], gains[start:stop], row.dtype.type(0), row.dtype.type(0)
-        for i in range(block.size):
-            g = given[i] * gain[i]
-            a += g
-            b += g * (less(less(block[i], m), d) * factor)
+        given = (row[start:], dy[start:], gains[start:], m, d, factor)
+        a, b = _cotangents_with_gains(min(_BLOCK, row.size - start), given)
         first += a
         second += b
     return first, second
@@ -184,8 +186,21 @@ def statistics(row: Any, center: bool) -> tuple[Any, Any, float]:
     return m, row.dtype.type(d), var
 
 
+@elementwise
+def scaled(x: Vector, m: Vector, d: Vector, gain: Vector, shift: Vector) -> tuple[Vector]:
+    """((x − m) − d) · gain + shift"""
+    return (fused((x - m) - d, gain, shift),)
+
+
+@elementwise
+def _scaled_twice(x: Vector, m: Vector, d: Vector, factor: Vector, gain: Vector, shift: Vector) -> tuple[Vector]:
+    return (fused(((x - m) - d) * factor, gain, shift),)
+
+
 def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
-    """y of x, both (rows, n), of which only each row need be contiguous. Fills `kept` (rows, 3), which may have fewer rows, with m, d and 1 / sqrt(σ² + ε).
+    """y of x, both (rows, n), of which only each row need be contiguous.
+
+    Fills `kept` (rows, 3), which may have fewer rows, with m, d and 1 / sqrt(σ² + ε).
 
     `weight` and `bias` are (p, k): row r takes row r mod p, each value of it for n / k neighbours; (0, 0) where there is none. False where
     σ² + ε is not between `smallest` and `largest`: then the result is not to be used.
@@ -206,23 +221,16 @@ def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest:
         kept[k, 0], kept[k, 1], kept[k, 2] = m, d, factor
         if not by_value:
             for s in range(n // wide):
-                block, into = row[s * wide : (s + 1) * wide], out[s * wide : (s + 1) * wide]
+                i, j = s * wide, (s + 1) * wide
                 gain = weight[r % weight.shape[0], s] * factor if weight.size else factor
                 shift = bias[r % bias.shape[0], s] if bias.size else x.dtype.type(0)
-                for i in range(wide):
-                    into[i] = ((block[i] - m) - d) * gain + shift
+                scaled(wide, (row[i:j], m, d, gain, shift), (out[i:j],))
         elif weight.size and bias.size:
-            gains, shifts = weight[r % weight.shape[0]], bias[r % bias.shape[0]]
-            for i in range(n):
-                out[i] = ((row[i] - m) - d) * factor * gains[i] + shifts[i]
+            _scaled_twice(n, (row, m, d, factor, weight[r % weight.shape[0]], bias[r % bias.shape[0]]), (out,))
         elif weight.size:
-            gains = weight[r % weight.shape[0]]
-            for i in range(n):
-                out[i] = ((row[i] - m) - d) * factor * gains[i]
+            _scaled_twice(n, (row, m, d, factor, weight[r % weight.shape[0]], 0.0), (out,))
         else:
-            shifts = bias[r % bias.shape[0]]
-            for i in range(n):
-                out[i] = ((row[i] - m) - d) * factor + shifts[i]
+            scaled(n, (row, m, d, factor, bias[r % bias.shape[0]]), (out,))
     return fine
 
 
@@ -234,24 +242,30 @@ def _add(total: Any, part: Any) -> None:
         part[i] = 0
 
 
-@compiled()
-def _cotangents_with_gains(
-    row: Any, dy: Any, gains: Any, m: Any, d: Any, factor: Any, a: Any, b: Any, dx: Any, with_x: Any, alone: Any
-) -> None:
-    """dx of one row, where a and b are the means of g and g · x̂; with_x += dy · x̂ and alone += dy."""
-    for i in range(row.size):
-        xhat = ((row[i] - m) - d) * factor
-        dx[i] = factor * ((dy[i] * gains[i] - a) - xhat * b)
-        with_x[i] += dy[i] * xhat
-        alone[i] += dy[i]
+Three = tuple[Vector, Vector, Vector]
 
 
-@compiled()
-def _cotangents(row: Any, dy: Any, m: Any, d: Any, factor: Any, a: Any, b: Any, dx: Any, alone: Any) -> None:
+@elementwise
+def _back_with_gains(
+    x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, factor: Vector, a: Vector, b: Vector, with_x: Vector, alone: Vector
+) -> Three:
+    """dx of one row, where a and b are the means of g and g · x̂; with_x + dy · x̂ and alone + dy."""
+    xhat = ((x - m) - d) * factor
+    return factor * ((dy * gain - a) - xhat * b), fused(dy, xhat, with_x), alone + dy
+
+
+@elementwise
+def _back_with_shifts(
+    x: Vector, dy: Vector, m: Vector, d: Vector, factor: Vector, a: Vector, b: Vector, alone: Vector
+) -> tuple[Vector, Vector]:
     """The same without gains."""
-    for i in range(row.size):
-        dx[i] = factor * ((dy[i] - a) - ((row[i] - m) - d) * factor * b)
-        alone[i] += dy[i]
+    return factor * ((dy - a) - ((x - m) - d) * factor * b), alone + dy
+
+
+@elementwise
+def back(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, factor: Vector, a: Vector, b: Vector) -> tuple[Vector]:
+    """The same of values with one gain and one shift."""
+    return (factor * ((dy * gain - a) - ((x - m) - d) * factor * b),)
 
 
 def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, dx: Any, dweight: Any, dbias: Any) -> None:
@@ -290,14 +304,14 @@ def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, 
         a, b = x.dtype.type(first / n if center else 0.0), x.dtype.type(second / n)
         if not by_value:
             for s in range(n // wide):
-                block, own, into = row[s * wide : (s + 1) * wide], given[s * wide : (s + 1) * wide], out[s * wide : (s + 1) * wide]
+                i, j = s * wide, (s + 1) * wide
                 gain = weight[p, s] if weight.size else x.dtype.type(1)
-                for i in range(wide):
-                    into[i] = factor * ((own[i] * gain - a) - ((block[i] - m) - d) * factor * b)
+                back(wide, (row[i:j], given[i:j], gain, m, d, factor, a, b), (out[i:j],))
         elif weight.size:
-            _cotangents_with_gains(row, given, weight[p], m, d, factor, a, b, out, part[0, p], part[1, p])
+            with_x, alone = part[0, p], part[1, p]
+            _back_with_gains(n, (row, given, weight[p], m, d, factor, a, b, with_x, alone), (out, with_x, alone))
         else:
-            _cotangents(row, given, m, d, factor, a, b, out, part[1, p])
+            _back_with_shifts(n, (row, given, m, d, factor, a, b, part[1, p]), (out, part[1, p]))
         if by_value and ((r + 1) % (GROUP * turns) == 0 or r == x.shape[0] - 1):
             for k in range(turns):
                 if dweight.size:

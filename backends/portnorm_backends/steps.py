@@ -1,9 +1,9 @@
 """Steps of LSTM, GRU and RNN with their normalizers, forward and backward, compiled by numba.
 
 The equations are those of `portnorm/cells`; here every row of the batch goes through a whole step before the next one does, in a few loops
-that the compiler vectorizes, so that what one loop leaves is still in the nearest cache when the next one reads it. Each function goes from
-step `start` to before `stop` (backward: from `start` − 1 down to `stop`), with the hidden weights as `products.pack` lays them out, and leaves
-their product in `a` (`back`). Arrays of all steps have the time first; one that keeps fewer steps is used in turns.
+over its values (`vectors`), so that what one loop leaves is still in the nearest cache when the next one reads it. Each function goes from
+step `start` to before `stop` (backward: from `start` − 1 down to `stop`), with the hidden weights as `products.pack` lays them out, and
+leaves their product in `a` (`back`). Arrays of all steps have the time first; one that keeps fewer steps is used in turns.
 """
 
 from __future__ import annotations
@@ -13,9 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from portnorm_backends.pointwise import LANES, sigmoid, tanh
+from portnorm_backends.pointwise import sigmoid, tanh
 from portnorm_backends.products import product
-from portnorm_backends.rowwise import bare, compiled, copy, fill, less, statistics
+from portnorm_backends.rowwise import bare, compiled, copy, fill, statistics
+from portnorm_backends.vectors import Vector, elementwise, fused, summed
+
+One = tuple[Vector]
+Two = tuple[Vector, Vector]
+Three = tuple[Vector, Vector, Vector]
+Four = tuple[Vector, Vector, Vector, Vector]
+Five = tuple[Vector, Vector, Vector, Vector, Vector]
 
 NONE, ROWS, OWN, GIVEN = range(4)
 """What a slot does: nothing, statistics of each row, of each feature over the batch, given statistics of each feature."""
@@ -52,8 +59,7 @@ class Rooms(NamedTuple):
 
     sums: Any  # (5, features): statistics of the hidden term over the batch
     narrow: Any  # (5, hidden): of the cell state
-    z: Any  # (gates, padded hidden)
-    opened: Any  # (gates, padded hidden)
+    z: Any  # (gates, hidden)
     row: Any  # (gates, hidden)
     states: Any  # (batch, hidden)
     small: Any  # (hidden,)
@@ -65,8 +71,7 @@ def rooms(gates: int, size: int, batch: int, dtype: Any) -> Rooms:
     shapes = (
         (5, gates * size),
         (5, size),
-        *((gates, size // LANES * LANES + LANES),) * 2,
-        (gates, size),
+        *((gates, size),) * 2,
         (batch, size),
         size,
         gates * size,
@@ -83,12 +88,11 @@ def _runs(lengths: Any, b: int, t: int) -> bool:
     return bool(lengths.size == 0 or t < lengths[b])
 
 
-@compiled()
-def _add_row(row: Any, m: Any, first: Any, second: Any) -> None:
-    for j in range(row.size):
-        z = row[j] - m[j]
-        first[j] += z
-        second[j] += z * z
+@elementwise
+def _add_moments(z: Vector, m: Vector, first: Vector, second: Vector) -> Two:
+    """Σ (z − m) and Σ (z − m)² so far."""
+    d = z - m
+    return first + d, fused(d, d, second)
 
 
 @compiled()
@@ -113,7 +117,7 @@ def _over_batch(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
         fill(second, 0)
         for b in range(z.shape[0]):
             if _runs(lengths, b, t):
-                _add_row(z[b], m, first, second)
+                _add_moments(n, (z[b], m, first, second), (first, second))
         for j in range(n):
             d[j] = first[j] / counted if slot.center else z.dtype.type(0)
             if turn == 0:
@@ -127,45 +131,29 @@ def _over_batch(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
     return fine
 
 
-@compiled()
-def _scaled(z: Any, m: Any, d: Any, rstd: Any, weight: Any, bias: Any, plus: Any, xhat: Any, y: Any) -> None:
-    """x̂ of a row with statistics of the row, and y = x̂ · weight + bias + plus."""
-    for j in range(z.size):
-        x = less(less(z[j], m), d) * rstd
-        xhat[j] = x
-        y[j] = x * weight[j] + bias[j] + plus[j]
+@elementwise
+def _scaled(z: Vector, m: Vector, d: Vector, rstd: Vector, weight: Vector, bias: Vector, plus: Vector) -> Two:
+    """(x̂, y = x̂ · weight + bias + plus) with statistics of the row or of each feature."""
+    xhat = ((z - m) - d) * rstd
+    return xhat, fused(xhat, weight, bias) + plus
 
 
-@compiled()
-def _scaled_by_feature(z: Any, m: Any, d: Any, rstd: Any, xhat: Any) -> None:
-    for j in range(z.size):
-        xhat[j] = ((z[j] - m[j]) - d[j]) * rstd[j]
-
-
-@compiled()
-def _shifted(xhat: Any, weight: Any, bias: Any, plus: Any, y: Any) -> None:
-    for j in range(xhat.size):
-        y[j] = xhat[j] * weight[j] + bias[j] + plus[j]
-
-
-@compiled()
-def _sum(z: Any, bias: Any, plus: Any, y: Any) -> None:
-    for j in range(z.size):
-        y[j] = z[j] + bias[j] + plus[j]
+@elementwise
+def _sum(z: Vector, bias: Vector, plus: Vector) -> One:
+    return (z + bias + plus,)
 
 
 @compiled()
 def _normalized(slot: Any, t: int, b: int, z: Any, plus: Any, room: Any, y: Any) -> bool:
     """y = N(z) + plus of one row; `room` has the statistics where they are of features.
 
-    `y` (slices, …) gets the row in equal slices, each from the beginning of a row of its own: loops over one slice then read what was
-    written in the same units, which a processor need not wait for.
+    `y` (slices, …) gets the row in equal slices, each from the beginning of a row of its own.
     """
     size, fine = z.size // y.shape[0], True
     if slot.mode == NONE:
         for g in range(y.shape[0]):
             i, j = g * size, (g + 1) * size
-            _sum(z[i:j], slot.bias[i:j], plus[i:j], y[g, :size])
+            _sum(size, (z[i:j], slot.bias[i:j], plus[i:j]), (y[g],))
         return fine
     k = t % slot.xhat.shape[0]
     xhat = slot.xhat[k, b]
@@ -180,12 +168,12 @@ def _normalized(slot: Any, t: int, b: int, z: Any, plus: Any, room: Any, y: Any)
             for g in range(start // size, -(-stop // size)):
                 i, j = max(g * size, start), min((g + 1) * size, stop)
                 into = y[g, i - g * size : j - g * size]
-                _scaled(z[i:j], m, d, rstd[p], slot.weight[i:j], slot.bias[i:j], plus[i:j], xhat[i:j], into)
+                _scaled(j - i, (z[i:j], m, d, rstd[p], slot.weight[i:j], slot.bias[i:j], plus[i:j]), (xhat[i:j], into))
     else:
-        _scaled_by_feature(z, room[0], room[1], room[2], xhat)
         for g in range(y.shape[0]):
             i, j = g * size, (g + 1) * size
-            _shifted(xhat[i:j], slot.weight[i:j], slot.bias[i:j], plus[i:j], y[g, :size])
+            of_feature = (room[0, i:j], room[1, i:j], room[2, i:j], slot.weight[i:j], slot.bias[i:j])
+            _scaled(size, (z[i:j], *of_feature, plus[i:j]), (xhat[i:j], y[g]))
     return fine
 
 
@@ -199,49 +187,40 @@ def _prepared(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
     return fine
 
 
-@compiled(reassociate=True)
-def _sums(dy: Any, weight: Any, xhat: Any) -> Any:
+@summed(2)
+def _sums(dy: Vector, weight: Vector, xhat: Vector) -> Two:
     """Σ g and Σ g · x̂ of g = dy · weight."""
-    a, b = xhat.dtype.type(0), xhat.dtype.type(0)
-    for j in range(dy.size):
-        g = dy[j] * weight[j]
-        a += g
-        b += g * xhat[j]
-    return a, b
+    g = dy * weight
+    return g, g * xhat
 
 
-@compiled()
-def _add_shares(dy: Any, xhat: Any, with_xhat: Any, alone: Any) -> None:
-    for j in range(dy.size):
-        with_xhat[j] += dy[j] * xhat[j]
-        alone[j] += dy[j]
+@elementwise
+def _add_shares(dy: Vector, xhat: Vector, with_xhat: Vector, alone: Vector) -> Two:
+    return fused(dy, xhat, with_xhat), dy + alone
 
 
-@compiled()
-def _add(dy: Any, y: Any) -> None:
-    for j in range(dy.size):
-        y[j] += dy[j]
+@elementwise
+def _add(dy: Vector, y: Vector) -> One:
+    return (dy + y,)
 
 
-@compiled()
-def _row_cotangent(dy: Any, weight: Any, xhat: Any, a: Any, b: Any, rstd: Any, dz: Any) -> None:
-    for j in range(dy.size):
-        dz[j] = rstd * ((dy[j] * weight[j] - a) - xhat[j] * b)
+@elementwise
+def _row_cotangent(dy: Vector, weight: Vector, xhat: Vector, a: Vector, b: Vector, rstd: Vector) -> One:
+    return (rstd * ((dy * weight - a) - xhat * b),)
 
 
-@compiled()
-def _feature_cotangent(dy: Any, weight: Any, xhat: Any, a: Any, b: Any, rstd: Any, dz: Any) -> None:
-    for j in range(dy.size):
-        dz[j] = rstd[j] * weight[j] * ((dy[j] - a[j]) - xhat[j] * b[j])
+@elementwise
+def _feature_cotangent(dy: Vector, weight: Vector, xhat: Vector, a: Vector, b: Vector, rstd: Vector) -> One:
+    return (rstd * weight * ((dy - a) - xhat * b),)
 
 
 @compiled()
 def _collected(slot: Any, shares: Any, t: int, b: int, dy: Any) -> None:
     """Add the shares of one row."""
     if slot.mode == NONE:
-        _add(dy, shares.bias)
+        _add(dy.size, (dy, shares.bias), (shares.bias,))
     else:
-        _add_shares(dy, slot.xhat[t, b], shares.weight, shares.bias)
+        _add_shares(dy.size, (dy, slot.xhat[t, b], shares.weight, shares.bias), (shares.weight, shares.bias))
 
 
 @compiled()
@@ -265,12 +244,12 @@ def _denormalized(slot: Any, t: int, b: int, dy: Any, room: Any, dz: Any) -> Non
     if slot.mode == ROWS:
         for p in range(slot.ends.size - 1):
             i, j = slot.ends[p], slot.ends[p + 1]
-            size = xhat.dtype.type(j - i)
-            first, second = _sums(dy[i:j], slot.weight[i:j], xhat[i:j])
-            first = first / size if slot.center else xhat.dtype.type(0)
-            _row_cotangent(dy[i:j], slot.weight[i:j], xhat[i:j], first, second / size, slot.rstd[t, b, p], dz[i:j])
+            n, given = j - i, (dy[i:j], slot.weight[i:j], xhat[i:j])
+            first, second = _sums(n, given)
+            first = first / n if slot.center else 0.0
+            _row_cotangent(n, (*given, first, second / n, slot.rstd[t, b, p]), (dz[i:j],))
     else:
-        _feature_cotangent(dy, slot.weight, xhat, room[0], room[1], slot.rstd[t, 0], dz)
+        _feature_cotangent(dz.size, (dy, slot.weight, xhat, room[0], room[1], slot.rstd[t, 0]), (dz,))
 
 
 @compiled()
@@ -286,16 +265,18 @@ def _settled(shares: Any) -> None:
 # -- LSTM ------------------------------------------------------------------------------------------------------------------------------
 
 
-@compiled(contract=True)
-def _memory(i: Any, f: Any, g: Any, c: Any, y: Any) -> None:
-    for j in range(c.size):
-        y[j] = f[j] * c[j] + i[j] * g[j]
+@elementwise
+def _opened(i: Vector, f: Vector, g: Vector, o: Vector, before: Vector) -> Five:
+    """The gates and c of a step."""
+    i, f, g, o = sigmoid(i), sigmoid(f), tanh(g), sigmoid(o)
+    return i, f, g, o, fused(f, before, i * g)
 
 
-@compiled()
-def _times(a: Any, b: Any, y: Any) -> None:
-    for j in range(a.size):
-        y[j] = a[j] * b[j]
+@elementwise
+def _emitted(c: Vector, o: Vector) -> Two:
+    """(tanh c, h)"""
+    inner = tanh(c)
+    return inner, o * inner
 
 
 @compiled()
@@ -326,7 +307,7 @@ def lstm_forward(
     hidden, total, cell = bare(hidden), bare(total), bare(cell)
     room = bare(room)
     batch, size = h.shape[1], h.shape[2]
-    z, opened, row, narrow, raw, zeros, fine = room.z, room.opened, room.row, room.narrow, room.states, room.zeros, True
+    z, row, narrow, raw, zeros, fine = room.z, room.row, room.narrow, room.states, room.zeros, True
     flat = row.reshape(4 * size)
     for t in range(start, stop):
         before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
@@ -339,14 +320,9 @@ def lstm_forward(
             fine &= _normalized(hidden, t, b, a[b], u[t, b], room.sums, z if total.mode == NONE else row)
             if total.mode != NONE:
                 fine &= _normalized(total, t, b, flat, zeros, room.sums, z)
-            for g in range(4):
-                if g == 2:
-                    tanh(z[g], opened[g], size)
-                else:
-                    sigmoid(z[g], opened[g], size)
-                copy(opened[g, :size], gates[k, b, g * size : (g + 1) * size])
-            into = raw[b] if cell.mode != NONE and not copies else c_after[b]
-            _memory(opened[0], opened[1], opened[2], c_before[b], into)
+            gate, into = gates[k, b], raw[b] if cell.mode != NONE and not copies else c_after[b]
+            i, f, g, o = gate[:size], gate[size : 2 * size], gate[2 * size : 3 * size], gate[3 * size :]
+            _opened(size, (z[0], z[1], z[2], z[3], c_before[b]), (i, f, g, o, into))
         if cell.mode != NONE:
             fine &= _prepared(cell, t, c_after if copies else raw, lengths, narrow)
         for b in range(batch):
@@ -359,30 +335,23 @@ def lstm_forward(
             if cell.mode != NONE:
                 inside, into = (c_after[b], z[:1]) if copies else (raw[b], c_after[b : b + 1])
                 fine &= _normalized(cell, t, b, inside, zeros[:size], narrow, into)
-            if cell.mode == NONE or not copies:
-                copy(c_after[b], z[0, :size])
-            tanh(z[0], opened[0], size)
-            copy(opened[0, :size], tanh_c[k, b])
-            _times(gates[k, b, 3 * size :], tanh_c[k, b], h[after, b])
+            inner = z[0] if cell.mode != NONE and copies else c_after[b]
+            _emitted(size, (inner, gates[k, b, 3 * size :]), (tanh_c[k, b], h[after, b]))
             if y.size:
                 copy(h[after, b], y[t, b])
     return fine
 
 
-@compiled()
-def _out_of_cell(dh: Any, o: Any, tanh_c: Any, do: Any, dinside: Any) -> None:
-    for j in range(dh.size):
-        do[j] = dh[j] * tanh_c[j] * o[j] * (1 - o[j])
-        dinside[j] = dh[j] * o[j] * (1 - tanh_c[j] * tanh_c[j])
+@elementwise
+def _out_of_cell(dh: Vector, o: Vector, inner: Vector) -> Two:
+    """Cotangents of o before its sigmoid and of c before its tanh."""
+    return dh * inner * o * (1.0 - o), dh * o * (1.0 - inner * inner)
 
 
-@compiled()
-def _into_gates(dc: Any, i: Any, f: Any, g: Any, before: Any, di: Any, df: Any, dg: Any) -> None:
-    for j in range(dc.size):
-        d = dc[j]
-        di[j] = d * g[j] * i[j] * (1 - i[j])
-        df[j] = d * before[j] * f[j] * (1 - f[j])
-        dg[j] = d * i[j] * (1 - g[j] * g[j])
+@elementwise
+def _into_gates(dc: Vector, i: Vector, f: Vector, g: Vector, before: Vector) -> Four:
+    """Cotangents of i, f and g before their nonlinearities, and of c before the step."""
+    return dc * g * i * (1.0 - i), dc * before * f * (1.0 - f), dc * i * (1.0 - g * g), dc * f
 
 
 @compiled()
@@ -452,15 +421,15 @@ def lstm_backward(
     sums, narrow, row, inside, small = room.sums, room.narrow, room.row.reshape(4 * size), room.states, room.small
     for t in range(start - 1, stop - 1, -1):
         for b in range(batch):
-            _add(back[b], dh[b])
+            _add(size, (back[b], dh[b]), (dh[b],))
             if not _runs(lengths, b, t):
                 continue
             if dy.size:
-                _add(dy[t, b], dh[b])
-            _out_of_cell(dh[b], gates[t, b, 3 * size :], tanh_c[t, b], dx[t, b, 3 * size :], inside[b])
+                _add(size, (dy[t, b], dh[b]), (dh[b],))
+            _out_of_cell(size, (dh[b], gates[t, b, 3 * size :], tanh_c[t, b]), (dx[t, b, 3 * size :], inside[b]))
             fill(dh[b], 0)
             if cell.mode == NONE or not copies:
-                _add(inside[b], dc[b])
+                _add(size, (inside[b], dc[b]), (dc[b],))
             if cell.mode != NONE:
                 _collected(cell, cell_shares, t, b, inside[b] if copies else dc[b])
         if cell.mode != NONE:
@@ -471,15 +440,13 @@ def lstm_backward(
                 _denormalized(cell, t, b, inside[b] if copies else dc[b], narrow, small)
                 if not copies:
                     fill(dc[b], 0)
-                _add(small, dc[b])
+                _add(size, (small, dc[b]), (dc[b],))
             _settled(cell_shares)
         for b in range(batch):
             d, gate = dx[t, b], gates[t, b]
             if _runs(lengths, b, t):
                 i, f, g = gate[:size], gate[size : 2 * size], gate[2 * size : 3 * size]
-                _into_gates(dc[b], i, f, g, c[t, b], d[:size], d[size : 2 * size], d[2 * size : 3 * size])
-                _times(dc[b], f, small)
-                copy(small, dc[b])
+                _into_gates(size, (dc[b], i, f, g, c[t, b]), (d[:size], d[size : 2 * size], d[2 * size : 3 * size], dc[b]))
             else:
                 fill(d, 0)
             if dhidden.size:
@@ -492,16 +459,12 @@ def lstm_backward(
 # -- GRU -------------------------------------------------------------------------------------------------------------------------------
 
 
-@compiled()
-def _candidate(u: Any, r: Any, a: Any, y: Any) -> None:
-    for j in range(u.size):
-        y[j] = u[j] + r[j] * a[j]
-
-
-@compiled()
-def _between(z: Any, n: Any, before: Any, y: Any) -> None:
-    for j in range(y.size):
-        y[j] = n[j] + z[j] * (before[j] - n[j])
+@elementwise
+def _gru_step(u_r: Vector, u_z: Vector, u_n: Vector, r: Vector, z: Vector, reset: Vector, before: Vector) -> Five:
+    """(r, z, n, what r is multiplied with, h) of the input and the hidden terms."""
+    r, z = sigmoid(u_r + r), sigmoid(u_z + z)
+    n = tanh(fused(r, reset, u_n))
+    return r, z, n, reset, fused(z, before - n, n)
 
 
 @compiled()
@@ -525,7 +488,7 @@ def gru_forward(
     hidden = bare(hidden)
     room = bare(room)
     batch, size = h.shape[1], h.shape[2]
-    z, opened, term, zeros, fine = room.z, room.opened, room.row, room.zeros, True
+    term, zeros, fine = room.row, room.zeros, True
     for t in range(start, stop):
         before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
         product(h[before], packed, a)
@@ -537,34 +500,20 @@ def gru_forward(
                     fill(y[t, b], 0)
                 continue
             fine &= _normalized(hidden, t, b, a[b], zeros, room.sums, term)
-            for g in range(3):
-                part = u[t, b, g * size : (g + 1) * size]
-                if g == 2:
-                    copy(term[g], reset[k, b])
-                    _candidate(part, opened[0], term[g], z[g])
-                    tanh(z[g], opened[g], size)
-                else:
-                    _sum(part, zeros, term[g], z[g])
-                    sigmoid(z[g], opened[g], size)
-                copy(opened[g, :size], gates[k, b, g * size : (g + 1) * size])
-            _between(opened[1], opened[2], h[before, b], h[after, b])
+            part, gate, two = u[t, b], gates[k, b], 2 * size
+            hidden_terms = (term[0], term[1], term[2], h[before, b])
+            made = (gate[:size], gate[size:two], gate[two:], reset[k, b], h[after, b])
+            _gru_step(size, (part[:size], part[size:two], part[two:], *hidden_terms), made)
             if y.size:
                 copy(h[after, b], y[t, b])
     return fine
 
 
-@compiled()
-def _gru_gates(dh: Any, z: Any, n: Any, before: Any, dz: Any, dp: Any) -> None:
-    for j in range(dh.size):
-        dz[j] = dh[j] * (before[j] - n[j]) * z[j] * (1 - z[j])
-        dp[j] = dh[j] * (1 - z[j]) * (1 - n[j] * n[j])
-
-
-@compiled()
-def _reset_gate(dp: Any, reset: Any, r: Any, dr: Any, dterm: Any) -> None:
-    for j in range(dp.size):
-        dr[j] = dp[j] * reset[j] * r[j] * (1 - r[j])
-        dterm[j] = dp[j] * r[j]
+@elementwise
+def _gru_cotangents(dh: Vector, r: Vector, z: Vector, n: Vector, reset: Vector, before: Vector) -> Five:
+    """Cotangents of r, z and n before their nonlinearities, of what r is multiplied with, and of h before the step."""
+    dn = dh * (1.0 - z) * (1.0 - n * n)
+    return dn * reset * r * (1.0 - r), dh * (before - n) * z * (1.0 - z), dn, dn * r, dh * z
 
 
 @compiled()
@@ -592,22 +541,20 @@ def gru_backward(
     shares = bare(shares)
     room = bare(room)
     batch, size = dh.shape
-    sums, row, small = room.sums, room.row.reshape(3 * size), room.small
+    sums, row, two = room.sums, room.row.reshape(3 * size), 2 * size
     for t in range(start - 1, stop - 1, -1):
         for b in range(batch):
             d, over, gate = dx[t, b], dhidden[t, b], gates[t, b]
-            _add(back[b], dh[b])
+            _add(size, (back[b], dh[b]), (dh[b],))
             if not _runs(lengths, b, t):
                 fill(d, 0)
                 fill(over, 0)
                 continue
             if dy.size:
-                _add(dy[t, b], dh[b])
-            _gru_gates(dh[b], gate[size : 2 * size], gate[2 * size :], h[t, b], d[size : 2 * size], d[2 * size :])
-            _reset_gate(d[2 * size :], reset[t, b], gate[:size], d[:size], over[2 * size :])
-            over[: 2 * size] = d[: 2 * size]
-            _times(dh[b], gate[size : 2 * size], small)
-            copy(small, dh[b])
+                _add(size, (dy[t, b], dh[b]), (dh[b],))
+            found = (d[:size], d[size:two], d[two:], over[two:], dh[b])
+            _gru_cotangents(size, (dh[b], gate[:size], gate[size:two], gate[two:], reset[t, b], h[t, b]), found)
+            copy(d[:two], over[:two])
             _collected(hidden, shares, t, b, over)
         if hidden.mode != NONE:
             _counted(hidden, shares, t, lengths, batch, sums)
@@ -622,6 +569,16 @@ def gru_backward(
 # -- RNN -------------------------------------------------------------------------------------------------------------------------------
 
 
+@elementwise
+def _tanh(z: Vector) -> One:
+    return (tanh(z),)
+
+
+@elementwise
+def _through_tanh(dh: Vector, y: Vector) -> One:
+    return (dh * (1.0 - y * y),)
+
+
 @compiled()
 def rnn_forward(
     start: int, stop: int, packed: Any, room: Any, u: Any, lengths: Any, a: Any, h: Any, y: Any, hidden: Any, total: Any
@@ -632,7 +589,7 @@ def rnn_forward(
     hidden, total = bare(hidden), bare(total)
     room = bare(room)
     batch, size = h.shape[1], h.shape[2]
-    z, opened, row, zeros, fine = room.z, room.opened, room.row, room.zeros, True
+    z, row, zeros, fine = room.z, room.row, room.zeros, True
     flat = row.reshape(size)
     for t in range(start, stop):
         before, after = t % h.shape[0], (t + 1) % h.shape[0]
@@ -647,17 +604,10 @@ def rnn_forward(
             fine &= _normalized(hidden, t, b, a[b], u[t, b], room.sums, z if total.mode == NONE else row)
             if total.mode != NONE:
                 fine &= _normalized(total, t, b, flat, zeros, room.sums, z)
-            tanh(z[0], opened[0], size)
-            copy(opened[0, :size], h[after, b])
+            _tanh(size, (z[0],), (h[after, b],))
             if y.size:
                 copy(h[after, b], y[t, b])
     return fine
-
-
-@compiled()
-def _through_tanh(dh: Any, y: Any, d: Any) -> None:
-    for j in range(dh.size):
-        d[j] = dh[j] * (1 - y[j] * y[j])
 
 
 @compiled()
@@ -688,11 +638,11 @@ def rnn_backward(
     sums, row = room.sums, room.row.reshape(size)
     for t in range(start - 1, stop - 1, -1):
         for b in range(batch):
-            _add(back[b], dh[b])
+            _add(size, (back[b], dh[b]), (dh[b],))
             if _runs(lengths, b, t):
                 if dy.size:
-                    _add(dy[t, b], dh[b])
-                _through_tanh(dh[b], h[t + 1, b], dx[t, b])
+                    _add(size, (dy[t, b], dh[b]), (dh[b],))
+                _through_tanh(size, (dh[b], h[t + 1, b]), (dx[t, b],))
                 fill(dh[b], 0)
             else:
                 fill(dx[t, b], 0)

@@ -1,0 +1,260 @@
+"""Loops over contiguous values, written as formulas of LLVM vectors of the full width of the processor's registers; compiled by numba.
+
+`@elementwise` makes a loop of a formula, `@summed` the sums of what a formula gives. The last values, fewer than a register has, are read
+and written under a mask, so that short rows have no rest of single values; numba's own loops get half the width, and a rest of up to 31.
+
+    @elementwise
+    def memory(i, f, g, c):
+        return (f * c + i * g,)
+
+    memory(n, (i, f, g, c), (y,))       # inputs are vectors (n,) or single numbers, outputs vectors; an output may be an input
+
+Every operation rounds, as it must where differences are to cancel; `fused` is for where they are not. Nothing is reassociated but the
+lanes of a sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+def _register() -> int:
+    """Bytes of a vector register of this processor."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return 64 if features.get("avx512f") else 32 if features.get("avx") else 16
+
+
+REGISTER = _register()
+
+_INDEX, _PLACE = ir.IntType(64), ir.IntType(32)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Values of one register while code is generated; numbers on the other side stand for the same in every lane."""
+
+    builder: Any
+    value: Any
+
+    def _with(self, other: Any) -> Any:
+        return other.value if isinstance(other, Vector) else ir.Constant(self.value.type, [float(other)] * self.value.type.count)
+
+    def __add__(self, other: Any) -> Vector:
+        return Vector(self.builder, self.builder.fadd(self.value, self._with(other)))
+
+    def __sub__(self, other: Any) -> Vector:
+        return Vector(self.builder, self.builder.fsub(self.value, self._with(other)))
+
+    def __mul__(self, other: Any) -> Vector:
+        return Vector(self.builder, self.builder.fmul(self.value, self._with(other)))
+
+    def __truediv__(self, other: Any) -> Vector:
+        return Vector(self.builder, self.builder.fdiv(self.value, self._with(other)))
+
+    def __radd__(self, other: Any) -> Vector:
+        return Vector(self.builder, self.builder.fadd(self._with(other), self.value))
+
+    def __rsub__(self, other: Any) -> Vector:
+        return Vector(self.builder, self.builder.fsub(self._with(other), self.value))
+
+    def __rtruediv__(self, other: Any) -> Vector:
+        return Vector(self.builder, self.builder.fdiv(self._with(other), self.value))
+
+    def clipped(self, limit: float) -> Vector:
+        """Between −limit and limit; what is not a number stays."""
+        value = self.value
+        for sign, bound in (("<", -limit), (">", limit)):
+            edge = self._with(bound)
+            value = self.builder.select(self.builder.fcmp_ordered(sign, value, edge), edge, value)
+        return Vector(self.builder, value)
+
+    def power_of_two(self) -> Vector:
+        """2ᵏ of whole k for which that is a normal number."""
+        lanes, single = self.value.type.count, self.is_single
+        whole = ir.VectorType(ir.IntType(32 if single else 64), lanes)
+        bias, digits = (127, 23) if single else (1023, 52)
+        k = self.builder.add(self.builder.fptosi(self.value, whole), ir.Constant(whole, [bias] * lanes))
+        return Vector(self.builder, self.builder.bitcast(self.builder.shl(k, ir.Constant(whole, [digits] * lanes)), self.value.type))
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the values are float32."""
+        return type(self.value.type.element) is ir.FloatType
+
+
+def fused(a: Any, b: Vector, c: Any) -> Vector:
+    """a · b + c, rounded once where the processor has an instruction for it."""
+    builder, flags = b.builder, ("contract",)
+    return Vector(builder, builder.fadd(builder.fmul(b._with(a), b.value, flags=flags), b._with(c), flags=flags))
+
+
+Formula = Callable[..., tuple[Vector, ...]]
+
+
+def splat(builder: Any, one: Any, lanes: int) -> Any:
+    """A vector of the same value in every lane."""
+    undefined = ir.Constant(ir.VectorType(one.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, one, ir.Constant(_PLACE, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_PLACE, lanes), [0] * lanes))
+
+
+def mask_of(builder: Any, left: Any, lanes: int) -> Any:
+    """Which of the lanes are among the `left` next values."""
+    numbers = ir.Constant(ir.VectorType(_INDEX, lanes), list(range(lanes)))
+    return builder.icmp_signed("<", numbers, splat(builder, left, lanes))
+
+
+class Memory(NamedTuple):
+    """Vectors at places in memory, of values of one type."""
+
+    builder: Any
+    vector: Any  # the LLVM type
+    size: int  # bytes of a value
+
+    def _function(self, what: str, result: Any, *arguments: Any) -> Any:
+        name = f"llvm.masked.{what}.v{self.vector.count}f{8 * self.size}.p0"
+        return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), name)
+
+    def at(self, start: Any, offset: Any) -> Any:
+        """The place `offset` values after `start`."""
+        return self.builder.bitcast(self.builder.gep(start, [offset]), self.vector.as_pointer())
+
+    def load(self, place: Any, mask: Any = None) -> Any:
+        """The vector there; 0 where it is masked out, which is not read."""
+        if mask is None:
+            return self.builder.load(place, align=self.size)
+        function = self._function("load", self.vector, place.type, _PLACE, mask.type, self.vector)
+        return self.builder.call(function, [place, ir.Constant(_PLACE, self.size), mask, ir.Constant(self.vector, None)])
+
+    def store(self, value: Any, place: Any, mask: Any = None) -> None:
+        """Write the vector there, but not where it is masked out."""
+        if mask is None:
+            self.builder.store(value, place, align=self.size)
+        else:
+            function = self._function("store", ir.VoidType(), self.vector, place.type, _PLACE, mask.type)
+            self.builder.call(function, [value, place, ir.Constant(_PLACE, self.size), mask])
+
+
+class _Operands(NamedTuple):
+    """The inputs of a loop: where vectors begin, and single numbers in every lane."""
+
+    memory: Memory
+    found: list[tuple[bool, Any]]
+
+    @classmethod
+    def of(cls, context: Any, builder: Any, kind: Any, given: Any, dtype: Any) -> _Operands:
+        """From a numba tuple of vectors of type `dtype` and numbers."""
+        value, size = context.get_value_type(dtype), dtype.bitwidth // 8
+        lanes, found = REGISTER // size, []
+        for k, t in enumerate(kind):
+            one = builder.extract_value(given, k)
+            if isinstance(t, types.Array):
+                found.append((True, context.make_array(t)(context, builder, one).data))
+            else:
+                found.append((False, splat(builder, context.cast(builder, one, t, dtype), lanes)))
+        return cls(Memory(builder, ir.VectorType(value, lanes), size), found)
+
+    def at(self, i: Any, mask: Any = None) -> list[Vector]:
+        """Their vectors from value i on."""
+        memory = self.memory
+        return [Vector(memory.builder, memory.load(memory.at(x, i), mask) if is_vector else x) for is_vector, x in self.found]
+
+
+def _loop(builder: Any, start: Any, stop: Any, step: int, body: Callable[[Any], None]) -> Any:
+    """`body(i)` for i = start, start + step, … as long as i + step ≤ stop; the first i for which it is not."""
+    head, inside, end = (builder.append_basic_block() for _ in range(3))
+    entry = builder.block
+    builder.branch(head)
+    builder.position_at_end(head)
+    i = builder.phi(_INDEX)
+    i.add_incoming(start, entry)
+    after = builder.add(i, ir.Constant(_INDEX, step))
+    builder.cbranch(builder.icmp_signed("<=", after, stop), inside, end)
+    builder.position_at_end(inside)
+    body(i)
+    i.add_incoming(after, builder.block)
+    builder.branch(head)
+    builder.position_at_end(end)
+    return i
+
+
+def _dtype(*kinds: Any) -> Any:
+    """The type of the values of the first vector."""
+    return next(t.dtype for kind in kinds for t in kind if isinstance(t, types.Array))
+
+
+def elementwise(formula: Formula) -> Any:
+    """Decorator: `loop(n, inputs, outputs)` that writes what `formula` gives of the inputs into the outputs, n values of each."""
+
+    @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+    def loop(typing: Any, n: Any, inputs: Any, outputs: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            dtype = _dtype(outputs)
+            operands = _Operands.of(context, builder, inputs, args[1], dtype)
+            results = _Operands.of(context, builder, outputs, args[2], dtype)
+            memory, lanes = operands.memory, REGISTER // (dtype.bitwidth // 8)
+
+            def body(i: Any, mask: Any = None) -> None:
+                for (_, start), value in zip(results.found, formula(*operands.at(i, mask)), strict=True):
+                    memory.store(value.value, memory.at(start, i), mask)
+
+            i = _loop(builder, ir.Constant(_INDEX, 0), args[0], lanes, body)
+            with builder.if_then(builder.icmp_signed("<", i, args[0])):
+                body(i, mask_of(builder, builder.sub(args[0], i), lanes))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, inputs, outputs), generate
+
+    return loop
+
+
+def summed(count: int) -> Callable[[Formula], Any]:
+    """Decorator: `loop(n, inputs)` gives as float64 the `count` sums of what the formula gives, in lanes of the type of the values."""
+    return lambda formula: _summed(formula, count)
+
+
+def _summed(formula: Formula, count: int) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+    def loop(typing: Any, n: Any, inputs: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            dtype = _dtype(inputs)
+            operands = _Operands.of(context, builder, inputs, args[1], dtype)
+            lanes, vector = REGISTER // (dtype.bitwidth // 8), operands.memory.vector
+            zero, turns = ir.Constant(vector, None), max(1, 8 // count)
+            totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(turns)] for _ in range(count)]
+
+            def body(i: Any, turn: int = 0, mask: Any = None) -> None:
+                for total, value in zip(totals, formula(*operands.at(i, mask)), strict=True):
+                    term = value.value if mask is None else builder.select(mask, value.value, zero)
+                    builder.store(builder.fadd(builder.load(total[turn]), term), total[turn])
+
+            def turns_of(i: Any) -> None:
+                for turn in range(turns):
+                    body(builder.add(i, ir.Constant(_INDEX, turn * lanes)), turn)
+
+            i = _loop(builder, ir.Constant(_INDEX, 0), args[0], turns * lanes, turns_of)
+            i = _loop(builder, i, args[0], lanes, body)
+            with builder.if_then(builder.icmp_signed("<", i, args[0])):
+                body(i, 0, mask_of(builder, builder.sub(args[0], i), lanes))
+            name = f"llvm.vector.reduce.fadd.v{lanes}f{dtype.bitwidth}"
+            add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector.element, [vector.element, vector]), name)
+            found = []
+            for total in totals:
+                whole = builder.load(total[0])
+                for other in total[1:]:
+                    whole = builder.fadd(whole, builder.load(other))
+                one = builder.call(add, [ir.Constant(vector.element, -0.0), whole], fastmath=("reassoc",))
+                found.append(context.cast(builder, one, dtype, types.float64))
+            return context.make_tuple(builder, signature.return_type, found)
+
+        return types.UniTuple(types.float64, count)(types.int64, inputs), generate
+
+    return loop
