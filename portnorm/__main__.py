@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", _bench, "time this library and its peers, each in a process of its own, checked against float64 first")
     bench.add_argument("engines", nargs="*", help="only these engines (default: all that are installed)")
-    bench.add_argument("--only", action="append", default=[], help="only works whose name has this in it (may be repeated)")
+    bench.add_argument("--only", action="append", default=[], help="only works whose name has this in it (may be repeated: any of them)")
     bench.add_argument("--cores", type=int, default=1, help="cores and threads of each engine (default: 1)")
     bench.add_argument("--seconds", type=float, default=0.5, help="time per work, engine and round (default: 0.5)")
     bench.add_argument("--rounds", type=int, default=2, help="how often the engines take turns (default: 2)")
@@ -280,7 +280,7 @@ def _conform(options: argparse.Namespace) -> dict[str, Any]:
 def _bench(options: argparse.Namespace) -> dict[str, Any]:
     from portnorm import bench
 
-    works = [work for work in bench.WORKS if all(part in work.name for part in options.only)]
+    works = [work for work in bench.WORKS if not options.only or any(part in work.name for part in options.only)]
     if not works:
         raise UnsupportedError(
             f"`--only` {' '.join(options.only)} leaves no work; works are {', '.join(work.name for work in bench.WORKS)}"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import portnorm as pn
+from benchmarks.readme import ROOT
 from portnorm.arrays import leaves, library, without_kernels
 from portnorm.norm.normalize import Normalized, normalize
+from portnorm_backends import memory
 from portnorm_backends.numpy import KernelResiduals
 from portnorm_backends.recurrent import LoopResiduals
 from tests.processes import in_threads, output_of
@@ -218,6 +223,76 @@ def test_sigmoid_and_tanh_are_within_four_units(name: str, dtype: Any) -> None:
     assert np.max(np.abs(y - exact)[normal] / np.spacing(np.abs(exact[normal]).astype(dtype))) <= 4
     evaluate(special, special)
     np.testing.assert_allclose(special, [np.nan, 1, -1 if name == "tanh" else 0], atol=1e-30)
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------------------------
+
+
+def address(a: Any) -> int:
+    return int(a.__array_interface__["data"][0])
+
+
+def test_large_results_use_memory_that_no_array_is_left_on() -> None:
+    memory._waiting.clear()
+    shape, single = (1024, 1024), np.dtype("float32")
+    first = memory.room(shape, single)
+    assert first.flags.writeable
+    assert address(first) % 64 == 0
+    first[...] = 1
+    place, part = address(first), first[10:].T
+    del first
+    second = memory.room(shape, single)
+    second[...] = 2
+    assert (part == 1).all()
+    assert address(second) != place
+    del part
+    assert address(memory.room(shape, single)) == place
+
+
+def test_memory_that_waits_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "KEPT", 2**23)
+    memory._waiting.clear()
+
+    def waiting() -> int:
+        return sum(size * len(blocks) for size, blocks in memory._waiting.items())
+
+    for count in (2**20, 2**21, 3 * 2**20, 2**22, 2**20, 2**24):
+        some = [memory.room((count,), np.dtype("uint8")) for _ in range(6)]
+        del some
+        assert waiting() <= 2**23
+    assert waiting() > 0
+
+
+def test_results_of_threads_do_not_share_memory(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((8, 1024, 512)).astype(np.float32)
+    w = np.ones(512, np.float32)
+    expected, failed = [pn.layer_norm(a, w, w) for a in x], []
+
+    def work(k: int) -> None:
+        kept: list[Any] = []
+        for _ in range(20):
+            kept = [*kept[-2:], pn.layer_norm(x[k], w, w)]
+            if not all(np.array_equal(y, expected[k]) for y in kept):
+                failed.append(k)
+
+    in_threads(work)
+    assert failed == []
+
+
+def test_a_kernel_is_compiled_anew_when_what_it_calls_has_changed(tmp_path: Path) -> None:
+    """numba looks at the file of a function only; `rnn_forward` is in another one than tanh."""
+    shutil.copytree(ROOT / "backends" / "portnorm_backends", tmp_path / "portnorm_backends", ignore=shutil.ignore_patterns("__pycache__"))
+    code = """
+import numpy as np, portnorm as pn, portnorm_backends
+layer = pn.RNN(2, 3, rng=0)
+print(portnorm_backends.__file__, layer(np.ones((2, 1, 2), "float32"))[0].sum())
+"""
+    path = os.pathsep.join(str(p) for p in (tmp_path, ROOT, ROOT / "onnx_export"))
+    before = output_of(code, PYTHONPATH=path).split()
+    assert before[0].startswith(str(tmp_path))
+    file = tmp_path / "portnorm_backends" / "pointwise.py"
+    file.write_text(file.read_text().replace("return e / (e + 2.0)", "return e / (e + 3.0)"))
+    assert output_of(code, PYTHONPATH=path).split()[1] != before[1]
 
 
 # -- rows and channels ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from portnorm.arrays import Array, Kernel, Library, float32_value
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.normalize import normalize, written
 from portnorm.norm.rms import rms_norm
-from portnorm_backends import recurrent
+from portnorm_backends import memory, recurrent
 from portnorm_backends.recurrent import RANGE
 
 NumPyArray = numpy.ndarray[Any, Any]
@@ -122,7 +122,7 @@ def _forward(
 ) -> tuple[NumPyArray, Any]:
     # The channels of (channels, values) are rows too, but someone may ask for their statistics.
     made = _forward_of_channels if _is_channel(x, axes, param_axes) else _forward_of_rows
-    into = numpy.empty(x.shape, x.dtype) if out is None or not _can_take(out, x, weight, bias) else out
+    into = memory.room(x.shape, x.dtype) if out is None or not _can_take(out, x, weight, bias) else out
     found = made(x, weight, bias, axes, param_axes, float32_value(eps), center, into)
     if found is None:
         return normalize.definition(x, weight, bias, axes=axes, param_axes=param_axes, eps=eps, center=center, out=out, **attrs)
@@ -174,7 +174,7 @@ def _vjp_of_rows(
     assert rows is not None
     given = _as_rows(dy, first) if type(dy) is numpy.ndarray and dy.dtype == dtype and dy.flags.aligned else None
     by_value = shape[1] == rows.shape[1] and not (weight is None and bias is None)
-    dx, room = numpy.empty(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype)
+    dx, room = memory.room(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype)
     dweight, dbias = (numpy.zeros(shape if p is not None else (0, 0)) for p in (weight, bias))
     given = _given(dy, x, rows.shape) if given is None else given
     _plain(dtype)[1](rows, given, _given(weight, x, shape), kept, center, room, dx, dweight, dbias)
@@ -213,7 +213,7 @@ def _vjp_of_channels(
     x, kept, weight, bias, _, var, _ = residuals
     assert var is not None
     blocks, count = _by_channel(x, param_axes[0], var), kept.shape[-1]
-    dx, dweight, dbias = numpy.empty_like(blocks), numpy.empty(count), numpy.empty(count)
+    dx, dweight, dbias = memory.room(blocks.shape, x.dtype), numpy.empty(count), numpy.empty(count)
     given = _given(dy, x, blocks.shape)
     kernel = channelwise.backward(x.dtype, kept.ndim == 2)
     kernel(blocks, given, _given(weight, x, (count,)), kept, center, dx, dweight, dbias)
@@ -262,7 +262,7 @@ def _last_axis(op: Any, center: bool) -> Kernel:
     def call(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
         kernel, _, none, smallest, largest = _plain(x.dtype)
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        y, w, b = numpy.empty_like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
+        y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         into = y if x.ndim == 2 else y.reshape(rows.shape)
         if not kernel(rows, w, b, float32_value(eps), center, smallest, largest, into, numpy.empty((1, 3), x.dtype)):
             return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps, out=out)[0]
@@ -271,7 +271,7 @@ def _last_axis(op: Any, center: bool) -> Kernel:
     def forward(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
         kernel, _, none, smallest, largest = _plain(x.dtype)
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        y, w, b = numpy.empty_like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
+        y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         kept = numpy.empty((rows.shape[0], 3), x.dtype)
         if not kernel(rows, w, b, float32_value(eps), center, smallest, largest, y.reshape(rows.shape), kept):
             return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps, out=out)

@@ -11,7 +11,6 @@ The sum over k is taken in its order, in blocks whose panel stays in the nearest
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numba
@@ -20,6 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from portnorm_backends.memory import aligned
 from portnorm_backends.rowwise import bare, compiled, copy, row_of
 from portnorm_backends.vectors import REGISTER, Memory, Vector, fused, mask_of, splat
 
@@ -194,14 +194,6 @@ def _for(dtype: numpy.dtype[Any]) -> tuple[Any, Any]:
     return compiled(signatures=types.void(w, types.boolean, shift, packed))(_fill_panels), compiled(signatures=types.void(x, packed, y))(
         _product
     )
-
-
-def aligned(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> numpy.ndarray[Any, Any]:
-    """Room from the beginning of a cache line on: a vector in two lines is stored and read as two."""
-    count, line = math.prod(shape), 64 // dtype.itemsize
-    room = numpy.empty(count + line, dtype=dtype)
-    start = -(room.__array_interface__["data"][0] // dtype.itemsize) % line
-    return room[start : start + count].reshape(shape)
 
 
 def pack(w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = None) -> numpy.ndarray[Any, Any]:

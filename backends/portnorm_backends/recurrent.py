@@ -18,6 +18,7 @@ from portnorm.cells.rnn import RNNCell
 from portnorm.cells.slots import Slot
 from portnorm.norm.normalize import bessel
 from portnorm.scan import Params, State, scan
+from portnorm_backends import memory
 
 NumPyArray = numpy.ndarray[Any, Any]
 
@@ -99,7 +100,7 @@ def _slot(cell: RecurrentCell, name: str, xs: tuple[Array, ...], params: Params,
         room, rstd, mode = none, none, steps.NONE
     else:
         kept = time if keep else 1
-        room = numpy.empty((kept, batch, size), dtype=dtype)
+        room = memory.room((kept, batch, size), dtype)
         if not slot.is_batch:
             unit = size // sum(slot.partition)
             ends, mode = numpy.cumsum((0, *slot.partition), dtype=numpy.int64) * unit, steps.ROWS
@@ -126,15 +127,15 @@ def _forward(
     keep: bool = True,
 ) -> tuple[tuple[State, tuple[Array, ...]], Any]:
     from portnorm_backends import steps
-    from portnorm_backends.products import aligned, pack
+    from portnorm_backends.products import pack
 
     u, weights = _own(xs[0]), params["weight_hh"]
     (time, batch, features), size, dtype = u.shape, weights.shape[1], u.dtype
     counts = numpy.zeros(0, dtype=numpy.int64) if lengths is None else numpy.array(lengths, dtype=numpy.int64)
     kept = time if keep else 1
-    h, a = _from(state[0], time if keep or (sequences and lengths is None) else 1), aligned((batch, features), dtype)
-    y = numpy.empty((time, batch, size) if sequences and lengths is not None else (0, 0, 0), dtype=dtype)
-    gates, inner = (numpy.empty((kept, batch, n), dtype=dtype) for n in (features, size))
+    h, a = _from(state[0], time if keep or (sequences and lengths is None) else 1), memory.aligned((batch, features), dtype)
+    y = memory.room((time, batch, size) if sequences and lengths is not None else (0, 0, 0), dtype)
+    gates, inner = (memory.room((kept, batch, n), dtype) for n in (features, size))
     c = _from(state[1], kept) if len(state) > 1 else None
     slots = tuple(_slot(cell, name, xs, params, batch, keep) for name in _SLOTS[type(cell)])
     packed, room = pack(weights.T), steps.rooms(cell.gates, size, batch, dtype)
@@ -163,7 +164,7 @@ def _steps_at_once(batch: int, weights: NumPyArray) -> int:
 
 def _from(state: NumPyArray, steps: int) -> NumPyArray:
     """Room for a state before and after each of the steps, with the first in its place."""
-    room = numpy.empty((steps + 1, *state.shape), dtype=state.dtype)
+    room = memory.room((steps + 1, *state.shape), state.dtype)
     room[0] = state
     return room
 
@@ -195,9 +196,9 @@ def _vjp(
     none = numpy.empty((0, 0, 0), dtype=dtype)
     dh, *dothers = (numpy.array(d, dtype=dtype, order="C") for d in dstate)
     given = none if dy is None else _own(dy.astype(dtype, copy=False))
-    back, dx = numpy.zeros(dh.shape, dtype=dtype), numpy.empty(gates.shape, dtype=dtype)
+    back, dx = numpy.zeros(dh.shape, dtype=dtype), memory.room(gates.shape, dtype)
     apart = type(cell) is GRUCell or slots[0].mode != steps.NONE
-    dhidden = numpy.empty(gates.shape, dtype=dtype) if apart else none
+    dhidden = memory.room(gates.shape, dtype) if apart else none
     shares = tuple(steps.Shares(*numpy.zeros((2, s.weight.size)), *numpy.zeros((2, s.weight.size), dtype=dtype)) for s in slots)
     run: Callable[..., None]
     own: tuple[Any, ...]
