@@ -5,6 +5,7 @@ A cell that the kernels do not know in every detail (peepholes, projections, zon
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,14 +92,14 @@ def _slot(cell: RecurrentCell, name: str, xs: tuple[Array, ...], params: Params,
     from portnorm_backends import steps
 
     slot, dtype, size = cell.slots.get(name), xs[0].dtype, params["weight_hh"].shape[1] * cell.width(name)
-    time, none = xs[0].shape[0], numpy.empty((0, 0, 0), dtype=dtype)
-    own = {p: params[f"{name}.{p}"] for p in slot.parameters()} if slot is not None else {}
-    weight, bias = (own[p].copy() if p in own else numpy.full(size, start, dtype=dtype) for p, start in (("weight", 1), ("bias", 0)))
-    ends = numpy.zeros(1, dtype=numpy.int64)
-    mean = var = none[0:0].reshape(0, 0)
-    if slot is None or not slot.normalizes:
-        room, rstd, mode = none, none, steps.NONE
-    else:
+    idle = _idle(dtype, size)
+    if slot is None:
+        return idle
+    mode, ends, weight, bias, room, rstd, mean, var, *_ = idle
+    own = {p: _own(params[f"{name}.{p}"]) for p in slot.parameters()}
+    weight, bias = own.get("weight", weight), own.get("bias", bias)
+    if slot.normalizes:
+        time = xs[0].shape[0]
         kept = time if keep else 1
         room = memory.room((kept, batch, size), dtype)
         if not slot.is_batch:
@@ -110,10 +111,19 @@ def _slot(cell: RecurrentCell, name: str, xs: tuple[Array, ...], params: Params,
             given = dict(zip(cell.given(), xs[1:], strict=True))
             made = numpy.empty((time, size), dtype=dtype)
             mean, var = (made, made.copy()) if slot.training else (_own(given[f"{name}.{s}"]) for s in ("mean", "var"))
-    variant = cell.variant
-    return steps.SlotArrays(
-        mode, ends, weight, bias, room, rstd, mean, var, float32_value(variant.eps), variant.norm != "rms", *RANGE[dtype]
-    )
+    eps, center = float32_value(cell.variant.eps), cell.variant.norm != "rms"
+    return steps.SlotArrays(mode, ends, weight, bias, room, rstd, mean, var, eps, center, *RANGE[dtype])
+
+
+@functools.lru_cache(maxsize=64)
+def _idle(dtype: numpy.dtype[Any], size: int) -> Any:
+    """A slot that does nothing. Nobody writes into it."""
+    from portnorm_backends import steps
+
+    none, ones, zeros = numpy.empty((0, 0, 0), dtype=dtype), numpy.ones(size, dtype=dtype), numpy.zeros(size, dtype=dtype)
+    statistics = none.reshape(0, 0)
+    ends = numpy.zeros(1, dtype=numpy.int64)
+    return steps.SlotArrays(steps.NONE, ends, ones, zeros, none, none, statistics, statistics, 0.0, True, *RANGE[dtype])
 
 
 def _forward(

@@ -12,7 +12,7 @@ from portnorm.arrays import leaves, mapped, require_extra
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm_onnx.export import export
-from portnorm_onnx.signature import named_state, state_names
+from portnorm_onnx.signature import named_state
 from portnorm_onnx.symbolic import NumPyArray
 
 _Key = tuple[bool, tuple[int, ...]]
@@ -60,6 +60,8 @@ class Compiled:
         self._threads = threads
         self._graphs: dict[_Key, bytes] = {}
         self._sessions: dict[tuple[int, _Key], Any] = {}
+        self._state = self._model.initial_state(1)
+        self._zeros: tuple[int, dict[str, NumPyArray]] = (-1, {})
 
     def __call__(self, x: NumPyArray, state: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
         model = self._model
@@ -79,16 +81,19 @@ class Compiled:
         y, *after = session.run(None, feed)
         if not model.recurrent:
             return y
-        named = dict(zip((f"{name}_n" for name in state_names(model)), after, strict=True))
-        flat = iter(named.values())
-        return y, mapped(lambda _: next(flat), model.initial_state(1))
+        flat = iter(after)
+        return y, mapped(lambda _: next(flat), self._state)
 
     def _states(self, x: NumPyArray, state: Any) -> dict[str, NumPyArray]:
         """The inputs for the state before the first step; `x` and `state` are held against what the model takes."""
         model, dims = self._model, self._model.input_dims()
         if x.ndim != len(dims) or any(isinstance(d, int) and d != n for d, n in zip(dims, x.shape, strict=True)):
             raise ShapeError(f"`x` has shape {x.shape}; expected ({', '.join(map(str, dims))})")
-        zeros = named_state(model, model.initial_state(x.shape[0 if model.batch_first else 1]), "_0")
+        batch, zeros = self._zeros
+        if batch != x.shape[0 if model.batch_first else 1]:
+            batch = x.shape[0 if model.batch_first else 1]
+            zeros = named_state(model, model.initial_state(batch), "_0")
+            self._zeros = batch, zeros
         if state is None:
             return zeros
         given = [numpy.asarray(a) for a in leaves(state)]
