@@ -26,12 +26,12 @@ from portnorm.arrays import without_kernels
 from portnorm.norm.normalize import Normalized, normalize
 from tests import test_libraries
 from tests.cases import COMBINATIONS, IMPLEMENTATIONS, LAYERS, OPS, PRESETS, OpCase, random_recurrent, random_state
-from tests.conftest import Library
+from tests.conftest import LIBRARIES
 from tests.cuda import fake_cupy
 from tests.processes import output_of
 from tests.tolerances import LARGE_MEAN, OPERATION, RECURRENT
 
-CUPY = Library("cupy", "array_api_compat.cupy", ("float16", "float32", "float64"))
+CUPY = LIBRARIES["cupy"]
 SOURCES = Path(__file__).parent.parent / "backends" / "portnorm_backends" / "cuda"
 DTYPES: dict[str, Any] = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -243,6 +243,10 @@ def test_channels_with_a_mean_of_a_million_standard_deviations(cupy: Any, shape:
 @pytest.mark.parametrize("case", OPS, ids=lambda case: case.name)
 def test_op(cupy: Any, case: OpCase, dtype: str, rng: np.random.Generator) -> None:
     test_libraries.test_op(case, CUPY, dtype, rng)
+
+
+def test_the_row_of_the_library_is_true(cupy: Any) -> None:
+    test_libraries.test_the_row_of_a_library_is_true(CUPY)
 
 
 def test_what_no_kernel_takes_goes_to_the_definition(cupy: Any, rng: np.random.Generator) -> None:
