@@ -253,7 +253,7 @@ def test_what_no_kernel_takes_goes_to_the_definition(cupy: Any, rng: np.random.G
     x, mask = cupy.asarray(rng.standard_normal((6, 8))), cupy.asarray(rng.uniform(size=(6, 8)) < 0.7)
     rows: dict[str, Any] = {"axes": (1,), "param_axes": (1,), "eps": 1e-5}
     assert type(normalize.forward(x, **rows)[1]) is kernel_residuals()[0]
-    for attrs in ({"mask": mask}, {"correction": 1}, {"eps_place": "std"}):
+    for attrs in ({"mask": mask}, {"correction": 1}, {"eps_place": "std"}, {"reduce": lambda a: a}):
         assert type(normalize.forward(x, **rows, **attrs)[1]) is Normalized
     assert type(normalize.forward(cupy.permute_dims(x, (1, 0)), **rows)[1]) is Normalized
     assert type(normalize.forward(x, axes=(0,), param_axes=(1,), eps=1e-5)[1]) is Normalized  # channels in float64
@@ -350,8 +350,10 @@ def test_recurrent_sizes(cupy: Any, cell: str, norm: str | None, size: Size, dty
 def test_scan_is_taken_by_its_kernel(cupy: Any, rng: np.random.Generator) -> None:
     from portnorm.scan import ScanResiduals
 
-    for norm, taken in (("layer", True), ("batch", True), ("tf-contrib-peephole", False), ("kiros-torch", False)):
-        layer = pn.LSTM(3, 4, norm=norm, xp=CUPY.xp, rng=0)
+    rows = (("layer", True), ("batch", True), ("tf-contrib-peephole", False), ("kiros-torch", False), ("batch", False))
+    for norm, taken in rows:
+        parted = norm == "batch" and not taken
+        layer = pn.LSTM(3, 4, norm=norm, xp=CUPY.xp, rng=0, reduce=(lambda a: a) if parted else None)
         state, time = layer._placed(layer.buffers, layer._new(rng.standard_normal((5, 2, 3))), None)
         direction = next(iter(layer._places()))[2]
         params, buffers = ({n.replace("_l0", ""): a for n, a in group.items()} for group in (layer.params, layer.buffers))
