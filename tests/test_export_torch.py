@@ -144,6 +144,40 @@ def test_a_layer_that_is_called_twice_and_its_states(tmp_path: Path) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=EXPORTED_TORCH, atol=EXPORTED_TORCH)
 
 
+def test_inputs_by_name(tmp_path: Path) -> None:
+    """In any order, with one that is left out, one that is no tensor, and one that is a state."""
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = pn.torch_module(pn.GRU(3, 4, norm="layer", rng=0))
+
+        def forward(self, x: Any, bias: Any = None, *, state: Any = None, lengths: Any = None, scale: float = 1.0) -> Any:
+            y, last = self.rnn(x, state, lengths=lengths)
+            return y * scale if bias is None else y * scale + bias, last
+
+    torch.manual_seed(0)
+    model, path = Model(), tmp_path / "m.onnx"
+    x, h, lengths = torch.randn(5, 2, 3), torch.randn(1, 2, 4), torch.tensor([5, 3])
+    kwargs = {"lengths": lengths, "scale": 2.0, "state": (h,)}
+    free = {"x": {0: "time", 1: "batch"}, "lengths": {0: "batch"}, "scale": None, "state": ({1: "batch"},)}
+    report = pn.export_torch(model, x, path, kwargs=kwargs, dynamic_shapes=free)
+    assert [i.name for i in report.model.graph.input] == ["x", "state_0", "lengths"]
+    assert len(report.trajectories) > 3
+    x, h, lengths = torch.randn(9, 3, 3), torch.randn(1, 3, 4), torch.tensor([9, 1, 4])
+    with torch.no_grad():
+        y, (last,) = model(x, lengths=lengths, state=(h,), scale=2.0)
+    for mine, theirs in zip(outputs(path, x, h, lengths), (y, last), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=EXPORTED_TORCH, atol=EXPORTED_TORCH)
+
+    alone = pn.export_torch(model, (), None, kwargs={"x": x, "scale": 0.5}, inputs=[((), {"x": x, "scale": 0.5}), ((x,), {"scale": 0.5})])
+    assert [i.name for i in alone.model.graph.input] == ["x"]
+    assert [c.case for c in alone.trajectories if c.case.startswith("x")] == ["x (9, 3, 3)"] * 2
+    with pytest.raises(pn.UnsupportedError, match=r"`args` and `kwargs` do not fit the model: .*'length'; its inputs are \(x: .*, lengths"):
+        pn.export_torch(model, x, None, kwargs={"length": lengths})
+
+
 def test_integers_a_mask_and_several_layers_in_a_row() -> None:
     import torch
 
