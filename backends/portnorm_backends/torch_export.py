@@ -26,7 +26,7 @@ from portnorm.arrays import leaves, mapped, to_numpy
 from portnorm.errors import ConformanceError, DTypeError, ExportError, PortnormError, UnsupportedError
 from portnorm.layers.layer import Layer, checked_call
 from portnorm_backends.torch_module import TorchModule
-from portnorm_onnx.build import Names
+from portnorm_onnx.build import Names, keep_transposed
 from portnorm_onnx.export import Shape, checked_opset, checked_path, trace
 from portnorm_onnx.report import Comparison, Outcome, Report
 from portnorm_onnx.runtimes import Session, runtime_of, session_of
@@ -92,7 +92,11 @@ def export_torch(
     version = checked_opset(opset, row)
     checked_path(path)
     if any(a.dtype == torch.bfloat16 for a in (*model.state_dict().values(), *_tensors(example))):
-        raise UnsupportedError("`model` or `args` have bfloat16 arrays, in which onnxruntime cannot check a graph; convert them first")
+        raise UnsupportedError(
+            "`model` or its inputs have bfloat16 arrays, but onnxruntime's CPU, which checks the graph, has hardly an operator in "
+            "bfloat16; export model.half() or model.float(), or a layer alone by "
+            "portnorm.export(layer, path, dtype='bfloat16', target='openvino')"
+        )
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -105,6 +109,7 @@ def export_torch(
         parts = {call.name: call.inserted(recorder) for call in recorder.calls}
         proto = spliced(proto, DOMAIN, parts, inside=external_data is not True)
         without_traces(proto)
+        keep_transposed(proto)
         seconds = time.perf_counter() - started
         external = is_large(proto) if external_data is None else external_data
         with Draft(proto, path, external) as draft:
