@@ -21,7 +21,7 @@ test: $(VENV)/.test
 # The heavy peers: torch, JAX, Keras, flax and Dask on the CPU.
 $(VENV)/.peers: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check dask jax flax keras onnxscript
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check dask distributed jax flax keras onnxscript
 	@touch $@
 
 # Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.

@@ -20,7 +20,6 @@ from portnorm_onnx.conformance import support
 from portnorm_onnx.runtimes import RUNTIMES
 
 RESULTS = Path(__file__).parent / "results"
-LIBRARIES = ("numpy", "numpy-definitions", "array_api_strict", "torch", "jax", "cupy")
 
 
 def worst(results: Iterable[conform.Result]) -> list[dict[str, Any]]:
@@ -55,7 +54,7 @@ def main() -> None:
     if options.support:
         (RESULTS / "support.json").write_text(json.dumps(support(progress), indent=1) + "\n")
     if options.accuracy is not None:
-        path, subjects = RESULTS / "accuracy.json", options.accuracy or [*LIBRARIES, *RUNTIMES]
+        path, subjects = RESULTS / "accuracy.json", options.accuracy or [*conform.LIBRARIES, *RUNTIMES]
         kept = [row for row in json.loads(path.read_text()) if row["subject"] not in subjects] if path.exists() else []
         rows = kept + worst(conform.measure(subjects, progress=progress))
         path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")

@@ -13,14 +13,14 @@ import portnorm as pn
 from portnorm import bench
 from portnorm.checkpoint.formats import ROWS
 from portnorm.conform import LIBRARIES, REGIMES
+from portnorm.libraries import SUPPORT
 from portnorm_onnx.runtimes import RUNTIMES
 from portnorm_onnx.targets import TARGETS
-from tests.conftest import ALWAYS, PEERS
 
 GROWING = ("portnorm", "portnorm compile", "torch", "JAX jit")
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DEMO = RESULTS / "demo.json"
+DEMO, GPU = RESULTS / "demo.json", RESULTS / "gpu.json"
 
 
 def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -97,9 +97,17 @@ def graphs() -> str:
 
 
 def libraries() -> str:
-    """The libraries and dtypes that the product tests run over."""
-    rows = [(row.name, ", ".join(row.dtypes), "`make test`" if row in ALWAYS else "`make test-all`") for row in (*ALWAYS, *PEERS)]
-    return table(("arrays of", "dtypes", "tested by"), rows)
+    """The rows that dispatch and the product tests are made of."""
+    rows = []
+    for row in SUPPORT.values():
+        kernels = ", ".join(f"`{name}`" for name in row.kernels) or "–"
+        about = {"autodiff takes our vjps": row.autodiff, "lazy": row.lazy, "no `out=`": not row.out}
+        brings = f"`portnorm[{row.extra}]`" if row.extra else f"`{row.package}`"
+        tested = "`make test`" if row.always else "`make test-all`"
+        if row.gpu:
+            tested = "`python -m benchmarks.gpu`" + ("" if GPU.exists() else ": not run here, for want of a GPU")
+        rows.append((row.name, ", ".join(row.dtypes), kernels, ", ".join(k for k, v in about.items() if v) or "–", brings, tested))
+    return table(("arrays of", "dtypes", "kernels", "besides", "comes with", "tested by"), rows)
 
 
 def demo() -> str:
@@ -188,7 +196,11 @@ def accuracy(side: str, dtypes: tuple[str, ...], subjects: Iterable[str]) -> str
 
 
 def definitions_forward() -> str:
-    return accuracy("forward", ("float32", "float64"), LIBRARIES)
+    absent = {r["subject"] for r in _kept("accuracy") if r["absent"]}
+    return (
+        accuracy("forward", ("float32", "float64"), LIBRARIES)
+        + f"\n\nNot run here: {', '.join(n for n in LIBRARIES if n in absent) or 'none'}."
+    )
 
 
 def definitions_gradient() -> str:

@@ -20,10 +20,11 @@ from portnorm.cells.variants import IMPLEMENTATIONS, VARIANTS
 from portnorm.digits import Dataset
 from portnorm.errors import ConformanceError, PortnormError, UnsupportedError
 from portnorm.files import written_whole
+from portnorm.libraries import SUPPORT
 from portnorm.optimizers import OPTIMIZERS
 
 _NORMS = {**VARIANTS["LSTM"], **IMPLEMENTATIONS["LSTM"]}
-_PEERS = ("numpy", "array-api-compat", "onnx", "onnxruntime", "cupy", "torch", "jax", "dask", "array-api-strict", "scikit-learn")
+_PEERS = ("array-api-compat", "onnx", "onnxruntime", *(row.package for row in SUPPORT.values()), "scikit-learn")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -247,7 +248,7 @@ def _conform(options: argparse.Namespace) -> dict[str, Any]:
         return {"vectors": str(options.vectors), "cases": names}
     if not any(True for _ in conform.cases(*chosen)):
         raise UnsupportedError(f"no case is left; operations are {', '.join(conform.OPERATIONS)}; regimes are {', '.join(conform.REGIMES)}")
-    subjects = options.subjects or ["numpy", "array_api_strict", "torch", "jax", "cupy"]
+    subjects = options.subjects or [*SUPPORT]
     if "all" in subjects:
         runtimes = require_extra("portnorm_onnx.runtimes", "onnx").RUNTIMES
         subjects = [*LIBRARIES, *runtimes]

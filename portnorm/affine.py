@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from portnorm.arrays import Array, Namespace, namespace, xp_of
+from portnorm.arrays import Array, Namespace, namespace, require_lengths, xp_of
 from portnorm.errors import ShapeError
 from portnorm.op import op
 
@@ -22,6 +22,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, R
     array([[11.5, 17. ]])
     """
     xp = namespace(x=x, weight=weight, bias=bias)
+    require_lengths(x=x)
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(f"`weight` has shape {tuple(weight.shape)}; expected (outputs, inputs) for the last axis of `x` {tuple(x.shape)}")
     y = xp.matmul(_rows(xp, x), xp.matrix_transpose(weight))

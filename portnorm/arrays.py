@@ -1,7 +1,6 @@
-"""What portnorm knows about arrays: which library one belongs to, and what that library does faster.
+"""Which library an array belongs to, and what that library does in its own way; the libraries themselves are rows of `libraries.py`.
 
 Everything here is looked up once per array *type* and remembered, so that a call on a small array does not pay for it.
-A library's own module (`portnorm_backends.<name>`) is loaded when the first array of that library is seen, never before.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import array_api_compat
 import numpy
 
-from portnorm.errors import DTypeError, MissingExtraError, UnsupportedError
+from portnorm.errors import DTypeError, MissingExtraError, ShapeError, UnsupportedError
+from portnorm.libraries import LOADERS, SUPPORT
 
 Array: TypeAlias = Any
 """An array of any library that follows the Array API standard. The standard has no type for it that checkers understand."""
@@ -81,55 +81,7 @@ class Library:
     """Values of a recurrent layer's input term that are made at a time where nothing is kept for a vjp; `None`: those of all steps."""
 
 
-def _numpy() -> Library:
-    from portnorm_backends.numpy import LIBRARY
-
-    return LIBRARY
-
-
-def _cupy() -> Library:
-    from portnorm_backends.cupy import LIBRARY
-
-    return LIBRARY
-
-
-def _jax() -> Library:
-    from portnorm_backends.jax import LIBRARY
-
-    return LIBRARY
-
-
-def _torch() -> Library:
-    from portnorm_backends.torch import LIBRARY
-
-    return LIBRARY
-
-
-def _dask() -> Library:
-    from portnorm_backends.dask import LIBRARY
-
-    return LIBRARY
-
-
-def _onnx() -> Library:
-    from portnorm_onnx.library import LIBRARY
-
-    return LIBRARY
-
-
-# Root module of an array's type -> its `LIBRARY`. Others are found by the entry points of this group. Each is an import statement, which
-# `torch.compile` can follow where the first array of all is in what it compiles.
-_LIBRARIES = {
-    "numpy": _numpy,
-    "cupy": _cupy,
-    "torch": _torch,
-    "jax": _jax,
-    "jaxlib": _jax,
-    "dask": _dask,
-    "portnorm_onnx": _onnx,
-}
 _ENTRY_POINTS = "portnorm.backends"
-_KNOWN = ("numpy", "cupy", "torch", "jax", "jaxlib", "array_api_strict", "dask", "portnorm_onnx")
 
 _libraries: dict[type, Library] = {}
 _namespaces: dict[type, Namespace] = {}
@@ -158,15 +110,14 @@ def without_kernels(array_type: type) -> Iterator[None]:
 
 def _find_library(array_type: type) -> Library:
     root = array_type.__module__.partition(".")[0]
-    if root in _LIBRARIES:
-        found: Library = _LIBRARIES[root]()
-        return found
-    if root not in _KNOWN:
-        from importlib.metadata import entry_points
+    if root in LOADERS:
+        load = LOADERS[root]
+        return Library(root) if load is None else load()
+    from importlib.metadata import entry_points
 
-        for entry in entry_points(group=_ENTRY_POINTS, name=root):
-            found = entry.load()
-            return found
+    for entry in entry_points(group=_ENTRY_POINTS, name=root):
+        found: Library = entry.load()
+        return found
     return Library(root)
 
 
@@ -214,8 +165,8 @@ def namespace(**arrays: Array | None) -> Namespace:
             x_space = xp_of(x)
         except TypeError:
             raise UnsupportedError(
-                f"`{name}` is a {type(x).__name__}; expected an array of an Array API library such as numpy, cupy, torch or jax, "
-                f"or of one that the entry points of {_ENTRY_POINTS} name; numpy.asarray makes one of numbers"
+                f"`{name}` is a {type(x).__name__}; expected an array of {', '.join(SUPPORT)}, or of a library "
+                f"that the entry points of {_ENTRY_POINTS} name; numpy.asarray makes one of numbers"
             ) from None
         except Exception as error:
             raise MissingExtraError(
@@ -257,6 +208,15 @@ def _is_floating(xp: Namespace, dtype: DType) -> bool:
         return False
 
 
+def require_lengths(**arrays: Array | None) -> None:
+    """Raise `ShapeError` unless every length of the named arrays is known: Dask has NaN where a length comes from values."""
+    for name, x in arrays.items():
+        if x is not None and any(isinstance(n, float) for n in x.shape):
+            raise ShapeError(
+                f"`{name}` has shape {tuple(x.shape)}, with lengths that are not known yet; x.compute_chunk_sizes() finds them"
+            )
+
+
 def statistics_dtype(xp: Namespace, dtype: DType) -> DType:
     """The type in which statistics of `dtype` values are taken: at least float32."""
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
@@ -281,39 +241,28 @@ def load_namespace(xp: Namespace | str | None) -> Namespace:
     module: Any = xp
     if xp is None or isinstance(xp, str):
         root = (xp or "numpy").removeprefix("array_api_compat.").partition(".")[0]
-        if root not in _MODULES:
-            raise UnsupportedError(f"`xp` is {xp!r}; expected an Array API namespace, or one of {', '.join(_MODULES)}")
+        if root not in SUPPORT:
+            raise UnsupportedError(f"`xp` is {xp!r}; expected an Array API namespace, or one of {', '.join(SUPPORT)}")
         try:
-            module = importlib.import_module(_MODULES[root])
+            module = importlib.import_module(SUPPORT[root].module)
         except ImportError as error:
             raise MissingExtraError(f"`xp` names {root}, which cannot be imported: {error}; {_remedy(root)}") from error
     try:
         return xp_of(module.zeros(1))
     except Exception as error:
-        root = getattr(module, "__name__", "")
+        root = getattr(module, "__name__", "").partition(".")[0]
         raise UnsupportedError(f"`xp` is {xp!r}, which makes no arrays here: {error}; {_remedy(root)}") from error
-
-
-_MODULES = {
-    "numpy": "numpy",
-    "cupy": "cupy",
-    "torch": "torch",
-    "jax": "jax.numpy",
-    "dask": "dask.array",
-    "array_api_strict": "array_api_strict",
-}
 
 
 def _remedy(root: str) -> str:
     """What helps where a library does not work."""
-    if root == "cupy":
-        return 'it needs an NVIDIA GPU, its driver and pip install "portnorm[cupy]"; else use another library, such as numpy'
-    return "install or mend it, or use another library, such as numpy"
+    return SUPPORT[root].remedy() if root in SUPPORT else "install or mend it, or use another library, such as numpy"
 
 
 def _elsewhere(dtype: DType) -> str:
     """Who has a type that is not there."""
-    return "; bfloat16 is a type of torch and jax" if str(dtype) == "bfloat16" else ""
+    having = " and ".join(row.name for row in SUPPORT.values() if "bfloat16" in row.dtypes)
+    return f"; bfloat16 is a type of {having}" if str(dtype) == "bfloat16" else ""
 
 
 def load_dtype(xp: Namespace, dtype: DType) -> DType:

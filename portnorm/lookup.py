@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from portnorm.arrays import Array, device_of, is_concrete, namespace, xp_of
+from portnorm.arrays import Array, device_of, is_concrete, namespace, require_lengths, xp_of
 from portnorm.errors import DTypeError, ShapeError
 from portnorm.op import op
 
@@ -23,6 +23,7 @@ def embedding(ids: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
            [1., 2.]])
     """
     xp = namespace(ids=ids, weight=weight)
+    require_lengths(ids=ids)
     if not xp.isdtype(ids.dtype, "integral"):
         raise DTypeError(f"`ids` has dtype {ids.dtype}; expected integers")
     if is_concrete(ids) and 0 not in ids.shape and (int(xp.min(ids)) < 0 or int(xp.max(ids)) >= weight.shape[0]):

@@ -16,6 +16,7 @@ from portnorm.affine import input_cotangent, linear, weight_cotangent
 from portnorm.arrays import Array, device_of, library, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.variants import Variant
+from portnorm.norm.normalize import Reduce
 from portnorm.norm.weight import weight_norm
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
 from portnorm.statistics import at_steps, rows_of_steps, update
@@ -46,6 +47,7 @@ class Direction:
     reverse: bool = False
     sequences: bool = True
     momentum: float | None = 0.1
+    reduce: Reduce | None = None
 
     def forward(
         self,
@@ -109,7 +111,7 @@ class Direction:
         keep: bool,
     ) -> tuple[Array, State, Buffers, RecurrentResiduals]:
         """The input term and the loop, in the order of the steps."""
-        xp, cell = xp_of(x), self.cell(self.variant, training)
+        xp, cell = xp_of(x), self.cell(self.variant, training, self.reduce)
         batch = self.variant.norm == "batch"
         given = at_steps(buffers, time, x) if batch and not training else {}
         rows = None if self.variant.affine == "shared" else rows_of_steps(time, x, self.t_max)
@@ -123,13 +125,14 @@ class Direction:
         if batch and training and x.shape[0] != 0:
             tracked = [name for name, slot in cell.slots.items() if slot.normalizes]
             inside = dict(zip(tracked, zip(further[::2], further[1::2], strict=True), strict=True))
-            buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, lengths, self.momentum)
+            everywhere = lengths if lengths is None or self.reduce is None else _longest(x, lengths, self.reduce)
+            buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, everywhere, self.momentum)
         return y, state, buffers, RecurrentResiduals(params, {}, x, lengths, rows, input_residuals, scanned)
 
     def vjp(self, residuals: RecurrentResiduals, dy: Array | None, dstate: State, *, training: bool = False) -> tuple[Array, State, Params]:
         """`(dx, dstate, dparams)` from the cotangents of `y` (or `None`) and of the last state."""
         params, weights, x, lengths, rows, _, scanned = residuals
-        cell = self.cell(self.variant, training)
+        cell = self.cell(self.variant, training, self.reduce)
         if not self.sequences and dy is not None:
             dy, dstate = None, (dstate[0] + dy, *dstate[1:])
         if self.reverse and dy is not None:
@@ -239,6 +242,13 @@ class Direction:
                 value = self._late_bias(cell, params, slot) if late else params[name]
                 loop[name] = _rows(value, self.t_max) if name in cell.stepwise() else value
         return loop
+
+
+def _longest(x: Array, lengths: Array, reduce: Reduce) -> Array:
+    """(1,): the number of steps of `x` (time, …) that some sequence has, in this process or in another."""
+    xp, mask = xp_of(x), sequence_mask(x, lengths)
+    steps = reduce(xp.astype(xp.any(mask, axis=(1, 2)), x.dtype))
+    return xp.sum(xp.astype(steps > 0, lengths.dtype), keepdims=True)
 
 
 def _sum(terms: list[Array]) -> Array | None:

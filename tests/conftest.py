@@ -1,13 +1,15 @@
 """Array libraries as a test parameter, and what is left out unless it is asked for; what was asked for and is missing is an error.
 
-`--peers` adds torch and JAX. `--runtimes openvino,tract` adds tests marked `runtime(name)`; `--runtimes installed` adds those that are
-there, and the head of the report names the others.
+`--peers` adds torch, JAX and Dask, and CuPy, which is skipped by name where it finds no GPU.
+`--runtimes openvino,tract` adds tests marked `runtime(name)`; `--runtimes installed` adds those that are there, and the head of the report
+names the others.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,9 @@ os.environ.setdefault("KERAS_BACKEND", "numpy")
 import numpy as np
 import pytest
 
+from portnorm.arrays import load_namespace, to_numpy
 from portnorm.errors import MissingExtraError
+from portnorm.libraries import SUPPORT, Support
 from portnorm_onnx.runtimes import RUNTIMES
 
 collect_ignore = ["torch_cells.py"]  # has no tests, and imports torch
@@ -26,50 +30,69 @@ collect_ignore = ["torch_cells.py"]  # has no tests, and imports torch
 
 @dataclass(frozen=True)
 class Library:
+    """Arrays of a library of `portnorm.libraries.SUPPORT`, as the tests make them."""
+
     name: str
-    namespace: str
+    support: Support
     dtypes: tuple[str, ...]
 
     @property
     def xp(self) -> Any:
-        xp = importlib.import_module(self.namespace)
+        xp = load_namespace(self.support.name)
         if self.name == "array_api_strict":
             xp.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=())
         return xp
 
     def array(self, values: Any, dtype: str | None = None) -> Any:
-        """An array of this library, from anything that NumPy takes; `None` stays `None`."""
+        """An array of this library, from anything that NumPy takes; `None` stays `None`. Those of a lazy one are in chunks of two."""
         if values is None:
             return None
+        if dtype == "bfloat16":
+            return self.xp.asarray(np.array(values, dtype="float32"), dtype=self.xp.bfloat16)
         values = np.array(values, dtype=dtype)
         if self.name == "numpy-readonly":
             values.flags.writeable = False
-        return values if self.name.startswith("numpy") else self.xp.asarray(values)
+        if self.support.lazy:
+            return self.xp.asarray(values, chunks=2) if values.ndim else self.xp.asarray(values)
+        return values if self.support.name == "numpy" else self.xp.asarray(values)
+
+    def values(self, arrays: Iterable[Any]) -> list[Any]:
+        """What these arrays hold, in NumPy; those of a lazy library are computed together."""
+        arrays = list(arrays)
+        if self.support.lazy:
+            arrays = importlib.import_module(self.support.name).compute(*arrays, optimize_graph=False)
+        return [to_numpy(a) for a in arrays]
+
+    def marks(self) -> list[pytest.MarkDecorator]:
+        """When its tests run: always, with `--peers`, and where it needs a GPU only if there is one."""
+        if self.support.always:
+            return []
+        if not self.support.gpu:
+            return [pytest.mark.peers]
+        try:
+            self.support.version()
+        except MissingExtraError as error:
+            return [pytest.mark.peers, pytest.mark.skip(reason=f"no test ran on {self.name}: {error}")]
+        return [pytest.mark.peers]
 
 
-ALWAYS = (
-    Library("numpy", "array_api_compat.numpy", ("float16", "float32", "float64")),
-    Library("numpy-readonly", "array_api_compat.numpy", ("float32",)),
-    Library("array_api_strict", "array_api_strict", ("float32", "float64")),
-)
-PEERS = (
-    Library("torch", "array_api_compat.torch", ("float16", "float32", "float64")),
-    Library("jax", "jax.numpy", ("float16", "float32", "float64")),
-)
+LIBRARIES = {row.name: Library(row.name, row, row.dtypes) for row in SUPPORT.values()}
+LIBRARIES["numpy-readonly"] = Library("numpy-readonly", SUPPORT["numpy"], ("float32",))
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--peers", action="store_true", help="also run what needs torch and JAX; fails if they are not installed")
+    parser.addoption("--peers", action="store_true", help="also run what needs torch, JAX and Dask; fails if they are not installed")
     parser.addoption("--runtimes", default="", help="also run what needs these inference runtimes, by commas, or all that are 'installed'")
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew from what the exporter makes")
 
 
 def pytest_configure(config: Any) -> None:
-    config.addinivalue_line("markers", "peers: needs torch or JAX; runs with --peers only")
+    config.addinivalue_line("markers", "peers: needs torch, JAX or Dask; runs with --peers only")
     config.addinivalue_line("markers", "runtime(name): needs an inference runtime besides onnxruntime; runs with --runtimes only")
     if config.getoption("--peers"):
-        for library in PEERS:
-            importlib.import_module(library.namespace)
+        for row in SUPPORT.values():
+            if not row.gpu:
+                importlib.import_module(row.module)
     asked = config.getoption("--runtimes")
     config.missing_runtimes = [name for name in _OTHERS if not _is_installed(name)] if asked else []
     config.asked_runtimes = set(_OTHERS) - set(config.missing_runtimes) if asked == "installed" else set(filter(None, asked.split(",")))
@@ -105,15 +128,17 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    if "library" in metafunc.fixturenames:
+    """`library` is every library, `eager` each that computes at once."""
+    for fixture in {"library", "eager"} & {*metafunc.fixturenames}:
         each = "dtype_of_library" in metafunc.fixturenames
         rows = []
-        for row in (*ALWAYS, *PEERS):
-            marks = [pytest.mark.peers] if row in PEERS else []
+        for row in LIBRARIES.values():
+            if fixture == "eager" and row.support.lazy:
+                continue
             for dtype in row.dtypes if each else [None]:
                 values, name = ((row, dtype), f"{row.name}-{dtype}") if each else ((row,), row.name)
-                rows.append(pytest.param(*values, marks=marks, id=name))
-        metafunc.parametrize(("library", "dtype_of_library") if each else ("library",), rows)
+                rows.append(pytest.param(*values, marks=row.marks(), id=name))
+        metafunc.parametrize((fixture, "dtype_of_library") if each else (fixture,), rows)
 
 
 @pytest.fixture

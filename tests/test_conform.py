@@ -33,10 +33,9 @@ pytest_plugins = ["pytester"]
 # -- the promise -------------------------------------------------------------------------------------------------------------------------
 
 SUBJECTS = [
-    "numpy",
-    "numpy-definitions",
-    pytest.param("array_api_strict", marks=pytest.mark.slow),
-    *(pytest.param(name, marks=[pytest.mark.peers, pytest.mark.slow]) for name in ("torch", "jax")),
+    pytest.param(name, marks=[] if row.module == "numpy" else [pytest.mark.slow, *([] if row.always else [pytest.mark.peers])])
+    for name, row in conform.LIBRARIES.items()
+    if not row.gpu
 ]
 
 

@@ -26,12 +26,12 @@ from portnorm.arrays import without_kernels
 from portnorm.norm.normalize import Normalized, normalize
 from tests import test_libraries
 from tests.cases import COMBINATIONS, IMPLEMENTATIONS, LAYERS, OPS, PRESETS, OpCase, random_recurrent, random_state
-from tests.conftest import Library
+from tests.conftest import LIBRARIES
 from tests.cuda import fake_cupy
 from tests.processes import output_of
 from tests.tolerances import LARGE_MEAN, OPERATION, RECURRENT
 
-CUPY = Library("cupy", "array_api_compat.cupy", ("float16", "float32", "float64"))
+CUPY = LIBRARIES["cupy"]
 SOURCES = Path(__file__).parent.parent / "backends" / "portnorm_backends" / "cuda"
 DTYPES: dict[str, Any] = {"float32": np.float32, "float64": np.float64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -245,11 +245,15 @@ def test_op(cupy: Any, case: OpCase, dtype: str, rng: np.random.Generator) -> No
     test_libraries.test_op(case, CUPY, dtype, rng)
 
 
+def test_the_row_of_the_library_is_true(cupy: Any) -> None:
+    test_libraries.test_the_row_of_a_library_is_true(CUPY)
+
+
 def test_what_no_kernel_takes_goes_to_the_definition(cupy: Any, rng: np.random.Generator) -> None:
     x, mask = cupy.asarray(rng.standard_normal((6, 8))), cupy.asarray(rng.uniform(size=(6, 8)) < 0.7)
     rows: dict[str, Any] = {"axes": (1,), "param_axes": (1,), "eps": 1e-5}
     assert type(normalize.forward(x, **rows)[1]) is kernel_residuals()[0]
-    for attrs in ({"mask": mask}, {"correction": 1}, {"eps_place": "std"}):
+    for attrs in ({"mask": mask}, {"correction": 1}, {"eps_place": "std"}, {"reduce": lambda a: a}):
         assert type(normalize.forward(x, **rows, **attrs)[1]) is Normalized
     assert type(normalize.forward(cupy.permute_dims(x, (1, 0)), **rows)[1]) is Normalized
     assert type(normalize.forward(x, axes=(0,), param_axes=(1,), eps=1e-5)[1]) is Normalized  # channels in float64
@@ -346,8 +350,10 @@ def test_recurrent_sizes(cupy: Any, cell: str, norm: str | None, size: Size, dty
 def test_scan_is_taken_by_its_kernel(cupy: Any, rng: np.random.Generator) -> None:
     from portnorm.scan import ScanResiduals
 
-    for norm, taken in (("layer", True), ("batch", True), ("tf-contrib-peephole", False), ("kiros-torch", False)):
-        layer = pn.LSTM(3, 4, norm=norm, xp=CUPY.xp, rng=0)
+    rows = (("layer", True), ("batch", True), ("tf-contrib-peephole", False), ("kiros-torch", False), ("batch", False))
+    for norm, taken in rows:
+        parted = norm == "batch" and not taken
+        layer = pn.LSTM(3, 4, norm=norm, xp=CUPY.xp, rng=0, reduce=(lambda a: a) if parted else None)
         state, time = layer._placed(layer.buffers, layer._new(rng.standard_normal((5, 2, 3))), None)
         direction = next(iter(layer._places()))[2]
         params, buffers = ({n.replace("_l0", ""): a for n, a in group.items()} for group in (layer.params, layer.buffers))

@@ -10,7 +10,7 @@ import pytest
 
 import portnorm as pn
 from tests.processes import output_of
-from tests.tolerances import EXPORTED_TORCH
+from tests.tolerances import EXPORTED_TORCH, RECURRENT
 
 pytestmark = pytest.mark.peers
 
@@ -144,6 +144,40 @@ def test_a_layer_that_is_called_twice_and_its_states(tmp_path: Path) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=EXPORTED_TORCH, atol=EXPORTED_TORCH)
 
 
+def test_inputs_by_name(tmp_path: Path) -> None:
+    """In any order, with one that is left out, one that is no tensor, and one that is a state."""
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = pn.torch_module(pn.GRU(3, 4, norm="layer", rng=0))
+
+        def forward(self, x: Any, bias: Any = None, *, state: Any = None, lengths: Any = None, scale: float = 1.0) -> Any:
+            y, last = self.rnn(x, state, lengths=lengths)
+            return y * scale if bias is None else y * scale + bias, last
+
+    torch.manual_seed(0)
+    model, path = Model(), tmp_path / "m.onnx"
+    x, h, lengths = torch.randn(5, 2, 3), torch.randn(1, 2, 4), torch.tensor([5, 3])
+    kwargs = {"lengths": lengths, "scale": 2.0, "state": (h,)}
+    free = {"x": {0: "time", 1: "batch"}, "lengths": {0: "batch"}, "scale": None, "state": ({1: "batch"},)}
+    report = pn.export_torch(model, x, path, kwargs=kwargs, dynamic_shapes=free)
+    assert [i.name for i in report.model.graph.input] == ["x", "state_0", "lengths"]
+    assert len(report.trajectories) > 3
+    x, h, lengths = torch.randn(9, 3, 3), torch.randn(1, 3, 4), torch.tensor([9, 1, 4])
+    with torch.no_grad():
+        y, (last,) = model(x, lengths=lengths, state=(h,), scale=2.0)
+    for mine, theirs in zip(outputs(path, x, h, lengths), (y, last), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=EXPORTED_TORCH, atol=EXPORTED_TORCH)
+
+    alone = pn.export_torch(model, (), None, kwargs={"x": x, "scale": 0.5}, inputs=[((), {"x": x, "scale": 0.5}), ((x,), {"scale": 0.5})])
+    assert [i.name for i in alone.model.graph.input] == ["x"]
+    assert [c.case for c in alone.trajectories if c.case.startswith("x")] == ["x (9, 3, 3)"] * 2
+    with pytest.raises(pn.UnsupportedError, match=r"`args` and `kwargs` do not fit the model: .*'length'; its inputs are \(x: .*, lengths"):
+        pn.export_torch(model, x, None, kwargs={"length": lengths})
+
+
 def test_integers_a_mask_and_several_layers_in_a_row() -> None:
     import torch
 
@@ -186,6 +220,35 @@ def test_dtypes(dtype: str) -> None:
     x = torch.randn(2, 3).to(getattr(torch, dtype))
     report = pn.export_torch(model, x, None, dynamic_shapes=({0: "batch"},), target=target)
     assert outputs(report.model, x)[0].dtype == dtype
+
+
+def test_a_speech_model_in_float16(tmp_path: Path) -> None:
+    """With products of transposed arrays, torch's and ours, which onnxruntime's optimizations do not survive in float16 as they are."""
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv1d(3, 4, 3, padding=1), torch.nn.LayerNorm(4)
+            self.rnn = pn.torch_module(pn.LSTM(4, 5, norm="layer", batch_first=True, rng=0))
+            self.head = torch.nn.Linear(5, 2, bias=False)
+
+        def forward(self, x: Any, lengths: Any) -> Any:
+            y = torch.nn.functional.gelu(self.norm(self.conv(x).transpose(1, 2)))
+            return torch.softmax(self.head(self.rnn(y, lengths=lengths)[0].transpose(0, 1)), -1)
+
+    torch.manual_seed(0)
+    model = Model().half()
+    free = {"x": {0: "batch", 2: "time"}, "lengths": {0: "batch"}}
+    args = (torch.randn(2, 3, 9).half(), torch.tensor([9, 5]))
+    report = pn.export_torch(model, args, tmp_path / "m.onnx", dynamic_shapes=free)
+    assert {c.runtime for c in report.trajectories} == {"onnxruntime"}
+    x, lengths = torch.randn(4, 3, 17), torch.tensor([17, 3, 1, 9])
+    with torch.no_grad():
+        exact = model.double()(x.half().double(), lengths)
+    (y,) = outputs(tmp_path / "m.onnx", x.half(), lengths)
+    assert y.dtype == "float16"
+    np.testing.assert_allclose(y, exact, atol=RECURRENT["float16"])
 
 
 def test_a_module_of_portnorm_alone_with_lengths_that_are_fixed(tmp_path: Path) -> None:
@@ -291,8 +354,13 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
     x = torch.randn(2, 3)
     with pytest.raises(pn.UnsupportedError, match="`model` is a LayerNorm; expected a torch"):
         pn.export_torch(pn.LayerNorm(3), x, None)  # type: ignore[arg-type]
-    with pytest.raises(pn.UnsupportedError, match="bfloat16"):
-        pn.export_torch(torch.nn.Sequential(norm).bfloat16(), x.bfloat16(), None)
+    for given in ({"args": x.bfloat16()}, {"args": (), "kwargs": {"input": x.bfloat16()}}):
+        with pytest.raises(
+            pn.UnsupportedError, match=r"bfloat16; export model\.half\(\) or model\.float\(\), or a layer alone by portnorm\.export"
+        ):
+            pn.export_torch(torch.nn.Sequential(norm), path=None, **given)
+    with pytest.raises(pn.UnsupportedError, match="have bfloat16 arrays"):
+        pn.export_torch(torch.nn.Sequential(norm).bfloat16(), x, None)
     norm.float()
     with pytest.raises(pn.UnsupportedError, match="`target` 'tensorrt' does not compute in float64, the dtype of layer '0'"):
         pn.export_torch(torch.nn.Sequential(norm).double(), x.double(), None, target="tensorrt")

@@ -161,7 +161,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[pn.PortnormError], str]] = {
     "a library nobody registered": (
         lambda: pn.layer_norm(Unregistered()),
         pn.UnsupportedError,
-        r"`x` is a Unregistered; expected an array of .* numpy, cupy, torch or jax, or of one that the entry points of portnorm\.backends",
+        r"`x` is a Unregistered; expected an array of numpy, .*, cupy, or of a library that the entry points of portnorm\.backends",
     ),
     "a list": (lambda: pn.layer_norm([1.0, 2.0]), pn.UnsupportedError, r"`x` is a list; .* numpy\.asarray makes one"),
     "bfloat16 of NumPy": (

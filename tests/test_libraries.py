@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import portnorm as pn
-from portnorm.arrays import to_numpy
+from portnorm import arrays
+from portnorm.arrays import dtype_name, to_numpy, xp_of
 from tests.cases import IMPLEMENTATIONS, LAYERS, OPS, PRESETS, OpCase, random_recurrent, random_state
 from tests.conftest import Library
 from tests.tolerances import OPERATION, RECURRENT, relative
@@ -21,10 +23,17 @@ def converted(value: Any, library: Library, dtype: str) -> Any:
 
 
 def assert_same(result: Any, expected: Any, dtype: str, table: dict[str, float] = OPERATION) -> None:
-    result = to_numpy(result)
+    """`result`, an array of any library, has the values of `expected`, and the dtype where `expected` has float64."""
     if expected.dtype == np.float64:
-        assert result.dtype == np.dtype(dtype)
-    np.testing.assert_allclose(result.astype(np.float64), expected, **relative(dtype, table))
+        assert dtype_name(xp_of(result), result.dtype) == dtype
+    np.testing.assert_allclose(to_numpy(result).astype(np.float64), expected, **relative(dtype, table))
+
+
+def rounded(value: Any, dtype: str) -> Any:
+    """Floating values as `dtype` has them, in float64."""
+    if not isinstance(value, np.ndarray) or value.dtype != np.float64:
+        return value
+    return value.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).astype(np.float64)
 
 
 @pytest.mark.parametrize("case", OPS, ids=lambda case: case.name)
@@ -32,13 +41,10 @@ def test_op(case: OpCase, library: Library, dtype_of_library: str, rng: np.rando
     dtype = dtype_of_library
     # Rounded to the narrow type first, so that both sides see the same numbers; small means, since float16 cannot hold 30 ± 1e-3.
     arguments = [a - 30.0 if k == 0 and a.mean() > 20 else a for k, a in enumerate(case.arguments(rng))]
-    arguments = [a.astype(dtype).astype(np.float64) if isinstance(a, np.ndarray) and a.dtype == np.float64 else a for a in arguments]
-    keywords = {k: v - 30.0 if k == "mean" else v for k, v in case.keywords.items()}
-    keywords = {
-        k: v.astype(dtype).astype(np.float64) if isinstance(v, np.ndarray) and v.dtype == np.float64 else v for k, v in keywords.items()
-    }
+    arguments = [rounded(a, dtype) for a in arguments]
+    keywords = {k: rounded(v - 30.0 if k == "mean" else v, dtype) for k, v in case.keywords.items()}
     expected, expected_pullback = pn.vjp(case.op, *arguments, **keywords)
-    dy = rng.standard_normal(np.shape(expected)).astype(dtype).astype(np.float64)
+    dy = rounded(np.asarray(rng.standard_normal(np.shape(expected))), dtype)
     theirs = [converted(a, library, dtype) for a in arguments]
     y, pullback = pn.vjp(case.op, *theirs, **{k: converted(v, library, dtype) for k, v in keywords.items()})
     assert_same(y, np.asarray(expected), dtype)
@@ -52,19 +58,17 @@ def test_op(case: OpCase, library: Library, dtype_of_library: str, rng: np.rando
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cell", "norm"), [row for row in IMPLEMENTATIONS if row[1] != "fastrnns-decomposed"])
-def test_published_cell(cell: str, norm: str, library: Library, rng: np.random.Generator) -> None:
+def test_published_cell(cell: str, norm: str, eager: Library, rng: np.random.Generator) -> None:
     """In training where there is float64: in float32 the variance of the two sequences that are left can be as small as chance has it."""
-    test_recurrent(cell, norm, True, [5, 2, 3], library.dtypes[-1] == "float64", library, rng)
+    test_recurrent(cell, norm, True, [5, 2, 3], eager.dtypes[-1] == "float64", eager, rng)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("lengths", [None, [5, 2, 3]], ids=["whole", "ragged"])
 @pytest.mark.parametrize("both", [False, True], ids=["forward", "both directions"])
 @pytest.mark.parametrize(("cell", "norm"), PRESETS)
-def test_recurrent(
-    cell: str, norm: str | None, both: bool, lengths: Any, training: bool, library: Library, rng: np.random.Generator
-) -> None:
-    dtype = library.dtypes[-1]
+def test_recurrent(cell: str, norm: str | None, both: bool, lengths: Any, training: bool, eager: Library, rng: np.random.Generator) -> None:
+    library, dtype = eager, eager.dtypes[-1]
     reference = random_recurrent(cell, norm, rng, bidirectional=both)
     layer = LAYERS[cell](4, 3, norm=norm, t_max=4, bidirectional=both, xp=library.xp, dtype=dtype)
     layer.load_state_dict(reference.state_dict())
@@ -72,15 +76,20 @@ def test_recurrent(
     y, last, pullback = reference.vjp(x, state, lengths, training=training)
     dy = rng.standard_normal(y.shape)
     dx, dstate, grads = pullback(dy)
-    theirs = tuple(layer._new(s, integer=s.ndim == 0) for s in state)
-    their_y, their_last, their_pullback = layer.vjp(layer._new(x), theirs, lengths, training=training)
-    their_dx, their_dstate, their_grads = their_pullback(layer._new(dy))
-    for mine, other in zip((y, *last[:n], dx, *dstate), (their_y, *their_last[:n], their_dx, *their_dstate), strict=True):
+    theirs = tuple(library.array(s, dtype) if s.ndim else layer._new(s, integer=True) for s in state)
+    their_y, their_last, their_pullback = layer.vjp(library.array(x, dtype), theirs, lengths, training=training)
+    their_dx, their_dstate, their_grads = their_pullback(library.array(dy, dtype))
+    expected = (y, *last[:n], dx, *dstate, *grads.values(), *reference.buffers.values())
+    found = (
+        their_y,
+        *their_last[:n],
+        their_dx,
+        *their_dstate,
+        *(their_grads[k] for k in grads),
+        *(layer.buffers[k] for k in reference.buffers),
+    )
+    for mine, other in zip(expected, library.values(found), strict=True):
         assert_same(other, mine, dtype, RECURRENT)
-    for name, gradient in grads.items():
-        assert_same(their_grads[name], gradient, dtype, RECURRENT)
-    for name, buffer in reference.buffers.items():
-        assert_same(layer.buffers[name], buffer, dtype, RECURRENT)
 
 
 @pytest.mark.parametrize(("cell", "norm"), PRESETS)
@@ -134,3 +143,14 @@ def test_clipping_keeps_the_direction_of_gradients_of_any_size(size: float, libr
     np.testing.assert_allclose(float(norm), size * np.linalg.norm(direction), rtol=1e-6)
     expected = size * direction * min(1.0, 0.5 / (size * np.linalg.norm(direction)))
     np.testing.assert_allclose(np.concatenate([to_numpy(clipped[n]) for n in ("w", "b")]), expected, rtol=1e-6)
+
+
+def test_the_row_of_a_library_is_true(library: Library) -> None:
+    """What is declared without importing the library, against the library; that `out=` is written to is tested in test_normalize.py."""
+    row, zeros = library.support, library.array(np.zeros(3))
+    found = arrays.library(zeros)
+    assert row.name == found.name
+    assert {*row.kernels} == {*found.kernels}
+    assert row.autodiff == (found.autodiff is not None)
+    assert row.lazy == (not found.is_concrete(zeros))
+    assert [d for d in ("float16", "bfloat16", "float32", "float64") if hasattr(library.xp, d)] == [*row.dtypes]

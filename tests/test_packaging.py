@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 import portnorm as pn
+from portnorm.libraries import SUPPORT
 from tests.processes import output_of
 
 ROOT = Path(__file__).parent.parent
@@ -89,7 +92,7 @@ except portnorm.MissingExtraError as error:
 
 def test_the_core_does_not_import_the_other_two_packages() -> None:
     """Arrows: portnorm_onnx → portnorm ← portnorm_backends. Only doors import them, on use."""
-    doors = {"__init__.py", "__main__.py", "arrays.py", "demo.py"}
+    doors = {"__init__.py", "__main__.py", "libraries.py", "demo.py"}
     for path in (ROOT / "portnorm").rglob("*.py"):
         text = path.read_text()
         for line in text.splitlines():
@@ -107,3 +110,13 @@ def test_numpy_is_not_called_on_user_arrays() -> None:
     for name in ("op.py", "scan.py", "recurrent.py", "statistics.py", "affine.py", "lookup.py", "losses.py", "optimizers.py"):
         lines = [line for line in (ROOT / "portnorm" / name).read_text().splitlines() if line.startswith(("import numpy", "from numpy"))]
         assert lines == [], name
+
+
+def test_every_array_library_comes_with_an_extra() -> None:
+    """The one that its row names, or, where it is to be installed by itself, those of the tests."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {name: " ".join(lines) for name, lines in project["optional-dependencies"].items()}
+    for row in SUPPORT.values():
+        where = [extras[row.extra]] if row.extra else [*project["dependencies"], extras["test"], extras["peers"]]
+        assert re.search(rf"(^| ){re.escape(row.package)}>=", " ".join(where)), row.name
+        assert row.always or row.gpu or row.package in extras["peers"], row.name

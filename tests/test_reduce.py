@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,142 @@ import pytest
 
 import portnorm as pn
 from benchmarks.readme import ROOT
-from tests.tolerances import relative
+from tests.cases import IMPLEMENTATIONS, LAYERS, PRESETS, random_recurrent, random_state
+from tests.processes import in_threads
+from tests.tolerances import RECURRENT, relative
 
 PARTS = 2
 
 
-WORKER = """
+class Meeting:
+    """Processes as threads: `total(k)` is the hook of the k-th, which waits until all have brought an array."""
+
+    def __init__(self, parties: int = PARTS):
+        self.barrier, self.brought, self.messages = threading.Barrier(parties, timeout=60), [None] * parties, [0] * parties
+
+    def total(self, k: int) -> Any:
+        def reduce(a: Any) -> Any:
+            self.brought[k] = a
+            self.messages[k] += 1
+            self.barrier.wait()
+            found = sum(self.brought[1:], start=self.brought[0])
+            self.barrier.wait()
+            return found
+
+        return reduce
+
+    def all(self, work: Any) -> list[Any]:
+        """`work(k, reduce)` of each; the first error of a thread is raised here."""
+        found: list[Any] = [None] * len(self.brought)
+
+        def run(k: int) -> None:
+            try:
+                found[k] = work(k, self.total(k))
+            except Exception as error:
+                found[k] = error
+
+        in_threads(run, len(found))
+        for result in found:
+            if isinstance(result, Exception):
+                raise result
+        return found
+
+
+BATCH_CELLS = [
+    (cell, name)
+    for table, rows in ((pn.VARIANTS, PRESETS), (pn.IMPLEMENTATIONS, IMPLEMENTATIONS))
+    for cell, name in rows
+    if table[cell][name].norm == "batch"
+]
+
+
+@pytest.mark.parametrize("lengths", [None, [2, 3, 5, 4, 1]], ids=["whole", "ragged"])
+@pytest.mark.parametrize(("cell", "norm"), BATCH_CELLS)
+def test_a_stack_in_parts_is_the_stack_on_the_whole_batch(cell: str, norm: str, lengths: Any, rng: np.random.Generator) -> None:
+    """Two layers, both directions, parts of two and three sequences, of which those of the first end before the others."""
+    whole = random_recurrent(cell, norm, rng, num_layers=2, bidirectional=True)
+    x, state, dy = rng.standard_normal((5, 5, 4)), random_state(whole, 5, rng), rng.standard_normal((5, 5, 6))
+    n = len(whole.cell.states)
+    start = whole.copy()
+
+    def work(k: int, reduce: Any) -> Any:
+        rows = slice(0, 2) if k == 0 else slice(2, None)
+        layer = start.copy()
+        layer.reduce = reduce
+        own = (*(s[:, rows, :] for s in state[:n]), *state[n:])
+        y, last, pullback = layer.vjp(x[:, rows, :], own, None if lengths is None else lengths[rows], training=True)
+        return (y, *last[:n]), pullback(dy[:, rows, :]), layer.buffers
+
+    (first, second), meeting = (found := Meeting()).all(work), found
+    assert meeting.messages[0] == meeting.messages[1] > 0
+    y, last, pullback = whole.vjp(x, state, lengths, training=True)
+    dx, dstate, grads = pullback(dy)
+    for mine, theirs in zip(
+        (y, *last[:n], dx, *dstate), zip(*((*p[0], p[1][0], *p[1][1]) for p in (first, second)), strict=True), strict=True
+    ):
+        np.testing.assert_allclose(np.concatenate(theirs, axis=1), mine, **relative("float64", RECURRENT))
+    for name, gradient in grads.items():
+        np.testing.assert_allclose(first[1][2][name] + second[1][2][name], gradient, **relative("float64", RECURRENT), err_msg=name)
+    for name, buffer in whole.buffers.items():
+        for part in (first, second):
+            np.testing.assert_allclose(part[2][name], buffer, **relative("float64", RECURRENT), err_msg=name)
+
+
+def test_a_sequence_in_each_process_is_enough(rng: np.random.Generator) -> None:
+    """One sequence has no statistics; two processes with one each have."""
+    x = rng.standard_normal((4, 2, 3))
+    layer = pn.LSTM(3, 2, norm="batch", dtype="float64", rng=0)
+    parts = Meeting().all(lambda k, reduce: _with(layer, reduce)(x[:, k : k + 1, :], training=True)[0])
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), layer(x, training=True)[0], **relative("float64", RECURRENT))
+
+
+def _with(layer: Any, reduce: Any) -> Any:
+    other = layer.copy()
+    other.reduce = reduce
+    return other
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "message"),
+    [
+        ((4, 5), (2, 2), r"has . steps, but 4.5 is the average of the 2 processes that `reduce` sums over; .* pad `x`, and give `lengths`"),
+        ((4, 4), (2, 0), r"`x` is empty in 1 of 2 processes"),
+    ],
+    ids=["steps", "empty"],
+)
+def test_parts_that_do_not_fit_are_an_error_in_every_process(steps: Any, batch: Any, message: str) -> None:
+    """And not a process that waits for messages of another."""
+    layer = pn.GRU(3, 2, norm="batch", rng=0)
+
+    def work(k: int, reduce: Any) -> str:
+        with pytest.raises(pn.ShapeError) as raised:
+            _with(layer, reduce)(np.zeros((steps[k], batch[k], 3), "float32"), training=True)
+        return str(raised.value)
+
+    for said in Meeting().all(work):
+        assert re.search(message, said)
+
+
+def test_reduce_is_for_training_and_stays_with_copies(rng: np.random.Generator) -> None:
+    asked: list[Any] = []
+
+    def reduce(a: Any) -> Any:
+        asked.append(a)
+        return a
+
+    for cell in LAYERS.values():
+        layer = cell(3, 2, norm="batch", rng=0, reduce=reduce)
+        x = rng.standard_normal((4, 2, 3)).astype("float32")
+        layer(x)
+        assert not asked
+        assert layer.to(dtype="float64").reduce is reduce
+        assert "reduce" not in layer.config
+        layer(x, training=True)
+        assert asked
+        asked.clear()
+
+
+PROCESS = """
 import sys
 from datetime import timedelta
 
@@ -33,6 +165,9 @@ def total(a):
     return a
 
 given = np.load(f"{place}/given.npz")
+"""
+
+NORM = """
 rows = slice(0, 5) if rank == 0 else slice(5, None)  # parts of different lengths
 x, dy, mask = (torch.tensor(given[name][rows]) for name in ("x", "dy", "mask"))
 w, b = torch.tensor(given["w"]), torch.tensor(given["b"])
@@ -50,9 +185,58 @@ for step in range(2):
 (out * dy).sum().backward()
 found |= {"layer y": out.detach(), "layer dx": x.grad, "layer dw": total(w.grad), "layer db": total(b.grad)}
 found |= {f"layer {name}": buffer for name, buffer in layer.buffers.items()}
+"""
+
+TRAINING = """
+rows = slice(0, 2) if rank == 0 else slice(2, None)
+found = {}
+for cell in (pn.LSTM, pn.GRU, pn.RNN):
+    recurrent = cell(3, 4, norm="batch", num_layers=2, t_max=4, xp=torch, dtype="float64", rng=0, reduce=total)
+    model = pn.Sequential(recurrent, pn.Linear(4, 2, xp=torch, dtype="float64", rng=1))
+    for x, dy, lengths in zip(given["x"], given["dy"], given["lengths"], strict=True):
+        for p in model.parameters().values():
+            p.requires_grad_()
+        y, _ = model(torch.tensor(x[:, rows]), lengths=torch.tensor(lengths[rows]), training=True)
+        (y * torch.tensor(dy[:, rows])).sum().backward()
+        model.assign({name: (p - 0.1 * total(p.grad)).detach() for name, p in model.parameters().items()})
+    found |= {f"{cell.__name__} {name}": a for name, a in model.state_dict().items()}
+"""
+
+END = """
 np.savez(f"{place}/found{rank}.npz", **{name: a.numpy() for name, a in found.items()})
 dist.destroy_process_group()
 """
+
+
+def found_by(code: str, given: dict[str, Any], place: Path) -> list[dict[str, Any]]:
+    """What each of the processes put into `found`."""
+    np.savez(place / "given.npz", **given)
+    commands = [[sys.executable, "-c", PROCESS + code + END, str(rank), str(place)] for rank in range(PARTS)]
+    workers = [subprocess.Popen(c, cwd=ROOT, env=dict(os.environ), stderr=subprocess.PIPE, text=True) for c in commands]
+    for worker in workers:
+        _, said = worker.communicate(timeout=120)
+        assert worker.returncode == 0, said
+    return [dict(np.load(place / f"found{rank}.npz")) for rank in range(PARTS)]
+
+
+@pytest.mark.peers
+def test_data_parallel_training_of_two_processes_is_training_of_one(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Five updates of stacks with torch.distributed and torch's autograd, against one process with NumPy."""
+    x, dy = rng.standard_normal((5, 6, 5, 3)), rng.standard_normal((5, 6, 5, 2))
+    lengths = np.concatenate([rng.integers(1, 5, (5, 2)), rng.integers(4, 7, (5, 3))], axis=1)
+    parts = found_by(TRAINING, {"x": x, "dy": dy, "lengths": lengths}, tmp_path)
+    for cell in (pn.LSTM, pn.GRU, pn.RNN):
+        recurrent = cell(3, 4, norm="batch", num_layers=2, t_max=4, dtype="float64", rng=0)
+        model = pn.Sequential(recurrent, pn.Linear(4, 2, dtype="float64", rng=1))
+        before = model.parameters()
+        for batch, cotangent, counts in zip(x, dy, lengths, strict=True):
+            _, _, pullback = model.vjp(batch, lengths=counts, training=True)
+            grads = pullback(cotangent)[2]
+            model.assign({name: p - 0.1 * grads[name] for name, p in model.parameters().items()})
+        assert not any(np.allclose(before[name], p) for name, p in model.parameters().items())
+        for name, whole in model.state_dict().items():
+            for part in parts:
+                np.testing.assert_allclose(part[f"{cell.__name__} {name}"], whole, rtol=1e-8, atol=1e-8, err_msg=name)
 
 
 @pytest.mark.peers
@@ -61,13 +245,7 @@ def test_two_processes_have_the_statistics_of_one(tmp_path: Path, rng: np.random
     x, dy = 1e4 + rng.standard_normal((12, 3)), rng.standard_normal((12, 3))
     x[:5] += 3.0
     w, b, mask = rng.uniform(0.5, 2.0, 3), rng.standard_normal(3), np.arange(12)[:, None] % 4 != 1
-    np.savez(tmp_path / "given.npz", x=x, dy=dy, w=w, b=b, mask=mask)
-    commands = [[sys.executable, "-c", WORKER, str(rank), str(tmp_path)] for rank in range(PARTS)]
-    workers = [subprocess.Popen(c, cwd=ROOT, env=dict(os.environ), stderr=subprocess.PIPE, text=True) for c in commands]
-    for worker in workers:
-        _, said = worker.communicate(timeout=120)
-        assert worker.returncode == 0, said
-    parts = [dict(np.load(tmp_path / f"found{rank}.npz")) for rank in range(PARTS)]
+    parts = found_by(NORM, {"x": x, "dy": dy, "w": w, "b": b, "mask": mask}, tmp_path)
 
     y, pullback = pn.vjp(pn.batch_norm, x, w, b, mask=mask)
     expected = dict(zip(("y", "dx", "dw", "db"), (y, *pullback(dy)), strict=True))
@@ -102,6 +280,41 @@ def test_the_hook_is_a_psum_under_jax(rng: np.random.Generator) -> None:
     expected, pullback = pn.vjp(pn.batch_norm, x.reshape(24, 3), w)
     np.testing.assert_allclose(np.asarray(y).reshape(24, 3), expected, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(np.asarray(dx).reshape(24, 3), pullback(dy.reshape(24, 3))[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("cell", LAYERS)
+def test_a_cell_under_psum(cell: str, rng: np.random.Generator) -> None:
+    """Parts along a mapped axis; JAX differentiates the layer as one function, whose vjp sums over the parts too."""
+    import jax
+    import jax.numpy as jnp
+
+    whole = random_recurrent(cell, "batch", rng)
+    layer = whole.to(xp="jax")
+    layer.reduce = lambda a: jax.lax.psum(a, "parts")
+    x, dy = rng.standard_normal((2, 5, 3, 4)), rng.standard_normal((2, 5, 3, 3))
+
+    def part(x: Any, dy: Any) -> Any:
+        def loss(params: Any, x: Any) -> Any:
+            y, _, buffers = layer.apply(params, layer.buffers, x, training=True)
+            return jnp.sum(y * dy), (y, buffers)
+
+        (_, kept), (grads, dx) = jax.value_and_grad(loss, (0, 1), has_aux=True)(layer.params, x)
+        return kept, dx, grads
+
+    (y, buffers), dx, grads = jax.jit(jax.vmap(part, axis_name="parts"))(jnp.asarray(x), jnp.asarray(dy))
+
+    def joined(a: Any) -> Any:
+        return np.concatenate(list(np.asarray(a)), axis=1)
+
+    expected, _, pullback = whole.vjp(joined(x), training=True)
+    their_dx, _, their_grads = pullback(joined(dy))
+    np.testing.assert_allclose(joined(y), expected, **relative("float64", RECURRENT))
+    np.testing.assert_allclose(joined(dx), their_dx, **relative("float64", RECURRENT))
+    for name, gradient in their_grads.items():
+        np.testing.assert_allclose(np.asarray(grads[name]).sum(0), gradient, **relative("float64", RECURRENT))
+    for name, buffer in whole.buffers.items():
+        np.testing.assert_allclose(np.asarray(buffers[name])[1], buffer, **relative("float64", RECURRENT))
 
 
 def test_one_process_is_the_whole(rng: np.random.Generator) -> None:

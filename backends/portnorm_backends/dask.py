@@ -1,7 +1,27 @@
-"""Dask: nothing is computed before it is asked for, so no value of an array can be looked at."""
+"""Dask: nothing is computed before it is asked for, so no value of an array can be looked at; a chunk is an array of NumPy."""
 
 from __future__ import annotations
 
-from portnorm.arrays import Library
+import dask.array
 
-LIBRARY = Library("dask", is_concrete=lambda x: False)
+from portnorm.arrays import Array, Kernel, Library
+from portnorm.scan import reverse_sequences
+
+
+def _reversed(x: Array, lengths: Array | None = None) -> Array:
+    """`portnorm.scan.reverse_sequences` with each sequence in one piece: Dask has no `take_along_axis`."""
+    if lengths is None:
+        return dask.array.flip(x, axis=0)
+    whole = x.rechunk({0: -1})
+    return dask.array.blockwise(_of_chunk, "tbf", whole, "tbf", lengths, "b", dtype=x.dtype, meta=whole._meta)
+
+
+def _of_chunk(x: Array, lengths: Array) -> Array:
+    return reverse_sequences(x, lengths)
+
+
+def _forward(x: Array, lengths: Array | None = None) -> tuple[Array, Array | None]:
+    return _reversed(x, lengths), lengths
+
+
+LIBRARY = Library("dask", kernels={"reverse_sequences": Kernel(_reversed, _forward)}, is_concrete=lambda x: False)

@@ -7,12 +7,13 @@ that the layer's own graph has. torch translates all the rest, and then the laye
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import onnx
@@ -25,7 +26,7 @@ from portnorm.arrays import leaves, mapped, to_numpy
 from portnorm.errors import ConformanceError, DTypeError, ExportError, PortnormError, UnsupportedError
 from portnorm.layers.layer import Layer, checked_call
 from portnorm_backends.torch_module import TorchModule
-from portnorm_onnx.build import Names
+from portnorm_onnx.build import Names, keep_transposed
 from portnorm_onnx.export import Shape, checked_opset, checked_path, trace
 from portnorm_onnx.report import Comparison, Outcome, Report
 from portnorm_onnx.runtimes import Session, runtime_of, session_of
@@ -47,6 +48,7 @@ def export_torch(
     args: Any,
     path: str | os.PathLike[str] | None,
     *,
+    kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     opset: int | None = None,
     target: str = "portable",
@@ -65,15 +67,16 @@ def export_torch(
     (`encoder.rnn.weight_hh_l0`). The rest is torch's own translation, to which `target` gives the opset only. The model is exported in
     evaluation mode and left in the mode that it had.
 
-    `args` is the tuple of example inputs, or the only one; `dynamic_shapes` says in the form of `torch.onnx.export` which lengths are free,
-    for example `{"x": {0: "time", 1: "batch"}}`; axes of one name have one length. `input_names` and `output_names` are those of the graph.
+    `args` is the tuple of example inputs, or the only one, and `kwargs` has those that the model is given by name; the graph has its inputs
+    in the order of the model's signature. `dynamic_shapes` says in the form of `torch.onnx.export` which lengths are free, for example
+    `{"x": {0: "time", 1: "batch"}}`; axes of one name have one length. `input_names` and `output_names` are those of the graph.
 
     Every layer's graph passes the two gates of `portnorm.verify`; the whole graph passes onnx's checker and strict shape inference, and in
     onnxruntime it is compared with the torch model on the example and with every free length at 1 and at two others, or on `inputs`, each a
-    tuple like `args`. Where those are not given, numbers are drawn from the example's, integers (batch,) that become a layer's `lengths`
-    follow the time axis, and what the model itself refuses is left out. The graph's distance to a float64 run of the model may be a small
-    multiple of torch's own. Only then the file appears; an existing one is replaced whole. Returns a `Report`; `path=None` writes nothing,
-    and the model is `report.model`. Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
+    tuple like `args`, or with `kwargs` a pair `(args, kwargs)`. Where those are not given, numbers are drawn from the example's, integers
+    (batch,) that become a layer's `lengths` follow the time axis, and what the model itself refuses is left out. The graph's distance to a
+    float64 run of the model may be a small multiple of torch's own. Only then the file appears; an existing one is replaced whole. Returns
+    a `Report`; `path=None` writes nothing, and the model is `report.model`. Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
 
     >>> import portnorm as pn
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), pn.torch_module(pn.LayerNorm(4)))
@@ -84,12 +87,16 @@ def export_torch(
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a torch.nn.Module")
     # torch takes one tensor in two places for one input.
-    example = pytree.tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else a, args if isinstance(args, tuple) else (args,))
+    example = pytree.tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else a, _given(model, args, kwargs))
     row = target_of(target)
     version = checked_opset(opset, row)
     checked_path(path)
     if any(a.dtype == torch.bfloat16 for a in (*model.state_dict().values(), *_tensors(example))):
-        raise UnsupportedError("`model` or `args` have bfloat16 arrays, in which onnxruntime cannot check a graph; convert them first")
+        raise UnsupportedError(
+            "`model` or its inputs have bfloat16 arrays, but onnxruntime's CPU, which checks the graph, has hardly an operator in "
+            "bfloat16; export model.half() or model.float(), or a layer alone by "
+            "portnorm.export(layer, path, dtype='bfloat16', target='openvino')"
+        )
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -102,6 +109,7 @@ def export_torch(
         parts = {call.name: call.inserted(recorder) for call in recorder.calls}
         proto = spliced(proto, DOMAIN, parts, inside=external_data is not True)
         without_traces(proto)
+        keep_transposed(proto)
         seconds = time.perf_counter() - started
         external = is_large(proto) if external_data is None else external_data
         with Draft(proto, path, external) as draft:
@@ -118,7 +126,8 @@ def export_torch(
             if inputs is None:
                 cases, refused = made.random(eager)
             else:
-                cases, refused = [made.given(item if isinstance(item, tuple) else (item,)) for item in inputs], []
+                pairs = (item if kwargs is not None else (item, None) for item in inputs)
+                cases, refused = [made.given(_given(model, *pair)) for pair in pairs], []
             if not cases:
                 raise UnsupportedError("`inputs` is empty; expected at least one, or nothing would be checked")
             report.trajectories += _compared(eager, session_of(runtime, draft.loadable()), runtime, cases)
@@ -129,6 +138,44 @@ def export_torch(
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+class Given(NamedTuple):
+    """What a model is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def _given(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any] | None) -> Given:
+    """A call of the model, its keywords in the order of its signature, as the graph has them."""
+    args, kwargs = args if isinstance(args, tuple) else (args,), kwargs or {}
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise UnsupportedError(f"`args` and `kwargs` do not fit the model: {error}; its inputs are {signature}") from None
+    known = [name for name in signature.parameters if name in kwargs]
+    return Given(args, {name: kwargs[name] for name in (*known, *(name for name in kwargs if name not in known))})
+
+
+def _free_axes(model: torch.nn.Module, example: Given, dynamic_shapes: Any) -> tuple[Any, ...] | None:
+    """What `dynamic_shapes` says of each tensor, in the order of the graph's inputs: torch counts numbers and `None` among these."""
+    if dynamic_shapes is None:
+        return None
+    bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
+
+    def of(value: Any, said: Any) -> Iterator[Any]:
+        if isinstance(value, torch.Tensor):
+            yield said
+        elif isinstance(value, tuple | list):
+            for k, item in enumerate(value):
+                yield from of(item, said[k] if said is not None else None)
+        elif isinstance(value, dict):
+            for k, (name, item) in enumerate(value.items()):
+                yield from of(item, said.get(name) if isinstance(said, dict) else said[k] if said is not None else None)
+
+    return tuple(of(dict(bound), dynamic_shapes))
 
 
 # -- from torch to a graph with nodes for the layers -----------------------------------------------------------------------------------
@@ -240,7 +287,7 @@ class _Recorder:
 
 def _translated(
     model: torch.nn.Module,
-    example: tuple[Any, ...],
+    example: Given,
     dynamic_shapes: Any,
     recorder: _Recorder,
     version: int,
@@ -257,11 +304,11 @@ def _translated(
         warnings.filterwarnings("ignore", message=r".*LeafSpec", category=FutureWarning)
         warnings.filterwarnings("ignore", message=r"# The axis name", category=UserWarning)
         try:
-            program = torch.export.export(model, example, dynamic_shapes=hints, strict=False)
+            program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=hints, strict=False)
             made = torch.onnx.export(
                 program,
                 dynamo=True,
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=_free_axes(model, example, dynamic_shapes),
                 opset_version=version,
                 input_names=input_names,
                 output_names=output_names,
@@ -292,7 +339,7 @@ class _Case:
     """Inputs of the model, and the same by the names of the graph."""
 
     title: str
-    args: tuple[Any, ...]
+    args: Given
     feed: dict[str, Any]
     steps: int
 
@@ -304,10 +351,10 @@ class _Eager:
         self.model = model
         self._double: torch.nn.Module | None = copy.deepcopy(model).double()
 
-    def __call__(self, args: tuple[Any, ...]) -> Arrays:
+    def __call__(self, args: Given) -> Arrays:
         return _outputs(self.model, args)
 
-    def exact(self, args: tuple[Any, ...]) -> Arrays | None:
+    def exact(self, args: Given) -> Arrays | None:
         """In float64; `None` for a model that makes numbers of another type by itself, which torch then refuses to mix."""
         if self._double is not None:
             wide = pytree.tree_map(lambda a: a.double() if _is_floating(a) else a, args)
@@ -319,11 +366,11 @@ class _Eager:
                 self._double = None
         return None
 
-    def rounded(self, args: tuple[Any, ...], seed: int) -> Arrays:
+    def rounded(self, args: Given, seed: int) -> Arrays:
         """With every parameter and input moved by at most one unit in the last place."""
         moved = {n: _nudged(a, seed) for n, a in (*self.model.named_parameters(), *self.model.named_buffers())}
         given = pytree.tree_map(lambda a: _nudged(a, seed) if _is_floating(a) else a, args)
-        return _outputs(lambda *a: torch.func.functional_call(self.model, moved, a), given)
+        return _outputs(lambda *a, **k: torch.func.functional_call(self.model, moved, a, k), given)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -338,10 +385,10 @@ def _nudged(a: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.as_tensor(nudged(to_numpy(a), seed), device=a.device)
 
 
-def _outputs(model: Callable[..., Any], args: tuple[Any, ...]) -> Arrays:
+def _outputs(model: Callable[..., Any], given: Given) -> Arrays:
     """The tensors that come out, in order."""
     with torch.no_grad():
-        return [to_numpy(a) for a in _tensors(model(*args))]
+        return [to_numpy(a) for a in _tensors(model(*given.args, **given.kwargs))]
 
 
 def _compared(eager: _Eager, session: Session, runtime: str, cases: Sequence[_Case]) -> list[Comparison]:
@@ -402,12 +449,12 @@ _LENGTHS: tuple[Callable[[int], int], ...] = (lambda k: 1, lambda k: 3 + 2 * k, 
 class _Cases:
     """Inputs of several lengths, made of the example."""
 
-    def __init__(self, program: torch.export.ExportedProgram, proto: onnx.ModelProto, example: tuple[Any, ...], calls: Sequence[_Call]):
+    def __init__(self, program: torch.export.ExportedProgram, proto: onnx.ModelProto, example: Given, calls: Sequence[_Call]):
         self.example = example
         self.names = [i.name for i in proto.graph.input]
         tensors = _tensors(example)
         if len(tensors) != len(self.names):
-            raise ExportError(f"the graph has the inputs {', '.join(self.names)}, but `args` has {len(tensors)} tensors")
+            raise ExportError(f"the graph has the inputs {', '.join(self.names)}, but `args` and `kwargs` have {len(tensors)} tensors")
         self.tensors = tensors
         self.types = [helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in proto.graph.input]
         self.dims = [[d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in proto.graph.input]
@@ -466,7 +513,7 @@ class _Cases:
                     found[by_node[n]] = names[0]
         return found
 
-    def given(self, args: tuple[Any, ...]) -> _Case:
+    def given(self, args: Given) -> _Case:
         """A case of these inputs."""
         tensors = _tensors(args)
         if len(tensors) != len(self.names):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import onnx
 from onnx import helper, numpy_helper
 
@@ -45,7 +46,36 @@ def build(
     model = helper.make_model(proto, opset_imports=opsets, producer_name="portnorm", ir_version=helper.find_min_ir_version_for(opsets))
     for label, values in {**graph.initializers, **(defaults or {})}.items():
         _put(model.graph.initializer.add(), label, values)
+    keep_transposed(model)
     return model
+
+
+def keep_transposed(proto: onnx.ModelProto) -> None:
+    """In a float16 graph, put a Reshape that changes nothing between every Transpose of three axes or more and a MatMul that reads it.
+
+    onnxruntime's CPU (1.24 to 1.31, x86-64) casts float16 products to float32, moves that Cast before the Transpose, and then ends the
+    process by reading a node that has no operator: https://github.com/microsoft/onnxruntime/issues/28392.
+    """
+    graph = proto.graph
+    types = {*(t.data_type for t in graph.initializer), *(i.type.tensor_type.elem_type for i in graph.input)}
+    if onnx.TensorProto.FLOAT16 not in types:
+        return
+    ranks = {n.output[0]: len(helper.get_node_attr_value(n, "perm")) for n in graph.node if n.op_type == "Transpose" and n.attribute}
+    nodes, kept = [], set()
+    for n in graph.node:
+        for k, name in enumerate(n.input if n.op_type == "MatMul" else ()):
+            if ranks.get(name, 0) < 3:
+                continue
+            if name not in kept:
+                kept.add(name)
+                _put(graph.initializer.add(), f"{name}_lengths", numpy.zeros(ranks[name], numpy.int64))
+                nodes.append(helper.make_node("Reshape", [name, f"{name}_lengths"], [f"{name}_kept"], f"{name}_kept"))
+            n.input[k] = f"{name}_kept"
+        nodes.append(n)
+    if kept:
+        nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+        del graph.node[:]
+        graph.node.extend(nodes)
 
 
 def _put(tensor: onnx.TensorProto, name: str, values: NumPyArray) -> None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.slots import Slot, Slots
 from portnorm.cells.variants import Variant
+from portnorm.norm.normalize import Reduce
 from portnorm.scan import Params, State
 
 T = TypeVar("T")
@@ -35,6 +36,8 @@ class RecurrentCell:
 
     variant: Variant
     training: bool = False
+    reduce: Reduce | None = None
+    """The sum over all processes that have a part of the batch, for its statistics."""
 
     states: ClassVar[tuple[str, ...]]
     """Names of the states; the first is the output."""
@@ -91,13 +94,14 @@ class RecurrentCell:
         """The normalizer of the input term, which is outside the loop."""
         if "norm_ih" not in self.names():
             return None
-        return Slot(self.variant, self.partition("norm_ih"), self.training, self.variant.scale, self._is_shifted("norm_ih"))
+        scale, shift = self.variant.scale, self._is_shifted("norm_ih")
+        return Slot(self.variant, self.partition("norm_ih"), self.training, scale, shift, reduce=self.reduce)
 
     @once
     def slots(self) -> dict[str, Slot]:
         """The normalizers inside the loop, by the name of their slot."""
         found = {
-            name: Slot(self.variant, self.partition(name), self.training, self.scales(name), self._is_shifted(name))
+            name: Slot(self.variant, self.partition(name), self.training, self.scales(name), self._is_shifted(name), reduce=self.reduce)
             for name in self.names()
             if name != "norm_ih"
         }

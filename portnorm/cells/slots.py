@@ -9,7 +9,7 @@ from typing import Any
 
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.variants import Variant
-from portnorm.norm.normalize import Normalized, bessel, normalize
+from portnorm.norm.normalize import Normalized, Reduce, bessel, normalize
 from portnorm.scan import Params
 
 
@@ -19,7 +19,7 @@ class Slot:
 
     Layer and RMS: statistics of each row, apart for each part of the features; `partition` says how many gates each part has. Batch:
     statistics of each feature over the rows that are active when `training`, else given; over all steps too where the variant has them
-    by sequence. A slot that does not normalize only shifts.
+    by sequence. A slot that does not normalize only shifts. `reduce` sums over all processes that have a part of the batch.
     """
 
     variant: Variant
@@ -28,6 +28,7 @@ class Slot:
     scale: bool = True
     shift: bool = True
     normalizes: bool = True
+    reduce: Reduce | None = None
 
     def parameters(self) -> tuple[str, ...]:
         return (*(("weight",) if self.scale and self.normalizes else ()), *(("bias",) if self.shift else ()))
@@ -118,8 +119,10 @@ class Slot:
     def _attributes(self, ndim: int, by_step: bool) -> dict[str, Any]:
         """What the core is told, for an array of `ndim` before grouping, with the batch second to last."""
         v = self.variant
-        how = {"center": v.norm != "rms", "eps_place": v.eps_place, "correction": int(v.variance == "unbiased")}
+        how: dict[str, Any] = {"center": v.norm != "rms", "eps_place": v.eps_place, "correction": int(v.variance == "unbiased")}
         if self.is_batch:
+            if self.training and self.reduce is not None:
+                how["reduce"] = self.reduce
             return {"axes": self._batch_axes(ndim), "param_axes": (0, ndim - 1) if by_step else (ndim - 1,), **how}
         if self._equal_groups == 1:
             return {"axes": (ndim - 1,), "param_axes": (ndim - 1,), **how}

@@ -1,10 +1,9 @@
-"""The array libraries: how arrays of each are made, which types it has, and how it is installed."""
+"""The array libraries as they are measured."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,35 +11,17 @@ from typing import Any
 import numpy
 
 from portnorm.arrays import to_numpy, without_kernels
-from portnorm.errors import MissingExtraError
+from portnorm.libraries import SUPPORT, Support
 
 
 @dataclass(frozen=True)
-class Library:
-    """One array library."""
+class Library(Support):
+    """One array library, and how it is measured."""
 
-    name: str
-    module: str
-    package: str
-    dtypes: tuple[str, ...] = ("float32", "float64", "float16", "bfloat16")
     subnormals: bool = True
     """Whether numbers below the smallest normal one are kept; else they are 0, and cases of them are not measured."""
-    cells: bool = True
-    """Whether recurrent cells are measured: their steps one by one take an array library that computes at once."""
     context: Callable[[], Any] = contextlib.nullcontext
     """What a measurement runs in."""
-
-    def version(self) -> str:
-        """The installed version; raises `MissingExtraError` where there is none, or no device that it needs."""
-        try:
-            module = importlib.import_module(self.module)
-            if self.name == "cupy" and not module.cuda.runtime.getDeviceCount():
-                raise MissingExtraError("CuPy is installed but there is no CUDA device")
-        except MissingExtraError:
-            raise
-        except Exception as error:
-            raise MissingExtraError(f"{self.package} is not usable here: {error}") from None
-        return importlib.metadata.version(self.package)
 
     def array(self, values: Any, dtype: str) -> Any:
         """An array of float64 values in a type of the library."""
@@ -61,16 +42,20 @@ def _wide_jax() -> Any:
     return jax.enable_x64(True)
 
 
+def _of(row: Support, **how: Any) -> Library:
+    return Library(**{**vars(row), **how})
+
+
 LIBRARIES: dict[str, Library] = {
     row.name: row
     for row in (
-        Library("numpy", "numpy", "numpy", ("float32", "float64", "float16")),
-        Library("numpy-definitions", "numpy", "numpy", ("float32", "float64", "float16"), context=lambda: without_kernels(numpy.ndarray)),
-        Library("array_api_strict", "array_api_strict", "array-api-strict", ("float32", "float64")),
-        Library("torch", "torch", "torch"),
-        Library("jax", "jax.numpy", "jax", subnormals=False, context=_wide_jax),
-        Library("cupy", "cupy", "cupy", ("float32", "float64", "float16")),
-        Library("dask", "dask.array", "dask", ("float32", "float64"), cells=False),
+        _of(SUPPORT["numpy"]),
+        _of(SUPPORT["numpy"], name="numpy-definitions", context=lambda: without_kernels(numpy.ndarray)),
+        *(
+            _of(row, **({"subnormals": False, "context": _wide_jax} if name == "jax" else {}))
+            for name, row in SUPPORT.items()
+            if name != "numpy"
+        ),
     )
 }
-"""Array libraries by name."""
+"""Array libraries by name, and NumPy without its kernels."""

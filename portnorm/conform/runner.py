@@ -94,7 +94,7 @@ def measure(
         from portnorm.conform.recurrent import of_cells
 
         for name, version in installed.items():
-            if name in LIBRARIES and LIBRARIES[name].cells:
+            if name in LIBRARIES and not LIBRARIES[name].lazy:  # cells step by step take a library that computes at once
                 yield from of_cells(LIBRARIES[name], version, tuple(dtypes or DTYPES), progress)
             elif name not in LIBRARIES:
                 yield from conformance.of_cells(name, version, progress)

@@ -22,6 +22,7 @@ from portnorm.arrays import (
     load_dtype,
     load_namespace,
     namespace,
+    require_lengths,
     to_numpy,
     xp_of,
 )
@@ -275,6 +276,8 @@ def checked_call(
         raise UnsupportedError(f"`state` is given, but {type(layer).__name__} has none")
     own = next(iter(params.values()), None)
     xp = namespace(**({} if own is None else {"parameters": own}), x=x)
+    if layer.recurrent:
+        require_lengths(x=x)
     if layer.takes_integers:
         if not xp.isdtype(x.dtype, "integral"):
             raise DTypeError(f"`x` has dtype {x.dtype}; expected integers")

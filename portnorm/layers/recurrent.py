@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from portnorm.arrays import Array, DType, Namespace, device_of, namespace, xp_of
+from portnorm.arrays import Array, DType, Namespace, default_integer, device_of, is_concrete, namespace, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.gru import GRUCell
 from portnorm.cells.lstm import LSTMCell
@@ -17,6 +17,7 @@ from portnorm.cells.variants import Variant, variant_of
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import HIDDEN, Generator, generator, orthogonal, uniform
 from portnorm.layers.layer import Arrays, Layer
+from portnorm.norm.normalize import Reduce
 from portnorm.recurrent import Direction, RecurrentResiduals
 from portnorm.statistics import check_momentum
 
@@ -55,6 +56,8 @@ class Recurrent(Layer):
     torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal matrices and the
     variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden weights
     (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al. 2016).
+    `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
+    array over all of them, each of which calls with sequences of its own, padded to the same number of steps.
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
     """
 
@@ -77,6 +80,7 @@ class Recurrent(Layer):
         forget_bias: float | None = None,
         hidden_init: str | None = None,
         proj_size: int = 0,
+        reduce: Reduce | None = None,
         xp: Namespace | str | None = None,
         device: Any = None,
         dtype: DType = "float32",
@@ -97,6 +101,7 @@ class Recurrent(Layer):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.num_directions, self.output_size = 2 if bidirectional else 1, proj_size or hidden_size
         self.batch_first, self.keeps_time, self.t_max, self.momentum = batch_first, return_sequences, t_max, momentum
+        self.reduce = reduce
         self.timed = self.variant.timed
         if hidden_init not in (None, *HIDDEN):
             raise UnsupportedError(f"`hidden_init` is {hidden_init!r}; expected one of {', '.join(map(repr, HIDDEN))}, or None")
@@ -115,7 +120,8 @@ class Recurrent(Layer):
             sequences = self.keeps_time or layer < self.num_layers - 1
             for reverse in (False, True)[: self.num_directions]:
                 suffix = in_direction("", layer, reverse)
-                yield suffix, inputs, Direction(self.cell, self.variant, self.hidden_size, self.t_max, reverse, sequences, self.momentum)
+                how = (self.hidden_size, self.t_max, reverse, sequences, self.momentum, self.reduce)
+                yield suffix, inputs, Direction(self.cell, self.variant, *how)
 
     def _start_statistics(self) -> None:
         if self.variant.norm != "batch":
@@ -239,9 +245,26 @@ class Recurrent(Layer):
             order = "(batch, time, features)" if self.batch_first else "(time, batch, features)"
             raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected {order} with {self.input_size} features")
         batch, steps = x.shape[:2] if self.batch_first else (x.shape[1], x.shape[0])
-        if training and self.variant.norm == "batch" and batch == 1 and (self.timed or steps == 1):
+        if training and self.variant.norm == "batch" and self.reduce is not None:
+            self._check_parts(x, batch, steps, self.reduce)
+        elif training and self.variant.norm == "batch" and batch == 1 and (self.timed or steps == 1):
             what = "one sequence" if self.timed else "one frame"
             raise ShapeError(f"`x` {tuple(x.shape)} has {what}; batch normalization in training needs at least two")
+
+    def _check_parts(self, x: Array, batch: int, steps: int, reduce: Reduce) -> None:
+        """Raise `ShapeError`, in every process, unless each has sequences, of as many steps: else they would wait for ever."""
+        xp = xp_of(x)
+        told = reduce(xp.asarray([1, steps, steps * steps, int(batch == 0)], dtype=default_integer(xp), device=device_of(x)))
+        if not is_concrete(told):
+            return
+        processes, total, squares, empty = (int(n) for n in told)
+        if empty:
+            raise ShapeError(f"`x` is empty in {empty} of {processes} processes; expected a sequence in each that `reduce` sums over")
+        if processes * squares != total * total:
+            raise ShapeError(
+                f"`x` {tuple(x.shape)} has {steps} steps, but {total / processes:g} is the average of the {processes} processes that "
+                "`reduce` sums over; expected as many in each: pad `x`, and give `lengths`"
+            )
 
 
 class LSTM(Recurrent):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from portnorm.arrays import Array, require_floating
+from portnorm.arrays import Array, require_floating, require_lengths
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.norm.arguments import check_affine, check_out, checked_channel_axis, checked_eps, checked_mask, checked_namespace
 from portnorm.norm.normalize import Normalized, Reduce, normalize
@@ -49,6 +49,7 @@ def batch_norm(
            [ 1.,  1.]])
     """
     xp = checked_namespace(x, weight, bias, mean=mean, var=var, mask=mask)
+    require_lengths(x=x)
     require_floating(xp, mean=mean, var=var)
     channel = checked_channel_axis(x, channel_axis, 2)
     check_affine(x, (channel,), weight=weight, bias=bias, mean=mean, var=var)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from portnorm.arrays import Array, float32_value, xp_of
+from portnorm.arrays import Array, float32_value, require_lengths, xp_of
 from portnorm.errors import UnsupportedError
 from portnorm.norm.arguments import check_affine, checked_channel_axis, checked_namespace
 from portnorm.norm.batch import batch_norm
@@ -55,6 +55,7 @@ def batch_renorm(
            [1.]])
     """
     xp = checked_namespace(x, weight, bias, mean=mean, var=var, mask=mask)
+    require_lengths(x=x)
     if not r_max >= 1 or not d_max >= 0:
         raise UnsupportedError(f"`r_max` is {r_max} and `d_max` is {d_max}; expected at least 1 and 0")
     channel = checked_channel_axis(x, channel_axis, 2)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from portnorm.arrays import Array
+from portnorm.arrays import Array, require_lengths
 from portnorm.errors import ShapeError
 from portnorm.norm.arguments import check_affine, check_out, checked_channel_axis, checked_eps, checked_mask, checked_namespace
 from portnorm.norm.normalize import Axes, Normalized, normalize, written
@@ -41,6 +41,7 @@ def group_norm(
     array([[-1.,  1., -1.,  1.]])
     """
     xp = checked_namespace(x, weight, bias, mask=mask)
+    require_lengths(x=x)
     channel = checked_channel_axis(x, channel_axis, 2)
     channels = x.shape[channel]
     if channel == 0:
@@ -92,7 +93,7 @@ def _view(xp: Any, a: Array, shape: tuple[int, ...]) -> Array | None:
     """The same memory in another shape, or `None` where its layout does not allow that."""
     try:
         return xp.reshape(a, shape, copy=False)
-    except (ValueError, NotImplementedError):
+    except (ValueError, NotImplementedError, AttributeError):  # the last is Dask's, which has no views
         return None
 
 

@@ -98,7 +98,7 @@ def normalize(
         z = xp.where(mask, z, 0.0)
     if mean is not None and var is not None:
         residuals = _with_given(xp, z, mean, var, eps, eps_place)
-    elif any(x.shape[axis] == 0 for axis in axes):
+    elif 0 in x.shape:
         empty = xp.sum(z, axis=axes, keepdims=True)
         residuals = Normalized(z, empty, None, empty, empty, None, None, None)
     else:

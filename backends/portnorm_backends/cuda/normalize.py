@@ -79,14 +79,16 @@ def accepts(
     mean: Any = None,
     eps_place: str = "variance",
     correction: int = 0,
+    reduce: Any = None,
     **attrs: Any,
 ) -> bool:
-    """Contiguous values with their own biased variance: whole rows, or all axes but the one with the parameters.
+    """Contiguous values with their own biased variance: whole rows, or all axes but the one with the parameters; no parts in other
+    processes.
 
     float64 takes rows that fit into the registers of a block; a channel or a longer row is merged from parts in float64, which would
     gain nothing there.
     """
-    if mask is not None or mean is not None or correction or eps_place != "variance":
+    if mask is not None or mean is not None or reduce is not None or correction or eps_place != "variance":
         return False
     if type(x) is not cupy.ndarray or not x.size or x.dtype.name not in TYPES or not x.flags.c_contiguous:
         return False

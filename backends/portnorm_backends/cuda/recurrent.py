@@ -63,7 +63,15 @@ def accepts(
     if type(cell) not in _CELLS or not set(params) <= _PARAMETERS or not {"norm_hn", "norm_n"}.isdisjoint(cell.slots):
         return False
     v = cell.variant
-    if v.zoneout or v.peepholes or v.clip is not None or v.affine != "shared" or v.eps_place != "variance" or v.variance == "unbiased":
+    if (
+        cell.reduce is not None
+        or v.zoneout
+        or v.peepholes
+        or v.clip is not None
+        or v.affine != "shared"
+        or v.eps_place != "variance"
+        or v.variance == "unbiased"
+    ):
         return False
     if (isinstance(cell, GRUCell) and (v.reset != "after" or "norm_sum" in cell.slots)) or (v.norm == "batch" and v.cell == "state"):
         return False

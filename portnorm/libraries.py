@@ -1,0 +1,130 @@
+"""The array libraries: one row for each, which says what is true of it without importing it.
+
+Dispatch (`portnorm.arrays`), the tests, `portnorm conform` and the tables of the documents are all made of these rows. How a library does
+what its row says is in `portnorm_backends.<name>`, which is loaded when the first array of that library is seen, never before.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from portnorm.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from portnorm.arrays import Library
+
+
+@dataclass(frozen=True)
+class Support:
+    """One array library."""
+
+    name: str
+    """The root module of its arrays' types, by which `xp=` names it too."""
+    module: str
+    """The module of its functions."""
+    package: str
+    """What pip installs."""
+    dtypes: tuple[str, ...] = ("float16", "float32", "float64")
+    """The floating types in which every operation is tested, forward and backward; the last is the one that layers are tested in."""
+    extra: str | None = None
+    """The extra of portnorm that brings it; `None` where `package` has to be installed by itself."""
+    load: Callable[[], Library] | None = None
+    """Its `LIBRARY`; `None` where the definitions are all there is."""
+    kernels: tuple[str, ...] = ()
+    """The Ops that it computes in its own way, where it takes the arguments."""
+    autodiff: bool = False
+    """Whether its automatic differentiation takes the vjps of portnorm."""
+    lazy: bool = False
+    """Whether nothing is computed before it is asked for."""
+    out: bool = True
+    """Whether its arrays can be written to, as `out=` needs."""
+    gpu: bool = False
+    """Whether it needs a GPU, so that a test without one says that it was skipped."""
+    always: bool = False
+    """Whether it is there wherever the tests are; else they take it with `--peers`."""
+
+    def version(self) -> str:
+        """The installed version; raises `MissingExtraError` where there is none, or no device that it needs."""
+        try:
+            module = importlib.import_module(self.module)
+            if self.gpu and not module.cuda.runtime.getDeviceCount():
+                raise MissingExtraError(f"{self.name} is installed but there is no CUDA device")
+        except MissingExtraError:
+            raise
+        except Exception as error:
+            raise MissingExtraError(f"{self.name} is not usable here: {error}") from None
+        found = getattr(importlib.import_module(self.module.partition(".")[0]), "__version__", None)
+        if found is None:
+            from importlib.metadata import version  # slow to import
+
+            return version(self.package)
+        return str(found)
+
+    def remedy(self) -> str:
+        """What helps where it does not work."""
+        needs = "it needs an NVIDIA GPU, its driver and " if self.gpu else ""
+        what = self.package if self.extra is None else f'"portnorm[{self.extra}]"'
+        return f"{needs}pip install {what}; else use another library, such as numpy"
+
+
+def _numpy() -> Library:
+    from portnorm_backends.numpy import LIBRARY
+
+    return LIBRARY
+
+
+def _cupy() -> Library:
+    from portnorm_backends.cupy import LIBRARY
+
+    return LIBRARY
+
+
+def _jax() -> Library:
+    from portnorm_backends.jax import LIBRARY
+
+    return LIBRARY
+
+
+def _torch() -> Library:
+    from portnorm_backends.torch import LIBRARY
+
+    return LIBRARY
+
+
+def _dask() -> Library:
+    from portnorm_backends.dask import LIBRARY
+
+    return LIBRARY
+
+
+def _onnx() -> Library:
+    from portnorm_onnx.library import LIBRARY
+
+    return LIBRARY
+
+
+_EVERY = ("float16", "bfloat16", "float32", "float64")
+
+SUPPORT: dict[str, Support] = {
+    row.name: row
+    for row in (
+        Support("numpy", "numpy", "numpy", load=_numpy, kernels=("normalize", "scan", "linear", "layer_norm", "rms_norm"), always=True),
+        Support("array_api_strict", "array_api_strict", "array-api-strict", ("float32", "float64"), always=True),
+        Support("torch", "torch", "torch", _EVERY, "torch", _torch, ("sigmoid",), autodiff=True),
+        Support("jax", "jax.numpy", "jax", _EVERY, load=_jax, kernels=("loop",), autodiff=True, out=False),
+        Support("dask", "dask.array", "dask", ("float32", "float64"), load=_dask, kernels=("reverse_sequences",), lazy=True),
+        Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", load=_cupy, kernels=("normalize", "scan"), gpu=True),
+    )
+}
+"""Array libraries by name."""
+
+# Root module of an array's type -> its `LIBRARY`, or `None` where it has none. Others are found by the entry points of `portnorm.backends`.
+# Each is an import statement, which `torch.compile` can follow where the first array of all is in what it compiles.
+LOADERS: dict[str, Callable[[], Library] | None] = {
+    **{row.name: row.load for row in SUPPORT.values()},
+    "jaxlib": _jax,
+    "portnorm_onnx": _onnx,
+}
