@@ -17,7 +17,8 @@ import portnorm as pn
 from benchmarks.readme import ROOT
 from portnorm.arrays import leaves, library, without_kernels
 from portnorm.norm.normalize import Normalized, normalize
-from portnorm_backends import memory
+from portnorm_backends import memory, products, recurrent, threads
+from portnorm_backends import numpy as kernels
 from portnorm_backends.numpy import KernelResiduals
 from portnorm_backends.recurrent import LoopResiduals
 from tests.processes import in_threads, output_of
@@ -32,8 +33,8 @@ def test_the_kernels_are_there() -> None:
 
 
 @st.composite
-def calls(draw: Any) -> tuple[np.ndarray[Any, Any], dict[str, Any], bool]:
-    """An array, arguments of `normalize`, and whether a kernel takes them."""
+def calls(draw: Any) -> tuple[np.ndarray[Any, Any], dict[str, Any], bool | None]:
+    """An array, arguments of `normalize`, and whether a kernel takes them; `None` where that hangs on axes of one value."""
     shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=4)))
     first = draw(st.integers(0, len(shape) - 1))
     start = draw(st.integers(0, len(shape) - 1))
@@ -43,12 +44,14 @@ def calls(draw: Any) -> tuple[np.ndarray[Any, Any], dict[str, Any], bool]:
         axes, params = tuple(a for a in range(len(shape)) if a != first), (first,)
     elif len(shape) > 1 and draw(st.booleans()):
         axes = tuple(range(first + 1))
+    elif len(shape) > 2 and draw(st.booleans()):
+        axes, params = tuple(range(1 + first % (len(shape) - 2), len(shape) - 1)), (len(shape) - 1,)
     dtype = draw(st.sampled_from(["float32", "float64", "float16"]))
-    contiguous = draw(st.booleans()) or draw(st.booleans())
+    layout = draw(st.sampled_from(["whole", "whole", "rows apart", "strided"]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     mean = draw(st.sampled_from([0.0, 30.0, 1000.0]))
-    x = (mean + rng.standard_normal(shape if contiguous else (*shape[:-1], 2 * shape[-1]))).astype(dtype)
-    x = x if contiguous else x[..., ::2]
+    x = (mean + rng.standard_normal(shape if layout == "whole" else (*shape[:-1], 2 * shape[-1]))).astype(dtype)
+    x = {"whole": x, "rows apart": x[..., : shape[-1]], "strided": x[..., ::2]}[layout]
     attrs: dict[str, Any] = {"axes": axes, "param_axes": params, "eps": draw(st.sampled_from([1e-5, 0.1])), "center": draw(st.booleans())}
     masked = draw(st.booleans()) and draw(st.booleans())
     if masked:
@@ -58,13 +61,19 @@ def calls(draw: Any) -> tuple[np.ndarray[Any, Any], dict[str, Any], bool]:
         attrs[name] = rng.standard_normal(along).astype(dtype) if draw(st.booleans()) else None
     rows = axes == tuple(range(axes[0], len(shape))) and params[0] <= axes[0] <= params[-1] + 1
     channel = len(params) == 1 and sorted((*axes, *params)) == list(range(len(shape)))
-    plain = dtype != "float16" and not masked and x.flags.c_contiguous
-    return x, attrs, plain and (rows or channel)
+    steps = params == (len(shape) - 1,) and axes == tuple(range(axes[0], len(shape) - 1))
+    if dtype == "float16" or masked or not (rows or channel or steps):
+        return x, attrs, False
+    if x.flags.c_contiguous:
+        return x, attrs, True
+    if 1 in shape:
+        return x, attrs, None
+    return x, attrs, layout == "rows apart" and rows and axes == (len(shape) - 1,) and not channel
 
 
 @settings(max_examples=300, deadline=None)
 @given(calls())
-def test_normalize_is_what_its_definition_is(call: tuple[np.ndarray[Any, Any], dict[str, Any], bool]) -> None:
+def test_normalize_is_what_its_definition_is(call: tuple[np.ndarray[Any, Any], dict[str, Any], bool | None]) -> None:
     x, attrs, taken = call
     weight, bias = attrs.pop("weight"), attrs.pop("bias")
     dy = np.random.default_rng(0).standard_normal(x.shape).astype(x.dtype)
@@ -75,7 +84,7 @@ def test_normalize_is_what_its_definition_is(call: tuple[np.ndarray[Any, Any], d
         return y, normalize.vjp(residuals, dy, **attrs), type(residuals)
 
     found, cotangents, kind = both()
-    assert kind is (KernelResiduals if taken else Normalized)
+    assert taken is None or kind is (KernelResiduals if taken else Normalized)
     with without_kernels(np.ndarray):
         expected, expected_cotangents, own = both()
     assert own is Normalized
@@ -223,6 +232,74 @@ def test_sigmoid_and_tanh_are_within_four_units(name: str, dtype: Any) -> None:
     assert np.max(np.abs(y - exact)[normal] / np.spacing(np.abs(exact[normal]).astype(dtype))) <= 4
     evaluate(special, special)
     np.testing.assert_allclose(special, [np.nan, 1, -1 if name == "tanh" else 0], atol=1e-30)
+
+
+@pytest.mark.parametrize("make", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize("lengths", [None, [6, 0, 3, 1, 6, 5, 2, 2, 4, 6, 1]], ids=["whole", "ragged"])
+def test_threads_give_what_one_gives(
+    make: str, norm: str | None, lengths: Any, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Values bit by bit; sums over sequences in another order."""
+    layer, x = getattr(pn, make)(5, 7, norm=norm, rng=0), rng.standard_normal((6, 11, 5)).astype(np.float32)
+    monkeypatch.setattr(kernels, "_WORTH", 1)
+    expected = whole(layer, x, lengths, True)
+    ranges = parted(monkeypatch)
+    found = whole(layer, x, lengths, True)
+    assert [(0, 4), (4, 8), (8, 11)] in ranges
+    np.testing.assert_array_equal(found[0], expected[0])
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * max(1.0, float(np.max(np.abs(b), initial=0.0))))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_rows_in_threads(groups: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    x, w, dy = rng.standard_normal((11, 8, 6)), rng.standard_normal(8), rng.standard_normal((11, 8, 6))
+    own = np.ones(6)
+
+    def both() -> list[Any]:
+        y, pullback = pn.vjp(pn.group_norm, x, groups, w, w)
+        z, back = pn.vjp(pn.layer_norm, x, own, own)
+        return [
+            y,
+            *pullback(dy)[:1],
+            *pullback(dy)[2:],
+            z,
+            *back(dy),
+            pn.layer_norm(x, own, own),
+            pn.linear(x, np.ones((9, 6)), np.ones(9)),
+        ]
+
+    monkeypatch.setattr(kernels, "_WORTH", 1)
+    expected = both()
+    ranges = parted(monkeypatch)
+    for a, b in zip(both(), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    assert max(len(r) for r in ranges) == 3
+
+
+def test_what_a_thread_raises_is_raised() -> None:
+    def work(first: int, last: int) -> None:
+        if first:
+            raise ValueError(f"from {first} on")
+
+    with pytest.raises(ValueError, match="from 2 on"):
+        threads.each([(0, 2), (2, 4)], work)
+
+
+def parted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Let three threads pay for everything; the ranges that they get, as they come."""
+    ranges, parts = [], threads.parts
+
+    def seen(*args: Any) -> Any:
+        ranges.append(parts(*args))
+        return ranges[-1]
+
+    monkeypatch.setattr(threads, "_count", lambda: 3)
+    monkeypatch.setattr(threads, "parts", seen)
+    for module, name in ((recurrent, "_WORTH"), (products, "_WORTH"), (kernels, "_ROWS_WORTH")):
+        monkeypatch.setattr(module, name, 1)
+    return ranges
 
 
 # -- memory --------------------------------------------------------------------------------------------------------------------------------

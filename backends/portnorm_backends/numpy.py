@@ -16,7 +16,7 @@ from portnorm.arrays import Array, Kernel, Library, float32_value
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.normalize import normalize, written
 from portnorm.norm.rms import rms_norm
-from portnorm_backends import memory, recurrent
+from portnorm_backends import memory, recurrent, threads
 from portnorm_backends.recurrent import RANGE
 
 NumPyArray = numpy.ndarray[Any, Any]
@@ -159,9 +159,27 @@ def _forward_of_rows(
     shape = (math.prod(x.shape[param_axes[0] : first]), math.prod(x.shape[first:last]))
     kept = numpy.empty((rows.shape[0], 3), dtype=x.dtype)
     parameters = (_given(weight, x, shape), _given(bias, x, shape))
-    if not rowwise.forward(x.dtype)(rows, *parameters, eps, center, *RANGE[x.dtype], y.reshape(rows.shape), kept):
+    if not _each_row(rowwise.forward(x.dtype), rows, parameters, (eps, center, *RANGE[x.dtype]), y.reshape(rows.shape), kept, shape[0]):
         return None
     return KernelResiduals(x, kept, weight, bias, shape, None)
+
+
+_ROWS_WORTH = 2**20
+"""Values from which a thread pays: about half a millisecond."""
+
+
+def _each_row(kernel: Any, rows: NumPyArray, parameters: Any, how: tuple[Any, ...], y: NumPyArray, kept: NumPyArray, multiple: int) -> bool:
+    """The kernel over all rows, in threads where there are many; `kept` has a row for each or is not wanted."""
+    if rows.size < 2 * _ROWS_WORTH:
+        return bool(kernel(rows, *parameters, *how, y, kept))
+    fine = []
+
+    def some(a: int, b: int) -> None:
+        own = kept[a:b] if kept.shape[0] == rows.shape[0] else numpy.empty_like(kept)
+        fine.append(kernel(rows[a:b], *parameters, *how, y[a:b], own))
+
+    threads.each(threads.parts(rows.shape[0], rows.size / _ROWS_WORTH, multiple), some)
+    return all(fine)
 
 
 def _vjp_of_rows(
@@ -177,7 +195,20 @@ def _vjp_of_rows(
     dx, room = memory.room(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype)
     dweight, dbias = (numpy.zeros(shape if p is not None else (0, 0)) for p in (weight, bias))
     given = _given(dy, x, rows.shape) if given is None else given
-    _plain(dtype)[1](rows, given, _given(weight, x, shape), kept, center, room, dx, dweight, dbias)
+    backward, own = _plain(dtype)[1], _given(weight, x, shape)
+    ranges = threads.parts(rows.shape[0], rows.size / _ROWS_WORTH, shape[0])
+    if len(ranges) == 1:
+        backward(rows, given, own, kept, center, room, dx, dweight, dbias)
+    else:
+        found: list[tuple[NumPyArray, ...]] = []
+
+        def some(a: int, b: int) -> None:
+            shares = room.copy(), dweight.copy(), dbias.copy()
+            found.append(shares)
+            backward(rows[a:b], given[a:b], own, kept[a:b], center, shares[0], dx[a:b], *shares[1:])
+
+        threads.each(ranges, some)
+        dweight, dbias = (numpy.add.reduce([s[k] for s in found]) for k in (1, 2))
     dx = dx if rows is x else dx.reshape(x.shape)
     return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
@@ -264,7 +295,7 @@ def _last_axis(op: Any, center: bool) -> Kernel:
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         into = y if x.ndim == 2 else y.reshape(rows.shape)
-        if not kernel(rows, w, b, float32_value(eps), center, smallest, largest, into, numpy.empty((1, 3), x.dtype)):
+        if not _each_row(kernel, rows, (w, b), (float32_value(eps), center, smallest, largest), into, numpy.empty((1, 3), x.dtype), 1):
             return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps, out=out)[0]
         return y
 
@@ -273,7 +304,7 @@ def _last_axis(op: Any, center: bool) -> Kernel:
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         kept = numpy.empty((rows.shape[0], 3), x.dtype)
-        if not kernel(rows, w, b, float32_value(eps), center, smallest, largest, y.reshape(rows.shape), kept):
+        if not _each_row(kernel, rows, (w, b), (float32_value(eps), center, smallest, largest), y.reshape(rows.shape), kept, 1):
             return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps, out=out)
         return y, LastAxisResiduals(x, kept, weight, bias, (1, x.shape[-1]), None)
 

@@ -19,6 +19,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from portnorm_backends import threads
 from portnorm_backends.memory import aligned
 from portnorm_backends.rowwise import bare, compiled, copy, row_of
 from portnorm_backends.vectors import REGISTER, Memory, Vector, fused, mask_of, splat
@@ -31,6 +32,9 @@ _VECTORS = 2
 
 _PANEL = 2**15
 """Bytes of the part of a panel that is read again and again."""
+
+_WORTH = 2**25
+"""Multiplications from which a thread pays: half a millisecond."""
 
 _ROWS = 240
 """Rows of x that go through all panels before the next ones do."""
@@ -212,6 +216,7 @@ def pack(w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = Non
 
 def affine(x: numpy.ndarray[Any, Any], w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = None) -> numpy.ndarray[Any, Any]:
     """x · w + shift for contiguous x (m, k)."""
-    y = aligned((x.shape[0], w.shape[1]), x.dtype)
-    _for(x.dtype)[1](x, pack(w, shift), y)
+    y, packed, multiply = aligned((x.shape[0], w.shape[1]), x.dtype), pack(w, shift), _for(x.dtype)[1]
+    ranges = threads.parts(x.shape[0], x.shape[0] * w.size / _WORTH, _HIGHEST)
+    threads.each(ranges, lambda first, last: multiply(x[first:last], packed, y[first:last]))
     return y

@@ -19,7 +19,7 @@ from portnorm.cells.rnn import RNNCell
 from portnorm.cells.slots import Slot
 from portnorm.norm.normalize import bessel
 from portnorm.scan import Params, State, scan
-from portnorm_backends import memory
+from portnorm_backends import memory, threads
 
 NumPyArray = numpy.ndarray[Any, Any]
 
@@ -28,6 +28,12 @@ RANGE = {numpy.dtype("float32"): (1e-28, 1e32), numpy.dtype("float64"): (1e-280,
 
 _AT_ONCE = 2**31
 """Multiplications of hidden products in one compiled call, some tens of milliseconds, during which Python does not see an interrupt."""
+
+_WORTH = 2**27
+"""Multiplications from which a thread pays: a few milliseconds."""
+
+_TILE = 4
+"""Threads have whole multiples of so many sequences, which the product takes at once."""
 
 _SLOTS = {LSTMCell: ("norm_hh", "norm_sum", "norm_c"), GRUCell: ("norm_hh",), RNNCell: ("norm_hh", "norm_sum")}
 """The slots that each cell's kernels know."""
@@ -149,7 +155,7 @@ def _forward(
     gates, inner = (memory.room((kept, batch, n), dtype) for n in (features, size))
     c = _from(state[1], kept) if len(state) > 1 else None
     slots = tuple(_slot(cell, name, xs, params, batch, keep) for name in _SLOTS[type(cell)])
-    packed, room = pack(weights.T), steps.rooms(cell.gates, size, batch, dtype)
+    packed = pack(weights.T)
     run: Callable[..., bool]
     own: tuple[Any, ...]
     if type(cell) is LSTMCell:
@@ -158,15 +164,28 @@ def _forward(
         run, own = steps.gru_forward, (gates, inner, *slots)
     else:
         run, own = steps.rnn_forward, slots
-    fine, count = True, _steps_at_once(batch, weights)
-    for t in range(0, time, count):
-        fine &= run(t, min(t + count, time), packed, room, u, counts, a, h, y, *own)
-    if not fine:
+    ranges, count, fine = _ranges(time, batch, weights, slots), _steps_at_once(batch, weights), []
+
+    def through(first: int, last: int) -> None:
+        room = steps.rooms(cell.gates, size, batch, dtype)
+        for t in range(0, time, count):
+            fine.append(run(t, min(t + count, time), first, last, packed, room, u, counts, a, h, y, *own))
+
+    threads.each(ranges, through)
+    if not all(fine):
         return scan.definition(xs, state, params, cell=cell, lengths=lengths, sequences=sequences, keep=keep)
     last = (h[time % h.shape[0]].copy(), *(() if c is None else (c[time % c.shape[0]].copy(),)))
     hidden = () if not sequences else (h[1:],) if lengths is None else (y,)
     residuals = LoopResiduals(params, counts, h, c, gates, inner, slots) if keep else None
     return (last, (*hidden, *_statistics(cell, slots, counts, batch))), residuals
+
+
+def _ranges(time: int, batch: int, weights: NumPyArray, slots: tuple[Any, ...]) -> list[tuple[int, int]]:
+    """The sequences of each thread: all in one where statistics are taken over the batch."""
+    from portnorm_backends import steps
+
+    apart = all(slot.mode in (steps.NONE, steps.ROWS) for slot in slots)
+    return threads.parts(batch, time * batch * weights.size / _WORTH, _TILE) if apart else [(0, batch)]
 
 
 def _steps_at_once(batch: int, weights: NumPyArray) -> int:
@@ -210,23 +229,30 @@ def _vjp(
     back, dx = numpy.zeros(dh.shape, dtype=dtype), memory.room(gates.shape, dtype)
     apart = type(cell) is GRUCell or slots[0].mode != steps.NONE
     dhidden = memory.room(gates.shape, dtype) if apart else none
-    shares = tuple(steps.Shares(*numpy.zeros((2, s.weight.size)), *numpy.zeros((2, s.weight.size), dtype=dtype)) for s in slots)
-    run: Callable[..., None]
+    run: Any
     own: tuple[Any, ...]
+    further: tuple[Any, ...] = ()
     if type(cell) is LSTMCell:
-        run, own = steps.lstm_backward, (*dothers, c, gates, inner, *slots, *shares, dx, dhidden, cell.variant.cell == "copy")
+        run, own, further = steps.lstm_backward, (*dothers, c, gates, inner, *slots), (cell.variant.cell == "copy",)
     elif type(cell) is GRUCell:
-        run, own = steps.gru_backward, (h, gates, inner, *slots, *shares, dx, dhidden)
+        run, own = steps.gru_backward, (h, gates, inner, *slots)
     else:
-        run, own = steps.rnn_backward, (h, *slots, *shares, dx, dhidden)
-    over, room = dhidden if apart else dx, steps.rooms(cell.gates, dh.shape[1], batch, dtype)
-    packed, count = pack(weights), _steps_at_once(batch, weights)
-    for t in range(time, 0, -count):
-        run(t, max(t - count, 0), packed, room, given, counts, back, dh, *own)
+        run, own = steps.rnn_backward, (h, *slots)
+    packed, count, shares = pack(weights), _steps_at_once(batch, weights), []
+
+    def through(first: int, last: int) -> None:
+        room = steps.rooms(cell.gates, dh.shape[1], batch, dtype)
+        parts = tuple(steps.Shares(*numpy.zeros((2, s.weight.size)), *numpy.zeros((2, s.weight.size), dtype=dtype)) for s in slots)
+        shares.append(parts)
+        for t in range(time, 0, -count):
+            run(t, max(t - count, 0), first, last, packed, room, given, counts, back, dh, *own, *parts, dx, dhidden, *further)
+
+    threads.each(_ranges(time, batch, weights, slots), through)
     dh += back
-    found = {
-        f"{name}.{p}": d for name, s in zip(_SLOTS[type(cell)], shares, strict=True) for p, d in (("weight", s.dweight), ("bias", s.dbias))
-    }
+    found = {}
+    for name, parts in zip(_SLOTS[type(cell)], zip(*shares, strict=True), strict=True):
+        found[f"{name}.weight"], found[f"{name}.bias"] = (sum(getattr(s, d) for s in parts) for d in ("dweight", "dbias"))
+    over = dhidden if apart else dx
     return (dx, over, h[:-1]), (dh, *dothers), {name: found[name].astype(params[name].dtype) for name in cell.shared()}
 
 

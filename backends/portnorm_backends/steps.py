@@ -3,7 +3,8 @@
 The equations are those of `portnorm/cells`; here every row of the batch goes through a whole step before the next one does, in a few loops
 over its values (`vectors`), so that what one loop leaves is still in the nearest cache when the next one reads it. Each function goes from
 step `start` to before `stop` (backward: from `start` − 1 down to `stop`), with the hidden weights as `products.pack` lays them out, and
-leaves their product in `a` (`back`). Arrays of all steps have the time first; one that keeps fewer steps is used in turns.
+leaves their product in `a` (`back`), for the sequences `first` to before `last`, which are all where there are statistics over the batch.
+Arrays of all steps have the time first; one that keeps fewer steps is used in turns.
 """
 
 from __future__ import annotations
@@ -283,6 +284,8 @@ def _emitted(c: Vector, o: Vector) -> Two:
 def lstm_forward(
     start: int,
     stop: int,
+    first: int,
+    last: int,
     packed: Any,
     room: Any,
     u: Any,
@@ -306,15 +309,15 @@ def lstm_forward(
     y, c, gates, tanh_c = bare(y), bare(c), bare(gates), bare(tanh_c)
     hidden, total, cell = bare(hidden), bare(total), bare(cell)
     room = bare(room)
-    batch, size = h.shape[1], h.shape[2]
+    size = h.shape[2]
     z, row, narrow, raw, zeros, fine = room.z, room.row, room.narrow, room.states, room.zeros, True
     flat = row.reshape(4 * size)
     for t in range(start, stop):
         before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
         c_before, c_after = c[t % c.shape[0]], c[(t + 1) % c.shape[0]]
-        product(h[before], packed, a)
+        product(h[before, first:last], packed, a[first:last])
         fine &= _prepared(hidden, t, a, lengths, room.sums)
-        for b in range(batch):
+        for b in range(first, last):
             if not _runs(lengths, b, t):
                 continue
             fine &= _normalized(hidden, t, b, a[b], u[t, b], room.sums, z if total.mode == NONE else row)
@@ -325,7 +328,7 @@ def lstm_forward(
             _opened(size, (z[0], z[1], z[2], z[3], c_before[b]), (i, f, g, o, into))
         if cell.mode != NONE:
             fine &= _prepared(cell, t, c_after if copies else raw, lengths, narrow)
-        for b in range(batch):
+        for b in range(first, last):
             if not _runs(lengths, b, t):
                 copy(h[before, b], h[after, b])
                 copy(c_before[b], c_after[b])
@@ -356,15 +359,25 @@ def _into_gates(dc: Vector, i: Vector, f: Vector, g: Vector, before: Vector) -> 
 
 @compiled()
 def _back_to_hidden(
-    hidden: Any, hidden_shares: Any, total: Any, total_shares: Any, t: int, lengths: Any, dx: Any, dhidden: Any, room: Any, row: Any
+    first: int,
+    last: int,
+    hidden: Any,
+    hidden_shares: Any,
+    total: Any,
+    total_shares: Any,
+    t: int,
+    lengths: Any,
+    dx: Any,
+    dhidden: Any,
+    room: Any,
+    row: Any,
 ) -> None:
     """Through the slots of the sum and of the hidden term, from the cotangents of the sum's result in `dx` and `dhidden`.
 
     `dx` (batch, features) becomes the cotangent of the input term; `dhidden`, where it is another array, that of the hidden term.
     """
-    batch = dx.shape[0]
     if total.mode != NONE:
-        for b in range(batch):
+        for b in range(first, last):
             if _runs(lengths, b, t):
                 _collected(total, total_shares, t, b, dx[b])
                 _denormalized(total, t, b, dx[b], room, row)
@@ -372,12 +385,12 @@ def _back_to_hidden(
                 if dhidden.size:
                     copy(row, dhidden[b])
         _settled(total_shares)
-    for b in range(batch):
+    for b in range(first, last):
         if _runs(lengths, b, t):
             _collected(hidden, hidden_shares, t, b, dhidden[b] if dhidden.size else dx[b])
     if hidden.mode != NONE:
-        _counted(hidden, hidden_shares, t, lengths, batch, room)
-        for b in range(batch):
+        _counted(hidden, hidden_shares, t, lengths, dx.shape[0], room)
+        for b in range(first, last):
             if _runs(lengths, b, t):
                 _denormalized(hidden, t, b, dhidden[b], room, row)
                 copy(row, dhidden[b])
@@ -388,6 +401,8 @@ def _back_to_hidden(
 def lstm_backward(
     start: int,
     stop: int,
+    first: int,
+    last: int,
     packed: Any,
     room: Any,
     dy: Any,
@@ -420,7 +435,7 @@ def lstm_backward(
     batch, size = dh.shape
     sums, narrow, row, inside, small = room.sums, room.narrow, room.row.reshape(4 * size), room.states, room.small
     for t in range(start - 1, stop - 1, -1):
-        for b in range(batch):
+        for b in range(first, last):
             _add(size, (back[b], dh[b]), (dh[b],))
             if not _runs(lengths, b, t):
                 continue
@@ -434,7 +449,7 @@ def lstm_backward(
                 _collected(cell, cell_shares, t, b, inside[b] if copies else dc[b])
         if cell.mode != NONE:
             _counted(cell, cell_shares, t, lengths, batch, narrow)
-            for b in range(batch):
+            for b in range(first, last):
                 if not _runs(lengths, b, t):
                     continue
                 _denormalized(cell, t, b, inside[b] if copies else dc[b], narrow, small)
@@ -442,7 +457,7 @@ def lstm_backward(
                     fill(dc[b], 0)
                 _add(size, (small, dc[b]), (dc[b],))
             _settled(cell_shares)
-        for b in range(batch):
+        for b in range(first, last):
             d, gate = dx[t, b], gates[t, b]
             if _runs(lengths, b, t):
                 i, f, g = gate[:size], gate[size : 2 * size], gate[2 * size : 3 * size]
@@ -452,8 +467,9 @@ def lstm_backward(
             if dhidden.size:
                 copy(d, dhidden[t, b])
         over = dhidden[t] if dhidden.size else dhidden[:0].reshape((0, 4 * size))
-        _back_to_hidden(hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, sums, row)
-        product(dhidden[t] if dhidden.size else dx[t], packed, back)
+        _back_to_hidden(first, last, hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, sums, row)
+        source = dhidden[t] if dhidden.size else dx[t]
+        product(source[first:last], packed, back[first:last])
 
 
 # -- GRU -------------------------------------------------------------------------------------------------------------------------------
@@ -471,6 +487,8 @@ def _gru_step(u_r: Vector, u_z: Vector, u_n: Vector, r: Vector, z: Vector, reset
 def gru_forward(
     start: int,
     stop: int,
+    first: int,
+    last: int,
     packed: Any,
     room: Any,
     u: Any,
@@ -487,13 +505,13 @@ def gru_forward(
     y, gates, reset = bare(y), bare(gates), bare(reset)
     hidden = bare(hidden)
     room = bare(room)
-    batch, size = h.shape[1], h.shape[2]
+    size = h.shape[2]
     term, zeros, fine = room.row, room.zeros, True
     for t in range(start, stop):
         before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
-        product(h[before], packed, a)
+        product(h[before, first:last], packed, a[first:last])
         fine &= _prepared(hidden, t, a, lengths, room.sums)
-        for b in range(batch):
+        for b in range(first, last):
             if not _runs(lengths, b, t):
                 copy(h[before, b], h[after, b])
                 if y.size:
@@ -520,6 +538,8 @@ def _gru_cotangents(dh: Vector, r: Vector, z: Vector, n: Vector, reset: Vector, 
 def gru_backward(
     start: int,
     stop: int,
+    first: int,
+    last: int,
     packed: Any,
     room: Any,
     dy: Any,
@@ -543,7 +563,7 @@ def gru_backward(
     batch, size = dh.shape
     sums, row, two = room.sums, room.row.reshape(3 * size), 2 * size
     for t in range(start - 1, stop - 1, -1):
-        for b in range(batch):
+        for b in range(first, last):
             d, over, gate = dx[t, b], dhidden[t, b], gates[t, b]
             _add(size, (back[b], dh[b]), (dh[b],))
             if not _runs(lengths, b, t):
@@ -558,12 +578,13 @@ def gru_backward(
             _collected(hidden, shares, t, b, over)
         if hidden.mode != NONE:
             _counted(hidden, shares, t, lengths, batch, sums)
-            for b in range(batch):
+            for b in range(first, last):
                 if _runs(lengths, b, t):
                     _denormalized(hidden, t, b, dhidden[t, b], sums, row)
                     copy(row, dhidden[t, b])
         _settled(shares)
-        product(dhidden[t], packed, back)
+        source = dhidden[t]
+        product(source[first:last], packed, back[first:last])
 
 
 # -- RNN -------------------------------------------------------------------------------------------------------------------------------
@@ -581,21 +602,33 @@ def _through_tanh(dh: Vector, y: Vector) -> One:
 
 @compiled()
 def rnn_forward(
-    start: int, stop: int, packed: Any, room: Any, u: Any, lengths: Any, a: Any, h: Any, y: Any, hidden: Any, total: Any
+    start: int,
+    stop: int,
+    first: int,
+    last: int,
+    packed: Any,
+    room: Any,
+    u: Any,
+    lengths: Any,
+    a: Any,
+    h: Any,
+    y: Any,
+    hidden: Any,
+    total: Any,
 ) -> bool:
     """As `lstm_forward`."""
     packed, u, lengths, a, h = bare(packed), bare(u), bare(lengths), bare(a), bare(h)
     y = bare(y)
     hidden, total = bare(hidden), bare(total)
     room = bare(room)
-    batch, size = h.shape[1], h.shape[2]
+    size = h.shape[2]
     z, row, zeros, fine = room.z, room.row, room.zeros, True
     flat = row.reshape(size)
     for t in range(start, stop):
         before, after = t % h.shape[0], (t + 1) % h.shape[0]
-        product(h[before], packed, a)
+        product(h[before, first:last], packed, a[first:last])
         fine &= _prepared(hidden, t, a, lengths, room.sums)
-        for b in range(batch):
+        for b in range(first, last):
             if not _runs(lengths, b, t):
                 copy(h[before, b], h[after, b])
                 if y.size:
@@ -614,6 +647,8 @@ def rnn_forward(
 def rnn_backward(
     start: int,
     stop: int,
+    first: int,
+    last: int,
     packed: Any,
     room: Any,
     dy: Any,
@@ -634,10 +669,10 @@ def rnn_backward(
     hidden, total = bare(hidden), bare(total)
     hidden_shares, total_shares = bare(hidden_shares), bare(total_shares)
     room = bare(room)
-    batch, size = dh.shape
+    size = dh.shape[1]
     sums, row = room.sums, room.row.reshape(size)
     for t in range(start - 1, stop - 1, -1):
-        for b in range(batch):
+        for b in range(first, last):
             _add(size, (back[b], dh[b]), (dh[b],))
             if _runs(lengths, b, t):
                 if dy.size:
@@ -649,5 +684,6 @@ def rnn_backward(
             if dhidden.size:
                 copy(dx[t, b], dhidden[t, b])
         over = dhidden[t] if dhidden.size else dhidden[:0].reshape((0, size))
-        _back_to_hidden(hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, sums, row)
-        product(dhidden[t] if dhidden.size else dx[t], packed, back)
+        _back_to_hidden(first, last, hidden, hidden_shares, total, total_shares, t, lengths, dx[t], over, sums, row)
+        source = dhidden[t] if dhidden.size else dx[t]
+        product(source[first:last], packed, back[first:last])
