@@ -177,11 +177,16 @@ def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
         first = p * columns
         here = min(columns, count - first)
         if turned:
-            for near in range(0, length - 1, 64):
-                for j in range(here):
-                    row = row_of(w, first + j)
-                    for k in range(near, min(near + 64, length - 1)):
-                        packed[p, 1 + k, j] = row[k]
+            panel, whole = packed[p].reshape(length * columns), here // 4 * 4
+            for j in range(0, whole, 4):  # beside each other, for whole lines of the result
+                a, b, c, d = row_of(w, first + j), row_of(w, first + j + 1), row_of(w, first + j + 2), row_of(w, first + j + 3)
+                for k in range(length - 1):
+                    i = (1 + k) * columns + j
+                    panel[i], panel[i + 1], panel[i + 2], panel[i + 3] = a[k], b[k], c[k], d[k]
+            for j in range(whole, here):
+                row = row_of(w, first + j)
+                for k in range(length - 1):
+                    panel[(1 + k) * columns + j] = row[k]
         else:
             for k in range(length - 1):
                 copy(row_of(w, k)[first : first + here], packed[p, 1 + k])
@@ -205,7 +210,8 @@ def pack(w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = Non
     columns, dtype = _columns(w.itemsize), w.dtype
     packed = aligned((-(-w.shape[1] // columns), 1 + w.shape[0], columns), dtype)
     packed[:, 0] = 0
-    packed[-1] = 0
+    if w.shape[1] % columns:
+        packed[-1] = 0
     turned = w.strides[0] == w.itemsize and w.shape[0] > 1
     rows = w.T if turned else w
     if not rows.flags.aligned or rows.strides[1] != rows.itemsize:
