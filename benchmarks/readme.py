@@ -269,6 +269,19 @@ def speed_in_short() -> str:
     )
 
 
+def speed_best() -> str:
+    """One core: the fastest of our engines beside the fastest peer, and the ratio; on two cores the ratio."""
+    kept = _kept("speed")
+    two, rows = {row["work"]: bench.ratio(row) for row in kept.get("cores 2", [])}, []
+    for row in kept["cores 1"]:
+        own, peer, found = min(t["min"] for n, t in row["times"].items() if bench.ENGINES[n].own), bench.best_peer(row), bench.ratio(row)
+        if peer is not None and found is not None:
+            ratios = (found, *((two.get(row["work"]),) if two else ()))
+            shown = ("–" if r is None else f"{r:.2f}" for r in ratios)
+            rows.append((row["work"], _milliseconds(own), _milliseconds(peer[1]), peer[0], *shown))
+    return table(("work", "portnorm, ms", "fastest peer, ms", "which", "ratio", *(("on two cores",) if two else ())), rows)
+
+
 def growth() -> str:
     """How time and peak memory grow."""
     rows = []
@@ -281,6 +294,7 @@ def growth() -> str:
 TABLES = {
     "speed": speed,
     "speed_in_short": speed_in_short,
+    "speed_best": speed_best,
     "growth": growth,
     "targets": targets,
     "runtimes": runtimes,

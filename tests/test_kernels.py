@@ -212,7 +212,7 @@ def test_a_step_whose_squares_leave_the_type_goes_to_the_definition(rng: np.rand
 def test_sigmoid_and_tanh_are_within_four_units(name: str, dtype: Any) -> None:
     """Wherever the result is a normal number; NaN stays NaN, and nothing overflows."""
     from portnorm_backends import pointwise
-    from portnorm_backends.rowwise import compiled
+    from portnorm_backends.compiling import compiled
     from portnorm_backends.vectors import elementwise
 
     formula = getattr(pointwise, name)
@@ -300,6 +300,23 @@ def parted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for module, name in ((recurrent, "_WORTH"), (products, "_WORTH"), (kernels, "_ROWS_WORTH")):
         monkeypatch.setattr(module, name, 1)
     return ranges
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("columns", [1, 2, 4, 5, 40, 300])
+@pytest.mark.parametrize("outputs", [1, 33, 100])
+def test_products_of_packed_weights(dtype: Any, columns: int, outputs: int, rng: np.random.Generator) -> None:
+    """For every number of rows that tiles have, beside what is left over; weights of any layout, with a shift or none."""
+    w, shift = rng.standard_normal((columns, outputs)).astype(dtype), rng.standard_normal(outputs).astype(dtype)
+    tolerance = 4 * np.finfo(dtype).eps * columns**0.5
+    for rows in (1, 2, 3, 4, 5, 11, 12, 13, 27, 250):
+        x = rng.standard_normal((rows, columns)).astype(dtype)
+        x.flags.writeable = False
+        size = np.abs(x).astype(np.float64) @ np.abs(w) + np.abs(shift)
+        for laid in (w, np.asfortranarray(w), np.repeat(w, 2, axis=1)[:, ::2], unaligned(w)):
+            for own in (shift, None):
+                expected = x.astype(np.float64) @ w + (0 if own is None else own)
+                assert np.max(np.abs(products.affine(x, laid, own) - expected) / size) < tolerance
 
 
 # -- memory --------------------------------------------------------------------------------------------------------------------------------

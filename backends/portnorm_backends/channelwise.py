@@ -16,7 +16,8 @@ from typing import Any
 import numba
 import numpy
 
-from portnorm_backends.rowwise import bare, compiled, fill, guess, scaled, sums, sums_of_cotangents
+from portnorm_backends.compiling import bare, compiled, fill
+from portnorm_backends.rowwise import guess, scaled, sums, sums_of_cotangents
 from portnorm_backends.vectors import Vector, elementwise, fused
 
 _GROUP = 64

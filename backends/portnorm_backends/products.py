@@ -20,9 +20,9 @@ from numba import types
 from numba.extending import intrinsic
 
 from portnorm_backends import threads
+from portnorm_backends.compiling import bare, compiled, copy, row_of
 from portnorm_backends.memory import aligned
-from portnorm_backends.rowwise import bare, compiled, copy, row_of
-from portnorm_backends.vectors import REGISTER, Memory, Vector, fused, mask_of, splat
+from portnorm_backends.vectors import REGISTER, Memory, Vector, elementwise, fused, mask_of, splat
 
 _HEIGHTS = {64: (12, 8, 4), 32: (6, 4)}.get(REGISTER, (4,))
 """Rows of the tiles that fit into the registers of such a processor."""
@@ -35,6 +35,9 @@ _PANEL = 2**15
 
 _WORTH = 2**25
 """Multiplications from which a thread pays: half a millisecond."""
+
+_NARROW = 4
+"""Columns of x up to which the sums are not worth a tile."""
 
 _ROWS = 240
 """Rows of x that go through all panels before the next ones do."""
@@ -168,6 +171,20 @@ def _product(x: Any, packed: Any, y: Any) -> None:
 product = compiled()(_product)
 
 
+@elementwise
+def _line(w: Vector, x: Vector, before: Vector) -> tuple[Vector]:
+    return (fused(x, w, before),)
+
+
+def _narrow(x: Any, w: Any, shift: Any, y: Any) -> None:
+    """The same of so few columns of x that a tile would only be begun and ended: row by row. w (k, n), shift (n,)."""
+    x, w, shift, y = bare(x), bare(w), bare(shift), bare(y)
+    for i in range(x.shape[0]):
+        _line(shift.size, (w[0], x[i, 0], shift), (y[i],))
+        for k in range(1, w.shape[0]):
+            _line(shift.size, (w[k], x[i, k], y[i]), (y[i],))
+
+
 def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
     """`turned`: w is (n, k), of which each row becomes a column."""
     packed = bare(packed)
@@ -195,13 +212,15 @@ def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
 
 
 @functools.cache
-def _for(dtype: numpy.dtype[Any]) -> tuple[Any, Any]:
-    """`_fill_panels` and `_product` for one type of values."""
+def _for(dtype: numpy.dtype[Any]) -> tuple[Any, Any, Any]:
+    """`_fill_panels`, `_product` and `_narrow` for one type of values."""
     t = numba.from_dtype(dtype)
     w, shift, x = (types.Array(t, ndim, layout, readonly=True) for ndim, layout in ((2, "A"), (1, "C"), (2, "C")))
     packed, y = t[:, :, ::1], t[:, ::1]
-    return compiled(signatures=types.void(w, types.boolean, shift, packed))(_fill_panels), compiled(signatures=types.void(x, packed, y))(
-        _product
+    return (
+        compiled(signatures=types.void(w, types.boolean, shift, packed))(_fill_panels),
+        compiled(signatures=types.void(x, packed, y))(_product),
+        compiled(signatures=types.void(x, x, shift, y))(_narrow),
     )
 
 
@@ -222,7 +241,12 @@ def pack(w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = Non
 
 def affine(x: numpy.ndarray[Any, Any], w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = None) -> numpy.ndarray[Any, Any]:
     """x · w + shift for contiguous x (m, k)."""
-    y, packed, multiply = aligned((x.shape[0], w.shape[1]), x.dtype), pack(w, shift), _for(x.dtype)[1]
+    y, (_, multiply, narrow) = aligned((x.shape[0], w.shape[1]), x.dtype), _for(x.dtype)
+    if w.shape[0] <= _NARROW:
+        shift = numpy.zeros(w.shape[1], x.dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
+        narrow(x, numpy.require(w, requirements=["C", "A"]), shift, y)
+        return y
+    packed = pack(w, shift)
     ranges = threads.parts(x.shape[0], x.shape[0] * w.size / _WORTH, _HIGHEST)
     threads.each(ranges, lambda first, last: multiply(x[first:last], packed, y[first:last]))
     return y

@@ -13,18 +13,14 @@ in which squares keep their accuracy is reported.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy
-from numba.core import cgutils
-from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
+from portnorm_backends.compiling import bare, compiled, row_of
 from portnorm_backends.vectors import Vector, elementwise, fused, summed
 
 _BLOCK = 4096
@@ -35,76 +31,6 @@ _FIRST = 64
 
 GROUP = 32
 """Rows whose cotangents are summed before they are added to the other rows' in float64."""
-
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
-"""Stands in the name of what is kept on disk: numba looks at the file of a function only, not at those of the functions that it calls."""
-
-
-def compiled(*, signatures: Any = None) -> Callable[[F], F]:
-    """Decorator: compiled on the first call without the interpreter's lock, and kept on disk where there is a place for it."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-
-    def compile_(function: F) -> F:
-        function.__qualname__ = f"{function.__qualname__}_{_SOURCES}"
-        try:
-            made: F = numba.njit(signatures, cache=True, **options)(function)
-        except RuntimeError:  # no place on disk that can be written
-            made = numba.njit(signatures, **options)(function)
-        return made
-
-    return compile_
-
-
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def bare(typing: Any, x: Any) -> Any:
-    """An array, or the arrays of a tuple, without owner, for a call during which the owner lives.
-
-    Otherwise every slice counts a reference, atomically: it was half of the time of a recurrent step of 64 × 100.
-    """
-
-    def strip(context: Any, builder: Any, kind: Any, value: Any) -> Any:
-        if isinstance(kind, numba.types.Array):
-            array = context.make_array(kind)(context, builder, value)
-            array.meminfo, array.parent = (cgutils.get_null_value(pointer.type) for pointer in (array.meminfo, array.parent))
-            return array._getvalue()
-        if isinstance(kind, numba.types.BaseTuple):
-            for i, inner in enumerate(kind):
-                value = builder.insert_value(value, strip(context, builder, inner, builder.extract_value(value, i)), i)
-        return value
-
-    return x(x), lambda context, builder, signature, args: strip(context, builder, x, args[0])
-
-
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def row_of(typing: Any, x: Any, r: Any) -> Any:
-    """Row r of a matrix whose rows are contiguous but may lie apart, without owner."""
-    row = numba.types.Array(x.dtype, 1, "C", readonly=not x.mutable)
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        matrix, found = context.make_array(x)(context, builder, args[0]), context.make_array(row)(context, builder)
-        start = cgutils.pointer_add(builder, matrix.data, builder.mul(args[1], builder.extract_value(matrix.strides, 0)))
-        length, size = builder.extract_value(matrix.shape, 1), matrix.itemsize
-        populate_array(found, builder.bitcast(start, matrix.data.type), [length], [size], size, None)
-        return found._getvalue()
-
-    return row(x, numba.types.int64), generate
-
-
-@compiled()
-def fill(y: Any, value: Any) -> None:
-    """y[:] = value, in a fraction of the time that it takes to compile that; `copy` likewise."""
-    for i in range(y.size):
-        y[i] = value
-
-
-@compiled()
-def copy(x: Any, y: Any) -> None:
-    """y[:] = x."""
-    for i in range(x.size):
-        y[i] = x[i]
 
 
 @summed(1)

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy
 
+from portnorm_backends.compiling import bare, compiled, copy, fill
 from portnorm_backends.pointwise import sigmoid, tanh
 from portnorm_backends.products import product
-from portnorm_backends.rowwise import bare, compiled, copy, fill, statistics
+from portnorm_backends.rowwise import statistics
 from portnorm_backends.vectors import Vector, elementwise, fused, summed
 
 One = tuple[Vector]

@@ -1,6 +1,6 @@
 """Rows that do not know of each other, computed by several threads. They live for one call: a fork between calls finds none of them.
 
-As many as NumPy's BLAS would take: `OMP_NUM_THREADS`, else the processors that this process may use.
+As many as NumPy's BLAS would take: `OPENBLAS_NUM_THREADS` or `OMP_NUM_THREADS`, else the processors that this process may use.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 
 def _count() -> int:
-    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    given = (os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS", "")).partition(",")[0]
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(int(given), processors) if given.isdigit() and int(given) else processors
 
