@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 import threading
@@ -49,6 +50,7 @@ def _is_ours(found: Any) -> bool:
     return bool(found.data["dispatcher"].py_func.__module__.startswith("portnorm_backends."))
 
 
+@functools.cache  # once
 def _say() -> None:
     if sys.stderr is not None and sys.stderr.isatty():
         sys.stderr.write("portnorm compiles kernels; where the result can be kept, this is the only time\n")
