@@ -31,7 +31,7 @@ $(VENV)/.runtimes: $(VENV)/.test
 	@touch $@
 
 test-all: $(VENV)/.peers $(VENV)/.runtimes
-	$(BIN)/python -m pytest -n auto --peers --runtimes installed
+	$(BIN)/python -m pytest -n auto --peers --runtimes installed $(if $(MARKS),-m "$(MARKS)")
 
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 test-lowest: $(VENV)/.test
