@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -255,16 +256,25 @@ def speed() -> str:
     return table(("ms", *names, "ratio", *(("two cores",) if two else ()), "GB/s, GFLOP/s"), rows)
 
 
+def _mean(ratios: Iterable[float]) -> float:
+    """The geometric one."""
+    return math.exp(statistics.fmean(map(math.log, ratios)))
+
+
 def speed_in_short() -> str:
     """The machine, and the geometric mean of the ratios."""
     kept = _kept("speed")
-    ratios = [r for r in map(bench.ratio, kept["cores 1"]) if r is not None]
-    mean, above = math.exp(sum(map(math.log, ratios)) / len(ratios)), sum(r > 1.1 for r in ratios)
+    rows = kept["cores 1"]
+    ratios = [r for r in map(bench.ratio, rows) if r is not None]
+    above = sum(r > 1.1 for r in ratios)
+    turns = range(len(next(iter(rows[0]["times"].values()))["turns"]))
+    each = sorted(_mean(r for row in rows if (r := bench.ratio(row, turn)) is not None) for turn in turns)
     about = kept["machine"]
     versions = ", ".join(f"{name} {about[name]}" for name in ("numpy", "numba", "torch", "jax", "onnxruntime") if name in about)
     return (
         f"{about['processor']}, one core, float32, minimum of many runs ({versions}).\n"
-        f"Over {len(ratios)} works the geometric mean of the time over that of the fastest peer is {mean:.2f}; "
+        f"Over {len(ratios)} works the geometric mean of the time over that of the fastest peer is {_mean(ratios):.2f} "
+        f"({each[0]:.2f} to {each[-1]:.2f} in each of the {len(each)} turns alone); "
         f"{len(ratios) - above} ratios are at most 1.1, {above} above."
     )
 

@@ -106,8 +106,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("engines", nargs="*", help="only these engines (default: all that are installed)")
     bench.add_argument("--only", action="append", default=[], help="only works whose name has this in it (may be repeated: any of them)")
     bench.add_argument("--cores", type=int, default=1, help="cores and threads of each engine (default: 1)")
-    bench.add_argument("--seconds", type=float, default=0.5, help="time per work, engine and round (default: 0.5)")
-    bench.add_argument("--rounds", type=int, default=2, help="how often the engines take turns (default: 2)")
+    bench.add_argument("--seconds", type=float, default=0.1, help="time per work, engine and round (default: 0.1)")
+    bench.add_argument("--rounds", type=int, default=5, help="how often the engines take turns (default: 5)")
     conform = command("conform", _conform, "measure array libraries and runtimes against float64, one table of cases for all")
     conform.add_argument(
         "subjects", nargs="*", metavar="SUBJECT", help="libraries and runtimes, or `all` (default: libraries that are installed)"

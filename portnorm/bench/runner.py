@@ -1,4 +1,4 @@
-"""Starts each engine in a process of its own, pinned, and gathers times; in turns, so that a busy machine slows all alike."""
+"""Starts each engine in a process of its own, pinned; they take turns at each work, so that a busy machine slows all alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ from typing import Any
 from portnorm.bench.engines import ENGINES, FLOORS
 from portnorm.bench.works import Work
 from portnorm.errors import UnsupportedError
+
+Ask = Callable[[Work], dict[str, Any] | None]
+"""One turn of an engine at a work."""
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -24,55 +29,78 @@ def measure(
     engines: Iterable[str] | None = None,
     *,
     cores: int = 1,
-    seconds: float = 0.5,
-    rounds: int = 2,
+    seconds: float = 0.1,
+    rounds: int = 5,
     alone: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per work: `{"work", "shape", "backward", "times": {engine: {"min", "median", "runs", "error", "peak_kb"}}}`, in milliseconds.
+    """One row per work: `{"work", "what", "shape", "backward", "times": {engine: {"min", "turns", "median", "runs", "error", "peak_kb"}}}`.
 
-    Engines that are not installed are left out. Each gets `cores` cores and as many threads, and goes through all works `rounds` times, the
-    engines taking turns. `alone` gives every work a process of its own, whose peak memory is then that of the work. Raises
-    `UnsupportedError` for an engine that is not known and where a process ends early.
+    Times are in milliseconds; `turns` has the minimum of each turn. Engines that are not installed are left out. Each gets `cores` cores
+    and as many threads; at every work they take turns, `rounds` times `seconds`, and what is reported is of all turns. `alone` gives every
+    work new processes, whose peak memory is then that of the work. Raises `UnsupportedError` for an engine that is not known and where a
+    process ends early.
     """
     works, names = list(works), list(ENGINES if engines is None else engines)
     for name in names:
         if name not in ENGINES:
             raise UnsupportedError(f"`engines` has {name!r}; expected some of {', '.join(ENGINES)}")
-    rows: list[dict[str, Any]] = [
-        {"work": work.name, "what": work.what, "shape": list(work.shape), "backward": work.backward, "times": {}} for work in works
-    ]
-    parts = [[k] for k in range(len(works))] if alone else [list(range(len(works)))]
-    for turn in range(rounds):
-        for name in (name for name in names if ENGINES[name].is_there):
-            if progress is not None:
-                progress(f"round {turn + 1} of {rounds}: {name}")
-            for part in parts:
-                for k, found in zip(part, _run(name, [works[k] for k in part], cores, seconds), strict=True):
-                    if found is not None:
-                        before = rows[k]["times"].get(name)
-                        rows[k]["times"][name] = found if before is None or found["min"] < before["min"] else before
+    names = [name for name in names if ENGINES[name].is_there]
+    rows: list[dict[str, Any]] = []
+    for part in [[work] for work in works] if alone else [works]:
+        with ExitStack() as stack:
+            ask = {name: stack.enter_context(_engine(name, cores, seconds)) for name in names}
+            for work in part:
+                if progress is not None:
+                    progress(f"{len(rows) + 1} of {len(works)}: {work.name}")
+                found: dict[str, Any] = {}
+                for _ in range(rounds):
+                    for name in names:
+                        one = ask[name](work)
+                        if one is not None:
+                            found[name] = one
+                rows.append({"work": work.name, "what": work.what, "shape": list(work.shape), "backward": work.backward, "times": found})
     return rows
 
 
-def _run(name: str, works: list[Work], cores: int, seconds: float) -> list[dict[str, Any] | None]:
-    lines = "".join(json.dumps([work.what, work.shape, work.backward]) + "\n" for work in works)
+@contextmanager
+def _engine(name: str, cores: int, seconds: float) -> Iterator[Ask]:
+    """A process of one engine, and what asks it for a turn."""
     environment = {**os.environ, **dict.fromkeys(_THREADS, str(cores)), "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
     if cores == 1:
         environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     command = [sys.executable, "-m", "portnorm.bench.worker", name, str(seconds), str(cores)]
-    where = sorted(os.sched_getaffinity(0))[:cores] if hasattr(os, "sched_getaffinity") else None
-    before = None if where is None else os.sched_getaffinity(0)
-    try:
-        if where is not None:
-            os.sched_setaffinity(0, where)  # the child has what its parent had when it started
-        done = subprocess.run(command, input=lines, env=environment, capture_output=True, text=True, check=False)
-    finally:
-        if before is not None:
-            os.sched_setaffinity(0, before)
-    if done.returncode:
-        raise UnsupportedError(f"the process of {name} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            if before is not None:
+                os.sched_setaffinity(0, sorted(before)[:cores])  # the child has what its parent had when it started
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+        finally:
+            if before is not None:
+                os.sched_setaffinity(0, before)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        given, answers = process.stdin, process.stdout
+
+        def ask(work: Work) -> dict[str, Any] | None:
+            try:
+                given.write(json.dumps([work.what, work.shape, work.backward]) + "\n")
+                given.flush()
+            except BrokenPipeError:  # said below
+                pass
+            line = answers.readline()
+            if not line:
+                errors.seek(0)
+                raise UnsupportedError(f"the process of {name} ended with {process.wait()}: {errors.read().strip()[-2000:]}")
+            answer: dict[str, Any] | None = json.loads(line)
+            return answer
+
+        try:
+            yield ask
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def best_peer(row: dict[str, Any]) -> tuple[str, float] | None:
@@ -84,11 +112,11 @@ def best_peer(row: dict[str, Any]) -> tuple[str, float] | None:
     return name, peers[name]
 
 
-def ratio(row: dict[str, Any], own: str = "") -> float | None:
-    """The fastest of this library's engines, or the one named `own`, over the fastest peer; `None` where one of them is missing."""
-    mine = [t["min"] for name, t in row["times"].items() if ENGINES[name].own and own in ("", name)]
-    peer = best_peer(row)
-    return None if peer is None or not mine else min(mine) / peer[1]
+def ratio(row: dict[str, Any], turn: int | None = None) -> float | None:
+    """The fastest of this library's engines over the fastest peer, of all turns or of one; `None` where one of them is missing."""
+    times = {name: t["min"] if turn is None else t["turns"][turn] for name, t in row["times"].items() if name not in FLOORS}
+    own, peers = ([t for name, t in times.items() if ENGINES[name].own is mine] for mine in (True, False))
+    return min(own) / min(peers) if own and peers else None
 
 
 def laid_out(rows: list[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from portnorm.arrays import without_kernels
-from portnorm.bench.engines import ENGINES, FLOORS
+from portnorm.bench.engines import ENGINES, FLOORS, Run
 from portnorm.bench.works import NORMS, Work
 from portnorm.op import vjp
 
@@ -52,26 +52,47 @@ def peak_kilobytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def timed(name: str, work: Work, seconds: float) -> dict[str, Any] | None:
-    """Minimum and median, in milliseconds, of as many runs as fit into `seconds`, at least three; `None` where there is no such thing.
+class Turns:
+    """An engine at one work, which may come again.
 
-    Before that the same with few steps or rows is compared with float64. Raises `ArithmeticError` where it is 1e-3 of the largest off.
+    When it comes first, the same with few steps or rows is compared with float64. Raises `ArithmeticError` where it is 1e-3 of the largest
+    off.
     """
-    if ENGINES[name].make(work.shortened(), work.shortened().data()) is None:
-        return None
-    error = None if name in FLOORS else difference(name, work.shortened())
-    if error is not None and not error < 1e-3:
-        raise ArithmeticError(f"{name} is {error:.1e} off in {work.name}")
-    run = ENGINES[name].make(work, work.data())
-    assert run is not None
-    run()
-    times: list[float] = []
-    until = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < until:
-        started = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - started) * 1e3)
-    return {"min": min(times), "median": statistics.median(times), "runs": len(times), "error": error, "peak_kb": peak_kilobytes()}
+
+    def __init__(self, name: str, work: Work) -> None:
+        self.work = work
+        self.run: Run | None = None
+        self.error: float | None = None
+        self.times: list[float] = []
+        self.best: list[float] = []
+        if ENGINES[name].make(work.shortened(), work.shortened().data()) is None:
+            return
+        self.error = None if name in FLOORS else difference(name, work.shortened())
+        if self.error is not None and not self.error < 1e-3:
+            raise ArithmeticError(f"{name} is {self.error:.1e} off in {work.name}")
+        self.run = ENGINES[name].make(work, work.data())
+
+    def take(self, seconds: float) -> dict[str, Any] | None:
+        """Minimum and median of all runs so far, and the minimum of each turn, in milliseconds.
+
+        A turn has one run that is not counted, unless that is more than its time, and then as many as fit into `seconds`, at least one.
+        `None` where the engine has no such thing.
+        """
+        if self.run is None:
+            return None
+        if not self.times or self.times[-1] < seconds * 1e3:
+            self.run()
+        found: list[float] = []
+        until = time.perf_counter() + seconds
+        while not found or time.perf_counter() < until:
+            started = time.perf_counter()
+            self.run()
+            found.append((time.perf_counter() - started) * 1e3)
+        self.times += found
+        self.best.append(min(found))
+        best, middle = min(self.best), statistics.median(self.times)
+        about = {"runs": len(self.times), "error": self.error, "peak_kb": peak_kilobytes()}
+        return {"min": best, "turns": self.best, "median": middle, **about}
 
 
 def main() -> None:
@@ -81,9 +102,13 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(int(sys.argv[3]))
+    turns: Turns | None = None
     for line in sys.stdin:
         what, shape, backward = json.loads(line)
-        print(json.dumps(timed(name, Work(what, tuple(shape), backward), seconds)), flush=True)
+        work = Work(what, tuple(shape), backward)
+        if turns is None or turns.work != work:
+            turns = Turns(name, work)
+        print(json.dumps(turns.take(seconds)), flush=True)
 
 
 if __name__ == "__main__":
