@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from portnorm.affine import input_cotangent, linear, weight_cotangent
 from portnorm.arrays import Array, device_of, library, xp_of
 from portnorm.cells.cell import RecurrentCell
-from portnorm.cells.variants import Variant
 from portnorm.norm.normalize import Reduce
 from portnorm.norm.weight import weight_norm
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
@@ -40,14 +39,11 @@ class RecurrentResiduals(NamedTuple):
 class Direction:
     """One direction of a recurrent layer, as pure functions of its parameters, buffers and inputs."""
 
-    cell: type[RecurrentCell]
-    variant: Variant
+    cells: tuple[RecurrentCell, RecurrentCell]  # in inference and in training
     hidden_size: int
     t_max: int
     reverse: bool = False
     sequences: bool = True
-    momentum: float | None = 0.1
-    reduce: Reduce | None = None
 
     def forward(
         self,
@@ -60,6 +56,7 @@ class Direction:
         lengths: Array | None = None,
         training: bool = False,
         keep: bool = True,
+        momentum: float | None = 0.1,
     ) -> tuple[Array, State, Buffers, RecurrentResiduals]:
         """`(y, state, buffers, residuals)` for `x` (time, batch, inputs).
 
@@ -67,14 +64,14 @@ class Direction:
         this call (batch normalization only).
         """
         params, weights = _normalized_weights(params)
-        xp, by_batch = xp_of(x), self.variant.norm == "batch" and training
+        xp, by_batch = xp_of(x), self.cells[training].variant.norm == "batch" and training
         mask = sequence_mask(x, lengths) if lengths is not None and (keep or by_batch) else None
         if mask is not None:
             x = xp.where(mask, x, 0.0)
         if self.reverse:
             x = reverse_sequences(x, lengths)
         if keep or by_batch:
-            y, state, buffers, residuals = self._run(params, buffers, x, state, time, lengths, mask, training, keep)
+            y, state, buffers, residuals = self._run(params, buffers, x, state, time, lengths, mask, training, keep, momentum)
             residuals = residuals._replace(weights=weights)
         else:
             y, state, residuals = self._run_in_chunks(params, buffers, x, state, time, lengths, training)
@@ -109,12 +106,13 @@ class Direction:
         mask: Array | None,
         training: bool,
         keep: bool,
+        momentum: float | None = None,
     ) -> tuple[Array, State, Buffers, RecurrentResiduals]:
         """The input term and the loop, in the order of the steps."""
-        xp, cell = xp_of(x), self.cell(self.variant, training, self.reduce)
-        batch = self.variant.norm == "batch"
+        xp, cell = xp_of(x), self.cells[training]
+        batch, reduce = cell.variant.norm == "batch", cell.reduce
         given = at_steps(buffers, time, x) if batch and not training else {}
-        rows = None if self.variant.affine == "shared" else rows_of_steps(time, x, self.t_max)
+        rows = None if cell.variant.affine == "shared" else rows_of_steps(time, x, self.t_max)
         loop = self._loop_params(cell, params)
         steps = {**given, **{name: xp.take(loop.pop(name), rows, axis=0) for name in cell.stepwise()}}
         u, input_residuals, seen = self._input_term(cell, params, x, mask, given, rows)
@@ -125,14 +123,14 @@ class Direction:
         if batch and training and x.shape[0] != 0:
             tracked = [name for name, slot in cell.slots.items() if slot.normalizes]
             inside = dict(zip(tracked, zip(further[::2], further[1::2], strict=True), strict=True))
-            everywhere = lengths if lengths is None or self.reduce is None else _longest(x, lengths, self.reduce)
-            buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, everywhere, self.momentum)
+            everywhere = lengths if lengths is None or reduce is None else _longest(x, lengths, reduce)
+            buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, everywhere, momentum)
         return y, state, buffers, RecurrentResiduals(params, {}, x, lengths, rows, input_residuals, scanned)
 
     def vjp(self, residuals: RecurrentResiduals, dy: Array | None, dstate: State, *, training: bool = False) -> tuple[Array, State, Params]:
         """`(dx, dstate, dparams)` from the cotangents of `y` (or `None`) and of the last state."""
         params, weights, x, lengths, rows, _, scanned = residuals
-        cell = self.cell(self.variant, training, self.reduce)
+        cell = self.cells[training]
         if not self.sequences and dy is not None:
             dy, dstate = None, (dstate[0] + dy, *dstate[1:])
         if self.reverse and dy is not None:
@@ -205,7 +203,7 @@ class Direction:
             return None
         start, stop = (gate * self.hidden_size for gate in cell.portion(slot))
         terms = [params[n] if "." in n or stop - start == params[n].shape[-1] else params[n][start:stop] for n in cell.late_biases[slot]]
-        if self.variant.runtime_forget_bias and slot != "norm_hh":
+        if cell.variant.runtime_forget_bias and slot != "norm_hh":
             terms.append(self._forget_bias(cell, params["weight_hh"]))
         return _sum(terms)
 
@@ -228,7 +226,7 @@ class Direction:
     def _forget_bias(self, cell: RecurrentCell, weight: Array) -> Array:
         """(gates · hidden,): the constant in the slice of the forget gate, 0 elsewhere."""
         xp, place = xp_of(weight), {"dtype": weight.dtype, "device": device_of(weight)}
-        zeros, ones = xp.zeros(self.hidden_size, **place), xp.full(self.hidden_size, self.variant.runtime_forget_bias, **place)
+        zeros, ones = xp.zeros(self.hidden_size, **place), xp.full(self.hidden_size, cell.variant.runtime_forget_bias, **place)
         return xp.concat([ones if k == cell.forget_gate else zeros for k in range(cell.gates)])
 
     def _loop_params(self, cell: RecurrentCell, params: Params) -> Params:

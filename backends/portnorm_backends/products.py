@@ -17,6 +17,7 @@ import numba
 import numpy
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from portnorm_backends import threads
@@ -185,25 +186,58 @@ def _narrow(x: Any, w: Any, shift: Any, y: Any) -> None:
             _line(shift.size, (w[k], x[i, k], y[i]), (y[i],))
 
 
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _turn(typing: Any, w: Any, j: Any, k: Any, packed: Any, p: Any, column: Any) -> Any:
+    """w[j : j + lanes, k : k + lanes], turned, into the columns from `column` on of panel p: row by row of each pair of bits of the indices."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, (j, k), (p, column) = w.dtype.bitwidth // 8, args[1:3], args[4:]
+        source, target = (context.make_array(t)(context, builder, v) for t, v in ((w, args[0]), (packed, args[3])))
+        lanes, index = REGISTER // size, ir.IntType(64)
+        memory, many = Memory(builder, ir.VectorType(context.get_value_type(w.dtype), lanes), size), builder.mul
+
+        def n(number: int) -> Any:
+            return ir.Constant(index, number)
+
+        stride = builder.extract_value(source.strides, 0)
+        start = cgutils.pointer_add(builder, source.data, builder.add(many(j, stride), many(k, n(size))))
+        rows = [memory.load(memory.at(cgutils.pointer_add(builder, start, many(n(r), stride)), n(0))) for r in range(lanes)]
+        bit = 1
+        while bit < lanes:
+            low, high = (
+                ir.Constant(ir.VectorType(ir.IntType(32), lanes), [(lane & ~bit | own) + (lanes if lane & bit else 0) for lane in range(lanes)])
+                for own in (0, bit)
+            )
+            for r in (r for r in range(lanes) if not r & bit):
+                one, other = rows[r], rows[r | bit]
+                rows[r], rows[r | bit] = (builder.shuffle_vector(one, other, which) for which in (low, high))
+            bit *= 2
+        columns = _columns(size)
+        first = builder.add(many(p, many(builder.extract_value(target.shape, 1), n(columns))), column)
+        for r in range(lanes):
+            memory.store(rows[r], memory.at(target.data, builder.add(first, many(builder.add(k, n(1 + r)), n(columns)))))
+        return context.get_dummy_value()
+
+    return types.void(w, types.int64, types.int64, packed, types.int64, types.int64), generate
+
+
 def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
     """`turned`: w is (n, k), of which each row becomes a column."""
-    packed = bare(packed)
+    w, shift, packed = bare(w), bare(shift), bare(packed)
     panels, length, columns = packed.shape
-    count = w.shape[0] if turned else w.shape[1]
+    count, lanes = w.shape[0] if turned else w.shape[1], columns // _VECTORS
     for p in range(panels):
         first = p * columns
         here = min(columns, count - first)
         if turned:
-            panel, whole = packed[p].reshape(length * columns), here // 4 * 4
-            for j in range(0, whole, 4):  # beside each other, for whole lines of the result
-                a, b, c, d = row_of(w, first + j), row_of(w, first + j + 1), row_of(w, first + j + 2), row_of(w, first + j + 3)
-                for k in range(length - 1):
-                    i = (1 + k) * columns + j
-                    panel[i], panel[i + 1], panel[i + 2], panel[i + 3] = a[k], b[k], c[k], d[k]
-            for j in range(whole, here):
-                row = row_of(w, first + j)
-                for k in range(length - 1):
-                    panel[(1 + k) * columns + j] = row[k]
+            whole, depth = here // lanes * lanes, (length - 1) // lanes * lanes
+            for column in range(0, whole, lanes):
+                for k in range(0, depth, lanes):
+                    _turn(w, first + column, k, packed, p, column)
+            for column in range(here):
+                row = row_of(w, first + column)
+                for k in range(depth if column < whole else 0, length - 1):
+                    packed[p, 1 + k, column] = row[k]
         else:
             for k in range(length - 1):
                 copy(row_of(w, k)[first : first + here], packed[p, 1 + k])

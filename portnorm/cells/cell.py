@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.slots import Slot, Slots
 from portnorm.cells.variants import Variant
 from portnorm.norm.normalize import Reduce
 from portnorm.scan import Params, State
-
-T = TypeVar("T")
-
-
-class once(Generic[T]):  # noqa: N801  # a decorator
-    """A property that is computed when it is first read.
-
-    `functools.cached_property` takes a lock in Python 3.11, which `torch.compile` does not follow.
-    """
-
-    def __init__(self, compute: Callable[[Any], T]):
-        self.compute = compute
-
-    def __get__(self, owner: Any, _: type | None = None) -> T:
-        value = self.compute(owner)
-        object.__setattr__(owner, self.compute.__name__, value)
-        return value
 
 
 @dataclass(frozen=True)
@@ -38,6 +21,10 @@ class RecurrentCell:
     training: bool = False
     reduce: Reduce | None = None
     """The sum over all processes that have a part of the batch, for its statistics."""
+    late_biases: dict[str, tuple[str, ...]] = field(init=False, compare=False, repr=False)
+    """By the slot whose shift their sum is: the parameters that are added to the gates after normalization."""
+    slots: dict[str, Slot] = field(init=False, compare=False, repr=False)
+    """The normalizers inside the loop, by the name of their slot."""
 
     states: ClassVar[tuple[str, ...]]
     """Names of the states; the first is the output."""
@@ -49,6 +36,10 @@ class RecurrentCell:
     """Whether the output can be projected by `weight_hr`."""
     candidate: ClassVar[int]
     """Place of the candidate among the gates."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "late_biases", self._late_biases())
+        object.__setattr__(self, "slots", self._slots())
 
     @property
     def gates(self) -> int:
@@ -97,9 +88,7 @@ class RecurrentCell:
         scale, shift = self.variant.scale, self._is_shifted("norm_ih")
         return Slot(self.variant, self.partition("norm_ih"), self.training, scale, shift, reduce=self.reduce)
 
-    @once
-    def slots(self) -> dict[str, Slot]:
-        """The normalizers inside the loop, by the name of their slot."""
+    def _slots(self) -> dict[str, Slot]:
         found = {
             name: Slot(self.variant, self.partition(name), self.training, self.scales(name), self._is_shifted(name), reduce=self.reduce)
             for name in self.names()
@@ -115,13 +104,7 @@ class RecurrentCell:
 
     # -- biases --------------------------------------------------------------------------------------------------------------------
 
-    @once
-    def late_biases(self) -> dict[str, tuple[str, ...]]:
-        """By the slot whose shift their sum is: the parameters that are added to the gates after normalization."""
-        return self.biases_by_slot()
-
-    def biases_by_slot(self) -> dict[str, tuple[str, ...]]:
-        """What `late_biases` is, for a cell to say."""
+    def _late_biases(self) -> dict[str, tuple[str, ...]]:
         own = tuple(f"{slot}.bias" for slot in ("norm_ih", "norm_hh", "norm_sum") if slot in self.names() and self.shifts(slot))
         every = (*self.variant.biases, *own)
         if "norm_sum" in self.names():

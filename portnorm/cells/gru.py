@@ -77,9 +77,9 @@ class GRUCell(RecurrentCell):
     def shifts(self, slot: str) -> bool:
         return slot != "norm_hn" and super().shifts(slot)
 
-    def biases_by_slot(self) -> dict[str, tuple[str, ...]]:
+    def _late_biases(self) -> dict[str, tuple[str, ...]]:
         if not self._candidate_apart:
-            return super().biases_by_slot()
+            return super()._late_biases()
         slots = ("norm_sum", "norm_n")
         return {slot: (*self.variant.biases, *((f"{slot}.bias",) if self.shifts(slot) else ())) for slot in slots}
 

@@ -106,29 +106,39 @@ class Recurrent(Layer):
         if hidden_init not in (None, *HIDDEN):
             raise UnsupportedError(f"`hidden_init` is {hidden_init!r}; expected one of {', '.join(map(repr, HIDDEN))}, or None")
         random = generator(rng)
-        for suffix, inputs, _ in self._places():
-            values = _initial(self.cell(self.variant), inputs, hidden_size, t_max, Start(forget_bias, hidden_init, proj_size), random)
+        self._made: tuple[Any, tuple[tuple[str, int, Direction], ...]] | None = None
+        for suffix, inputs, direction in self._places():
+            values = _initial(direction.cells[0], inputs, hidden_size, t_max, Start(forget_bias, hidden_init, proj_size), random)
             self.params |= {_with(name, suffix): self._new(v) for name, v in values}
         self._start_statistics()
 
     # -- where things are ----------------------------------------------------------------------------------------------------------
 
-    def _places(self) -> Iterator[tuple[str, int, Direction]]:
-        """(suffix of the names, input features, direction) of every layer and direction, in the order of the state's first axis."""
+    def _places(self) -> tuple[tuple[str, int, Direction], ...]:
+        """(suffix of the names, input features, direction) of every layer and direction, in the order of the state's first axis.
+
+        Made when they are first asked for, and again when an attribute that they depend on was changed.
+        """
+        depends = self.t_max, self.keeps_time, self.reduce
+        if self._made is None or self._made[0] != depends:
+            self._made = depends, tuple(self._new_places())
+        return self._made[1]
+
+    def _new_places(self) -> Iterator[tuple[str, int, Direction]]:
+        cells = self.cell(self.variant, False, self.reduce), self.cell(self.variant, True, self.reduce)
         for layer in range(self.num_layers):
             inputs = self.input_size if layer == 0 else self.num_directions * self.output_size
             sequences = self.keeps_time or layer < self.num_layers - 1
             for reverse in (False, True)[: self.num_directions]:
                 suffix = in_direction("", layer, reverse)
-                how = (self.hidden_size, self.t_max, reverse, sequences, self.momentum, self.reduce)
-                yield suffix, inputs, Direction(self.cell, self.variant, *how)
+                yield suffix, inputs, Direction(cells, self.hidden_size, self.t_max, reverse, sequences)
 
     def _start_statistics(self) -> None:
         if self.variant.norm != "batch":
             return
         rows = (self.t_max,) if self.timed else ()
-        cell = self.cell(self.variant)
-        for suffix, _, _ in self._places():
+        for suffix, _, direction in self._places():
+            cell = direction.cells[0]
             for slot in cell.names():
                 shape = (*rows, cell.width(slot) * self.hidden_size)
                 self.buffers[f"{slot}{suffix}.running_mean"] = self._new(numpy.zeros(shape))
@@ -161,8 +171,9 @@ class Recurrent(Layer):
         states, time = state if isinstance(state, PlacedState) else self._placed(buffers, x, state)
         steps, residuals, last, new_buffers, directions = x.shape[0], [], [], {}, []
         for k, (suffix, _, direction) in enumerate(self._places()):
+            own, kept = _without(params, suffix), _without(buffers, suffix)
             y, after, buffered, residual = direction.forward(
-                _without(params, suffix), _without(buffers, suffix), x, states[k], time=time, lengths=lengths, training=training, keep=keep
+                own, kept, x, states[k], time=time, lengths=lengths, training=training, keep=keep, momentum=self.momentum
             )
             residuals.append(residual)
             last.append(after)
