@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
+from onnx import numpy_helper
 
 from portnorm.arrays import float32_value
 from portnorm.cells.cell import RecurrentCell
@@ -15,7 +16,7 @@ from portnorm.cells.rnn import RNNCell
 from portnorm.norm.normalize import standard_deviation
 from portnorm.scan import sequence_mask
 from portnorm_onnx.namespace import NAMESPACE
-from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, node, nodes
+from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, nodes
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,9 @@ def fused(
     )
     b = constant(numpy.concatenate([ordered(u.affine.shift), ordered(weights[1])])[None].astype(dtype))
     by_operator = lengths is not None and u.opset.target.fused_lengths
-    initial = [node("Unsqueeze", s, constant(numpy.array([0]))) for s in state]
-    inputs = [x, w, r, b, NAMESPACE.astype(lengths, "int32") if by_operator else None, *initial]
+    xp = NAMESPACE
+    initial = [None if _is_zero(s) else xp.expand_dims(s, axis=0) for s in state]
+    inputs = [x, w, r, b, xp.astype(lengths, "int32") if by_operator else None, *initial]
     attributes: dict[str, Any] = {"hidden_size": hidden}
     if operator.name == "GRU":
         attributes["linear_before_reset"] = int(cell.variant.reset == "after")
@@ -122,18 +124,22 @@ def fused(
         i, f, o = params["peephole"].constant
         inputs.append(constant(numpy.concatenate([i, o, f])[None].astype(dtype)))
     y, *last = nodes(operator.name, 1 + len(state), *inputs, **attributes)
-    xp, results = NAMESPACE, [_squeezed(y, 1), *(_squeezed(s, 0) for s in last)]
+    results = [xp.squeeze(y, axis=1), *(xp.squeeze(s, axis=0) for s in last)]
     if lengths is not None and not by_operator:
         every, at_end = results[0], lengths - 1
         index = xp.broadcast_to(xp.where(at_end > 0, at_end, 0)[None, :, None], (1, u.shape[1], hidden))
-        ends = _squeezed(xp.take_along_axis(every, index, axis=0), 0)
+        ends = xp.squeeze(xp.take_along_axis(every, index, axis=0), axis=0)
         results[1] = xp.where((lengths > 0)[:, None], ends, state[0])
         results[0] = xp.where(sequence_mask(every, lengths), every, 0.0)
     return tuple(results[1:]), (results[0],) if sequences else ()
 
 
-def _squeezed(x: SymbolicArray, axis: int) -> SymbolicArray:
-    return node("Squeeze", x, constant(numpy.array([axis])))
+def _is_zero(state: SymbolicArray) -> bool:
+    """Whether a state is the one that the operator starts from by itself."""
+    made = state.producer
+    if made is None or made.op_type != "ConstantOfShape":
+        return False
+    return not numpy_helper.to_array(made.attributes["value"]).any()
 
 
 fused.accepts = accepts  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ standard's functions. A later operator set is an earlier one with rows replaced.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat.numpy as known
@@ -86,7 +86,7 @@ def _getitem(x: SymbolicArray, key: Any) -> SymbolicArray:
     axis, result = 0, x
     for k in keys:
         if k is None:
-            result = node("Unsqueeze", result, _ints(axis))
+            result = _expand_dims(result, axis)
             axis += 1
         elif isinstance(k, int):
             result = node("Gather", result, constant(numpy.int64(k)), axis=axis)
@@ -127,7 +127,34 @@ def _expand_dims(x: SymbolicArray, axis: int) -> SymbolicArray:
     if x.rows_of is not None and axis % (x.ndim + 1) and x.opset is not None and x.opset.fold:
         table, rows = x.rows_of
         return table_rows(NAMESPACE.expand_dims(table, axis=axis), rows)
-    return node("Unsqueeze", x, _axes(axis))
+    whole = _before(x, axis, "Squeeze", "Gather")
+    return node("Unsqueeze", x, _axes(axis)) if whole is None else whole
+
+
+def _squeeze(x: SymbolicArray, axis: int) -> SymbolicArray:
+    whole = _before(x, axis, "Unsqueeze")
+    return node("Squeeze", x, _axes(axis)) if whole is None else whole
+
+
+def _before(x: SymbolicArray, axis: int, *op_types: str) -> SymbolicArray | None:
+    """What `x` was made of, where a node of these types did nothing but add or take away this one axis of length 1; else `None`."""
+    n = x.producer
+    if n is None or n.op_type not in op_types:
+        return None
+    source, which = n.inputs
+    assert source is not None
+    assert which is not None
+    if which.constant is None:
+        return None
+    if n.op_type == "Gather":
+        same = which.ndim == 0 and n.attributes["axis"] == axis and source.dims[axis] == 1
+    else:
+        same = which.constant.tolist() == [axis]
+    return source if same else None
+
+
+def _concat(arrays: Sequence[SymbolicArray], axis: int = 0) -> SymbolicArray:
+    return arrays[0] if len(arrays) == 1 else node("Concat", *arrays, axis=axis)
 
 
 def _split(x: SymbolicArray, parts: int | tuple[int, ...]) -> tuple[SymbolicArray, ...]:
@@ -202,10 +229,10 @@ _ARRAY_API: dict[str, Row] = {
     "flip": _flip,
     "take": _take,
     "take_along_axis": lambda x, indices, axis: node("GatherElements", x, indices, axis=axis),
-    "concat": lambda arrays, axis=0: node("Concat", *arrays, axis=axis),
-    "stack": lambda arrays, axis=0: node("Concat", *(node("Unsqueeze", a, _ints(axis)) for a in arrays), axis=axis),
+    "concat": _concat,
+    "stack": lambda arrays, axis=0: _concat([_expand_dims(a, axis) for a in arrays], axis),
     "expand_dims": _expand_dims,
-    "squeeze": lambda x, axis: node("Squeeze", x, _axes(axis)),
+    "squeeze": _squeeze,
     "permute_dims": lambda x, axes: node("Transpose", x, perm=list(axes)),
     "matrix_transpose": lambda x: node("Transpose", x, perm=[*range(x.ndim - 2), x.ndim - 1, x.ndim - 2]),
     "broadcast_to": lambda x, shape: nodes("Expand", 1, x, shape_vector(tuple(shape)), dims=dims_of(shape))[0],

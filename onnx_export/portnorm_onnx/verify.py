@@ -378,6 +378,8 @@ def with_states(graph: Graph) -> onnx.ModelProto:
             inner.output.append(entry[1])
             if plain:  # the operator's state has an axis for the direction
                 before.append(helper.make_node("Unsqueeze", [given, "states_axis"], [f"{given}_1"]))
+                while len(loop.input) <= _FIRST_STATE + i:
+                    loop.input.append("")
                 loop.input[_FIRST_STATE + i] = f"{given}_1"
                 place, change = 1 + i, helper.make_node("Squeeze", [f"{last}_1", "states_axis"], [last])
             else:
