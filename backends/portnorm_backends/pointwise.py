@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from portnorm_backends.vectors import Vector, fused
+from portnorm_backends.vectors import Vector, fused, reciprocal
 
 _SINGLE = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _DOUBLE = tuple(1.0 / math.factorial(n) for n in range(13, 1, -1))
@@ -35,11 +35,11 @@ def _exponential(x: Vector) -> tuple[Vector, Vector]:
 def sigmoid(x: Vector) -> Vector:
     """σ(x)"""
     q, two = _exponential((0.0 - x).clipped(88 if x.is_single else 709))
-    return 1.0 / (1.0 + fused(q, two, two))
+    return reciprocal(1.0 + fused(q, two, two))
 
 
 def tanh(x: Vector) -> Vector:
     """tanh x"""
     q, two = _exponential((x + x).clipped(20 if x.is_single else 40))
     e = fused(q, two, two - 1.0)
-    return e / (e + 2.0)
+    return e * reciprocal(e + 2.0)

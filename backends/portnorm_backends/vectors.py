@@ -26,13 +26,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 
-def _register() -> int:
-    """Bytes of a vector register of this processor."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return 64 if features.get("avx512f") else 32 if features.get("avx") else 16
+_FEATURES = llvmlite.binding.get_host_cpu_features()
 
-
-REGISTER = _register()
+REGISTER = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx") else 16
+"""Bytes of a vector register of this processor."""
 
 _INDEX, _PLACE = ir.IntType(64), ir.IntType(32)
 
@@ -94,6 +91,19 @@ def fused(a: Any, b: Vector, c: Any) -> Vector:
     """a · b + c, rounded once where the processor has an instruction for it."""
     builder, flags = b.builder, ("contract",)
     return Vector(builder, builder.fadd(builder.fmul(b._with(a), b.value, flags=flags), b._with(c), flags=flags))
+
+
+def reciprocal(x: Vector) -> Vector:
+    """1 / x. For float32 and AVX-512, whose division takes 16 cycles: r (2 − x r) of an approximation r of 14 bits, within 1 ULP."""
+    kind = x.value.type
+    if not x.is_single or not _FEATURES.get("avx512f"):
+        return 1.0 / x
+    mask = ir.IntType(kind.count)
+    function = cgutils.get_or_insert_function(
+        x.builder.module, ir.FunctionType(kind, [kind, kind, mask]), "llvm.x86.avx512.rcp14.ps.512"
+    )
+    r = Vector(x.builder, x.builder.call(function, [x.value, ir.Constant(kind, ir.Undefined), ir.Constant(mask, -1)]))
+    return fused(r, fused(0.0 - x, r, 1.0), r)
 
 
 Formula = Callable[..., tuple[Vector, ...]]
