@@ -20,10 +20,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from portnorm_backends import threads
-from portnorm_backends.compiling import bare, compiled, copy, row_of
-from portnorm_backends.memory import aligned
-from portnorm_backends.vectors import REGISTER, Memory, Vector, elementwise, fused, mask_of, splat
+from portnorm_backends.cpu import threads
+from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
+from portnorm_backends.cpu.memory import aligned
+from portnorm_backends.cpu.vectors import REGISTER, Memory, Vector, elementwise, fused, mask_of, splat
 
 _HEIGHTS = {64: (12, 8, 4), 32: (6, 4)}.get(REGISTER, (4,))
 """Rows of the tiles that fit into the registers of such a processor."""
@@ -188,7 +188,10 @@ def _narrow(x: Any, w: Any, shift: Any, y: Any) -> None:
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
 def _turn(typing: Any, w: Any, j: Any, k: Any, packed: Any, p: Any, column: Any) -> Any:
-    """w[j : j + lanes, k : k + lanes], turned, into the columns from `column` on of panel p: row by row of each pair of bits of the indices."""
+    """w[j : j + lanes, k : k + lanes], turned, into the columns from `column` on of panel p.
+
+    A turn exchanges the bits of the two indices, one in each round.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         size, (j, k), (p, column) = w.dtype.bitwidth // 8, args[1:3], args[4:]
@@ -204,10 +207,8 @@ def _turn(typing: Any, w: Any, j: Any, k: Any, packed: Any, p: Any, column: Any)
         rows = [memory.load(memory.at(cgutils.pointer_add(builder, start, many(n(r), stride)), n(0))) for r in range(lanes)]
         bit = 1
         while bit < lanes:
-            low, high = (
-                ir.Constant(ir.VectorType(ir.IntType(32), lanes), [(lane & ~bit | own) + (lanes if lane & bit else 0) for lane in range(lanes)])
-                for own in (0, bit)
-            )
+            places = [lane & ~bit | (lanes if lane & bit else 0) for lane in range(lanes)]
+            low, high = (ir.Constant(ir.VectorType(ir.IntType(32), lanes), [p | own for p in places]) for own in (0, bit))
             for r in (r for r in range(lanes) if not r & bit):
                 one, other = rows[r], rows[r | bit]
                 rows[r], rows[r | bit] = (builder.shuffle_vector(one, other, which) for which in (low, high))
@@ -241,8 +242,11 @@ def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
         else:
             for k in range(length - 1):
                 copy(row_of(w, k)[first : first + here], packed[p, 1 + k])
-        if shift.size:
-            copy(shift[first : first + here], packed[p, 0])
+        for column in range(columns):
+            packed[p, 0, column] = shift[first + column] if shift.size and column < here else 0
+        for k in range(1, length):
+            for column in range(here, columns):
+                packed[p, k, column] = 0
 
 
 @functools.cache
@@ -262,9 +266,6 @@ def pack(w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = Non
     """w (k, n) and shift (n,) as `product` takes them: (panels, 1 + k, columns). Any strides."""
     columns, dtype = _columns(w.itemsize), w.dtype
     packed = aligned((-(-w.shape[1] // columns), 1 + w.shape[0], columns), dtype)
-    packed[:, 0] = 0
-    if w.shape[1] % columns:
-        packed[-1] = 0
     turned = w.strides[0] == w.itemsize and w.shape[0] > 1
     rows = w.T if turned else w
     if not rows.flags.aligned or rows.strides[1] != rows.itemsize:

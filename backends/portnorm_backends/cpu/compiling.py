@@ -64,7 +64,8 @@ def compiled(*, signatures: Any = None) -> Callable[[F], F]:
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
     def compile_(function: F) -> F:
-        function.__qualname__ = f"{function.__qualname__}_{_SOURCES}"
+        if not function.__qualname__.endswith(_SOURCES):  # of another type of values it has been here before
+            function.__qualname__ = f"{function.__qualname__}_{_SOURCES}"
         try:
             made: F = numba.njit(signatures, cache=True, **options)(function)
         except RuntimeError:  # no place on disk that can be written

@@ -6,6 +6,7 @@ A cell that the kernels do not know in every detail (peepholes, projections, zon
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,12 +20,8 @@ from portnorm.cells.rnn import RNNCell
 from portnorm.cells.slots import Slot
 from portnorm.norm.normalize import bessel
 from portnorm.scan import Params, State, scan
-from portnorm_backends import memory, threads
-
-NumPyArray = numpy.ndarray[Any, Any]
-
-RANGE = {numpy.dtype("float32"): (1e-28, 1e32), numpy.dtype("float64"): (1e-280, 1e280)}
-"""Bounds of σ² + ε: beyond them sums of squares may leave the type or lose bits, and the definition scales the row first."""
+from portnorm_backends.cpu import memory, threads
+from portnorm_backends.cpu.layout import GIVEN, NONE, OWN, RANGE, ROWS, SHIFT, NumPyArray, Shares, SlotArrays, rooms, writable
 
 _AT_ONCE = 2**31
 """Multiplications of hidden products in one compiled call, some tens of milliseconds, during which Python does not see an interrupt."""
@@ -35,8 +32,26 @@ _WORTH = 2**27
 _TILE = 4
 """Threads have whole multiples of so many sequences, which the product takes at once."""
 
-_SLOTS = {LSTMCell: ("norm_hh", "norm_sum", "norm_c"), GRUCell: ("norm_hh",), RNNCell: ("norm_hh", "norm_sum")}
-"""The slots that each cell's kernels know."""
+
+class _Loop(NamedTuple):
+    """The compiled loop of a cell."""
+
+    module: str
+    slots: tuple[str, ...]
+    """Those that it knows."""
+
+
+_LOOPS = {
+    LSTMCell: _Loop("lstm", ("norm_hh", "norm_sum", "norm_c")),
+    GRUCell: _Loop("gru", ("norm_hh",)),
+    RNNCell: _Loop("rnn", ("norm_hh", "norm_sum")),
+}
+
+
+@functools.cache
+def _compiled(module: str) -> Any:
+    """A module of kernels, imported with numba when the first array comes that it takes."""
+    return importlib.import_module(f"portnorm_backends.cpu.{module}")
 
 
 class LoopResiduals(NamedTuple):
@@ -56,7 +71,7 @@ def _accepts(
 ) -> bool:
     """A cell in its plain form or with normalizers of rows or of the batch, on arrays of one type, and at least one step."""
     u = xs[0]
-    if type(cell) not in _SLOTS or not set(cell.slots) <= set(_SLOTS[type(cell)]) or not _is_known(cell):
+    if type(cell) not in _LOOPS or not set(cell.slots) <= set(_LOOPS[type(cell)].slots) or not _is_known(cell):
         return False
     arrays = (*xs, *state, *params.values())
     if any(type(a) is not numpy.ndarray or a.dtype != u.dtype for a in arrays) or u.dtype not in RANGE:
@@ -88,49 +103,39 @@ def _is_known(cell: RecurrentCell) -> bool:
     return plain and known and (type(cell) is not GRUCell or v.reset == "after")
 
 
-def _own(a: NumPyArray) -> NumPyArray:
-    """`a` as compiled code takes it: contiguous, aligned, and of the one type that arrays have which can be written."""
-    a = numpy.ascontiguousarray(a)
-    return a if a.flags.aligned and a.flags.writeable else a.copy()
-
-
 def _slot(cell: RecurrentCell, name: str, xs: tuple[Array, ...], params: Params, batch: int, keep: bool) -> Any:
     """A slot as the kernels take it, with room for what it finds."""
-    from portnorm_backends import steps
-
     slot, dtype, size = cell.slots.get(name), xs[0].dtype, params["weight_hh"].shape[1] * cell.width(name)
     idle = _idle(dtype, size)
     if slot is None:
         return idle
     mode, ends, weight, bias, room, rstd, mean, var, *_ = idle
-    own = {p: _own(params[f"{name}.{p}"]) for p in slot.parameters()}
-    weight, bias = own.get("weight", weight), own.get("bias", bias)
+    own = {p: writable(params[f"{name}.{p}"]) for p in slot.parameters()}
+    weight, bias, mode = own.get("weight", weight), own.get("bias", bias), SHIFT
     if slot.normalizes:
         time = xs[0].shape[0]
         kept = time if keep else 1
         room = memory.room((kept, batch, size), dtype)
         if not slot.is_batch:
             unit = size // sum(slot.partition)
-            ends, mode = numpy.cumsum((0, *slot.partition), dtype=numpy.int64) * unit, steps.ROWS
+            ends, mode = numpy.cumsum((0, *slot.partition), dtype=numpy.int64) * unit, ROWS
             rstd = numpy.empty((kept, batch, len(slot.partition)), dtype=dtype)
         else:
-            rstd, mode = numpy.empty((kept, 1, size), dtype=dtype), steps.OWN if slot.training else steps.GIVEN
+            rstd, mode = numpy.empty((kept, 1, size), dtype=dtype), OWN if slot.training else GIVEN
             given = dict(zip(cell.given(), xs[1:], strict=True))
             made = numpy.empty((time, size), dtype=dtype)
-            mean, var = (made, made.copy()) if slot.training else (_own(given[f"{name}.{s}"]) for s in ("mean", "var"))
+            mean, var = (made, made.copy()) if slot.training else (writable(given[f"{name}.{s}"]) for s in ("mean", "var"))
     eps, center = float32_value(cell.variant.eps), cell.variant.norm != "rms"
-    return steps.SlotArrays(mode, ends, weight, bias, room, rstd, mean, var, eps, center, *RANGE[dtype])
+    return SlotArrays(mode, ends, weight, bias, room, rstd, mean, var, eps, center, *RANGE[dtype])
 
 
 @functools.lru_cache(maxsize=64)
 def _idle(dtype: numpy.dtype[Any], size: int) -> Any:
     """A slot that does nothing. Nobody writes into it."""
-    from portnorm_backends import steps
-
     none, ones, zeros = numpy.empty((0, 0, 0), dtype=dtype), numpy.ones(size, dtype=dtype), numpy.zeros(size, dtype=dtype)
     statistics = none.reshape(0, 0)
     ends = numpy.zeros(1, dtype=numpy.int64)
-    return steps.SlotArrays(steps.NONE, ends, ones, zeros, none, none, statistics, statistics, 0.0, True, *RANGE[dtype])
+    return SlotArrays(NONE, ends, ones, zeros, none, none, statistics, statistics, 0.0, True, *RANGE[dtype])
 
 
 def _forward(
@@ -143,31 +148,28 @@ def _forward(
     sequences: bool = True,
     keep: bool = True,
 ) -> tuple[tuple[State, tuple[Array, ...]], Any]:
-    from portnorm_backends import steps
-    from portnorm_backends.products import pack
 
-    u, weights = _own(xs[0]), params["weight_hh"]
+    u, weights = writable(xs[0]), params["weight_hh"]
     (time, batch, features), size, dtype = u.shape, weights.shape[1], u.dtype
     counts = numpy.zeros(0, dtype=numpy.int64) if lengths is None else numpy.array(lengths, dtype=numpy.int64)
     kept = time if keep else 1
     h, a = _from(state[0], time if keep or (sequences and lengths is None) else 1), memory.aligned((batch, features), dtype)
     y = memory.room((time, batch, size) if sequences and lengths is not None else (0, 0, 0), dtype)
-    gates, inner = (memory.room((kept, batch, n), dtype) for n in (features, size))
     c = _from(state[1], kept) if len(state) > 1 else None
-    slots = tuple(_slot(cell, name, xs, params, batch, keep) for name in _SLOTS[type(cell)])
-    packed = pack(weights.T)
-    run: Callable[..., bool]
-    own: tuple[Any, ...]
+    slots = tuple(_slot(cell, name, xs, params, batch, keep) for name in _LOOPS[type(cell)].slots)
+    unread = not keep and type(cell) is LSTMCell and all(slot.mode <= SHIFT for slot in slots)
+    gates, inner = (memory.room((0, 0, 0) if unread else (kept, batch, n), dtype) for n in (features, size))
+    packed = _compiled("products").pack(weights.T, slots[0].bias if slots[0].mode == SHIFT else None)
+    run: Callable[..., bool] = _compiled(_LOOPS[type(cell)].module).forward
+    own: tuple[Any, ...] = slots
     if type(cell) is LSTMCell:
-        run, own = steps.lstm_forward, (c, gates, inner, *slots, cell.variant.cell == "copy")
+        own = (c, gates, inner, *slots, cell.variant.cell == "copy")
     elif type(cell) is GRUCell:
-        run, own = steps.gru_forward, (gates, inner, *slots)
-    else:
-        run, own = steps.rnn_forward, slots
+        own = (gates, inner, *slots)
     ranges, count, fine = _ranges(time, batch, weights, slots), _steps_at_once(batch, weights), []
 
     def through(first: int, last: int) -> None:
-        room = steps.rooms(cell.gates, size, batch, dtype)
+        room = rooms(cell.gates, size, batch, dtype)
         for t in range(0, time, count):
             fine.append(run(t, min(t + count, time), first, last, packed, room, u, counts, a, h, y, *own))
 
@@ -182,9 +184,7 @@ def _forward(
 
 def _ranges(time: int, batch: int, weights: NumPyArray, slots: tuple[Any, ...]) -> list[tuple[int, int]]:
     """The sequences of each thread: all in one where statistics are taken over the batch."""
-    from portnorm_backends import steps
-
-    apart = all(slot.mode in (steps.NONE, steps.ROWS) for slot in slots)
+    apart = all(slot.mode <= ROWS for slot in slots)
     return threads.parts(batch, time * batch * weights.size / _WORTH, _TILE) if apart else [(0, batch)]
 
 
@@ -202,7 +202,7 @@ def _from(state: NumPyArray, steps: int) -> NumPyArray:
 def _statistics(cell: RecurrentCell, slots: tuple[Any, ...], counts: NumPyArray, batch: int) -> list[NumPyArray]:
     """Mean and variance of each step, by slot, as running averages take them."""
     found = []
-    for name, arrays in zip(_SLOTS[type(cell)], slots, strict=True):
+    for name, arrays in zip(_LOOPS[type(cell)].slots, slots, strict=True):
         slot: Slot | None = cell.slots.get(name)
         if slot is not None and slot.normalizes and slot.is_batch and slot.training:
             var = arrays.var
@@ -217,32 +217,28 @@ def _statistics(cell: RecurrentCell, slots: tuple[Any, ...], counts: NumPyArray,
 def _vjp(
     residuals: LoopResiduals, cotangents: tuple[State, Array | None], *, cell: Any, **attrs: Any
 ) -> tuple[tuple[Array, ...], State, Params]:
-    from portnorm_backends import steps
-    from portnorm_backends.products import pack
 
     params, counts, h, c, gates, inner, slots = residuals
     dstate, dy = cotangents
     weights, (time, batch, _), dtype = params["weight_hh"], gates.shape, h.dtype
     none = numpy.empty((0, 0, 0), dtype=dtype)
     dh, *dothers = (numpy.array(d, dtype=dtype, order="C") for d in dstate)
-    given = none if dy is None else _own(dy.astype(dtype, copy=False))
+    given = none if dy is None else writable(dy.astype(dtype, copy=False))
     back, dx = numpy.zeros(dh.shape, dtype=dtype), memory.room(gates.shape, dtype)
-    apart = type(cell) is GRUCell or slots[0].mode != steps.NONE
+    apart = type(cell) is GRUCell or slots[0].mode > SHIFT
     dhidden = memory.room(gates.shape, dtype) if apart else none
-    run: Any
-    own: tuple[Any, ...]
+    run: Callable[..., None] = _compiled(_LOOPS[type(cell)].module).backward
+    own: tuple[Any, ...] = (h, *slots)
     further: tuple[Any, ...] = ()
     if type(cell) is LSTMCell:
-        run, own, further = steps.lstm_backward, (*dothers, c, gates, inner, *slots), (cell.variant.cell == "copy",)
+        own, further = (*dothers, c, gates, inner, *slots), (cell.variant.cell == "copy",)
     elif type(cell) is GRUCell:
-        run, own = steps.gru_backward, (h, gates, inner, *slots)
-    else:
-        run, own = steps.rnn_backward, (h, *slots)
-    packed, count, shares = pack(weights), _steps_at_once(batch, weights), []
+        own = (h, gates, inner, *slots)
+    packed, count, shares = _compiled("products").pack(weights), _steps_at_once(batch, weights), list[tuple[Shares, ...]]()
 
     def through(first: int, last: int) -> None:
-        room = steps.rooms(cell.gates, dh.shape[1], batch, dtype)
-        parts = tuple(steps.Shares(*numpy.zeros((2, s.weight.size)), *numpy.zeros((2, s.weight.size), dtype=dtype)) for s in slots)
+        room = rooms(cell.gates, dh.shape[1], batch, dtype)
+        parts = tuple(Shares(*numpy.zeros((2, s.weight.size)), *numpy.zeros((2, s.weight.size), dtype=dtype)) for s in slots)
         shares.append(parts)
         for t in range(time, 0, -count):
             run(t, max(t - count, 0), first, last, packed, room, given, counts, back, dh, *own, *parts, dx, dhidden, *further)
@@ -250,7 +246,7 @@ def _vjp(
     threads.each(_ranges(time, batch, weights, slots), through)
     dh += back
     found = {}
-    for name, parts in zip(_SLOTS[type(cell)], zip(*shares, strict=True), strict=True):
+    for name, parts in zip(_LOOPS[type(cell)].slots, zip(*shares, strict=True), strict=True):
         found[f"{name}.weight"], found[f"{name}.bias"] = (sum(getattr(s, d) for s in parts) for d in ("dweight", "dbias"))
     over = dhidden if apart else dx
     return (dx, over, h[:-1]), (dh, *dothers), {name: found[name].astype(params[name].dtype) for name in cell.shared()}

@@ -16,9 +16,9 @@ from typing import Any
 import numba
 import numpy
 
-from portnorm_backends.compiling import bare, compiled, fill
-from portnorm_backends.rowwise import guess, scaled, sums, sums_of_cotangents
-from portnorm_backends.vectors import Vector, elementwise, fused
+from portnorm_backends.cpu.compiling import bare, compiled, fill
+from portnorm_backends.cpu.rowwise import guess, scaled, sums, sums_of_cotangents
+from portnorm_backends.cpu.vectors import Vector, elementwise, fused
 
 _GROUP = 64
 """Rows that are added to one sum before it is added to the others."""

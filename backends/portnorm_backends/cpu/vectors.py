@@ -25,7 +25,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-
 _FEATURES = llvmlite.binding.get_host_cpu_features()
 
 REGISTER = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx") else 16
@@ -99,9 +98,7 @@ def reciprocal(x: Vector) -> Vector:
     if not x.is_single or not _FEATURES.get("avx512f"):
         return 1.0 / x
     mask = ir.IntType(kind.count)
-    function = cgutils.get_or_insert_function(
-        x.builder.module, ir.FunctionType(kind, [kind, kind, mask]), "llvm.x86.avx512.rcp14.ps.512"
-    )
+    function = cgutils.get_or_insert_function(x.builder.module, ir.FunctionType(kind, [kind, kind, mask]), "llvm.x86.avx512.rcp14.ps.512")
     r = Vector(x.builder, x.builder.call(function, [x.value, ir.Constant(kind, ir.Undefined), ir.Constant(mask, -1)]))
     return fused(r, fused(0.0 - x, r, 1.0), r)
 

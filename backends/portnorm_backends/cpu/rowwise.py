@@ -20,8 +20,8 @@ from typing import Any
 import numba
 import numpy
 
-from portnorm_backends.compiling import bare, compiled, row_of
-from portnorm_backends.vectors import Vector, elementwise, fused, summed
+from portnorm_backends.cpu.compiling import bare, compiled, row_of
+from portnorm_backends.cpu.vectors import Vector, elementwise, fused, summed
 
 _BLOCK = 4096
 """Values that are summed in lanes before their sum is added to the others."""

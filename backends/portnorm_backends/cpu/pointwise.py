@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from portnorm_backends.vectors import Vector, fused, reciprocal
+from portnorm_backends.cpu.vectors import Vector, fused, reciprocal
 
 _SINGLE = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _DOUBLE = tuple(1.0 / math.factorial(n) for n in range(13, 1, -1))

@@ -43,7 +43,7 @@ def aligned(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> numpy.ndarray[An
     if count >= _LARGE:
         return room(shape, dtype)
     block = numpy.empty(count + _LINE, dtype=numpy.uint8)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(block)) % _LINE
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(block.data)) % _LINE
     return block[start : start + count].view(dtype).reshape(shape)
 
 

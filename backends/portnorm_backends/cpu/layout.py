@@ -1,0 +1,83 @@
+"""What the compiled loops are given: arrays of one type, contiguous and aligned, and what belongs together as one tuple."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy
+
+NumPyArray = numpy.ndarray[Any, Any]
+
+RANGE = {numpy.dtype("float32"): (1e-28, 1e32), numpy.dtype("float64"): (1e-280, 1e280)}
+"""Bounds of σ² + ε: beyond them sums of squares may leave the type or lose bits, and the definition scales the row first."""
+
+
+def taken(p: Any, x: NumPyArray, shape: tuple[int, ...]) -> NumPyArray:
+    """A parameter or a cotangent as a kernel takes it: in the type of `x`, contiguous and aligned, empty where there is none."""
+    if p is None:
+        return numpy.empty((0,) * len(shape), dtype=x.dtype)
+    values = numpy.ascontiguousarray(p, dtype=x.dtype)
+    return (values if values.flags.aligned else values.copy()).reshape(shape)
+
+
+def writable(a: NumPyArray) -> NumPyArray:
+    """`a` as compiled code takes it: contiguous, aligned, and of the one type that arrays have which can be written."""
+    a = numpy.ascontiguousarray(a)
+    return a if a.flags.aligned and a.flags.writeable else a.copy()
+
+
+# -- the time loop ---------------------------------------------------------------------------------------------------------------------
+
+NONE, SHIFT, ROWS, OWN, GIVEN = range(5)
+"""What a slot does: nothing, a shift alone, statistics of each row, of each feature over the batch, given statistics of each feature."""
+
+
+class SlotArrays(NamedTuple):
+    """A normalizer inside the loop: y = x̂ · weight + bias. A shift alone is in the packed weights already."""
+
+    mode: int
+    ends: Any  # (parts + 1,): where the parts of a row with statistics of their own begin and end
+    weight: Any  # (features,)
+    bias: Any  # (features,)
+    xhat: Any  # (steps, batch, features)
+    rstd: Any  # (steps, batch, parts), or of features (steps, 1, features)
+    mean: Any  # (time, features), given or the batch's own; else (0, 0)
+    var: Any
+    eps: float
+    center: bool
+    smallest: float  # bounds of σ² + ε
+    largest: float
+
+
+class Shares(NamedTuple):
+    """Cotangents of a slot's gain and shift: sums over all steps, and what one step adds."""
+
+    dweight: Any  # (features,) float64
+    dbias: Any
+    weight: Any  # (features,) in the type of the values, 0 between steps
+    bias: Any
+
+
+class Rooms(NamedTuple):
+    """What a step writes and nobody reads after it."""
+
+    sums: Any  # (5, features): statistics of the hidden term over the batch
+    narrow: Any  # (5, hidden): of the cell state
+    z: Any  # (gates, hidden)
+    row: Any  # (gates, hidden)
+    states: Any  # (batch, hidden)
+    small: Any  # (hidden,)
+    zeros: Any  # (features,)
+
+
+def rooms(gates: int, size: int, batch: int, dtype: Any) -> Rooms:
+    """Zeroed room for the steps of one loop."""
+    shapes = (
+        (5, gates * size),
+        (5, size),
+        *((gates, size),) * 2,
+        (batch, size),
+        size,
+        gates * size,
+    )
+    return Rooms(*(numpy.zeros(shape, dtype=dtype) for shape in shapes))

@@ -1,0 +1,301 @@
+"""The normalizations of NumPy arrays: which arrays a kernel takes, and in which form."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import numpy
+
+from portnorm.arrays import Array, Kernel, float32_value
+from portnorm.norm.normalize import normalize, written
+from portnorm_backends.cpu import memory, threads
+from portnorm_backends.cpu.layout import RANGE, NumPyArray, taken
+
+
+class KernelResiduals(NamedTuple):
+    """What the vjp of a kernel needs: the input itself and its statistics. Nothing of the size of the input is made."""
+
+    x: NumPyArray
+    kept: NumPyArray  # m, d and 1 / σ of each statistic; the mean is m + d. (rows, 3), (3, channels), or (3, groups, channels)
+    weight: NumPyArray | None
+    bias: NumPyArray | None
+    laid_out: tuple[int, int] | None  # of rows: the shape of the parameters as the kernel takes them
+    var: NumPyArray | None  # of channels: σ², of length 1 along the normalized axes
+    counted: None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the array that was normalized."""
+        shape: tuple[int, ...] = self.x.shape
+        return shape
+
+    @property
+    def mean(self) -> NumPyArray:
+        """μ of each channel, of length 1 along the normalized axes."""
+        assert self.var is not None
+        mean: NumPyArray = self.kept[:2].sum(axis=0).reshape(self.var.shape)
+        return mean
+
+    def statistics(self) -> tuple[NumPyArray, NumPyArray]:
+        """μ and the biased σ² of each channel."""
+        assert self.var is not None
+        return self.mean, self.var
+
+
+def _accepts(
+    x: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    axes: tuple[int, ...],
+    param_axes: tuple[int, ...],
+    eps: float,
+    mask: Any = None,
+    mean: Any = None,
+    eps_place: str = "variance",
+    correction: int = 0,
+    reduce: Any = None,
+    **attrs: Any,
+) -> bool:
+    """float32 or float64 values with their own biased variance: contiguous rows, or all axes but the one with the parameters."""
+    if mask is not None or mean is not None or reduce is not None or correction or eps_place != "variance":
+        return False
+    if type(x) is not numpy.ndarray or not x.size or x.dtype not in RANGE:
+        return False
+    if not x.flags.aligned:
+        return False
+    if _is_channel(x, axes, param_axes):
+        return bool(x.flags.c_contiguous)
+    return _are_rows(x, axes, param_axes) and _as_rows(x, axes[0]) is not None
+
+
+def _are_rows(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
+    if not axes or not param_axes:
+        return False
+    first, last = axes[0], param_axes[-1] + 1
+    return axes[-1] - first == x.ndim - 1 - first == len(axes) - 1 and param_axes[0] <= first <= last == param_axes[0] + len(param_axes)
+
+
+def _as_rows(x: NumPyArray, first: int) -> NumPyArray | None:
+    """A view (rows, n) of n values from axis `first` on that lie beside each other; `None` where there is none."""
+    if x.flags.c_contiguous:
+        return x.reshape(-1, math.prod(x.shape[first:]))
+    step = x.itemsize
+    for axis in reversed(range(x.ndim)):
+        if axis == first - 1:
+            step = x.strides[axis]
+        if x.shape[axis] != 1 and x.strides[axis] != step:
+            return None
+        step *= x.shape[axis]
+    shape = (math.prod(x.shape[:first]), math.prod(x.shape[first:]))
+    return numpy.lib.stride_tricks.as_strided(x, shape, (x.strides[first - 1], x.itemsize)) if first else None
+
+
+def _is_channel(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
+    """All axes but the channels, or of channels that come last those before them from some axis on."""
+    if len(param_axes) != 1 or param_axes[0] in axes:
+        return False
+    return len(axes) == x.ndim - 1 or (param_axes[0] == x.ndim - 1 and bool(axes) and axes == tuple(range(axes[0], x.ndim - 1)))
+
+
+def _forward(
+    x: NumPyArray,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    axes: tuple[int, ...],
+    param_axes: tuple[int, ...],
+    eps: float,
+    center: bool = True,
+    out: Any = None,
+    **attrs: Any,
+) -> tuple[NumPyArray, Any]:
+    # The channels of (channels, values) are rows too, but someone may ask for their statistics.
+    made = _forward_of_channels if _is_channel(x, axes, param_axes) else _forward_of_rows
+    into = memory.room(x.shape, x.dtype) if out is None or not _can_take(out, x, weight, bias) else out
+    found = made(x, weight, bias, axes, param_axes, float32_value(eps), center, into)
+    if found is None:
+        return normalize.definition(x, weight, bias, axes=axes, param_axes=param_axes, eps=eps, center=center, out=out, **attrs)
+    return written(into, out), found
+
+
+def _can_take(out: Any, *others: Any) -> bool:
+    """Whether a kernel can write into `out` while it reads the others."""
+    contiguous = type(out) is numpy.ndarray and out.flags.c_contiguous and out.flags.aligned and out.flags.writeable
+    return bool(contiguous and not any(p is not None and numpy.may_share_memory(out, p) for p in others))
+
+
+def _cotangents(p: Any, d: NumPyArray) -> NumPyArray | None:
+    return None if p is None else d.astype(p.dtype).reshape(p.shape)
+
+
+def _forward_of_rows(
+    x: NumPyArray, weight: Any, bias: Any, axes: tuple[int, ...], param_axes: tuple[int, ...], eps: float, center: bool, y: NumPyArray
+) -> KernelResiduals | None:
+    """`y`; `None` where the definition has to do it. A row of parameters for each of the last rows, a value for each run of neighbours."""
+    from portnorm_backends.cpu import rowwise
+
+    first, last = axes[0], param_axes[-1] + 1
+    rows = _as_rows(x, first)
+    assert rows is not None
+    shape = (math.prod(x.shape[param_axes[0] : first]), math.prod(x.shape[first:last]))
+    kept = numpy.empty((rows.shape[0], 3), dtype=x.dtype)
+    parameters = (taken(weight, x, shape), taken(bias, x, shape))
+    if not _each_row(rowwise.forward(x.dtype), rows, parameters, (eps, center, *RANGE[x.dtype]), y.reshape(rows.shape), kept, shape[0]):
+        return None
+    return KernelResiduals(x, kept, weight, bias, shape, None)
+
+
+_ROWS_WORTH = 2**20
+"""Values from which a thread pays: about half a millisecond."""
+
+
+def _each_row(kernel: Any, rows: NumPyArray, parameters: Any, how: tuple[Any, ...], y: NumPyArray, kept: NumPyArray, multiple: int) -> bool:
+    """The kernel over all rows, in threads where there are many; `kept` has a row for each or is not wanted."""
+    if rows.size < 2 * _ROWS_WORTH:
+        return bool(kernel(rows, *parameters, *how, y, kept))
+    fine = []
+
+    def some(a: int, b: int) -> None:
+        own = kept[a:b] if kept.shape[0] == rows.shape[0] else numpy.empty_like(kept)
+        fine.append(kernel(rows[a:b], *parameters, *how, y[a:b], own))
+
+    threads.each(threads.parts(rows.shape[0], rows.size / _ROWS_WORTH, multiple), some)
+    return all(fine)
+
+
+def _vjp_of_rows(
+    residuals: KernelResiduals, dy: NumPyArray, *, axes: tuple[int, ...] = (-1,), center: bool = True, **attrs: Any
+) -> tuple[Any, Any, Any]:
+    x, kept, weight, bias, shape, *_ = residuals
+    first, dtype = axes[0] % x.ndim, x.dtype
+    rows = x if x.ndim == 2 and first == 1 else _as_rows(x, first)
+    assert shape is not None
+    assert rows is not None
+    given = _as_rows(dy, first) if type(dy) is numpy.ndarray and dy.dtype == dtype and dy.flags.aligned else None
+    by_value = shape[1] == rows.shape[1] and not (weight is None and bias is None)
+    dx, part = memory.room(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype)
+    dweight, dbias = (numpy.zeros(shape if p is not None else (0, 0)) for p in (weight, bias))
+    given = taken(dy, x, rows.shape) if given is None else given
+    backward, own, found = _plain(dtype)[1], taken(weight, x, shape), list[tuple[NumPyArray, ...]]()
+
+    def some(a: int, b: int) -> None:
+        """The kernel over some rows, with shares of its own."""
+        shares = (part, dweight, dbias) if b - a == rows.shape[0] else (part.copy(), dweight.copy(), dbias.copy())
+        found.append(shares)
+        backward(rows[a:b], given[a:b], own, kept[a:b], center, shares[0], dx[a:b], *shares[1:])
+
+    threads.each(threads.parts(rows.shape[0], rows.size / _ROWS_WORTH, shape[0]), some)
+    dweight, dbias = (found[0][k] if len(found) == 1 else numpy.add.reduce([s[k] for s in found]) for k in (1, 2))
+    dx = dx if rows is x else dx.reshape(x.shape)
+    return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
+
+
+def _by_channel(x: NumPyArray, channel: int, groups: int) -> NumPyArray:
+    """(outer, channels, inner), or (groups, rows, channels) where nothing comes after the channels."""
+    inner = math.prod(x.shape[channel + 1 :])
+    return x.reshape((-1, x.shape[channel], inner) if inner > 1 else (groups, -1, x.shape[channel]))
+
+
+def _forward_of_channels(
+    x: NumPyArray, weight: Any, bias: Any, axes: tuple[int, ...], param_axes: tuple[int, ...], eps: float, center: bool, y: NumPyArray
+) -> KernelResiduals | None:
+    """`y`; `None` where the definition has to do it."""
+    from portnorm_backends.cpu import channelwise
+
+    (channel,) = param_axes
+    count, var = x.shape[channel], numpy.empty(tuple(1 if a in axes else n for a, n in enumerate(x.shape)))
+    groups = var.size // count
+    blocks, kept = _by_channel(x, channel, groups), numpy.empty((3, groups, count), dtype=x.dtype)
+    parameters = (taken(weight, x, (count,)), taken(bias, x, (count,)))
+    inner = math.prod(x.shape[channel + 1 :]) > 1
+    room = (kept.reshape(3, count), var.reshape(count)) if inner else (kept, var.reshape(kept.shape[1:]))
+    if not channelwise.forward(x.dtype, inner)(blocks, *parameters, eps, center, *RANGE[x.dtype], y.reshape(blocks.shape), *room):
+        return None
+    return KernelResiduals(x, room[0], weight, bias, None, var.astype(x.dtype))
+
+
+def _vjp_of_channels(
+    residuals: KernelResiduals, dy: NumPyArray, *, param_axes: tuple[int, ...], center: bool = True, **attrs: Any
+) -> tuple[Any, Any, Any]:
+    from portnorm_backends.cpu import channelwise
+
+    x, kept, weight, bias, _, var, _ = residuals
+    assert var is not None
+    count = kept.shape[-1]
+    blocks = _by_channel(x, param_axes[0], var.size // count)
+    dx, dweight, dbias = memory.room(blocks.shape, x.dtype), numpy.empty(count), numpy.empty(count)
+    given = taken(dy, x, blocks.shape)
+    kernel = channelwise.backward(x.dtype, kept.ndim == 2)
+    kernel(blocks, given, taken(weight, x, (count,)), kept, center, dx, dweight, dbias)
+    return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
+
+
+def _vjp(residuals: KernelResiduals, dy: Array, **attrs: Any) -> tuple[Any, Any, Any]:
+    return _vjp_of_channels(residuals, dy, **attrs) if residuals.laid_out is None else _vjp_of_rows(residuals, dy, **attrs)
+
+
+# -- the last axis -------------------------------------------------------------------------------------------------------------------------
+
+
+class LastAxisResiduals(KernelResiduals):
+    """Residuals of a normalization of the last axis that was taken without detours."""
+
+
+@functools.cache
+def _plain(dtype: Any) -> tuple[Any, ...]:
+    """For rows of one type: the kernels forward and backward, what the former takes for no parameter, and the bounds of σ² + ε."""
+    from portnorm_backends.cpu import rowwise
+
+    return rowwise.last_axis(dtype), rowwise.backward(dtype), numpy.empty((0,), dtype=dtype), *RANGE[dtype]
+
+
+def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, eps: float = 1e-5, out: Any = None) -> bool:
+    """Whether the arguments of a public function need no further look: contiguous arrays of one type, and the last axis."""
+    if type(x) is not numpy.ndarray or x.dtype not in RANGE or axis != -1 or not x.size or not eps >= 0:
+        return False
+    flags = x.flags
+    if not (flags.c_contiguous and flags.aligned and x.ndim):
+        return False
+    for p in (weight, bias):
+        if p is not None:
+            if type(p) is not numpy.ndarray or p.dtype != x.dtype or p.shape != x.shape[-1:]:
+                return False
+            flags = p.flags
+            if not (flags.c_contiguous and flags.aligned):
+                return False
+    return out is None or (_can_take(out, x, weight, bias) and out.dtype == x.dtype and out.shape == x.shape)
+
+
+def last_axis(op: Any, center: bool) -> Kernel:
+    """The kernel of a public function for the arguments that most calls have; what others need is done by its definition."""
+
+    def call(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
+        kernel, _, none, smallest, largest = _plain(x.dtype)
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
+        into = y if x.ndim == 2 else y.reshape(rows.shape)
+        if not _each_row(kernel, rows, (w, b), (float32_value(eps), center, smallest, largest), into, numpy.empty((1, 3), x.dtype), 1):
+            return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps, out=out)[0]
+        return y
+
+    def forward(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
+        kernel, _, none, smallest, largest = _plain(x.dtype)
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
+        kept = numpy.empty((rows.shape[0], 3), x.dtype)
+        if not _each_row(kernel, rows, (w, b), (float32_value(eps), center, smallest, largest), y.reshape(rows.shape), kept, 1):
+            return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps, out=out)
+        return y, LastAxisResiduals(x, kept, weight, bias, (1, x.shape[-1]), None)
+
+    def vjp(residuals: LastAxisResiduals, dy: NumPyArray, **attrs: Any) -> tuple[Any, ...]:
+        return _vjp_of_rows(residuals, dy, center=center)
+
+    return Kernel(call=call, forward=forward, vjp=vjp, residuals=LastAxisResiduals, accepts=_is_plain)
+
+
+KERNEL = Kernel(
+    call=lambda *args, **attrs: _forward(*args, **attrs)[0], forward=_forward, vjp=_vjp, residuals=KernelResiduals, accepts=_accepts
+)
