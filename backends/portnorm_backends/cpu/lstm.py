@@ -11,6 +11,7 @@ from portnorm_backends.cpu.products import product
 from portnorm_backends.cpu.slots import (
     Two,
     add,
+    ahead,
     arrives,
     collected,
     counted,
@@ -110,6 +111,7 @@ def forward(
         product(h[before, first:last], packed, a[first:last])
         if plain:
             for b in range(first, last):
+                ahead(u, t, b, first, last, 1)
                 terms = (*_gates(a[b]), *_gates(u[t, b]), c_before[b])
                 if not runs(lengths, b, t):
                     stays(t, b, h, y)

@@ -16,7 +16,7 @@ from portnorm_backends.cpu.compiling import compiled, copy, fill
 from portnorm_backends.cpu.layout import GIVEN, NONE, OWN, ROWS, SHIFT
 from portnorm_backends.cpu.products import product
 from portnorm_backends.cpu.rowwise import statistics
-from portnorm_backends.cpu.vectors import Vector, elementwise, fused, summed
+from portnorm_backends.cpu.vectors import Vector, elementwise, fused, prefetch, summed
 
 One = tuple[Vector]
 Two = tuple[Vector, Vector]
@@ -193,6 +193,15 @@ def settled(shares: Any) -> None:
 
 
 # -- what the loops of the cells share -------------------------------------------------------------------------------------------------
+
+
+@compiled()
+def ahead(x: Any, t: int, b: int, first: int, last: int, way: int) -> None:
+    """Ask for the row that is read after row b of step t, where the steps go up (`way` 1) or down (−1)."""
+    if b + 1 < last:
+        prefetch(x[t, b + 1])
+    elif 0 <= t + way < x.shape[0]:
+        prefetch(x[t + way, first])
 
 
 @compiled()
