@@ -245,6 +245,63 @@ def test_op(cupy: Any, case: OpCase, dtype: str, rng: np.random.Generator) -> No
     test_libraries.test_op(case, CUPY, dtype, rng)
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in OPS if "norm" in case.name or case.op in (pn.linear, pn.embedding)], ids=lambda c: c.name
+)
+def test_functions_of_bfloat16(cupy: Any, case: OpCase, rng: np.random.Generator) -> None:
+    """By a kernel or by the definition, whatever CuPy makes of ml_dtypes' type; every array that a public function gives back has it."""
+
+    def narrow(value: Any) -> Any:
+        return value.astype(ml_dtypes.bfloat16) if isinstance(value, np.ndarray) and value.dtype == np.float64 else value
+
+    def wide(value: Any) -> Any:
+        return value.astype(np.float64) if isinstance(value, np.ndarray) and value.dtype == ml_dtypes.bfloat16 else value
+
+    def theirs(value: Any) -> Any:
+        return cupy.asarray(value) if isinstance(value, np.ndarray) else value
+
+    # Without the mean of 30, beside which 8 bits hold nothing of the values.
+    arguments = [narrow(a - 30.0 if k == 0 and a.mean() > 20 else a) for k, a in enumerate(case.arguments(rng))]
+    keywords = {k: narrow(v - 30.0 if k == "mean" else v) for k, v in case.keywords.items()}
+    expected, expected_pullback = pn.vjp(case.op, *map(wide, arguments), **{k: wide(v) for k, v in keywords.items()})
+    dy = narrow(rng.standard_normal(expected.shape))
+    y, pullback = pn.vjp(case.op, *map(theirs, arguments), **{k: theirs(v) for k, v in keywords.items()})
+    for mine, other in zip((expected, *expected_pullback(wide(dy))), (y, *pullback(theirs(dy))), strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            assert_close(other, mine, "bfloat16")
+
+
+def test_bfloat16_is_a_floating_type_of_cupy(cupy: Any) -> None:
+    xp, own = CUPY.xp, np.dtype(ml_dtypes.bfloat16)
+    assert [kind for kind in ("bool", "integral", "real floating", "complex floating", "numeric") if xp.isdtype(own, kind)] == [
+        "real floating",
+        "numeric",
+    ]
+    assert xp.isdtype(own, ("integral", own))
+    assert not xp.isdtype(own, ("integral", np.dtype("float32")))
+    assert not xp.isdtype(np.dtype("float32"), own)
+    assert (xp.finfo(own).bits, float(xp.finfo(own).eps)) == (16, 2.0**-7)
+    assert xp.finfo(np.float16).bits == 16
+    # The names of a library are those that all of its functions and layers take.
+    for given in ("bfloat16", own):
+        with pytest.raises(pn.DTypeError, match=r"`dtype` is '?bfloat16'?[,;] .*; bfloat16 is a type of torch and jax"):
+            pn.LSTM(2, 3, xp=xp, dtype=given)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_public_normalizations_of_bfloat16_run_as_kernels(emulated: Any, center: bool, rng: np.random.Generator) -> None:
+    x, weight, bias, dy = (emulated.asarray(a.astype(ml_dtypes.bfloat16)) for a in drawn(rng, (6, 16), (16,)))
+    fake_cupy.counts.launches.clear()
+    y, pullback = pn.vjp(pn.layer_norm, x, weight, bias) if center else pn.vjp(pn.rms_norm, x, weight)
+    cotangents = pullback(dy)
+    assert [a.dtype.name for a in (y, *cotangents)] == ["bfloat16"] * len((y, *cotangents))
+    forward, backward, sums = fake_cupy.counts.launches
+    assert forward.startswith("rows_forward<__nv_bfloat16, __nv_bfloat16, 8,")
+    assert backward.startswith("rows_backward<__nv_bfloat16, __nv_bfloat16, 8,")
+    assert sums == "sum_parts<__nv_bfloat16>"
+
+
 def test_the_row_of_the_library_is_true(cupy: Any) -> None:
     test_libraries.test_the_row_of_a_library_is_true(CUPY)
 
