@@ -22,9 +22,10 @@ import pytest
 
 import portnorm as pn
 from benchmarks import gpu
-from portnorm.arrays import without_kernels
+from portnorm.arrays import leaves, mapped, without_kernels
 from portnorm.norm.normalize import Normalized, normalize
-from tests import test_libraries
+from portnorm.scan import scan
+from tests import test_libraries, test_normalize
 from tests.cases import COMBINATIONS, IMPLEMENTATIONS, LAYERS, OPS, PRESETS, OpCase, random_recurrent, random_state
 from tests.conftest import LIBRARIES
 from tests.cuda import fake_cupy
@@ -103,6 +104,7 @@ LENGTHS = (1, 2, 3, 8, 31, 32, 33, 64, 100, 128, 255, 256, 257, 512, 1000, 1024,
     ("length", "dtype"),
     [
         *((n, "float32") for n in LENGTHS),
+        *(pytest.param(2**20, dtype, marks=pytest.mark.slow) for dtype in ("float32", "float16", "bfloat16")),
         *((n, "float64") for n in LENGTHS if n <= 8192),  # longer ones go to the definition
         *((n, "float16") for n in LENGTHS[1::2]),
         *((n, "bfloat16") for n in LENGTHS[::2]),
@@ -306,6 +308,30 @@ def test_the_row_of_the_library_is_true(cupy: Any) -> None:
     test_libraries.test_the_row_of_a_library_is_true(CUPY)
 
 
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_a_layer_moves_here_and_back(cupy: Any, cell: str, norm: str | None, rng: np.random.Generator) -> None:
+    test_libraries.test_layer_moves_between_libraries(cell, norm, CUPY, rng)
+
+
+@pytest.mark.parametrize("optimizer", [pn.SGD(0.1, momentum=0.5), pn.RMSProp(0.1), pn.Adam(0.1)], ids=lambda o: type(o).__name__)
+def test_optimizer(cupy: Any, optimizer: Any, rng: np.random.Generator) -> None:
+    test_libraries.test_optimizer(optimizer, CUPY, rng)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_clipping(cupy: Any, size: float, rng: np.random.Generator) -> None:
+    test_libraries.test_clipping_keeps_the_direction_of_gradients_of_any_size(size, CUPY, rng)
+
+
+def test_large_mean_in_float32(cupy: Any, rng: np.random.Generator) -> None:
+    test_normalize.test_large_mean_in_float32(CUPY, rng)
+
+
+@pytest.mark.parametrize("name", test_normalize.OUT)
+def test_out_takes_the_result(cupy: Any, name: str, rng: np.random.Generator) -> None:
+    test_normalize.test_out_takes_the_result(name, CUPY, rng)
+
+
 def test_what_no_kernel_takes_goes_to_the_definition(cupy: Any, rng: np.random.Generator) -> None:
     x, mask = cupy.asarray(rng.standard_normal((6, 8))), cupy.asarray(rng.uniform(size=(6, 8)) < 0.7)
     rows: dict[str, Any] = {"axes": (1,), "param_axes": (1,), "eps": 1e-5}
@@ -402,6 +428,37 @@ def test_recurrent_sizes(cupy: Any, cell: str, norm: str | None, size: Size, dty
     for a, b in pairs:
         tolerance = RECURRENT[dtype] * max(1.0, float(np.max(np.abs(b))))
         np.testing.assert_allclose(a.get().astype(np.float64), b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["whole", "ragged"])
+@pytest.mark.parametrize(
+    ("cell", "norm"),
+    [*((cell, norm) for cell in LAYERS for norm in (None, "layer", "batch")), ("LSTM", "layer-gates"), ("LSTM", "layer-state")],
+)
+def test_loops_of_bfloat16(cupy: Any, cell: str, norm: str | None, ragged: bool, rng: np.random.Generator) -> None:
+    """The kernels of the time loop by themselves: layers of CuPy have no bfloat16."""
+    layer, batch = random_recurrent(cell, norm, rng, hidden=9), 40
+    direction = next(iter(layer._places()))[2]
+    of_one_step = direction.cell(direction.variant, True, None)
+    params = direction._loop_params(of_one_step, {name.replace("_l0", ""): a for name, a in layer.params.items()})
+    state = tuple(rng.standard_normal((batch, 9)) for _ in of_one_step.states)
+    dstate = tuple(rng.standard_normal((batch, 9)) for _ in of_one_step.states)
+    u, dy = rng.standard_normal((3, batch, of_one_step.gates * 9)), rng.standard_normal((3, batch, 9))
+    lengths = rng.permutation(np.arange(batch) % 4) if ragged else None
+    given = mapped(lambda a: a.astype(ml_dtypes.bfloat16), ((u,), state, params, dstate, dy))
+
+    def run(arrays: Any, lengths: Any) -> tuple[Any, list[Any]]:
+        *arguments, dstate, dy = arrays
+        found, kept = scan.forward(*arguments, cell=of_one_step, lengths=lengths)
+        return kept, [*leaves(found), *leaves(scan.vjp(kept, (dstate, dy), cell=of_one_step, lengths=lengths))]
+
+    with without_kernels(np.ndarray):
+        _, expected = run(mapped(lambda a: a.astype(np.float64), given), lengths)
+    kept, found = run(mapped(cupy.asarray, given), None if lengths is None else cupy.asarray(lengths))
+    assert type(kept) is kernel_residuals()[1]
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == ml_dtypes.bfloat16
+        np.testing.assert_allclose(a.get().astype(np.float64), b, rtol=0, atol=RECURRENT["bfloat16"] * max(1.0, float(np.max(np.abs(b)))))
 
 
 def test_scan_is_taken_by_its_kernel(cupy: Any, rng: np.random.Generator) -> None:
