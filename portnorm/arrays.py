@@ -73,8 +73,8 @@ class Library:
     is_concrete: Callable[[Array], bool] = lambda x: True
     """False for an array whose values cannot be looked at now (traced or symbolic)."""
     autodiff: Autodiff | None = None
-    namespace: Namespace | None = None
-    """The module of its functions; `None` for the one that array-api-compat finds."""
+    namespace: Namespace | Callable[[], Namespace] | None = None
+    """The module of its functions, or what makes it when it is first asked for; `None` for the one that array-api-compat finds."""
     device: Callable[[Array], Any] = array_api_compat.device
     """Where an array is, as creation functions take it; `None` where the library itself finds the place."""
     at_once: int | None = None
@@ -149,7 +149,8 @@ def xp_of(x: Array) -> Namespace:
         return _namespaces[type(x)]
     except KeyError:
         own = library(x).namespace
-        return _namespaces.setdefault(type(x), array_api_compat.array_namespace(x) if own is None else own)
+        found = array_api_compat.array_namespace(x) if own is None else own() if callable(own) else own
+        return _namespaces.setdefault(type(x), found)
 
 
 def namespace(**arrays: Array | None) -> Namespace:
@@ -282,7 +283,7 @@ def dtype_name(xp: Namespace, dtype: DType) -> str:
     for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32"):
         if hasattr(xp, name) and getattr(xp, name) == dtype:
             return name
-    raise DTypeError(f"`dtype` is {dtype}; expected a floating-point type or a signed integer of 32 or 64 bits")
+    raise DTypeError(f"`dtype` is {dtype}; expected a floating-point type or a signed integer of 32 or 64 bits{_elsewhere(dtype)}")
 
 
 def default_integer(xp: Namespace) -> DType:

@@ -22,9 +22,10 @@ import pytest
 
 import portnorm as pn
 from benchmarks import gpu
-from portnorm.arrays import without_kernels
+from portnorm.arrays import leaves, mapped, without_kernels
 from portnorm.norm.normalize import Normalized, normalize
-from tests import test_libraries
+from portnorm.scan import scan
+from tests import test_libraries, test_normalize
 from tests.cases import COMBINATIONS, IMPLEMENTATIONS, LAYERS, OPS, PRESETS, OpCase, random_recurrent, random_state
 from tests.conftest import LIBRARIES
 from tests.cuda import fake_cupy
@@ -103,6 +104,7 @@ LENGTHS = (1, 2, 3, 8, 31, 32, 33, 64, 100, 128, 255, 256, 257, 512, 1000, 1024,
     ("length", "dtype"),
     [
         *((n, "float32") for n in LENGTHS),
+        *(pytest.param(2**20, dtype, marks=pytest.mark.slow) for dtype in ("float32", "float16", "bfloat16")),
         *((n, "float64") for n in LENGTHS if n <= 8192),  # longer ones go to the definition
         *((n, "float16") for n in LENGTHS[1::2]),
         *((n, "bfloat16") for n in LENGTHS[::2]),
@@ -245,8 +247,89 @@ def test_op(cupy: Any, case: OpCase, dtype: str, rng: np.random.Generator) -> No
     test_libraries.test_op(case, CUPY, dtype, rng)
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in OPS if "norm" in case.name or case.op in (pn.linear, pn.embedding)], ids=lambda c: c.name
+)
+def test_functions_of_bfloat16(cupy: Any, case: OpCase, rng: np.random.Generator) -> None:
+    """By a kernel or by the definition, whatever CuPy makes of ml_dtypes' type; every array that a public function gives back has it."""
+
+    def narrow(value: Any) -> Any:
+        return value.astype(ml_dtypes.bfloat16) if isinstance(value, np.ndarray) and value.dtype == np.float64 else value
+
+    def wide(value: Any) -> Any:
+        return value.astype(np.float64) if isinstance(value, np.ndarray) and value.dtype == ml_dtypes.bfloat16 else value
+
+    def theirs(value: Any) -> Any:
+        return cupy.asarray(value) if isinstance(value, np.ndarray) else value
+
+    # Without the mean of 30, beside which 8 bits hold nothing of the values.
+    arguments = [narrow(a - 30.0 if k == 0 and a.mean() > 20 else a) for k, a in enumerate(case.arguments(rng))]
+    keywords = {k: narrow(v - 30.0 if k == "mean" else v) for k, v in case.keywords.items()}
+    expected, expected_pullback = pn.vjp(case.op, *map(wide, arguments), **{k: wide(v) for k, v in keywords.items()})
+    dy = narrow(rng.standard_normal(expected.shape))
+    y, pullback = pn.vjp(case.op, *map(theirs, arguments), **{k: theirs(v) for k, v in keywords.items()})
+    for mine, other in zip((expected, *expected_pullback(wide(dy))), (y, *pullback(theirs(dy))), strict=True):
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            assert_close(other, mine, "bfloat16")
+
+
+def test_bfloat16_is_a_floating_type_of_cupy(cupy: Any) -> None:
+    xp, own = CUPY.xp, np.dtype(ml_dtypes.bfloat16)
+    assert [kind for kind in ("bool", "integral", "real floating", "complex floating", "numeric") if xp.isdtype(own, kind)] == [
+        "real floating",
+        "numeric",
+    ]
+    assert xp.isdtype(own, ("integral", own))
+    assert not xp.isdtype(own, ("integral", np.dtype("float32")))
+    assert not xp.isdtype(np.dtype("float32"), own)
+    assert (xp.finfo(own).bits, float(xp.finfo(own).eps)) == (16, 2.0**-7)
+    assert xp.finfo(np.float16).bits == 16
+    # The names of a library are those that all of its functions and layers take.
+    for given in ("bfloat16", own):
+        with pytest.raises(pn.DTypeError, match=r"`dtype` is '?bfloat16'?[,;] .*; bfloat16 is a type of torch and jax"):
+            pn.LSTM(2, 3, xp=xp, dtype=given)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_public_normalizations_of_bfloat16_run_as_kernels(emulated: Any, center: bool, rng: np.random.Generator) -> None:
+    x, weight, bias, dy = (emulated.asarray(a.astype(ml_dtypes.bfloat16)) for a in drawn(rng, (6, 16), (16,)))
+    fake_cupy.counts.launches.clear()
+    y, pullback = pn.vjp(pn.layer_norm, x, weight, bias) if center else pn.vjp(pn.rms_norm, x, weight)
+    cotangents = pullback(dy)
+    assert [a.dtype.name for a in (y, *cotangents)] == ["bfloat16"] * len((y, *cotangents))
+    forward, backward, sums = fake_cupy.counts.launches
+    assert forward.startswith("rows_forward<__nv_bfloat16, __nv_bfloat16, 8,")
+    assert backward.startswith("rows_backward<__nv_bfloat16, __nv_bfloat16, 8,")
+    assert sums == "sum_parts<__nv_bfloat16>"
+
+
 def test_the_row_of_the_library_is_true(cupy: Any) -> None:
     test_libraries.test_the_row_of_a_library_is_true(CUPY)
+
+
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_a_layer_moves_here_and_back(cupy: Any, cell: str, norm: str | None, rng: np.random.Generator) -> None:
+    test_libraries.test_layer_moves_between_libraries(cell, norm, CUPY, rng)
+
+
+@pytest.mark.parametrize("optimizer", [pn.SGD(0.1, momentum=0.5), pn.RMSProp(0.1), pn.Adam(0.1)], ids=lambda o: type(o).__name__)
+def test_optimizer(cupy: Any, optimizer: Any, rng: np.random.Generator) -> None:
+    test_libraries.test_optimizer(optimizer, CUPY, rng)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_clipping(cupy: Any, size: float, rng: np.random.Generator) -> None:
+    test_libraries.test_clipping_keeps_the_direction_of_gradients_of_any_size(size, CUPY, rng)
+
+
+def test_large_mean_in_float32(cupy: Any, rng: np.random.Generator) -> None:
+    test_normalize.test_large_mean_in_float32(CUPY, rng)
+
+
+@pytest.mark.parametrize("name", test_normalize.OUT)
+def test_out_takes_the_result(cupy: Any, name: str, rng: np.random.Generator) -> None:
+    test_normalize.test_out_takes_the_result(name, CUPY, rng)
 
 
 def test_what_no_kernel_takes_goes_to_the_definition(cupy: Any, rng: np.random.Generator) -> None:
@@ -345,6 +428,37 @@ def test_recurrent_sizes(cupy: Any, cell: str, norm: str | None, size: Size, dty
     for a, b in pairs:
         tolerance = RECURRENT[dtype] * max(1.0, float(np.max(np.abs(b))))
         np.testing.assert_allclose(a.get().astype(np.float64), b, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["whole", "ragged"])
+@pytest.mark.parametrize(
+    ("cell", "norm"),
+    [*((cell, norm) for cell in LAYERS for norm in (None, "layer", "batch")), ("LSTM", "layer-gates"), ("LSTM", "layer-state")],
+)
+def test_loops_of_bfloat16(cupy: Any, cell: str, norm: str | None, ragged: bool, rng: np.random.Generator) -> None:
+    """The kernels of the time loop by themselves: layers of CuPy have no bfloat16."""
+    layer, batch = random_recurrent(cell, norm, rng, hidden=9), 40
+    direction = next(iter(layer._places()))[2]
+    of_one_step = direction.cell(direction.variant, True, None)
+    params = direction._loop_params(of_one_step, {name.replace("_l0", ""): a for name, a in layer.params.items()})
+    state = tuple(rng.standard_normal((batch, 9)) for _ in of_one_step.states)
+    dstate = tuple(rng.standard_normal((batch, 9)) for _ in of_one_step.states)
+    u, dy = rng.standard_normal((3, batch, of_one_step.gates * 9)), rng.standard_normal((3, batch, 9))
+    lengths = rng.permutation(np.arange(batch) % 4) if ragged else None
+    given = mapped(lambda a: a.astype(ml_dtypes.bfloat16), ((u,), state, params, dstate, dy))
+
+    def run(arrays: Any, lengths: Any) -> tuple[Any, list[Any]]:
+        *arguments, dstate, dy = arrays
+        found, kept = scan.forward(*arguments, cell=of_one_step, lengths=lengths)
+        return kept, [*leaves(found), *leaves(scan.vjp(kept, (dstate, dy), cell=of_one_step, lengths=lengths))]
+
+    with without_kernels(np.ndarray):
+        _, expected = run(mapped(lambda a: a.astype(np.float64), given), lengths)
+    kept, found = run(mapped(cupy.asarray, given), None if lengths is None else cupy.asarray(lengths))
+    assert type(kept) is kernel_residuals()[1]
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == ml_dtypes.bfloat16
+        np.testing.assert_allclose(a.get().astype(np.float64), b, rtol=0, atol=RECURRENT["bfloat16"] * max(1.0, float(np.max(np.abs(b)))))
 
 
 def test_scan_is_taken_by_its_kernel(cupy: Any, rng: np.random.Generator) -> None:

@@ -212,7 +212,8 @@ def spoiled(model: onnx.ModelProto, name: str, change: Any) -> onnx.ModelProto:
     copy.CopyFrom(model)
     for tensor in weights_of(copy.graph):
         if name in tensor.name:
-            tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)).astype(np.float32), tensor.name))
+            values = numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(change(values).astype(values.dtype), tensor.name))
             return copy
     raise AssertionError(name)
 

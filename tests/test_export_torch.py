@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 import portnorm as pn
+from portnorm_onnx.runtimes import session_of
 from tests.processes import output_of
 from tests.tolerances import EXPORTED_TORCH, RECURRENT
 
@@ -251,6 +254,128 @@ def test_a_speech_model_in_float16(tmp_path: Path) -> None:
     np.testing.assert_allclose(y, exact, atol=RECURRENT["float16"])
 
 
+class InBfloat16:
+    """A speech model with layers of torch's own before, between and behind: convolution, GELU, LayerNorm, attention, softmax."""
+
+    FREE: ClassVar[dict[str, Any]] = {"x": {0: "batch", 2: "time"}, "lengths": {0: "batch"}}
+
+    @staticmethod
+    def model(layer: pn.Layer) -> Any:
+        import torch
+
+        class Model(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv, self.norm = torch.nn.Conv1d(3, 4, 3, padding=1), torch.nn.LayerNorm(4)
+                self.rnn, self.rms = pn.torch_module(layer), pn.torch_module(pn.RMSNorm(5))
+                self.head = torch.nn.Linear(5, 2)
+
+            def forward(self, x: Any, lengths: Any) -> Any:
+                y = torch.nn.functional.gelu(self.norm(self.conv(x).transpose(1, 2)))
+                y, state = self.rnn(y, lengths=lengths)
+                y = self.rms(y)[:, None]
+                y = torch.nn.functional.scaled_dot_product_attention(y, y, y)[:, 0]
+                return torch.softmax(self.head(y), -1), state[0]
+
+        torch.manual_seed(0)
+        return Model().bfloat16()
+
+    @staticmethod
+    def args(batch: int, time: int) -> Any:
+        import torch
+
+        lengths = torch.randint(1, time + 1, (batch,))
+        lengths[0] = time
+        return torch.randn(batch, 3, time).bfloat16(), lengths
+
+
+def in_runtime(runtime: str, path: Path, args: Any) -> list[Any]:
+    """Results of bfloat16 inputs and lengths, in float64."""
+    x, lengths = args
+    feed = {"x": x.float().numpy().astype(ml_dtypes.bfloat16), "lengths": lengths.numpy()}
+    return [a.astype(np.float64) for a in session_of(runtime, str(path))(feed).values()]
+
+
+LAYERS_IN_BFLOAT16 = {
+    "LSTM, layer norm": lambda: pn.LSTM(4, 5, norm="layer", batch_first=True, rng=0),
+    "GRU, batch norm": lambda: pn.GRU(4, 5, norm="batch", t_max=3, batch_first=True, rng=0),
+    "RNN, plain, two layers": lambda: pn.RNN(4, 5, num_layers=2, batch_first=True, rng=0),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS_IN_BFLOAT16)
+@pytest.mark.parametrize("runtime", ["rounded", pytest.param("openvino", marks=pytest.mark.runtime("openvino"))])
+def test_a_model_in_bfloat16(name: str, runtime: str, tmp_path: Path) -> None:
+    import torch
+
+    model, path = InBfloat16.model(LAYERS_IN_BFLOAT16[name]()), tmp_path / "m.onnx"
+    report = pn.export_torch(model, InBfloat16.args(2, 9), path, dynamic_shapes=InBfloat16.FREE, target="openvino")
+    assert report.opset == 22
+    assert [v.type.tensor_type.elem_type for v in (report.model.graph.input[0], *report.model.graph.output)] == [16, 16, 16]
+    whole = [c for c in report.trajectories if c.case.startswith("x")]
+    assert [(c.runtime, c.case) for c in whole] == [
+        (runtime, f"x ({batch}, 3, {time}) lengths ({batch},)")
+        for runtime in ("rounded", "unrounded")
+        for batch, time in ((2, 9), (1, 1), (3, 5), (24, 19))
+    ]
+    assert [o.runtime for o in report.outcomes] == ["rounded", "unrounded"]
+    double = copy.deepcopy(model).double().eval()
+    for batch, time in ((1, 1), (4, 17)):
+        x, lengths = InBfloat16.args(batch, time)
+        with torch.no_grad():
+            exact = double(x.double(), lengths)
+        for mine, theirs in zip(in_runtime(runtime, path, (x, lengths)), exact, strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=RECURRENT["bfloat16"])
+
+
+def test_a_model_that_is_bfloat16_in_part() -> None:
+    """By autocast, and between two conversions: there is no float64 run to compare with."""
+    import torch
+
+    class Autocast(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.rnn, self.head = (
+                torch.nn.Linear(3, 4),
+                pn.torch_module(pn.GRU(4, 4, norm="layer", rng=0)),
+                torch.nn.Linear(4, 2),
+            )
+
+        def forward(self, x: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self.head(self.rnn(self.front(x))[0])
+            return y.float()
+
+    torch.manual_seed(0)
+    x, free = torch.randn(5, 2, 3), {"x": {0: "time", 1: "batch"}}
+    report = pn.export_torch(Autocast(), x, None, dynamic_shapes=free, target="openvino")
+    assert {c.runtime for c in report.trajectories} == {"rounded", "unrounded"}
+    assert {c.runtime for c in report.steps} == {"onnxruntime"}  # the layer is in float32
+    assert report.model.graph.output[0].type.tensor_type.elem_type == 1
+    with pytest.raises(pn.UnsupportedError, match=r"'portable' does not compute in bfloat16, in which the model computes .*'openvino'"):
+        pn.export_torch(Autocast(), x, None, dynamic_shapes=free)
+    with pytest.raises(pn.ExportError, match=r"onnxruntime .* does not load the graph: .* implementation for MatMul"):
+        pn.export_torch(Autocast(), x, None, dynamic_shapes=free, target="onnxruntime")
+
+
+def test_a_bfloat16_graph_that_is_off_by_little_is_not_written(tmp_path: Path) -> None:
+    """By a sixteenth, which the tolerances of bfloat16 allow; what runs without rounding tells."""
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = pn.torch_module(pn.LayerNorm(16))
+
+        def forward(self, x: Any) -> Any:
+            return self.norm(x) * (1.0625 if torch.compiler.is_exporting() else 1.0)
+
+    model, x = Model().bfloat16(), torch.randn(8, 16).bfloat16()
+    with pytest.raises(pn.ConformanceError, match=r"^unrounded: output 'mul' is 0\.1.* from the torch model at x \(8, 16\)"):
+        pn.export_torch(model, x, tmp_path / "m.onnx", target="openvino")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_module_of_portnorm_alone_with_lengths_that_are_fixed(tmp_path: Path) -> None:
     import torch
 
@@ -354,13 +479,12 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
     x = torch.randn(2, 3)
     with pytest.raises(pn.UnsupportedError, match="`model` is a LayerNorm; expected a torch"):
         pn.export_torch(pn.LayerNorm(3), x, None)  # type: ignore[arg-type]
-    for given in ({"args": x.bfloat16()}, {"args": (), "kwargs": {"input": x.bfloat16()}}):
-        with pytest.raises(
-            pn.UnsupportedError, match=r"bfloat16; export model\.half\(\) or model\.float\(\), or a layer alone by portnorm\.export"
-        ):
-            pn.export_torch(torch.nn.Sequential(norm), path=None, **given)
-    with pytest.raises(pn.UnsupportedError, match="have bfloat16 arrays"):
-        pn.export_torch(torch.nn.Sequential(norm).bfloat16(), x, None)
+    with pytest.raises(
+        pn.UnsupportedError, match=r"'portable' does not compute in bfloat16, the dtype of layer '0' .*'openvino' or 'tensorrt'"
+    ):
+        pn.export_torch(torch.nn.Sequential(norm).bfloat16(), x.bfloat16(), None)
+    with pytest.raises(pn.UnsupportedError, match=r"'onnxruntime' has no \w+ in bfloat16 .*target='openvino' or 'tensorrt' has it"):
+        pn.export_torch(pn.torch_module(pn.RNN(3, 4)).bfloat16(), torch.randn(4, 2, 3).bfloat16(), None, target="onnxruntime")
     norm.float()
     with pytest.raises(pn.UnsupportedError, match="`target` 'tensorrt' does not compute in float64, the dtype of layer '0'"):
         pn.export_torch(torch.nn.Sequential(norm).double(), x.double(), None, target="tensorrt")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -20,6 +21,8 @@ from portnorm_onnx.storage import Draft
 from portnorm_onnx.verify import check
 from tests.processes import output_of
 from tests.test_export import a_little_off, lstm, spoiled
+
+BFLOAT16, FLOAT = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
 
 NAMES = [pytest.param(name, marks=[] if name in ("onnxruntime", "reference") else pytest.mark.runtime(name), id=name) for name in RUNTIMES]
 EVERY = [pytest.param(layer, keywords, id=name) for name, layer, keywords in layers()]
@@ -81,6 +84,74 @@ def test_what_is_no_model_is_an_error_and_the_next_model_runs(runtime: str) -> N
     x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
     found = session_of(runtime, report.model.SerializeToString())({"x": x})
     np.testing.assert_allclose(found["y"], pn.LayerNorm(4)(x), atol=2e-6)
+
+
+def test_bfloat16_by_float32_and_rounding() -> None:
+    """Bit by bit what every result rounded gives, in a loop too; operators whose float32 results are exact or correctly rounded."""
+
+    def info(name: str, dtype: int, *shape: int | str) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, dtype, list(shape))
+
+    factor = np.array([0.9], ml_dtypes.bfloat16)
+    body = helper.make_graph(
+        [helper.make_node("Mul", ["c", "factor"], ["scaled"]), helper.make_node("Add", ["scaled", "x_t"], ["next"])],
+        "body",
+        [info("c", BFLOAT16, 3), info("x_t", BFLOAT16, 3)],
+        [info("next", BFLOAT16, 3)],
+        [numpy_helper.from_array(factor, "factor")],
+    )
+    wide = [helper.make_node("Cast", ["last"], ["wide"], to=FLOAT), helper.make_node("Sqrt", ["wide"], ["root"])]
+    graph = helper.make_graph(
+        [helper.make_node("Scan", ["zero", "x"], ["last"], body=body, num_scan_inputs=1), *wide],
+        "g",
+        [info("zero", BFLOAT16, 3), info("x", BFLOAT16, "time", 3)],
+        [info("last", BFLOAT16, 3), info("root", FLOAT, 3)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10).SerializeToString()
+    x = np.abs(np.random.default_rng(0).standard_normal((40, 3))).astype(ml_dtypes.bfloat16)
+    expected, exact = np.zeros(3, ml_dtypes.bfloat16), np.zeros(3, np.float32)
+    for x_t in x:
+        expected = (expected * factor).astype(ml_dtypes.bfloat16) + x_t
+        exact = exact * factor.astype(np.float32) + x_t.astype(np.float32)
+    feed = {"zero": np.zeros(3, ml_dtypes.bfloat16), "x": x}
+    found = session_of("rounded", model)(feed)
+    assert (found["last"].dtype, found["root"].dtype) == (ml_dtypes.bfloat16, np.float32)
+    np.testing.assert_array_equal(found["last"].view(np.uint16), expected.view(np.uint16))
+    np.testing.assert_array_equal(found["root"], np.sqrt(expected.astype(np.float32)))  # what is float32 is not rounded
+    np.testing.assert_allclose(session_of("unrounded", model)(feed)["last"], exact, rtol=1e-6)
+    assert np.max(np.abs(expected.astype(np.float32) - exact)) > 1e-2
+
+
+def test_bfloat16_of_an_unknown_type_is_not_left_unrounded() -> None:
+    unknown = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("NoSuchOperator", ["x"], ["z"], name="n"), helper.make_node("Identity", ["z"], ["y"])],
+            "g",
+            [helper.make_tensor_value_info("x", BFLOAT16, [2])],
+            [helper.make_tensor_value_info("y", BFLOAT16, [2])],
+        )
+    )
+    with pytest.raises(pn.ExportError, match=r"does not tell the type of 'z', which NoSuchOperator \(node 'n'\) gives"):
+        session_of("rounded", unknown.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [pn.LSTM(16, 512, norm="layer", rng=0), pn.Sequential(pn.Linear(64, 1024, rng=0), pn.LayerNorm(1024))],
+    ids=["LSTM", "LayerNorm"],
+)
+def test_bfloat16_of_wide_layers(layer: pn.Layer, tmp_path: Path) -> None:
+    """onnx's evaluator, with its sums in bfloat16, refuses these."""
+    path = tmp_path / "m.onnx"
+    report = pn.export(layer, path, dtype="bfloat16", target="openvino", external_data=True)
+    assert {c.runtime for c in (*report.steps, *report.trajectories)} == {"rounded"}
+    with pytest.raises(pn.ConformanceError, match=r"^reference: "):
+        pn.verify(path, runtimes="reference")
+    assert pn.verify(path, runtimes="rounded").outcomes[0].status == "passed"
+    inside = pn.export(layer, None, dtype="bfloat16", target="openvino").model
+    wrong = spoiled(inside, "weight_hh_l0" if layer.recurrent else "0.weight", np.zeros_like)
+    with pytest.raises(pn.ConformanceError, match=r"^rounded: "):
+        check(Draft(wrong), layer, runtimes=("rounded",))
 
 
 @pytest.mark.runtime("openvino")

@@ -28,7 +28,8 @@ from onnx import helper
 
 from portnorm.arrays import require_extra
 from portnorm.errors import ExportError, MissingExtraError, UnsupportedError
-from portnorm_onnx.storage import Loadable, beside
+from portnorm_onnx.bfloat16 import holds_bfloat16, in_float32
+from portnorm_onnx.storage import Draft, Loadable, beside, is_large
 
 Session = Callable[[Mapping[str, Any]], dict[str, Any]]
 """A loaded model: named input arrays to named output arrays."""
@@ -96,6 +97,23 @@ def _from_ort(value: Any) -> Any:
     count = int(numpy.prod(value.shape(), dtype=int))
     data = (ctypes.c_uint16 * count).from_address(value.data_ptr())
     return numpy.array(data, dtype=numpy.uint16).view(ml_dtypes.bfloat16).reshape(value.shape())
+
+
+def _in_float32(rounded: bool) -> Callable[[Loadable], Session]:
+    def load(model: Loadable) -> Session:
+        proto = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
+        halves = {o.name for o in proto.graph.output if holds_bfloat16(o)} if rounded else set()
+        wide = in_float32(proto, rounded=rounded)
+        with tempfile.TemporaryDirectory(prefix="portnorm-") as folder, Draft(wide, Path(folder) / "m.onnx", is_large(wide)) as draft:
+            session = _onnxruntime("CPUExecutionProvider")(draft.loadable())
+
+        def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
+            given = {n: a.astype(numpy.float32) if a.dtype == ml_dtypes.bfloat16 else a for n, a in inputs.items()}
+            return {n: a.astype(ml_dtypes.bfloat16) if n in halves else a for n, a in session(given).items()}
+
+        return run
+
+    return load
 
 
 def _cuda_version() -> str:
@@ -322,12 +340,22 @@ RUNTIMES: dict[str, Runtime] = {
 }
 """Runtimes by name."""
 
+STAND_INS: dict[str, Runtime] = {
+    row.name: row
+    for row in (
+        Runtime("rounded", _in_float32(True), _package("onnxruntime", "onnx"), "onnxruntime's CPU in float32, bfloat16 by rounding"),
+        Runtime("unrounded", _in_float32(False), _package("onnxruntime", "onnx"), "onnxruntime's CPU with float32 in place of bfloat16"),
+    )
+}
+"""What a graph in bfloat16 is checked by, since no runtime here has the operators: onnxruntime on the same graph in float32."""
+
 
 def runtime_of(name: str) -> Runtime:
     """The row of a runtime; raises `UnsupportedError`."""
-    if name not in RUNTIMES:
-        raise UnsupportedError(f"`runtimes` names {name!r}; expected all, or some of {', '.join(RUNTIMES)}")
-    return RUNTIMES[name]
+    rows = {**RUNTIMES, **STAND_INS}
+    if name not in rows:
+        raise UnsupportedError(f"`runtimes` names {name!r}; expected all, or some of {', '.join(rows)}")
+    return rows[name]
 
 
 def session_of(runtime: str, model: Loadable) -> Session:

@@ -116,6 +116,15 @@ def target_of(name: str) -> Target:
     return TARGETS[name]
 
 
+def check_dtype(target: Target, dtype: str, where: str = "") -> None:
+    """Raise `UnsupportedError` where the target does not compute in this type; `where` says what is of it."""
+    if dtype not in target.dtypes:
+        others = [repr(row.name) for row in TARGETS.values() if dtype in row.dtypes]
+        raise UnsupportedError(
+            f"`target` {target.name!r} does not compute in {dtype}{where} ({target.reason}); target={' or '.join(others)} does"
+        )
+
+
 def check_types(proto: onnx.ModelProto, target: Target, dtype: str) -> None:
     """Raise `UnsupportedError` for an operator that the target does not have in the graph's type, naming the node."""
     allowed = target.only.get(dtype)
@@ -128,6 +137,6 @@ def check_types(proto: onnx.ModelProto, target: Target, dtype: str) -> None:
 
 
 def checker(proto: onnx.ModelProto, dtype: str) -> str:
-    """The runtime that checks a graph: onnxruntime, or onnx's own evaluator for a type of which onnxruntime's CPU lacks operators."""
+    """The runtime that checks a graph: onnxruntime, or its stand-in for a type in which its CPU lacks operators."""
     only = TARGETS["onnxruntime"].only.get(dtype)
-    return "onnxruntime" if only is None or all(n.op_type in only for n in proto.graph.node) else "reference"
+    return "onnxruntime" if only is None or all(n.op_type in only for n in proto.graph.node) else "rounded"

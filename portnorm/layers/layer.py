@@ -58,6 +58,7 @@ class Layer:
         self.dtype = load_dtype(self.xp, dtype)
         if not self.xp.isdtype(self.dtype, "real floating"):
             raise DTypeError(f"`dtype` is {dtype}; expected a real floating-point type such as float32")
+        dtype_name(self.xp, self.dtype)  # one that CuPy has from another package has no name there
         self.params: Arrays = {}
         self.buffers: Arrays = {}
 

@@ -49,7 +49,9 @@ def _(residuals: tuple[Normalized, Array], dw: Array, *, axis: int | tuple[int, 
     normalized, g = residuals
     axes = _axes(dw, () if axis is None else checked_axes(dw, axis))
     dv, dlength, _ = normalize.vjp(normalized, dw, center=False, **axes)
-    return dv, xp_of(g).reshape(dlength / math.sqrt(math.prod([dw.shape[a] for a in axes["axes"]])), g.shape)
+    xp = xp_of(g)
+    dg = xp.reshape(dlength / math.sqrt(math.prod([dw.shape[a] for a in axes["axes"]])), g.shape)
+    return dv, xp.astype(dg, g.dtype, copy=False)  # where a library takes a number in Python for float32, not for the type of the array
 
 
 def weight_norm_init(v: Array, x: Array, *, scale: float = 1.0) -> tuple[Array, Array]:

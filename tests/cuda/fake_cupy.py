@@ -346,6 +346,8 @@ def _module() -> _Namespace:
     cupy.empty = _function("empty", lambda shape, dtype=float: _empty(shape, dtype).values)
     cupy.empty_like = lambda x: _empty(x.shape, x.dtype)
     cupy.ascontiguousarray = lambda a, dtype=None: _wrapped(np.ascontiguousarray(a.values, dtype=dtype or a.dtype))
+    # CuPy's product has the common type of the arrays; NumPy's of two arrays of bfloat16 is float32.
+    cupy.matmul = _function("matmul", lambda a, b: np.matmul(a, b).astype(np.result_type(a, b), copy=False))
     cupy.asnumpy = lambda a: a.get()
     cupy.copyto = lambda to, of: to.__setitem__(..., of)
     cupy.cuda = types.SimpleNamespace(
