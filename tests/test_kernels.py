@@ -18,7 +18,7 @@ from benchmarks.readme import ROOT
 from portnorm.arrays import leaves, library, without_kernels
 from portnorm.norm.normalize import Normalized, normalize
 from portnorm_backends.cpu import affine, memory, products, recurrent, threads
-from portnorm_backends.cpu import normalize as kernels
+from portnorm_backends.cpu import normalize as cpu_normalize
 from portnorm_backends.cpu.normalize import KernelResiduals
 from portnorm_backends.cpu.recurrent import LoopResiduals
 from tests.processes import in_threads, output_of
@@ -297,7 +297,7 @@ def parted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(threads, "_count", lambda: 3)
     monkeypatch.setattr(threads, "parts", seen)
-    for module, name in ((recurrent, "_WORTH"), (products, "_WORTH"), (kernels, "_ROWS_WORTH")):
+    for module, name in ((recurrent, "_WORTH"), (products, "_WORTH"), (cpu_normalize, "_ROWS_WORTH")):
         monkeypatch.setattr(module, name, 1)
     return ranges
 
@@ -385,7 +385,8 @@ print(portnorm_backends.__file__, layer(np.ones((2, 1, 2), "float32"))[0].sum())
     before = output_of(code, PYTHONPATH=path).split()
     assert before[0].startswith(str(tmp_path))
     file = tmp_path / "portnorm_backends" / "cpu" / "pointwise.py"
-    assert "return e * reciprocal(e + 2.0)" in (source := file.read_text())
+    source = file.read_text()
+    assert "return e * reciprocal(e + 2.0)" in source
     file.write_text(source.replace("e + 2.0", "e + 3.0"))
     assert output_of(code, PYTHONPATH=path).split()[1] != before[1]
 
