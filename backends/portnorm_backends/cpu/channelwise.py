@@ -201,6 +201,7 @@ def _channels_forward(
         kept[0, c], kept[1, c], kept[2, c] = m, rest, rstd
         gain, shift = weight[c] * rstd if weight.size else rstd, bias[c] if bias.size else x.dtype.type(0)
         for k in range(outer):
+            _ahead(y, k, c)
             scaled(inner, (x[k, c], m, rest, gain, shift), (y[k, c],))
     return fine
 
@@ -222,6 +223,7 @@ def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx
         dbias[c], dweight[c] = first, second
         one, two = x.dtype.type(first / n if center else 0.0), x.dtype.type(second / n)
         for k in range(outer):
+            _ahead(dx, k, c)
             _back(inner, (x[k, c], dy[k, c], gain, m, d, rstd, one, two), (dx[k, c],))
 
 
