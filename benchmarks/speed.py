@@ -52,7 +52,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "cores 1": lambda: bench.measure(bench.WORKS, rounds=7, progress=progress),
         "growth": lambda: bench.measure(bench.GROWTH, GROWING, rounds=2, alone=True, progress=progress),
-        "cores 2": lambda: bench.measure(bench.WORKS, cores=2, progress=progress),
+        "cores 2": lambda: bench.measure(bench.WORKS, cores=2, rounds=3, progress=progress),
     }
     for name in parts:
         found[name] = parts[name]()
