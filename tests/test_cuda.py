@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -597,8 +598,8 @@ def test_every_kernel_compiles_for_gpus(emulated: Any, file: str, architecture: 
 
 
 def test_the_benchmark_measures_all_of_its_cases(emulated: Any) -> None:
-    rows = gpu.bandwidth(emulated, nbytes=2**14, turns=1)
-    for dtype in ("float32", "float16"):
+    rows = gpu.bandwidth(emulated, ("float32", "float16", "bfloat16"), nbytes=2**14, turns=1)
+    for dtype in ("float32", "float16", "bfloat16"):
         assert {row["what"].partition(" ")[0] for row in rows if row["dtype"] == dtype} == {"copy", "layer", "RMS", "group", "batch"}
     assert all(row[f"{way} GB/s"] > 0 for row in rows[1:7] for way in ("forward", "backward"))
     row = gpu.recurrent(emulated, (2, 3, 4, 5), turns=1)
@@ -615,6 +616,19 @@ def test_the_benchmark_without_a_gpu_says_so_and_writes_nothing(
     assert ended.value.code == 2
     assert "CuPy is not installed" in capsys.readouterr().err
     assert not (tmp_path / "gpu.json").exists()
+
+
+def test_the_benchmark_keeps_what_it_found_before_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SimpleNamespace(runtimeGetVersion=lambda: 13000, getDeviceProperties=lambda k: {"name": b"a GPU"})
+    monkeypatch.setattr(gpu, "device", lambda: SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(runtime=runtime)))
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.json")
+    monkeypatch.setattr(gpu, "tests", lambda: {"status": 0, "summary": "1 passed", "failed": []})
+    monkeypatch.setattr(gpu, "bandwidth", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gpu.main()
+    kept = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(kept) == {"about", "tests"}
+    assert kept["about"]["device"] == "a GPU"
 
 
 # -- the emulation itself ------------------------------------------------------------------------------------------------------------------
