@@ -50,9 +50,9 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     found: dict[str, Any] = {"machine": bench.machine(), "commit": commit}
     parts: dict[str, Callable[[], Any]] = {
-        "cores 1": lambda: bench.measure(bench.WORKS, rounds=7, progress=progress),
-        "growth": lambda: bench.measure(bench.GROWTH, GROWING, rounds=2, alone=True, progress=progress),
-        "cores 2": lambda: bench.measure(bench.WORKS, cores=2, rounds=3, progress=progress),
+        "cores 1": lambda: bench.measure(bench.WORKS, progress=progress),
+        "growth": lambda: bench.measure(bench.GROWTH, GROWING, rounds=1, alone=True, progress=progress),
+        "cores 2": lambda: bench.measure(bench.WORKS, cores=2, rounds=2, progress=progress),
     }
     for name in parts:
         found[name] = parts[name]()

@@ -62,6 +62,10 @@ def calls(draw: Any) -> tuple[np.ndarray[Any, Any], dict[str, Any], bool | None]
     rows = axes == tuple(range(axes[0], len(shape))) and params[0] <= axes[0] <= params[-1] + 1
     channel = len(params) == 1 and sorted((*axes, *params)) == list(range(len(shape)))
     steps = params == (len(shape) - 1,) and axes == tuple(range(axes[0], len(shape) - 1))
+    if draw(st.integers(0, 3)) == 0:
+        shorter = tuple(1 if a in axes else n for a, n in enumerate(shape))
+        attrs["mean"], attrs["var"] = rng.standard_normal(shorter).astype(dtype), rng.uniform(0.1, 2.0, shorter).astype(dtype)
+        rows = False
     if dtype == "float16" or masked or not (rows or channel or steps):
         return x, attrs, False
     if x.flags.c_contiguous:

@@ -20,5 +20,5 @@ _KERNELS = {
     "scan": recurrent.KERNEL,
 }
 
-# 8 MB in float32: enough rows for a matrix product at full speed, and memory that the allocator has at hand again.
-LIBRARY = Library("numpy", kernels=_KERNELS if importlib.util.find_spec("numba") is not None else {}, at_once=2**21)
+# 16 MB in float32: enough rows for what is done once for them all, and little enough for a cache.
+LIBRARY = Library("numpy", kernels=_KERNELS if importlib.util.find_spec("numba") is not None else {}, at_once=2**22)

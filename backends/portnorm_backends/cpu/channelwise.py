@@ -138,7 +138,22 @@ def column_cotangents(x: Any, dy: Any, m: Any, d: Any, rstd: Any, first: Any, se
         _add(second, lost[1], b)
 
 
-def _columns_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx: Any, dweight: Any, dbias: Any) -> None:
+def _columns_scaled(x: Any, weight: Any, bias: Any, kept: Any, y: Any) -> None:
+    """With statistics that are given."""
+    x, weight, bias, kept, y = bare(x), bare(weight), bare(bias), bare(kept), bare(y)
+    groups, rows, channels = x.shape
+    gain, shift = numpy.empty(channels, x.dtype), numpy.zeros(channels, x.dtype)
+    for g in range(groups):
+        for c in range(channels):
+            gain[c] = kept[2, g, c] * weight[c] if weight.size else kept[2, g, c]
+            if bias.size:
+                shift[c] = bias[c]
+        for k in range(rows):
+            scaled(channels, (x[g, k], kept[0, g], kept[1, g], gain, shift), (y[g, k],))
+
+
+def _columns_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, own: bool, dx: Any, dweight: Any, dbias: Any) -> None:
+    """`own`: the statistics were those of x; else they are constants."""
     x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
     groups, rows, channels = x.shape
     room, found = numpy.empty((3, channels), x.dtype), numpy.empty((2, channels))
@@ -150,7 +165,7 @@ def _columns_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx:
         column_cotangents(x[g], dy[g], m, d, rstd, first, second)
         for c in range(channels):
             gain[c] = rstd[c] * weight[c] if weight.size else rstd[c]
-            a[c], b[c] = first[c] / rows if center else 0.0, second[c] / rows
+            a[c], b[c] = first[c] / rows if own and center else 0.0, second[c] / rows if own else 0.0
             dbias[c] += first[c]
             dweight[c] += second[c]
         for k in range(rows):
@@ -206,7 +221,16 @@ def _channels_forward(
     return fine
 
 
-def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx: Any, dweight: Any, dbias: Any) -> None:
+def _channels_scaled(x: Any, weight: Any, bias: Any, kept: Any, y: Any) -> None:
+    x, weight, bias, kept, y = bare(x), bare(weight), bare(bias), bare(kept), bare(y)
+    outer, channels, inner = x.shape
+    for k in range(outer):
+        for c in range(channels):
+            gain, shift = weight[c] * kept[2, c] if weight.size else kept[2, c], bias[c] if bias.size else x.dtype.type(0)
+            scaled(inner, (x[k, c], kept[0, c], kept[1, c], gain, shift), (y[k, c],))
+
+
+def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, own: bool, dx: Any, dweight: Any, dbias: Any) -> None:
     x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
     outer, channels, inner = x.shape
     n = outer * inner
@@ -221,7 +245,7 @@ def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, dx
             first += a
             second += b
         dbias[c], dweight[c] = first, second
-        one, two = x.dtype.type(first / n if center else 0.0), x.dtype.type(second / n)
+        one, two = x.dtype.type(first / n if own and center else 0.0), x.dtype.type(second / n if own else 0.0)
         for k in range(outer):
             _ahead(dx, k, c)
             _back(inner, (x[k, c], dy[k, c], gain, m, d, rstd, one, two), (dx[k, c],))
@@ -238,10 +262,19 @@ def forward(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., bool]:
 
 
 @functools.cache
+def scale(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., None]:
+    """The kernel for given statistics."""
+    t = numba.from_dtype(dtype)
+    given, parameter = numba.types.Array(t, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
+    kept = t[:, ::1] if inner else t[:, :, ::1]
+    return compiled(signatures=numba.void(given, parameter, parameter, kept, t[:, :, ::1]))(_channels_scaled if inner else _columns_scaled)
+
+
+@functools.cache
 def backward(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., None]:
     """The backward kernel for one type of values."""
     t, wide = numba.from_dtype(dtype), numba.float64
     given, parameter = numba.types.Array(t, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
     kept = numba.types.Array(t, 2 if inner else 3, "C", readonly=True)
-    signature = numba.void(given, given, parameter, kept, numba.boolean, t[:, :, ::1], wide[::1], wide[::1])
+    signature = numba.void(given, given, parameter, kept, numba.boolean, numba.boolean, t[:, :, ::1], wide[::1], wide[::1])
     return compiled(signatures=signature)(_channels_backward if inner else _columns_backward)

@@ -54,21 +54,26 @@ def _accepts(
     eps: float,
     mask: Any = None,
     mean: Any = None,
+    var: Any = None,
     eps_place: str = "variance",
     correction: int = 0,
     reduce: Any = None,
     **attrs: Any,
 ) -> bool:
-    """float32 or float64 values with their own biased variance: contiguous rows, or all axes but the one with the parameters."""
-    if mask is not None or mean is not None or reduce is not None or correction or eps_place != "variance":
+    """float32 or float64 values with their own biased variance: contiguous rows, or all axes but the one with the parameters.
+
+    The latter with given statistics too.
+    """
+    if mask is not None or reduce is not None or correction or eps_place != "variance":
         return False
     if type(x) is not numpy.ndarray or not x.size or x.dtype not in RANGE:
         return False
     if not x.flags.aligned:
         return False
     if _is_channel(x, axes, param_axes):
-        return bool(x.flags.c_contiguous)
-    return _are_rows(x, axes, param_axes) and _as_rows(x, axes[0]) is not None
+        shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        return bool(x.flags.c_contiguous and all(s is None or (type(s) is numpy.ndarray and s.shape == shape) for s in (mean, var)))
+    return mean is None and _are_rows(x, axes, param_axes) and _as_rows(x, axes[0]) is not None
 
 
 def _are_rows(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
@@ -110,11 +115,15 @@ def _forward(
     eps: float,
     center: bool = True,
     out: Any = None,
+    mean: Any = None,
+    var: Any = None,
     **attrs: Any,
 ) -> tuple[NumPyArray, Any]:
+    into = memory.room(x.shape, x.dtype) if out is None or not _can_take(out, x, weight, bias, mean, var) else out
+    if mean is not None:
+        return written(into, out), _scaled_channels(x, weight, bias, mean, var, param_axes, float32_value(eps), into)
     # The channels of (channels, values) are rows too, but someone may ask for their statistics.
     made = _forward_of_channels if _is_channel(x, axes, param_axes) else _forward_of_rows
-    into = memory.room(x.shape, x.dtype) if out is None or not _can_take(out, x, weight, bias) else out
     found = made(x, weight, bias, axes, param_axes, float32_value(eps), center, into)
     if found is None:
         return normalize.definition(x, weight, bias, axes=axes, param_axes=param_axes, eps=eps, center=center, out=out, **attrs)
@@ -217,8 +226,25 @@ def _forward_of_channels(
     return KernelResiduals(x, room[0], weight, bias, None, var.astype(x.dtype))
 
 
+def _scaled_channels(
+    x: NumPyArray, weight: Any, bias: Any, mean: NumPyArray, var: NumPyArray, param_axes: tuple[int, ...], eps: float, y: NumPyArray
+) -> KernelResiduals:
+    """`y` from given statistics."""
+    from portnorm_backends.cpu import channelwise
+
+    (channel,) = param_axes
+    count, inner = x.shape[channel], math.prod(x.shape[channel + 1 :]) > 1
+    m, spread = (s.astype(x.dtype, copy=False) for s in (mean, var))
+    groups = spread.size // count
+    blocks, kept = _by_channel(x, channel, groups), numpy.zeros((3, groups, count), dtype=x.dtype)
+    kept[0], kept[2] = m.reshape(groups, count), 1.0 / numpy.sqrt(spread.reshape(groups, count) + eps)
+    room = kept.reshape(3, count) if inner else kept
+    channelwise.scale(x.dtype, inner)(blocks, taken(weight, x, (count,)), taken(bias, x, (count,)), room, y.reshape(blocks.shape))
+    return KernelResiduals(x, room, weight, bias, None, spread)
+
+
 def _vjp_of_channels(
-    residuals: KernelResiduals, dy: NumPyArray, *, param_axes: tuple[int, ...], center: bool = True, **attrs: Any
+    residuals: KernelResiduals, dy: NumPyArray, *, param_axes: tuple[int, ...], center: bool = True, mean: Any = None, **attrs: Any
 ) -> tuple[Any, Any, Any]:
     from portnorm_backends.cpu import channelwise
 
@@ -229,7 +255,7 @@ def _vjp_of_channels(
     dx, dweight, dbias = memory.room(blocks.shape, x.dtype), numpy.empty(count), numpy.empty(count)
     given = taken(dy, x, blocks.shape)
     kernel = channelwise.backward(x.dtype, kept.ndim == 2)
-    kernel(blocks, given, taken(weight, x, (count,)), kept, center, dx, dweight, dbias)
+    kernel(blocks, given, taken(weight, x, (count,)), kept, center, mean is None, dx, dweight, dbias)
     return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
 

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 from portnorm_backends.cpu import threads
 from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
 from portnorm_backends.cpu.memory import aligned
-from portnorm_backends.cpu.vectors import REGISTER, Memory, Vector, elementwise, fused, mask_of, splat
+from portnorm_backends.cpu.vectors import REGISTER, Memory, Vector, ask, elementwise, fused, mask_of, splat
 
 _HEIGHTS = {64: (12, 8, 4), 32: (6, 4)}.get(REGISTER, (4,))
 """Rows of the tiles that fit into the registers of such a processor."""
@@ -74,6 +74,8 @@ def _tile(rows: int, panels: int) -> Any:
             masks = {(q, v): mask_of(builder, builder.sub(left, n(q * columns + v * lanes)), lanes) for q, v in beside}
             keys = [(r, q, v) for r in range(rows) for q, v in beside]
             places = {(r, q, v): memory.at(of_y, builder.add(many(n(r), width), n(q * columns + v * lanes))) for r, q, v in keys}
+            for place in places.values():  # it is written to when the sums are done
+                ask(builder, place)
             shifts = {(q, v): memory.load(memory.at(of_w, builder.add(many(n(q), panel), n(v * lanes)))) for q, v in beside}
 
             entry, again, head, body, end = (builder.block, *(builder.append_basic_block() for _ in range(4)))

@@ -148,7 +148,6 @@ def _forward(
     sequences: bool = True,
     keep: bool = True,
 ) -> tuple[tuple[State, tuple[Array, ...]], Any]:
-
     u, weights = writable(xs[0]), params["weight_hh"]
     (time, batch, features), size, dtype = u.shape, weights.shape[1], u.dtype
     counts = numpy.zeros(0, dtype=numpy.int64) if lengths is None else numpy.array(lengths, dtype=numpy.int64)
@@ -217,7 +216,6 @@ def _statistics(cell: RecurrentCell, slots: tuple[Any, ...], counts: NumPyArray,
 def _vjp(
     residuals: LoopResiduals, cotangents: tuple[State, Array | None], *, cell: Any, **attrs: Any
 ) -> tuple[tuple[Array, ...], State, Params]:
-
     params, counts, h, c, gates, inner, slots = residuals
     dstate, dy = cotangents
     weights, (time, batch, _), dtype = params["weight_hh"], gates.shape, h.dtype

@@ -267,17 +267,24 @@ def _summed(formula: Formula, count: int) -> Any:
     return loop
 
 
+def ask(builder: Any, place: Any) -> None:
+    """Ask for the cache line of a place in memory."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _PLACE, _PLACE, _PLACE])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, nearest, data = (ir.Constant(_PLACE, n) for n in (0, 3, 1))
+    builder.call(function, [builder.bitcast(place, byte), read, nearest, data])
+
+
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
 def prefetch(typing: Any, row: Any) -> Any:
     """Ask for the memory of a contiguous row that is read soon: the processor itself sees no pattern in rows that are short."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array, place = context.make_array(row)(context, builder, args[0]), ir.IntType(8).as_pointer()
-        start, size = builder.bitcast(array.data, place), builder.mul(builder.extract_value(array.shape, 0), array.itemsize)
-        signature_of_it = ir.FunctionType(ir.VoidType(), [place, _PLACE, _PLACE, _PLACE])
-        function = cgutils.get_or_insert_function(builder.module, signature_of_it, "llvm.prefetch.p0")
-        read, nearest, data = (ir.Constant(_PLACE, n) for n in (0, 3, 1))
-        _loop(builder, ir.Constant(_INDEX, 0), size, 64, lambda i: builder.call(function, [builder.gep(start, [i]), read, nearest, data]))
+        array = context.make_array(row)(context, builder, args[0])
+        start = builder.bitcast(array.data, ir.IntType(8).as_pointer())
+        size = builder.mul(builder.extract_value(array.shape, 0), array.itemsize)
+        _loop(builder, ir.Constant(_INDEX, 0), size, 64, lambda i: ask(builder, builder.gep(start, [i])))
         return context.get_dummy_value()
 
     return types.void(row), generate
