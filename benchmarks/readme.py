@@ -301,11 +301,20 @@ def growth() -> str:
     return table(("ms (peak of the process in MB)", *GROWING), rows)
 
 
+def growth_in_short() -> str:
+    """The memory of a training step that grows with every step of the sequence."""
+    peaks = {row["work"]: row["times"] for row in _kept("speed").get("growth", [])}
+    few, many = (peaks.get(f"LN-LSTM forward+backward {steps}×1×64×128", {}) for steps in (1000, 10000))
+    found = [f"{n} {(many[n]['peak_kb'] - few[n]['peak_kb']) * 1024 / 9000:,.0f}" for n in GROWING if n in few and n in many]
+    return f"From 1,000 steps to 10,000 a training step of LN-LSTM 1×64×128 takes so many more bytes per step: {', '.join(found)}."
+
+
 TABLES = {
     "speed": speed,
     "speed_in_short": speed_in_short,
     "speed_best": speed_best,
     "growth": growth,
+    "growth_in_short": growth_in_short,
     "targets": targets,
     "runtimes": runtimes,
     "support": support,
