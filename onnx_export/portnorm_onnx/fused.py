@@ -113,7 +113,7 @@ def fused(
     b = constant(numpy.concatenate([ordered(u.affine.shift), ordered(weights[1])])[None].astype(dtype))
     by_operator = lengths is not None and u.opset.target.fused_lengths
     xp = NAMESPACE
-    initial = [None if _is_zero(s) else xp.expand_dims(s, axis=0) for s in state]
+    initial = [None if u.opset.target.fused_start and _is_zero(s) else xp.expand_dims(s, axis=0) for s in state]
     inputs = [x, w, r, b, xp.astype(lengths, "int32") if by_operator else None, *initial]
     attributes: dict[str, Any] = {"hidden_size": hidden}
     if operator.name == "GRU":

@@ -27,6 +27,8 @@ class Target:
     """Plain cells are the operators LSTM, GRU and RNN, not a loop."""
     fused_lengths: bool = False
     """These operators may take `sequence_lens`."""
+    fused_start: bool = False
+    """These operators may leave out a first state of zeros."""
     captures: bool = False
     """The body of a loop may read what is computed outside of it."""
     peepholes: bool = False
@@ -65,6 +67,7 @@ TARGETS: dict[str, Target] = {
             ("onnxruntime",),
             opset=23,
             fused_lengths=True,
+            fused_start=True,
             captures=True,
             peepholes=True,
             wide_gains=True,
@@ -75,6 +78,7 @@ TARGETS: dict[str, Target] = {
         Target(
             "openvino",
             ("openvino",),
+            fused_start=True,
             dtypes=("float16", "bfloat16", "float32"),
             reason="sequence_lens gives wrong values, peepholes are off by 5e-3, float64 is computed in float32; "
             "LayerNormalization takes no gain over more axes than it normalizes",
@@ -85,13 +89,14 @@ TARGETS: dict[str, Target] = {
             backward_slices=False,
             length_outputs=False,
             wide_gains=True,
-            reason="takes no sequence_lens that is not constant, and no backward slice of unknown length; its Python "
-            "interface gives out no lengths; no Sigmoid in float64",
+            reason="takes no sequence_lens that is not constant, and no backward slice of unknown length; without a first state "
+            "an operator of unknown batch ends its process; its Python interface gives out no lengths; no Sigmoid in float64",
         ),
         Target(
             "web",
             ("web",),
             fused_lengths=True,
+            fused_start=True,
             peepholes=True,
             wide_gains=True,
             dtypes=("float16", "float32", "float64"),
