@@ -56,7 +56,7 @@ class Direction:
         lengths: Array | None = None,
         training: bool = False,
         keep: bool = True,
-        momentum: float | None = 0.1,
+        momentum: float | None,
     ) -> tuple[Array, State, Buffers, RecurrentResiduals]:
         """`(y, state, buffers, residuals)` for `x` (time, batch, inputs).
 

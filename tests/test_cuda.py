@@ -472,7 +472,8 @@ def test_scan_is_taken_by_its_kernel(cupy: Any, rng: np.random.Generator) -> Non
         state, time = layer._placed(layer.buffers, layer._new(rng.standard_normal((5, 2, 3))), None)
         direction = layer._places()[0][2]
         params, buffers = ({n.replace("_l0", ""): a for n, a in group.items()} for group in (layer.params, layer.buffers))
-        kept = direction.forward(params, buffers, layer._new(rng.standard_normal((5, 2, 3))), state[0], time=time, training=True)[3].scan
+        x = layer._new(rng.standard_normal((5, 2, 3)))
+        kept = direction.forward(params, buffers, x, state[0], time=time, training=True, momentum=0.1)[3].scan
         assert type(kept) is (kernel_residuals()[1] if taken else ScanResiduals)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,19 @@ def test_steps_after_t_max_use_the_last_statistics(rng: np.random.Generator) -> 
         {n: np.concatenate([b, b[-1:], b[-1:]]) for n, b in layer.buffers.items()},
     )
     np.testing.assert_allclose(repeated(x)[0], y, **CLOSE)
+
+
+def test_an_attribute_that_is_changed_counts_from_then_on(rng: np.random.Generator) -> None:
+    """What a layer makes of its attributes once is made again."""
+    layer, x = random_lstm("layer", rng), rng.standard_normal((4, 3, 4))
+    before, _ = layer(x)
+    variant = dataclasses.replace(layer.variant, eps=0.5)
+    layer.variant = variant
+    found, _ = layer(x)
+    other = pn.LSTM(4, 3, norm=variant, dtype="float64")
+    other.assign(layer.params)
+    np.testing.assert_array_equal(found, other(x)[0])
+    assert np.max(np.abs(found - before)) > 0.01
 
 
 @pytest.mark.parametrize("momentum", [0.25, None])

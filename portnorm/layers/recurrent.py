@@ -119,7 +119,7 @@ class Recurrent(Layer):
 
         Made when they are first asked for, and again when an attribute that they depend on was changed.
         """
-        depends = self.t_max, self.keeps_time, self.reduce
+        depends = self.variant, self.t_max, self.keeps_time, self.reduce
         if self._made is None or self._made[0] != depends:
             self._made = depends, tuple(self._new_places())
         return self._made[1]

@@ -8,7 +8,7 @@ from portnorm_backends.cpu.compiling import bare, compiled, copy, fill
 from portnorm_backends.cpu.layout import SHIFT
 from portnorm_backends.cpu.pointwise import sigmoid, tanh
 from portnorm_backends.cpu.products import product
-from portnorm_backends.cpu.slots import arrives, hidden_back, normalized, prepared, runs, stays
+from portnorm_backends.cpu.slots import arrives, gives, hidden_back, normalized, prepared, runs, stays
 from portnorm_backends.cpu.vectors import Vector, elementwise, fused
 
 Five = tuple[Vector, Vector, Vector, Vector, Vector]
@@ -63,8 +63,7 @@ def forward(
             inside = a[b] if hidden.mode <= SHIFT else term.reshape(3 * size)
             made = (*_gates(gates[k, b]), reset[k, b], h[after, b])
             _step(size, (*_gates(u[t, b]), *_gates(inside), h[before, b]), made)
-            if y.size:
-                copy(h[after, b], y[t, b])
+            gives(t, b, h, y)
     return fine
 
 

@@ -16,6 +16,7 @@ from portnorm_backends.cpu.slots import (
     collected,
     counted,
     denormalized,
+    gives,
     hidden_back,
     normalized,
     prepared,
@@ -44,11 +45,6 @@ def _output(c: Vector, o: Vector) -> Two:
 
 
 _opened, _emitted = elementwise(_memory), elementwise(_output)
-
-
-@elementwise
-def _sum(a: Vector, u: Vector) -> tuple[Vector]:
-    return (a + u,)
 
 
 @elementwise
@@ -122,8 +118,7 @@ def forward(
                     _step(size, terms, (*_gates(gates[k, b]), c_after[b], tanh_c[k, b], h[after, b]))
                 else:
                     _inferred(size, terms, (c_after[b], h[after, b]))
-                if y.size:
-                    copy(h[after, b], y[t, b])
+                gives(t, b, h, y)
             continue
         k = t % gates.shape[0]
         fine &= prepared(hidden, t, a, lengths, room.sums)
@@ -131,7 +126,7 @@ def forward(
             if not runs(lengths, b, t):
                 continue
             if hidden.mode <= SHIFT:
-                _sum(4 * size, (a[b], u[t, b]), (summed.reshape(4 * size),))
+                add(4 * size, (a[b], u[t, b]), (summed.reshape(4 * size),))
             else:
                 fine &= normalized(hidden, t, b, a[b], u[t, b], room.sums, summed)
             if total.mode != NONE:
@@ -150,8 +145,7 @@ def forward(
                 fine &= normalized(cell, t, b, inside, zeros[:size], narrow, into)
             inner = z[0] if cell.mode != NONE and copies else c_after[b]
             _emitted(size, (inner, gates[k, b, 3 * size :]), (tanh_c[k, b], h[after, b]))
-            if y.size:
-                copy(h[after, b], y[t, b])
+            gives(t, b, h, y)
     return fine
 
 

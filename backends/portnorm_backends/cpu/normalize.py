@@ -72,7 +72,8 @@ def _accepts(
         return False
     if _is_channel(x, axes, param_axes):
         shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
-        return bool(x.flags.c_contiguous and all(s is None or (type(s) is numpy.ndarray and s.shape == shape) for s in (mean, var)))
+        statistics = () if mean is None and var is None else (mean, var)
+        return bool(x.flags.c_contiguous and all(type(s) is numpy.ndarray and s.shape == shape for s in statistics))
     return mean is None and _are_rows(x, axes, param_axes) and _as_rows(x, axes[0]) is not None
 
 

@@ -8,18 +8,13 @@ from portnorm_backends.cpu.compiling import bare, compiled, copy, fill
 from portnorm_backends.cpu.layout import NONE, SHIFT
 from portnorm_backends.cpu.pointwise import tanh
 from portnorm_backends.cpu.products import product
-from portnorm_backends.cpu.slots import One, arrives, hidden_back, normalized, prepared, runs, stays, sum_back
+from portnorm_backends.cpu.slots import One, add, arrives, gives, hidden_back, normalized, prepared, runs, stays, sum_back
 from portnorm_backends.cpu.vectors import Vector, elementwise
 
 
 @elementwise
 def _tanh(z: Vector) -> One:
     return (tanh(z),)
-
-
-@elementwise
-def _sum(a: Vector, u: Vector) -> One:
-    return (a + u,)
 
 
 @elementwise
@@ -57,14 +52,13 @@ def forward(
                 stays(t, b, h, y)
                 continue
             if hidden.mode <= SHIFT:
-                _sum(h.shape[2], (a[b], u[t, b]), (summed[0],))
+                add(h.shape[2], (a[b], u[t, b]), (summed[0],))
             else:
                 fine &= normalized(hidden, t, b, a[b], u[t, b], room.sums, summed)
             if total.mode != NONE:
                 fine &= normalized(total, t, b, row[0], zeros, room.sums, z)
             _tanh(h.shape[2], (z[0],), (h[after, b],))
-            if y.size:
-                copy(h[after, b], y[t, b])
+            gives(t, b, h, y)
     return fine
 
 

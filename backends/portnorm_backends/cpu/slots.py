@@ -130,8 +130,8 @@ def _add_shares(dy: Vector, xhat: Vector, with_xhat: Vector, alone: Vector) -> T
 
 
 @elementwise
-def add(dy: Vector, y: Vector) -> One:
-    return (dy + y,)
+def add(a: Vector, b: Vector) -> One:
+    return (a + b,)
 
 
 @elementwise
@@ -210,6 +210,13 @@ def stays(t: int, b: int, h: Any, y: Any) -> None:
     copy(h[t % h.shape[0], b], h[(t + 1) % h.shape[0], b])
     if y.size:
         fill(y[t, b], 0)
+
+
+@compiled()
+def gives(t: int, b: int, h: Any, y: Any) -> None:
+    """A sequence that has one, h after it into `y`, where that has room."""
+    if y.size:
+        copy(h[(t + 1) % h.shape[0], b], y[t, b])
 
 
 @compiled()

@@ -93,7 +93,10 @@ def fused(a: Any, b: Vector, c: Any) -> Vector:
 
 
 def reciprocal(x: Vector) -> Vector:
-    """1 / x. For float32 and AVX-512, whose division takes 16 cycles: r (2 − x r) of an approximation r of 14 bits, within 1 ULP."""
+    """1 / x of a number that is neither 0 nor infinite.
+
+    For float32 and AVX-512, whose division takes 16 cycles: r (2 − x r) of an approximation r of 14 bits, within 1 ULP of a normal number.
+    """
     kind = x.value.type
     if not x.is_single or not _FEATURES.get("avx512f"):
         return 1.0 / x
