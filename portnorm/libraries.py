@@ -111,7 +111,14 @@ _EVERY = ("float16", "bfloat16", "float32", "float64")
 SUPPORT: dict[str, Support] = {
     row.name: row
     for row in (
-        Support("numpy", "numpy", "numpy", load=_numpy, kernels=("normalize", "scan", "linear", "layer_norm", "rms_norm"), always=True),
+        Support(
+            "numpy",
+            "numpy",
+            "numpy",
+            load=_numpy,
+            kernels=("normalize", "scan", "linear_scan", "linear", "layer_norm", "rms_norm"),
+            always=True,
+        ),
         Support("array_api_strict", "array_api_strict", "array-api-strict", ("float32", "float64"), always=True),
         Support("torch", "torch", "torch", _EVERY, "torch", _torch, ("sigmoid",), autodiff=True),
         Support("jax", "jax.numpy", "jax", _EVERY, load=_jax, kernels=("loop",), autodiff=True, out=False),

@@ -2,6 +2,7 @@
 
     u = N_ih(x W_ihᵀ) + b            one matrix product over all steps, and its normalization
     h, c = scan(cell, u)             the loop
+    h, c = linear_scan(cell, x)      both, where nothing is kept: then u is never there of all steps
     dW = Σ duᵀ·x,  dU = Σ daᵀ·h      one matrix product each over all steps, after the backward loop
 
 where a = h W_hhᵀ is the hidden term.
@@ -17,6 +18,7 @@ from portnorm.arrays import Array, device_of, library, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.norm.normalize import Reduce
 from portnorm.norm.weight import weight_norm
+from portnorm.op import op
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
 from portnorm.statistics import at_steps, rows_of_steps, update
 
@@ -33,6 +35,54 @@ class RecurrentResiduals(NamedTuple):
     rows: Array | None  # (time,) which row of γ and β each step takes, where each has its own
     input_slot: tuple[Any, ...]  # residuals of norm_ih
     scan: Any
+
+
+@op
+def linear_scan(
+    x: Array,
+    params: Params,
+    state: State,
+    loop: Params,
+    *,
+    cell: RecurrentCell,
+    lengths: Array | None = None,
+    sequences: bool = True,
+) -> tuple[tuple[State, tuple[Array, ...]], None]:
+    """`scan` without `keep` over the input term of `x` (time, batch, inputs), for a cell to which all steps are alike.
+
+    `params` are those of the input term (see `input_term`), `loop` those of a step.
+    """
+    found = []
+    for _, part, left in in_parts(x, params["weight_ih"].shape[0], lengths):
+        u, _, _ = input_term(cell, params, part)
+        state, outputs = scan((u,), state, loop, cell=cell, lengths=left, sequences=sequences, keep=False)
+        found.append(outputs)
+    return (state, found[0] if len(found) == 1 else tuple(xp_of(x).concat(column) for column in zip(*found, strict=True))), None
+
+
+def in_parts(x: Array, features: int, lengths: Array | None) -> list[tuple[int, Array, Array | None]]:
+    """(first step, steps of `x`, lengths from there on): so many steps at a time that the library likes their `features` at once."""
+    xp, limit = xp_of(x), library(x).at_once
+    steps = x.shape[0] if limit is None else max(1, limit // max(1, x.shape[1] * features))
+    if limit is None or x.shape[0] <= steps:
+        return [(0, x, lengths)]
+    left = [None if lengths is None else xp.where(lengths > start, lengths - start, 0) for start in range(0, x.shape[0], steps)]
+    return [(k * steps, x[k * steps : (k + 1) * steps, ...], those) for k, those in enumerate(left)]
+
+
+def input_term(
+    cell: RecurrentCell, params: Params, x: Array, mask: Array | None = None
+) -> tuple[Array, tuple[Any, ...], tuple[Array, ...]]:
+    """u = N_ih(x W_ihᵀ + b) of all steps of `x`, the residuals of `norm_ih`, and the batch's statistics in training.
+
+    `params` has `weight_ih`; where there are early biases their sum `bias`; what `norm_ih` takes, and without a normalizer `norm_ih.bias`,
+    each of all steps (features,) or with a row for each.
+    """
+    u, slot = linear(x, params["weight_ih"], params.get("bias")), cell.input_slot()
+    if slot is not None:
+        return slot(params, "norm_ih", u, mask)
+    late = params.get("norm_ih.bias")
+    return (u if late is None else u + xp_of(x).expand_dims(late, axis=1)), (), ()
 
 
 @dataclass(frozen=True)
@@ -57,43 +107,44 @@ class Direction:
         training: bool = False,
         keep: bool = True,
         momentum: float | None,
-    ) -> tuple[Array, State, Buffers, RecurrentResiduals]:
+    ) -> tuple[Array, State, Buffers, RecurrentResiduals | None]:
         """`(y, state, buffers, residuals)` for `x` (time, batch, inputs).
 
         `y` is (time, batch, outputs), or (batch, outputs) of the last step without `sequences`. `time` counts the steps that came before
         this call (batch normalization only).
         """
         params, weights = _normalized_weights(params)
-        xp, by_batch = xp_of(x), self.cells[training].variant.norm == "batch" and training
-        mask = sequence_mask(x, lengths) if lengths is not None and (keep or by_batch) else None
+        xp, cell = xp_of(x), self.cells[training]
+        by_batch = cell.variant.norm == "batch"
+        mask = sequence_mask(x, lengths) if lengths is not None and (keep or (by_batch and training)) else None
         if mask is not None:
             x = xp.where(mask, x, 0.0)
         if self.reverse:
             x = reverse_sequences(x, lengths)
-        if keep or by_batch:
+        residuals = None
+        if keep or (by_batch and training):
             y, state, buffers, residuals = self._run(params, buffers, x, state, time, lengths, mask, training, keep, momentum)
             residuals = residuals._replace(weights=weights)
+        elif by_batch or cell.variant.affine != "shared":
+            y, state = self._run_in_parts(params, buffers, x, state, time, lengths, training)
         else:
-            y, state, residuals = self._run_in_chunks(params, buffers, x, state, time, lengths, training)
+            terms, loop = self._input_params(cell, params, {}, None), self._loop_params(cell, params)
+            state, outputs = linear_scan(x, terms, state, loop, cell=cell, lengths=lengths, sequences=self.sequences)
+            y = outputs[0] if self.sequences else state[0]
         if self.reverse and self.sequences:
             y = reverse_sequences(y, lengths)
         return y, state, buffers, residuals
 
-    def _run_in_chunks(
+    def _run_in_parts(
         self, params: Params, buffers: Buffers, x: Array, state: State, time: Array | None, lengths: Array | None, training: bool
-    ) -> tuple[Array, State, RecurrentResiduals]:
-        """The loop where nothing has to be kept: over some steps at a time, so that the input term of all steps is never there at once."""
-        xp, limit, parts = xp_of(x), library(x).at_once, []
-        steps = x.shape[0] if limit is None else max(1, limit // max(1, x.shape[1] * params["weight_ih"].shape[0]))
-        if limit is None or x.shape[0] <= steps:
-            y, state, _, residuals = self._run(params, buffers, x, state, time, lengths, None, training, False)
-            return y, state, residuals
-        for start in range(0, x.shape[0], steps):
-            left = None if lengths is None else xp.where(lengths > start, lengths - start, 0)
-            now = None if time is None else time + start
-            y, state, _, residuals = self._run(params, buffers, x[start : start + steps, ...], state, now, left, None, training, False)
-            parts.append(y)
-        return (xp.concat(parts) if self.sequences else y), state, residuals
+    ) -> tuple[Array, State]:
+        """Without residuals, where each step has statistics, or gain and shift, of its own."""
+        found = []
+        for start, part, left in in_parts(x, params["weight_ih"].shape[0], lengths):
+            now = time + start if start and time is not None else time
+            y, state, _, _ = self._run(params, buffers, part, state, now, left, None, training, False)
+            found.append(y)
+        return (found[0] if len(found) == 1 else xp_of(x).concat(found) if self.sequences else found[-1]), state
 
     def _run(
         self,
@@ -115,7 +166,7 @@ class Direction:
         rows = None if cell.variant.affine == "shared" else rows_of_steps(time, x, self.t_max)
         loop = self._loop_params(cell, params)
         steps = {**given, **{name: xp.take(loop.pop(name), rows, axis=0) for name in cell.stepwise()}}
-        u, input_residuals, seen = self._input_term(cell, params, x, mask, given, rows)
+        u, input_residuals, seen = input_term(cell, self._input_params(cell, params, given, rows), x, mask)
         (state, outputs), scanned = scan.forward(
             (u, *(steps[name] for name in cell.given())), state, loop, cell=cell, lengths=lengths, sequences=self.sequences, keep=keep
         )
@@ -159,22 +210,18 @@ class Direction:
 
     # -- the input term ------------------------------------------------------------------------------------------------------------
 
-    def _input_term(
-        self, cell: RecurrentCell, params: Params, x: Array, mask: Array | None, given: Params, rows: Array | None
-    ) -> tuple[Array, tuple[Any, ...], tuple[Array, ...]]:
-        """u (time, batch, gates · hidden) with its late biases, the residuals of `norm_ih`, and the batch's statistics in training."""
-        xp, slot = xp_of(x), cell.input_slot()
+    def _input_params(self, cell: RecurrentCell, params: Params, given: Params, rows: Array | None) -> Params:
+        """What `input_term` takes; `given` has the statistics of each step, `rows` say which row of a parameter it has."""
+        xp, slot = xp_of(params["weight_ih"]), cell.input_slot()
         early, late = _sum([params[name] for name in cell.early_biases[0]]), self._late_bias(cell, params, "norm_ih")
-        if slot is None:
-            by_step = late is not None and late.ndim == 2
-            u = linear(x, params["weight_ih"], _sum([b for b in (early, None if by_step else late) if b is not None]))
-            return (u + xp.expand_dims(self._at(late, rows), axis=1) if by_step else u), (), ()
+        if slot is None and late is not None and late.ndim == 1:
+            early, late = _sum([b for b in (early, late) if b is not None]), None
         own: Params = {name: xp.expand_dims(given[name], axis=-2) for name in ("norm_ih.mean", "norm_ih.var") if name in given}
-        if "weight" in slot.parameters():
-            own["norm_ih.weight"] = self._at(params["norm_ih.weight"], rows)
-        if late is not None:
-            own["norm_ih.bias"] = self._at(late, rows)
-        return slot(own, "norm_ih", linear(x, params["weight_ih"], early), mask)
+        weight = params["norm_ih.weight"] if slot is not None and "weight" in slot.parameters() else None
+        for name, parameter in (("norm_ih.weight", weight), ("norm_ih.bias", late)):
+            if parameter is not None:
+                own[name] = self._at(parameter, rows)
+        return {"weight_ih": params["weight_ih"], **own, **({} if early is None else {"bias": early})}
 
     def _input_term_vjp(self, cell: RecurrentCell, residuals: RecurrentResiduals, du: Array) -> tuple[Array, Params]:
         """(cotangent of x·W_ihᵀ, cotangents of gain and shift of `norm_ih`)"""

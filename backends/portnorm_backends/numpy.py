@@ -18,6 +18,7 @@ _KERNELS = {
     "rms_norm": normalize.last_axis(rms_norm, center=False),
     "linear": affine.KERNEL,
     "scan": recurrent.KERNEL,
+    "linear_scan": recurrent.FROM_INPUTS,
 }
 
 # 16 MB in float32: enough rows for what is done once for them all, and little enough for a cache.

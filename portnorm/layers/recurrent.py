@@ -175,7 +175,8 @@ class Recurrent(Layer):
             y, after, buffered, residual = direction.forward(
                 own, kept, x, states[k], time=time, lengths=lengths, training=training, keep=keep, momentum=self.momentum
             )
-            residuals.append(residual)
+            if residual is not None:
+                residuals.append(residual)
             last.append(after)
             new_buffers.update({_with(name, suffix): a for name, a in buffered.items()})
             directions.append(y)

@@ -8,7 +8,7 @@ from portnorm_backends.cpu.compiling import bare, compiled, copy, fill
 from portnorm_backends.cpu.layout import SHIFT
 from portnorm_backends.cpu.pointwise import sigmoid, tanh
 from portnorm_backends.cpu.products import product
-from portnorm_backends.cpu.slots import arrives, gives, hidden_back, normalized, prepared, runs, stays
+from portnorm_backends.cpu.slots import arrives, gives, hidden_back, normalized, prepared, runs, stays, term
 from portnorm_backends.cpu.vectors import Vector, elementwise, fused
 
 Five = tuple[Vector, Vector, Vector, Vector, Vector]
@@ -37,7 +37,7 @@ def forward(
     last: int,
     packed: Any,
     room: Any,
-    u: Any,
+    terms: Any,
     lengths: Any,
     a: Any,
     h: Any,
@@ -47,9 +47,9 @@ def forward(
     hidden: Any,
 ) -> bool:
     """As `lstm.forward`; `reset` (steps, batch, hidden) keeps what r is multiplied with."""
-    packed, room, u, lengths, a, h = bare(packed), bare(room), bare(u), bare(lengths), bare(a), bare(h)
+    packed, room, terms, lengths, a, h = bare(packed), bare(room), bare(terms), bare(lengths), bare(a), bare(h)
     y, gates, reset, hidden = bare(y), bare(gates), bare(reset), bare(hidden)
-    size, term, zeros, fine = h.shape[2], room.row, room.zeros, True
+    size, made, zeros, fine = h.shape[2], room.row, room.zeros, True
     for t in range(start, stop):
         before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
         product(h[before, first:last], packed, a[first:last])
@@ -59,10 +59,10 @@ def forward(
                 stays(t, b, h, y)
                 continue
             if hidden.mode > SHIFT:
-                fine &= normalized(hidden, t, b, a[b], zeros, room.sums, term)
-            inside = a[b] if hidden.mode <= SHIFT else term.reshape(3 * size)
-            made = (*_gates(gates[k, b]), reset[k, b], h[after, b])
-            _step(size, (*_gates(u[t, b]), *_gates(inside), h[before, b]), made)
+                fine &= normalized(hidden, t, b, a[b], zeros, room.sums, made)
+            inside = a[b] if hidden.mode <= SHIFT else made.reshape(3 * size)
+            found = (*_gates(gates[k, b]), reset[k, b], h[after, b])
+            _step(size, (*_gates(term(terms, t, b)), *_gates(inside), h[before, b]), found)
             gives(t, b, h, y)
     return fine
 

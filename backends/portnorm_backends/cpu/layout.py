@@ -32,6 +32,14 @@ NONE, SHIFT, ROWS, OWN, GIVEN = range(5)
 """What a slot does: nothing, a shift alone, statistics of each row, of each feature over the batch, given statistics of each feature."""
 
 
+class Terms(NamedTuple):
+    """The input terms of some steps and sequences."""
+
+    u: Any  # (steps, sequences, features)
+    step: int  # the first of those steps
+    sequence: int
+
+
 class SlotArrays(NamedTuple):
     """A normalizer inside the loop: y = x̂ · weight + bias. A shift alone is in the packed weights already."""
 

@@ -24,6 +24,7 @@ from portnorm_backends.cpu.slots import (
     settled,
     stays,
     sum_back,
+    term,
 )
 from portnorm_backends.cpu.vectors import Vector, elementwise, fused
 
@@ -76,7 +77,7 @@ def forward(
     last: int,
     packed: Any,
     room: Any,
-    u: Any,
+    terms: Any,
     lengths: Any,
     a: Any,
     h: Any,
@@ -94,7 +95,7 @@ def forward(
 
     False where a variance left its range: then nothing of the result is to be used.
     """
-    packed, room, u, lengths, a, h = bare(packed), bare(room), bare(u), bare(lengths), bare(a), bare(h)
+    packed, room, terms, lengths, a, h = bare(packed), bare(room), bare(terms), bare(lengths), bare(a), bare(h)
     y, c, gates, tanh_c = bare(y), bare(c), bare(gates), bare(tanh_c)
     hidden, total, cell = bare(hidden), bare(total), bare(cell)
     size, fine = h.shape[2], True
@@ -107,17 +108,17 @@ def forward(
         product(h[before, first:last], packed, a[first:last])
         if plain:
             for b in range(first, last):
-                ahead(u, t, b, first, last, 1)
-                terms = (*_gates(a[b]), *_gates(u[t, b]), c_before[b])
+                ahead(terms.u, t - terms.step, b - terms.sequence, first - terms.sequence, last - terms.sequence, 1)
+                given = (*_gates(a[b]), *_gates(term(terms, t, b)), c_before[b])
                 if not runs(lengths, b, t):
                     stays(t, b, h, y)
                     copy(c_before[b], c_after[b])
                     continue
                 if gates.size:
                     k = t % gates.shape[0]
-                    _step(size, terms, (*_gates(gates[k, b]), c_after[b], tanh_c[k, b], h[after, b]))
+                    _step(size, given, (*_gates(gates[k, b]), c_after[b], tanh_c[k, b], h[after, b]))
                 else:
-                    _inferred(size, terms, (c_after[b], h[after, b]))
+                    _inferred(size, given, (c_after[b], h[after, b]))
                 gives(t, b, h, y)
             continue
         k = t % gates.shape[0]
@@ -126,9 +127,9 @@ def forward(
             if not runs(lengths, b, t):
                 continue
             if hidden.mode <= SHIFT:
-                add(4 * size, (a[b], u[t, b]), (summed.reshape(4 * size),))
+                add(4 * size, (a[b], term(terms, t, b)), (summed.reshape(4 * size),))
             else:
-                fine &= normalized(hidden, t, b, a[b], u[t, b], room.sums, summed)
+                fine &= normalized(hidden, t, b, a[b], term(terms, t, b), room.sums, summed)
             if total.mode != NONE:
                 fine &= normalized(total, t, b, row.reshape(4 * size), zeros, room.sums, z)
             into = raw[b] if cell.mode != NONE and not copies else c_after[b]

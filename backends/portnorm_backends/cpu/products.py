@@ -11,6 +11,7 @@ The sum over k is taken in its order, in blocks whose panel stays in the nearest
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -22,6 +23,7 @@ from numba.extending import intrinsic
 
 from portnorm_backends.cpu import threads
 from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
+from portnorm_backends.cpu.layout import NumPyArray
 from portnorm_backends.cpu.memory import aligned
 from portnorm_backends.cpu.vectors import REGISTER, Memory, Vector, ask, elementwise, fused, mask_of, splat
 
@@ -40,7 +42,7 @@ _WORTH = 2**25
 _NARROW = 4
 """Columns of x up to which the sums are not worth a tile."""
 
-_ROWS = 240
+ROWS = 240
 """Rows of x that go through all panels before the next ones do."""
 
 
@@ -165,8 +167,8 @@ def _product(x: Any, packed: Any, y: Any) -> None:
     """y (m, n) = x (m, k) · w + shift, from what `pack` made of w (k, n)."""
     x, packed, y = bare(x), bare(packed), bare(y)
     length, block = x.shape[1], _PANEL // (packed.shape[2] * x.itemsize)
-    for i in range(0, x.shape[0], _ROWS):
-        rows, into = x[i : i + _ROWS], y[i : i + _ROWS]
+    for i in range(0, x.shape[0], ROWS):
+        rows, into = x[i : i + ROWS], y[i : i + ROWS]
         for start in range(0, max(length, 1), block):
             _block(rows, packed, into, start, min(length, start + block), start > 0)
 
@@ -264,7 +266,7 @@ def _for(dtype: numpy.dtype[Any]) -> tuple[Any, Any, Any]:
     )
 
 
-def pack(w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = None) -> numpy.ndarray[Any, Any]:
+def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     """w (k, n) and shift (n,) as `product` takes them: (panels, 1 + k, columns). Any strides."""
     columns, dtype = _columns(w.itemsize), w.dtype
     packed = aligned((-(-w.shape[1] // columns), 1 + w.shape[0], columns), dtype)
@@ -276,14 +278,20 @@ def pack(w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = Non
     return packed
 
 
-def affine(x: numpy.ndarray[Any, Any], w: numpy.ndarray[Any, Any], shift: numpy.ndarray[Any, Any] | None = None) -> numpy.ndarray[Any, Any]:
-    """x · w + shift for contiguous x (m, k)."""
-    y, (_, multiply, narrow) = aligned((x.shape[0], w.shape[1]), x.dtype), _for(x.dtype)
+def affine_map(w: NumPyArray, shift: NumPyArray | None = None) -> Callable[[NumPyArray, NumPyArray], None]:
+    """What writes x · w + shift into y, for contiguous x (m, k) and y (m, n)."""
+    _, multiply, narrow = _for(w.dtype)
     if w.shape[0] <= _NARROW:
-        shift = numpy.zeros(w.shape[1], x.dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
-        narrow(x, numpy.require(w, requirements=["C", "A"]), shift, y)
-        return y
+        shift = numpy.zeros(w.shape[1], w.dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
+        few = numpy.require(w, requirements=["C", "A"])
+        return lambda x, y: narrow(x, few, shift, y)
     packed = pack(w, shift)
+    return lambda x, y: multiply(x, packed, y)
+
+
+def affine(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
+    """x · w + shift for contiguous x (m, k)."""
+    y, into = aligned((x.shape[0], w.shape[1]), x.dtype), affine_map(w, shift)
     ranges = threads.parts(x.shape[0], x.shape[0] * w.size / _WORTH, _HIGHEST)
-    threads.each(ranges, lambda first, last: multiply(x[first:last], packed, y[first:last]))
+    threads.each(ranges, lambda first, last: into(x[first:last], y[first:last]))
     return y

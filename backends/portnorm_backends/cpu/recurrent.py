@@ -1,4 +1,5 @@
-"""The time loop of LSTM, GRU and RNN on NumPy arrays, in compiled calls of many steps, all room made once per call.
+"""The time loop of LSTM, GRU and RNN on NumPy arrays, in compiled calls of many steps, all room made once per call; where nothing is kept,
+with the input term, of as many steps at a time as fill a tall matrix product, so that it stays in a near cache.
 
 A cell that the kernels do not know in every detail (peepholes, projections, zoneout, …) stays with the definition, `portnorm.scan.scan`.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,9 +21,10 @@ from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
 from portnorm.cells.slots import Slot
 from portnorm.norm.normalize import bessel
+from portnorm.recurrent import linear_scan
 from portnorm.scan import Params, State, scan
 from portnorm_backends.cpu import memory, threads
-from portnorm_backends.cpu.layout import GIVEN, NONE, OWN, RANGE, ROWS, SHIFT, NumPyArray, Shares, SlotArrays, rooms, writable
+from portnorm_backends.cpu.layout import GIVEN, NONE, OWN, RANGE, ROWS, SHIFT, NumPyArray, Shares, SlotArrays, Terms, rooms, taken, writable
 
 _AT_ONCE = 2**31
 """Multiplications of hidden products in one compiled call, some tens of milliseconds, during which Python does not see an interrupt."""
@@ -31,6 +34,10 @@ _WORTH = 2**27
 
 _TILE = 4
 """Threads have whole multiples of so many sequences, which the product takes at once."""
+
+
+Feed = Callable[[int, int], tuple[int, Callable[[int, int], Terms | None]]]
+"""For the sequences of a thread: how many steps it takes at a time, and what gives it their terms; `None` where they left their range."""
 
 
 class _Loop(NamedTuple):
@@ -70,20 +77,35 @@ def _accepts(
     xs: tuple[Array, ...], state: State, params: Params, *, cell: Any, lengths: Any = None, sequences: bool = True, keep: bool = True
 ) -> bool:
     """A cell in its plain form or with normalizers of rows or of the batch, on arrays of one type, and at least one step."""
-    u = xs[0]
-    if type(cell) not in _LOOPS or not set(cell.slots) <= set(_LOOPS[type(cell)].slots) or not _is_known(cell):
-        return False
-    arrays = (*xs, *state, *params.values())
-    if any(type(a) is not numpy.ndarray or a.dtype != u.dtype for a in arrays) or u.dtype not in RANGE:
-        return False
-    return bool(u.size) and {"weight_hh", *cell.shared()} == set(params) and _fit(u, xs[1:], state, params, cell, lengths)
+    u, *given = xs
+    return _is_known(cell) and _are_alike(u, *given, *state, *params.values()) and _fit(u.shape, given, state, params, cell, lengths)
 
 
-def _fit(u: NumPyArray, given: tuple[Array, ...], state: State, params: Params, cell: RecurrentCell, lengths: Any) -> bool:
-    """Whether all shapes are those that compiled code relies on; it does not look where it reads."""
-    if u.ndim != 3 or u.shape[2] % cell.gates:
+def _accepts_inputs(
+    x: Array, params: Params, state: State, loop: Params, *, cell: Any, lengths: Any = None, sequences: bool = True
+) -> bool:
+    """The same with an input term that is normalized by rows or not at all."""
+    if not _is_known(cell) or not _are_alike(x, *params.values(), *state, *loop.values()):
         return False
-    (time, batch, features), size = u.shape, u.shape[2] // cell.gates
+    slot, weight = cell.input_slot(), params["weight_ih"]
+    if slot is not None and slot.is_batch:
+        return False
+    own = {name: a.shape for name, a in params.items() if name != "weight_ih"}
+    known = {"bias", *(() if slot is None else (f"norm_ih.{p}" for p in slot.parameters()))}
+    fits = set(own) <= known and set(own.values()) <= {weight.shape[:1]} and x.ndim == 3 and weight.shape[1:] == x.shape[2:]
+    return bool(fits and x.size) and _fit((*x.shape[:2], weight.shape[0]), [], state, loop, cell, lengths)
+
+
+def _are_alike(first: Any, *others: Any) -> bool:
+    arrays = (first, *others)
+    return all(type(a) is numpy.ndarray and a.dtype == first.dtype for a in arrays) and first.dtype in RANGE
+
+
+def _fit(shape: tuple[int, ...], given: list[Array], state: State, params: Params, cell: RecurrentCell, lengths: Any) -> bool:
+    """Whether all shapes are those that compiled code relies on; it does not look where it reads. `shape` is that of the input term."""
+    if len(shape) != 3 or 0 in shape or shape[2] % cell.gates or {"weight_hh", *cell.shared()} != set(params):
+        return False
+    (time, batch, features), size = shape, shape[2] // cell.gates
     slots = {name: cell.width(name) * size for name in cell.slots}
     return (
         params["weight_hh"].shape == (features, size)
@@ -94,7 +116,9 @@ def _fit(u: NumPyArray, given: tuple[Array, ...], state: State, params: Params, 
     )
 
 
-def _is_known(cell: RecurrentCell) -> bool:
+def _is_known(cell: Any) -> bool:
+    if type(cell) not in _LOOPS or not set(cell.slots) <= set(_LOOPS[type(cell)].slots):
+        return False
     v = cell.variant
     plain = (v.zoneout, v.peepholes, v.clip, v.affine, v.activation) == (0.0, False, None, "shared", "tanh")
     by_batch = v.norm == "batch" and any(slot.normalizes for slot in cell.slots.values())
@@ -103,9 +127,10 @@ def _is_known(cell: RecurrentCell) -> bool:
     return plain and known and (type(cell) is not GRUCell or v.reset == "after")
 
 
-def _slot(cell: RecurrentCell, name: str, xs: tuple[Array, ...], params: Params, batch: int, keep: bool) -> Any:
+def _slot(cell: RecurrentCell, name: str, shape: tuple[int, ...], given: Any, params: Params, keep: bool) -> Any:
     """A slot as the kernels take it, with room for what it finds."""
-    slot, dtype, size = cell.slots.get(name), xs[0].dtype, params["weight_hh"].shape[1] * cell.width(name)
+    (time, batch, _), weights = shape, params["weight_hh"]
+    slot, dtype, size = cell.slots.get(name), weights.dtype, weights.shape[1] * cell.width(name)
     idle = _idle(dtype, size)
     if slot is None:
         return idle
@@ -113,20 +138,23 @@ def _slot(cell: RecurrentCell, name: str, xs: tuple[Array, ...], params: Params,
     own = {p: writable(params[f"{name}.{p}"]) for p in slot.parameters()}
     weight, bias, mode = own.get("weight", weight), own.get("bias", bias), SHIFT
     if slot.normalizes:
-        time = xs[0].shape[0]
         kept = time if keep else 1
         room = memory.room((kept, batch, size), dtype)
         if not slot.is_batch:
-            unit = size // sum(slot.partition)
-            ends, mode = numpy.cumsum((0, *slot.partition), dtype=numpy.int64) * unit, ROWS
+            ends, mode = _ends(slot, size), ROWS
             rstd = numpy.empty((kept, batch, len(slot.partition)), dtype=dtype)
         else:
             rstd, mode = numpy.empty((kept, 1, size), dtype=dtype), OWN if slot.training else GIVEN
-            given = dict(zip(cell.given(), xs[1:], strict=True))
+            statistics = dict(zip(cell.given(), given, strict=True))
             made = numpy.empty((time, size), dtype=dtype)
-            mean, var = (made, made.copy()) if slot.training else (writable(given[f"{name}.{s}"]) for s in ("mean", "var"))
+            mean, var = (made, made.copy()) if slot.training else (writable(statistics[f"{name}.{s}"]) for s in ("mean", "var"))
     eps, center = float32_value(cell.variant.eps), cell.variant.norm != "rms"
     return SlotArrays(mode, ends, weight, bias, room, rstd, mean, var, eps, center, *RANGE[dtype])
+
+
+def _ends(slot: Slot, size: int) -> NumPyArray:
+    """Where the parts of a row with statistics of their own begin and end."""
+    return numpy.cumsum((0, *slot.partition), dtype=numpy.int64) * (size // sum(slot.partition))
 
 
 @functools.lru_cache(maxsize=64)
@@ -148,33 +176,91 @@ def _forward(
     sequences: bool = True,
     keep: bool = True,
 ) -> tuple[tuple[State, tuple[Array, ...]], Any]:
-    u, weights = writable(xs[0]), params["weight_hh"]
-    (time, batch, features), size, dtype = u.shape, weights.shape[1], u.dtype
+    whole = Terms(writable(xs[0]), 0, 0)
+    found = _run(xs[0].shape, lambda *_: (xs[0].shape[0], lambda *_: whole), xs[1:], state, params, cell, lengths, sequences, keep)
+    return scan.definition(xs, state, params, cell=cell, lengths=lengths, sequences=sequences, keep=keep) if found is None else found
+
+
+def _forward_of_inputs(
+    x: Array, params: Params, state: State, loop: Params, *, cell: Any, lengths: Any = None, sequences: bool = True
+) -> tuple[tuple[State, tuple[Array, ...]], None]:
+    shape = (*x.shape[:2], params["weight_ih"].shape[0])
+    found = _run(shape, _input_terms(x, params, cell), (), state, loop, cell, lengths, sequences, False)
+    return linear_scan.definition(x, params, state, loop, cell=cell, lengths=lengths, sequences=sequences) if found is None else found
+
+
+def _input_terms(x: NumPyArray, params: Params, cell: RecurrentCell) -> Feed:
+    """The terms of so many steps at a time that their product with the weights is a tall one."""
+    products, slot, weight = _compiled("products"), cell.input_slot(), params["weight_ih"]
+    multiply, inputs, dtype = products.affine_map(weight.T, params.get("bias")), taken(x, x, x.shape), x.dtype
+    if slot is not None:
+        own = [taken(params.get(f"norm_ih.{p}"), x, (1, weight.shape[0])) for p in ("weight", "bias")]
+        how = (float32_value(cell.variant.eps), cell.variant.norm != "rms", *RANGE[dtype])
+        normalize, parts = _compiled("rowwise").forward(dtype), list(itertools.pairwise(_ends(slot, weight.shape[0])))
+
+    def of_thread(first: int, last: int) -> tuple[int, Callable[[int, int], Terms | None]]:
+        sequences, count = last - first, max(1, products.ROWS // (last - first))
+        u = memory.aligned((min(count, x.shape[0]), sequences, weight.shape[0]), dtype)
+
+        def of_steps(t: int, stop: int) -> Terms | None:
+            terms = u[: stop - t]
+            rows, fine = terms.reshape(-1, weight.shape[0]), True
+            multiply(inputs[t:stop, first:last].reshape(-1, x.shape[2]), rows)
+            for i, j in () if slot is None else parts:
+                part = rows[:, i:j]
+                fine &= normalize(part, *(p[:, i:j] for p in own), *how, part, numpy.empty((1, 3), dtype))
+            return Terms(terms, t, first) if fine else None
+
+        return count, of_steps
+
+    return of_thread
+
+
+def _run(
+    shape: tuple[int, ...],
+    feed: Feed,
+    given: tuple[Array, ...],
+    state: State,
+    params: Params,
+    cell: Any,
+    lengths: Any,
+    sequences: bool,
+    keep: bool,
+) -> tuple[tuple[State, tuple[Array, ...]], Any] | None:
+    """The loop over input terms of this shape; `None` where a variance left its range."""
+    weights = params["weight_hh"]
+    (time, batch, features), size, dtype = shape, weights.shape[1], weights.dtype
     counts = numpy.zeros(0, dtype=numpy.int64) if lengths is None else numpy.array(lengths, dtype=numpy.int64)
     kept = time if keep else 1
     h, a = _from(state[0], time if keep or (sequences and lengths is None) else 1), memory.aligned((batch, features), dtype)
     y = memory.room((time, batch, size) if sequences and lengths is not None else (0, 0, 0), dtype)
     c = _from(state[1], kept) if len(state) > 1 else None
-    slots = tuple(_slot(cell, name, xs, params, batch, keep) for name in _LOOPS[type(cell)].slots)
+    slots = tuple(_slot(cell, name, shape, given, params, keep) for name in _LOOPS[type(cell)].slots)
     unread = not keep and type(cell) is LSTMCell and all(slot.mode <= SHIFT for slot in slots)
     gates, inner = (memory.room((0, 0, 0) if unread else (kept, batch, n), dtype) for n in (features, size))
     packed = _compiled("products").pack(weights.T, slots[0].bias if slots[0].mode == SHIFT else None)
-    run: Callable[..., bool] = _compiled(_LOOPS[type(cell)].module).forward
+    step: Callable[..., bool] = _compiled(_LOOPS[type(cell)].module).forward
     own: tuple[Any, ...] = slots
     if type(cell) is LSTMCell:
         own = (c, gates, inner, *slots, cell.variant.cell == "copy")
     elif type(cell) is GRUCell:
         own = (gates, inner, *slots)
-    ranges, count, fine = _ranges(time, batch, weights, slots), _steps_at_once(batch, weights), []
+    fine = []
 
     def through(first: int, last: int) -> None:
         room = rooms(cell.gates, size, batch, dtype)
+        count, of_steps = feed(first, last)
+        count = min(count, _steps_at_once(batch, weights))
         for t in range(0, time, count):
-            fine.append(run(t, min(t + count, time), first, last, packed, room, u, counts, a, h, y, *own))
+            stop = min(t + count, time)
+            terms = of_steps(t, stop)
+            fine.append(terms is not None and step(t, stop, first, last, packed, room, terms, counts, a, h, y, *own))
+            if not fine[-1]:
+                return
 
-    threads.each(ranges, through)
+    threads.each(_ranges(time, batch, weights, slots), through)
     if not all(fine):
-        return scan.definition(xs, state, params, cell=cell, lengths=lengths, sequences=sequences, keep=keep)
+        return None
     last = (h[time % h.shape[0]].copy(), *(() if c is None else (c[time % c.shape[0]].copy(),)))
     hidden = () if not sequences else (h[1:],) if lengths is None else (y,)
     residuals = LoopResiduals(params, counts, h, c, gates, inner, slots) if keep else None
@@ -253,3 +339,4 @@ def _vjp(
 KERNEL = Kernel(
     call=lambda *args, **attrs: _forward(*args, **attrs)[0], forward=_forward, vjp=_vjp, residuals=LoopResiduals, accepts=_accepts
 )
+FROM_INPUTS = Kernel(call=lambda *args, **attrs: _forward_of_inputs(*args, **attrs)[0], forward=_forward_of_inputs, accepts=_accepts_inputs)

@@ -8,7 +8,7 @@ from portnorm_backends.cpu.compiling import bare, compiled, copy, fill
 from portnorm_backends.cpu.layout import NONE, SHIFT
 from portnorm_backends.cpu.pointwise import tanh
 from portnorm_backends.cpu.products import product
-from portnorm_backends.cpu.slots import One, add, arrives, gives, hidden_back, normalized, prepared, runs, stays, sum_back
+from portnorm_backends.cpu.slots import One, add, arrives, gives, hidden_back, normalized, prepared, runs, stays, sum_back, term
 from portnorm_backends.cpu.vectors import Vector, elementwise
 
 
@@ -30,7 +30,7 @@ def forward(
     last: int,
     packed: Any,
     room: Any,
-    u: Any,
+    terms: Any,
     lengths: Any,
     a: Any,
     h: Any,
@@ -39,7 +39,7 @@ def forward(
     total: Any,
 ) -> bool:
     """As `lstm.forward`."""
-    packed, room, u, lengths, a, h = bare(packed), bare(room), bare(u), bare(lengths), bare(a), bare(h)
+    packed, room, terms, lengths, a, h = bare(packed), bare(room), bare(terms), bare(lengths), bare(a), bare(h)
     y, hidden, total = bare(y), bare(hidden), bare(total)
     z, row, zeros, fine = room.z, room.row, room.zeros, True
     summed = row if total.mode != NONE else z
@@ -52,9 +52,9 @@ def forward(
                 stays(t, b, h, y)
                 continue
             if hidden.mode <= SHIFT:
-                add(h.shape[2], (a[b], u[t, b]), (summed[0],))
+                add(h.shape[2], (a[b], term(terms, t, b)), (summed[0],))
             else:
-                fine &= normalized(hidden, t, b, a[b], u[t, b], room.sums, summed)
+                fine &= normalized(hidden, t, b, a[b], term(terms, t, b), room.sums, summed)
             if total.mode != NONE:
                 fine &= normalized(total, t, b, row[0], zeros, room.sums, z)
             _tanh(h.shape[2], (z[0],), (h[after, b],))

@@ -205,6 +205,12 @@ def ahead(x: Any, t: int, b: int, first: int, last: int, way: int) -> None:
 
 
 @compiled()
+def term(terms: Any, t: int, b: int) -> Any:
+    """The input term of row b of step t."""
+    return terms.u[t - terms.step, b - terms.sequence]
+
+
+@compiled()
 def stays(t: int, b: int, h: Any, y: Any) -> None:
     """A sequence that has no step t."""
     copy(h[t % h.shape[0], b], h[(t + 1) % h.shape[0], b])
