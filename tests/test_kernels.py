@@ -185,7 +185,46 @@ def test_the_presets_are_computed_by_kernels(cell: str, name: str | None, batch:
         np.testing.assert_allclose(a, b, rtol=0, atol=10 * RECURRENT["float32"] * max(1.0, float(np.max(np.abs(b), initial=0.0))))
 
 
-@pytest.mark.parametrize("name", ["weight_hh_l0", "norm_hh_l0.weight", "norm_c_l0.bias", "norm_c_l0.weight"])
+@pytest.mark.parametrize(("cell", "name"), [(cell, name) for cell, names in TAKEN.items() for name in sorted(names, key=str)])
+def test_inference_makes_the_input_term_as_the_steps_come_to_it(
+    cell: str, name: str | None, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values as with the whole of it, over many parts, of which the last is shorter, and with sequences that end between."""
+    layer, x = getattr(pn, cell)(5, 7, norm=name, rng=0, dtype="float64"), rng.standard_normal((17, 3, 5))
+    monkeypatch.setattr(products, "ROWS", 12)
+    calls_: list[tuple[int, ...]] = []
+    monkeypatch.setattr(recurrent, "_input_terms", counting(recurrent._input_terms, calls_))
+    for lengths in (None, np.array([17, 6, 8])):
+        y, last = layer(x, lengths=lengths)
+        with without_kernels(np.ndarray):
+            expected, after = layer(x, lengths=lengths)
+        for a, b in zip((y, *last), (expected, *after), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    by_batch = layer.variant.norm == "batch"  # each step has statistics of its own
+    assert calls_ == [] if by_batch else calls_ == 2 * [(4, 3), (4, 3), (4, 3), (4, 3), (1, 3)]
+
+
+def counting(make: Any, calls_: list[tuple[int, ...]]) -> Any:
+    """`_input_terms` that says of which steps and sequences it is asked for."""
+
+    def made(*arguments: Any) -> Any:
+        def of_thread(first: int, last: int) -> Any:
+            count, of_steps = make(*arguments)(first, last)
+
+            def told(t: int, stop: int) -> Any:
+                calls_.append((stop - t, last - first))
+                return of_steps(t, stop)
+
+            return count, told
+
+        return of_thread
+
+    return made
+
+
+@pytest.mark.parametrize(
+    "name", ["weight_hh_l0", "weight_ih_l0", "norm_ih_l0.weight", "norm_hh_l0.weight", "norm_c_l0.bias", "norm_c_l0.weight"]
+)
 @pytest.mark.parametrize("change", [lambda p: p[:-1], lambda p: p[..., :1], lambda p: p[:0]], ids=["short", "one", "none"])
 def test_parameters_of_another_shape_never_reach_compiled_code(name: str, change: Any, rng: np.random.Generator) -> None:
     """Which would read beyond them: it is an error, or what the definition makes of it."""
@@ -200,9 +239,10 @@ def test_parameters_of_another_shape_never_reach_compiled_code(name: str, change
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
-def test_a_step_whose_squares_leave_the_type_goes_to_the_definition(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("name", ["weight_ih_l0", "weight_hh_l0"])
+def test_a_step_whose_squares_leave_the_type_goes_to_the_definition(name: str, rng: np.random.Generator) -> None:
     layer = pn.LSTM(3, 4, norm="layer", rng=0)
-    layer.params["weight_hh_l0"] = layer.params["weight_hh_l0"] * np.float32(1e25)
+    layer.params[name] = layer.params[name] * np.float32(1e25)
     x = rng.standard_normal((4, 2, 3)).astype(np.float32)
     y, _ = layer(x)
     with without_kernels(np.ndarray):

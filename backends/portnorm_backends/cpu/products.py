@@ -101,10 +101,10 @@ def _tile(rows: int, panels: int) -> Any:
                 offset = builder.add(builder.add(many(n(q), panel), many(builder.add(k, n(1)), n(columns))), n(v * lanes))
                 w[q, v] = memory.load(memory.at(of_w, offset))
             for r in range(rows):
-                one = Vector(builder, splat(builder, builder.load(builder.gep(of_x, [builder.add(many(n(r), length), k)])), lanes))
+                one = Vector(builder, (splat(builder, builder.load(builder.gep(of_x, [builder.add(many(n(r), length), k)])), lanes),))
                 for q, v in beside:
-                    total = Vector(builder, sums[r, q, v])
-                    sums[r, q, v].add_incoming(fused(Vector(builder, w[q, v]), one, total).value, body)
+                    total = Vector(builder, (sums[r, q, v],))
+                    sums[r, q, v].add_incoming(fused(Vector(builder, (w[q, v],)), one, total).value, body)
             k.add_incoming(builder.add(k, n(1)), body)
             builder.branch(head)
             builder.position_at_end(end)

@@ -239,7 +239,7 @@ def _run(
     unread = not keep and type(cell) is LSTMCell and all(slot.mode <= SHIFT for slot in slots)
     gates, inner = (memory.room((0, 0, 0) if unread else (kept, batch, n), dtype) for n in (features, size))
     packed = _compiled("products").pack(weights.T, slots[0].bias if slots[0].mode == SHIFT else None)
-    step: Callable[..., bool] = _compiled(_LOOPS[type(cell)].module).forward
+    function, entry = _compiled(_LOOPS[type(cell)].module).forward, _compiled("compiling").entry
     own: tuple[Any, ...] = slots
     if type(cell) is LSTMCell:
         own = (c, gates, inner, *slots, cell.variant.cell == "copy")
@@ -253,8 +253,8 @@ def _run(
         count = min(count, _steps_at_once(batch, weights))
         for t in range(0, time, count):
             stop = min(t + count, time)
-            terms = of_steps(t, stop)
-            fine.append(terms is not None and step(t, stop, first, last, packed, room, terms, counts, a, h, y, *own))
+            arguments = (t, stop, first, last, packed, room, of_steps(t, stop), counts, a, h, y, *own)
+            fine.append(arguments[6] is not None and entry(function, dtype, arguments)(*arguments))
             if not fine[-1]:
                 return
 
@@ -311,7 +311,7 @@ def _vjp(
     back, dx = numpy.zeros(dh.shape, dtype=dtype), memory.room(gates.shape, dtype)
     apart = type(cell) is GRUCell or slots[0].mode > SHIFT
     dhidden = memory.room(gates.shape, dtype) if apart else none
-    run: Callable[..., None] = _compiled(_LOOPS[type(cell)].module).backward
+    function, entry = _compiled(_LOOPS[type(cell)].module).backward, _compiled("compiling").entry
     own: tuple[Any, ...] = (h, *slots)
     further: tuple[Any, ...] = ()
     if type(cell) is LSTMCell:
@@ -325,7 +325,9 @@ def _vjp(
         parts = tuple(Shares(*numpy.zeros((2, s.weight.size)), *numpy.zeros((2, s.weight.size), dtype=dtype)) for s in slots)
         shares.append(parts)
         for t in range(time, 0, -count):
-            run(t, max(t - count, 0), first, last, packed, room, given, counts, back, dh, *own, *parts, dx, dhidden, *further)
+            steps = (t, max(t - count, 0), first, last, packed, room, given, counts, back, dh)
+            arguments = (*steps, *own, *parts, dx, dhidden, *further)
+            entry(function, dtype, arguments)(*arguments)
 
     threads.each(_ranges(time, batch, weights, slots), through)
     dh += back

@@ -1,7 +1,8 @@
 """Loops over contiguous values, written as formulas of LLVM vectors of the full width of the processor's registers; compiled by numba.
 
-`@elementwise` makes a loop of a formula, `@summed` the sums of what a formula gives. The last values, fewer than a register has, are read
-and written under a mask, so that short rows have no rest of single values; numba's own loops get half the width, and a rest of up to 31.
+`@elementwise` makes a loop of a formula, over several registers at a time, `@summed` the sums of what a formula gives. The last values,
+fewer than a register has, are read and written under a mask, so that short rows have no rest of single values; numba's own loops get half
+the width, and a rest of up to 31.
 
     @elementwise
     def memory(i, f, g, c):
@@ -30,66 +31,98 @@ _FEATURES = llvmlite.binding.get_host_cpu_features()
 REGISTER = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx") else 16
 """Bytes of a vector register of this processor."""
 
+_BESIDE = 4
+"""Registers of each operand that a formula is computed for at once."""
+
 _INDEX, _PLACE = ir.IntType(64), ir.IntType(32)
 
 
 @dataclass(frozen=True)
 class Vector:
-    """Values of one register while code is generated; numbers on the other side stand for the same in every lane."""
+    """Values of some registers while code is generated; numbers on the other side stand for the same in every lane.
+
+    An operation is done on one register after the other: a chain of them would wait for each result, but others are at hand meanwhile.
+    """
 
     builder: Any
-    value: Any
+    registers: tuple[Any, ...]
 
-    def _with(self, other: Any) -> Any:
-        return other.value if isinstance(other, Vector) else ir.Constant(self.value.type, [float(other)] * self.value.type.count)
+    @property
+    def value(self) -> Any:
+        """That of the only register."""
+        (value,) = self.registers
+        return value
+
+    def _each(self, make: Callable[..., Any], *others: Any) -> Vector:
+        """What `make` makes of each register, with those of the others or their number."""
+        return Vector(self.builder, tuple(make(r, *(self._at(k, other) for other in others)) for k, r in enumerate(self.registers)))
+
+    def _at(self, k: int, other: Any) -> Any:
+        return other.registers[k] if isinstance(other, Vector) else ir.Constant(self.kind, [float(other)] * self.kind.count)
 
     def __add__(self, other: Any) -> Vector:
-        return Vector(self.builder, self.builder.fadd(self.value, self._with(other)))
+        return self._each(self.builder.fadd, other)
 
     def __sub__(self, other: Any) -> Vector:
-        return Vector(self.builder, self.builder.fsub(self.value, self._with(other)))
+        return self._each(self.builder.fsub, other)
 
     def __mul__(self, other: Any) -> Vector:
-        return Vector(self.builder, self.builder.fmul(self.value, self._with(other)))
+        return self._each(self.builder.fmul, other)
 
     def __truediv__(self, other: Any) -> Vector:
-        return Vector(self.builder, self.builder.fdiv(self.value, self._with(other)))
+        return self._each(self.builder.fdiv, other)
 
     def __radd__(self, other: Any) -> Vector:
-        return Vector(self.builder, self.builder.fadd(self._with(other), self.value))
+        return self._each(lambda value, number: self.builder.fadd(number, value), other)
 
     def __rsub__(self, other: Any) -> Vector:
-        return Vector(self.builder, self.builder.fsub(self._with(other), self.value))
+        return self._each(lambda value, number: self.builder.fsub(number, value), other)
 
     def __rtruediv__(self, other: Any) -> Vector:
-        return Vector(self.builder, self.builder.fdiv(self._with(other), self.value))
+        return self._each(lambda value, number: self.builder.fdiv(number, value), other)
+
+    def __neg__(self) -> Vector:
+        return self._each(self.builder.fneg)
 
     def clipped(self, limit: float) -> Vector:
         """Between −limit and limit; what is not a number stays."""
-        value = self.value
+        found, builder = self, self.builder
         for sign, bound in (("<", -limit), (">", limit)):
-            edge = self._with(bound)
-            value = self.builder.select(self.builder.fcmp_ordered(sign, value, edge), edge, value)
-        return Vector(self.builder, value)
+            found = found._each(lambda x, edge, sign=sign: builder.select(builder.fcmp_ordered(sign, x, edge), edge, x), bound)
+        return found
 
-    def power_of_two(self) -> Vector:
-        """2ᵏ of whole k for which that is a normal number."""
-        lanes, single = self.value.type.count, self.is_single
-        whole = ir.VectorType(ir.IntType(32 if single else 64), lanes)
-        bias, digits = (127, 23) if single else (1023, 52)
-        k = self.builder.add(self.builder.fptosi(self.value, whole), ir.Constant(whole, [bias] * lanes))
-        return Vector(self.builder, self.builder.bitcast(self.builder.shl(k, ir.Constant(whole, [digits] * lanes)), self.value.type))
+    def times_power_of_two(self, k: Vector) -> Vector:
+        """x · 2ᵏ of whole k for which 2ᵏ is a normal number."""
+        single, lanes, builder = self.is_single, self.kind.count, self.builder
+        if _FEATURES.get("avx512f"):
+            return self._each(lambda x, k: _call(builder, f"mask.scalef.{_suffix(self)}", self.kind, x, k, *_unmasked(self), _NEAREST), k)
+        whole, (bias, digits) = ir.VectorType(ir.IntType(32 if single else 64), lanes), (127, 23) if single else (1023, 52)
+
+        def shifted(x: Any, k: Any) -> Any:
+            exponent = builder.add(builder.fptosi(k, whole), ir.Constant(whole, [bias] * lanes))
+            return builder.fmul(x, builder.bitcast(builder.shl(exponent, ir.Constant(whole, [digits] * lanes)), self.kind))
+
+        return self._each(shifted, k)
+
+    def same(self, number: float) -> Vector:
+        """A number in every lane of as many registers."""
+        return self._each(lambda _, constant: constant, number)
+
+    @property
+    def kind(self) -> Any:
+        """The LLVM type of a register."""
+        return self.registers[0].type
 
     @property
     def is_single(self) -> bool:
         """Whether the values are float32."""
-        return type(self.value.type.element) is ir.FloatType
+        return type(self.kind.element) is ir.FloatType
 
 
 def fused(a: Any, b: Vector, c: Any) -> Vector:
     """a · b + c, rounded once where the processor has an instruction for it."""
     builder, flags = b.builder, ("contract",)
-    return Vector(builder, builder.fadd(builder.fmul(b._with(a), b.value, flags=flags), b._with(c), flags=flags))
+    return b._each(lambda y, x, z: builder.fadd(builder.fmul(x, y, flags=flags), z, flags=flags), a, c)
 
 
 def reciprocal(x: Vector) -> Vector:
@@ -97,13 +130,29 @@ def reciprocal(x: Vector) -> Vector:
 
     For float32 and AVX-512, whose division takes 16 cycles: r (2 − x r) of an approximation r of 14 bits, within 1 ULP of a normal number.
     """
-    kind = x.value.type
     if not x.is_single or not _FEATURES.get("avx512f"):
         return 1.0 / x
-    mask = ir.IntType(kind.count)
-    function = cgutils.get_or_insert_function(x.builder.module, ir.FunctionType(kind, [kind, kind, mask]), "llvm.x86.avx512.rcp14.ps.512")
-    r = Vector(x.builder, x.builder.call(function, [x.value, ir.Constant(kind, ir.Undefined), ir.Constant(mask, -1)]))
-    return fused(r, fused(0.0 - x, r, 1.0), r)
+    r = x._each(lambda value: _call(x.builder, "rcp14.ps.512", x.kind, value, *_unmasked(x)))
+    return fused(r, fused(-x, r, 1.0), r)
+
+
+_NEAREST = ir.Constant(_PLACE, 4)
+"""Rounding as the processor is set to."""
+
+
+def _suffix(x: Vector) -> str:
+    return "ps.512" if x.is_single else "pd.512"
+
+
+def _unmasked(x: Vector) -> tuple[Any, Any]:
+    """What a masked instruction leaves in lanes that it does not write, and that it writes all."""
+    return ir.Constant(x.kind, ir.Undefined), ir.Constant(ir.IntType(x.kind.count), -1)
+
+
+def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """An instruction of AVX-512 that LLVM has no other word for."""
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.avx512.{name}"), arguments)
 
 
 Formula = Callable[..., tuple[Vector, ...]]
@@ -172,10 +221,21 @@ class _Operands(NamedTuple):
                 found.append((False, splat(builder, context.cast(builder, one, t, dtype), lanes)))
         return cls(Memory(builder, ir.VectorType(value, lanes), size), found)
 
-    def at(self, i: Any, mask: Any = None) -> list[Vector]:
-        """Their vectors from value i on."""
-        memory = self.memory
-        return [Vector(memory.builder, memory.load(memory.at(x, i), mask) if is_vector else x) for is_vector, x in self.found]
+    def at(self, i: Any, count: int = 1, mask: Any = None) -> list[Vector]:
+        """Their `count` registers from value i on."""
+        memory, step = self.memory, self.memory.vector.count
+        places = [memory.builder.add(i, ir.Constant(_INDEX, k * step)) for k in range(count)]
+        return [
+            Vector(memory.builder, tuple(memory.load(memory.at(x, place), mask) if is_vector else x for place in places))
+            for is_vector, x in self.found
+        ]
+
+    def write(self, i: Any, vectors: tuple[Vector, ...], mask: Any = None) -> None:
+        """The vectors from value i on."""
+        for (_, start), vector in zip(self.found, vectors, strict=True):
+            for k, value in enumerate(vector.registers):
+                place = self.memory.builder.add(i, ir.Constant(_INDEX, k * self.memory.vector.count))
+                self.memory.store(value, self.memory.at(start, place), mask)
 
 
 def _loop(builder: Any, start: Any, stop: Any, step: int, body: Callable[[Any], None]) -> Any:
@@ -210,15 +270,15 @@ def elementwise(formula: Formula) -> Any:
             dtype = _dtype(outputs)
             operands = _Operands.of(context, builder, inputs, args[1], dtype)
             results = _Operands.of(context, builder, outputs, args[2], dtype)
-            memory, lanes = operands.memory, REGISTER // (dtype.bitwidth // 8)
+            lanes = operands.memory.vector.count
 
-            def body(i: Any, mask: Any = None) -> None:
-                for (_, start), value in zip(results.found, formula(*operands.at(i, mask)), strict=True):
-                    memory.store(value.value, memory.at(start, i), mask)
+            def some(i: Any, count: int = 1, mask: Any = None) -> None:
+                results.write(i, formula(*operands.at(i, count, mask)), mask)
 
-            i = _loop(builder, ir.Constant(_INDEX, 0), args[0], lanes, body)
+            i = _loop(builder, ir.Constant(_INDEX, 0), args[0], _BESIDE * lanes, lambda i: some(i, _BESIDE))
+            i = _loop(builder, i, args[0], lanes, some)
             with builder.if_then(builder.icmp_signed("<", i, args[0])):
-                body(i, mask_of(builder, builder.sub(args[0], i), lanes))
+                some(i, 1, mask_of(builder, builder.sub(args[0], i), lanes))
             return context.get_dummy_value()
 
         return types.void(types.int64, inputs, outputs), generate
@@ -242,7 +302,7 @@ def _summed(formula: Formula, count: int) -> Any:
             totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(turns)] for _ in range(count)]
 
             def body(i: Any, turn: int = 0, mask: Any = None) -> None:
-                for total, value in zip(totals, formula(*operands.at(i, mask)), strict=True):
+                for total, value in zip(totals, formula(*operands.at(i, 1, mask)), strict=True):
                     term = value.value if mask is None else builder.select(mask, value.value, zero)
                     builder.store(builder.fadd(builder.load(total[turn]), term), total[turn])
 
