@@ -25,13 +25,25 @@ from portnorm_backends.cpu import threads
 from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
 from portnorm_backends.cpu.layout import NumPyArray
 from portnorm_backends.cpu.memory import aligned
-from portnorm_backends.cpu.vectors import REGISTER, Memory, Vector, ask, elementwise, fused, mask_of, splat
+from portnorm_backends.cpu.vectors import REGISTER, Memory, Vector, ask, elementwise, fused, mask_of, opaque, splat
 
 _HEIGHTS = {64: (12, 8, 4), 32: (6, 4)}.get(REGISTER, (4,))
 """Rows of the tiles that fit into the registers of such a processor."""
 
 _VECTORS = 2
 """Vectors beside each other in a panel."""
+
+_AT_ONCE = 4
+"""Terms of the sums in one round of their loop, so that its bookkeeping does not keep the processor from multiplying."""
+
+_THIRD = 3
+"""Rows that share an address: of each row its own, there would not be registers enough, and time would go into adding them up."""
+
+_TILES = 4
+"""Tiles of a panel that each ask for a part of the next one."""
+
+_NEAR = 2**21
+"""Bytes of w up to which the caches have it from one step to the next."""
 
 _PANEL = 2**15
 """Bytes of the part of a panel that is read again and again."""
@@ -51,15 +63,15 @@ def _columns(itemsize: int) -> int:
 
 
 def _tile(rows: int, panels: int) -> Any:
-    """`tile(x, packed, y, i, p, start, stop, adds)`: of y[i : i + rows], in the columns of panels p … p + panels − 1, add Σ over k in
-    start … stop − 1 to what is there, or to the shift unless `adds`.
+    """`tile(x, packed, y, i, p, start, stop, following, adds)`: of y[i : i + rows], in the columns of panels p … p + panels − 1, add Σ over
+    k in start … stop − 1 to what is there, or to the shift unless `adds`; ask for what stands at `following` in `packed`, unless that is 0.
     """
 
     @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-    def tile(typing: Any, x: Any, packed: Any, y: Any, i: Any, p: Any, start: Any, stop: Any, adds: Any) -> Any:
+    def tile(typing: Any, x: Any, packed: Any, y: Any, i: Any, p: Any, start: Any, stop: Any, following: Any, adds: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             arrays = [context.make_array(t)(context, builder, v) for t, v in zip(signature.args[:3], args[:3], strict=True)]
-            size, (i, p, start, stop, adds) = x.dtype.bitwidth // 8, args[3:]
+            size, (i, p, start, stop, following, adds) = x.dtype.bitwidth // 8, args[3:]
             value, index, lanes = context.get_value_type(x.dtype), ir.IntType(64), REGISTER // size
             memory, many = Memory(builder, ir.VectorType(value, lanes), size), builder.mul
 
@@ -69,7 +81,7 @@ def _tile(rows: int, panels: int) -> Any:
             length, width, columns = builder.extract_value(arrays[0].shape, 1), builder.extract_value(arrays[2].shape, 1), _columns(size)
             of_x = builder.gep(arrays[0].data, [many(i, length)])
             panel = many(builder.extract_value(arrays[1].shape, 1), n(columns))
-            of_w = builder.gep(arrays[1].data, [many(p, panel)])
+            of_w, of_next = builder.gep(arrays[1].data, [many(p, panel)]), arrays[1].data
             of_y = builder.gep(arrays[2].data, [builder.add(many(i, width), many(p, n(columns)))])
             left = builder.sub(width, many(p, n(columns)))
             beside = [(q, v) for q in range(panels) for v in range(_VECTORS)]
@@ -80,39 +92,63 @@ def _tile(rows: int, panels: int) -> Any:
                 ask(builder, place)
             shifts = {(q, v): memory.load(memory.at(of_w, builder.add(many(n(q), panel), n(v * lanes)))) for q, v in beside}
 
-            entry, again, head, body, end = (builder.block, *(builder.append_basic_block() for _ in range(4)))
-            builder.cbranch(builder.icmp_signed("!=", adds, ir.Constant(adds.type, 0)), again, head)
+            rows_at = [opaque(builder, builder.gep(of_x, [many(n(r), length)])) for r in range(0, rows, _THIRD)]
+            offsets = [opaque(builder, many(n(j), length)) for j in range(min(_THIRD, rows))]
+
+            def multiplied(k: Any, count: int, sums: dict[Any, Any]) -> dict[Any, Any]:
+                """The sums with `count` more terms, from k on."""
+                between = [builder.add(k, offset) for offset in offsets]
+                if count == _AT_ONCE:
+                    with builder.if_then(builder.icmp_signed(">", following, n(0))):
+                        asked = builder.add(following, many(builder.sub(k, start), n(columns // _TILES)))
+                        for line in range(0, columns * size, 64):
+                            ask(builder, memory.at(of_next, builder.add(asked, n(line // size))), 2)
+                for more in range(count):
+                    w = {}
+                    for q, v in beside:
+                        offset = builder.add(builder.add(many(n(q), panel), many(builder.add(k, n(1 + more)), n(columns))), n(v * lanes))
+                        w[q, v] = memory.load(memory.at(of_w, offset))
+                    for r in range(rows):
+                        place = builder.gep(rows_at[r // _THIRD], [builder.add(between[r % _THIRD], n(more))])
+                        one = Vector(builder, (splat(builder, builder.load(place), lanes),))
+                        for q, v in beside:
+                            sums[r, q, v] = fused(Vector(builder, (w[q, v],)), one, Vector(builder, (sums[r, q, v],))).value
+                return sums
+
+            def summed(start: Any, step: int, sums: dict[Any, Any]) -> tuple[Any, dict[Any, Any]]:
+                """As many terms from `start` on as come in whole steps: where it ends, and the sums."""
+                entry, head, body, end = (builder.block, *(builder.append_basic_block() for _ in range(3)))
+                builder.branch(head)
+                builder.position_at_end(head)
+                k, before = builder.phi(index), {key: builder.phi(memory.vector) for key in keys}
+                builder.cbranch(builder.icmp_signed("<=", builder.add(k, n(step)), stop), body, end)
+                builder.position_at_end(body)
+                after = multiplied(k, step, dict(before))
+                for phi, first, then in ((k, start, builder.add(k, n(step))), *((before[key], sums[key], after[key]) for key in keys)):
+                    phi.add_incoming(first, entry)
+                    phi.add_incoming(then, builder.block)
+                builder.branch(head)
+                builder.position_at_end(end)
+                return k, before
+
+            entry, again, ready = builder.block, builder.append_basic_block(), builder.append_basic_block()
+            builder.cbranch(builder.icmp_signed("!=", adds, ir.Constant(adds.type, 0)), again, ready)
             builder.position_at_end(again)
             found = {key: memory.load(places[key], masks[key[1:]]) for key in keys}
-            builder.branch(head)
-            builder.position_at_end(head)
-            k = builder.phi(index)
-            k.add_incoming(start, entry)
-            k.add_incoming(start, again)
+            builder.branch(ready)
+            builder.position_at_end(ready)
             sums = {}
             for key in keys:
                 sums[key] = builder.phi(memory.vector)
                 sums[key].add_incoming(shifts[key[1:]], entry)
                 sums[key].add_incoming(found[key], again)
-            builder.cbranch(builder.icmp_signed("<", k, stop), body, end)
-            builder.position_at_end(body)
-            w = {}
-            for q, v in beside:
-                offset = builder.add(builder.add(many(n(q), panel), many(builder.add(k, n(1)), n(columns))), n(v * lanes))
-                w[q, v] = memory.load(memory.at(of_w, offset))
-            for r in range(rows):
-                one = Vector(builder, (splat(builder, builder.load(builder.gep(of_x, [builder.add(many(n(r), length), k)])), lanes),))
-                for q, v in beside:
-                    total = Vector(builder, (sums[r, q, v],))
-                    sums[r, q, v].add_incoming(fused(Vector(builder, (w[q, v],)), one, total).value, body)
-            k.add_incoming(builder.add(k, n(1)), body)
-            builder.branch(head)
-            builder.position_at_end(end)
+            k, sums = summed(start, _AT_ONCE, sums)
+            _, sums = summed(k, 1, sums)
             for key in keys:
                 memory.store(sums[key], places[key], masks[key[1:]])
             return context.get_dummy_value()
 
-        return types.void(x, packed, y, *[types.int64] * 4, types.boolean), generate
+        return types.void(x, packed, y, *[types.int64] * 5, types.boolean), generate
 
     return tile
 
@@ -123,23 +159,34 @@ _two, _two_by_two, _one, _one_by_four = _tile(2, 1), _tile(2, 2), _tile(1, 1), _
 
 
 @compiled()
+def _next(packed: Any, p: int, start: int, stop: int, tiles: int) -> int:
+    """Where in `packed` the tile after so many of panel p asks for its part of the next panel."""
+    columns = packed.shape[2]
+    if tiles >= _TILES or p + 1 >= packed.shape[0] or packed.size * packed.itemsize <= _NEAR:
+        return 0
+    place: int = ((p + 1) * packed.shape[1] + 1 + start) * columns + tiles * (stop - start) * (columns // _TILES)
+    return place
+
+
+@compiled()
 def _few_rows(x: Any, packed: Any, y: Any, i: int, first: int, last: int, start: int, stop: int, adds: bool) -> None:
     """The up to three last rows, from row i on, of panels `first` to before `last`."""
+    own = _next(packed, packed.shape[0], start, stop, 0)
     if i + 2 <= x.shape[0]:
         p = first
         while p + 2 <= last:
-            _two_by_two(x, packed, y, i, p, start, stop, adds)
+            _two_by_two(x, packed, y, i, p, start, stop, own, adds)
             p += 2
         if p < last:
-            _two(x, packed, y, i, p, start, stop, adds)
+            _two(x, packed, y, i, p, start, stop, own, adds)
         i += 2
     if i < x.shape[0]:
         p = first
         while p + 4 <= last:
-            _one_by_four(x, packed, y, i, p, start, stop, adds)
+            _one_by_four(x, packed, y, i, p, start, stop, own, adds)
             p += 4
         while p < last:
-            _one(x, packed, y, i, p, start, stop, adds)
+            _one(x, packed, y, i, p, start, stop, own, adds)
             p += 1
 
 
@@ -150,16 +197,16 @@ def _block(x: Any, packed: Any, y: Any, start: int, stop: int, adds: bool) -> No
     for first in range(0, panels, 4):
         last, i = min(panels, first + 4), 0
         for p in range(first, last if rows >= 4 else first):
-            i = 0
+            i = tiles = 0
             while i + _HIGHEST <= rows:
-                _highest(x, packed, y, i, p, start, stop, adds)
-                i += _HIGHEST
+                _highest(x, packed, y, i, p, start, stop, _next(packed, p, start, stop, tiles), adds)
+                i, tiles = i + _HIGHEST, tiles + 1
             while i + _HIGH <= rows:
-                _high(x, packed, y, i, p, start, stop, adds)
-                i += _HIGH
+                _high(x, packed, y, i, p, start, stop, _next(packed, p, start, stop, tiles), adds)
+                i, tiles = i + _HIGH, tiles + 1
             while i + 4 <= rows:
-                _four(x, packed, y, i, p, start, stop, adds)
-                i += 4
+                _four(x, packed, y, i, p, start, stop, _next(packed, p, start, stop, tiles), adds)
+                i, tiles = i + 4, tiles + 1
         _few_rows(x, packed, y, i, first, last, start, stop, adds)
 
 

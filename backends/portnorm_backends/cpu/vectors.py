@@ -330,13 +330,18 @@ def _summed(formula: Formula, count: int) -> Any:
     return loop
 
 
-def ask(builder: Any, place: Any) -> None:
-    """Ask for the cache line of a place in memory."""
+def opaque(builder: Any, value: Any) -> Any:
+    """The same value, of which LLVM does not know where it comes from."""
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], side_effect=False)
+
+
+def ask(builder: Any, place: Any, level: int = 1) -> None:
+    """Ask for the cache line of a place in memory, into the nearest cache or that of another level."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, _PLACE, _PLACE, _PLACE])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, nearest, data = (ir.Constant(_PLACE, n) for n in (0, 3, 1))
-    builder.call(function, [builder.bitcast(place, byte), read, nearest, data])
+    read, nearness, data = (ir.Constant(_PLACE, n) for n in (0, 4 - level, 1))
+    builder.call(function, [builder.bitcast(place, byte), read, nearness, data])
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
