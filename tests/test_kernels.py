@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tracemalloc
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -347,10 +348,12 @@ def parted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("columns", [1, 2, 4, 5, 40, 300])
-@pytest.mark.parametrize("outputs", [1, 33, 100])
+@pytest.mark.parametrize(("columns", "outputs"), [*product([1, 2, 4, 5, 40, 300, 512], [1, 33, 100]), (600, 1000), (1024, 700)])
 def test_products_of_packed_weights(dtype: Any, columns: int, outputs: int, rng: np.random.Generator) -> None:
-    """For every number of rows that tiles have, beside what is left over; weights of any layout, with a shift or none."""
+    """For every number of rows that tiles have, beside what is left over; weights of any layout, with a shift or none.
+
+    Rows of 512 and 1024 lie in few places of a cache, and the larger weights in none.
+    """
     w, shift = rng.standard_normal((columns, outputs)).astype(dtype), rng.standard_normal(outputs).astype(dtype)
     tolerance = 4 * np.finfo(dtype).eps * columns**0.5
     for rows in (1, 2, 3, 4, 5, 11, 12, 13, 27, 250):

@@ -76,16 +76,12 @@ class Rooms(NamedTuple):
     states: Any  # (batch, hidden)
     small: Any  # (hidden,)
     zeros: Any  # (features,)
+    near: Any  # what the product takes
 
 
-def rooms(gates: int, size: int, batch: int, dtype: Any) -> Rooms:
+def rooms(gates: int, size: int, batch: int, dtype: Any, near: Any) -> Rooms:
     """Zeroed room for the steps of one loop."""
-    shapes = (
-        (5, gates * size),
-        (5, size),
-        *((gates, size),) * 2,
-        (batch, size),
-        size,
-        gates * size,
-    )
-    return Rooms(*(numpy.zeros(shape, dtype=dtype) for shape in shapes))
+    wide, both = gates * size, (gates, size)
+    shapes: tuple[Any, ...] = ((5, wide), (5, size), both, both, (batch, size), size, wide)
+    sums, narrow, z, row, states, small, zeros = (numpy.zeros(shape, dtype=dtype) for shape in shapes)
+    return Rooms(sums, narrow, z, row, states, small, zeros, near)

@@ -105,7 +105,7 @@ def forward(
     for t in range(start, stop):
         before, after = t % h.shape[0], (t + 1) % h.shape[0]
         c_before, c_after = c[t % c.shape[0]], c[(t + 1) % c.shape[0]]
-        product(h[before, first:last], packed, a[first:last])
+        product(h[before, first:last], packed, a[first:last], room.near)
         if plain:
             for b in range(first, last):
                 ahead(terms.u, t - terms.step, b - terms.sequence, first - terms.sequence, last - terms.sequence, 1)
@@ -229,4 +229,4 @@ def backward(
             if dhidden.size:
                 copy(d, dhidden[t, b])
         sum_back(first, last, t, total, total_shares, lengths, dx, dhidden, sums, row)
-        hidden_back(first, last, t, hidden, hidden_shares, lengths, dx, dhidden, sums, row, packed, back)
+        hidden_back(first, last, t, hidden, hidden_shares, lengths, dx, dhidden, sums, row, packed, back, room.near)

@@ -63,15 +63,18 @@ def _columns(itemsize: int) -> int:
 
 
 def _tile(rows: int, panels: int) -> Any:
-    """`tile(x, packed, y, i, p, start, stop, following, adds)`: of y[i : i + rows], in the columns of panels p … p + panels − 1, add Σ over
-    k in start … stop − 1 to what is there, or to the shift unless `adds`; ask for what stands at `following` in `packed`, unless that is 0.
+    """`tile(x, packed, y, i, p, start, stop, origin, following, adds)`: of y[i : i + rows], in the columns of panels p … p + panels − 1,
+    add Σ over k in start … stop − 1 to what is there, or to the shift unless `adds`. x begins with column `origin`. Ask for what stands at
+    `following` in `packed`, unless that is 0.
     """
 
     @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-    def tile(typing: Any, x: Any, packed: Any, y: Any, i: Any, p: Any, start: Any, stop: Any, following: Any, adds: Any) -> Any:
+    def tile(
+        typing: Any, x: Any, packed: Any, y: Any, i: Any, p: Any, start: Any, stop: Any, origin: Any, following: Any, adds: Any
+    ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             arrays = [context.make_array(t)(context, builder, v) for t, v in zip(signature.args[:3], args[:3], strict=True)]
-            size, (i, p, start, stop, following, adds) = x.dtype.bitwidth // 8, args[3:]
+            size, (i, p, start, stop, origin, following, adds) = x.dtype.bitwidth // 8, args[3:]
             value, index, lanes = context.get_value_type(x.dtype), ir.IntType(64), REGISTER // size
             memory, many = Memory(builder, ir.VectorType(value, lanes), size), builder.mul
 
@@ -79,7 +82,7 @@ def _tile(rows: int, panels: int) -> Any:
                 return ir.Constant(index, number)
 
             length, width, columns = builder.extract_value(arrays[0].shape, 1), builder.extract_value(arrays[2].shape, 1), _columns(size)
-            of_x = builder.gep(arrays[0].data, [many(i, length)])
+            of_x = builder.gep(arrays[0].data, [builder.sub(many(i, length), origin)])
             panel = many(builder.extract_value(arrays[1].shape, 1), n(columns))
             of_w, of_next = builder.gep(arrays[1].data, [many(p, panel)]), arrays[1].data
             of_y = builder.gep(arrays[2].data, [builder.add(many(i, width), many(p, n(columns)))])
@@ -148,7 +151,7 @@ def _tile(rows: int, panels: int) -> Any:
                 memory.store(sums[key], places[key], masks[key[1:]])
             return context.get_dummy_value()
 
-        return types.void(x, packed, y, *[types.int64] * 5, types.boolean), generate
+        return types.void(x, packed, y, *[types.int64] * 6, types.boolean), generate
 
     return tile
 
@@ -169,29 +172,28 @@ def _next(packed: Any, p: int, start: int, stop: int, tiles: int) -> int:
 
 
 @compiled()
-def _few_rows(x: Any, packed: Any, y: Any, i: int, first: int, last: int, start: int, stop: int, adds: bool) -> None:
+def _few_rows(x: Any, packed: Any, y: Any, i: int, first: int, last: int, start: int, stop: int, origin: int, adds: bool) -> None:
     """The up to three last rows, from row i on, of panels `first` to before `last`."""
-    own = _next(packed, packed.shape[0], start, stop, 0)
     if i + 2 <= x.shape[0]:
         p = first
         while p + 2 <= last:
-            _two_by_two(x, packed, y, i, p, start, stop, own, adds)
+            _two_by_two(x, packed, y, i, p, start, stop, origin, 0, adds)
             p += 2
         if p < last:
-            _two(x, packed, y, i, p, start, stop, own, adds)
+            _two(x, packed, y, i, p, start, stop, origin, 0, adds)
         i += 2
     if i < x.shape[0]:
         p = first
         while p + 4 <= last:
-            _one_by_four(x, packed, y, i, p, start, stop, own, adds)
+            _one_by_four(x, packed, y, i, p, start, stop, origin, 0, adds)
             p += 4
         while p < last:
-            _one(x, packed, y, i, p, start, stop, own, adds)
+            _one(x, packed, y, i, p, start, stop, origin, 0, adds)
             p += 1
 
 
 @compiled()
-def _block(x: Any, packed: Any, y: Any, start: int, stop: int, adds: bool) -> None:
+def _block(x: Any, packed: Any, y: Any, start: int, stop: int, origin: int, adds: bool) -> None:
     """All rows and panels, of k in start … stop − 1."""
     panels, rows = packed.shape[0], x.shape[0]
     for first in range(0, panels, 4):
@@ -199,25 +201,31 @@ def _block(x: Any, packed: Any, y: Any, start: int, stop: int, adds: bool) -> No
         for p in range(first, last if rows >= 4 else first):
             i = tiles = 0
             while i + _HIGHEST <= rows:
-                _highest(x, packed, y, i, p, start, stop, _next(packed, p, start, stop, tiles), adds)
+                _highest(x, packed, y, i, p, start, stop, origin, _next(packed, p, start, stop, tiles), adds)
                 i, tiles = i + _HIGHEST, tiles + 1
             while i + _HIGH <= rows:
-                _high(x, packed, y, i, p, start, stop, _next(packed, p, start, stop, tiles), adds)
+                _high(x, packed, y, i, p, start, stop, origin, _next(packed, p, start, stop, tiles), adds)
                 i, tiles = i + _HIGH, tiles + 1
             while i + 4 <= rows:
-                _four(x, packed, y, i, p, start, stop, _next(packed, p, start, stop, tiles), adds)
+                _four(x, packed, y, i, p, start, stop, origin, _next(packed, p, start, stop, tiles), adds)
                 i, tiles = i + 4, tiles + 1
-        _few_rows(x, packed, y, i, first, last, start, stop, adds)
+        _few_rows(x, packed, y, i, first, last, start, stop, origin, adds)
 
 
-def _product(x: Any, packed: Any, y: Any) -> None:
-    """y (m, n) = x (m, k) · w + shift, from what `pack` made of w (k, n)."""
-    x, packed, y = bare(x), bare(packed), bare(y)
+def _product(x: Any, packed: Any, y: Any, near: Any) -> None:
+    """y (m, n) = x (m, k) · w + shift, from what `pack` made of w (k, n), with the room that `near` makes for x."""
+    x, packed, y, near = bare(x), bare(packed), bare(y), bare(near)
     length, block = x.shape[1], _PANEL // (packed.shape[2] * x.itemsize)
     for i in range(0, x.shape[0], ROWS):
         rows, into = x[i : i + ROWS], y[i : i + ROWS]
         for start in range(0, max(length, 1), block):
-            _block(rows, packed, into, start, min(length, start + block), start > 0)
+            stop = min(length, start + block)
+            if near.size:
+                for r in range(rows.shape[0]):
+                    copy(rows[r, start:stop], near[r, : stop - start])
+                _block(near[: rows.shape[0]], packed, into, start, stop, start, start > 0)
+            else:
+                _block(rows, packed, into, start, stop, 0, start > 0)
 
 
 product = compiled()(_product)
@@ -308,7 +316,7 @@ def _for(dtype: numpy.dtype[Any]) -> tuple[Any, Any, Any]:
     packed, y = t[:, :, ::1], t[:, ::1]
     return (
         compiled(signatures=types.void(w, types.boolean, shift, packed))(_fill_panels),
-        compiled(signatures=types.void(x, packed, y))(_product),
+        compiled(signatures=types.void(x, packed, y, y))(_product),
         compiled(signatures=types.void(x, x, shift, y))(_narrow),
     )
 
@@ -325,6 +333,17 @@ def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     return packed
 
 
+def near(rows: int, length: int, dtype: Any) -> NumPyArray:
+    """Room for what a product reads of its rows at a time, (0, 0) where it may as well read the rows themselves.
+
+    The same columns of rows that lie a multiple of 2 KB apart share so few places in the nearest cache that a tile of them does not fit.
+    """
+    if rows < 4 or length * dtype.itemsize % 2048:
+        return numpy.empty((0, 0), dtype)
+    block = _PANEL // (_columns(dtype.itemsize) * dtype.itemsize)
+    return numpy.empty((min(rows, ROWS), block + 64 // dtype.itemsize), dtype)
+
+
 def affine_map(w: NumPyArray, shift: NumPyArray | None = None) -> Callable[[NumPyArray, NumPyArray], None]:
     """What writes x · w + shift into y, for contiguous x (m, k) and y (m, n)."""
     _, multiply, narrow = _for(w.dtype)
@@ -333,7 +352,7 @@ def affine_map(w: NumPyArray, shift: NumPyArray | None = None) -> Callable[[NumP
         few = numpy.require(w, requirements=["C", "A"])
         return lambda x, y: narrow(x, few, shift, y)
     packed = pack(w, shift)
-    return lambda x, y: multiply(x, packed, y)
+    return lambda x, y: multiply(x, packed, y, near(x.shape[0], x.shape[1], x.dtype))
 
 
 def affine(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:

@@ -248,7 +248,7 @@ def _run(
     fine = []
 
     def through(first: int, last: int) -> None:
-        room = rooms(cell.gates, size, batch, dtype)
+        room = rooms(cell.gates, size, batch, dtype, _compiled("products").near(last - first, size, dtype))
         count, of_steps = feed(first, last)
         count = min(count, _steps_at_once(batch, weights))
         for t in range(0, time, count):
@@ -321,7 +321,7 @@ def _vjp(
     packed, count, shares = _compiled("products").pack(weights), _steps_at_once(batch, weights), list[tuple[Shares, ...]]()
 
     def through(first: int, last: int) -> None:
-        room = rooms(cell.gates, dh.shape[1], batch, dtype)
+        room = rooms(cell.gates, dh.shape[1], batch, dtype, _compiled("products").near(last - first, weights.shape[0], dtype))
         parts = tuple(Shares(*numpy.zeros((2, s.weight.size)), *numpy.zeros((2, s.weight.size), dtype=dtype)) for s in slots)
         shares.append(parts)
         for t in range(time, 0, -count):

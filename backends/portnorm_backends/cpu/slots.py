@@ -264,6 +264,7 @@ def hidden_back(
     row: Any,
     packed: Any,
     back: Any,
+    near: Any,
 ) -> None:
     """Through the slot of the hidden term, in `dhidden`, or where that is (0, 0, 0) and the slot does not normalize from `dx`; and the
     product with the weights."""
@@ -279,4 +280,4 @@ def hidden_back(
                     denormalized(hidden, t, b, over[b], room, row)
                     copy(row, over[b])
         settled(shares)
-    product(over[first:last], packed, back[first:last])
+    product(over[first:last], packed, back[first:last], near)
