@@ -364,6 +364,26 @@ def test_products_of_packed_weights(dtype: Any, columns: int, outputs: int, rng:
             for own in (shift, None):
                 expected = x.astype(np.float64) @ w + (0 if own is None else own)
                 assert np.max(np.abs(products.affine(x, laid, own) - expected) / size) < tolerance
+                if rows <= products.FEW:  # of weights that are not packed
+                    y = np.empty_like(expected, dtype)
+                    products.affine_map(laid, own, rows)(x, y)
+                    assert np.max(np.abs(y - expected) / size) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("cell", "norm"), [("LSTM", None), ("LSTM", "layer"), ("GRU", None), ("GRU", "layer"), ("RNN", None), ("RNN", "batch")]
+)
+@pytest.mark.parametrize("batch", [1, 4, 5])
+@pytest.mark.parametrize("size", [7, 512])
+def test_one_step(cell: str, norm: str | None, batch: int, size: int, rng: np.random.Generator) -> None:
+    """Of few sequences without packing the weights; forward and backward."""
+    layer, x = getattr(pn, cell)(5, size, norm=norm, rng=0, dtype="float64"), rng.standard_normal((1, batch, 5))
+    for training in (False, True)[: 1 if batch == 1 and norm == "batch" else 2]:
+        found = [layer(x)[0], *whole(layer, x, None, training)]
+        with without_kernels(np.ndarray):
+            expected = [layer(x)[0], *whole(layer, x, None, training)]
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
 
 
 # -- memory --------------------------------------------------------------------------------------------------------------------------------

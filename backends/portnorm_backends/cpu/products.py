@@ -25,7 +25,7 @@ from portnorm_backends.cpu import threads
 from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
 from portnorm_backends.cpu.layout import NumPyArray
 from portnorm_backends.cpu.memory import aligned
-from portnorm_backends.cpu.vectors import REGISTER, Memory, Vector, ask, elementwise, fused, mask_of, opaque, splat
+from portnorm_backends.cpu.vectors import REGISTER, Memory, Vector, ask, elementwise, fused, mask_of, opaque, splat, summed
 
 _HEIGHTS = {64: (12, 8, 4), 32: (6, 4)}.get(REGISTER, (4,))
 """Rows of the tiles that fit into the registers of such a processor."""
@@ -53,6 +53,9 @@ _WORTH = 2**25
 
 _NARROW = 4
 """Columns of x up to which the sums are not worth a tile."""
+
+FEW = 4
+"""Rows of x in all for which w is read as it lies: to pack it would take longer than the product."""
 
 ROWS = 240
 """Rows of x that go through all panels before the next ones do."""
@@ -245,6 +248,20 @@ def _narrow(x: Any, w: Any, shift: Any, y: Any) -> None:
             _line(shift.size, (w[k], x[i, k], y[i]), (y[i],))
 
 
+@summed(1)
+def _along(w: Vector, x: Vector) -> tuple[Vector]:
+    return (w * x,)
+
+
+def _direct(x: Any, w: Any, shift: Any, y: Any) -> None:
+    """The same from w (n, k) itself, of which only each row need be contiguous."""
+    x, w, shift, y = bare(x), bare(w), bare(shift), bare(y)
+    for j in range(w.shape[0]):
+        row = row_of(w, j)
+        for i in range(x.shape[0]):
+            y[i, j] = _along(row.size, (row, x[i]))[0] + shift[j]
+
+
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
 def _turn(typing: Any, w: Any, j: Any, k: Any, packed: Any, p: Any, column: Any) -> Any:
     """w[j : j + lanes, k : k + lanes], turned, into the columns from `column` on of panel p.
@@ -309,8 +326,8 @@ def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
 
 
 @functools.cache
-def _for(dtype: numpy.dtype[Any]) -> tuple[Any, Any, Any]:
-    """`_fill_panels`, `_product` and `_narrow` for one type of values."""
+def _for(dtype: numpy.dtype[Any]) -> tuple[Any, ...]:
+    """`_fill_panels`, `_product`, `_narrow` and `_direct` for one type of values."""
     t = numba.from_dtype(dtype)
     w, shift, x = (types.Array(t, ndim, layout, readonly=True) for ndim, layout in ((2, "A"), (1, "C"), (2, "C")))
     packed, y = t[:, :, ::1], t[:, ::1]
@@ -318,6 +335,7 @@ def _for(dtype: numpy.dtype[Any]) -> tuple[Any, Any, Any]:
         compiled(signatures=types.void(w, types.boolean, shift, packed))(_fill_panels),
         compiled(signatures=types.void(x, packed, y, y))(_product),
         compiled(signatures=types.void(x, x, shift, y))(_narrow),
+        compiled(signatures=types.void(x, w, shift, y))(_direct),
     )
 
 
@@ -333,6 +351,11 @@ def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     return packed
 
 
+def nothing(dtype: numpy.dtype[Any]) -> NumPyArray:
+    """Packed weights of no columns: their product leaves y as it is."""
+    return numpy.empty((0, 1, _columns(dtype.itemsize)), dtype)
+
+
 def near(rows: int, length: int, dtype: Any) -> NumPyArray:
     """Room for what a product reads of its rows at a time, (0, 0) where it may as well read the rows themselves.
 
@@ -344,13 +367,16 @@ def near(rows: int, length: int, dtype: Any) -> NumPyArray:
     return numpy.empty((min(rows, ROWS), block + 64 // dtype.itemsize), dtype)
 
 
-def affine_map(w: NumPyArray, shift: NumPyArray | None = None) -> Callable[[NumPyArray, NumPyArray], None]:
-    """What writes x · w + shift into y, for contiguous x (m, k) and y (m, n)."""
-    _, multiply, narrow = _for(w.dtype)
-    if w.shape[0] <= _NARROW:
-        shift = numpy.zeros(w.shape[1], w.dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
+def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS) -> Callable[[NumPyArray, NumPyArray], None]:
+    """What writes x · w + shift into y, for contiguous x (m, k) and y (m, n), of which there will be so many `rows` in all."""
+    _, multiply, narrow, direct = _for(w.dtype)
+    lies = rows <= FEW and w.flags.aligned and (w.strides[0] == w.itemsize or w.shape[0] == 1)
+    if lies or w.shape[0] <= _NARROW:
+        added = numpy.zeros(w.shape[1], w.dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
+        if lies:
+            return lambda x, y: direct(x, w.T, added, y)
         few = numpy.require(w, requirements=["C", "A"])
-        return lambda x, y: narrow(x, few, shift, y)
+        return lambda x, y: narrow(x, few, added, y)
     packed = pack(w, shift)
     return lambda x, y: multiply(x, packed, y, near(x.shape[0], x.shape[1], x.dtype))
 

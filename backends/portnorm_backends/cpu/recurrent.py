@@ -192,7 +192,7 @@ def _forward_of_inputs(
 def _input_terms(x: NumPyArray, params: Params, cell: RecurrentCell) -> Feed:
     """The terms of so many steps at a time that their product with the weights is a tall one."""
     products, slot, weight = _compiled("products"), cell.input_slot(), params["weight_ih"]
-    multiply, inputs, dtype = products.affine_map(weight.T, params.get("bias")), taken(x, x, x.shape), x.dtype
+    multiply, inputs, dtype = products.affine_map(weight.T, params.get("bias"), x.shape[0] * x.shape[1]), taken(x, x, x.shape), x.dtype
     if slot is not None:
         own = [taken(params.get(f"norm_ih.{p}"), x, (1, weight.shape[0])) for p in ("weight", "bias")]
         how = (float32_value(cell.variant.eps), cell.variant.norm != "rms", *RANGE[dtype])
@@ -238,7 +238,7 @@ def _run(
     slots = tuple(_slot(cell, name, shape, given, params, keep) for name in _LOOPS[type(cell)].slots)
     unread = not keep and type(cell) is LSTMCell and all(slot.mode <= SHIFT for slot in slots)
     gates, inner = (memory.room((0, 0, 0) if unread else (kept, batch, n), dtype) for n in (features, size))
-    packed = _compiled("products").pack(weights.T, slots[0].bias if slots[0].mode == SHIFT else None)
+    packed = _packed(h[0], weights, slots[0].bias if slots[0].mode == SHIFT else None, time, a)
     function, entry = _compiled(_LOOPS[type(cell)].module).forward, _compiled("compiling").entry
     own: tuple[Any, ...] = slots
     if type(cell) is LSTMCell:
@@ -265,6 +265,16 @@ def _run(
     hidden = () if not sequences else (h[1:],) if lengths is None else (y,)
     residuals = LoopResiduals(params, counts, h, c, gates, inner, slots) if keep else None
     return (last, (*hidden, *_statistics(cell, slots, counts, batch))), residuals
+
+
+def _packed(h: NumPyArray, weights: NumPyArray, shift: NumPyArray | None, time: int, a: NumPyArray) -> NumPyArray:
+    """The hidden weights as the loop takes them; for one step of few sequences nothing, and their product with h is in `a` already."""
+    products = _compiled("products")
+    few = time == 1 and h.shape[0] <= products.FEW
+    if few:
+        products.affine_map(weights.T, shift, h.shape[0])(h, a)
+    packed: NumPyArray = products.nothing(h.dtype) if few else products.pack(weights.T, shift)
+    return packed
 
 
 def _ranges(time: int, batch: int, weights: NumPyArray, slots: tuple[Any, ...]) -> list[tuple[int, int]]:
