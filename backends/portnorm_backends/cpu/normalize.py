@@ -273,22 +273,24 @@ class LastAxisResiduals(KernelResiduals):
 
 @functools.cache
 def _plain(dtype: Any) -> tuple[Any, ...]:
-    """For rows of one type: the kernels forward and backward, what the former takes for no parameter, and the bounds of σ² + ε."""
+    """For rows of one type: the kernels forward and backward, what the former takes for no parameter, the bounds of σ² + ε, and room for
+    statistics that nobody reads, so that it matters to no one who else writes there.
+    """
     from portnorm_backends.cpu import rowwise
 
-    return rowwise.last_axis(dtype), rowwise.backward(dtype), numpy.empty((0,), dtype=dtype), *RANGE[dtype]
+    return rowwise.last_axis(dtype), rowwise.backward(dtype), numpy.empty((0,), dtype=dtype), *RANGE[dtype], numpy.empty((1, 3), dtype)
 
 
 def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, eps: float = 1e-5, out: Any = None) -> bool:
     """Whether the arguments of a public function need no further look: contiguous arrays of one type, and the last axis."""
-    if type(x) is not numpy.ndarray or x.dtype not in RANGE or axis != -1 or not x.size or not eps >= 0:
+    if type(x) is not numpy.ndarray or axis != -1 or not eps >= 0:
         return False
-    flags = x.flags
-    if not (flags.c_contiguous and flags.aligned and x.ndim):
+    dtype, shape, flags = x.dtype, x.shape, x.flags
+    if not (flags.c_contiguous and flags.aligned and x.size and shape and dtype in RANGE):
         return False
     for p in (weight, bias):
         if p is not None:
-            if type(p) is not numpy.ndarray or p.dtype != x.dtype or p.shape != x.shape[-1:]:
+            if type(p) is not numpy.ndarray or p.dtype != dtype or p.shape != shape[-1:]:
                 return False
             flags = p.flags
             if not (flags.c_contiguous and flags.aligned):
@@ -300,16 +302,16 @@ def last_axis(op: Any, center: bool) -> Kernel:
     """The kernel of a public function for the arguments that most calls have; what others need is done by its definition."""
 
     def call(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
-        kernel, _, none, smallest, largest = _plain(x.dtype)
+        kernel, _, none, smallest, largest, unread = _plain(x.dtype)
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         into = y if x.ndim == 2 else y.reshape(rows.shape)
-        if not _each_row(kernel, rows, (w, b), (float32_value(eps), center, smallest, largest), into, numpy.empty((1, 3), x.dtype), 1):
+        if not _each_row(kernel, rows, (w, b), (float32_value(eps), center, smallest, largest), into, unread, 1):
             return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps, out=out)[0]
         return y
 
     def forward(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
-        kernel, _, none, smallest, largest = _plain(x.dtype)
+        kernel, _, none, smallest, largest, _ = _plain(x.dtype)
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         kept = numpy.empty((rows.shape[0], 3), x.dtype)
