@@ -70,20 +70,11 @@ def test_import_brings_in_nothing_but_numpy_and_array_api_compat() -> None:
 
 
 def test_import_takes_at_most_50_ms_over_numpy(tmp_path: Path) -> None:
-    """Compiled, as an installed package is, by the first run. Processor time, since other tests run beside this one; a processor that takes
-    more than 150 ms for NumPy itself (measured: 130 to 280 within an hour) has a third of that.
-    """
-    code = """
-import time
-start = time.process_time()
-import numpy
-between = time.process_time()
-import portnorm
-print(time.process_time() - between - max(0.050, (between - start) / 3))
-"""
+    """Compiled, as an installed package is, by the first run. Processor time, since other tests run beside this one."""
+    code = "import numpy, time; t = time.process_time(); import portnorm; print((time.process_time() - t) * 1e3)"
     compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     output_of(code, **compiled)
-    assert min(float(output_of(code, **compiled)) for _ in range(7)) < 0
+    assert min(float(output_of(code, **compiled)) for _ in range(7)) < 50
 
 
 def test_a_missing_extra_is_named() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 
 import portnorm as pn
+from portnorm import arrays
 from portnorm.scan import loop, reverse_sequences
 from tests.cases import PRESETS, random_lstm, random_recurrent, random_state
 from tests.tolerances import relative
@@ -107,6 +109,28 @@ def test_chunks_equal_the_whole(cell: str, norm: str | None, cut: int, rng: np.r
     np.testing.assert_allclose(np.concatenate([first, second]), whole, **CLOSE)
     for a, b in zip(end, last, strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("kernels", [False, True], ids=["definition", "kernels"])
+@pytest.mark.parametrize("lengths", [None, [7, 2, 4]], ids=["whole", "ragged"])
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_parts_that_a_library_asks_for_equal_the_whole(
+    cell: str, norm: str | None, lengths: Any, kernels: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inference, two or three steps at a time, from a state that has seen steps; the hidden states or the last one alone."""
+    own = arrays.library(np.zeros(1))
+    for keeps_time in (True, False):
+        layer = random_recurrent(cell, norm, rng, return_sequences=keeps_time)
+        x, state = rng.standard_normal((7, 3, 4)), random_state(layer, 3, rng)
+        whole, last = layer(x, state, lengths=lengths)
+        features = layer.params["weight_ih_l0" if "weight_ih_l0" in layer.params else "weight_ih_l0.v"].shape[0]
+        for steps in (2, 3):
+            limited = dataclasses.replace(own, kernels=own.kernels if kernels else {}, at_once=steps * 3 * features)
+            monkeypatch.setitem(arrays._libraries, np.ndarray, limited)
+            found, end = layer(x, state, lengths=lengths)
+            monkeypatch.setitem(arrays._libraries, np.ndarray, own)
+            for a, b in zip((found, *end), (whole, *last), strict=True):
+                np.testing.assert_allclose(a, b, **CLOSE)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])

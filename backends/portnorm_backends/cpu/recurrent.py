@@ -253,8 +253,9 @@ def _run(
         count = min(count, _steps_at_once(batch, weights))
         for t in range(0, time, count):
             stop = min(t + count, time)
-            arguments = (t, stop, first, last, packed, room, of_steps(t, stop), counts, a, h, y, *own)
-            fine.append(arguments[6] is not None and entry(function, dtype, arguments)(*arguments))
+            terms = of_steps(t, stop)
+            arguments = (t, stop, first, last, packed, room, terms, counts, a, h, y, *own)
+            fine.append(terms is not None and entry(function, dtype, arguments)(*arguments))
             if not fine[-1]:
                 return
 
