@@ -62,6 +62,8 @@ class Autodiff(NamedTuple):
     call: Callable[[Differentiable, tuple[Any, ...], dict[str, Any]], Any]
     constant: Callable[[Array], Array]
     """An array with the same values, of which nothing is differentiated."""
+    is_passing: Callable[[Array], bool] = lambda x: False
+    """Whether an array stands for others while a transformation runs, and is nothing after it."""
 
 
 @dataclass(frozen=True)

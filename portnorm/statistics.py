@@ -8,7 +8,7 @@ updates the rows that belong to it; `None` where steps share their statistics.
 from __future__ import annotations
 
 from portnorm.arrays import Array, device_of, xp_of
-from portnorm.errors import UnsupportedError
+from portnorm.scalars import real_number
 
 Buffers = dict[str, Array]
 Seen = dict[str, tuple[Array, Array]]
@@ -25,10 +25,9 @@ def moving_average(running: Array, batch: Array, momentum: float | None, tracked
     return running + (batch - running) / xp.astype(xp.where(tracked > 0, tracked, 1), running.dtype)
 
 
-def check_momentum(momentum: float | None) -> None:
-    """Raise `UnsupportedError` unless `momentum` is the weight of a new value, or `None`."""
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise UnsupportedError(f"`momentum` is {momentum}; expected a number from 0 to 1, or None")
+def checked_momentum(momentum: float | None) -> float | None:
+    """`momentum`, the weight of a new value, as a float, or `None`; raises `UnsupportedError` for what is neither."""
+    return None if momentum is None else real_number("momentum", momentum, 0, 1, "a number from 0 to 1, or None")
 
 
 def rows_of_steps(time: Array, x: Array, last: Array | int) -> Array:

@@ -12,7 +12,7 @@ import jax
 
 from portnorm.arrays import Array, Autodiff, Differentiable, Kernel, Library, leaves
 from portnorm.scan import Body
-from portnorm_backends.flat import cotangents_at, put_together, taken_apart
+from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
 
 
 def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = False) -> tuple[Any, Any, Any]:
@@ -66,7 +66,7 @@ def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]
     def backward(kept: list[Array], dy: Any) -> tuple[Any, ...]:
         residuals, attrs = put_together(form_of_kept, kept)
         with _outermost():
-            found = cotangents_at(form[0], function.vjp(residuals, dy, **attrs))
+            found = cotangents_of_call(form, function.vjp(residuals, dy, **attrs))
         return tuple(None if k not in found else found[k].astype(dtype) for k, dtype in enumerate(dtypes))
 
     value.defvjp(forward, backward)
@@ -88,6 +88,6 @@ LIBRARY = Library(
     "jax",
     kernels={"loop": Kernel(call=loop)},
     is_concrete=lambda x: not isinstance(x, jax.core.Tracer),
-    autodiff=Autodiff(_records, _call, constant=jax.lax.stop_gradient),
+    autodiff=Autodiff(_records, _call, jax.lax.stop_gradient, is_passing=lambda x: isinstance(x, jax.core.Tracer)),
     device=_device,
 )

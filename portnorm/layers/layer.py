@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -37,7 +37,10 @@ class Layer:
 
     A subclass gives `forward` and `backward`, which are pure, and fills `params` and `buffers` when it is made. A layer is called as
     `y = layer(x)`, a recurrent one as `y, state = layer(x, state=None, lengths=None)`; `vjp` gives the pullback as well.
-    With `training=True` a call also updates the running statistics that the layer holds.
+    With `training=True` a call also updates the running statistics that the layer holds; without it a call changes nothing.
+
+    What a layer was made with are its attributes, under the names of the arguments. One that is changed counts from then on, and is what
+    `portnorm.save` and `portnorm.export` write.
     """
 
     takes_integers: bool = False
@@ -46,13 +49,19 @@ class Layer:
     """Whether a call takes and returns a state."""
     batch_first: bool = False
     """Whether sequences are (batch, time, features); else they are (time, batch, features)."""
+    orders_axes: bool = False
+    """Whether `batch_first` says something of the layer, since it takes whole sequences."""
     provenance: str = ""
     """Where the weights were imported from, and how that was recognised."""
     keeps_time: bool = True
     """Whether the result still has the time axis that the input had."""
+    evaluates: bool = False
+    """Whether `eval` was called: the layer then computes as in evaluation, whatever the call around it says."""
 
     def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
-        self.config = config
+        self._settings = tuple(config)
+        for name, value in config.items():
+            setattr(self, name, value)
         self.xp = load_namespace(xp)
         self.device = device
         self.dtype = load_dtype(self.xp, dtype)
@@ -61,6 +70,11 @@ class Layer:
         dtype_name(self.xp, self.dtype)  # one that CuPy has from another package has no name there
         self.params: Arrays = {}
         self.buffers: Arrays = {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What another layer has to be made with to compute the same from the same arrays."""
+        return {name: getattr(self, name) for name in self._settings}
 
     # -- the pure form -------------------------------------------------------------------------------------------------------------
 
@@ -80,7 +94,10 @@ class Layer:
         """The layer as a pure function: `(y, state, buffers)`. JAX transforms and the exporter use this form.
 
         torch's autograd and JAX's differentiate it as one function, by `backward`; running statistics are constants to them.
+        Raises `CheckpointError` where `params` or `buffers` have not just the names of the layer's.
         """
+        self._check_names(params, buffers)
+        training = training and not self.evaluates
         autodiff = library(x).autodiff
         if autodiff is None or not autodiff.records((params, buffers, x, state)):
             y, state, new, _ = self.forward(params, buffers, x, state, lengths, training, False)
@@ -97,7 +114,9 @@ class Layer:
         with `batch_first` the mask is (batch, time). Padding comes last.
         """
         lengths = self._checked(x, state, lengths, mask)
-        y, state, self.buffers = self.apply(self.params, self.buffers, x, state, lengths, training)
+        y, state, buffers = self.apply(self.params, self.buffers, x, state, lengths, training)
+        if training:
+            self._keep(buffers)
         return (y, state) if self.recurrent else y
 
     def vjp(self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False) -> Any:
@@ -106,8 +125,10 @@ class Layer:
         Either cotangent of a recurrent layer may be `None` for zero. `grads` has the names of `parameters()`.
         """
         lengths = self._checked(x, state, lengths, mask)
+        training = training and not self.evaluates
         y, out, buffers, residuals = self.forward(self.params, self.buffers, x, state, lengths, training, True)
-        self.buffers = _constant(buffers)
+        if training:
+            self._keep(_constant(buffers))
 
         def pullback(dy: Array | None, dstate: Any = None) -> Any:
             if dy is not None and is_concrete(y) and tuple(dy.shape) != tuple(y.shape):
@@ -116,6 +137,31 @@ class Layer:
             return (dx, dstate, grads) if self.recurrent else (dx, grads)
 
         return (y, out, pullback) if self.recurrent else (y, pullback)
+
+    def eval(self) -> Self:
+        """Compute as in evaluation from now on, in a training call too: the running statistics normalize, and stay as they are.
+
+        For one part of a model that is trained: `model.parts[1].eval()`. Gradients go through it, and its parameters have theirs.
+        """
+        self.evaluates = True
+        return self
+
+    def train(self) -> Self:
+        """Follow the calls' `training` again, after `eval`."""
+        self.evaluates = False
+        return self
+
+    def _keep(self, buffers: Arrays) -> None:
+        """Hold these buffers from now on; raises `UnsupportedError` for those of a transformation, which are nothing after it."""
+        for array in buffers.values():
+            autodiff = library(array).autodiff
+            if autodiff is not None and autodiff.is_passing(array):
+                raise UnsupportedError(
+                    f"{type(self).__name__} was called with training=True inside a transformation (jit, vmap, scan, grad …), where it "
+                    "cannot keep new running statistics; use the pure form there, y, state, buffers = layer.apply(params, buffers, x, "
+                    "training=True), return the buffers from the transformation, and hold them by layer.assign(params, buffers)"
+                )
+        self.buffers = buffers
 
     def _checked(self, x: Array, state: Any, lengths: Any, mask: Array | None = None) -> Array | None:
         """`lengths` or those of `mask` as an array, after `x` and it were found to fit the layer."""
@@ -134,10 +180,36 @@ class Layer:
         return {**self.params, **self.buffers}
 
     def assign(self, params: Mapping[str, Array], buffers: Mapping[str, Array] | None = None) -> None:
-        """Hold these parameters (and buffers) from now on, as they are: what an optimizer returns."""
+        """Hold these parameters (and buffers) from now on, as they are: what an optimizer returns.
+
+        Raises `CheckpointError` for a missing or unknown name or a shape that does not fit; the layer is then as it was.
+        """
+        self._check_names(params, self.buffers if buffers is None else buffers)
+        self._check_shapes({**params, **(buffers or {})})
         self.params = dict(params)
         if buffers is not None:
             self.buffers = dict(buffers)
+
+    def _names(self) -> tuple[Set[str], Set[str]]:
+        """Those of the parameters and of the buffers."""
+        return self.params.keys(), self.buffers.keys()
+
+    def _check_names(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> None:
+        """Raise `CheckpointError` unless both mappings have the names of the layer's, and no others."""
+        for what, given, own in zip(("`params`", "`buffers`"), (params, buffers), self._names(), strict=True):
+            if given.keys() != own:
+                raise _misfit(what, self, sorted(own), given)
+
+    def _check_shapes(self, arrays: Mapping[str, Array]) -> None:
+        """Raise `CheckpointError` unless each array has the shape of the layer's of that name."""
+        for name, own in self.state_dict().items():
+            expected = self._shape_of(name, own)
+            if name in arrays and tuple(arrays[name].shape) != expected:
+                raise CheckpointError(f"`{name}` has shape {tuple(arrays[name].shape)}; expected {expected}")
+
+    def _shape_of(self, name: str, array: Array) -> tuple[int, ...]:
+        """The shape that `array` of this name has to have."""
+        return tuple(array.shape)
 
     def load_state_dict(self, arrays: Mapping[str, Array]) -> None:
         """Take the arrays of a state dict, of any library, in the layer's own library, device and dtype.
@@ -145,14 +217,9 @@ class Layer:
         Raises `CheckpointError` for a missing or unknown name or a shape that does not fit; the layer is then as it was.
         """
         own = self.state_dict()
-        missing, extra = [n for n in own if n not in arrays], [n for n in arrays if n not in own]
-        if missing or extra:
-            raise CheckpointError(
-                f"state dict does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown {extra or 'nothing'}"
-            )
-        for name, array in own.items():
-            if tuple(arrays[name].shape) != tuple(array.shape):
-                raise CheckpointError(f"`{name}` has shape {tuple(arrays[name].shape)}; expected {tuple(array.shape)}")
+        if arrays.keys() != own.keys():
+            raise _misfit("the state dict", self, own, arrays)
+        self._check_shapes(arrays)
         self.assign(*({n: self._converted(arrays[n], like=a) for n, a in group.items()} for group in (self.params, self.buffers)))
 
     def to(self, xp: Namespace | str | None = None, device: Any = None, dtype: DType | None = None) -> Self:
@@ -204,6 +271,8 @@ class Layer:
         `batches` yields `x`, `(x, lengths)` or `(x, lengths, state)`. This is how Cooijmans et al. 2016 evaluate; the moving average is
         only a live estimate.
         """
+        if self.evaluates:
+            raise UnsupportedError(f"{type(self).__name__} evaluates since `eval` was called, and takes no statistics; call `train` first")
         pure = self.copy()
         pure.forget_statistics()
         count = 0
@@ -233,6 +302,11 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+def _misfit(what: str, layer: Layer, own: Iterable[str], given: Iterable[str]) -> CheckpointError:
+    missing, unknown = [n for n in own if n not in given], [n for n in given if n not in own]
+    return CheckpointError(f"{what} does not fit {type(layer).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
 
 def _constant(arrays: Arrays) -> Arrays:

@@ -9,16 +9,18 @@ import numpy
 from portnorm.arrays import Array, DType, Namespace, xp_of
 from portnorm.errors import ShapeError
 from portnorm.layers.layer import Arrays, Layer
+from portnorm.norm.arguments import checked_eps
 from portnorm.norm.batch import batch_norm
-from portnorm.norm.batch_renorm import batch_renorm
+from portnorm.norm.batch_renorm import batch_renorm, checked_bounds
 from portnorm.norm.group import group_norm
 from portnorm.norm.instance import instance_norm
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.normalize import Reduce, bessel
 from portnorm.norm.rms import rms_norm
-from portnorm.op import Op
+from portnorm.op import ByKeyword, Op
+from portnorm.scalars import switch, whole_number
 from portnorm.scan import sequence_mask
-from portnorm.statistics import check_momentum, moving_average
+from portnorm.statistics import checked_momentum, moving_average
 
 
 class _Norm(Layer):
@@ -69,7 +71,8 @@ class _Norm(Layer):
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
         residuals, attributes, names = residuals
         dx, *cotangents = self.operation(training).vjp(residuals, dy, **attributes)
-        return dx, dstate, dict(zip(names, [d for d in cotangents if d is not None], strict=True))
+        of_parameters = [d for d in cotangents if d is not None and not isinstance(d, ByKeyword)]
+        return dx, dstate, dict(zip(names, of_parameters, strict=True))
 
 
 class LayerNorm(_Norm):
@@ -82,6 +85,11 @@ class LayerNorm(_Norm):
 
     op: Op[..., Any] = layer_norm
 
+    normalized_shape: tuple[int, ...]
+    eps: float | None
+    affine: bool
+    bias: bool
+
     def __init__(
         self,
         normalized_shape: int | tuple[int, ...],
@@ -93,23 +101,25 @@ class LayerNorm(_Norm):
         device: Any = None,
         dtype: DType = "float32",
     ):
-        shape = _shape(normalized_shape)
-        config = {"normalized_shape": list(shape), "eps": eps, "affine": affine, "bias": bias}
+        shape, affine, bias = _shape(normalized_shape), switch("affine", affine), switch("bias", bias)
+        config = {"normalized_shape": shape, "eps": self._checked_eps(eps), "affine": affine, "bias": bias}
         super().__init__(config, shape, affine, affine and bias, xp, device, dtype)
-        self.axis: int | tuple[int, ...] = -1 if len(shape) == 1 else tuple(range(-len(shape), 0))
-        self.shape, self.eps = shape, eps
+
+    def _checked_eps(self, eps: Any) -> float | None:
+        return checked_eps(eps)
 
     def input_dims(self) -> tuple[int | str, ...]:
-        return ("batch", *self.shape)
+        return ("batch", *self.normalized_shape)
 
     def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
-        if tuple(x.shape[-len(self.shape) :]) != self.shape:
-            raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (…, {', '.join(map(str, self.shape))})")
-        return {"axis": self.axis, "eps": self.eps}
+        shape = self.normalized_shape
+        if tuple(x.shape[-len(shape) :]) != shape:
+            raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (…, {', '.join(map(str, shape))})")
+        return {"axis": -1 if len(shape) == 1 else tuple(range(-len(shape), 0)), "eps": self.eps}
 
 
 class RMSNorm(LayerNorm):
-    """RMS normalization over the last axes, of shape `normalized_shape`. See `portnorm.rms_norm`."""
+    """RMS normalization over the last axes, of shape `normalized_shape`. See `portnorm.rms_norm`, of `eps=None` too."""
 
     op: Op[..., Any] = rms_norm
 
@@ -117,14 +127,18 @@ class RMSNorm(LayerNorm):
         self,
         normalized_shape: int | tuple[int, ...],
         *,
-        eps: float = 1e-5,
+        eps: float | None = 1e-5,
         affine: bool = True,
         xp: Namespace | str | None = None,
         device: Any = None,
         dtype: DType = "float32",
     ):
-        super().__init__(normalized_shape, eps=eps, affine=affine, bias=False, xp=xp, device=device, dtype=dtype)
-        del self.config["bias"]
+        own: Any = eps  # this class takes None too
+        super().__init__(normalized_shape, eps=own, affine=affine, bias=False, xp=xp, device=device, dtype=dtype)
+        self._settings = ("normalized_shape", "eps", "affine")
+
+    def _checked_eps(self, eps: Any) -> float | None:
+        return None if eps is None else checked_eps(eps)
 
     def arguments(self, params: Arrays) -> tuple[Any, ...]:
         return (params.get("weight"),)
@@ -133,10 +147,20 @@ class RMSNorm(LayerNorm):
 class _ChannelNorm(_Norm):
     """A normalization with one weight and bias per channel, and a mask from `lengths` where `x` is (time, batch, features)."""
 
+    num_features: int
+    channel_axis: int
+    eps: float
+    affine: bool
+
     def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
-        affine = config["affine"]
-        super().__init__(config, (config["num_features"],), affine, affine, xp, device, dtype)
-        self.num_features, self.channel_axis, self.eps = config["num_features"], config["channel_axis"], config["eps"]
+        checked = {
+            **config,
+            "num_features": whole_number("num_features", config["num_features"], 1),
+            "channel_axis": whole_number("channel_axis", config["channel_axis"]),
+            "eps": checked_eps(config["eps"]),
+            "affine": switch("affine", config["affine"]),
+        }
+        super().__init__(checked, (checked["num_features"],), checked["affine"], checked["affine"], xp, device, dtype)
 
     def input_dims(self) -> tuple[int | str, ...]:
         space = () if type(self) is BatchNorm else ("space",)
@@ -173,6 +197,8 @@ class GroupNorm(_ChannelNorm):
 
     op: Op[..., Any] = group_norm
 
+    num_groups: int
+
     def __init__(
         self,
         num_groups: int,
@@ -185,11 +211,11 @@ class GroupNorm(_ChannelNorm):
         device: Any = None,
         dtype: DType = "float32",
     ):
-        if num_groups < 1 or num_features % num_groups:
-            raise ShapeError(f"`num_groups` is {num_groups}; expected a divisor of `num_features` {num_features}")
-        config = {"num_groups": num_groups, "num_features": num_features, "channel_axis": channel_axis, "eps": eps, "affine": affine}
+        groups, features = whole_number("num_groups", num_groups), whole_number("num_features", num_features, 1)
+        if groups < 1 or features % groups:
+            raise ShapeError(f"`num_groups` is {groups}; expected a divisor of `num_features` {features}")
+        config = {"num_groups": groups, "num_features": features, "channel_axis": channel_axis, "eps": eps, "affine": affine}
         super().__init__(config, xp, device, dtype)
-        self.num_groups = num_groups
 
     def arguments(self, params: Arrays) -> tuple[Any, ...]:
         return self.num_groups, params.get("weight"), params.get("bias")
@@ -213,6 +239,9 @@ class BatchNorm(_ChannelNorm):
 
     op: Op[..., Any] = batch_norm
 
+    momentum: float | None
+    unbiased: bool
+
     def __init__(
         self,
         num_features: int,
@@ -228,9 +257,9 @@ class BatchNorm(_ChannelNorm):
         dtype: DType = "float32",
     ):
         config = {"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "momentum": momentum, "affine": affine}
-        super().__init__({**config, "unbiased": unbiased}, xp, device, dtype)
-        self.momentum, self.unbiased, self.reduce = momentum, unbiased, reduce
-        check_momentum(momentum)
+        config["momentum"] = checked_momentum(momentum)
+        super().__init__({**config, "unbiased": switch("unbiased", unbiased)}, xp, device, dtype)
+        self.reduce = reduce
         self._start_statistics()
 
     def _start_statistics(self) -> None:
@@ -298,9 +327,8 @@ class BatchRenorm(BatchNorm):
     ):
         place = {"xp": xp, "device": device, "dtype": dtype}
         super().__init__(num_features, channel_axis=channel_axis, eps=eps, momentum=momentum, affine=affine, unbiased=False, **place)
-        del self.config["unbiased"]
-        self.config |= {"r_max": r_max, "d_max": d_max}
-        self.r_max, self.d_max = r_max, d_max
+        self._settings = (*(name for name in self._settings if name != "unbiased"), "r_max", "d_max")
+        self.r_max, self.d_max = checked_bounds(r_max, d_max)
 
     def operation(self, training: bool) -> Op[..., Any]:
         return batch_renorm if training else self.op
@@ -314,7 +342,10 @@ class BatchRenorm(BatchNorm):
 
 
 def _shape(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    given = normalized_shape if isinstance(normalized_shape, tuple | list) else (normalized_shape,)
+    if not given:
+        raise ShapeError("`normalized_shape` is empty; expected the lengths of one or more axes")
+    return tuple(whole_number("normalized_shape", n, 1) for n in given)
 
 
 def _mask(x: Array, lengths: Array, channel_axis: int) -> Array:

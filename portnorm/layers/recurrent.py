@@ -19,7 +19,8 @@ from portnorm.layers.initial import HIDDEN, Generator, generator, orthogonal, un
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.norm.normalize import Reduce
 from portnorm.recurrent import Direction, RecurrentResiduals
-from portnorm.statistics import check_momentum
+from portnorm.scalars import real_number, switch, whole_number
+from portnorm.statistics import checked_momentum
 
 
 class PlacedState(NamedTuple):
@@ -27,6 +28,10 @@ class PlacedState(NamedTuple):
 
     places: list[tuple[Array, ...]]
     time: Array | None
+
+
+_SIZES = ("input_size", "hidden_size", "norm", "num_layers", "bidirectional")
+_SETTINGS = (*_SIZES, "batch_first", "return_sequences", "t_max", "momentum", "proj_size")
 
 
 class Start(NamedTuple):
@@ -64,6 +69,16 @@ class Recurrent(Layer):
     cell: type[RecurrentCell]
 
     recurrent = True
+    orders_axes = True
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bidirectional: bool
+    return_sequences: bool
+    t_max: int
+    momentum: float | None
+    proj_size: int
 
     def __init__(
         self,
@@ -86,31 +101,86 @@ class Recurrent(Layer):
         dtype: DType = "float32",
         rng: int | Generator | None = None,
     ):
-        for name, value in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "t_max": t_max}.items():
-            if value < 1:
-                raise UnsupportedError(f"`{name}` is {value}; expected at least 1")
-        check_momentum(momentum)
-        if not 0 <= proj_size < hidden_size or (proj_size and not self.cell.projects):
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "t_max": t_max}
+        config: dict[str, Any] = {name: whole_number(name, value, 1) for name, value in sizes.items()}
+        flags = {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
+        config |= {name: switch(name, value) for name, value in flags.items()}
+        config |= {"momentum": checked_momentum(momentum), "proj_size": whole_number("proj_size", proj_size)}
+        if not 0 <= config["proj_size"] < config["hidden_size"] or (proj_size and not self.cell.projects):
             raise UnsupportedError(f"`proj_size` is {proj_size}; expected 0, or for the LSTM a number below `hidden_size` {hidden_size}")
-        config = {"input_size": input_size, "hidden_size": hidden_size, "norm": norm, "num_layers": num_layers}
-        config |= {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
-        super().__init__({**config, "t_max": t_max, "momentum": momentum, "proj_size": proj_size}, xp, device, dtype)
-        self.variant = variant_of(norm, type(self).__name__, self.cell.takes)
-        if forget_bias is not None and self.cell.forget_gate is None:
-            raise UnsupportedError(f"`forget_bias` is {forget_bias}, but {type(self).__name__} has no forget gate")
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.num_directions, self.output_size = 2 if bidirectional else 1, proj_size or hidden_size
-        self.batch_first, self.keeps_time, self.t_max, self.momentum = batch_first, return_sequences, t_max, momentum
+        super().__init__({name: config.get(name, norm) for name in _SETTINGS}, xp, device, dtype)
+        if forget_bias is not None:
+            if self.cell.forget_gate is None:
+                raise UnsupportedError(f"`forget_bias` is {forget_bias}, but {type(self).__name__} has no forget gate")
+            forget_bias = real_number("forget_bias", forget_bias, -math.inf, math.inf, "a number, or None")
         self.reduce = reduce
-        self.timed = self.variant.timed
         if hidden_init not in (None, *HIDDEN):
             raise UnsupportedError(f"`hidden_init` is {hidden_init!r}; expected one of {', '.join(map(repr, HIDDEN))}, or None")
         random = generator(rng)
         self._made: tuple[Any, tuple[tuple[str, int, Direction], ...]] | None = None
         for suffix, inputs, direction in self._places():
-            values = _initial(direction.cells[0], inputs, hidden_size, t_max, Start(forget_bias, hidden_init, proj_size), random)
+            start = Start(forget_bias, hidden_init, self.proj_size)
+            values = _initial(direction.cells[0], inputs, self.hidden_size, self.t_max, start, random)
             self.params |= {_with(name, suffix): self._new(v) for name, v in values}
         self._start_statistics()
+
+    # -- what it is made of --------------------------------------------------------------------------------------------------------
+
+    @property
+    def norm(self) -> str | None | Variant:
+        """The name of the variant, or the variant itself where it is no row of the tables, or no longer the one that was named."""
+        return self._norm if self._variant is self._named else self._variant
+
+    @norm.setter
+    def norm(self, norm: str | None | Variant) -> None:
+        variant = variant_of(norm, type(self).__name__, self.cell.takes)
+        if "params" in self.__dict__:
+            self._check_arrays(variant)
+        self._norm, self._variant, self._named = norm, variant, variant
+
+    @property
+    def variant(self) -> Variant:
+        """The row of the cell's table that is computed. Another may be set, if it has the same parameters and statistics."""
+        return self._variant
+
+    @variant.setter
+    def variant(self, variant: Variant) -> None:
+        self.norm = variant
+
+    def _check_arrays(self, variant: Variant) -> None:
+        """Raise `UnsupportedError` where a variant has other parameters or statistics than those that are there."""
+        own, other = (self._small(v) for v in (self._variant, variant))
+        if own != other:
+            new, gone = [n for n in other if other[n] != own.get(n)], [n for n in own if n not in other]
+            raise UnsupportedError(
+                f"`norm` is {variant!r}, which computes with {', '.join(new) or 'less'} and has no place for "
+                f"{', '.join(gone) or 'nothing'}; make a new {type(self).__name__} of it"
+            )
+
+    def _small(self, variant: Variant) -> dict[str, tuple[int, ...]]:
+        """The shapes of a small layer's arrays."""
+        layer = type(self)(1, 2, norm=variant, bidirectional=self.bidirectional, proj_size=1 if self.proj_size else 0)
+        return {name: tuple(a.shape) for name, a in layer.state_dict().items()}
+
+    @property
+    def timed(self) -> bool:
+        """Whether running statistics belong to time steps, which a state then counts."""
+        return self._variant.timed
+
+    @property
+    def keeps_time(self) -> bool:  # type: ignore[override]
+        """Whether the result still has the time axis that the input had."""
+        return self.return_sequences
+
+    @property
+    def num_directions(self) -> int:
+        """2 where it goes in both directions."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def output_size(self) -> int:
+        """The features of the output of one direction."""
+        return self.proj_size or self.hidden_size
 
     # -- where things are ----------------------------------------------------------------------------------------------------------
 
@@ -250,7 +320,29 @@ class Recurrent(Layer):
             if array.dtype != x.dtype:
                 raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {x.dtype}, that of `x`")
         split = [tuple(s[k, ...] for s in state[: len(self.cell.states)]) for k in range(places)]
-        return PlacedState(split, state[-1] if self.timed else None)
+        return PlacedState(split, self._checked_time(x, state[-1]) if self.timed else None)
+
+    def _checked_time(self, x: Array, time: Any) -> Array:
+        """The number of steps that have gone before, one for all sequences, as an integer array without axes."""
+        xp = xp_of(x)
+        if isinstance(time, int):
+            time = xp.asarray(time, dtype=default_integer(xp), device=device_of(x))
+        namespace(x=x, state=time)
+        if not xp.isdtype(time.dtype, "integral"):
+            raise DTypeError(f"`state` has time of dtype {time.dtype}; expected an integer, the number of steps before")
+        if time.ndim:
+            raise ShapeError(
+                f"`state` has time of shape {tuple(time.shape)}; expected (), the number of steps before, which all sequences of a call "
+                "share: call once for the sequences of each time"
+            )
+        if is_concrete(time) and int(time) < 0:
+            raise UnsupportedError(f"`state` has time {int(time)}; expected the number of steps before, at least 0")
+        return time
+
+    def _shape_of(self, name: str, array: Array) -> tuple[int, ...]:
+        """Where steps have statistics of their own, `t_max` says how many, and it may have been changed."""
+        rows = self.timed and name in self.buffers
+        return (self.t_max, *array.shape[1:]) if rows else tuple(array.shape)
 
     def _check_input(self, x: Array, training: bool) -> None:
         if x.ndim != 3 or x.shape[2] != self.input_size:

@@ -273,6 +273,20 @@ def _(
     return xp.astype(dx, out_dtype, copy=False), dweight, dbias
 
 
+def given_statistics_vjp(residuals: Normalized, dy: Array, param_axes: tuple[int, ...], mask: Array | None) -> tuple[Array, Array]:
+    """Cotangents of `mean` and `var` where these were given, both without the axes that are not `param_axes`.
+
+    dmean = −Σ g · rstd and dvar = −½ Σ g · x̂ · rstd², with g = dy · weight.
+    """
+    xp, xhat = xp_of(dy), residuals.xhat
+    dy = xp.astype(dy, xhat.dtype, copy=False)
+    if mask is not None:
+        dy = xp.where(mask, dy, 0.0)
+    g = (dy if residuals.weight is None else dy * _along(xp, residuals.weight, dy, param_axes)) * residuals.rstd
+    others = tuple(a for a in range(xhat.ndim) if a not in param_axes)
+    return -_total(xp, g, others), -0.5 * _total(xp, g * xhat * residuals.rstd, others)
+
+
 _BLOCK = 64
 """Values that are added one after the other where a sum is not along the last axis."""
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from portnorm.arrays import Array, Kernel, float32_value
+from portnorm.norm.arguments import LARGEST
 from portnorm.norm.normalize import normalize, written
 from portnorm_backends.cpu import memory, threads
 from portnorm_backends.cpu.layout import RANGE, NumPyArray, taken
@@ -283,7 +284,7 @@ def _plain(dtype: Any) -> tuple[Any, ...]:
 
 def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, eps: float = 1e-5, out: Any = None) -> bool:
     """Whether the arguments of a public function need no further look: contiguous arrays of one type, and the last axis."""
-    if type(x) is not numpy.ndarray or axis != -1 or not eps >= 0:
+    if type(x) is not numpy.ndarray or type(axis) is not int or axis != -1 or type(eps) is not float or not 0 <= eps <= LARGEST:
         return False
     dtype, shape, flags = x.dtype, x.shape, x.flags
     if not (flags.c_contiguous and flags.aligned and x.size and shape and dtype in RANGE):
