@@ -24,7 +24,7 @@ from portnorm_onnx.report import Report
 from portnorm_onnx.signature import named_state, state_inputs, zero_states
 from portnorm_onnx.storage import Draft, as_function, is_large
 from portnorm_onnx.symbolic import constant, graph_input
-from portnorm_onnx.targets import Target, check_dtype, check_types, checker, target_of
+from portnorm_onnx.targets import Target, TargetName, check_dtype, check_types, checker, target_of
 from portnorm_onnx.verify import check, streaming_trajectory
 
 TYPES = ("float16", "bfloat16", "float32", "float64")
@@ -35,7 +35,7 @@ def export(
     path: str | os.PathLike[str] | None,
     *,
     opset: int | None = None,
-    target: str = "portable",
+    target: TargetName = "portable",
     dtype: DType | None = None,
     streaming: bool = False,
     fold: bool = True,

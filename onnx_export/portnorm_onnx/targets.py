@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import onnx
 
@@ -49,6 +50,9 @@ class Target:
 
 
 _LENGTHS = "sequence_lens gives wrong values in OpenVINO, and tract does not take it"
+
+TargetName = Literal["portable", "onnxruntime", "openvino", "tract", "web", "tensorrt"]
+"""The names that `target=` takes."""
 
 TARGETS: dict[str, Target] = {
     row.name: row

@@ -6,12 +6,12 @@ from typing import Any
 
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator
-from portnorm.layers.layer import Arrays, Layer
+from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.lookup import embedding
 from portnorm.scalars import whole_number
 
 
-class Embedding(Layer):
+class Embedding(StatelessLayer):
     """A vector for each of `num_embeddings` entries: integers (time, batch) to (time, batch, embedding_dim), as `torch.nn.Embedding`.
 
     >>> import numpy as np, portnorm as pn

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import array_api_compat
 import numpy
@@ -302,6 +302,20 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+class StatelessLayer(Layer):
+    """A layer whose call gives `y` alone."""
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, x: Array, state: None = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+        ) -> Array: ...
+
+        def vjp(
+            self, x: Array, state: None = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+        ) -> tuple[Array, Callable[[Array], tuple[Array | None, Arrays]]]: ...
 
 
 def _misfit(what: str, layer: Layer, own: Iterable[str], given: Iterable[str]) -> CheckpointError:

@@ -8,11 +8,11 @@ from typing import Any
 from portnorm.affine import linear
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, uniform
-from portnorm.layers.layer import Arrays, Layer
+from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.scalars import switch, whole_number
 
 
-class Linear(Layer):
+class Linear(StatelessLayer):
     """y = x · weightᵀ + bias over the last axis, `weight` (out_features, in_features). Initial values and names as `torch.nn.Linear`.
 
     >>> import numpy as np, portnorm as pn

@@ -8,7 +8,7 @@ import numpy
 
 from portnorm.arrays import Array, DType, Namespace, xp_of
 from portnorm.errors import ShapeError
-from portnorm.layers.layer import Arrays, Layer
+from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.norm.arguments import checked_eps
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.batch_renorm import batch_renorm, checked_bounds
@@ -23,7 +23,7 @@ from portnorm.scan import sequence_mask
 from portnorm.statistics import checked_momentum, moving_average
 
 
-class _Norm(Layer):
+class _Norm(StatelessLayer):
     """A layer that calls one normalization Op with its weight and bias."""
 
     op: Op[..., Any]

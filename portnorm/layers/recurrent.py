@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
@@ -13,13 +13,14 @@ from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.gru import GRUCell
 from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
-from portnorm.cells.variants import Variant, variant_of
+from portnorm.cells.variants import NormName, Variant, variant_of
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
-from portnorm.layers.initial import HIDDEN, Generator, generator, orthogonal, uniform
+from portnorm.layers.initial import HIDDEN, Generator, HiddenInit, generator, orthogonal, uniform
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.norm.normalize import Reduce
 from portnorm.recurrent import Direction, RecurrentResiduals
 from portnorm.scalars import real_number, switch, whole_number
+from portnorm.scan import State
 from portnorm.statistics import checked_momentum
 
 
@@ -38,7 +39,7 @@ class Start(NamedTuple):
     """Initial values that were asked for; `None` is the variant's own."""
 
     forget_bias: float | None
-    hidden_init: str | None
+    hidden_init: HiddenInit | None
     proj_size: int
 
 
@@ -66,6 +67,16 @@ class Recurrent(Layer):
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
     """
 
+    if TYPE_CHECKING:  # what a call of `Layer` gives here
+
+        def __call__(
+            self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+        ) -> tuple[Array, State]: ...
+
+        def vjp(
+            self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+        ) -> tuple[Array, State, Callable[..., tuple[Array, State, Arrays]]]: ...
+
     cell: type[RecurrentCell]
 
     recurrent = True
@@ -85,7 +96,7 @@ class Recurrent(Layer):
         input_size: int,
         hidden_size: int,
         *,
-        norm: str | None | Variant = None,
+        norm: NormName | Variant | None = None,
         num_layers: int = 1,
         bidirectional: bool = False,
         batch_first: bool = False,
@@ -93,7 +104,7 @@ class Recurrent(Layer):
         t_max: int = 100,
         momentum: float | None = 0.1,
         forget_bias: float | None = None,
-        hidden_init: str | None = None,
+        hidden_init: HiddenInit | None = None,
         proj_size: int = 0,
         reduce: Reduce | None = None,
         xp: Namespace | str | None = None,
@@ -127,12 +138,12 @@ class Recurrent(Layer):
     # -- what it is made of --------------------------------------------------------------------------------------------------------
 
     @property
-    def norm(self) -> str | None | Variant:
+    def norm(self) -> NormName | Variant | None:
         """The name of the variant, or the variant itself where it is no row of the tables, or no longer the one that was named."""
         return self._norm if self._variant is self._named else self._variant
 
     @norm.setter
-    def norm(self, norm: str | None | Variant) -> None:
+    def norm(self, norm: NormName | Variant | None) -> None:
         variant = variant_of(norm, type(self).__name__, self.cell.takes)
         if "params" in self.__dict__:
             self._check_arrays(variant)
@@ -278,7 +289,7 @@ class Recurrent(Layer):
         dx = xp.permute_dims(dy, (1, 0, 2)) if self.batch_first else dy
         return dx, tuple(xp.stack(parts) for parts in zip(*dfirst, strict=True)), {name: grads[name] for name in self.params}
 
-    def step(self, x: Array, state: Any = None) -> tuple[Array, Any]:
+    def step(self, x: Array, state: Any = None) -> tuple[Array, State]:
         """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
         if self.num_directions == 2:
             raise UnsupportedError("a bidirectional layer cannot go step by step; its reverse direction starts at the end")
@@ -286,7 +297,7 @@ class Recurrent(Layer):
         y, state = self(xp.expand_dims(x, axis=1 if self.batch_first else 0), state)
         return (xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y), state
 
-    def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> Any:
+    def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> State:
         """The state before the first step for `batch` sequences: zeros, with `noise` h drawn from N(0, noise²).
 
         Noise is for training with batch normalization, where Cooijmans et al. 2016 use 0.1: without it, steps at which all sequences are
