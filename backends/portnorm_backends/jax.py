@@ -89,5 +89,6 @@ LIBRARY = Library(
     kernels={"loop": Kernel(call=loop)},
     is_concrete=lambda x: not isinstance(x, jax.core.Tracer),
     autodiff=Autodiff(_records, _call, jax.lax.stop_gradient, is_passing=lambda x: isinstance(x, jax.core.Tracer)),
+    namespace=jax.numpy,  # while something is traced a constant can be of a type that is one of NumPy's too
     device=_device,
 )
