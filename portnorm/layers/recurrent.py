@@ -331,24 +331,7 @@ class Recurrent(Layer):
             if array.dtype != x.dtype:
                 raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {x.dtype}, that of `x`")
         split = [tuple(s[k, ...] for s in state[: len(self.cell.states)]) for k in range(places)]
-        return PlacedState(split, self._checked_time(x, state[-1]) if self.timed else None)
-
-    def _checked_time(self, x: Array, time: Any) -> Array:
-        """The number of steps that have gone before, one for all sequences, as an integer array without axes."""
-        xp = xp_of(x)
-        if isinstance(time, int):
-            time = xp.asarray(time, dtype=default_integer(xp), device=device_of(x))
-        namespace(x=x, state=time)
-        if not xp.isdtype(time.dtype, "integral"):
-            raise DTypeError(f"`state` has time of dtype {time.dtype}; expected an integer, the number of steps before")
-        if time.ndim:
-            raise ShapeError(
-                f"`state` has time of shape {tuple(time.shape)}; expected (), the number of steps before, which all sequences of a call "
-                "share: call once for the sequences of each time"
-            )
-        if is_concrete(time) and int(time) < 0:
-            raise UnsupportedError(f"`state` has time {int(time)}; expected the number of steps before, at least 0")
-        return time
+        return PlacedState(split, checked_time(x, state[-1]) if self.timed else None)
 
     def _shape_of(self, name: str, array: Array) -> tuple[int, ...]:
         """Where steps have statistics of their own, `t_max` says how many, and it may have been changed."""
@@ -432,6 +415,24 @@ class RNN(Recurrent):
     """
 
     cell = RNNCell
+
+
+def checked_time(x: Array, time: Any) -> Array:
+    """The number of steps that have gone before, one for all sequences, as an integer array without axes."""
+    xp = xp_of(x)
+    if isinstance(time, int):
+        time = xp.asarray(time, dtype=default_integer(xp), device=device_of(x))
+    namespace(x=x, state=time)
+    if not xp.isdtype(time.dtype, "integral"):
+        raise DTypeError(f"`state` has time of dtype {time.dtype}; expected an integer, the number of steps before")
+    if time.ndim:
+        raise ShapeError(
+            f"`state` has time of shape {tuple(time.shape)}; expected (), the number of steps before, which all sequences of a call "
+            "share: call once for the sequences of each time"
+        )
+    if is_concrete(time) and int(time) < 0:
+        raise UnsupportedError(f"`state` has time {int(time)}; expected the number of steps before, at least 0")
+    return time
 
 
 def recurrent_parts(model: Layer) -> list[Recurrent]:

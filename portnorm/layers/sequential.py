@@ -104,6 +104,8 @@ class Sequential(Layer):
     def forward(
         self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
+        if len({part.batch_first for part in self.parts if part.orders_axes}) > 1:
+            self._check_places()
         states = iter(self._checked_states(state))
         out, residuals, buffers = [], [], dict(buffers)
         for k, part in zip(self.homes, self.parts, strict=True):
