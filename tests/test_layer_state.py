@@ -75,6 +75,45 @@ def test_assign_and_apply_are_as_strict_as_a_state_dict(name: str, rng: np.rando
     layer.assign(dict(reversed(params.items())), buffers)  # any order
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_order_of_parameters_in_a_mapping_says_nothing(name: str, rng: np.random.Generator) -> None:
+    """JAX gives mappings back in the order of their names."""
+    layer, x = LAYERS[name](), sequence(rng)
+    y, *_, pullback = layer.vjp(x, training=True)
+    dy = rng.standard_normal(y.shape)
+    expected = pullback(dy)[-1]
+    other = LAYERS[name]()
+    other.assign(dict(reversed(other.params.items())), dict(reversed(other.buffers.items())))
+    y, *_, pullback = other.vjp(x, training=True)
+    found = pullback(dy)[-1]
+    for parameter in expected:
+        np.testing.assert_array_equal(found[parameter], expected[parameter])
+    for buffer, a in layer.buffers.items():
+        np.testing.assert_array_equal(other.buffers[buffer], a)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_autodiff_gives_every_parameter_its_own_gradient(name: str, training: bool, rng: np.random.Generator) -> None:
+    """By name, under JAX and torch: gradients of gain and shift have the same shape, and were once exchanged."""
+    import jax
+    import torch
+
+    layer, x = LAYERS[name](), sequence(rng)
+    of_jax, module = layer.to(xp="jax"), pn.torch_module(layer).train(training)
+    y, *_, pullback = layer.vjp(x, training=training)
+    dy = rng.standard_normal(y.shape)
+    expected = pullback(dy)[-1]
+    given = jax.numpy.asarray(x)
+    found = jax.grad(lambda p: (of_jax.apply(p, of_jax.buffers, given, training=training)[0] * dy).sum())(of_jax.params)
+    result = module(torch.tensor(x))
+    ((result[0] if layer.recurrent else result) * torch.tensor(dy)).sum().backward()
+    for parameter, tensor in module.named_parameters():
+        np.testing.assert_allclose(found[parameter], expected[parameter], **relative("float64"))
+        np.testing.assert_allclose(tensor.grad, expected[parameter], **relative("float64"))
+
+
 # -- evaluation ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +366,28 @@ def test_the_states_of_a_sequential_are_one_for_each_recurrent_part(rng: np.rand
             model(x, state)
 
 
+@pytest.mark.parametrize("name", [n for n in LAYERS if LAYERS[n]().recurrent and n != "Sequential"])
+def test_a_cotangent_of_the_state_has_its_shape(name: str, rng: np.random.Generator) -> None:
+    layer = LAYERS[name]()
+    _, state, pullback = layer.vjp(sequence(rng))
+    states = tuple(s for s in state if np.ndim(s))
+    zeros = tuple(np.zeros_like(s) for s in states)
+    for a, b in zip(pullback(None, zeros)[1], pullback(None, (None,) * len(states))[1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    for wrong in (zeros[0], (*zeros, *zeros), (), (zeros[0][0], *zeros[1:]), (zeros[0][:, :1], *zeros[1:])):
+        with pytest.raises(pn.ShapeError, match="`dstate` "):
+            pullback(None, wrong)
+
+
+def test_what_is_no_batch_is_named() -> None:
+    x = np.ones((4, 3))
+    for batches, message in (([(x, None, None, x)], "a tuple of 4; expected x"), ([()], "a tuple of 0"), ([], "is empty")):
+        with pytest.raises(pn.UnsupportedError, match=f"`batches` .*{message}"):
+            pn.BatchNorm(3, dtype="float64").estimate_population(batches)
+    with pytest.raises(pn.UnsupportedError, match="`dy` is None"):
+        pn.BatchNorm(3, dtype="float64").vjp(x)[1](None)  # type: ignore[arg-type]
+
+
 # -- the time of a state -----------------------------------------------------------------------------------------------------------------
 
 
@@ -377,7 +438,6 @@ def test_a_transformation_leaves_nothing_behind_in_a_layer(name: str, rng: np.ra
     calls: list[tuple[pn.Layer, Callable[[], Any]]] = [
         (of_jax, lambda: jax.jit(lambda a: first(of_jax(a, training=True)))(given)),
         (of_jax, lambda: jax.vmap(lambda a: first(of_jax(a, training=True)))(given[None])),
-        (of_jax, lambda: jax.grad(lambda a: first(of_jax(a, training=True)).sum())(given)),
         (of_jax, lambda: jax.lax.scan(lambda c, a: (c, first(of_jax(a, training=True))), 0, given[None])),
         (of_torch, lambda: torch.func.vmap(lambda a: first(of_torch(a, training=True)))(tensor[None])),
         (of_torch, lambda: torch.func.grad(lambda a: first(of_torch(a, training=True)).sum())(tensor)),
@@ -387,6 +447,9 @@ def test_a_transformation_leaves_nothing_behind_in_a_layer(name: str, rng: np.ra
         with pytest.raises(pn.UnsupportedError, match=r"inside a transformation.* layer.apply\(params, buffers, x, training=True\)"):
             call()
         assert all(layer.buffers[n] is a for n, a in before.items())
+    jax.grad(lambda a: first(of_jax(a, training=True)).sum())(given)  # where the values are there, they are kept
+    assert not any(isinstance(a, jax.core.Tracer) for a in of_jax.buffers.values())
+    of_jax = LAYERS[name]().to(xp="jax")
     evaluated = jax.jit(lambda a: first(of_jax(a)))(given)
     np.testing.assert_allclose(evaluated, first(LAYERS[name]()(x)), **relative("float64"))
 

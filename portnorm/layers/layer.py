@@ -133,6 +133,8 @@ class Layer:
         def pullback(dy: Array | None, dstate: Any = None) -> Any:
             if dy is not None and is_concrete(y) and tuple(dy.shape) != tuple(y.shape):
                 raise ShapeError(f"the cotangent `dy` has shape {tuple(dy.shape)} but the result has shape {tuple(y.shape)}")
+            if dy is None and not self.recurrent:
+                raise UnsupportedError(f"`dy` is None; expected a cotangent of the result of {type(self).__name__}, an array like it")
             dx, dstate, grads = self.backward(residuals, dy, dstate, training)
             return (dx, dstate, grads) if self.recurrent else (dx, grads)
 
@@ -277,7 +279,10 @@ class Layer:
         pure.forget_statistics()
         count = 0
         for batch in batches:
-            x, lengths, state = (*(batch if isinstance(batch, tuple) else (batch,)), None, None)[:3]
+            given = batch if isinstance(batch, tuple) else (batch,)
+            if not 1 <= len(given) <= 3:
+                raise UnsupportedError(f"`batches` gave a tuple of {len(given)}; expected x, (x, lengths) or (x, lengths, state)")
+            x, lengths, state = (*given, None, None)[:3]
             lengths = pure._checked(x, state, lengths)
             pure.buffers = pure.apply(pure.params, pure.buffers, x, state, lengths, training=True)[2]
             count += 1

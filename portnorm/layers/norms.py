@@ -22,6 +22,9 @@ from portnorm.scalars import switch, whole_number
 from portnorm.scan import sequence_mask
 from portnorm.statistics import checked_momentum, moving_average
 
+_PARAMETERS = ("weight", "bias")
+"""In the order in which the Ops take them, whatever the order of a mapping is."""
+
 
 class _Norm(StatelessLayer):
     """A layer that calls one normalization Op with its weight and bias."""
@@ -63,7 +66,12 @@ class _Norm(StatelessLayer):
         if not keep and not training:
             return self.operation(training)(x, *self.arguments(params), **attributes), state, buffers, None
         y, residuals = self.operation(training).forward(x, *self.arguments(params), **attributes)
-        return y, state, self.new_buffers(buffers, residuals, training), (residuals, attributes, tuple(params))
+        return (
+            y,
+            state,
+            self.new_buffers(buffers, residuals, training),
+            (residuals, attributes, [name for name in _PARAMETERS if name in params]),
+        )
 
     def new_buffers(self, buffers: Arrays, residuals: Any, training: bool) -> Arrays:
         return buffers

@@ -272,8 +272,7 @@ class Recurrent(Layer):
         xp = xp_of(residuals.last[0])
         if self.batch_first and self.keeps_time and dy is not None:
             dy = xp.permute_dims(dy, (1, 0, 2))
-        given = (None,) * len(residuals.last) if dstate is None else tuple(dstate)
-        dlast = tuple(xp.zeros_like(s) if d is None else d for s, d in zip(residuals.last, given, strict=False))
+        dlast = self._checked_cotangents(residuals.last, dstate)
         places = list(enumerate(self._places()))
         dfirst: list[Any] = [None] * len(places)
         grads: Arrays = {}
@@ -288,6 +287,17 @@ class Recurrent(Layer):
             dy = dx
         dx = xp.permute_dims(dy, (1, 0, 2)) if self.batch_first else dy
         return dx, tuple(xp.stack(parts) for parts in zip(*dfirst, strict=True)), {name: grads[name] for name in self.params}
+
+    def _checked_cotangents(self, last: tuple[Array, ...], dstate: Any) -> tuple[Array, ...]:
+        """The cotangent of each state, 0 where there is none; `dstate` is nested as the state is, with or without one of its time."""
+        xp, count = xp_of(last[0]), len(last)
+        given = (None,) * count if dstate is None else dstate
+        if not isinstance(given, tuple | list) or len(given) not in (count, count + self.timed):
+            raise ShapeError(f"`dstate` is {type(given).__name__} of {getattr(given, '__len__', lambda: 'no')()} parts; expected {count}")
+        for name, s, d in zip(self.cell.states, last, given, strict=False):
+            if d is not None and tuple(d.shape) != tuple(s.shape):
+                raise ShapeError(f"`dstate` has {name} of shape {tuple(d.shape)}; expected {tuple(s.shape)}, that of the state")
+        return tuple(xp.zeros_like(s) if d is None else d for s, d in zip(last, given, strict=False))
 
     def step(self, x: Array, state: Any = None) -> tuple[Array, State]:
         """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
