@@ -58,7 +58,9 @@ def _evaluated(*arrays: Array, pull: Pull, count: int, types: Any) -> list[Array
         found = pull(kept, dys)
         return tuple(jax.numpy.zeros_like(t) if d is None else d for t, d in zip(tangents, found, strict=True))
 
-    return list(jax.linear_transpose(cotangents, *types)(tuple(tangents)))
+    # It is linear, so its own vjp is its transpose, wherever that is taken. `jax.linear_transpose` of a scan fails in JAX 0.5.
+    _, transpose = jax.vjp(cotangents, *(ad.instantiate_zeros(ad.Zero(t)) for t in types))
+    return list(transpose(tuple(tangents)))
 
 
 def _transposed(dys: Sequence[Any], *arrays: Any, pull: Pull, count: int, types: Any) -> list[Any]:
@@ -92,7 +94,7 @@ def _batched(
         jax.numpy.broadcast_to(t, (axis.size, *t.shape)) if place is None else jax.numpy.moveaxis(t, place, 0)
         for t, place in zip(arrays[count:], places[count:], strict=True)
     ]
-    every = tuple(t.update(shape=(axis.size, *t.shape), sharding=None) for t in types)
+    every = tuple(jax.numpy.broadcast_to(ad.instantiate_zeros(ad.Zero(t)), (axis.size, *t.shape)).aval for t in types)
     return _tangents.bind(*arrays[:count], *tangents, pull=pull_all, count=count, types=every), [0] * len(types)
 
 
