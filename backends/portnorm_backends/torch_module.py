@@ -80,8 +80,9 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         self, params: Arrays, buffers: Arrays, dtype: torch.dtype | None, x: Array, state: Any, lengths: Any, mask: Array | None
     ) -> Any:
         lengths = checked_call(self._layer, params or buffers, dtype, x, state, lengths, mask)
-        # The buffers change in place below, and what is computed now may be asked for by the backward pass.
-        before = {name: a.clone() for name, a in buffers.items()} if self.training else buffers
+        # A call in training changes the buffers in place, this one or one that comes before the backward pass of this one.
+        kept = self.training or torch.is_grad_enabled()
+        before = {name: a.clone() for name, a in buffers.items()} if kept else buffers
         y, state, new = self._layer.apply(params, before, x, state, lengths, self.training)
         if self.training:
             with torch.no_grad():

@@ -93,8 +93,8 @@ TARGETS: dict[str, Target] = {
             backward_slices=False,
             length_outputs=False,
             wide_gains=True,
-            reason="takes no sequence_lens that is not constant, and no backward slice of unknown length; without a first state "
-            "an operator of unknown batch ends its process; its Python interface gives out no lengths; no Sigmoid in float64",
+            reason="takes no sequence_lens that is not constant, and no backward slice of unknown length; one form of an "
+            "operator ended its process and is never written; its Python interface gives out no lengths; no Sigmoid in float64",
         ),
         Target(
             "web",

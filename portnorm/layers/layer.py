@@ -22,6 +22,7 @@ from portnorm.arrays import (
     load_dtype,
     load_namespace,
     namespace,
+    require_dtype,
     require_lengths,
     to_numpy,
     xp_of,
@@ -67,6 +68,7 @@ class Layer:
         self.dtype = load_dtype(self.xp, dtype)
         if not self.xp.isdtype(self.dtype, "real floating"):
             raise DTypeError(f"`dtype` is {dtype}; expected a real floating-point type such as float32")
+        require_dtype(self.xp, self.dtype, device)
         dtype_name(self.xp, self.dtype)  # one that CuPy has from another package has no name there
         self.params: Arrays = {}
         self.buffers: Arrays = {}
@@ -235,6 +237,7 @@ class Layer:
     def _place(self, xp: Namespace, device: Any, dtype: DType) -> None:
         arrays = (self.params, self.buffers)
         self.xp, self.device, self.dtype = xp, device, load_dtype(xp, dtype)
+        require_dtype(xp, self.dtype, device)
         self.assign(*({n: self._converted(a, like=a) for n, a in group.items()} for group in arrays))
 
     def copy(self) -> Self:
@@ -369,7 +372,7 @@ def checked_call(
     if not layer.recurrent and state is not None:
         raise UnsupportedError(f"`state` is given, but {type(layer).__name__} has none")
     own = next(iter(params.values()), None)
-    xp = namespace(**({} if own is None else {"parameters": own}), x=x)
+    xp = namespace(x=x) if own is None or x is None else namespace(parameters=own, x=x)
     if layer.recurrent:
         require_lengths(x=x)
     if layer.takes_integers:

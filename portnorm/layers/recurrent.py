@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
-from portnorm.arrays import Array, DType, Namespace, default_integer, device_of, is_concrete, namespace, xp_of
+from portnorm.arrays import Array, DType, Namespace, default_integer, device_of, is_concrete, namespace, require_given, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.gru import GRUCell
 from portnorm.cells.lstm import LSTMCell
@@ -333,6 +333,7 @@ class Recurrent(Layer):
             raise ShapeError(f"`state` is {type(state).__name__} of length {len(state)}; expected ({', '.join(names)})")
         for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
             expected = (places, batch, size)
+            require_given(state=array)
             namespace(x=x, state=array)
             if tuple(array.shape) != expected:
                 raise ShapeError(
