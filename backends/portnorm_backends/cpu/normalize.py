@@ -187,7 +187,7 @@ def _vjp_of_rows(
     given = _as_rows(dy, first) if type(dy) is numpy.ndarray and dy.dtype == dtype and dy.flags.aligned else None
     by_value = shape[1] == rows.shape[1] and not (weight is None and bias is None)
     dx, part = memory.room(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype)
-    dweight, dbias = (numpy.zeros(shape if p is not None else (0, 0)) for p in (weight, bias))
+    dweight, dbias = (numpy.zeros((2, *(shape if p is not None else (0, 0)))) for p in (weight, bias))
     given = taken(dy, x, rows.shape) if given is None else given
     backward, own, found = _plain(dtype)[1], taken(weight, x, shape), list[tuple[NumPyArray, ...]]()
 
@@ -198,7 +198,7 @@ def _vjp_of_rows(
         backward(rows[a:b], given[a:b], own, kept[a:b], center, shares[0], dx[a:b], *shares[1:])
 
     threads.each(threads.parts(rows.shape[0], rows.size / _ROWS_WORTH, shape[0]), some)
-    dweight, dbias = (found[0][k] if len(found) == 1 else numpy.add.reduce([s[k] for s in found]) for k in (1, 2))
+    dweight, dbias = (found[0][k][0] if len(found) == 1 else numpy.add.reduce([s[k][0] for s in found]) for k in (1, 2))
     dx = dx if rows is x else dx.reshape(x.shape)
     return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
