@@ -18,7 +18,7 @@ import numpy
 
 from portnorm_backends.cpu.compiling import bare, compiled, fill
 from portnorm_backends.cpu.rowwise import guess, scaled, sums, sums_of_cotangents
-from portnorm_backends.cpu.sums import GROUP, carried, carry
+from portnorm_backends.cpu.sums import GROUP, TERMS, carried, carry
 from portnorm_backends.cpu.vectors import Vector, elementwise, fused, prefetch
 
 _FIRST = 64
@@ -72,8 +72,8 @@ def column_sums(x: Any, m: Any, first: Any, second: Any) -> None:
     fill(first, 0)
     fill(second, 0)
     a, b = part[0], part[1]
-    for start in range(0, rows, GROUP):
-        stop = min(start + GROUP, rows)
+    for start in range(0, rows, 4 * TERMS):
+        stop = min(start + 4 * TERMS, rows)
         fours = start + (stop - start) // 4 * 4
         for k in range(start, fours, 4):
             _add_moments_of_four(channels, (x[k], x[k + 1], x[k + 2], x[k + 3], m, a, b), (a, b))
@@ -201,11 +201,32 @@ def _ahead(x: Any, k: int, c: int) -> None:
 def _channel_sums(x: Any, c: int, m: Any) -> tuple[float, float]:
     """Σ (x − m) and Σ (x − m)² of one channel."""
     first = second = lost_first = lost_second = 0.0
-    for k in range(x.shape[0]):
-        _ahead(x, k, c)
-        a, b = sums(x[k, c], m)
-        first, lost_first = carried(first, lost_first, a)
-        second, lost_second = carried(second, lost_second, b)
+    for start in range(0, x.shape[0], TERMS):
+        part_first = part_second = 0.0
+        for k in range(start, min(start + TERMS, x.shape[0])):
+            _ahead(x, k, c)
+            a, b = sums(x[k, c], m)
+            part_first += a
+            part_second += b
+        first, lost_first = carried(first, lost_first, part_first)
+        second, lost_second = carried(second, lost_second, part_second)
+    return first, second
+
+
+@compiled()
+def _channel_cotangents(x: Any, dy: Any, c: int, m: Any, d: Any, rstd: Any) -> tuple[float, float]:
+    """Σ dy and Σ dy · x̂ of one channel."""
+    first = second = lost_first = lost_second = 0.0
+    for start in range(0, x.shape[0], TERMS):
+        part_first = part_second = 0.0
+        for k in range(start, min(start + TERMS, x.shape[0])):
+            _ahead(x, k, c)
+            _ahead(dy, k, c)
+            a, b = sums_of_cotangents(x[k, c], dy[k, c], m, d, rstd)
+            part_first += a
+            part_second += b
+        first, lost_first = carried(first, lost_first, part_first)
+        second, lost_second = carried(second, lost_second, part_second)
     return first, second
 
 
@@ -251,13 +272,7 @@ def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, ow
     for c in range(channels):
         m, d, rstd = kept[0, c], kept[1, c], kept[2, c]
         gain = weight[c] * rstd if weight.size else rstd
-        first = second = lost_first = lost_second = 0.0
-        for k in range(outer):
-            _ahead(x, k, c)
-            _ahead(dy, k, c)
-            a, b = sums_of_cotangents(x[k, c], dy[k, c], m, d, rstd)
-            first, lost_first = carried(first, lost_first, a)
-            second, lost_second = carried(second, lost_second, b)
+        first, second = _channel_cotangents(x, dy, c, m, d, rstd)
         dbias[c], dweight[c] = first, second
         one, two = x.dtype.type(first / n if own and center else 0.0), x.dtype.type(second / n if own else 0.0)
         for k in range(outer):

@@ -16,7 +16,6 @@ Nothing is reassociated but the lanes of a sum.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -319,17 +318,18 @@ def _summed(formula: Formula, count: int) -> Any:
                     body(builder.add(i, ir.Constant(_INDEX, turn * lanes)), turn)
 
             def terms(i: Any) -> None:
-                """So many from value i on that each lane of each turn adds up `TERMS`."""
-                for part in itertools.chain(*parts):
-                    builder.store(zero, part)
+                """So many from value i on that each lane of each turn adds up `TERMS`; those before are carried."""
+                with builder.if_then(builder.icmp_signed(">", i, ir.Constant(_INDEX, 0)), likely=False):
+                    for part, (total, lost) in zip(parts, totals, strict=True):
+                        _carry(builder, total, lost, _in_pairs(builder, [builder.load(turn) for turn in part]))
+                        for turn in part:
+                            builder.store(zero, turn)
                 there = builder.add(i, ir.Constant(_INDEX, several))
                 stop = builder.select(builder.icmp_signed("<", there, args[0]), there, args[0])
                 i = _loop(builder, i, stop, turns * lanes, turns_of)
                 i = _loop(builder, i, stop, lanes, body)
                 with builder.if_then(builder.icmp_signed("<", i, stop)):
                     body(i, 0, mask_of(builder, builder.sub(stop, i), lanes))
-                for part, (total, lost) in zip(parts, totals, strict=True):
-                    _carry(builder, total, lost, _in_pairs(builder, [builder.load(turn) for turn in part]))
 
             several = TERMS * turns * lanes
             _loop(builder, ir.Constant(_INDEX, 0), builder.add(args[0], ir.Constant(_INDEX, several - 1)), several, terms)
@@ -337,8 +337,8 @@ def _summed(formula: Formula, count: int) -> Any:
             kind = ir.FunctionType(double, [double, wide])
             add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{lanes}f64")
             found = []
-            for total, _ in totals:
-                whole = builder.load(total)
+            for part, (total, _) in zip(parts, totals, strict=True):
+                whole = builder.fadd(builder.load(total), _in_pairs(builder, [builder.load(turn) for turn in part]))
                 whole = whole if vector == wide else builder.fpext(whole, wide)
                 found.append(builder.call(add, [ir.Constant(double, -0.0), whole], fastmath=("reassoc",)))
             return context.make_tuple(builder, signature.return_type, found)
