@@ -39,6 +39,11 @@ def _moments(x: Vector, m: Vector) -> tuple[Vector, Vector]:
     return z, product(z, z)
 
 
+@summed(1)
+def _squares(x: Vector) -> tuple[Vector]:
+    return (product(x, x),)
+
+
 @summed(2)
 def _cotangents(x: Vector, g: Vector, m: Vector, d: Vector, factor: Vector) -> tuple[Vector, Vector]:
     return g, product(g, ((x - m) - d) * factor)
@@ -76,7 +81,7 @@ def statistics(row: Any, center: bool) -> tuple[Any, Any, float]:
     """(m, d, σ²) of a row; m and d in the type of the row, 0 unless `center`."""
     n, zero = row.size, row.dtype.type(0)
     if not center:
-        return zero, zero, sums(row, zero)[1] / n
+        return zero, zero, _squares(n, (row,))[0] / n
     m = guess(row)
     a, b = sums(row, m)
     d, var = a / n, b / n - (a / n) ** 2

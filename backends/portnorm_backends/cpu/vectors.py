@@ -317,30 +317,38 @@ def _summed(formula: Formula, count: int) -> Any:
                 for turn in range(turns):
                     body(builder.add(i, ir.Constant(_INDEX, turn * lanes)), turn)
 
-            def terms(i: Any) -> None:
-                """So many from value i on that each lane of each turn adds up `TERMS`; those before are carried."""
-                with builder.if_then(builder.icmp_signed(">", i, ir.Constant(_INDEX, 0)), likely=False):
-                    for part, (total, lost) in zip(parts, totals, strict=True):
-                        _carry(builder, total, lost, _in_pairs(builder, [builder.load(turn) for turn in part]))
-                        for turn in part:
-                            builder.store(zero, turn)
-                there = builder.add(i, ir.Constant(_INDEX, several))
-                stop = builder.select(builder.icmp_signed("<", there, args[0]), there, args[0])
-                i = _loop(builder, i, stop, turns * lanes, turns_of)
-                i = _loop(builder, i, stop, lanes, body)
-                with builder.if_then(builder.icmp_signed("<", i, stop)):
-                    body(i, 0, mask_of(builder, builder.sub(stop, i), lanes))
+            def carry() -> None:
+                """Add the parts to the totals, so that they begin anew."""
+                for part, (total, lost) in zip(parts, totals, strict=True):
+                    _carry(builder, total, lost, _in_pairs(builder, [builder.load(turn) for turn in part]))
+                    for turn in part:
+                        builder.store(zero, turn)
 
-            several = TERMS * turns * lanes
-            _loop(builder, ir.Constant(_INDEX, 0), builder.add(args[0], ir.Constant(_INDEX, several - 1)), several, terms)
-            double, wide = ir.DoubleType(), ir.VectorType(ir.DoubleType(), lanes)
-            kind = ir.FunctionType(double, [double, wide])
-            add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{lanes}f64")
+            n, several = args[0], ir.Constant(_INDEX, TERMS * turns * lanes)
+            entry, some, again, end = (builder.block, *(builder.append_basic_block() for _ in range(3)))
+            builder.branch(some)
+            builder.position_at_end(some)
+            start = builder.phi(_INDEX)
+            there = builder.add(start, several)
+            stop = builder.select(builder.icmp_signed("<", there, n), there, n)
+            i = _loop(builder, start, stop, turns * lanes, turns_of)
+            i = _loop(builder, i, stop, lanes, body)
+            with builder.if_then(builder.icmp_signed("<", i, stop)):
+                body(i, 0, mask_of(builder, builder.sub(stop, i), lanes))
+            builder.cbranch(builder.icmp_signed("<", stop, n), again, end)
+            builder.position_at_end(again)
+            carry()
+            builder.branch(some)
+            start.add_incoming(ir.Constant(_INDEX, 0), entry)
+            start.add_incoming(stop, again)
+            builder.position_at_end(end)
+            kind = ir.FunctionType(vector.element, [vector.element, vector])
+            add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{lanes}f{dtype.bitwidth}")
             found = []
             for part, (total, _) in zip(parts, totals, strict=True):
                 whole = builder.fadd(builder.load(total), _in_pairs(builder, [builder.load(turn) for turn in part]))
-                whole = whole if vector == wide else builder.fpext(whole, wide)
-                found.append(builder.call(add, [ir.Constant(double, -0.0), whole], fastmath=("reassoc",)))
+                one = builder.call(add, [ir.Constant(vector.element, -0.0), whole], fastmath=("reassoc",))
+                found.append(context.cast(builder, one, dtype, types.float64))
             return context.make_tuple(builder, signature.return_type, found)
 
         return types.UniTuple(types.float64, count)(types.int64, inputs), generate
