@@ -17,7 +17,7 @@ def _features() -> frozenset[str]:
 
 _FEATURES = _features()
 
-WIDTH = 64 if "avx512f" in _FEATURES else 32 if "avx" in _FEATURES else 16
+WIDTH = 64 if "avx512f" in _FEATURES else 32 if _FEATURES & {"avx", "avx2"} else 16
 """Bytes of a register."""
 
 
