@@ -1,8 +1,9 @@
-"""Sums of as many terms as there are, compiled by numba. Each addition to a sum of like terms loses up to half a unit of its last place, all of
-them the same way: of n equal terms the sum is off by up to n / 4 units.
+"""Sums of any number of terms, compiled by numba.
 
-So at most `TERMS` terms (of rows: `GROUP`) are added one after the other in the type of the values. Such parts are added up with what rounding
-loses carried along (Kahan 1965), and the result is as good for a million terms as for a few, whatever the width of a register.
+Each addition to a sum rounds by up to half a unit in its last place, and if the terms are alike, all do so in the same direction: one
+accumulator that takes n equal terms ends up off by n / 4 units. So it takes `TERMS` of them at most (of rows `GROUP`); such parts are then
+added up with what rounding loses carried along (Kahan 1965). The result is as good for a million terms as for a few, whatever the width of
+a register.
 """
 
 from __future__ import annotations

@@ -293,7 +293,7 @@ def elementwise(formula: Formula) -> Any:
 
 
 def summed(count: int) -> Callable[[Formula], Any]:
-    """Decorator: `loop(n, inputs)` gives as float64 the `count` sums of what the formula gives, in lanes of the type of the values (`sums`)."""
+    """Decorator: `loop(n, inputs)` gives as float64 the `count` sums of what the formula gives; see `sums`."""
     return lambda formula: _summed(formula, count)
 
 
