@@ -135,7 +135,7 @@ def test_like_sequences_in_a_cell(cell: str, norm: str, dtype: str, rng: np.rand
     def run(many: int) -> tuple[dict[str, Array], dict[str, Array]]:
         layer.buffers = dict(buffers)
         given = tuple(np.tile(s, (1, many, 1)) if s.ndim == 3 else s for s in state)
-        y, after, pullback = layer.vjp(np.tile(x, (1, many, 1)), state=given, training=True)
+        _, after, pullback = layer.vjp(np.tile(x, (1, many, 1)), state=given, training=True)
         _, _, grads = pullback(np.tile(dy, (1, many, 1)), tuple(np.zeros_like(a) for a in after[: len(layer.cell.states)]))
         return grads, layer.buffers
 

@@ -140,9 +140,9 @@ REGIMES: dict[str, Regime] = {
         Regime("rows of 2^20, mean 1e4 std", _with_mean(1e4), values=2**20, dtypes=("float32", "float64")),
         # Like terms: each addition rounds in the same direction. The square of this value has no zeros at its end.
         *(
-            Regime(f"{name}, rows of {values}", _constant(1.9438, *about), values=values, dtypes=("float32", "float64"))
+            Regime(f"{name}, rows of {values}", _constant(1.9438, jitter, units), values=values, dtypes=("float32", "float64"))
             for values in (4**6, 4**8)
-            for name, *about in (("constant", 0.0, 0), ("constant within 1e-3", 1e-3, 0), ("constant within an ULP", 0.0, 1))
+            for name, jitter, units in (("constant", 0.0, 0), ("constant within 1e-3", 1e-3, 0), ("constant within an ULP", 0.0, 1))
         ),
         Regime("NaN and Inf", _with_holes),
         Regime("one value", _normal, gradient=False, shape=lambda s: (*s[:1], 1) if len(s) == 2 else (*s[:2], *(1 for _ in s[2:]))),

@@ -351,7 +351,8 @@ def _vjp(
 
 
 def _shares(size: int, dtype: numpy.dtype[Any]) -> Shares:
-    return Shares(*numpy.zeros((2, 2, size)), *numpy.zeros((2, 3, size), dtype=dtype), numpy.zeros(1, dtype=numpy.int64))
+    (dweight, dbias), (weight, bias) = numpy.zeros((2, 2, size)), numpy.zeros((2, 3, size), dtype=dtype)
+    return Shares(dweight, dbias, weight, bias, numpy.zeros(1, dtype=numpy.int64))
 
 
 KERNEL = Kernel(
