@@ -1,4 +1,4 @@
-"""Sums of like terms by the kernels: each addition rounds in the same direction, so what an accumulator adds up must not grow with the rows.
+"""Sums of like terms by the kernels. Each addition rounds in the same direction: what one accumulator adds up must not grow with the array.
 
 Also run for registers of other widths (`test_registers`).
 """
