@@ -1,7 +1,7 @@
 """The vector registers that the kernels are compiled for.
 
-`WIDTH` is read when a module of kernels is loaded. The tests set it before that, and so try the kernels for the registers of every processor
-on any one: LLVM makes a register that a processor lacks of several that it has.
+`WIDTH` is read when a module of kernels is loaded. The tests set it before that, and so try the kernels for the registers of every
+processor on any one: LLVM makes a register that a processor lacks of several that it has.
 """
 
 from __future__ import annotations
