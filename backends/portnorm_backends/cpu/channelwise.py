@@ -50,15 +50,6 @@ def _add_cotangents(x: Vector, dy: Vector, m: Vector, d: Vector, rstd: Vector, a
 
 
 @elementwise
-def _add_cotangents_of_two(
-    x: Vector, dy: Vector, x1: Vector, dy1: Vector, m: Vector, d: Vector, rstd: Vector, alone: Vector, with_x: Vector
-) -> tuple[Vector, Vector]:
-    """The same of two rows."""
-    both = fused(dy, ((x - m) - d) * rstd, dy1 * (((x1 - m) - d) * rstd))
-    return alone + (dy + dy1), with_x + both
-
-
-@elementwise
 def _back(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, rstd: Vector, a: Vector, b: Vector) -> tuple[Vector]:
     """dx, where a and b are the means of dy and dy · x̂, and the gain has 1 / σ."""
     return (gain * ((dy - a) - ((x - m) - d) * rstd * b),)
@@ -143,10 +134,7 @@ def column_cotangents(x: Any, dy: Any, m: Any, d: Any, rstd: Any, first: Any, se
     a, b = part[0], part[1]
     for start in range(0, rows, GROUP):
         stop = min(start + GROUP, rows)
-        pairs = start + (stop - start) // 2 * 2
-        for k in range(start, pairs, 2):
-            _add_cotangents_of_two(channels, (x[k], dy[k], x[k + 1], dy[k + 1], m, d, rstd, a, b), (a, b))
-        for k in range(pairs, stop):
+        for k in range(start, stop):
             _add_cotangents(channels, (x[k], dy[k], m, d, rstd, a, b), (a, b))
         carry(first, lost[0], a)
         carry(second, lost[1], b)
