@@ -132,8 +132,8 @@ def column_cotangents(x: Any, dy: Any, m: Any, d: Any, rstd: Any, first: Any, se
     fill(first, 0)
     fill(second, 0)
     a, b = part[0], part[1]
-    for start in range(0, rows, GROUP):
-        stop = min(start + GROUP, rows)
+    for start in range(0, rows, 2 * GROUP):
+        stop = min(start + 2 * GROUP, rows)
         for k in range(start, stop):
             _add_cotangents(channels, (x[k], dy[k], m, d, rstd, a, b), (a, b))
         carry(first, lost[0], a)
