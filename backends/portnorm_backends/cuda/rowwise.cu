@@ -186,32 +186,43 @@ __global__ void __launch_bounds__(512) rows_backward(
     }
   }
   if constexpr (SUMS) {
-    // The rows of a block one after the other, where it has several; their values then fit into 32 · PER.
-    __shared__ S room[2 * 32 * PER];
-    for (int y = 0; y < (int)blockDim.y; y++) {
-      if ((int)threadIdx.y == y) {
+    // The rows of a block in pairs, where it has several: a power of two up to 128 / blockDim.x, so that half of them fit into 64 · PER.
+    __shared__ S room[2 * 64 * PER];
+    const int y = threadIdx.y;
+    for (int half = blockDim.y / 2; half > 0; half /= 2) {
+      S* const of_pair = room + (y % half) * 2 * n;
 #pragma unroll
-        for (int k = 0; k < PER / V; k++) {
-          const int i = k * stride + (int)threadIdx.x * V;
-          if (i >= n) continue;
+      for (int k = 0; k < PER / V; k++) {
+        const int i = k * stride + (int)threadIdx.x * V;
+        if (i >= n || y < half || y >= 2 * half) continue;
 #pragma unroll
-          for (int v = 0; v < V; v++) {
-            S a = dweight[k][v], b = dbias[k][v];
-            if (y > 0) {
-              a += room[i + v];
-              b += room[n + i + v];
-            }
-            if (y + 1 < (int)blockDim.y) {
-              room[i + v] = a;
-              room[n + i + v] = b;
-            } else {
-              parts[((Count)blockIdx.x * 2) * n + i + v] = (double)a;
-              parts[((Count)blockIdx.x * 2 + 1) * n + i + v] = (double)b;
-            }
-          }
+        for (int v = 0; v < V; v++) {
+          of_pair[i + v] = dweight[k][v];
+          of_pair[n + i + v] = dbias[k][v];
         }
       }
       __syncthreads();
+#pragma unroll
+      for (int k = 0; k < PER / V; k++) {
+        const int i = k * stride + (int)threadIdx.x * V;
+        if (i >= n || y >= half) continue;
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+          dweight[k][v] += of_pair[i + v];
+          dbias[k][v] += of_pair[n + i + v];
+        }
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int k = 0; k < PER / V; k++) {
+      const int i = k * stride + (int)threadIdx.x * V;
+      if (i >= n || y > 0) continue;
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        parts[((Count)blockIdx.x * 2) * n + i + v] = (double)dweight[k][v];
+        parts[((Count)blockIdx.x * 2 + 1) * n + i + v] = (double)dbias[k][v];
+      }
     }
   }
 }
