@@ -21,6 +21,7 @@ from portnorm.norm.weight import weight_norm
 from portnorm.op import op
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
 from portnorm.statistics import at_steps, rows_of_steps, update
+from portnorm.sums import total_like
 
 Buffers = dict[str, Array]
 
@@ -227,7 +228,7 @@ class Direction:
         """(cotangent of x·W_ihᵀ, cotangents of gain and shift of `norm_ih`)"""
         slot = cell.input_slot()
         if slot is None:
-            return du, {"norm_ih.bias": xp_of(du).sum(du, axis=1 if residuals.rows is not None else (0, 1))}
+            return du, {"norm_ih.bias": total_like(du, (1,) if residuals.rows is not None else (0, 1))}
         mask = None if residuals.lengths is None else sequence_mask(residuals.x, residuals.lengths)
         dxw, cotangents = slot.vjp(residuals.input_slot, du, mask)
         return dxw, {f"norm_ih.{p}": d for p, d in cotangents.items()}
@@ -261,12 +262,12 @@ class Direction:
         for slot, names in cell.late_biases.items():
             for name in names:
                 d = grads[f"{slot}.bias"]
-                late.setdefault(name, []).append(d if d.ndim == params[name].ndim else xp.sum(d, axis=0))
+                late.setdefault(name, []).append(d if d.ndim == params[name].ndim else total_like(d, (0,)))
         found = {name: parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1) for name, parts in late.items()}
         outside, inside = cell.early_biases
         for names, terms in ((outside, [dxw]), (inside, dhidden)):
             for name in names:
-                d = xp.concat([xp.sum(term, axis=(0, 1)) for term in terms])
+                d = xp.concat([total_like(term, (0, 1)) for term in terms])
                 found[name] = found[name] + d if name in found else d
         return found
 

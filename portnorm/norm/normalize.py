@@ -21,6 +21,7 @@ from typing import NamedTuple, TypedDict
 
 from portnorm.arrays import Array, Namespace, float32_value, statistics_dtype, xp_of
 from portnorm.op import op
+from portnorm.sums import is_long, total
 
 Reduce = Callable[[Array], Array]
 """The sum of an array over all processes of a group, as MPI and NCCL compute it: the same result in each of them."""
@@ -149,7 +150,6 @@ def _with_own(
     scale = _row_scale(xp, z, axes, eps, reduce) if wide else None
     if scale is not None:
         z = z * scale
-        eps = eps * scale if eps_place == "std" else eps * scale * scale
     if center:
         first = z[tuple(slice(1) if a in axes else slice(None) for a in range(z.ndim))]
         first = first if reduce is None else reduce(first) / reduce(xp.ones_like(first))
@@ -170,6 +170,10 @@ def _with_own(
         var = var * bessel(var, count, z.shape, axes)
     if not center:
         mean = xp.zeros_like(var)
+    if scale is not None:
+        # A row without spread needs no scale, under which ε would vanish: it keeps 1 / √ε for its gradient.
+        mean, scale = xp.where(var > 0, mean, mean / scale), xp.where(var > 0, scale, 1.0)
+        eps = eps * scale * scale if eps_place == "variance" else eps * scale
     rstd = 1.0 / standard_deviation(xp, var, eps, eps_place)
     xhat = z * rstd
     return Normalized(xhat, rstd, scale, mean, var, count, None, None)
@@ -202,10 +206,10 @@ def _count(xp: Namespace, z: Array, axes: tuple[int, ...], mask: Array | None, r
 def _average(xp: Namespace, a: Array, axes: tuple[int, ...], count: Array | None, reduce: Reduce | None = None) -> Array:
     """Mean over `axes` of an array that is 0 where masked out; 0 where nothing was counted."""
     if reduce is not None and count is not None:
-        return reduce(_total(xp, a, axes, keepdims=True)) / xp.where(count > 0, count, 1.0)
-    if _is_long(a, axes):
-        total = _total(xp, a, axes, keepdims=True)
-        return total / (math.prod([a.shape[k] for k in axes]) if count is None else xp.where(count > 0, count, 1.0))
+        return reduce(total(a, axes, keepdims=True)) / xp.where(count > 0, count, 1.0)
+    if is_long(a, axes):
+        whole = total(a, axes, keepdims=True)
+        return whole / (math.prod([a.shape[k] for k in axes]) if count is None else xp.where(count > 0, count, 1.0))
     if count is None:
         return xp.mean(a, axis=axes, keepdims=True)
     return xp.sum(a, axis=axes, keepdims=True) / xp.where(count > 0, count, 1.0)
@@ -253,9 +257,9 @@ def _(
     others = tuple(a for a in range(xhat.ndim) if a not in param_axes)
     dweight = dbias = None
     if weight is not None:
-        dweight = xp.astype(xp.reshape(_total(xp, dy * xhat, others), weight.shape), weight.dtype, copy=False)
+        dweight = xp.astype(xp.reshape(total(dy * xhat, others), weight.shape), weight.dtype, copy=False)
     if bias is not None:
-        dbias = xp.astype(xp.reshape(_total(xp, dy, others), bias.shape), bias.dtype, copy=False)
+        dbias = xp.astype(xp.reshape(total(dy, others), bias.shape), bias.dtype, copy=False)
     g = dy if weight is None else dy * _along(xp, weight, dy, param_axes)
     if mean is None and all(xhat.shape[a] != 0 for a in axes):
         inner = xhat * _average(xp, g * xhat, axes, residuals.counted, reduce)
@@ -271,27 +275,6 @@ def _(
     if residuals.scale is not None:
         dx = dx * residuals.scale
     return xp.astype(dx, out_dtype, copy=False), dweight, dbias
-
-
-_BLOCK = 64
-"""Values that are added one after the other where a sum is not along the last axis."""
-
-
-def _is_long(a: Array, axes: tuple[int, ...]) -> bool:
-    """Whether a sum over `axes` could add many values one after the other: NumPy sums in pairs along the last axis only."""
-    return bool(axes) and axes[-1] != a.ndim - 1 and isinstance(a.shape[axes[0]], int) and a.shape[axes[0]] > 2 * _BLOCK
-
-
-def _total(xp: Namespace, a: Array, axes: tuple[int, ...], keepdims: bool = False) -> Array:
-    """Sum over `axes`, a long first axis in blocks and their sums in blocks again: the error grows with its logarithm."""
-    while _is_long(a, axes):
-        axis = axes[0]
-        whole = a.shape[axis] // _BLOCK
-        index = (slice(None),) * axis
-        blocks = xp.reshape(a[(*index, slice(whole * _BLOCK), ...)], (*a.shape[:axis], whole, _BLOCK, *a.shape[axis + 1 :]))
-        rest = xp.sum(a[(*index, slice(whole * _BLOCK, None), ...)], axis=axis, keepdims=True)
-        a = xp.concat((xp.sum(blocks, axis=axis + 1), rest), axis=axis)
-    return xp.sum(a, axis=axes, keepdims=keepdims) if axes else a
 
 
 def _along(xp: Namespace, parameter: Array, x: Array, param_axes: tuple[int, ...]) -> Array:

@@ -149,10 +149,9 @@ __device__ inline void normalize_row(S (&value)[G][UNITS], int hidden, Count kin
   over_parts(sums, partition, Added());
 #pragma unroll
   for (int g = 0; g < G; g++) {
-    const S rstd = S(1) / root(sums[g] / count[g] + S(eps) * scale[g] * scale[g]);
+    found[g] = found_statistics(mean[g], rest[g], sums[g] / count[g], S(eps), scale[g]);
 #pragma unroll
-    for (int k = 0; k < UNITS; k++) value[g][k] *= rstd;
-    found[g] = {mean[g], rest[g], rstd, scale[g]};
+    for (int k = 0; k < UNITS; k++) value[g][k] *= found[g].rstd;
   }
 }
 
@@ -531,7 +530,7 @@ __device__ inline void batch_statistics(
 #pragma unroll
   for (int k = 0; k < N; k++) {
     variance[k] = sums[k] / count;
-    found[k] = {mean[k], rest[k], S(1) / root(variance[k] + S(s.eps) * scale[k] * scale[k]), scale[k]};
+    found[k] = found_statistics(mean[k], rest[k], variance[k], S(s.eps), scale[k]);
   }
 }
 
