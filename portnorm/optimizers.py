@@ -2,6 +2,8 @@
 
 state = optimizer.init(params)
 params, state = optimizer.update(params, grads, state)
+
+The state is kept, and an update computed, in at least float32; parameters keep their dtype, to which the new ones are rounded once.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from portnorm.arrays import Array, xp_of
+from portnorm.arrays import Array, default_integer, device_of, statistics_dtype, xp_of
 from portnorm.errors import UnsupportedError
+from portnorm.sums import total
 
 Arrays = dict[str, Array]
 OptimizerState = dict[str, Any]
@@ -28,7 +31,18 @@ class Optimizer(Protocol):
 
 
 def _zeros(params: Mapping[str, Array]) -> Arrays:
-    return {name: xp_of(p).zeros_like(p) for name, p in params.items()}
+    return {name: xp_of(p).zeros_like(p, dtype=statistics_dtype(xp_of(p), p.dtype)) for name, p in params.items()}
+
+
+def _wide(arrays: Mapping[str, Array]) -> Arrays:
+    """The arrays in at least float32, where narrower types would lose small changes, squares and ε."""
+    return {name: xp_of(a).astype(a, statistics_dtype(xp_of(a), a.dtype), copy=False) for name, a in arrays.items()}
+
+
+def _moved(params: Mapping[str, Array], steps: Mapping[str, Array]) -> Arrays:
+    """Parameters less a step each, in their own dtype."""
+    wide = _wide(params)
+    return {name: xp_of(p).astype(wide[name] - steps[name], p.dtype, copy=False) for name, p in params.items()}
 
 
 def _check_rate(name: str, value: float, low: float, high: float) -> None:
@@ -51,8 +65,11 @@ class SGD:
         return {"velocity": _zeros(params)} if self.momentum else {}
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
-        velocity = {n: self.momentum * state["velocity"][n] + g for n, g in grads.items()} if self.momentum else dict(grads)
-        return {n: p - self.lr * velocity[n] for n, p in params.items()}, {"velocity": velocity} if self.momentum else {}
+        velocity = _wide(grads)
+        if self.momentum:
+            before = _wide(state["velocity"])
+            velocity = {n: self.momentum * before[n] + g for n, g in velocity.items()}
+        return _moved(params, {n: self.lr * velocity[n] for n in params}), {"velocity": velocity} if self.momentum else {}
 
 
 @dataclass(frozen=True)
@@ -71,9 +88,10 @@ class RMSProp:
         return {"square": _zeros(params)}
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
-        square = {n: self.decay * state["square"][n] + (1.0 - self.decay) * g * g for n, g in grads.items()}
-        new = {n: p - self.lr * grads[n] / (xp_of(p).sqrt(square[n]) + self.eps) for n, p in params.items()}
-        return new, {"square": square}
+        wide, before = _wide(grads), _wide(state["square"])
+        square = {n: self.decay * before[n] + (1.0 - self.decay) * g * g for n, g in wide.items()}
+        steps = {n: self.lr * wide[n] / (xp_of(p).sqrt(square[n]) + self.eps) for n, p in params.items()}
+        return _moved(params, steps), {"square": square}
 
 
 @dataclass(frozen=True)
@@ -92,15 +110,21 @@ class Adam:
 
     def init(self, params: Mapping[str, Array]) -> OptimizerState:
         first = next(iter(params.values()))
-        return {"mean": _zeros(params), "square": _zeros(params), "steps": xp_of(first).zeros_like(first[(0,) * first.ndim])}
+        xp = xp_of(first)
+        steps = xp.asarray(0, dtype=default_integer(xp), device=device_of(first))
+        return {"mean": _zeros(params), "square": _zeros(params), "steps": steps}
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
-        steps = state["steps"] + 1.0
-        mean = {n: self.beta1 * state["mean"][n] + (1.0 - self.beta1) * g for n, g in grads.items()}
-        square = {n: self.beta2 * state["square"][n] + (1.0 - self.beta2) * g * g for n, g in grads.items()}
-        mean_share, square_share = 1.0 - self.beta1**steps, 1.0 - self.beta2**steps
-        new = {n: p - self.lr * (mean[n] / mean_share) / (xp_of(p).sqrt(square[n] / square_share) + self.eps) for n, p in params.items()}
-        return new, {"mean": mean, "square": square, "steps": steps}
+        wide, means, squares, steps = _wide(grads), _wide(state["mean"]), _wide(state["square"]), state["steps"] + 1
+        mean = {n: self.beta1 * means[n] + (1.0 - self.beta1) * g for n, g in wide.items()}
+        square = {n: self.beta2 * squares[n] + (1.0 - self.beta2) * g * g for n, g in wide.items()}
+        counts = {m.dtype: xp_of(m).astype(steps, m.dtype) for m in mean.values()}
+        shares = {dtype: (1.0 - self.beta1**count, 1.0 - self.beta2**count) for dtype, count in counts.items()}
+        changes = {}
+        for n, p in params.items():
+            mean_share, square_share = shares[mean[n].dtype]
+            changes[n] = self.lr * (mean[n] / mean_share) / (xp_of(p).sqrt(square[n] / square_share) + self.eps)
+        return _moved(params, changes), {"mean": mean, "square": square, "steps": steps}
 
 
 OPTIMIZERS: dict[str, Any] = {"sgd": SGD, "rmsprop": RMSProp, "adam": Adam}
@@ -111,18 +135,19 @@ def clip_by_global_norm(grads: Mapping[str, Array], limit: float) -> tuple[Array
     """Gradients scaled to a global L2 norm of at most `limit`, and the norm before: g ← g · min(1, limit / ‖g‖) (Pascanu et al. 2013).
 
     Gradients whose squares leave the range of the type are clipped like others. A gradient that is not finite gives a norm that is not.
+    The norm is taken, and given, in at least float32; gradients keep their dtype.
     """
     if not limit > 0:
         raise UnsupportedError(f"`limit` is {limit}; expected a number > 0")
     first = next(iter(grads.values()))
-    xp = xp_of(first)
-    zero = xp.zeros_like(first[(0,) * first.ndim])
+    xp, wide = xp_of(first), _wide(grads)
+    zero = xp.zeros((), dtype=statistics_dtype(xp, first.dtype), device=device_of(first))
     largest = zero
-    for g in grads.values():
+    for g in wide.values():
         largest = xp.maximum(largest, xp.max(xp.abs(g))) if 0 not in g.shape else largest
     # Divided by the largest entry first, so that squares of large gradients stay in range.
     unit = xp.where((largest > 0) & xp.isfinite(largest), largest, 1.0)
-    ratio = xp.sqrt(sum((xp.sum((g / unit) ** 2) for g in grads.values()), start=zero))
+    ratio = xp.sqrt(sum((total((g / unit) ** 2, tuple(range(g.ndim))) for g in wide.values()), start=zero))
     norm = unit * ratio
     factor = xp.where(norm > limit, limit / unit / xp.where(norm > limit, ratio, 1.0), 1.0)
-    return {n: g * factor for n, g in grads.items()}, norm
+    return {n: xp.astype(wide[n] * factor, g.dtype, copy=False) for n, g in grads.items()}, norm

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from portnorm.arrays import Array, statistics_dtype, xp_of
 
 _BLOCK = 64
@@ -31,7 +29,5 @@ def total(a: Array, axes: tuple[int, ...], keepdims: bool = False) -> Array:
 
 def total_like(a: Array, axes: tuple[int, ...]) -> Array:
     """Sum over `axes` in the dtype of `a`, computed in at least float32: the cotangent of a parameter that many cases share."""
-    shape = a.shape[: len(axes)]
-    if len(axes) > 1 and axes == tuple(range(len(axes))) and all(isinstance(n, int) for n in shape):
-        a, axes = xp_of(a).reshape(a, (math.prod(shape), *a.shape[len(axes) :])), (0,)
-    return xp_of(a).astype(total(a, axes), a.dtype, copy=False)
+    xp = xp_of(a)
+    return xp.sum(a, axis=axes) if xp.finfo(a.dtype).bits >= 32 else xp.astype(total(a, axes), a.dtype)

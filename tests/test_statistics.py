@@ -95,7 +95,7 @@ def test_steps_without_statistics_use_the_last_that_have_some(rng: np.random.Gen
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_population_is_the_average_over_minibatches(ragged: bool, rng: np.random.Generator) -> None:
+def test_population_is_the_average_over_minibatches_by_their_sequences(ragged: bool, rng: np.random.Generator) -> None:
     layer = fresh(rng)
     xs = [1.0 + rng.standard_normal((4, size, 4)) for size in (5, 7, 6)]
     lengths = [np.array([4, 4, 2, 2, 1]), np.full(7, 3), np.array([3, 2, 2, 2, 1, 1])] if ragged else [None] * 3
@@ -105,8 +105,10 @@ def test_population_is_the_average_over_minibatches(ragged: bool, rng: np.random
     for t in range(4):
         rows = [x[t, (n > t) if n is not None else slice(None)] @ layer.params["weight_ih_l0"].T for x, n in zip(xs, lengths, strict=True)]
         rows = [r for r in rows if len(r)]
-        np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_mean"][t], np.mean([r.mean(0) for r in rows], axis=0), **CLOSE)
-        np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_var"][t], np.mean([r.var(0) for r in rows], axis=0), **CLOSE)
+        weights = [len(r) for r in rows]
+        mean, var = (np.average([f(r, axis=0) for r in rows], axis=0, weights=weights) for f in (np.mean, np.var))
+        np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_mean"][t], mean, **CLOSE)
+        np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_var"][t], var, **CLOSE)
         assert layer.buffers["num_batches_tracked_l0"][t] == len(rows)
 
 

@@ -23,11 +23,13 @@ from portnorm.arrays import (
     load_namespace,
     namespace,
     require_lengths,
+    statistics_dtype,
     to_numpy,
     xp_of,
 )
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator
+from portnorm.statistics import BATCHES, VALUES
 
 Arrays = dict[str, Array]
 
@@ -153,7 +155,8 @@ class Layer:
         for name, array in own.items():
             if tuple(arrays[name].shape) != tuple(array.shape):
                 raise CheckpointError(f"`{name}` has shape {tuple(arrays[name].shape)}; expected {tuple(array.shape)}")
-        self.assign(*({n: self._converted(arrays[n], like=a) for n, a in group.items()} for group in (self.params, self.buffers)))
+        groups = ((self.params, False), (self.buffers, True))
+        self.assign(*({n: self._converted(arrays[n], like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
 
     def to(self, xp: Namespace | str | None = None, device: Any = None, dtype: DType | None = None) -> Self:
         """A copy of the layer with its arrays in another library, on another device, or of another floating dtype."""
@@ -164,9 +167,9 @@ class Layer:
         return other
 
     def _place(self, xp: Namespace, device: Any, dtype: DType) -> None:
-        arrays = (self.params, self.buffers)
+        groups = ((self.params, False), (self.buffers, True))
         self.xp, self.device, self.dtype = xp, device, load_dtype(xp, dtype)
-        self.assign(*({n: self._converted(a, like=a) for n, a in group.items()} for group in arrays))
+        self.assign(*({n: self._converted(a, like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
 
     def copy(self) -> Self:
         """A copy that shares the arrays but not the places that hold them."""
@@ -183,17 +186,21 @@ class Layer:
         self.xp = load_namespace(state["xp"])
         self.dtype = load_dtype(self.xp, state["dtype"])
 
-    def _converted(self, array: Array, like: Array) -> Array:
+    def _converted(self, array: Array, like: Array, statistic: bool) -> Array:
         floating = xp_of(like).isdtype(like.dtype, "real floating")
-        dtype = self.dtype if floating else default_integer(self.xp)
+        dtype = self._dtype_of(statistic) if floating else default_integer(self.xp)
         if xp_of(array) is not self.xp:
             return self.xp.asarray(numpy.array(to_numpy(array)), dtype=dtype, device=self.device)
         (array,) = _constant({"": self.xp.astype(array, dtype)}).values()
         return array if self.device is None else array_api_compat.to_device(array, self.device)
 
-    def _new(self, values: Any, *, integer: bool = False) -> Array:
+    def _dtype_of(self, statistic: bool) -> DType:
+        """That of the layer, and of its running statistics at least float32: else small changes of them, and large variances, were lost."""
+        return statistics_dtype(self.xp, self.dtype) if statistic else self.dtype
+
+    def _new(self, values: Any, *, integer: bool = False, statistic: bool = False) -> Array:
         """A new array of the layer's library, device and dtype."""
-        dtype = default_integer(self.xp) if integer else self.dtype
+        dtype = default_integer(self.xp) if integer else self._dtype_of(statistic)
         return self.xp.asarray(numpy.asarray(values), dtype=dtype, device=self.device)
 
     # -- running statistics --------------------------------------------------------------------------------------------------------
@@ -201,11 +208,14 @@ class Layer:
     def estimate_population(self, batches: Iterable[Any]) -> None:
         """Replace all running statistics by population statistics: the average over a full pass of the statistics of each batch.
 
-        `batches` yields `x`, `(x, lengths)` or `(x, lengths, state)`. This is how Cooijmans et al. 2016 evaluate; the moving average is
-        only a live estimate.
+        A batch weighs as much as the values that its statistics were taken of: its frames, or at a step the sequences that reach it.
+        `batches` yields `x`, `(x, lengths)` or `(x, lengths, state)`. This is how Cooijmans et al. 2016 evaluate, with batches of one size;
+        as theirs, the population variance is the average of the batches' variances (of whichever kind the layer keeps, biased or
+        unbiased), without the variance of their means. The moving average is only a live estimate.
         """
         pure = self.copy()
         pure.forget_statistics()
+        pure.buffers = {**pure.buffers, **pure._counters()}
         count = 0
         for batch in batches:
             x, lengths, state = (*(batch if isinstance(batch, tuple) else (batch,)), None, None)[:3]
@@ -214,7 +224,12 @@ class Layer:
             count += 1
         if not count:
             raise UnsupportedError("`batches` is empty; expected at least one batch to take statistics of")
-        self.assign(self.params, pure.buffers)
+        self.assign(self.params, {name: pure.buffers[name] for name in self.buffers})
+
+    def _counters(self) -> Arrays:
+        """Buffers that count values where there are some that count batches."""
+        counters = {n.replace(BATCHES, VALUES): b for n, b in self.buffers.items() if BATCHES in n}
+        return {name: self._new(numpy.zeros(b.shape), statistic=True) for name, b in counters.items()}
 
     def forget_statistics(self) -> None:
         """Set running statistics to their start and let every batch from now on weigh the same."""
