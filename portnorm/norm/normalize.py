@@ -10,7 +10,8 @@ The second subtraction removes what rounding left of the mean, which is all of t
 differences to one value of the row, which are exact there; a constant row has variance 0. Where the squares of a row
 would leave the range of the type, the row is multiplied by a power of two first, which is exact and cancels in x̂.
 
-Two published departures: `eps_place="std"` divides by sqrt(σ²) + ε instead, and `correction=1` takes σ² as Σd² / (n − 1).
+Published departures: `eps_place="std"` divides by sqrt(σ²) + ε instead, `eps_place="floor"` by sqrt(σ²) or ε, whichever is larger (a row
+without spread is 0 with ε = 0 too), and `correction=1` takes σ² as Σd² / (n − 1).
 """
 
 from __future__ import annotations
@@ -146,8 +147,8 @@ def _with_own(
     def average(a: Array) -> Array:
         return _average(xp, a, axes, count, reduce)
 
-    eps = float32_value(eps)
-    scale = _row_scale(xp, z, axes, eps, reduce) if wide else None
+    eps = eps if eps_place == "floor" else float32_value(eps)
+    scale = _row_scale(xp, z, axes, eps if eps_place == "variance" else eps * eps, reduce) if wide else None
     if scale is not None:
         z = z * scale
     if center:
@@ -174,13 +175,17 @@ def _with_own(
         # A row without spread needs no scale, under which ε would vanish: it keeps 1 / √ε for its gradient.
         mean, scale = xp.where(var > 0, mean, mean / scale), xp.where(var > 0, scale, 1.0)
         eps = eps * scale * scale if eps_place == "variance" else eps * scale
-    rstd = 1.0 / standard_deviation(xp, var, eps, eps_place)
+    std = standard_deviation(xp, var, eps, eps_place)
+    rstd = 1.0 / std if eps_place != "floor" else xp.where(std > 0, 1.0 / xp.where(std > 0, std, 1.0), 0.0)
     xhat = z * rstd
     return Normalized(xhat, rstd, scale, mean, var, count, None, None)
 
 
 def standard_deviation(xp: Namespace, var: Array, eps: Array | float, eps_place: str) -> Array:
-    """sqrt(σ² + ε), or σ + ε with `eps_place="std"`."""
+    """sqrt(σ² + ε); σ + ε with `eps_place="std"`, the larger of both with `"floor"`."""
+    if eps_place == "floor":
+        above = var > eps * eps
+        return xp.where(above, xp.sqrt(xp.where(above, var, 1.0)), eps)
     return xp.sqrt(var) + eps if eps_place == "std" else xp.sqrt(var + eps)
 
 
@@ -246,7 +251,7 @@ def _(
     """dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)) with g = dy · weight; mean(g) only if centred, rstd · g with given statistics.
 
     dweight = Σ dy · x̂ and dbias = Σ dy over all but `param_axes`. With `correction` the last term has n − 1 for n in its mean; with ε
-    beside the standard deviation σ it is larger by (σ + ε) / σ, and 0 where σ is.
+    beside the standard deviation σ it is larger by (σ + ε) / σ, and 0 where σ is; with ε in place of a smaller σ it is 0.
     """
     xhat, rstd, weight, bias = residuals.xhat, residuals.rstd, residuals.weight, residuals.bias
     xp = xp_of(xhat)
@@ -268,6 +273,9 @@ def _(
         if eps_place == "std":
             std = xp.sqrt(residuals.var)
             inner = inner / xp.where(std > 0, std * rstd, 1.0)
+        if eps_place == "floor":
+            floor = eps if residuals.scale is None else eps * residuals.scale
+            inner = xp.where(residuals.var > floor * floor, inner, 0.0)
         g = (g - _average(xp, g, axes, residuals.counted, reduce) if center else g) - inner
         if mask is not None:
             g = xp.where(mask, g, 0.0)
