@@ -28,7 +28,7 @@ struct Step {
   void *y, *gates, *statistics, *cell_statistics;      // y, gates (T, B, G·H), rows (T, B, G, 4), (T, B, 4); batch (T, G·H, 4), (T, H, 4)
   const void *early, *gain, *shift, *cell_gain, *cell_shift;
   const Count *lengths;                                // (B,)
-  const void *mean, *variance, *cell_mean, *cell_variance;      // given statistics (T, features)
+  const void *mean, *variance, *cell_mean, *cell_variance;      // given statistics (T, features), in the type of statistics
   void *seen_mean, *seen_variance, *seen_cell_mean, *seen_cell_variance;
   const void *dy, *dh;                                 // (T, B, H), (B, H)
   void *direct, *dc, *du, *da, *dn, *dnc;              // (B, H) each; (T, B, G·H) each: of u, of a, of N's result; (T, B, H) of N_c's
@@ -546,15 +546,15 @@ __device__ inline void statistics_of_step(
 #pragma unroll
       for (int k = 0; k < N; k++) {
         const S scale = found[k].scale, factor = s.unbiased && count > 1 ? count / (count - 1) : S(1);
-        out<T>(seen_mean)[t * N * hidden + k * hidden + j] = Narrowed<T>::of((found[k].mean + found[k].rest) / scale);
-        out<T>(seen_variance)[t * N * hidden + k * hidden + j] = Narrowed<T>::of(spread[k] / scale / scale * factor);
+        out<S>(seen_mean)[t * N * hidden + k * hidden + j] = (found[k].mean + found[k].rest) / scale;
+        out<S>(seen_variance)[t * N * hidden + k * hidden + j] = spread[k] / scale / scale * factor;
       }
     }
   } else if (inside) {
 #pragma unroll
     for (int k = 0; k < N; k++) {
       const Count i = t * N * hidden + k * hidden + j;
-      found[k] = {S(widened(in<T>(mean)[i])), S(0), S(1) / root(S(widened(in<T>(variance)[i])) + S(s.eps)), S(1)};
+      found[k] = {in<S>(mean)[i], S(0), S(1) / root(in<S>(variance)[i] + S(s.eps)), S(1)};
     }
   }
   if (inside && kept && threadIdx.y == 0) {
