@@ -14,7 +14,7 @@ def is_long(a: Array, axes: tuple[int, ...]) -> bool:
 
 
 def total(a: Array, axes: tuple[int, ...], keepdims: bool = False) -> Array:
-    """Sum over `axes` in at least float32, a long first axis in blocks and their sums in blocks again: the error grows with its logarithm."""
+    """Sum over `axes` in at least float32; a long first axis in blocks, and their sums again: the error grows with its logarithm."""
     xp = xp_of(a)
     a = xp.astype(a, statistics_dtype(xp, a.dtype), copy=False)
     while is_long(a, axes):

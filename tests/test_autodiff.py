@@ -74,9 +74,7 @@ def test_jax_grad_of_an_op(case: OpCase, rng: np.random.Generator) -> None:
     import jax.numpy as jnp
 
     given = case.arguments(rng)
-    places = [
-        k for k, a in enumerate(given) if isinstance(a, np.ndarray) and a.dtype == np.float64 and k not in case.constants
-    ]
+    places = [k for k, a in enumerate(given) if isinstance(a, np.ndarray) and a.dtype == np.float64 and k not in case.constants]
     dy = jnp.asarray(rng.standard_normal(np.shape(case.op(*given, **case.keywords))))
     keywords = {name: of_jax(value) for name, value in case.keywords.items()}
 

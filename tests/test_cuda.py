@@ -70,7 +70,7 @@ def assert_close(found: Any, expected: Any, dtype: str, factor: float = 1.0) -> 
     values = found.get()
     assert values.dtype == DTYPES[dtype]
     assert values.shape == expected.shape
-    tolerance = OPERATION[dtype] * factor * max(1.0, float(np.max(np.abs(expected))))
+    tolerance = OPERATION[dtype] * factor * max(1.0, float(np.max(np.abs(expected), initial=0.0)))
     np.testing.assert_allclose(values.astype(np.float64), expected, rtol=0, atol=tolerance)
 
 

@@ -199,11 +199,11 @@ class GroupNorm(_ChannelNorm):
 class BatchNorm(_ChannelNorm):
     """Batch normalization of `num_features` channels, with running statistics. See `portnorm.batch_norm`; as `torch.nn.BatchNorm1d…3d`.
 
-    In training the batch's own statistics normalize, and the running ones, in at least float32, follow: (1 − momentum) · running +
-    momentum · batch, where `momentum` is the weight of the new value and `None` means the plain average of all batches. As in torch the
-    running variance is the unbiased one (n/(n−1)); `unbiased=False` keeps the biased one, as ONNX, flax and Keras 3 do. With `lengths`, `x` is
-    (time, batch, features) or what `channel_axis` says, and padding enters no statistic. `reduce`, which is not saved with
-    the layer, sums an array over the processes that have a part of the batch each: see `portnorm.batch_norm`.
+    In training the batch's own statistics normalize, and the running ones, in at least float32, follow:
+    (1 − momentum) · running + momentum · batch, where `momentum` is the weight of the new value and `None` means the plain average of all
+    batches. As in torch the running variance is the unbiased one (n/(n−1)); `unbiased=False` keeps the biased one, as ONNX, flax and
+    Keras 3 do. With `lengths`, `x` is (time, batch, features) or what `channel_axis` says, and padding enters no statistic. `reduce`,
+    which is not saved with the layer, sums an array over the processes that have a part of the batch each: see `portnorm.batch_norm`.
 
     >>> import numpy as np, portnorm as pn
     >>> layer = pn.BatchNorm(1, momentum=None, dtype="float64")

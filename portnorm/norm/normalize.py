@@ -171,9 +171,10 @@ def _with_own(
         var = var * bessel(var, count, z.shape, axes)
     if not center:
         mean = xp.zeros_like(var)
-    if scale is not None:
+    if scale is not None and center:
         # A row without spread needs no scale, under which ε would vanish: it keeps 1 / √ε for its gradient.
         mean, scale = xp.where(var > 0, mean, mean / scale), xp.where(var > 0, scale, 1.0)
+    if scale is not None:
         eps = eps * scale * scale if eps_place == "variance" else eps * scale
     std = standard_deviation(xp, var, eps, eps_place)
     rstd = 1.0 / std if eps_place != "floor" else xp.where(std > 0, 1.0 / xp.where(std > 0, std, 1.0), 0.0)

@@ -19,16 +19,14 @@ from portnorm.op import op
 
 
 @op
-def weight_norm(
-    v: Array, g: Array, *, axis: int | tuple[int, ...] | None = 0, eps: float = 0.0
-) -> tuple[Array, tuple[Normalized, Array]]:
+def weight_norm(v: Array, g: Array, *, axis: int | tuple[int, ...] | None = 0, eps: float = 0.0) -> tuple[Array, tuple[Normalized, Array]]:
     """Weights of length `g` and direction `v`: w = g · v / max(‖v‖, eps), with one norm for each entry along `axis`.
 
     `axis` names the axes that are kept (the outputs); `None` takes one norm of the whole array, as torch's `dim=None` does. `g` has one
     number per norm: the shape of `v` at `axis`, or torch's, with length 1 along the other axes. The result has the shape and dtype of
     `v`; norms are taken in at least float32, and rows near the ends of the range of the type are scaled first. `eps` is the least norm
-    that divides, as in `torch.nn.functional.normalize` and Keras' `normalize`; neither the paper nor torch's `weight_norm` has one. A row of
-    zeros, which has no direction, is 0, and so without `eps` are its gradients.
+    that divides, as in `torch.nn.functional.normalize` and Keras' `normalize`; neither the paper nor torch's `weight_norm` has one. A row
+    of zeros, which has no direction, is 0, and so without `eps` are its gradients.
     Raises `ShapeError`, `DTypeError`, `UnsupportedError`.
 
     >>> import numpy as np, portnorm as pn
