@@ -51,22 +51,27 @@ def softmax_cross_entropy(
     labels, ignored = _checked_labels(xp, labels, ignore_index)
     z = xp.astype(logits, statistics_dtype(xp, logits.dtype), copy=False)
     counts = xp.logical_not(ignored)
-    w = xp.astype(counts, z.dtype)
+    w = xp.astype(counts, z.dtype) if weights is None else xp.where(counts, xp.astype(weights, z.dtype), 0.0)
     if weights is not None:
-        w = xp.where(counts, xp.astype(weights, z.dtype), 0.0)
         counts = _not_zero(xp, w)
-    there = (labels >= 0) & (labels < classes)
-    if is_concrete(labels) and is_concrete(counts) and bool(xp.any(counts & xp.logical_not(there))):
-        wrong = xp.where(counts, labels, 0)
-        raise ShapeError(
-            f"`labels` reach from {int(xp.min(wrong))} to {int(xp.max(wrong))}; expected 0 to {classes - 1}, the classes of `logits` "
-            f"{tuple(logits.shape)}, or `ignore_index` ({ignore_index})"
-        )
-    z = xp.where(xp.expand_dims(counts, axis=-1), z, 0.0)
+    share = _share(xp, w, _total(w if weights is None else xp.abs(w)))
+    seen = is_concrete(labels) and is_concrete(counts)
+    if seen and 0 not in cases:
+        that_count = xp.where(counts, labels, 0)
+        low, high = int(xp.min(that_count)), int(xp.max(that_count))
+        if low < 0 or high >= classes:
+            raise ShapeError(
+                f"`labels` reach from {low} to {high}; expected 0 to {classes - 1}, the classes of `logits` {tuple(logits.shape)}, or "
+                f"`ignore_index` ({ignore_index})"
+            )
+    elif not seen:
+        there = (labels >= 0) & (labels < classes)
+        share = xp.where(xp.logical_or(there, xp.logical_not(counts)), share, math.nan)
+    if not (seen and bool(xp.all(counts))):
+        z = xp.where(xp.expand_dims(counts, axis=-1), z, 0.0)
     shifted = z - xp.max(z, axis=-1, keepdims=True)
     log_sum = xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
     chosen = xp.equal(xp.expand_dims(labels, axis=-1), xp.arange(classes, dtype=labels.dtype, device=device_of(logits)))
-    share = xp.where(xp.logical_or(there, xp.logical_not(counts)), _share(xp, w), math.nan)
     losses = xp.squeeze(log_sum, axis=-1) - xp.sum(xp.where(chosen, shifted, 0.0), axis=-1)
     return xp.astype(_total(losses * share), logits.dtype, copy=False), Entropy(shifted - log_sum, chosen, share, logits)
 
@@ -91,9 +96,9 @@ def _checked_labels(xp: Namespace, labels: Array, ignore_index: int | None) -> t
     return labels, xp.equal(labels, ignore_index)
 
 
-def _share(xp: Namespace, w: Array) -> Array:
-    """w / Σ w; 0 where all are 0."""
-    return w / xp.where(_total(xp.abs(w)) > 0, _total(w), 1.0)
+def _share(xp: Namespace, w: Array, size: Array) -> Array:
+    """w / Σ w; 0 where `size`, a sum of magnitudes, says that all are 0."""
+    return w / xp.where(size > 0, _total(w), 1.0)
 
 
 def _total(a: Array) -> Array:
@@ -141,7 +146,8 @@ def mean_squared_error(y: Array, target: Array, weights: Array | None = None) ->
         if tuple(weights.shape) != tuple(y.shape[: weights.ndim]):
             raise ShapeError(f"`weights` has shape {tuple(weights.shape)}; expected {tuple(y.shape)}, that of `y`, or its first axes")
         along = xp.reshape(xp.astype(weights, dtype), (*weights.shape, *(1 for _ in range(y.ndim - weights.ndim))))
-        share = _share(xp, xp.broadcast_to(along, y.shape))
+        along = xp.broadcast_to(along, y.shape)
+        share = _share(xp, along, _total(xp.abs(along)))
         error = xp.where(_not_zero(xp, share), error, 0.0)
         losses = error * error * share
     return xp.astype(_total(losses), y.dtype, copy=False), (error, share, y, target)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from portnorm.arrays import Array, default_integer, device_of, statistics_dtype, xp_of
+from portnorm.arrays import Array, DType, default_integer, device_of, statistics_dtype, xp_of
 from portnorm.errors import UnsupportedError
 from portnorm.sums import total
 
@@ -36,13 +36,22 @@ def _zeros(params: Mapping[str, Array]) -> Arrays:
 
 def _wide(arrays: Mapping[str, Array]) -> Arrays:
     """The arrays in at least float32, where narrower types would lose small changes, squares and ε."""
-    return {name: xp_of(a).astype(a, statistics_dtype(xp_of(a), a.dtype), copy=False) for name, a in arrays.items()}
+    found, known = {}, dict[DType, DType]()
+    for name, a in arrays.items():
+        xp, dtype = xp_of(a), a.dtype
+        if dtype not in known:
+            known[dtype] = statistics_dtype(xp, dtype)
+        found[name] = a if known[dtype] == dtype else xp.astype(a, known[dtype])
+    return found
 
 
 def _moved(params: Mapping[str, Array], steps: Mapping[str, Array]) -> Arrays:
     """Parameters less a step each, in their own dtype."""
-    wide = _wide(params)
-    return {name: xp_of(p).astype(wide[name] - steps[name], p.dtype, copy=False) for name, p in params.items()}
+    found = {}
+    for name, p in _wide(params).items():
+        new, dtype = p - steps[name], params[name].dtype
+        found[name] = new if new.dtype == dtype else xp_of(new).astype(new, dtype)
+    return found
 
 
 def _check_rate(name: str, value: float, low: float, high: float) -> None:
