@@ -46,8 +46,7 @@ def tensors_of(case: OpCase, rng: np.random.Generator) -> tuple[list[Any], dict[
     """Arguments, keywords, and those of the arguments that are differentiated."""
     arguments = [of_torch(a, requires_grad=True) for a in case.arguments(rng)]
     keywords = {name: of_torch(value) for name, value in case.keywords.items()}
-    weighed = case.name == "softmax_cross_entropy, weighed"
-    return arguments, keywords, [a for a in (arguments[:1] if weighed else arguments) if getattr(a, "requires_grad", False)]
+    return arguments, keywords, [a for k, a in enumerate(arguments) if getattr(a, "requires_grad", False) and k not in case.constants]
 
 
 @pytest.mark.parametrize("case", OPS, ids=lambda case: case.name)
@@ -75,9 +74,7 @@ def test_jax_grad_of_an_op(case: OpCase, rng: np.random.Generator) -> None:
     import jax.numpy as jnp
 
     given = case.arguments(rng)
-    places = [
-        k for k, a in enumerate(given) if isinstance(a, np.ndarray) and a.dtype == np.float64 and not (k == 2 and "cross" in case.name)
-    ]
+    places = [k for k, a in enumerate(given) if isinstance(a, np.ndarray) and a.dtype == np.float64 and k not in case.constants]
     dy = jnp.asarray(rng.standard_normal(np.shape(case.op(*given, **case.keywords))))
     keywords = {name: of_jax(value) for name, value in case.keywords.items()}
 

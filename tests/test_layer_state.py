@@ -473,3 +473,37 @@ def test_a_call_in_evaluation_changes_no_array(cell: str, norm: str | None, libr
         there(library.array(rng.standard_normal((3, 2, 4))), lengths=[3, 1])
         for n, a in there.state_dict().items():
             np.testing.assert_array_equal(library.values([a])[0], before[n])
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [pn.SGD(0.1), pn.SGD(0.1, momentum=0.9), pn.RMSProp(), pn.Adam()], ids=repr)
+def test_an_update_takes_just_the_gradients_of_the_parameters(optimizer: Any) -> None:
+    params = {"weight": np.ones((3, 2)), "bias": np.ones(3)}
+    grads, state = {name: 0.5 * p for name, p in params.items()}, optimizer.init(params)
+    optimizer.update(params, dict(reversed(grads.items())), state)
+    with pytest.raises(pn.UnsupportedError, match=r"`grads` does not fit `params`: missing \['bias'\], unknown nothing"):
+        optimizer.update(params, {"weight": grads["weight"]}, state)
+    with pytest.raises(pn.UnsupportedError, match=r"`grads` does not fit `params`: missing nothing, unknown \['more'\]"):
+        optimizer.update(params, {**grads, "more": np.ones(3)}, state)
+    for shape in ((3, 1), (2,), (), (1, 3, 2)):
+        with pytest.raises(pn.ShapeError, match=r"`grads` has 'weight' of shape .*; expected \(3, 2\)"):
+            optimizer.update(params, {**grads, "weight": np.ones(shape)}, state)
+    for name, kept in state.items():
+        for wrong in ({}, {**state, name: {}}) if isinstance(kept, dict) else ({n: s for n, s in state.items() if n != name},):
+            with pytest.raises(pn.UnsupportedError, match="`state"):
+                optimizer.update(params, grads, wrong)
+
+
+def test_what_is_empty_or_no_number_is_named_by_optimizers() -> None:
+    with pytest.raises(pn.UnsupportedError, match="`grads` is empty"):
+        pn.clip_by_global_norm({}, 1.0)
+    with pytest.raises(pn.UnsupportedError, match="`params` is empty"):
+        pn.Adam().init({})
+    for limit in (0.0, -1.0, float("nan"), None, "1"):
+        with pytest.raises(pn.UnsupportedError, match=r"`limit` is .*; expected a number > 0"):
+            pn.clip_by_global_norm({"w": np.ones(3)}, limit)  # type: ignore[arg-type]
+    for lr in (None, "1", -0.1, float("nan"), float("inf")):
+        with pytest.raises(pn.UnsupportedError, match="`lr` is "):
+            pn.Adam(lr=lr)  # type: ignore[arg-type]

@@ -506,3 +506,28 @@ def test_torch_compile_follows_a_module(name: str, training: bool, rng: np.rando
     (again,) = torch.autograd.grad(found.square().sum(), x)
     np.testing.assert_allclose(found.detach(), expected.detach(), atol=1e-12)
     np.testing.assert_allclose(again, dx, atol=1e-10)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", ["half", "bfloat16"])
+def test_running_statistics_stay_wide_in_a_narrow_module(kind: str, affine: bool) -> None:
+    """±400, whose variance float16 does not hold; alone, in a model, and there and back."""
+    import torch
+
+    outer = torch.nn.Sequential(pn.torch_module(pn.BatchNorm(3, affine=affine)))
+    getattr(outer, kind)()
+    x = torch.tensor([[400.0], [-400.0]]).repeat(8, 3).to(torch.float16 if kind == "half" else torch.bfloat16)
+    for _ in range(10):
+        y = outer(x)
+    assert y.dtype == x.dtype
+    m = outer[0]
+    assert {b.dtype for n, b in m.named_buffers() if "running" in n} == {torch.float32}
+    assert torch.isfinite(m.running_var).all()
+    assert m.running_var.min() > 1e5
+    outer.eval()
+    assert outer(x).dtype == x.dtype
+    assert pn.BatchNorm(3).to(xp="torch").buffers["running_var"].dtype == torch.float32
+    assert m.to_layer().dtype == x.dtype
+    outer.double()
+    assert m.running_var.dtype == torch.float64
+    assert outer(x.double()).dtype == torch.float64

@@ -74,7 +74,7 @@ def _layer(case: Case, arrays: dict[str, NumPyArray]) -> tuple[Layer, tuple[int 
         axes = operation.axes(shape)
         with numpy.errstate(all="ignore"):
             buffers |= {"running_mean": arrays["x"].mean(axis=axes), "running_var": arrays["x"].var(axis=axes)}
-    made.assign(params, {name: numpy.asarray(a).astype(made.dtype) if name.startswith("running") else a for name, a in buffers.items()})
+    made.assign(params, {name: numpy.asarray(a).astype(made.buffers[name].dtype) for name, a in buffers.items()})
     return made, ("batch", *shape[1:])
 
 

@@ -155,7 +155,9 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     if shape.lengths and model.recurrent and not shape.streaming:
         lengths = graph_input("lengths", "int64", ("batch",), rows)
         inputs.append(lengths)
-    params, buffers = ({n: constant(_cast(to_numpy(a), dtype), n) for n, a in group.items()} for group in (model.params, model.buffers))
+    kept = dtype if dtype.itemsize >= 4 else numpy.dtype("float32")  # of running statistics
+    groups = ((model.params, dtype), (model.buffers, kept))
+    params, buffers = ({n: constant(_cast(to_numpy(a), t), n) for n, a in group.items()} for group, t in groups)
     before: Any = zero_states(model, x, dtype)
     if stateful:
         states, before = state_inputs(model, rows, dtype)

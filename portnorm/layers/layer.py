@@ -24,11 +24,13 @@ from portnorm.arrays import (
     namespace,
     require_dtype,
     require_lengths,
+    statistics_dtype,
     to_numpy,
     xp_of,
 )
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator
+from portnorm.statistics import BATCHES, VALUES
 
 Arrays = dict[str, Array]
 
@@ -99,6 +101,11 @@ class Layer:
         Raises `CheckpointError` where `params` or `buffers` have not just the names of the layer's.
         """
         self._check_names(params, buffers)
+        return self._applied(params, buffers, x, state, lengths, training)
+
+    def _applied(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool
+    ) -> tuple[Array, Any, Arrays]:
         training = training and not self.evaluates
         autodiff = library(x).autodiff
         if autodiff is None or not autodiff.records((params, buffers, x, state)):
@@ -224,7 +231,8 @@ class Layer:
         if arrays.keys() != own.keys():
             raise _misfit("the state dict", self, own, arrays)
         self._check_shapes(arrays)
-        self.assign(*({n: self._converted(arrays[n], like=a) for n, a in group.items()} for group in (self.params, self.buffers)))
+        groups = ((self.params, False), (self.buffers, True))
+        self.assign(*({n: self._converted(arrays[n], like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
 
     def to(self, xp: Namespace | str | None = None, device: Any = None, dtype: DType | None = None) -> Self:
         """A copy of the layer with its arrays in another library, on another device, or of another floating dtype."""
@@ -235,10 +243,10 @@ class Layer:
         return other
 
     def _place(self, xp: Namespace, device: Any, dtype: DType) -> None:
-        arrays = (self.params, self.buffers)
+        groups = ((self.params, False), (self.buffers, True))
         self.xp, self.device, self.dtype = xp, device, load_dtype(xp, dtype)
         require_dtype(xp, self.dtype, device)
-        self.assign(*({n: self._converted(a, like=a) for n, a in group.items()} for group in arrays))
+        self.assign(*({n: self._converted(a, like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
 
     def copy(self) -> Self:
         """A copy that shares the arrays but not the places that hold them."""
@@ -255,17 +263,21 @@ class Layer:
         self.xp = load_namespace(state["xp"])
         self.dtype = load_dtype(self.xp, state["dtype"])
 
-    def _converted(self, array: Array, like: Array) -> Array:
+    def _converted(self, array: Array, like: Array, statistic: bool) -> Array:
         floating = xp_of(like).isdtype(like.dtype, "real floating")
-        dtype = self.dtype if floating else default_integer(self.xp)
+        dtype = self._dtype_of(statistic) if floating else default_integer(self.xp)
         if xp_of(array) is not self.xp:
             return self.xp.asarray(numpy.array(to_numpy(array)), dtype=dtype, device=self.device)
         (array,) = _constant({"": self.xp.astype(array, dtype)}).values()
         return array if self.device is None else array_api_compat.to_device(array, self.device)
 
-    def _new(self, values: Any, *, integer: bool = False) -> Array:
+    def _dtype_of(self, statistic: bool) -> DType:
+        """That of the layer, and of its running statistics at least float32: else small changes of them, and large variances, were lost."""
+        return statistics_dtype(self.xp, self.dtype) if statistic else self.dtype
+
+    def _new(self, values: Any, *, integer: bool = False, statistic: bool = False) -> Array:
         """A new array of the layer's library, device and dtype."""
-        dtype = default_integer(self.xp) if integer else self.dtype
+        dtype = default_integer(self.xp) if integer else self._dtype_of(statistic)
         return self.xp.asarray(numpy.asarray(values), dtype=dtype, device=self.device)
 
     # -- running statistics --------------------------------------------------------------------------------------------------------
@@ -273,13 +285,16 @@ class Layer:
     def estimate_population(self, batches: Iterable[Any]) -> None:
         """Replace all running statistics by population statistics: the average over a full pass of the statistics of each batch.
 
-        `batches` yields `x`, `(x, lengths)` or `(x, lengths, state)`. This is how Cooijmans et al. 2016 evaluate; the moving average is
-        only a live estimate.
+        A batch weighs as much as the values that its statistics were taken of: its frames, or at a step the sequences that reach it.
+        `batches` yields `x`, `(x, lengths)` or `(x, lengths, state)`. This is how Cooijmans et al. 2016 evaluate, with batches of one size;
+        as theirs, the population variance is the average of the batches' variances (of whichever kind the layer keeps, biased or
+        unbiased), without the variance of their means. The moving average is only a live estimate.
         """
         if self.evaluates:
             raise UnsupportedError(f"{type(self).__name__} evaluates since `eval` was called, and takes no statistics; call `train` first")
         pure = self.copy()
         pure.forget_statistics()
+        buffers = {**pure.buffers, **pure._counters()}
         count = 0
         for batch in batches:
             given = batch if isinstance(batch, tuple) else (batch,)
@@ -287,11 +302,16 @@ class Layer:
                 raise UnsupportedError(f"`batches` gave a tuple of {len(given)}; expected x, (x, lengths) or (x, lengths, state)")
             x, lengths, state = (*given, None, None)[:3]
             lengths = pure._checked(x, state, lengths)
-            pure.buffers = pure.apply(pure.params, pure.buffers, x, state, lengths, training=True)[2]
+            buffers = pure._applied(pure.params, buffers, x, state, lengths, True)[2]
             count += 1
         if not count:
             raise UnsupportedError("`batches` is empty; expected at least one batch to take statistics of")
-        self.assign(self.params, pure.buffers)
+        self.assign(self.params, {name: buffers[name] for name in self.buffers})
+
+    def _counters(self) -> Arrays:
+        """Buffers that count values where there are some that count batches."""
+        counters = {n.replace(BATCHES, VALUES): b for n, b in self.buffers.items() if BATCHES in n}
+        return {name: self._new(numpy.zeros(b.shape), statistic=True) for name, b in counters.items()}
 
     def forget_statistics(self) -> None:
         """Set running statistics to their start and let every batch from now on weigh the same."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy
 
-from portnorm.arrays import Array, DType, Namespace, xp_of
+from portnorm.arrays import Array, DType, Namespace, device_of, xp_of
 from portnorm.errors import ShapeError
 from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.norm.arguments import checked_eps
@@ -20,7 +21,7 @@ from portnorm.norm.rms import rms_norm
 from portnorm.op import ByKeyword, Op
 from portnorm.scalars import switch, whole_number
 from portnorm.scan import sequence_mask
-from portnorm.statistics import checked_momentum, moving_average
+from portnorm.statistics import BATCHES, VALUES, checked_momentum, moved
 
 _PARAMETERS = ("weight", "bias")
 """In the order in which the Ops take them, whatever the order of a mapping is."""
@@ -232,11 +233,11 @@ class GroupNorm(_ChannelNorm):
 class BatchNorm(_ChannelNorm):
     """Batch normalization of `num_features` channels, with running statistics. See `portnorm.batch_norm`; as `torch.nn.BatchNorm1d…3d`.
 
-    In training the batch's own statistics normalize, and the running ones follow: running + momentum · (batch − running), where
-    `momentum` is the weight of the new value and `None` means the plain average of all batches. As in torch the running variance is
-    the unbiased one (n/(n−1)); `unbiased=False` keeps the biased one, as ONNX, flax and Keras 3 do. With `lengths`, `x` is
-    (time, batch, features) or what `channel_axis` says, and padding enters no statistic. `reduce`, which is not saved with
-    the layer, sums an array over the processes that have a part of the batch each: see `portnorm.batch_norm`.
+    In training the batch's own statistics normalize, and the running ones, in at least float32, follow:
+    (1 − momentum) · running + momentum · batch, where `momentum` is the weight of the new value and `None` means the plain average of all
+    batches. As in torch the running variance is the unbiased one (n/(n−1)); `unbiased=False` keeps the biased one, as ONNX, flax and
+    Keras 3 do. With `lengths`, `x` is (time, batch, features) or what `channel_axis` says, and padding enters no statistic. `reduce`,
+    which is not saved with the layer, sums an array over the processes that have a part of the batch each: see `portnorm.batch_norm`.
 
     >>> import numpy as np, portnorm as pn
     >>> layer = pn.BatchNorm(1, momentum=None, dtype="float64")
@@ -272,8 +273,8 @@ class BatchNorm(_ChannelNorm):
 
     def _start_statistics(self) -> None:
         self.buffers = {
-            "running_mean": self._new(numpy.zeros(self.num_features)),
-            "running_var": self._new(numpy.ones(self.num_features)),
+            "running_mean": self._new(numpy.zeros(self.num_features), statistic=True),
+            "running_var": self._new(numpy.ones(self.num_features), statistic=True),
             "num_batches_tracked": self._new(0, integer=True),
         }
 
@@ -290,18 +291,24 @@ class BatchNorm(_ChannelNorm):
             return buffers
         xp = xp_of(residuals.mean)
         mean, var = (xp.reshape(s, (self.num_features,)) for s in residuals.statistics())
+        axes = tuple(a for a in range(len(residuals.shape)) if a != self.channel_axis % len(residuals.shape))
+        count = residuals.counted
+        count = None if count is None else xp.reshape(xp.broadcast_to(count, residuals.mean.shape), var.shape)
         if self.unbiased:
-            axes = tuple(a for a in range(len(residuals.shape)) if a != self.channel_axis % len(residuals.shape))
-            count = residuals.counted
-            count = None if count is None else xp.reshape(xp.broadcast_to(count, residuals.mean.shape), var.shape)
             var = var * bessel(var, count, residuals.shape, axes)
         # A batch in which nothing counts has no statistics, and changes none.
-        before = buffers["num_batches_tracked"]
+        before = buffers[BATCHES]
         seen = xp.ones_like(before) > 0 if residuals.counted is None else xp.max(residuals.counted) > 0
-        tracked = before + xp.astype(seen, before.dtype)
-        new = {"num_batches_tracked": tracked}
+        new = {BATCHES: before + xp.astype(seen, before.dtype)}
+        part: Any = self.momentum
+        if VALUES in buffers:
+            values = math.prod([residuals.shape[a] for a in axes]) if count is None else count
+            new[VALUES] = buffers[VALUES] + values
+            part = xp.asarray(values, dtype=var.dtype, device=device_of(var)) / xp.where(new[VALUES] > 0, new[VALUES], 1.0)
+        elif part is None:
+            part = 1.0 / xp.astype(xp.where(new[BATCHES] > 0, new[BATCHES], 1), var.dtype)
         for name, batch in {"running_mean": mean, "running_var": var}.items():
-            average = xp.astype(moving_average(buffers[name], batch, self.momentum, tracked), buffers[name].dtype)
+            average = xp.astype(moved(buffers[name], batch, part), buffers[name].dtype, copy=False)
             new[name] = xp.where(seen, average, buffers[name])
         return {name: new[name] for name in buffers}
 

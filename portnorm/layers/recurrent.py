@@ -222,8 +222,8 @@ class Recurrent(Layer):
             cell = direction.cells[0]
             for slot in cell.names():
                 shape = (*rows, cell.width(slot) * self.hidden_size)
-                self.buffers[f"{slot}{suffix}.running_mean"] = self._new(numpy.zeros(shape))
-                self.buffers[f"{slot}{suffix}.running_var"] = self._new(numpy.ones(shape))
+                self.buffers[f"{slot}{suffix}.running_mean"] = self._new(numpy.zeros(shape), statistic=True)
+                self.buffers[f"{slot}{suffix}.running_var"] = self._new(numpy.ones(shape), statistic=True)
             self.buffers[f"num_batches_tracked{suffix}"] = self._new(numpy.zeros(rows, dtype=int), integer=True)
 
     def forget_statistics(self) -> None:

@@ -62,14 +62,13 @@ def batch_renorm(
     own = batch_norm.forward(x, channel_axis=channel_axis, eps=eps, mask=mask)[1]
     own_mean, own_var = (xp.reshape(s, mean.shape) for s in own.statistics())
     eps = checked_eps(eps)
+    mean, var = (xp.astype(s, own_var.dtype, copy=False) for s in (mean, var))
     std = xp.sqrt(var + float32_value(eps))
     r = xp.clip(xp.sqrt(own_var + float32_value(eps)) / std, 1.0 / r_max, r_max)
     d = xp.clip((own_mean - mean) / std, -d_max, d_max)
-    gain, shift = (r, d) if weight is None else (weight * r, weight * d)
-    shift = shift if bias is None else shift + bias
-    y, normalized = batch_norm.forward(
-        x, xp.astype(gain, x.dtype, copy=False), xp.astype(shift, x.dtype, copy=False), channel_axis=channel_axis, eps=eps, mask=mask
-    )
+    gain, shift = (r, d) if weight is None else (xp.astype(weight, r.dtype, copy=False) * s for s in (r, d))
+    shift = shift if bias is None else shift + xp.astype(bias, r.dtype, copy=False)
+    y, normalized = batch_norm.forward(x, gain, shift, channel_axis=channel_axis, eps=eps, mask=mask)
     return y, Renormalized(normalized, r, d, weight, bias)
 
 
@@ -78,7 +77,7 @@ def _(residuals: Renormalized, dy: Array, *, channel_axis: int = 1, mask: Array 
     dx, dgain, dshift = batch_norm.vjp(residuals.normalized, dy, channel_axis=channel_axis, mask=mask)
     weight = residuals.weight
     dweight = None if weight is None else xp_of(dy).astype(dgain * residuals.r + dshift * residuals.d, weight.dtype, copy=False)
-    return dx, dweight, None if residuals.bias is None else dshift
+    return dx, dweight, None if residuals.bias is None else xp_of(dy).astype(dshift, residuals.bias.dtype, copy=False)
 
 
 def checked_bounds(r_max: float, d_max: float) -> tuple[float, float]:

@@ -65,7 +65,7 @@ def _accepts(
 
     The latter with given statistics too.
     """
-    if mask is not None or reduce is not None or correction or eps_place != "variance":
+    if mask is not None or reduce is not None or correction or not (eps_place == "variance" or (eps_place == "floor" and eps == 0)):
         return False
     if type(x) is not numpy.ndarray or not x.size or x.dtype not in RANGE:
         return False

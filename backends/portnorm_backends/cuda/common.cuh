@@ -58,6 +58,16 @@ __device__ inline double row_scale(double largest, double eps) {
 // Statistics of a row as the backward pass reads them: x̂ = ((x · scale − mean) − rest) · rstd.
 template <class S> struct RowStatistics { S mean, rest, rstd, scale; };
 
+// A row without spread needs no scale, under which eps would vanish: it keeps 1 / sqrt(eps) for its gradient.
+template <class S> __device__ inline RowStatistics<S> found_statistics(S mean, S rest, S variance, S eps, S scale) {
+  if (variance == 0) {
+    mean /= scale;
+    rest /= scale;
+    scale = 1;
+  }
+  return {mean, rest, S(1) / root(variance + eps * scale * scale), scale};
+}
+
 template <class S> __device__ inline S normalized(S x, const RowStatistics<S>& s) { return ((x * s.scale - s.mean) - s.rest) * s.rstd; }
 
 struct Added { template <class S> __device__ S operator()(S a, S b) const { return a + b; } };

@@ -28,7 +28,7 @@ struct Step {
   void *y, *gates, *statistics, *cell_statistics;      // y, gates (T, B, G·H), rows (T, B, G, 4), (T, B, 4); batch (T, G·H, 4), (T, H, 4)
   const void *early, *gain, *shift, *cell_gain, *cell_shift;
   const Count *lengths;                                // (B,)
-  const void *mean, *variance, *cell_mean, *cell_variance;      // given statistics (T, features)
+  const void *mean, *variance, *cell_mean, *cell_variance;      // given statistics (T, features), in the type of statistics
   void *seen_mean, *seen_variance, *seen_cell_mean, *seen_cell_variance;
   const void *dy, *dh;                                 // (T, B, H), (B, H)
   void *direct, *dc, *du, *da, *dn, *dnc;              // (B, H) each; (T, B, G·H) each: of u, of a, of N's result; (T, B, H) of N_c's
@@ -149,10 +149,9 @@ __device__ inline void normalize_row(S (&value)[G][UNITS], int hidden, Count kin
   over_parts(sums, partition, Added());
 #pragma unroll
   for (int g = 0; g < G; g++) {
-    const S rstd = S(1) / root(sums[g] / count[g] + S(eps) * scale[g] * scale[g]);
+    found[g] = found_statistics(mean[g], rest[g], sums[g] / count[g], S(eps), scale[g]);
 #pragma unroll
-    for (int k = 0; k < UNITS; k++) value[g][k] *= rstd;
-    found[g] = {mean[g], rest[g], rstd, scale[g]};
+    for (int k = 0; k < UNITS; k++) value[g][k] *= found[g].rstd;
   }
 }
 
@@ -531,7 +530,7 @@ __device__ inline void batch_statistics(
 #pragma unroll
   for (int k = 0; k < N; k++) {
     variance[k] = sums[k] / count;
-    found[k] = {mean[k], rest[k], S(1) / root(variance[k] + S(s.eps) * scale[k] * scale[k]), scale[k]};
+    found[k] = found_statistics(mean[k], rest[k], variance[k], S(s.eps), scale[k]);
   }
 }
 
@@ -547,15 +546,15 @@ __device__ inline void statistics_of_step(
 #pragma unroll
       for (int k = 0; k < N; k++) {
         const S scale = found[k].scale, factor = s.unbiased && count > 1 ? count / (count - 1) : S(1);
-        out<T>(seen_mean)[t * N * hidden + k * hidden + j] = Narrowed<T>::of((found[k].mean + found[k].rest) / scale);
-        out<T>(seen_variance)[t * N * hidden + k * hidden + j] = Narrowed<T>::of(spread[k] / scale / scale * factor);
+        out<S>(seen_mean)[t * N * hidden + k * hidden + j] = (found[k].mean + found[k].rest) / scale;
+        out<S>(seen_variance)[t * N * hidden + k * hidden + j] = spread[k] / scale / scale * factor;
       }
     }
   } else if (inside) {
 #pragma unroll
     for (int k = 0; k < N; k++) {
       const Count i = t * N * hidden + k * hidden + j;
-      found[k] = {S(widened(in<T>(mean)[i])), S(0), S(1) / root(S(widened(in<T>(variance)[i])) + S(s.eps)), S(1)};
+      found[k] = {in<S>(mean)[i], S(0), S(1) / root(in<S>(variance)[i] + S(s.eps)), S(1)};
     }
   }
   if (inside && kept && threadIdx.y == 0) {

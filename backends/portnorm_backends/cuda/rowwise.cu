@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(512) rows_forward(
     }
   }
   const S variance = sum_over_row(squares) / n;
-  const S rstd = S(1) / root(variance + S(eps) * scale * scale);
+  const RowStatistics<S> found = found_statistics(mean, rest, variance, S(eps), scale);
   if (!inside) return;
   const Count start = layout.start(row);
 #pragma unroll
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(512) rows_forward(
     const int i = k * stride + (int)threadIdx.x * V;
     if (i >= n) continue;
 #pragma unroll
-    for (int v = 0; v < V; v++) value[k][v] *= rstd;
+    for (int v = 0; v < V; v++) value[k][v] *= found.rstd;
     if (wide == 1) {
       S own[V];
       if (weight) {
@@ -110,10 +110,10 @@ __global__ void __launch_bounds__(512) rows_forward(
     store<V>(y + row * length + i, value[k]);
   }
   if (threadIdx.x != 0) return;
-  static_cast<RowStatistics<S>*>(statistics)[row] = {mean, rest, rstd, scale};
+  static_cast<RowStatistics<S>*>(statistics)[row] = found;
   if (means) {
-    static_cast<S*>(means)[row] = (mean + rest) / scale;
-    static_cast<S*>(variances)[row] = variance / scale / scale;
+    static_cast<S*>(means)[row] = (found.mean + found.rest) / found.scale;
+    static_cast<S*>(variances)[row] = variance / found.scale / found.scale;
   }
 }
 
