@@ -55,6 +55,7 @@ def softmax_cross_entropy(
     w = xp.astype(counts, z.dtype) if weights is None else xp.where(counts, xp.astype(weights, z.dtype), 0.0)
     if weights is not None:
         counts = _not_zero(xp, w)
+        w = xp.where(counts, w, 0.0)  # a constant to who differentiates this
     share = _share(xp, w, _total(w if weights is None else xp.abs(w)))
     seen = is_concrete(labels) and is_concrete(counts)
     if seen and 0 not in cases:
@@ -172,7 +173,7 @@ def mean_squared_error(y: Array, target: Array, weights: Array | None = None) ->
         if tuple(weights.shape) != tuple(y.shape[: weights.ndim]):
             raise ShapeError(f"`weights` has shape {tuple(weights.shape)}; expected {tuple(y.shape)}, that of `y`, or its first axes")
         along = xp.reshape(xp.astype(weights, dtype), (*weights.shape, *(1 for _ in range(y.ndim - weights.ndim))))
-        along = xp.broadcast_to(along, y.shape)
+        along = xp.broadcast_to(xp.where(_not_zero(xp, along), along, 0.0), y.shape)
         share = _share(xp, along, _total(xp.abs(along)))
         error = xp.where(_not_zero(xp, share), error, 0.0)
         losses = error * error * share
