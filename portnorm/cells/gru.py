@@ -9,11 +9,12 @@
     reset=None:      no r,                                          n = φ(u_n + a_n)
 
 With one normalizer on each sum, (r, z) = σ(N_sum(u + a)) and n = φ(N_n(…)) with what φ has in its brackets above; with reset="sum" and None
-N_sum has the candidate too. φ is tanh, or ReLU by the variant.
+N_sum has the candidate too. φ is tanh, or ReLU by the variant. With update="replace" z and 1 − z change places in h'.
 
 "after" is what torch, Keras with reset_after, ONNX with linear_before_reset=1 and Ba, Kiros & Hinton 2016 have; "before" is the first
 paper, Keras without reset_after, and ONNX with linear_before_reset=0; "sum" is Dreamer's, and `None` is Li-GRU (Ravanelli et al. 2018).
-The gates are in the order of torch: r, z, n. Keras, haste and ONNX have z first. In Ba et al. 2016 1 − z stands for z here.
+The gates are in the order of torch: r, z, n. Keras, haste and ONNX have z first. In Ba et al. 2016, and with update="replace", z is what
+the candidate replaces.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class GRUCell(RecurrentCell):
                 p = u_n + r * reset
             p = norm("norm_n", p)
         n = ACTIVATIONS[v.activation].of(p)
-        return (self.stays(h, n + z * (h - n)),), tuple(norm.statistics), GRUResiduals(h, r, z, n, reset, norm.residuals)
+        kept, replaced = (h, n) if v.update == "keep" else (n, h)  # by z, by 1 − z
+        return (self.stays(h, replaced + z * (kept - replaced)),), tuple(norm.statistics), GRUResiduals(h, r, z, n, reset, norm.residuals)
 
     def _opened(self, gates: Array) -> tuple[Any, Array]:
         """(r or `None`, z) from what goes into the sigmoid."""
@@ -122,10 +124,11 @@ class GRUCell(RecurrentCell):
         v, xp, norm_vjp, weights = self.variant, xp_of(h), SlotsVjp(self.slots, normalized, active), params["weight_hh"]
         width = (self.gates - 1) * h.shape[-1]
         dstays, dh = self.stays_vjp(dstate[0])
-        before = dh * z + dstays
+        kept, replaced = (z, 1.0 - z) if v.update == "keep" else (1.0 - z, z)  # of h, of n
+        before = dh * kept + dstays
         terms: tuple[Array, ...] = ()
-        dp = ACTIVATIONS[v.activation].vjp(n, dh * (1.0 - z))
-        dz = dh * (h - n) * z * (1.0 - z)
+        dp = ACTIVATIONS[v.activation].vjp(n, dh * replaced)
+        dz = dh * ((h - n) if v.update == "keep" else (n - h)) * z * (1.0 - z)
         if v.reset in ("sum", None):
             gates = dz if r is None else xp.concat((dp * reset * r * (1.0 - r), dz), axis=-1)
             dx = norm_vjp("norm_sum", xp.concat((gates, dp if r is None else dp * r), axis=-1))

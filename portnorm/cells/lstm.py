@@ -41,7 +41,12 @@ class LSTMCell(RecurrentCell):
     projects = True
     candidate = 2
     states = ("h", "c")
-    takes = {"reset": ("after",), "groups": ("all", "gate"), "activation": ("tanh",)}  # noqa: RUF012  # a table, never written to
+    takes = {  # noqa: RUF012  # a table, never written to
+        "reset": ("after",),
+        "update": ("keep",),
+        "groups": ("all", "gate"),
+        "activation": ("tanh",),
+    }
 
     def extra(self) -> tuple[str, ...]:
         return ("peephole",) if self.variant.peepholes else ()

@@ -32,6 +32,7 @@ class RNNCell(RecurrentCell):
     states = ("h",)
     takes = {  # noqa: RUF012  # a table, never written to
         "reset": ("after",),
+        "update": ("keep",),
         "groups": ("all",),
         "cell": (None,),
         "runtime_forget_bias": (0.0,),

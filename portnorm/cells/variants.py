@@ -35,6 +35,9 @@ class Variant:
     reset: Literal["after", "before", "sum"] | None = "after"
     """GRU: whether the reset gate multiplies the candidate's hidden term, the hidden state before its matrix product, or the candidate's
     whole normalized pre-activation; `None` has no reset gate (Li-GRU)."""
+    update: Literal["keep", "replace"] = "keep"
+    """GRU: whether the update gate z is the part of h that is kept, h' = (1 − z) ⊙ n + z ⊙ h, or the part that the candidate replaces,
+    h' = (1 − z) ⊙ h + z ⊙ n."""
     scale: bool = True
     """Whether the normalizers of the gates have a gain γ of their own."""
     shift: bool = True
@@ -121,6 +124,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "groups": ("all", "candidate", "gate"),
     "cell": (None, "copy", "state"),
     "reset": ("after", "before", "sum", None),
+    "update": ("keep", "replace"),
     "early": _BIASES,
     "biases": _BIASES,
     "eps_place": ("variance", "std"),
@@ -212,9 +216,9 @@ IMPLEMENTATIONS: dict[str, dict[str | None, Variant]] = {
         ),
         "jihunchoi": Variant("jihunchoi/recurrent-batch-normalization-pytorch", **_BATCH, variance="running"),
         "olavhn": Variant("OlavHN/bnlstm (with t_max=1)", **_BATCH, eps=1e-3),
-        "iassael": Variant("iassael/torch-bnlstm (with t_max=1)", **_BATCH, variance="running"),
+        "iassael": Variant("iassael/torch-bnlstm (with t_max=1)", **_BATCH, early=("bias",), biases=(), variance="running"),
         "hellozgy": Variant("hellozgy/bnlstm-pytorch (with t_max=1)", "batch", cell="copy", scale=False, shift=False, variance="running"),
-        "mrubio-chavarria": Variant("mrubio-chavarria/batch_norm_lstm (whose directions share their norms)", **_BATCH),
+        "mrubio-chavarria": Variant("mrubio-chavarria/batch_norm_lstm (whose directions share their norms)", **_BATCH, variance="running"),
         "sonnet-batch": Variant(
             "Sonnet 1, BatchNormLSTM (with t_max=max_unique_stats)", **_BATCH, shift=False, runtime_forget_bias=1.0, eps=1e-3
         ),
@@ -226,13 +230,19 @@ IMPLEMENTATIONS: dict[str, dict[str | None, Variant]] = {
         "kiros": Variant("ryankiros/layer-norm, layers.py", "layer", groups="candidate", early=("bias",), biases=()),
         "haste": Variant("lmnt-com/haste, LayerNormGRU", "layer", shift=False, biases=_TORCH_BIASES),
         "dreamer": Variant(
-            "Dreamer 2, GRUCell(norm=True); its update gate is 1 − z", **_LAYER_SUM, reset="sum", early=("bias",), biases=(), eps=1e-3
+            "Dreamer 2, GRUCell(norm=True); its update gate is 1 − z, less 1",
+            **_LAYER_SUM,
+            reset="sum",
+            early=("bias",),
+            biases=(),
+            eps=1e-3,
         ),
         "icefall": Variant("k2-fsa/icefall, LayerNormGRUCell", **_LAYER_SUM, groups="gate", early=_TORCH_BIASES, biases=()),
         "elektrisches-schaf": Variant(
-            "ElektrischesSchaf/LayerNorm_GRU; its update gate is 1 − z",
+            "ElektrischesSchaf/LayerNorm_GRU",
             "layer",
             groups="candidate",
+            update="replace",
             scale=False,
             shift=False,
             early=_TORCH_BIASES,

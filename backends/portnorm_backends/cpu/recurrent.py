@@ -124,7 +124,7 @@ def _is_known(cell: Any) -> bool:
     by_batch = v.norm == "batch" and any(slot.normalizes for slot in cell.slots.values())
     known = v.eps_place == "variance" and v.variance != "unbiased" and not (by_batch and ("norm_sum" in cell.slots or not v.timed))
     known = known and cell.reduce is None  # statistics over processes are the definition's
-    return plain and known and (type(cell) is not GRUCell or v.reset == "after")
+    return plain and known and (type(cell) is not GRUCell or (v.reset, v.update) == ("after", "keep"))
 
 
 def _slot(cell: RecurrentCell, name: str, shape: tuple[int, ...], given: Any, params: Params, keep: bool) -> Any:

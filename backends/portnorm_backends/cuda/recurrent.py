@@ -73,7 +73,9 @@ def accepts(
         or v.variance == "unbiased"
     ):
         return False
-    if (isinstance(cell, GRUCell) and (v.reset != "after" or "norm_sum" in cell.slots)) or (v.norm == "batch" and v.cell == "state"):
+    if (isinstance(cell, GRUCell) and ((v.reset, v.update) != ("after", "keep") or "norm_sum" in cell.slots)) or (
+        v.norm == "batch" and v.cell == "state"
+    ):
         return False
     arrays = (*xs, *state, *params.values())
     if any(type(a) is not cupy.ndarray or a.dtype != xs[0].dtype for a in arrays) or xs[0].dtype.name not in TYPES:
