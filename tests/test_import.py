@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 import portnorm as pn
 from portnorm.checkpoint import safetensors
-from tests.oracles import PUBLISHED, D, H, Published
+from tests import oracles
+from tests.oracles import D, H, Published
+from tests.oracles_libraries import LIBRARY_CELLS
 from tests.tolerances import DIFFERENCES, LIBRARY_FLOAT32, ONNX_OPERATOR, PUBLISHED_FLOAT64
 
+PUBLISHED = [*oracles.PUBLISHED, *LIBRARY_CELLS]
 CASES = [
     pytest.param(case, training, id=f"{case.format}-{case.layer}-{k}-{'training' if training else 'inference'}")
     for k, case in enumerate(PUBLISHED)
@@ -41,8 +44,8 @@ def test_values_and_gradients_are_those_of_the_published_cell(case: Published, t
         direction = rng.standard_normal(p[name].shape)
         ends = [{**p, name: p[name] + sign * step * direction} for sign in (1, -1)]
         difference = sum(sign * np.sum(case.oracle(end, x, training) * dy) for sign, end in zip((1, -1), ends, strict=True)) / (2 * step)
-        ours = [imported(case, {**p, name: p[name] + sign * direction}).parameters() for sign in (1, -1)]
-        gradient = sum(np.sum(grads[n] * (ours[0][n] - ours[1][n]) / 2) for n in grads)
+        ours = [imported(case, {**p, name: p[name] + sign * step * direction}).parameters() for sign in (1, -1)]
+        gradient = sum(np.sum(grads[n] * (ours[0][n] - ours[1][n]) / (2 * step)) for n in grads)
         np.testing.assert_allclose(gradient, difference, rtol=DIFFERENCES, atol=DIFFERENCES * max(1, abs(difference)))
     direction = rng.standard_normal(x.shape)
     ends = [np.sum(case.oracle(p, x + sign * step * direction, training) * dy) for sign in (1, -1)]
@@ -54,15 +57,17 @@ def test_out_again(case: Published, rng: np.random.Generator) -> None:
     """What a format stores comes back under its names, or, where it has two names for one layer, under those of the first."""
     p = case.arrays(rng)
     layer = imported(case, p)
-    if case.config or "w_f_diag" in p:
+    if case.config or case.format == "speechbrain":  # whose directions share their weights
         with pytest.raises(pn.UnsupportedError, match=case.format):
             pn.to_format(layer, case.format)
         return
     again = pn.to_format(layer, case.format)
-    if "bn_a.gammas" not in p:
-        assert set(again) == set(p)
+    if set(again) <= set(p):
+        assert set(p) - set(again) <= ({"bias"} if "w_f_diag" in p else set())  # which is stored there and not used
         for name, array in again.items():
             np.testing.assert_array_equal(array, p[name])
+    else:
+        assert case.format in ("torch", "tensorflow") or "bn_a.gammas" in p
     for name, array in imported(case, again).state_dict().items():
         np.testing.assert_array_equal(array, layer.state_dict()[name])
 
@@ -76,11 +81,12 @@ def test_missing_unknown_and_misshapen_arrays_are_named(case: Published, rng: np
         try:
             pn.import_checkpoint(others, case.format)
         except pn.CheckpointError as error:
-            assert name in str(error)  # noqa: PT017  # the exception is checked where there is one
+            # What is left of a cell whose gates are modules of their own are layers too.
+            apart = case.format in ("haiku", "madmom") and "more than one" in str(error)
+            assert name in str(error) or apart  # noqa: PT017  # the exception is checked where there is one
         else:
             # A layer without it exists: without bias, without hidden weights, or plain.
-            assert case.format in ("keras", "haste")
-            assert name in ("bias", "recurrent_kernel", "gamma")
+            assert name.rpartition("/")[2] in ("bias", "b", "recurrent_kernel", "recurrent_weights", "gamma")
         for wrong in (p[name][..., None], np.ones((*p[name].shape[:-1], 0))):
             with pytest.raises(pn.CheckpointError, match=name.replace(".", r"\.")):
                 pn.import_checkpoint({**p, name: wrong}, case.format)
@@ -147,7 +153,10 @@ def test_auto_says_what_it_took_and_refuses_to_guess(caplog: pytest.LogCaptureFi
             with pytest.raises(pn.CheckpointError, match=f"fit more than one.*{case.format!r}"):
                 pn.import_checkpoint(arrays)
         else:
-            assert pn.import_checkpoint(arrays, **case.config).provenance.startswith(f"{case.format}: {case.layer}")
+            # torch, fastrnns and paddle store cells without norms alike.
+            plain = ("torch", "torch-fastrnns", "paddle")
+            found = pn.import_checkpoint(arrays, **case.config).provenance
+            assert found.startswith(tuple(f"{name}: {case.layer}" for name in (plain if case.format in plain else (case.format,)))), found
     with caplog.at_level(logging.INFO, logger="portnorm"):
         pn.import_checkpoint(pn.to_format(pn.LSTM(3, 2, rng=0), "torch"))
     assert "torch: LSTM" in caplog.text

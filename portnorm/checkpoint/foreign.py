@@ -16,7 +16,7 @@ from portnorm.cells.variants import Variant, variant_of
 from portnorm.checkpoint import containers
 from portnorm.checkpoint.containers import Arrays
 from portnorm.checkpoint.formats import FORMATS as FORMATS
-from portnorm.checkpoint.formats import ROWS
+from portnorm.checkpoint.formats import PIECES, ROWS
 from portnorm.checkpoint.formats.row import OUR_GATES, Read, Row
 from portnorm.checkpoint.layers import LAYERS
 from portnorm.checkpoint.recognise import Fit, expanded, fit_of, layers_of, parts_of, placed
@@ -66,6 +66,9 @@ def import_checkpoint(
     empty = [key for key, a in arrays.items() if a.size == 0]
     if empty:
         raise CheckpointError(f"{', '.join(map(repr, empty))} have no entries; expected weights")
+    for name, (take_apart, _) in PIECES.items():
+        if format in ("auto", name):
+            arrays = take_apart(arrays)
     try:
         fit = fit_of(arrays, prefix, format, layer, set(ignore))
     except CheckpointError as error:
@@ -85,12 +88,14 @@ class _Reader:
 
     def __init__(self, fit: Fit, arrays: Arrays, ignore: set[str]):
         self.fit, self.row, self.arrays, self.ignore = fit, fit.row, arrays, ignore
-        self.order = OUR_GATES.get(fit.row.layer, "")
+        self.order = ours(fit.row)
 
     def layer(self, where: dict[str, Any], config: dict[str, Any]) -> Layer:
         row = self.row
-        for key in row.zero:
-            original = self.fit.keys.get(key)
+        if row.shared and (config.get("bidirectional") or self._returns_both()):
+            self.fit = replace(self.fit, places=[[place, place] for (place,) in self.fit.places])
+        for place, key in itertools.product(itertools.chain(*self.fit.places), row.zero):
+            original = self.fit.keys.get(placed(key, place))
             if original is not None and original not in self.ignore and numpy.any(self.arrays[original]):
                 raise CheckpointError(
                     f"`{original}` is a learned initial state, which a layer takes with the call; pass ignore={row.zero!r}, "
@@ -131,6 +136,15 @@ class _Reader:
                 values[name] = self._tracked(name, shape)
         layer.load_state_dict(values)
         return layer
+
+    def _returns_both(self) -> bool:
+        """Whether a second layer takes twice the hidden size, so that there are two directions."""
+        read = {name: self.row.reads[name] for name in ("weight_ih", "weight_hh")}
+        places = [place for (place,) in self.fit.places[1:2]]
+        return any(
+            self._array("weight_ih", read["weight_ih"], p).shape[1] == 2 * self._array("weight_hh", read["weight_hh"], p).shape[1]
+            for p in places
+        )
 
     # -- arguments of the layers -------------------------------------------------------------------------------------------------------
 
@@ -183,8 +197,12 @@ class _Reader:
     def _array(self, name: str, read: Read, place: str) -> Any:
         """The array that a row's entry describes, in our layout."""
         keys = self._originals(read, place)
-        pieces = [self._piece(self.arrays[key], key, read) for key in keys]
-        if len(pieces) == 1:
+        found = [self.arrays[key] for key in keys]
+        columns = sum(a.shape[1] for a in found if a.ndim == 2)
+        pieces = [self._piece(a, key, read, columns // max(1, len(self.order))) for key, a in zip(keys, found, strict=True)]
+        if read.join is not None:
+            array = self._joined(read, pieces, keys)
+        elif len(pieces) == 1:
             array = pieces[0]
         elif "{t}" in read.keys[0]:
             array = numpy.stack(pieces)
@@ -196,12 +214,22 @@ class _Reader:
         if read.by_gate:
             array = self._in_our_order(array, 0 if name.startswith("weight") and not read.transposed else -1, keys[0])
         array = array.T if read.transposed else array
+        if read.candidate:
+            array = numpy.concatenate([numpy.zeros((len(self.order) - 1) * array.shape[0], array.dtype), array])
         try:
             return read.then(array) if read.then is not None else array
         except (ValueError, IndexError) as error:
             raise CheckpointError(f"{', '.join(map(repr, keys))} have a shape that does not fit: {error}") from error
 
-    def _piece(self, array: Any, key: str, read: Read) -> Any:
+    def _joined(self, read: Read, pieces: list[Any], keys: list[str]) -> Any:
+        assert read.join is not None
+        try:
+            return read.join(*pieces)
+        except (ValueError, IndexError) as error:
+            shapes = " and ".join(str(piece.shape) for piece in pieces)
+            raise CheckpointError(f"{', '.join(map(repr, keys))} have the shapes {shapes}, which do not go together: {error}") from error
+
+    def _piece(self, array: Any, key: str, read: Read, hidden: int) -> Any:
         if read.at is not None:
             if array.ndim < 2 or array.shape[0] <= read.at:
                 raise CheckpointError(f"{key!r} has shape {array.shape}; expected at least {read.at + 1} rows of numbers")
@@ -209,10 +237,9 @@ class _Reader:
         if (read.part is not None or read.transposed) and array.ndim != 2:
             raise CheckpointError(f"{key!r} has shape {array.shape}; expected a matrix")
         if read.part is not None:
-            hidden = array.shape[1] // len(self.order)
-            if hidden >= array.shape[0]:
+            if not 0 < hidden < array.shape[0]:
                 raise CheckpointError(
-                    f"{key!r} has shape {array.shape}; expected inputs + hidden rows and {len(self.order)} · hidden columns"
+                    f"{key!r} has shape {array.shape}; expected inputs + hidden rows, where hidden is {hidden} by the columns"
                 )
             array = array[:-hidden] if read.part == "input" else array[-hidden:]
         return array
@@ -252,13 +279,14 @@ def to_format(layer: Layer, format: str) -> Arrays:  # noqa: A002
                 if names <= stored:
                     found |= _written(row, {name: own[f] for name, f in full.items()}, template.format(l=n))
             if names == stored:
-                return found | {name: own[name] for name in row.unused if name in own}
+                found |= {name: own[name] for name in row.unused if name in own}
+                return PIECES[format][1](found) if format in PIECES else found
     raise UnsupportedError(f"format {format!r} has no {layer!r}; expected one of {', '.join(layers_of(format))} in a form that it has")
 
 
 def _computes(row: Row, layer: Layer) -> bool:
     """Whether a row's layer computes what `layer` does."""
-    if any(read.then is not None for read in row.reads.values()):
+    if any((read.then is not None and read.back is None) or read.join is not None for read in row.reads.values()) or row.shared:
         return False
     if not isinstance(layer, Recurrent):
         return True
@@ -266,27 +294,49 @@ def _computes(row: Row, layer: Layer) -> bool:
     return replace(variant, source="", gain=0.0, forget_bias=0.0) == replace(layer.variant, source="", gain=0.0, forget_bias=0.0)
 
 
+def ours(row: Row) -> str:
+    """The gates of a row in our order."""
+    return "".join(gate for gate in OUR_GATES.get(row.layer, "") if gate in row.gates)
+
+
+def _moved(own: Arrays) -> Arrays:
+    """With the hidden bias of a GRU's gates in the input bias, where it does the same; that of the candidate stays in the reset gate."""
+    inner = own["bias_hh"].copy()
+    gates = slice(0, inner.shape[0] // 3 * 2)
+    outer = own["bias_ih"].copy()
+    outer[gates] += inner[gates]
+    inner[gates] = 0
+    return {**own, "bias_ih": outer, "bias_hh": inner}
+
+
 def _written(row: Row, own: Arrays, place: str) -> Arrays:
     """One direction's arrays under the names of a row."""
     found: Arrays = {}
     stacked: dict[str, dict[Any, Any]] = {}
-    ours, hidden = OUR_GATES.get(row.layer, ""), own["weight_hh"].shape[-1] if "weight_hh" in own else 1
+    order, hidden = ours(row), own["weight_hh"].shape[0] // len(row.gates) if "weight_hh" in own else 1
+    if any(read.candidate for read in row.reads.values()):
+        own = _moved(own)
     for name, read in row.reads.items():
         array, axis = own[name], 0 if name.startswith("weight") and not read.transposed else -1
+        array = array if read.back is None else read.back(array)
         array = array.T if read.transposed else array
         if read.at is not None and "running" in name:
             array = array[0]  # the only row of statistics
         if read.by_gate:
-            blocks = numpy.split(array, len(ours), axis=axis)
-            array = numpy.concatenate([blocks[ours.index(gate)] for gate in row.gates], axis=axis)
+            blocks = numpy.split(array, len(order), axis=axis)
+            array = numpy.concatenate([blocks[order.index(gate)] for gate in row.gates], axis=axis)
+        if read.candidate:
+            array = array[-hidden:]
         if "{t}" in read.keys[0]:
             found |= {placed(read.keys[0], place).replace("{t}", str(t)): step for t, step in enumerate(array)}
-        elif read.at is not None or read.part is not None:
-            stacked.setdefault(placed(read.keys[0], place), {})[read.at if read.part is None else read.part] = array
-        else:
-            cuts = [array.shape[axis] - hidden * (len(read.keys) - 1 - k) for k in range(len(read.keys) - 1)]
-            pieces = numpy.split(array, cuts, axis=-1 if read.transposed else 0)
-            found |= {placed(key, place): piece for key, piece in zip(read.keys, pieces, strict=True)}
+            continue
+        # All keys but the first have one gate each.
+        cuts = [array.shape[axis] - hidden * (len(read.keys) - 1 - k) for k in range(len(read.keys) - 1)]
+        for key, piece in zip(read.keys, numpy.split(array, cuts, axis=-1 if read.transposed else 0), strict=True):
+            if read.at is None and read.part is None:
+                found[placed(key, place)] = piece
+            else:
+                stacked.setdefault(placed(key, place), {})[read.at if read.part is None else read.part] = piece
     for key, parts in stacked.items():
         joint = "input" in parts
         found[key] = numpy.concatenate([parts["input"], parts["hidden"]]) if joint else numpy.stack([parts[k] for k in sorted(parts)])

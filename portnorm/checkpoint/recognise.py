@@ -11,7 +11,7 @@ from typing import Any
 
 from portnorm.checkpoint.containers import Arrays
 from portnorm.checkpoint.formats import NAMES, ROWS
-from portnorm.checkpoint.formats.row import Row
+from portnorm.checkpoint.formats.row import Read, Row
 from portnorm.errors import CheckpointError, UnsupportedError
 
 
@@ -25,18 +25,22 @@ class Fit:
     unknown: list[str]  # the file's keys that the row does not have
     missing: list[str]  # the row's keys that the file does not have
     found: int
+    explained: int  # how many letters of the names the row explains; those before are a prefix
 
 
 def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: set[str]) -> Fit:  # noqa: A002
-    chosen = [row for row in ROWS if format in ("auto", row.format) and layer in (None, row.layer)]
+    chosen = [row for row in ROWS if (row.auto if format == "auto" else format == row.format) and layer in (None, row.layer)]
     if not chosen:
         raise UnsupportedError(f"`layer` is {layer!r}, which format {format!r} has not; expected one of {', '.join(layers_of(format))}")
     fits = [fit for row in chosen for fit in _matches(row, arrays, prefix, ignore)]
     exact = [fit for fit in fits if not fit.unknown and not fit.missing]
     # A row with a learned initial state or unused arrays explains more keys than one without.
     exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
-    # A stack of one layer is that layer under a longer name.
-    plausible = list({(id(fit.row), *sorted(fit.keys.values())): fit for fit in reversed(exact) if _is_plausible(fit, arrays)}.values())
+    plausible = [fit for fit in exact if _is_plausible(fit, arrays)]
+    # A row that explains more of the names says more: `gru_cell/…` is a cell, where `…` alone could be anything.
+    plausible = [fit for fit in plausible if fit.explained == max(p.explained for p in plausible)]
+    # Rows of several formats that read the same arrays in the same way are one.
+    plausible = list({_meaning(fit): fit for fit in reversed(plausible)}.values())
     if len(plausible) == 1:
         return plausible[0]
     nearest = sorted(
@@ -76,6 +80,20 @@ def parts_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore
     return found
 
 
+def _meaning(fit: Fit) -> tuple[Any, ...]:
+    """What a fit makes of the arrays."""
+    row, places = fit.row, list(itertools.chain(*fit.places))
+
+    def how(read: Read) -> tuple[Any, ...]:
+        keys = [fit.keys.get(k) for place in places for key in read.keys for k in expanded(key, place, fit.keys)]
+        gates = row.gates if read.by_gate else ""
+        return (*keys, read.transposed, gates, read.at, read.part, read.then, read.join, read.candidate)
+
+    reads = {name: how(read) for name, read in row.reads.items()}
+    settings = [sorted(map(repr, mapping.items())) for mapping in (row.changes, row.config, row.settings)]
+    return (row.layer, row.norm, repr(reads), repr(settings), *sorted(fit.keys.values()))
+
+
 def _titles(fits: Iterable[Fit]) -> list[str]:
     return list(dict.fromkeys(f"{fit.row.format!r} {fit.row.title}" for fit in fits))
 
@@ -84,23 +102,34 @@ def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
     """Whether the numbers of axes, and of gates, are those of the row: several layers share their keys."""
     row, shapes = fit.row, {}
     for name, read in row.reads.items():
-        keys = [fit.keys.get(key) for key in expanded(read.keys[0], fit.places[0][0], fit.keys)]
+        key = read.keys[0 if read.join is None else -1]
+        keys = [fit.keys.get(name) for name in expanded(key, fit.places[0][0], fit.keys)]
         if keys[0] is not None:
             shapes[name] = arrays[keys[0]].shape
     if not row.gates:
         ndims = {name: len(shape) for name, shape in shapes.items()}
         if row.layer == "Linear":
+            if any(_IN_A_CELL.search(key) for key in fit.keys.values()):
+                return False
             return ndims == {"weight": 2, "bias": 1} or ndims == {"weight": 2}
         return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == {1})
     for name, shape in shapes.items():
         read = row.reads[name]
-        if name in ("weight_hh", "weight_hh.v") and read.part is None and len(read.keys) == 1:
+        if name in ("weight_hh", "weight_hh.v") and read.part is None and (len(read.keys) == 1 or read.join is not None):
             ratio = shape if not read.transposed else shape[::-1]
             if len(shape) != 2 or ratio[0] % len(row.gates) or ("weight_hr" not in row.reads and ratio[0] != len(row.gates) * ratio[1]):
+                return False
+        if name == "weight_hh" and read.part is not None and len(read.keys) == 1:
+            hidden, left = divmod(shape[1], len(row.gates)) if len(shape) == 2 else (0, 0)
+            if left or not 0 < hidden < shape[0]:
                 return False
         if name.startswith("bias") and len(shape) != 1 + (read.at is not None):
             return False
     return True
+
+
+_IN_A_CELL = re.compile(r"(lstm|gru|rnn)_cell(_\d+)?/\w+(:0)?$")
+"""Names of the weights of a recurrent cell."""
 
 
 def layers_of(format: str) -> list[str]:  # noqa: A002
@@ -109,14 +138,16 @@ def layers_of(format: str) -> list[str]:  # noqa: A002
 
 def _matches(row: Row, arrays: Arrays, prefix: str, ignore: set[str]) -> Iterator[Fit]:
     """What the row makes of the arrays: for each alternative of its places, with a part of the names that all share cut off."""
-    short = {key.removeprefix(prefix): a for key, a in arrays.items()}
-    plain = NAMES[row.format](short) if row.format in NAMES else {key: key for key in short}
-    names = {name: prefix + key for key, name in plain.items()}
-    shared = os.path.commonprefix(list(names))  # noqa: RUF071  # by characters: the keys are no paths
-    for length in (0, *(k + 1 for k, letter in enumerate(shared) if letter in "./")):
-        keys = {name[length:]: key for name, key in names.items()}
-        for templates in row.places:
-            yield _match(row, templates, keys, ignore)
+    last = re.search(r"[^./]+[./]$", prefix)  # its last name may be one that a row knows, such as that of a cell
+    for head in dict.fromkeys((prefix, prefix[: last.start()] if last is not None else prefix)):
+        short = {key.removeprefix(head): a for key, a in arrays.items()}
+        plain = NAMES[row.format](short) if row.format in NAMES else {key: key for key in short}
+        names = {name: head + key for key, name in plain.items()}
+        shared = os.path.commonprefix(list(names))  # noqa: RUF071  # by characters: the keys are no paths
+        for length in (0, *(k + 1 for k, letter in enumerate(shared) if letter in row.separators)):
+            keys = {name[length:]: key for name, key in names.items()}
+            for templates in row.places:
+                yield _match(row, templates, keys, ignore)
 
 
 def _match(row: Row, templates: tuple[str, ...], keys: dict[str, str], ignore: set[str]) -> Fit:
@@ -134,7 +165,7 @@ def _match(row: Row, templates: tuple[str, ...], keys: dict[str, str], ignore: s
     known = {key: keys[key] for key in keys if key in wanted | optional}
     missing = [key for key in sorted(wanted - set(keys)) if key not in ignore]
     unknown = [original for key, original in keys.items() if key not in known and not {key, original} & ignore]
-    return Fit(row, places, known, unknown, missing, len(known))
+    return Fit(row, places, known, unknown, missing, len(known), sum(map(len, known)))
 
 
 def placed(key: str, place: str) -> str:

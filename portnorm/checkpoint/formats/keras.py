@@ -19,7 +19,8 @@ def keras_rows() -> list[Row]:
         found += [row, without(row, "bias", biases=())]
     after = Row("keras", "GRU", {**weights, **both}, None, "zrn", _KERAS_PLACES)
     before = Row("keras", "GRU", {**weights, **bias}, None, "zrn", _KERAS_PLACES, {"reset": "before", "biases": ("bias",)})
-    found += [after, before]
+    # Without a bias the arrays do not say where the reset gate is: where Keras has it by default, unless `reset="before"` is given.
+    found += [after, before, without(after, "bias_ih", "bias_hh", biases=())]
     linear = Row("keras", "Linear", {"weight": whole("kernel", transposed=True), "bias": whole("bias")})
     names = {"gain": "gamma", "shift": "beta", "mean": "moving_mean", "var": "moving_variance", "rms": "scale"}
     batch = {"eps": 1e-3, "momentum": 0.01, "unbiased": False}

@@ -33,6 +33,12 @@ class Read:
     part: str | None = None
     """Of a kernel for [x, h]: its "input" or "hidden" rows."""
     then: Callable[[NumPyArray], NumPyArray] | None = None
+    back: Callable[[NumPyArray], NumPyArray] | None = None
+    """The inverse of `then`; without it the row is not written."""
+    join: Callable[..., NumPyArray] | None = None
+    """What makes one array of those under the keys, if they are not pieces of it."""
+    candidate: bool = False
+    """GRU: the bias of the hidden term, of which the format has the candidate's part; that of the gates is 0, or in the other bias."""
 
 
 def rows(*keys: str, **how: Any) -> Read:
@@ -48,6 +54,21 @@ def columns(*keys: str, **how: Any) -> Read:
 def whole(key: str, **how: Any) -> Read:
     """As it is, without gates."""
     return Read((key,), by_gate=False, **how)
+
+
+def candidate(key: str) -> Read:
+    """(hidden,): the bias inside the reset gate."""
+    return Read((key,), by_gate=False, candidate=True)
+
+
+def peepholes(*keys: str) -> Read:
+    """(hidden,) each, of the gates i, f and o."""
+    return rows(*keys, then=lambda p: p.reshape(3, -1), back=lambda p: p.reshape(-1))
+
+
+def unit_offset(key: str) -> Read:
+    """A gain that is stored less 1, and becomes γ in at least float32."""
+    return Read((key,), by_gate=False, then=lambda w: w.astype(numpy.result_type(w.dtype, numpy.float32)) + 1, back=lambda w: w - 1)
 
 
 def gain_and_shift(slot: str, gain: str, shift: str, by_gate: bool = True) -> dict[str, Read]:
@@ -77,6 +98,12 @@ class Row:
     """Keys that belong to the format and that its computation does not use."""
     zero: tuple[str, ...] = ()
     """Keys of a learned initial state, which a layer of portnorm is given with the call."""
+    auto: bool = True
+    """Whether `format="auto"` may take it: not where another library has the same names for something else, and is meant more often."""
+    separators: str = "./"
+    """Letters after which the names that belong to a layer may begin."""
+    shared: bool = False
+    """Both directions of a bidirectional layer have the same weights, which are stored once."""
 
     @property
     def title(self) -> str:

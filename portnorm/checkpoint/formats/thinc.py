@@ -1,0 +1,68 @@
+"""thinc: the weights of all layers and directions of an LSTM in one vector, and its first states, (2, depth, directions, hidden)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy
+
+from portnorm.checkpoint.formats.row import NumPyArray, Row, rows
+from portnorm.errors import CheckpointError
+
+_VECTOR, _STATES = "LSTM", "HC0"
+_KINDS = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
+
+
+def thinc_rows() -> list[Row]:
+    """As `thinc_pieces` cuts the vector. The first states are 0 unless somebody has set them."""
+    reads = {name: rows(name) for name in sorted(_KINDS, reverse=True)}
+    return [Row("thinc", "LSTM", reads, None, "fiog", (("{l}/0/", "{l}/1/"),), zero=("h0", "c0"))]
+
+
+def thinc_pieces(arrays: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+    """Arrays by layer and direction, `0/1/weight_ih`, in place of a vector and the first states beside it."""
+    found = dict(arrays)
+    for key, vector in arrays.items():
+        head = key.removesuffix(_VECTOR)
+        states = arrays.get(head + _STATES)
+        if not key.endswith(_VECTOR) or vector.ndim != 1 or states is None or states.ndim != 4:
+            continue
+        _, depth, directions, hidden = states.shape
+        shapes = _shapes(depth, directions, hidden, _inputs(vector.size, depth, directions, hidden))
+        sizes = [int(numpy.prod(shape)) for shape in shapes.values()]
+        if sum(sizes) != vector.size or min(sizes) < 1:
+            raise CheckpointError(
+                f"`{key}` has {vector.size} numbers, and `{head + _STATES}` the shape {states.shape}; expected the weights of {depth} "
+                f"layer(s) of {hidden} features in {directions} direction(s)"
+            )
+        pieces = numpy.split(vector, list(itertools.accumulate(sizes))[:-1])
+        del found[key], found[head + _STATES]
+        found |= {f"{head}{name}": piece.reshape(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+        for n, d, (k, name) in itertools.product(range(depth), range(directions), enumerate(("h0", "c0"))):
+            found[f"{head}{n}/{d}/{name}"] = states[k, n, d]
+    return found
+
+
+def thinc_vector(pieces: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+    """What `thinc_pieces` takes apart, with first states of 0."""
+    places = list(dict.fromkeys(name.rpartition("/")[0] for name in pieces))
+    directions = len({place.rpartition("/")[2] for place in places})
+    hidden = pieces[f"{places[0]}/weight_hh"]
+    states = numpy.zeros((2, len(places) // directions, directions, hidden.shape[1]), hidden.dtype)
+    return {_VECTOR: numpy.concatenate([pieces[f"{place}/{kind}"].reshape(-1) for place in places for kind in _KINDS]), _STATES: states}
+
+
+def _shapes(depth: int, directions: int, hidden: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    """In the order of the vector."""
+    found: dict[str, tuple[int, ...]] = {}
+    for n, d in itertools.product(range(depth), range(directions)):
+        widths = {"ih": inputs if n == 0 else directions * hidden, "hh": hidden}
+        found |= {f"{n}/{d}/{kind}": (4 * hidden, widths[kind[-2:]]) if kind[0] == "w" else (4 * hidden,) for kind in _KINDS}
+    return found
+
+
+def _inputs(size: int, depth: int, directions: int, hidden: int) -> int:
+    """The inputs of the first layer: what is left of the vector when everything else is taken away."""
+    rest = sum(int(numpy.prod(shape)) for shape in _shapes(depth, directions, hidden, 0).values())
+    return (size - rest) // max(1, 4 * hidden * directions)
