@@ -56,6 +56,8 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}/")
             continue
+        if str(getattr(value, "dtype", "")).startswith("key<"):
+            continue  # the state of JAX's random numbers, which flax keeps beside the weights
         array = to_numpy(value) if hasattr(value, "dtype") else numpy.asarray(value)
         if array.dtype.kind not in "fiub":
             raise CheckpointError(f"`{prefix}{name}` is {type(value).__name__}; expected an array of numbers")
