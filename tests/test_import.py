@@ -15,7 +15,7 @@ import portnorm as pn
 from portnorm.checkpoint import safetensors
 from tests import oracles
 from tests.oracles import D, H, Published
-from tests.oracles_libraries import LIBRARY_CELLS
+from tests.oracles_libraries import LIBRARY_CELLS, THINC
 from tests.tolerances import DIFFERENCES, LIBRARY_FLOAT32, ONNX_OPERATOR, PUBLISHED_FLOAT64
 
 PUBLISHED = [*oracles.PUBLISHED, *LIBRARY_CELLS]
@@ -222,16 +222,48 @@ def test_no_pickles_inside_npz(tmp_path: Path) -> None:
         pn.import_checkpoint({"a": {"b": "text"}})
 
 
-def test_a_learned_initial_state_is_not_dropped_silently(rng: np.random.Generator) -> None:
-    case = next(case for case in PUBLISHED if case.format == "cooijmans")
-    p = {**case.arrays(rng), "h0": np.zeros(H), "c0": np.zeros(H)}
-    assert pn.import_checkpoint(p, "cooijmans").timed
-    p["c0"] = rng.standard_normal(H)
-    with pytest.raises(pn.CheckpointError, match="`c0` is a learned initial state"):
-        pn.import_checkpoint(p, "cooijmans")
-    layer, x = pn.import_checkpoint(p, "cooijmans", ignore=("h0", "c0")), rng.standard_normal((2, 6, D))
-    h0, c0 = (np.broadcast_to(s, (1, 6, H)) for s in (p["h0"], p["c0"]))
-    assert not np.allclose(layer(x, (h0, c0, np.asarray(0)))[0], layer(x)[0])
+def test_thinc_keeps_everything_in_one_vector(rng: np.random.Generator) -> None:
+    p, x = {**THINC.arrays(rng), "HC0": np.zeros((2, 1, 1, H))}, rng.standard_normal((5, 6, D))
+    layer = pn.import_checkpoint({f"encoder.{name}": a for name, a in p.items()})
+    np.testing.assert_allclose(layer(x)[0], THINC.oracle(p, x, False), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
+    again = pn.to_format(layer, "thinc")
+    assert set(again) == set(p)
+    for name, array in again.items():
+        np.testing.assert_array_equal(array, p[name])
+    with pytest.raises(pn.CheckpointError, match=r"`LSTM` has 175 numbers, and `HC0` the shape \(2, 1, 1, 4\)"):
+        pn.import_checkpoint({**p, "LSTM": p["LSTM"][:-1]}, "thinc")
+    with pytest.raises(pn.CheckpointError, match="LSTM"):
+        pn.import_checkpoint({"LSTM": p["LSTM"]}, "thinc")
+    with pytest.raises(pn.CheckpointError, match="surplus"):
+        pn.import_checkpoint({**p, "surplus": np.ones(3)}, "thinc")
+
+
+LEARNED: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "cooijmans": ("LSTM", {"h0": H, "c0": H}, {}),
+    "madmom LSTM": ("LSTM", {"init": H, "cell_init": H}, {"h0": "init", "c0": "cell_init"}),
+    "madmom GRU": ("GRU", {"hid_init": H}, {"h0": "hid_init"}),
+    "madmom RNN": ("RNN", {"init": H}, {"h0": "init"}),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_first_state_is_where_sequences_start(name: str, rng: np.random.Generator) -> None:
+    """All zeros are as if they were not there; anything else becomes parameters, in the values, the gradients and the file again."""
+    kind, shapes, keys = LEARNED[name]
+    case = next(case for case in PUBLISHED if case.format == name.split()[0] and case.layer == kind)
+    p, x = case.arrays(rng), rng.standard_normal((2, 6, D))
+    assert "h0_l0" not in imported(case, {**p, **{key: np.zeros(size) for key, size in shapes.items()}}).params
+    first = {key: rng.standard_normal(size) for key, size in shapes.items()}
+    layer, plain = imported(case, {**p, **first}), imported(case, p)
+    state = tuple(np.broadcast_to(first[keys.get(s, s)], (1, 6, H)) for s in ("h0", "c0")[: len(first)])
+    expected = plain(x, (*state, np.asarray(0)) if plain.timed else state)[0]
+    np.testing.assert_allclose(layer(x)[0], expected, rtol=PUBLISHED_FLOAT64)
+    assert not np.allclose(plain(x)[0], expected)
+    again = pn.to_format(layer, case.format)
+    for key, array in first.items():
+        np.testing.assert_array_equal(again[key], array)
+    without = pn.import_checkpoint({**p, **first}, case.format, ignore=tuple(first))
+    np.testing.assert_array_equal(without(x)[0], plain(x)[0])
 
 
 # -- the libraries themselves --------------------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_keras_gru_without_bias_whose_reset_gate_comes_before(rng: np.random.Gen
     )
 
 
-# -- MLX -------------------------------------------------------------------------------------------------------------------------------------
+# -- MLX -----------------------------------------------------------------------------------------------------------------------------------
 
 
 MLX = {
@@ -197,7 +197,7 @@ def test_mlx_puts_other_channels_into_groups() -> None:
         pn.import_checkpoint({"weight": np.ones(4), "bias": np.ones(4)}, "mlx", layer="GroupNorm", num_groups=2)
 
 
-# -- equinox, haiku, flax --------------------------------------------------------------------------------------------------------------------
+# -- equinox, haiku, flax ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -301,7 +301,7 @@ def test_flax_bidirectional(interface: str, kind: str, tmp_path: Path, rng: np.r
     assert layer.num_directions == 2
 
 
-# -- paddle, speechbrain, thinc --------------------------------------------------------------------------------------------------------------
+# -- paddle, speechbrain, thinc ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +312,7 @@ def paddle() -> Any:
         warnings.simplefilter("ignore")  # of its own compiler cache
         import paddle
 
+    paddle.disable_signal_handler()  # of crashes in other libraries too
     return paddle
 
 
@@ -415,7 +416,8 @@ def test_speechbrain(layers: int, bidirectional: bool, normalization: str, speec
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("both", [False, True])
-def test_thinc(both: bool, depth: int, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("first", [False, True], ids=["from zero", "from first states"])
+def test_thinc(first: bool, both: bool, depth: int, rng: np.random.Generator) -> None:
     from thinc.api import LSTM
     from thinc.types import Padded
 
@@ -423,6 +425,8 @@ def test_thinc(both: bool, depth: int, rng: np.random.Generator) -> None:
     theirs = LSTM(nO=size, nI=D, bi=both, depth=depth).initialize()
     vector = rng.uniform(-0.5, 0.5, theirs.get_param("LSTM").shape).astype("float32")
     theirs.set_param("LSTM", vector)
+    if first:
+        theirs.set_param("HC0", rng.uniform(-0.5, 0.5, theirs.get_param("HC0").shape).astype("float32"))
     arrays = {name: np.asarray(theirs.get_param(name)) for name in ("LSTM", "HC0")}
 
     def forward(x: Any) -> Any:

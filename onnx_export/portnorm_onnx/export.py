@@ -21,7 +21,7 @@ from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.metadata import described, rounded
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report
-from portnorm_onnx.signature import named_state, state_inputs, zero_states
+from portnorm_onnx.signature import first_states, named_state, state_inputs
 from portnorm_onnx.storage import Draft, as_function, is_large
 from portnorm_onnx.symbolic import constant, graph_input
 from portnorm_onnx.targets import Target, check_dtype, check_types, checker, target_of
@@ -156,7 +156,7 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
         lengths = graph_input("lengths", "int64", ("batch",), rows)
         inputs.append(lengths)
     params, buffers = ({n: constant(_cast(to_numpy(a), dtype), n) for n, a in group.items()} for group in (model.params, model.buffers))
-    before: Any = zero_states(model, x, dtype)
+    before: Any = first_states(model)
     if stateful:
         states, before = state_inputs(model, rows, dtype)
         inputs += states

@@ -94,13 +94,6 @@ class _Reader:
         row = self.row
         if row.shared and (config.get("bidirectional") or self._returns_both()):
             self.fit = replace(self.fit, places=[[place, place] for (place,) in self.fit.places])
-        for place, key in itertools.product(itertools.chain(*self.fit.places), row.zero):
-            original = self.fit.keys.get(placed(key, place))
-            if original is not None and original not in self.ignore and numpy.any(self.arrays[original]):
-                raise CheckpointError(
-                    f"`{original}` is a learned initial state, which a layer takes with the call; pass ignore={row.zero!r}, "
-                    "and give it as `state`"
-                )
         settings = {name: self._scalar(key) for name, key in row.settings.items()}
         found = {
             (n, d, name): self._array(name, r, place)
@@ -109,6 +102,10 @@ class _Reader:
             for name, r in row.reads.items()
             if not set(self._originals(r, place)) & self.ignore
         }
+        first = self._first()
+        if any(numpy.any(a) for a in first.values()):
+            found |= first
+            config = {"learned_state": True, **config}
         if where["dtype"] is None:
             floating = [a for a in found.values() if a.dtype.kind == "f"]
             where["dtype"] = str(numpy.result_type(*floating)) if floating else "float32"
@@ -145,6 +142,16 @@ class _Reader:
             self._array("weight_ih", read["weight_ih"], p).shape[1] == 2 * self._array("weight_hh", read["weight_hh"], p).shape[1]
             for p in places
         )
+
+    def _first(self) -> dict[tuple[int, int, str], Any]:
+        """The states before the first step, by place."""
+        return {
+            (n, d, name): self.arrays[original].reshape(-1)
+            for n, places in enumerate(self.fit.places)
+            for d, place in enumerate(places)
+            for key, name in self.row.first.items()
+            if (original := self.fit.keys.get(placed(key, place))) is not None and original not in self.ignore
+        }
 
     # -- arguments of the layers -------------------------------------------------------------------------------------------------------
 
@@ -275,9 +282,11 @@ def to_format(layer: Layer, format: str) -> Arrays:  # noqa: A002
             names: set[str] = set()
             for n, (d, template) in itertools.product(range(layers), enumerate(templates[:directions])):
                 full = {name: in_direction(name, n, d) if isinstance(layer, Recurrent) else name for name in row.reads}
-                names |= set(full.values())
+                first = {key: own[f] for key, name in row.first.items() if (f := in_direction(name, n, d)) in own}
+                names |= {*full.values(), *(in_direction(row.first[key], n, d) for key in first)}
                 if names <= stored:
                     found |= _written(row, {name: own[f] for name, f in full.items()}, template.format(l=n))
+                    found |= {placed(key, template.format(l=n)): a for key, a in first.items()}
             if names == stored:
                 found |= {name: own[name] for name in row.unused if name in own}
                 return PIECES[format][1](found) if format in PIECES else found

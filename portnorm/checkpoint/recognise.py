@@ -161,7 +161,7 @@ def _match(row: Row, templates: tuple[str, ...], keys: dict[str, str], ignore: s
     places = [[t.format(l=n) for t in directions or templates[:1]] for n in range(max(layers, 1))]
     wanted = {key for place in itertools.chain(*places) for r in row.reads.values() for k in r.keys for key in expanded(k, place, keys)}
     wanted |= {placed(key, places[0][0]) for key in row.settings.values()}
-    optional = {placed(key, place) for place in itertools.chain(*places) for key in (*row.unused, *row.zero)}
+    optional = {placed(key, place) for place in itertools.chain(*places) for key in (*row.unused, *row.first)}
     known = {key: keys[key] for key in keys if key in wanted | optional}
     missing = [key for key in sorted(wanted - set(keys)) if key not in ignore]
     unknown = [original for key, original in keys.items() if key not in known and not {key, original} & ignore]

@@ -25,7 +25,7 @@ from portnorm.statistics import check_momentum
 class PlacedState(NamedTuple):
     """A state as the directions take it: that of each layer and direction, and the number of steps that have gone before."""
 
-    places: list[tuple[Array, ...]]
+    places: list[tuple[Array, ...]] | None  # `None`: those that the layer starts from by itself
     time: Array | None
 
 
@@ -42,6 +42,7 @@ class StackResiduals(NamedTuple):
 
     directions: list[RecurrentResiduals]
     last: tuple[Array, ...]
+    learned: Array | None  # the learned h where the layer started from it
 
 
 class Recurrent(Layer):
@@ -56,6 +57,8 @@ class Recurrent(Layer):
     torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal matrices and the
     variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden weights
     (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al. 2016).
+    With `learned_state` the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at first, from which
+    sequences start where no `state` is given.
     `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
     array over all of them, each of which calls with sequences of its own, padded to the same number of steps.
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
@@ -80,6 +83,7 @@ class Recurrent(Layer):
         forget_bias: float | None = None,
         hidden_init: str | None = None,
         proj_size: int = 0,
+        learned_state: bool = False,
         reduce: Reduce | None = None,
         xp: Namespace | str | None = None,
         device: Any = None,
@@ -94,6 +98,7 @@ class Recurrent(Layer):
             raise UnsupportedError(f"`proj_size` is {proj_size}; expected 0, or for the LSTM a number below `hidden_size` {hidden_size}")
         config = {"input_size": input_size, "hidden_size": hidden_size, "norm": norm, "num_layers": num_layers}
         config |= {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
+        config |= {"learned_state": True} if learned_state else {}
         super().__init__({**config, "t_max": t_max, "momentum": momentum, "proj_size": proj_size}, xp, device, dtype)
         self.variant = variant_of(norm, type(self).__name__, self.cell.takes)
         if forget_bias is not None and self.cell.forget_gate is None:
@@ -102,6 +107,7 @@ class Recurrent(Layer):
         self.num_directions, self.output_size = 2 if bidirectional else 1, proj_size or hidden_size
         self.batch_first, self.keeps_time, self.t_max, self.momentum = batch_first, return_sequences, t_max, momentum
         self.reduce = reduce
+        self.learned = tuple(f"{name}0" for name in self.cell.states) if learned_state else ()
         self.timed = self.variant.timed
         if hidden_init not in (None, *HIDDEN):
             raise UnsupportedError(f"`hidden_init` is {hidden_init!r}; expected one of {', '.join(map(repr, HIDDEN))}, or None")
@@ -110,6 +116,8 @@ class Recurrent(Layer):
         for suffix, inputs, direction in self._places():
             values = _initial(direction.cells[0], inputs, hidden_size, t_max, Start(forget_bias, hidden_init, proj_size), random)
             self.params |= {_with(name, suffix): self._new(v) for name, v in values}
+            first = zip(self.learned, self.state_sizes(), strict=False)
+            self.params |= {_with(name, suffix): self._new(numpy.zeros(size)) for name, size in first}
         self._start_statistics()
 
     # -- where things are ----------------------------------------------------------------------------------------------------------
@@ -169,9 +177,12 @@ class Recurrent(Layer):
         if self.batch_first:
             x = xp.permute_dims(x, (1, 0, 2))
         states, time = state if isinstance(state, PlacedState) else self._placed(buffers, x, state)
+        learned = params[_with(self.learned[0], "_l0")] if self.learned and states is None else None
+        states = self._starts(params, x) if states is None else states
         steps, residuals, last, new_buffers, directions = x.shape[0], [], [], {}, []
         for k, (suffix, _, direction) in enumerate(self._places()):
             own, kept = _without(params, suffix), _without(buffers, suffix)
+            own = {name: a for name, a in own.items() if name not in self.learned}
             y, after, buffered, residual = direction.forward(
                 own, kept, x, states[k], time=time, lengths=lengths, training=training, keep=keep, momentum=self.momentum
             )
@@ -185,7 +196,7 @@ class Recurrent(Layer):
                 directions = []
         y = xp.permute_dims(x, (1, 0, 2)) if self.batch_first and self.keeps_time else x
         out = tuple(xp.stack(parts) for parts in zip(*last, strict=True))
-        return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(residuals, out)
+        return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(residuals, out, learned)
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
         xp = xp_of(residuals.last[0])
@@ -205,6 +216,10 @@ class Recurrent(Layer):
                 dx = d if dx is None else dx + d
                 grads.update({_with(name, suffix): g for name, g in shares.items()})
             dy = dx
+        for k, (suffix, _, _) in places:
+            for name, d in zip(self.learned, dfirst[k], strict=False):
+                total = xp.sum(d, axis=0)
+                grads[_with(name, suffix)] = xp.zeros_like(total) if residuals.learned is None else total
         dx = xp.permute_dims(dy, (1, 0, 2)) if self.batch_first else dy
         return dx, tuple(xp.stack(parts) for parts in zip(*dfirst, strict=True)), {name: grads[name] for name in self.params}
 
@@ -217,7 +232,7 @@ class Recurrent(Layer):
         return (xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y), state
 
     def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> Any:
-        """The state before the first step for `batch` sequences: zeros, with `noise` h drawn from N(0, noise²).
+        """The state before the first step for `batch` sequences: zeros, or what was learned; with `noise` h has N(0, noise²) added.
 
         Noise is for training with batch normalization, where Cooijmans et al. 2016 use 0.1: without it, steps at which all sequences are
         still alike have variance 0, and what follows amplifies rounding by γ/√eps per step.
@@ -225,7 +240,11 @@ class Recurrent(Layer):
         first, *others = ((self.num_layers * self.num_directions, batch, size) for size in self.state_sizes())
         h = generator(rng).standard_normal(first) * noise if noise else numpy.zeros(first)
         time = (self._new(0, integer=True),) if self.timed else ()
-        return (self._new(h), *(self._new(numpy.zeros(shape)) for shape in others), *time)
+        states = (self._new(h), *(self._new(numpy.zeros(shape)) for shape in others))
+        if self.learned:
+            learned = [self.xp.stack([self.params[_with(name, suffix)] for suffix, _, _ in self._places()]) for name in self.learned]
+            states = tuple(state + start[:, None, :] for state, start in zip(states, learned, strict=True))
+        return (*states, *time)
 
     def state_sizes(self) -> tuple[int, ...]:
         """The features of each state: those of the output, then the hidden ones."""
@@ -235,9 +254,7 @@ class Recurrent(Layer):
         xp, batch, names = xp_of(x), x.shape[1], (*self.cell.states, *(("time",) if self.timed else ()))
         places = self.num_layers * self.num_directions
         if state is None:
-            zeros = tuple(xp.zeros((batch, size), dtype=x.dtype, device=device_of(x)) for size in self.state_sizes())
-            time = xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if self.timed else None
-            return PlacedState([zeros] * places, time)
+            return PlacedState(None, xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if self.timed else None)
         if not isinstance(state, tuple | list) or len(state) != len(names):
             raise ShapeError(f"`state` is {type(state).__name__} of length {len(state)}; expected ({', '.join(names)})")
         for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
@@ -251,6 +268,17 @@ class Recurrent(Layer):
                 raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {x.dtype}, that of `x`")
         split = [tuple(s[k, ...] for s in state[: len(self.cell.states)]) for k in range(places)]
         return PlacedState(split, state[-1] if self.timed else None)
+
+    def _starts(self, params: Arrays, x: Array) -> list[tuple[Array, ...]]:
+        """The state before the first step of every layer and direction where none is given."""
+        xp, places = xp_of(x), self._places()
+        zeros = tuple(xp.zeros((x.shape[1], size), dtype=x.dtype, device=device_of(x)) for size in self.state_sizes())
+        if not self.learned:
+            return [zeros] * len(places)
+        return [
+            tuple(zero + params[_with(name, suffix)][None, :] for zero, name in zip(zeros, self.learned, strict=True))
+            for suffix, _, _ in places
+        ]
 
     def _check_input(self, x: Array, training: bool) -> None:
         if x.ndim != 3 or x.shape[2] != self.input_size:

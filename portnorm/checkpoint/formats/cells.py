@@ -36,7 +36,7 @@ def _cooijmans(names: Mapping[str, str]) -> Row:
         for s in ("mean", "var"):
             reads[f"{slot}.running_{s}"] = Read((f"{letter}_{s}",), by_gate=by_gate)
     reads["norm_c.bias"] = whole(names["shift"])
-    return Row("cooijmans", "LSTM", reads, "batch", "gfio", zero=("h0", "c0"), unused=tuple(names.get("unused", "").split()))
+    return Row("cooijmans", "LSTM", reads, "batch", "gfio", first={"h0": "h0", "c0": "c0"}, unused=tuple(names.get("unused", "").split()))
 
 
 def _jihunchoi() -> Row:

@@ -96,8 +96,8 @@ class Row:
     """Arguments of the layer that are the format's defaults."""
     unused: tuple[str, ...] = ()
     """Keys that belong to the format and that its computation does not use."""
-    zero: tuple[str, ...] = ()
-    """Keys of a learned initial state, which a layer of portnorm is given with the call."""
+    first: Mapping[str, str] = field(default_factory=dict)
+    """By key: which state before the first step it has, "h0" or "c0". They need not be there; a layer learns them unless all are 0."""
     auto: bool = True
     """Whether `format="auto"` may take it: not where another library has the same names for something else, and is meant more often."""
     separators: str = "./"

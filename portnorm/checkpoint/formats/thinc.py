@@ -11,13 +11,14 @@ from portnorm.checkpoint.formats.row import NumPyArray, Row, rows
 from portnorm.errors import CheckpointError
 
 _VECTOR, _STATES = "LSTM", "HC0"
+_STARTS = ("c0", "h0")  # so thinc's loop takes them, although they are called H0 and C0
 _KINDS = ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
 
 
 def thinc_rows() -> list[Row]:
-    """As `thinc_pieces` cuts the vector. The first states are 0 unless somebody has set them."""
+    """As `thinc_pieces` cuts the vector."""
     reads = {name: rows(name) for name in sorted(_KINDS, reverse=True)}
-    return [Row("thinc", "LSTM", reads, None, "fiog", (("{l}/0/", "{l}/1/"),), zero=("h0", "c0"))]
+    return [Row("thinc", "LSTM", reads, None, "fiog", (("{l}/0/", "{l}/1/"),), first={"h0": "h0", "c0": "c0"})]
 
 
 def thinc_pieces(arrays: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
@@ -39,17 +40,19 @@ def thinc_pieces(arrays: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
         pieces = numpy.split(vector, list(itertools.accumulate(sizes))[:-1])
         del found[key], found[head + _STATES]
         found |= {f"{head}{name}": piece.reshape(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
-        for n, d, (k, name) in itertools.product(range(depth), range(directions), enumerate(("h0", "c0"))):
+        for n, d, (k, name) in itertools.product(range(depth), range(directions), enumerate(_STARTS)):
             found[f"{head}{n}/{d}/{name}"] = states[k, n, d]
     return found
 
 
 def thinc_vector(pieces: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
-    """What `thinc_pieces` takes apart, with first states of 0."""
+    """What `thinc_pieces` takes apart."""
     places = list(dict.fromkeys(name.rpartition("/")[0] for name in pieces))
     directions = len({place.rpartition("/")[2] for place in places})
     hidden = pieces[f"{places[0]}/weight_hh"]
     states = numpy.zeros((2, len(places) // directions, directions, hidden.shape[1]), hidden.dtype)
+    for (k, place), (n, name) in itertools.product(enumerate(places), enumerate(_STARTS)):
+        states[n, k // directions, k % directions] = pieces.get(f"{place}/{name}", 0.0)
     return {_VECTOR: numpy.concatenate([pieces[f"{place}/{kind}"].reshape(-1) for place in places for kind in _KINDS]), _STATES: states}
 
 
