@@ -197,7 +197,11 @@ class Direction:
         if "weight_hr" in params:
             *hidden, d, unprojected = hidden
             outside["weight_hr"] = weight_cotangent(d, unprojected)
-        blocks = [weight_cotangent(d, h) for d, h in zip(hidden[::2], hidden[1::2], strict=True)]
+        pairs = zip(hidden[::2], hidden[1::2], strict=True)
+        if cell.variant.recurrence == "diagonal":
+            blocks = [xp_of(x).sum(d * h, axis=(0, 1))[:, None] for d, h in pairs]
+        else:
+            blocks = [weight_cotangent(d, h) for d, h in pairs]
         grads = {"weight_ih": weight_cotangent(dxw, x), **shares, **outside}
         grads["weight_hh"] = blocks[0] if len(blocks) == 1 else xp_of(x).concat(blocks, axis=0)
         grads.update(self._bias_cotangents(cell, params, grads, dxw, hidden[::2]))

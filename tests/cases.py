@@ -132,6 +132,7 @@ def _combinations() -> Iterator[tuple[str, pn.Variant]]:
         {"norm": "layer", "terms": "sum", "cell": "state", "peepholes": True, "clip": 0.3},
         {"norm": "layer", "cell": "copy", "peepholes": True, "clip": 0.3},
         {"activation": "relu"},
+        *({"recurrence": "diagonal", **row} for row in ({}, {"activation": "relu"}, {"norm": "layer"}, {"norm": "batch", "terms": "sum"})),
         *({"update": "replace", **row} for row in ({}, {"norm": "layer", "groups": "candidate"}, {"norm": "batch", "terms": "sum"})),
         {"activation": "relu", "norm": "batch", "terms": "input", "statistics": "sequence", "variance": "running"},
     ]

@@ -263,6 +263,18 @@ def icefall_projected(bias: bool) -> Any:
     return oracle
 
 
+# -- haste ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def indrnn(norm: bool) -> Any:
+    def oracle(p: Arrays, x: Any, training: bool) -> Any:
+        u = x @ p["kernel"]
+        u = (ln(u, p["gamma"][0]) if norm else u) + p["bias"]
+        return run(lambda xt, t, h: (np.tanh(u[t] + p["recurrent_scale"] * h),), x, H)
+
+    return oracle
+
+
 # -- the table -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +358,8 @@ LIBRARY_CELLS = [
         "speechbrain", "GRU", {**_LI_GRU, "rnn.0.norm.running_mean": 2 * H, "rnn.0.norm.running_var": 2 * H}, li_gru(True), training=True
     ),
     Published("speechbrain", "GRU", _LI_GRU, li_gru(False)),
+    Published("haste", "RNN", {"kernel": (D, H), "recurrent_scale": H, "bias": H}, indrnn(False)),
+    Published("haste", "RNN", {"kernel": (D, H), "recurrent_scale": H, "bias": H, "gamma": (2, H)}, indrnn(True)),
     Published("madmom", "LSTM", madmom_shapes(*_LSTM_GATES), madmom_lstm),
     Published("madmom", "LSTM", madmom_shapes(*_LSTM_GATES, peepholes=True), madmom_lstm),
     Published("madmom", "GRU", madmom_shapes(*_GRU_GATES), madmom_gru),

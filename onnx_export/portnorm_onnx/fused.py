@@ -42,7 +42,9 @@ _DTYPES = ("float16", "float32")
 def _is_plain(cell: RecurrentCell, params: Any) -> bool:
     """Whether the step is the operator's, but for normalizers that may fold away."""
     v = cell.variant
-    special = v.zoneout or v.clip is not None or "weight_hr" in params or v.affine != "shared" or v.update != "keep"
+    special = (
+        v.zoneout or v.clip is not None or "weight_hr" in params or v.affine != "shared" or v.update != "keep" or v.recurrence != "matrix"
+    )
     resets: tuple[str | None, ...] = ("after", "before") if type(cell) is GRUCell else (v.reset,)
     slots = {name for name, slot in cell.slots.items() if slot.normalizes}
     return not special and type(cell) in OPERATORS and v.reset in resets and slots <= ({"norm_hh"} if v.norm == "batch" else set())

@@ -150,11 +150,12 @@ class RecurrentCell:
         return Slots(self.slots, {**params, **dict(zip(self.given(), x[1:], strict=True))}, active)
 
     def hidden_term(self, params: Mapping[str, Array], h: Array, start: int = 0, stop: int | None = None) -> Array:
-        """h · W_hhᵀ with its early bias, of the features from `start` to `stop`."""
+        """h · W_hhᵀ with its early bias, of the features from `start` to `stop`; h ⊙ w_hh by the variant."""
         rows, bias = params["weight_hh"], params.get("bias_hh")
         if (start, stop) != (0, None):
             rows, bias = rows[start:stop, :], None if bias is None else bias[start:stop]
-        a = xp_of(h).matmul(h, xp_of(h).matrix_transpose(rows))
+        columns = xp_of(h).matrix_transpose(rows)
+        a = h * columns if self.variant.recurrence == "diagonal" else xp_of(h).matmul(h, columns)
         return a if bias is None else a + bias
 
     def stays(self, before: Array, after: Array) -> Array:

@@ -43,7 +43,7 @@ class GRUCell(RecurrentCell):
     """One GRU step."""
 
     states = ("h",)
-    takes = {"cell": (None,), "runtime_forget_bias": (0.0,), "peepholes": (False,), "clip": (None,)}  # noqa: RUF012  # never written to
+    takes = {"cell": (None,), "runtime_forget_bias": (0.0,), "peepholes": (False,), "clip": (None,), "recurrence": ("matrix",)}  # noqa: RUF012  # never written to
 
     @property
     def gates(self) -> int:

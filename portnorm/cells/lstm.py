@@ -44,6 +44,7 @@ class LSTMCell(RecurrentCell):
     takes = {  # noqa: RUF012  # a table, never written to
         "reset": ("after",),
         "update": ("keep",),
+        "recurrence": ("matrix",),
         "groups": ("all", "gate"),
         "activation": ("tanh",),
     }

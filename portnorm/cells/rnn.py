@@ -2,7 +2,7 @@
 
 h' = φ( N_ih(x Wᵀ) + N_hh(h Uᵀ) + b )        or  φ( N_sum(x Wᵀ + h Uᵀ) )   (Ba, Kiros & Hinton 2016, equation 4)
 
-φ is tanh, or ReLU by the variant.
+φ is tanh, or ReLU by the variant. With recurrence="diagonal" h ⊙ u stands for h Uᵀ (Li et al. 2018, IndRNN).
 """
 
 from __future__ import annotations
@@ -56,4 +56,8 @@ class RNNCell(RecurrentCell):
         dx = norm_vjp("norm_sum", ACTIVATIONS[self.variant.activation].vjp(y, dh))
         dhidden = norm_vjp("norm_hh", dx)
         by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())
-        return (xp.matmul(dhidden, params["weight_hh"]) + dstays,), (dx, dhidden, before, *by_step), norm_vjp.shares
+        if self.variant.recurrence == "diagonal":
+            dbefore = dhidden * xp.matrix_transpose(params["weight_hh"])
+        else:
+            dbefore = xp.matmul(dhidden, params["weight_hh"])
+        return (dbefore + dstays,), (dx, dhidden, before, *by_step), norm_vjp.shares

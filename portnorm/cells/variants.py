@@ -38,6 +38,8 @@ class Variant:
     update: Literal["keep", "replace"] = "keep"
     """GRU: whether the update gate z is the part of h that is kept, h' = (1 − z) ⊙ n + z ⊙ h, or the part that the candidate replaces,
     h' = (1 − z) ⊙ h + z ⊙ n."""
+    recurrence: Literal["matrix", "diagonal"] = "matrix"
+    """RNN: whether U is a matrix, or has one number for each unit, so that hU is h ⊙ u (IndRNN); `weight_hh` is then (hidden, 1)."""
     scale: bool = True
     """Whether the normalizers of the gates have a gain γ of their own."""
     shift: bool = True
@@ -82,6 +84,8 @@ class Variant:
             raise UnsupportedError(f"`norm` is {self.norm!r}, but `terms` and `cell` leave it no place; name one, or use norm=None")
         if self.eps_place == "std" and self.norm == "weight":
             raise UnsupportedError("`eps_place` is 'std', but weight normalization has no eps")
+        if self.recurrence == "diagonal" and self.norm == "weight":
+            raise UnsupportedError("`recurrence` is 'diagonal', which has no matrix that `norm` 'weight' could normalize")
         for name, value, fits, expected in (
             ("eps", self.eps, self.eps >= 0, "a number ≥ 0"),
             ("zoneout", self.zoneout, 0 <= self.zoneout < 1, "a number ≥ 0 and < 1"),
@@ -125,6 +129,7 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "cell": (None, "copy", "state"),
     "reset": ("after", "before", "sum", None),
     "update": ("keep", "replace"),
+    "recurrence": ("matrix", "diagonal"),
     "early": _BIASES,
     "biases": _BIASES,
     "eps_place": ("variance", "std"),
@@ -261,6 +266,8 @@ IMPLEMENTATIONS: dict[str, dict[str | None, Variant]] = {
     },
     "RNN": {
         "tf-addons": Variant("TensorFlow Addons, LayerNormSimpleRNNCell", **_LAYER_SUM, shift=False),
+        "indrnn": Variant("Li et al. 2018; lmnt-com/haste, IndRNN (the paper with ReLU)", recurrence="diagonal"),
+        "haste": Variant("lmnt-com/haste, LayerNormIndRNN", "layer", "input", shift=False, recurrence="diagonal"),
         "liao-poggio": Variant("Liao & Poggio 2016, time-specific batch normalization", "batch", "sum", affine="step", biases=()),
     },
 }

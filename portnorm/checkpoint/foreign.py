@@ -344,6 +344,8 @@ def _written(row: Row, own: Arrays, place: str) -> Arrays:
         for key, piece in zip(read.keys, numpy.split(array, cuts, axis=-1 if read.transposed else 0), strict=True):
             if read.at is None and read.part is None:
                 found[placed(key, place)] = piece
+            elif read.among is not None:
+                found[placed(key, place)] = numpy.stack([piece if k == read.at else numpy.ones_like(piece) for k in range(read.among)])
             else:
                 stacked.setdefault(placed(key, place), {})[read.at if read.part is None else read.part] = piece
     for key, parts in stacked.items():

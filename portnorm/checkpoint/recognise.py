@@ -115,7 +115,12 @@ def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
         return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == {1})
     for name, shape in shapes.items():
         read = row.reads[name]
-        if name in ("weight_hh", "weight_hh.v") and read.part is None and (len(read.keys) == 1 or read.join is not None):
+        if (
+            name in ("weight_hh", "weight_hh.v")
+            and read.part is None
+            and read.then is None
+            and (len(read.keys) == 1 or read.join is not None)
+        ):
             ratio = shape if not read.transposed else shape[::-1]
             if len(shape) != 2 or ratio[0] % len(row.gates) or ("weight_hr" not in row.reads and ratio[0] != len(row.gates) * ratio[1]):
                 return False

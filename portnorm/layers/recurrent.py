@@ -111,6 +111,10 @@ class Recurrent(Layer):
         self.timed = self.variant.timed
         if hidden_init not in (None, *HIDDEN):
             raise UnsupportedError(f"`hidden_init` is {hidden_init!r}; expected one of {', '.join(map(repr, HIDDEN))}, or None")
+        if hidden_init is not None and self.variant.recurrence == "diagonal":
+            raise UnsupportedError(
+                f"`hidden_init` is {hidden_init!r}, but the variant's `recurrence` 'diagonal' has no hidden matrix; use None"
+            )
         random = generator(rng)
         self._made: tuple[Any, tuple[tuple[str, int, Direction], ...]] | None = None
         for suffix, inputs, direction in self._places():
@@ -370,7 +374,10 @@ def _initial(cell: RecurrentCell, inputs: int, hidden: int, t_max: int, start: S
     plain = variant.norm in (None, "weight")
     name_of_hidden = start.hidden_init or ("uniform" if plain else "orthogonal")
     weights = {"weight_ih": uniform(rng, bound, size, inputs) if plain else orthogonal(rng, size, inputs)}
-    weights["weight_hh"] = HIDDEN[name_of_hidden](rng, (hidden, start.proj_size or hidden), cell.gates, cell.candidate)
+    if variant.recurrence == "diagonal":
+        weights["weight_hh"] = uniform(rng, 1.0, hidden, 1)
+    else:
+        weights["weight_hh"] = HIDDEN[name_of_hidden](rng, (hidden, start.proj_size or hidden), cell.gates, cell.candidate)
     for name, w in weights.items():
         if variant.norm == "weight":
             yield f"{name}.g", numpy.linalg.norm(w, axis=1, keepdims=True)

@@ -69,6 +69,7 @@ def accepts(
         or v.peepholes
         or v.clip is not None
         or v.affine != "shared"
+        or v.recurrence != "matrix"
         or v.eps_place != "variance"
         or v.variance == "unbiased"
     ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from portnorm.checkpoint.formats.row import Read, Row, columns, gain_and_shift, peepholes, rows, whole, without
+from portnorm.checkpoint.formats.row import NumPyArray, Read, Row, columns, gain_and_shift, peepholes, rows, whole, without
 
 _KERNELS = {"weight_ih": columns("kernel"), "weight_hh": columns("recurrent_kernel")}
 _JOINT = {"weight_ih": columns("kernel", part="input"), "weight_hh": columns("kernel", part="hidden")}
@@ -45,6 +45,16 @@ def _jihunchoi() -> Row:
         reads |= gain_and_shift(f"norm_{slot}", f"bn_{slot}.weight", f"bn_{slot}.bias", by_gate=slot != "c")
         reads |= {f"norm_{slot}.running_{s}": Read((f"bn_{slot}.running_{s}_{{t}}",), by_gate=slot != "c") for s in ("mean", "var")}
     return Row("jihunchoi", "LSTM", reads, "jihunchoi", "fiog", (("",), ("cell_{l}.",)))
+
+
+def _column(u: NumPyArray) -> NumPyArray:
+    if u.ndim != 1:
+        raise ValueError(f"expected one axis, not {u.ndim}")
+    return u[:, None]
+
+
+_SCALE = Read(("recurrent_scale",), by_gate=False, then=_column, back=lambda u: u[:, 0])
+_INDRNN = {"weight_ih": columns("kernel"), "weight_hh": _SCALE, "bias": rows("bias")}
 
 
 def _icefall() -> list[Row]:
@@ -100,6 +110,8 @@ CELLS = [
     ),
     Row("torch-fastrnns", "LSTM", {**_CELL, **_CELL_BIASES}, None, "ifgo", _STACK),
     Row("haste", "LSTM", {**_KERNELS, "bias": rows("bias")}, None, "igfo", changes={"biases": ("bias",)}),
+    Row("haste", "RNN", _INDRNN, "indrnn", "h"),
+    Row("haste", "RNN", {**_INDRNN, "norm_ih.weight": rows("gamma", at=0, among=2)}, "haste", "h"),  # γ of hU is stored and not used
     Row("haste", "GRU", {**_KERNELS, **_HASTE_BIASES}, None, "zrn"),
     Row(
         "haste",

@@ -30,6 +30,8 @@ class Read:
     """The gates are in the format's order, and have to be put into ours; several keys are named in ours already."""
     at: int | None = None
     """The entry of the first axis that is meant."""
+    among: int | None = None
+    """How many entries the first axis has, where not all are read; the others are written as 1."""
     part: str | None = None
     """Of a kernel for [x, h]: its "input" or "hidden" rows."""
     then: Callable[[NumPyArray], NumPyArray] | None = None
