@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     chosen = [row for row in ROWS if (row.auto if format == "auto" else format == row.format) and layer in (None, row.layer)]
     if not chosen:
         raise UnsupportedError(f"`layer` is {layer!r}, which format {format!r} has not; expected one of {', '.join(layers_of(format))}")
-    fits = [fit for row in chosen for fit in _matches(row, arrays, prefix, ignore)]
+    names = _Names(arrays, prefix)
+    fits = [_match(row, templates, keys, ignore) for row in chosen for keys in names.of(row) for templates in row.places]
     exact = [fit for fit in fits if not fit.unknown and not fit.missing]
     # A row with a learned initial state or unused arrays explains more keys than one without.
     exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
@@ -141,18 +142,30 @@ def layers_of(format: str) -> list[str]:  # noqa: A002
     return sorted({row.layer for row in ROWS if format in ("auto", row.format)})
 
 
-def _matches(row: Row, arrays: Arrays, prefix: str, ignore: set[str]) -> Iterator[Fit]:
-    """What the row makes of the arrays: for each alternative of its places, with a part of the names that all share cut off."""
-    last = re.search(r"[^./]+[./]$", prefix)  # its last name may be one that a row knows, such as that of a cell
-    for head in dict.fromkeys((prefix, prefix[: last.start()] if last is not None else prefix)):
-        short = {key.removeprefix(head): a for key, a in arrays.items()}
-        plain = NAMES[row.format](short) if row.format in NAMES else {key: key for key in short}
-        names = {name: head + key for key, name in plain.items()}
-        shared = os.path.commonprefix(list(names))  # noqa: RUF071  # by characters: the keys are no paths
-        for length in (0, *(k + 1 for k, letter in enumerate(shared) if letter in row.separators)):
-            keys = {name[length:]: key for name, key in names.items()}
-            for templates in row.places:
-                yield _match(row, templates, keys, ignore)
+class _Names:
+    """The file's keys by the plain names of a format, with parts that all names share cut off."""
+
+    def __init__(self, arrays: Arrays, prefix: str):
+        self.arrays, self.prefix = arrays, prefix
+        last = re.search(r"[^./]+[./]$", prefix)
+        self.scope = prefix[: last.start()] if last is not None else prefix  # the prefix without its last name
+        self.found: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+
+    def of(self, row: Row) -> list[dict[str, str]]:
+        """For a row that knows the name of a scope, the last name of the prefix may be that one."""
+        heads = (self.prefix, self.scope) if row.places[0][0].strip("{l}./_") and self.scope != self.prefix else (self.prefix,)
+        return [keys for head in heads for keys in self._cut(row.format, row.separators, head)]
+
+    def _cut(self, format: str, separators: str, head: str) -> list[dict[str, str]]:  # noqa: A002
+        how = (format if format in NAMES else "", separators, head)
+        if how not in self.found:
+            short = {key.removeprefix(head): a for key, a in self.arrays.items()}
+            plain = NAMES[format](short) if format in NAMES else {key: key for key in short}
+            names = {name: head + key for key, name in plain.items()}
+            shared = os.path.commonprefix(list(names))  # noqa: RUF071  # by characters: the keys are no paths
+            lengths = (0, *(k + 1 for k, letter in enumerate(shared) if letter in separators))
+            self.found[how] = [{name[length:]: key for name, key in names.items()} for length in lengths]
+        return self.found[how]
 
 
 def _match(row: Row, templates: tuple[str, ...], keys: dict[str, str], ignore: set[str]) -> Fit:
