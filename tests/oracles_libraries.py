@@ -263,6 +263,30 @@ def icefall_projected(bias: bool) -> Any:
     return oracle
 
 
+# -- keras-layernorm-rnn -------------------------------------------------------------------------------------------------------------------
+
+
+def keras_layernorm_lstm(p: Arrays, x: Any, training: bool) -> Any:
+    """Gates are clip(0.2·a + 0.5, 0, 1), that package's default."""
+
+    def step(x: Any, t: int, h: Any, c: Any) -> Any:
+        net = np.split(x @ p["kernel"] + h @ p["recurrent_kernel"], 4, -1)
+        gammas = [p[f"layer_normalization{n}/gamma"] for n in ("", "_1", "_2", "_3")]
+        i, f, g, o = (ln(a, gamma) + b for a, gamma, b in zip(net, gammas, np.split(p["bias"], 4), strict=True))
+        i, f, o = (np.clip(0.2 * a + 0.5, 0.0, 1.0) for a in (i, f, o))
+        c = f * c + i * np.tanh(g)
+        return o * np.tanh(c), c
+
+    return run(step, x, H, 2)
+
+
+def keras_layernorm_rnn(p: Arrays, x: Any, training: bool) -> Any:
+    def step(x: Any, t: int, h: Any) -> Any:
+        return (np.tanh(ln(x @ p["kernel"] + h @ p["recurrent_kernel"], p["layer_normalization/gamma"]) + p["bias"]),)
+
+    return run(step, x, H)
+
+
 # -- haste ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +383,12 @@ LIBRARY_CELLS = [
     ),
     Published("speechbrain", "GRU", _LI_GRU, li_gru(False)),
     Published("haste", "RNN", {"kernel": (D, H), "recurrent_scale": H, "bias": H}, indrnn(False)),
+    Published(
+        "keras-layernorm-rnn",
+        "RNN",
+        {"kernel": (D, H), "recurrent_kernel": (H, H), "bias": H, "layer_normalization/gamma": H},
+        keras_layernorm_rnn,
+    ),
     Published("haste", "RNN", {"kernel": (D, H), "recurrent_scale": H, "bias": H, "gamma": (2, H)}, indrnn(True)),
     Published("madmom", "LSTM", madmom_shapes(*_LSTM_GATES), madmom_lstm),
     Published("madmom", "LSTM", madmom_shapes(*_LSTM_GATES, peepholes=True), madmom_lstm),
@@ -370,5 +400,17 @@ LIBRARY_CELLS = [
         plain_rnn("weights", "recurrent_weights", ("bias",)),
     ),
 ]
+KERAS_LAYERNORM_LSTM = Published(
+    "keras-layernorm-rnn",
+    "LSTM",
+    {
+        "kernel": (D, 4 * H),
+        "recurrent_kernel": (H, 4 * H),
+        "bias": 4 * H,
+        **{f"layer_normalization{n}/gamma": H for n in ("", "_1", "_2", "_3")},
+    },
+    keras_layernorm_lstm,
+)
+"""Apart from the others, since a variant may not have hard sigmoids yet."""
 THINC = Published("thinc", "LSTM", {"LSTM": 4 * H * (D + H + 2), "HC0": (2, 1, 1, H)}, thinc_lstm)
 """Apart from the others, since its one vector has everything, and its first states have to be 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import portnorm as pn
 from portnorm.checkpoint import safetensors
 from tests import oracles
 from tests.oracles import D, H, Published
-from tests.oracles_libraries import LIBRARY_CELLS, THINC
+from tests.oracles_libraries import KERAS_LAYERNORM_LSTM, LIBRARY_CELLS, THINC
 from tests.tolerances import DIFFERENCES, LIBRARY_FLOAT32, ONNX_OPERATOR, PUBLISHED_FLOAT64
 
-PUBLISHED = [*oracles.PUBLISHED, *LIBRARY_CELLS]
+HARD_SIGMOIDS = "gate_activation" in {f.name for f in dataclasses.fields(pn.Variant)}
+PUBLISHED = [*oracles.PUBLISHED, *LIBRARY_CELLS, *([KERAS_LAYERNORM_LSTM] if HARD_SIGMOIDS else [])]
 CASES = [
     pytest.param(case, training, id=f"{case.format}-{case.layer}-{k}-{'training' if training else 'inference'}")
     for k, case in enumerate(PUBLISHED)
@@ -222,6 +224,12 @@ def test_no_pickles_inside_npz(tmp_path: Path) -> None:
         pn.import_checkpoint(tmp_path / "w.npz")
     with pytest.raises(pn.CheckpointError, match="`a/b`"):
         pn.import_checkpoint({"a": {"b": "text"}})
+
+
+@pytest.mark.skipif(HARD_SIGMOIDS, reason="variants have hard sigmoids: the case is among the published cells")
+def test_hard_sigmoids_are_refused_by_name(rng: np.random.Generator) -> None:
+    with pytest.raises(pn.UnsupportedError, match="gate_activation = 'hard_sigmoid_5'"):
+        pn.import_checkpoint(KERAS_LAYERNORM_LSTM.arrays(rng))
 
 
 def test_thinc_keeps_everything_in_one_vector(rng: np.random.Generator) -> None:

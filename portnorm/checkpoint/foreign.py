@@ -49,7 +49,9 @@ def import_checkpoint(
     they would have given is as in a new layer (statistics that `estimate_population` is to take, for example).
 
     `config` is what arrays do not say: arguments of the layer (`batch_first=True`, `num_groups=4`) or fields of its `Variant`
-    (`zoneout=0.1`, `eps=1e-3`). Without them the format's own defaults hold. Batch statistics that are stored per step set `t_max`.
+    (`zoneout=0.1`, `eps=1e-3`). Without them the format's own defaults hold. Batch statistics that are stored per step set `t_max`, a
+    first state that is not 0 makes a layer with `learned_state`. speechbrain's directions share their weights: `bidirectional=True` says
+    that there are two, unless a second layer does.
     Arrays keep their dtype unless `dtype` is given. Raises `CheckpointError`, which names the key, where keys are missing or unknown,
     shapes do not fit, or several formats would; pickles (.pt) are refused.
 
@@ -167,6 +169,11 @@ class _Reader:
         inputs = found[0, 0, "weight_ih" if "weight_ih" in names else "weight_ih.v"].shape[-1]
         variant = variant_of(row.norm, row.layer, cell.cell.takes)
         changes = {**row.changes, **{name: config.pop(name) for name in list(config) if name in _VARIANT_FIELDS}}
+        unknown = [name for name in changes if name not in _VARIANT_FIELDS]
+        if unknown:
+            raise UnsupportedError(
+                f"{row.title} of format {row.format!r} has {unknown[0]} = {changes[unknown[0]]!r}, which no variant has yet"
+            )
         norm: Any = replace(variant, **changes) if changes else row.norm
         by_step = [name for name, read in row.reads.items() if name.endswith("running_mean") and read.at is None]
         steps = [a.shape[0] for (_, _, name), a in found.items() if name in by_step and a.ndim == 2]
@@ -299,6 +306,8 @@ def _computes(row: Row, layer: Layer) -> bool:
         return False
     if not isinstance(layer, Recurrent):
         return True
+    if not set(row.changes) <= _VARIANT_FIELDS:
+        return False
     variant = replace(variant_of(row.norm, row.layer, layer.cell.takes), **row.changes)
     return replace(variant, source="", gain=0.0, forget_bias=0.0) == replace(layer.variant, source="", gain=0.0, forget_bias=0.0)
 

@@ -32,8 +32,8 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     chosen = [row for row in ROWS if (row.auto if format == "auto" else format == row.format) and layer in (None, row.layer)]
     if not chosen:
         raise UnsupportedError(f"`layer` is {layer!r}, which format {format!r} has not; expected one of {', '.join(layers_of(format))}")
-    names = _Names(arrays, prefix)
-    fits = [_match(row, templates, keys, ignore) for row in chosen for keys in names.of(row) for templates in row.places]
+    plain = _Names(arrays, prefix)
+    fits = [_match(row, templates, keys, ignore) for row in chosen for keys in plain.of(row) for templates in row.places]
     exact = [fit for fit in fits if not fit.unknown and not fit.missing]
     # A row with a learned initial state or unused arrays explains more keys than one without.
     exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from portnorm.checkpoint.formats.cells import CELLS
 from portnorm.checkpoint.formats.flax import flax_names, flax_rows
 from portnorm.checkpoint.formats.jax import equinox_rows, haiku_names, haiku_rows
-from portnorm.checkpoint.formats.keras import keras_names, keras_rows
+from portnorm.checkpoint.formats.keras import keras_layernorm_rows, keras_names, keras_rows
 from portnorm.checkpoint.formats.madmom import madmom_rows
 from portnorm.checkpoint.formats.mlx import mlx_rows
 from portnorm.checkpoint.formats.onnx import onnx_rows
@@ -21,6 +21,7 @@ from portnorm.checkpoint.formats.torch import torch_rows, unit_offset_rows
 ROWS: list[Row] = [
     *torch_rows(),
     *keras_rows(),
+    *keras_layernorm_rows(),
     *flax_rows(),
     *CELLS,
     *onnx_rows(),
@@ -39,7 +40,7 @@ FORMATS: tuple[str, ...] = tuple(dict.fromkeys(row.format for row in ROWS))
 """Names of the formats."""
 
 NAMES: dict[str, Callable[[Mapping[str, NumPyArray]], dict[str, str]]] = {
-    "keras": keras_names,
+    **dict.fromkeys(("keras", "keras-layernorm-rnn"), keras_names),
     "flax": flax_names,
     "haiku": haiku_names,
     "paddle": paddle_names,

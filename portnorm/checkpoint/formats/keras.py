@@ -27,6 +27,17 @@ def keras_rows() -> list[Row]:
     return [*found, linear, without(linear, "bias"), *norms("keras", names, 1e-3, 1e-6, batch, -1)]
 
 
+def keras_layernorm_rows() -> list[Row]:
+    """The package keras-layernorm-rnn: γ after the sum, of each gate apart, the bias after it; gates are hard sigmoids by default."""
+    kernels = {"weight_ih": columns("kernel"), "weight_hh": columns("recurrent_kernel")}
+    bias, name = {"bias": rows("bias")}, "keras-layernorm-rnn"
+    gains = rows(*(f"layer_normalization{n}/gamma" for n in ("", "_1", "_2", "_3")))
+    normed = {"norm": "layer", "terms": "sum", "groups": "gate", "shift": False, "biases": ("bias",), "gate_activation": "hard_sigmoid_5"}
+    lstm = Row(name, "LSTM", {**kernels, "norm_sum.weight": gains, **bias}, None, "ifgo", _KERAS_PLACES, normed)
+    rnn = Row(name, "RNN", {**kernels, "norm_sum.weight": rows("layer_normalization/gamma"), **bias}, "tf-addons", "h", _KERAS_PLACES)
+    return [row for kind in (lstm, rnn) for row in (kind, without(kind, "bias", biases=()))]
+
+
 _KERAS_VARIABLES = {
     (2, 2, 1): ("kernel", "recurrent_kernel", "bias"),
     (2, 2, 2): ("kernel", "recurrent_kernel", "bias"),
