@@ -59,7 +59,7 @@ def test_out_again(case: Published, rng: np.random.Generator) -> None:
     """What a format stores comes back under its names, or, where it has two names for one layer, under those of the first."""
     p = case.arrays(rng)
     layer = imported(case, p)
-    if case.config or case.format == "speechbrain":  # whose directions share their weights
+    if case.config:
         with pytest.raises(pn.UnsupportedError, match=case.format):
             pn.to_format(layer, case.format)
         return
@@ -224,6 +224,26 @@ def test_no_pickles_inside_npz(tmp_path: Path) -> None:
         pn.import_checkpoint(tmp_path / "w.npz")
     with pytest.raises(pn.CheckpointError, match="`a/b`"):
         pn.import_checkpoint({"a": {"b": "text"}})
+
+
+@pytest.mark.parametrize("format_", ["mlx", "equinox", "flax"])
+def test_two_biases_become_one_and_that_of_the_candidate(format_: str, rng: np.random.Generator) -> None:
+    """Outside the reset gate only their sum counts."""
+    layer, x = pn.GRU(D, H, dtype="float64", rng=rng), rng.standard_normal((5, 6, D))
+    again: Any = pn.import_checkpoint(pn.to_format(layer, format_), format_)
+    np.testing.assert_allclose(again(x)[0], layer(x)[0], rtol=PUBLISHED_FLOAT64)
+    assert not again.params["bias_hh_l0"][: 2 * H].any()
+
+
+def test_directions_that_share_their_weights(rng: np.random.Generator) -> None:
+    """speechbrain stores them once; both are given, and two that differ cannot be written."""
+    case = stored("speechbrain", "GRU", "running_mean")
+    p, x = case.arrays(rng), rng.standard_normal((5, 6, D))
+    layer: Any = pn.import_checkpoint(p, bidirectional=True)
+    np.testing.assert_allclose(layer(x)[0][..., :H], case.oracle(p, x, False), rtol=PUBLISHED_FLOAT64)
+    np.testing.assert_allclose(layer(x)[0][::-1, :, H:], case.oracle(p, x[::-1], False), rtol=PUBLISHED_FLOAT64)
+    with pytest.raises(pn.UnsupportedError, match="speechbrain"):
+        pn.to_format(layer, "speechbrain")
 
 
 @pytest.mark.skipif(HARD_SIGMOIDS, reason="variants have hard sigmoids: the case is among the published cells")

@@ -302,7 +302,7 @@ def to_format(layer: Layer, format: str) -> Arrays:  # noqa: A002
 
 def _computes(row: Row, layer: Layer) -> bool:
     """Whether a row's layer computes what `layer` does."""
-    if any((read.then is not None and read.back is None) or read.join is not None for read in row.reads.values()) or row.shared:
+    if any((read.then is not None and read.back is None) or read.join is not None for read in row.reads.values()):
         return False
     if not isinstance(layer, Recurrent):
         return True

@@ -47,6 +47,12 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     nearest = sorted(
         (fit for fit in fits if fit.missing or fit.unknown), key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown))
     )
+    inside = [key for fit in exact for key in fit.keys.values() if _IN_A_CELL.search(key)]
+    if inside and all(fit.row.layer == "Linear" for fit in exact) and not plausible:
+        raise CheckpointError(
+            f"{inside[0]!r} is a weight of a recurrent cell, not of {_titles(exact)[0]}; format='tensorflow' reads those of cells called "
+            "basic_lstm_cell, lstm_cell, gru_cell or basic_rnn_cell: rename what computes like one of them"
+        )
     if exact and not plausible:
         shapes = ", ".join(f"{original!r} {arrays[original].shape}" for original in exact[0].keys.values())
         near = next((fit for fit in nearest if not fit.unknown and _is_plausible(fit, arrays)), None)
