@@ -10,6 +10,7 @@ from portnorm.arrays import Array, xp_of
 from portnorm.cells.slots import Slot, Slots
 from portnorm.cells.variants import Variant
 from portnorm.norm.normalize import Reduce
+from portnorm.pointwise import ACTIVATIONS, Activation
 from portnorm.scan import Params, State
 
 
@@ -25,6 +26,8 @@ class RecurrentCell:
     """By the slot whose shift their sum is: the parameters that are added to the gates after normalization."""
     slots: dict[str, Slot] = field(init=False, compare=False, repr=False)
     """The normalizers inside the loop, by the name of their slot."""
+    functions: tuple[Activation, Activation, Activation] = field(init=False, compare=False, repr=False)
+    """What the variant names: of the gates, of the candidate, of the cell state."""
 
     states: ClassVar[tuple[str, ...]]
     """Names of the states; the first is the output."""
@@ -40,6 +43,7 @@ class RecurrentCell:
     def __post_init__(self) -> None:
         object.__setattr__(self, "late_biases", self._late_biases())
         object.__setattr__(self, "slots", self._slots())
+        object.__setattr__(self, "functions", tuple(ACTIVATIONS[name] for name in self.variant.activations()))
 
     @property
     def gates(self) -> int:
