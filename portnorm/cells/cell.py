@@ -26,8 +26,6 @@ class RecurrentCell:
     """By the slot whose shift their sum is: the parameters that are added to the gates after normalization."""
     slots: dict[str, Slot] = field(init=False, compare=False, repr=False)
     """The normalizers inside the loop, by the name of their slot."""
-    functions: tuple[Activation, Activation, Activation] = field(init=False, compare=False, repr=False)
-    """What the variant names: of the gates, of the candidate, of the cell state."""
 
     states: ClassVar[tuple[str, ...]]
     """Names of the states; the first is the output."""
@@ -43,12 +41,17 @@ class RecurrentCell:
     def __post_init__(self) -> None:
         object.__setattr__(self, "late_biases", self._late_biases())
         object.__setattr__(self, "slots", self._slots())
-        object.__setattr__(self, "functions", tuple(ACTIVATIONS[name] for name in self.variant.activations()))
 
     @property
     def gates(self) -> int:
         """How many slices of hidden size the weights have."""
         raise NotImplementedError
+
+    @property
+    def functions(self) -> tuple[Activation, Activation, Activation]:
+        """What the variant names: of the gates, of the candidate, of the cell state."""
+        gates, candidate, state = self.variant.activations()
+        return ACTIVATIONS[gates], ACTIVATIONS[candidate], ACTIVATIONS[state]
 
     @property
     def hidden_apart(self) -> bool:

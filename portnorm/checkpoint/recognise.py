@@ -28,52 +28,140 @@ class Fit:
 
 
 def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: set[str]) -> Fit:  # noqa: A002
+    """The only row that explains the arrays, or the only part of them that is a `layer`. Raises `CheckpointError`."""
     chosen = [row for row in ROWS if format in ("auto", row.format) and layer in (None, row.layer)]
     if not chosen:
         raise UnsupportedError(f"`layer` is {layer!r}, which format {format!r} has not; expected one of {', '.join(layers_of(format))}")
-    fits = [fit for row in chosen for fit in _matches(row, arrays, prefix, ignore)]
-    exact = [fit for fit in fits if not fit.unknown and not fit.missing]
-    # A row with a learned initial state or unused arrays explains more keys than one without.
-    exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
-    # A stack of one layer is that layer under a longer name.
-    plausible = list({(id(fit.row), *sorted(fit.keys.values())): fit for fit in reversed(exact) if _is_plausible(fit, arrays)}.values())
+    fits, clashes = _fits(chosen, arrays, prefix, ignore)
+    exact, plausible = _exact(fits, arrays)
     if len(plausible) == 1:
         return plausible[0]
+    if plausible:
+        names = ", ".join(f"format={fit.row.format!r} with layer={fit.row.layer!r}" for fit in plausible)
+        raise CheckpointError(f"the keys {_some(arrays)} fit more than one: {names}; name the one that is meant")
     nearest = sorted(
         (fit for fit in fits if fit.missing or fit.unknown), key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown))
     )
-    if exact and not plausible:
-        shapes = ", ".join(f"{original!r} {arrays[original].shape}" for original in exact[0].keys.values())
-        near = next((fit for fit in nearest if not fit.unknown and _is_plausible(fit, arrays)), None)
-        other = f"; for {_titles([near])[0]} {near.missing} is missing" if near is not None else ""
-        raise CheckpointError(f"the keys are those of {', '.join(_titles(exact))}, but no such layer has these shapes: {shapes}{other}")
-    exact = plausible
+    near = nearest[0] if nearest else None
+    almost = exact or (near is not None and near.row.gates and near.found > 1)
+    parts = [] if almost else parts_of(chosen, arrays, prefix, ignore)
+    if layer is not None and len(parts) == 1 and len(parts[0].fits) == 1:
+        return parts[0].fits[0]
+    if parts:
+        raise CheckpointError(_listed(parts, arrays))
+    problem = next((a.problem for a in arrays.values() if a.problem is not None), None)
+    if problem is not None:
+        raise CheckpointError(problem)
     if exact:
-        names = ", ".join(f"format={fit.row.format!r} with layer={fit.row.layer!r}" for fit in exact)
-        raise CheckpointError(f"the keys {_some(arrays)} fit more than one: {names}; name the one that is meant")
-    best = nearest[0]
+        shapes = ", ".join(f"{original!r} {arrays[original].shape}" for original in exact[0].keys.values())
+        fitting = next((fit for fit in nearest if not fit.unknown and _is_plausible(fit, arrays)), None)
+        other = f"; for {_titles([fitting])[0]} {fitting.missing} is missing" if fitting is not None else ""
+        raise CheckpointError(f"the keys are those of {', '.join(_titles(exact))}, but no such layer has these shapes: {shapes}{other}")
+    for key, a in arrays.items():
+        if a.ndim == 0 and not a.dtype.startswith(("float", "int", "uint", "bool", "bfloat")):
+            raise CheckpointError(f"`{key}` is {a.dtype}; expected an array of numbers; name what is meant by `prefix`, or `ignore` it")
+    if near is None:
+        raise CheckpointError(f"{clashes[0]}; name the one that is meant by `prefix`")
+    rest = f"; what does not belong to the layer goes into `ignore`{own_cell(arrays)}" if near.unknown else ""
     raise CheckpointError(
-        f"the keys do not fit {best.row.format!r} {best.row.title}, the nearest: missing {best.missing or 'nothing'}, "
-        f"unknown {best.unknown or 'nothing'}"
+        f"the keys do not fit {near.row.format!r} {near.row.title}, the nearest: missing {near.missing or 'nothing'}, "
+        f"unknown {near.unknown or 'nothing'}{rest}"
     )
 
 
-def parts_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: set[str]) -> list[tuple[str, str]]:  # noqa: A002
-    """Beginnings of names under which a layer lies, the shortest of each, and what it is."""
-    found: list[tuple[str, str]] = []
+def _exact(fits: list[Fit], arrays: Arrays) -> tuple[list[Fit], list[Fit]]:
+    """The fits that explain every key, and those of them whose shapes can be right."""
+    exact = [fit for fit in fits if not fit.unknown and not fit.missing]
+    # A row with a learned initial state or unused arrays explains more keys than one without.
+    exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
+    said = {id(fit): next((a.said.layer for a in (arrays[k] for k in fit.keys.values()) if a.said), None) for fit in exact}
+    exact = [fit for fit in exact if said[id(fit)] in (None, fit.row.layer)] or exact
+    # A stack of one layer is that layer under a longer name.
+    plausible = {(id(fit.row), *sorted(fit.keys.values())): fit for fit in reversed(exact) if _is_plausible(fit, arrays)}
+    return exact, list(plausible.values())
+
+
+# -- files of several layers -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A beginning of names under which a layer lies, and what it can be."""
+
+    prefix: str
+    fits: list[Fit]
+    keys: int
+
+    @property
+    def is_linear(self) -> bool:
+        return all(fit.row.layer == "Linear" for fit in self.fits)
+
+    def __str__(self) -> str:
+        by_format: dict[str, list[str]] = {}
+        for fit in self.fits:
+            by_format.setdefault(fit.row.format, []).append(fit.row.title)
+        said = " or ".join(f"{name} {'/'.join(dict.fromkeys(titles))}" for name, titles in by_format.items())
+        return f"prefix={self.prefix!r} ({said})"
+
+
+def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> list[Part]:
+    """The layers that lie under beginnings of the names, the shortest beginning of each."""
     ends = {key[: k + 1] for key in arrays for k in range(len(prefix), len(key)) if key[k] in "./"}
-    for part in sorted(ends, key=lambda p: (len(p), p)):
-        if any(part.startswith(known) for known, _ in found):
+    found: list[Part] = []
+    for beginning in sorted(ends, key=lambda e: (len(e), e)):
+        if any(beginning.startswith(part.prefix) for part in found):
             continue
-        inside = {key: a for key, a in arrays.items() if key.startswith(part)}
-        if len(inside) == len(arrays):
-            continue
-        try:
-            fit = fit_of(inside, part, format, layer, ignore)
-        except CheckpointError:
-            continue
-        found.append((part, f"{fit.row.format} {fit.row.title}"))
+        inside = {key: a for key, a in arrays.items() if key.startswith(beginning)}
+        leaves = {re.split(r"[./]", key)[-1] for key in inside}
+        possible = [row for row in rows if _may_fit(row, leaves, len(inside))]
+        fits = _exact(_fits(possible, inside, beginning, ignore)[0], inside)[1] if possible else []
+        if fits and len(inside) < len(arrays):
+            found.append(Part(beginning, fits, len(inside)))
     return found
+
+
+def _may_fit(row: Row, leaves: set[str], count: int) -> bool:
+    """Whether a row is worth a closer look: by the first of its keys, and by how many there are."""
+    first = next(iter(row.reads.values())).keys[0].rpartition("/")[2].rpartition(".")[2].partition("{")[0]
+    single = all("{l}" not in t for templates in row.places for t in templates) and "{t}" not in str(row.reads)
+    most = 2 * sum(len(read.keys) for read in row.reads.values()) + 2 * len(row.unused) + 2 * len(row.zero)
+    numbered = any(leaf.isdecimal() for leaf in leaves)
+    return (numbered or any(first in leaf for leaf in leaves)) and (count <= most or not single)
+
+
+def _listed(parts: list[Part], arrays: Arrays) -> str:
+    """What a file holds, for somebody who has to name one part of it."""
+    shown = [part for part in parts if not part.is_linear] or parts
+    linear = sum(part.is_linear for part in parts) if len(shown) < len(parts) else 0
+    rest = [key for key in arrays if not any(key.startswith(part.prefix) for part in parts)]
+    said = ", ".join(map(str, shown[:_SHOWN])) + (f", … ({len(shown)} in all)" if len(shown) > _SHOWN else "")
+    also = [f"{linear} Linear"] if linear else []
+    also += [f"{len(rest)} other arrays, such as {rest[0]!r}"] if rest else []
+    beside = f"; there are {' and '.join(also)} beside" if also else ""
+    choice = " (with `layer` where there are several classes)" if any(len(part.fits) > 1 for part in shown) else ""
+    return f"the file holds more than one layer; name one{choice}: {said}{beside}{own_cell(arrays)}"
+
+
+_SHOWN = 12
+
+
+def own_cell(arrays: Arrays) -> str:
+    """What to do with a recurrent cell that somebody wrote himself, where the keys look like one: two matrices for the same gates."""
+    matrices = [(key, a.shape) for key, a in arrays.items() if a.ndim == 2]
+    names = {key: re.split(r"[./]", key) for key, _ in matrices}
+    for key, shape in matrices:
+        path = names[key]
+        hidden = any(re.search(r"h2h|hh|hidden|recurrent|h2", part.lower()) for part in path)
+        for other, theirs in matrices:
+            beside = len(path) == len(names[other]) and sum(a != b for a, b in zip(path, names[other], strict=True)) == 1
+            if hidden and other != key and beside and any(shape[k] == theirs[k] and shape[k] % shape[1 - k] == 0 for k in (0, 1)):
+                return (
+                    f". Are {other!r} and {key!r} a recurrent cell of your own? Then make its layer, with a pn.Variant that says where its "
+                    "normalizers and biases are: layer = pn.LSTM(inputs, hidden, norm=pn.Variant(…)), and give it the weights by name, "
+                    "layer.load_state_dict({ours: your_arrays[theirs(ours)] for ours in layer.state_dict()}); or call your arrays what "
+                    "pn.to_format(layer, format) calls them, and import that"
+                )
+    return ""
 
 
 def _titles(fits: Iterable[Fit]) -> list[str]:
@@ -92,14 +180,20 @@ def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
         if row.layer == "Linear":
             return ndims == {"weight": 2, "bias": 1} or ndims == {"weight": 2}
         return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == {1})
+    size = None
+    for name in ("weight_hh", "weight_hh.v"):
+        read = row.reads.get(name)
+        if name in shapes and read is not None and read.part is None and len(read.keys) == 1:
+            ratio = shapes[name] if not read.transposed else shapes[name][::-1]
+            if len(ratio) != 2 or ratio[0] % len(row.gates) or ("weight_hr" not in row.reads and ratio[0] != len(row.gates) * ratio[1]):
+                return False
+            size = ratio[0] // len(row.gates)
     for name, shape in shapes.items():
         read = row.reads[name]
-        if name in ("weight_hh", "weight_hh.v") and read.part is None and len(read.keys) == 1:
-            ratio = shape if not read.transposed else shape[::-1]
-            if len(shape) != 2 or ratio[0] % len(row.gates) or ("weight_hr" not in row.reads and ratio[0] != len(row.gates) * ratio[1]):
+        if name.startswith("bias"):
+            blocks = read.blocks or (len(row.gates) if read.by_gate and len(read.keys) == 1 else None)
+            if len(shape) != 1 + (read.at is not None) or (size and blocks and shape[-1] != blocks * size):
                 return False
-        if name.startswith("bias") and len(shape) != 1 + (read.at is not None):
-            return False
     return True
 
 
@@ -107,16 +201,33 @@ def layers_of(format: str) -> list[str]:  # noqa: A002
     return sorted({row.layer for row in ROWS if format in ("auto", row.format)})
 
 
-def _matches(row: Row, arrays: Arrays, prefix: str, ignore: set[str]) -> Iterator[Fit]:
-    """What the row makes of the arrays: for each alternative of its places, with a part of the names that all share cut off."""
+def _fits(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> tuple[list[Fit], list[str]]:
+    """What the rows make of the arrays: for each alternative of their places, with a part of the names that all share cut off.
+
+    And which keys a format calls by the same name: its rows cannot hold them.
+    """
     short = {key.removeprefix(prefix): a for key, a in arrays.items()}
-    plain = NAMES[row.format](short) if row.format in NAMES else {key: key for key in short}
-    names = {name: prefix + key for key, name in plain.items()}
+    cuts: dict[str, list[dict[str, str]]] = {}
+    clashes, found = [], []
+    for row in rows:
+        if row.format not in cuts:
+            cuts[row.format], clash = _cut(row.format, short, prefix)
+            clashes += clash
+        found += [_match(row, templates, keys, ignore) for keys in cuts[row.format] for templates in row.places]
+    return found, clashes
+
+
+def _cut(format: str, short: Mapping[str, Any], prefix: str) -> tuple[list[dict[str, str]], list[str]]:  # noqa: A002
+    """The file's keys by a format's plain names, once for each beginning that may be cut off."""
+    plain = NAMES[format](short) if format in NAMES else {key: key for key in short}
+    names: dict[str, str] = {}
+    for key, name in plain.items():
+        if name in names:
+            return [], [f"{names[name]!r} and {prefix + key!r} are both {name!r} in format {format!r}"]
+        names[name] = prefix + key
     shared = os.path.commonprefix(list(names))  # noqa: RUF071  # by characters: the keys are no paths
-    for length in (0, *(k + 1 for k, letter in enumerate(shared) if letter in "./")):
-        keys = {name[length:]: key for name, key in names.items()}
-        for templates in row.places:
-            yield _match(row, templates, keys, ignore)
+    lengths = (0, *(k + 1 for k, letter in enumerate(shared) if letter in "./"))
+    return [{name[length:]: key for name, key in names.items()} for length in lengths], []
 
 
 def _match(row: Row, templates: tuple[str, ...], keys: dict[str, str], ignore: set[str]) -> Fit:
@@ -129,7 +240,6 @@ def _match(row: Row, templates: tuple[str, ...], keys: dict[str, str], ignore: s
     directions = [t for t in templates if t and there(t, 0)] if len(templates) > 1 else [templates[0]]
     places = [[t.format(l=n) for t in directions or templates[:1]] for n in range(max(layers, 1))]
     wanted = {key for place in itertools.chain(*places) for r in row.reads.values() for k in r.keys for key in expanded(k, place, keys)}
-    wanted |= {placed(key, places[0][0]) for key in row.settings.values()}
     optional = {placed(key, place) for place in itertools.chain(*places) for key in (*row.unused, *row.zero)}
     known = {key: keys[key] for key in keys if key in wanted | optional}
     missing = [key for key in sorted(wanted - set(keys)) if key not in ignore]
