@@ -72,7 +72,8 @@ def import_checkpoint(
             raise CheckpointError(f"no key starts with {prefix!r}{known}" if prefix else "the checkpoint holds no arrays")
         wanted = held.format if format == "auto" and held.format is not None else format
         fit = fit_of(arrays, prefix, wanted, layer, set(ignore))
-        reader = _Reader(fit, arrays, set(ignore))
+        said = held.said_of(fit.keys.values()) if held.said_of is not None else _only_said(fit, arrays)
+        reader = _Reader(fit, arrays, set(ignore), said)
         made = reader.layer({"xp": xp, "device": device, "dtype": dtype}, config)
     made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted(fit.keys.values()))}"
     made.provenance += "".join(f"; {note}" for note in reader.notes(made))
@@ -82,15 +83,23 @@ def import_checkpoint(
     return made
 
 
+def _only_said(fit: Fit, arrays: Arrays) -> Said:
+    """What the file says of the layer that all the arrays belong to."""
+    found = {id(said): said for said in (arrays[key].said for key in fit.keys.values())}
+    if len(found) > 1:
+        titles = " and ".join("arrays of no layer" if said is None else said.title for said in found.values())
+        raise CheckpointError(f"the keys {', '.join(map(repr, fit.keys.values()))} belong to more than one layer: {titles}")
+    return next(iter(found.values())) or Said("")
+
+
 class _Reader:
     """Turns the arrays of a fit into a layer."""
 
-    def __init__(self, fit: Fit, arrays: Arrays, ignore: set[str]):
-        self.fit, self.row, self.arrays, self.ignore = fit, fit.row, arrays, ignore
+    def __init__(self, fit: Fit, arrays: Arrays, ignore: set[str], said: Said):
+        self.fit, self.row, self.arrays, self.ignore, self.said = fit, fit.row, arrays, ignore, said
         self.order = OUR_GATES.get(fit.row.layer, "")
         self.made: type[Layer] = LAYERS[fit.row.layer]
         self.cell = self.made.cell if issubclass(self.made, Recurrent) else None
-        self.said = self._only_said()
         self.stated: set[str] = set()
         self.filled: list[str] = []
 
@@ -113,9 +122,10 @@ class _Reader:
         }
         if where["dtype"] is None:
             where["dtype"] = self._dtype(found.values(), where["xp"])
-        self.stated = {*self.said.values, *config}
+        stated = self._stated()
+        self.stated = {*stated, *config}
         recurrent = self.cell is not None
-        arguments = self._recurrent(found, config) if recurrent else self._plain(found, config, str(where["dtype"]))
+        arguments = self._recurrent(found, {**stated, **config}) if recurrent else self._plain(found, {**stated, **config})
         made: Any = self.made
         try:
             layer: Layer = made(**arguments, **where)
@@ -144,14 +154,6 @@ class _Reader:
 
     # -- what the file says beside the arrays --------------------------------------------------------------------------------------------
 
-    def _only_said(self) -> Said:
-        """What the file says of the layer that all the arrays belong to."""
-        found = {id(said): said for said in (self.arrays[key].said for key in self.fit.keys.values())}
-        if len(found) > 1:
-            titles = " and ".join("arrays of no layer" if said is None else said.title for said in found.values())
-            raise CheckpointError(f"the keys {', '.join(map(repr, self.fit.keys.values()))} belong to more than one layer: {titles}")
-        return next(iter(found.values())) or Said("")
-
     def _check_settings(self, config: Mapping[str, Any]) -> None:
         """Raise where the file has a setting that is not read, or the caller one that there is not."""
         own = {name for name in inspect.signature(self.made).parameters if name != "reduce"}
@@ -172,11 +174,16 @@ class _Reader:
             if backward is not None:
                 raise CheckpointError(f"{backward!r} is the backward direction alone; pass direction='reverse', or take both by a shorter prefix")
 
+    def _stated(self) -> dict[str, Any]:
+        """What the file says, but for what this layer has no use for, such as the ε of a cell without a normalizer."""
+        plain = self.cell is not None and self.row.norm in (None, "weight")
+        return {n: v for n, v in self.said.values.items() if not (n in ("eps", "momentum") and (plain or not self._takes(n)))}
+
     def _takes(self, name: str) -> bool:
         """Whether an argument, or a field of a Variant, can be another one than the usual for this layer."""
-        if name not in _VARIANT_FIELDS:
+        if self.cell is None or name not in _VARIANT_FIELDS:
             return name in inspect.signature(self.made).parameters
-        return self.cell is not None and len(self.cell.takes.get(name, (None, None))) > 1
+        return len(self.cell.takes.get(name, (None, None))) > 1
 
     def notes(self, layer: Layer) -> list[str]:
         """What somebody who uses the layer should know of how it was read."""
@@ -213,7 +220,6 @@ class _Reader:
         hidden = rows // len(row.gates)
         inputs = found[0, 0, "weight_ih" if "weight_ih" in names else "weight_ih.v"].shape[-1]
         variant = variant_of(row.norm, row.layer, cell.cell.takes)
-        config = {**self.said.values, **config}
         before = {name: value for name, value in self.said.defaults.items() if self._takes(name)}
         changes = {**before, **row.changes, **{name: config.pop(name) for name in list(config) if name in _VARIANT_FIELDS}}
         norm: Any = replace(variant, **changes) if changes else row.norm
@@ -226,13 +232,13 @@ class _Reader:
         sizes = {"num_layers": len(self.fit.places), "bidirectional": len(self.fit.places[0]) == 2}
         return {"input_size": inputs, "hidden_size": hidden, "norm": norm, **sizes, **row.config, "rng": 0, **config}
 
-    def _plain(self, found: Mapping[tuple[int, int, str], Any], config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    def _plain(self, found: Mapping[tuple[int, int, str], Any], config: dict[str, Any]) -> dict[str, Any]:
         """What the shapes say of a layer that is not recurrent."""
         shape = next((found[0, 0, name].shape for name in ("weight", "bias", "running_mean", "running_var") if (0, 0, name) in found), None)
         if shape is None:
             raise CheckpointError(f"{', '.join(sorted(self.fit.keys.values()))}: all are in `ignore`; expected one that gives the size")
-        usual = {name: value(dtype) if callable(value) else value for name, value in self.row.config.items()}
-        rest = {**usual, **self.said.values, **config}
+        dtype = self._dtype(found.values(), None)
+        rest = {**{name: value(dtype) if callable(value) else value for name, value in self.row.config.items()}, **config}
         if self.row.layer == "Linear":
             if len(shape) != 2:
                 raise CheckpointError(f"`weight` has shape {shape}; expected a matrix")

@@ -99,11 +99,11 @@ def _bidirectional(config: dict[str, Any], reader: Reader) -> None:
             if name != "go_backwards":
                 reader.refuse(name, f"directions whose {name} differ: {sides[0].get(name)!r} and {sides[1].get(name)!r}", *_OURS.get(name, ()))
     own = {name: value for name, value in config.items() if name not in ("layer", "backward_layer")}
-    reader.read(own, {"merge_mode": _merge_mode})
+    reader.read(own, {"merge_mode": _merge_mode, "dtype": _dtype})
 
 
 def _differing(settings: list[dict[str, Any]], names: Iterable[str]) -> list[str]:
-    return [name for name in names if name not in ("units", "name") and any(s.get(name) != settings[0].get(name) for s in settings)]
+    return [name for name in names if name != "dtype" and any(s.get(name) != settings[0].get(name) for s in settings)]
 
 
 def _inert(value: Any, reader: Reader) -> None:
@@ -230,6 +230,8 @@ _NORM: dict[str, dict[str, Reading]] = {
         "axis": _channel_axis,
         "momentum": _say("momentum", lambda value: round(1.0 - float(value), 12)),
         "renorm": _only("renorm", False, None),
+        "renorm_momentum": _inert,
+        "renorm_clipping": _inert,
         "virtual_batch_size": _only("virtual_batch_size", None),
         "adjustment": _only("adjustment", None),
         "mode": _only("mode", 0),

@@ -39,10 +39,19 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     if plausible:
         names = ", ".join(f"format={fit.row.format!r} with layer={fit.row.layer!r}" for fit in plausible)
         raise CheckpointError(f"the keys {_some(arrays)} fit more than one: {names}; name the one that is meant")
+    of_one = {id(a.said): a.said for a in arrays.values()}
+    said = next(iter(of_one.values())) if len(of_one) == 1 else None
+    if said is not None and "class_name" in said.refused:
+        raise CheckpointError(f"{said.title} is of {said.refused['class_name'].why}")
     nearest = sorted(
         (fit for fit in fits if fit.missing or fit.unknown), key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown))
     )
     near = nearest[0] if nearest else None
+    wrong = next((fit for fit in fits if not fit.unknown and not fit.missing and fit not in exact and _said_layer(fit, arrays)), None)
+    if wrong is not None and not exact:
+        said = arrays[next(iter(wrong.keys.values()))].said
+        assert said is not None
+        raise CheckpointError(f"{said.title} has only the arrays {_some(arrays)}; expected those of a {said.layer} of portnorm")
     almost = exact or (near is not None and near.row.gates and near.found > 1)
     parts = [] if almost else parts_of(chosen, arrays, prefix, ignore)
     if layer is not None and len(parts) == 1 and len(parts[0].fits) == 1:
@@ -62,7 +71,8 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
             raise CheckpointError(f"`{key}` is {a.dtype}; expected an array of numbers; name what is meant by `prefix`, or `ignore` it")
     if near is None:
         raise CheckpointError(f"{clashes[0]}; name the one that is meant by `prefix`")
-    rest = f"; what does not belong to the layer goes into `ignore`{own_cell(arrays)}" if near.unknown else ""
+    hint = own_cell({key: arrays[key] for key in near.unknown})
+    rest = f"; what does not belong to the layer goes into `ignore`{hint}" if near.unknown else ""
     raise CheckpointError(
         f"the keys do not fit {near.row.format!r} {near.row.title}, the nearest: missing {near.missing or 'nothing'}, "
         f"unknown {near.unknown or 'nothing'}{rest}"
@@ -74,11 +84,22 @@ def _exact(fits: list[Fit], arrays: Arrays) -> tuple[list[Fit], list[Fit]]:
     exact = [fit for fit in fits if not fit.unknown and not fit.missing]
     # A row with a learned initial state or unused arrays explains more keys than one without.
     exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
-    said = {id(fit): next((a.said.layer for a in (arrays[k] for k in fit.keys.values()) if a.said), None) for fit in exact}
-    exact = [fit for fit in exact if said[id(fit)] in (None, fit.row.layer)] or exact
+    exact = [fit for fit in exact if _said_layer(fit, arrays) in (None, fit.row.layer)]
     # A stack of one layer is that layer under a longer name.
-    plausible = {(id(fit.row), *sorted(fit.keys.values())): fit for fit in reversed(exact) if _is_plausible(fit, arrays)}
+    # So is a norm with one of γ and β where the other was to be left out.
+    plausible = {
+        (id(fit.row) if fit.row.gates else (fit.row.format, fit.row.layer), *sorted(fit.keys.values())): fit
+        for fit in reversed(exact)
+        if _is_plausible(fit, arrays)
+    }
     return exact, list(plausible.values())
+
+
+def _said_layer(fit: Fit, arrays: Arrays) -> str | None:
+    """The class that the file says the layer has, where all the arrays belong to one."""
+    said = {id(a.said): a.said for a in (arrays[key] for key in fit.keys.values())}
+    only = next(iter(said.values())) if len(said) == 1 else None
+    return None if only is None else only.layer
 
 
 # -- files of several layers -------------------------------------------------------------------------------------------------------------------
@@ -90,11 +111,14 @@ class Part:
 
     prefix: str
     fits: list[Fit]
-    keys: int
 
     @property
     def is_linear(self) -> bool:
         return all(fit.row.layer == "Linear" for fit in self.fits)
+
+    @property
+    def is_recurrent(self) -> bool:
+        return any(fit.row.gates for fit in self.fits)
 
     def __str__(self) -> str:
         by_format: dict[str, list[str]] = {}
@@ -115,8 +139,10 @@ def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> 
         leaves = {re.split(r"[./]", key)[-1] for key in inside}
         possible = [row for row in rows if _may_fit(row, leaves, len(inside))]
         fits = _exact(_fits(possible, inside, beginning, ignore)[0], inside)[1] if possible else []
+        one_axis = all(a.ndim == 1 for a in inside.values())
+        fits = [fit for fit in fits if fit.row.gates or fit.row.layer == "Linear" or one_axis]  # a matrix is rather an embedding than a γ
         if fits and len(inside) < len(arrays):
-            found.append(Part(beginning, fits, len(inside)))
+            found.append(Part(beginning, fits))
     return found
 
 
@@ -131,15 +157,20 @@ def _may_fit(row: Row, leaves: set[str], count: int) -> bool:
 
 def _listed(parts: list[Part], arrays: Arrays) -> str:
     """What a file holds, for somebody who has to name one part of it."""
-    shown = [part for part in parts if not part.is_linear] or parts
+    shown = sorted((part for part in parts if not part.is_linear), key=lambda part: not part.is_recurrent) or parts
     linear = sum(part.is_linear for part in parts) if len(shown) < len(parts) else 0
     rest = [key for key in arrays if not any(key.startswith(part.prefix) for part in parts)]
-    said = ", ".join(map(str, shown[:_SHOWN])) + (f", … ({len(shown)} in all)" if len(shown) > _SHOWN else "")
+    alike: dict[str, list[Part]] = {}
+    for part in shown:
+        alike.setdefault(re.sub(r"\d+", "0", str(part)), []).append(part)
+    named = [f"{same[0]}{f' and {len(same) - 1} more with other numbers' if len(same) > 1 else ''}" for same in alike.values()]
+    said = ", ".join(named[:_SHOWN]) + (f", … ({len(named)} in all)" if len(named) > _SHOWN else "")
     also = [f"{linear} Linear"] if linear else []
     also += [f"{len(rest)} other arrays, such as {rest[0]!r}"] if rest else []
     beside = f"; there are {' and '.join(also)} beside" if also else ""
     choice = " (with `layer` where there are several classes)" if any(len(part.fits) > 1 for part in shown) else ""
-    return f"the file holds more than one layer; name one{choice}: {said}{beside}{own_cell(arrays)}"
+    outside = {key: a for key, a in arrays.items() if not any(part.is_recurrent and key.startswith(part.prefix) for part in parts)}
+    return f"the file holds more than one layer; name one{choice}: {said}{beside}{own_cell(outside)}"
 
 
 _SHOWN = 12

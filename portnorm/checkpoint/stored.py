@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -118,6 +118,8 @@ class Held:
     arrays: dict[str, Stored]
     format: str | None = None
     """The format, where the kind of file leaves no other."""
+    said_of: Callable[[Iterable[str]], Said] | None = None
+    """What is said of the layer that has these keys, where that does not belong to each array."""
     left_out: list[str] = field(default_factory=list)
     """Keys of what is no weight by its nature, such as keys of random generators."""
 

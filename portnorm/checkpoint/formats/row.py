@@ -72,7 +72,7 @@ class Row:
     changes: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the named variant."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the layer that are the format's defaults."""
+    """Arguments of the layer that are the format's defaults, or functions that give them for a dtype."""
     unused: tuple[str, ...] = ()
     """Keys that belong to the format and that its computation does not use."""
     zero: tuple[str, ...] = ()
@@ -89,7 +89,9 @@ def without(row: Row, *names: str, **changes: Any) -> Row:
     return replace(row, reads=reads, changes={**row.changes, **changes})
 
 
-def norms(library: str, keys: Mapping[str, str], eps: float, rms_eps: float, batch: Mapping[str, Any], channel_axis: int) -> list[Row]:
+def norms(
+    library: str, keys: Mapping[str, str], eps: float, rms_eps: float | Callable[[str], float], batch: Mapping[str, Any], channel_axis: int
+) -> list[Row]:
     """The normalization layers of a library, which differ in the names of their arrays and in ε. A γ that is not stored is 1, a β 0."""
     g, b, mean, var, scale = (keys[name] for name in ("gain", "shift", "mean", "var", "rms"))
     affine = {"weight": whole(g), "bias": whole(b)}

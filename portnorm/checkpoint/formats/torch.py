@@ -30,4 +30,9 @@ def torch_rows() -> list[Row]:
     linear = Row("torch", "Linear", {"weight": whole("weight"), "bias": whole("bias")})
     names = {"gain": "weight", "shift": "bias", "mean": "running_mean", "var": "running_var", "rms": "weight"}
     batch = {"eps": 1e-5, "momentum": 0.1, "unbiased": True}
-    return [*found, linear, without(linear, "bias"), *norms("torch", names, 1e-5, float(numpy.finfo("float32").eps), batch, 1)]
+    return [*found, linear, without(linear, "bias"), *norms("torch", names, 1e-5, _rms_eps, batch, 1)]
+
+
+def _rms_eps(dtype: str) -> float:
+    """That of torch's RMSNorm without an `eps`: of the type that it computes in."""
+    return float(numpy.finfo("float64" if dtype == "float64" else "float32").eps)
