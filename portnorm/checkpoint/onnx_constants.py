@@ -35,6 +35,9 @@ class Scope:
         self.nodes = {name: node for node in graph.node for name in node.output if name}
         self.own = {*self.tensors, *self.nodes, *(i.name for i in graph.input), *(t.values.name for t in graph.sparse_initializer)}
         self.values: dict[str, NumPyArray] = {}
+        self.known: dict[str, bool] = {}
+        self.made_by: dict[str, frozenset[str]] = {}
+        self.starts: dict[str, str] = {}
 
     def home(self, name: str) -> Scope | None:
         """The scope that a name belongs to."""
@@ -45,22 +48,26 @@ class Scope:
         scope = self.home(name)
         if scope is None or depth > _DEPTH:
             return False
-        if name in scope.tensors:
-            return True
-        node = scope.nodes.get(name)
+        if name not in scope.known:
+            scope.known[name] = name in scope.tensors or scope._is_made(scope.nodes.get(name), depth)
+        return scope.known[name]
+
+    def _is_made(self, node: onnx.NodeProto | None, depth: int) -> bool:
         if node is None or node.domain not in ("", "ai.onnx"):
             return False
         if node.op_type == "Constant":
             return any(a.name in _CONSTANTS for a in node.attribute)
-        return node.op_type in FOLDED and all(scope.is_constant(i, depth + 1) for i in node.input if i)
+        return node.op_type in FOLDED and all(self.is_constant(i, depth + 1) for i in node.input if i)
 
-    def operators(self, name: str) -> set[str]:
+    def operators(self, name: str) -> frozenset[str]:
         """The operators that a constant is made by."""
         scope = self.home(name)
-        node = None if scope is None or name in scope.tensors else scope.nodes.get(name)
-        if scope is None or node is None:
-            return set()
-        return {node.op_type}.union(*(scope.operators(i) for i in node.input if i))
+        assert scope is not None
+        if name not in scope.made_by:
+            node = None if name in scope.tensors else scope.nodes[name]
+            inner = () if node is None else (scope.operators(i) for i in node.input if i)
+            scope.made_by[name] = frozenset({node.op_type} if node is not None else ()).union(*inner)
+        return scope.made_by[name]
 
     def shape(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and type of a constant."""
@@ -92,12 +99,17 @@ class Scope:
         node = None if scope is None else scope.nodes.get(name)
         if scope is None or node is None or depth > _DEPTH:
             return "given"
+        if name not in scope.starts:
+            scope.starts[name] = scope._start_of(node, depth)
+        return scope.starts[name]
+
+    def _start_of(self, node: onnx.NodeProto, depth: int) -> str:
         if node.op_type == "ConstantOfShape":
             fill = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
             return "learned" if any(numpy.any(f) for f in fill) else "zeros"
         if node.op_type not in _MOVED:
             return "given"
-        found = {scope.start(i, depth + 1) for i in (node.input if node.op_type == "Concat" else node.input[:1])}
+        found = {self.start(i, depth + 1) for i in (node.input if node.op_type == "Concat" else node.input[:1])}
         return next(kind for kind in ("learned", "given", "zeros") if kind in found)
 
 
