@@ -21,6 +21,7 @@ from portnorm.checkpoint.containers import Arrays
 from portnorm.checkpoint.formats import FORMATS as FORMATS
 from portnorm.checkpoint.formats import ROWS
 from portnorm.checkpoint.formats.row import OUR_GATES, Read, Row
+from portnorm.checkpoint.formats.torch import BIASES
 from portnorm.checkpoint.layers import LAYERS
 from portnorm.checkpoint.recognise import Fit, expanded, fit_of, layers_of, placed
 from portnorm.checkpoint.stored import NumPyArray, Said
@@ -309,18 +310,22 @@ def to_format(layer: Layer, format: str) -> dict[str, NumPyArray]:  # noqa: A002
     """The arrays of a layer as another library stores them, by its names: what `import_checkpoint` reads, the other way round.
 
     `format` is one of `portnorm.FORMATS`, such as `"torch"` (what `load_state_dict` of torch.nn takes) or `"keras"` (by name; in the order
-    of `layer.get_weights()`). NumPy arrays. Raises `UnsupportedError` where the format has no such layer.
+    of `layer.get_weights()`). NumPy arrays. Where the format has one bias and the layer two that are only ever added to each other, it gets
+    their sum, and the log says so. Raises `UnsupportedError`, which names the difference, where the format has no such layer. Arrays do
+    not hold everything: ε, `momentum`, `batch_first` are the reader's to know.
 
     >>> import portnorm as pn
     >>> {name: a.shape for name, a in pn.to_format(pn.LSTM(4, 3, rng=0), "torch").items()}
     {'weight_ih_l0': (12, 4), 'weight_hh_l0': (12, 3), 'bias_ih_l0': (12,), 'bias_hh_l0': (12,)}
     """
     own = {name: to_numpy(a) for name, a in layer.state_dict().items()}
-    stored = {name for name in own if "num_batches_tracked" not in name}
     layers, directions = (layer.num_layers, layer.num_directions) if isinstance(layer, Recurrent) else (1, 1)
     for row in ROWS:
-        if row.format != format or row.layer != type(layer).__name__ or not _computes(row, layer):
+        if row.format != format or row.layer != type(layer).__name__ or _differences(row, layer):
             continue
+        joined = isinstance(layer, Recurrent) and _adds_biases(row, layer)
+        held = _with_one_bias(own, layers, directions) if joined else own
+        stored = {name for name in held if "num_batches_tracked" not in name}
         for templates in row.places:
             if len(templates) < directions or (layers > 1 and "{l}" not in templates[0]):
                 continue
@@ -330,20 +335,57 @@ def to_format(layer: Layer, format: str) -> dict[str, NumPyArray]:  # noqa: A002
                 full = {name: in_direction(name, n, d) if isinstance(layer, Recurrent) else name for name in row.reads}
                 names |= set(full.values())
                 if names <= stored:
-                    found |= _written(row, {name: own[f] for name, f in full.items()}, template.format(l=n))
+                    found |= _written(row, {name: held[f] for name, f in full.items()}, template.format(l=n))
             if names == stored:
-                return found | {name: own[name] for name in row.unused if name in own}
-    raise UnsupportedError(f"format {format!r} has no {layer!r}; expected one of {', '.join(layers_of(format))} in a form that it has")
+                if joined:
+                    _log.info("to_format wrote bias_ih + bias_hh as the one bias of format %r", format)
+                return found | {name: held[name] for name in row.unused if name in held}
+    raise UnsupportedError(f"format {format!r} has no {layer!r}{_why_not(layer, format)}")
 
 
-def _computes(row: Row, layer: Layer) -> bool:
-    """Whether a row's layer computes what `layer` does."""
-    if any(read.then is not None for read in row.reads.values()):
-        return False
+def _why_not(layer: Layer, format: str) -> str:  # noqa: A002
+    """In what the layers of a format differ from one that it cannot hold."""
+    same = [row for row in ROWS if row.format == format and row.layer == type(layer).__name__]
+    if not same:
+        return f"; expected one of {', '.join(layers_of(format))}"
+    nearest = min((_differences(row, layer) for row in same), key=len)
+    if nearest:
+        return f": the nearest there has {', '.join(nearest)}"
+    sizes = f" {layer.num_layers} layers and {layer.num_directions} directions" if isinstance(layer, Recurrent) else ""
+    return f": it has no place for{sizes} {', '.join(n for n in layer.params)}"
+
+
+def _differences(row: Row, layer: Layer) -> list[str]:
+    """In what a row's layer differs from `layer`, in words; nothing where it computes the same."""
+    said = ["a form of its own, which is read and not written"] if any(read.then is not None for read in row.reads.values()) else []
     if not isinstance(layer, Recurrent):
-        return True
-    variant = replace(variant_of(row.norm, row.layer, layer.cell.takes), **row.changes)
-    return replace(variant, source="", gain=0.0, forget_bias=0.0) == replace(layer.variant, source="", gain=0.0, forget_bias=0.0)
+        return said
+    if layer.direction != "forward":
+        said.append(f"direction='forward' where this has {layer.direction!r}")
+    theirs = replace(variant_of(row.norm, row.layer, layer.cell.takes), **row.changes)
+    for f in fields(Variant):
+        other, own = getattr(theirs, f.name), getattr(layer.variant, f.name)
+        if f.name in ("source", "gain", "forget_bias") or other == own or (f.name == "biases" and _adds_biases(row, layer)):
+            continue
+        if f.name == "output_activation" and theirs.activations() == layer.variant.activations():
+            continue
+        said.append(f"{f.name}={other!r} where this has {own!r}")
+    return said
+
+
+def _adds_biases(row: Row, layer: Recurrent) -> bool:
+    """Whether the layer's two biases are added to each other wherever it uses them, and the row has one in their place."""
+    theirs = replace(variant_of(row.norm, row.layer, layer.cell.takes), **row.changes)
+    apart = layer.cell(layer.variant).keeps_hidden_bias
+    return layer.variant.biases == BIASES and theirs.biases == ("bias",) and not layer.variant.early and not theirs.early and not apart
+
+
+def _with_one_bias(own: Mapping[str, NumPyArray], layers: int, directions: int) -> dict[str, NumPyArray]:
+    found = dict(own)
+    for n, d in itertools.product(range(layers), range(directions)):
+        ih, hh = (found.pop(in_direction(name, n, d)) for name in BIASES)
+        found[in_direction("bias", n, d)] = ih + hh
+    return found
 
 
 def _written(row: Row, own: dict[str, NumPyArray], place: str) -> dict[str, NumPyArray]:
