@@ -67,7 +67,7 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
         other = f"; for {_titles([fitting])[0]} {fitting.missing} is missing" if fitting is not None else ""
         raise CheckpointError(f"the keys are those of {', '.join(_titles(exact))}, but no such layer has these shapes: {shapes}{other}")
     for key, a in arrays.items():
-        if a.ndim == 0 and not a.dtype.startswith(("float", "int", "uint", "bool", "bfloat")):
+        if key not in ignore and a.ndim == 0 and not a.dtype.startswith(("float", "int", "uint", "bool", "bfloat")):
             raise CheckpointError(f"`{key}` is {a.dtype}; expected an array of numbers; name what is meant by `prefix`, or `ignore` it")
     if near is None:
         raise CheckpointError(f"{clashes[0]}; name the one that is meant by `prefix`")

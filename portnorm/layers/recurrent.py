@@ -223,7 +223,8 @@ class Recurrent(Layer):
     def step(self, x: Array, state: Any = None) -> tuple[Array, Any]:
         """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
         if self.goes_back:
-            raise UnsupportedError("a layer that goes back in time cannot go step by step; that direction starts at the end")
+            who = "a bidirectional layer" if self.num_directions == 2 else f"a layer with direction={self.direction!r}"
+            raise UnsupportedError(f"{who} cannot go step by step; it starts at the end")
         xp = xp_of(x)
         y, state = self(xp.expand_dims(x, axis=1 if self.batch_first else 0), state)
         return (xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y), state
