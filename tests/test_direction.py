@@ -1,4 +1,4 @@
-"""Layers that go from the last step to the first: values, gradients, lengths, stacks, files and graphs, against a forward layer on turned input."""
+"""Layers that go from the last step to the first, against a forward layer on turned input: values, gradients, lengths, files, graphs."""
 
 from __future__ import annotations
 

@@ -26,7 +26,11 @@ def variants(cell: str) -> list[pn.Variant]:
     """Every function in every place, the others as usual or all the same."""
     found = []
     for name in NUMPY:
-        places = {"activation": name, **({"gate_activation": name} if cell != "RNN" else {}), **({"output_activation": name} if cell == "LSTM" else {})}
+        places = {
+            "activation": name,
+            **({"gate_activation": name} if cell != "RNN" else {}),
+            **({"output_activation": name} if cell == "LSTM" else {}),
+        }
         rows: list[Any] = [{k: v} for k, v in places.items()] + [places]
         found += [pn.Variant(repr(row), biases=TWO, **row) for row in rows]
     return found

@@ -412,9 +412,7 @@ def test_onnx_norms(kind: str, tmp_path: Path, rng: np.random.Generator) -> None
     np.testing.assert_allclose(layer(x), run_onnx(model, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("attribute", "value"), [("activations", ["Sigmoid", "Softsign", "Tanh"]), ("clip", 1.0), ("input_forget", 1)]
-)
+@pytest.mark.parametrize(("attribute", "value"), [("activations", ["Sigmoid", "Softsign", "Tanh"]), ("clip", 1.0), ("input_forget", 1)])
 def test_onnx_attributes_that_portnorm_has_not_are_named(attribute: str, value: Any, tmp_path: Path) -> None:
     import onnx
 

@@ -1,4 +1,4 @@
-"""What a file holds beside what is asked for: types that are rare, entries of other kinds, sizes; and the errors of somebody who looks on."""
+"""What a file holds beside what is asked for: rare types, entries of other kinds, sizes; and the errors, as somebody reads them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.processes import output_of
 
 ARRAYS = pn.to_format(pn.LSTM(D, H, rng=0), "torch")
 
-# -- safetensors ---------------------------------------------------------------------------------------------------------------------------
+# -- safetensors -------------------------------------------------------------------------------------------------------------------------
 
 
 def written(path: Path, entries: dict[str, tuple[str, Any]], metadata: Any = ...) -> Path:
@@ -104,7 +104,7 @@ def test_entries_without_bytes_may_begin_where_others_do(tmp_path: Path) -> None
     assert found["scalar"] == 7
 
 
-# -- entries of other kinds ----------------------------------------------------------------------------------------------------------------
+# -- entries of other kinds --------------------------------------------------------------------------------------------------------------
 
 
 class Untouchable:
@@ -205,7 +205,7 @@ def test_what_is_no_number_in_hdf5_is_not_dropped(tmp_path: Path) -> None:
         pn.import_checkpoint(tmp_path / "w.h5", "torch", ignore=("note",))
 
 
-# -- files of many layers, and people who look at them ---------------------------------------------------------------------------------------
+# -- files of many layers, and people who look at them -------------------------------------------------------------------------------------
 
 MODEL = {
     **{f"encoder.lstm.{n}": a for n, a in ARRAYS.items()},
@@ -270,7 +270,11 @@ def test_a_cell_of_somebody_is_told_what_works(first: str, second: str) -> None:
 
 def test_the_ways_that_an_error_names_work(rng: np.random.Generator) -> None:
     """As the error says: a Variant and a function of names."""
-    theirs = {"cell.i2h.weight": rng.standard_normal((16, 5)), "cell.h2h.weight": rng.standard_normal((16, 4)), "cell.i2h.bias": np.ones(16)}
+    theirs = {
+        "cell.i2h.weight": rng.standard_normal((16, 5)),
+        "cell.h2h.weight": rng.standard_normal((16, 4)),
+        "cell.i2h.bias": np.ones(16),
+    }
     theirs |= {"cell.ln_c.weight": np.ones(4), "cell.ln_c.bias": np.zeros(4)}
     layer = pn.LSTM(5, 4, norm=pn.Variant("mine", norm="layer", terms=None, cell="copy"), dtype="float64")
     names = {"weight_ih_l0": "i2h.weight", "weight_hh_l0": "h2h.weight", "bias_l0": "i2h.bias", "norm_c_l0.weight": "ln_c.weight"}
@@ -332,14 +336,16 @@ def test_the_help_of_a_variant_explains_every_field() -> None:
         assert f"\n      {field.name}: " in text, field.name
 
 
-# -- memory ----------------------------------------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------------------------------------------------
 
 MEGABYTES = 48
 
 
 def large(path: Path) -> Path:
     """A file of 48 MB beside an LSTM."""
-    arrays = {f"big.{k}": np.full((MEGABYTES // 8, 2**20 // 4), k, "float32") for k in range(8)} | {f"lstm.{n}": a for n, a in ARRAYS.items()}
+    arrays = {f"big.{k}": np.full((MEGABYTES // 8, 2**20 // 4), k, "float32") for k in range(8)} | {
+        f"lstm.{n}": a for n, a in ARRAYS.items()
+    }
     if path.suffix == ".safetensors":
         safetensors.write(path, arrays, {})
     elif path.suffix == ".npz":
@@ -360,7 +366,9 @@ def large(path: Path) -> Path:
 
         from tests.test_import import onnx_model
 
-        model = onnx_model("LSTM", {**arrays_of_a_node(), **{n: a for n, a in arrays.items() if n.startswith("big")}}, ("x", "W", "R"), hidden_size=H)
+        model = onnx_model(
+            "LSTM", {**arrays_of_a_node(), **{n: a for n, a in arrays.items() if n.startswith("big")}}, ("x", "W", "R"), hidden_size=H
+        )
         onnx.save(model, path, save_as_external_data=True, location="m.bin", size_threshold=1024)
     return path
 

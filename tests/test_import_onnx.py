@@ -1,4 +1,4 @@
-"""Nodes of ONNX models: every attribute and input, weights behind nodes that are constant, bodies of If, Loop and Scan, quantized weights."""
+"""Nodes of ONNX models: every attribute and input, weights behind constant nodes, bodies of If, Loop and Scan, quantized weights."""
 
 from __future__ import annotations
 
@@ -114,7 +114,11 @@ def test_first_states(operator: str, kind: str, tmp_path: Path, rng: np.random.G
         model.graph.initializer.append(numpy_helper.from_array(np.array([1, 3, H]), "sizes"))
     if kind in ("expanded", "behind a Cast"):
         for s in states:
-            made = helper.make_node("Expand", [s, "sizes"], [f"{s}_in"]) if kind == "expanded" else helper.make_node("Cast", [s], [f"{s}_in"], to=1)
+            made = (
+                helper.make_node("Expand", [s, "sizes"], [f"{s}_in"])
+                if kind == "expanded"
+                else helper.make_node("Cast", [s], [f"{s}_in"], to=1)
+            )
             model.graph.node.insert(0, made)
     if kind == "input":
         model.graph.input.extend(helper.make_tensor_value_info(s, TensorProto.FLOAT, [1, None, H]) for s in states)
@@ -164,16 +168,17 @@ def test_gains_of_groups(known: bool, tmp_path: Path, rng: np.random.Generator) 
     model = onnx_model("GroupNormalization", arrays, ("x", "scale", "bias"), num_groups=2)
     model.opset_import[0].version = 18
     if not known:
-        with pytest.raises(pn.CheckpointError, match="a_node.*one gain for each of 2 groups"):
+        with pytest.raises(pn.CheckpointError, match=r"a_node.*one gain for each of 2 groups"):
             imported(model, tmp_path)
         return
     model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 6, None]))
     layer, x = imported(model, tmp_path), rng.standard_normal((3, 6, 4)).astype("float32")
     assert layer.num_features == 6
     np.testing.assert_array_equal(layer.params["weight"], np.repeat(arrays["scale"], 3))
+    np.testing.assert_allclose(layer(x), run_onnx(model, x), rtol=1e-5, atol=1e-5)
 
 
-# -- weights behind nodes ------------------------------------------------------------------------------------------------------------------
+# -- weights behind nodes ----------------------------------------------------------------------------------------------------------------
 
 
 def with_folded(operator: str, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
@@ -276,7 +281,7 @@ def test_dynamically_quantized_lstm(by_gate: bool, directions: int, tmp_path: Pa
     np.testing.assert_allclose(y, run_onnx(model, x), atol=0.1)
 
 
-# -- bodies and functions ------------------------------------------------------------------------------------------------------------------
+# -- bodies and functions ----------------------------------------------------------------------------------------------------------------
 
 
 def inside(kind: str, operator: str, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
@@ -289,7 +294,11 @@ def inside(kind: str, operator: str, rng: np.random.Generator) -> tuple[Any, dic
     outer = [helper.make_node("Constant", [], ["B"], value=numpy_helper.from_array(arrays["B"]))]
     if kind == "If":
         other = helper.make_graph([helper.make_node("Identity", ["x"], ["z"])], "else", [], [helper.make_tensor_value_info("z", 1, None)])
-        outer += [helper.make_node("If", ["yes"], ["y_out"], name="choice", then_branch=helper.make_graph([node], "then", [], [y]), else_branch=other)]
+        outer += [
+            helper.make_node(
+                "If", ["yes"], ["y_out"], name="choice", then_branch=helper.make_graph([node], "then", [], [y]), else_branch=other
+            )
+        ]
         initial.append(numpy_helper.from_array(np.array(True), "yes"))
         way = "choice/then_branch/"
     elif kind == "Loop":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import pytest
 
 import portnorm as pn
 from tests.oracles import D, H
-from tests.processes import output_of
-from tests.tolerances import LIBRARY_FLOAT32, ONNX_OPERATOR, PUBLISHED_FLOAT64, TORCH_FLOAT64
+from tests.tolerances import LIBRARY_FLOAT32, PUBLISHED_FLOAT64, TORCH_FLOAT64
 
 SEQUENCES = {"return_sequences": True}
 
-# -- Keras, written by Keras -----------------------------------------------------------------------------------------------------------------
+# -- Keras, written by Keras ---------------------------------------------------------------------------------------------------------------
 
 KERAS: dict[str, Callable[[Any], Any]] = {
     "LSTM, relu": lambda k: k.LSTM(H, activation="relu", **SEQUENCES),
@@ -132,7 +130,10 @@ def test_each_layer_of_a_model_has_its_own_settings(ending: str, tmp_path: Path,
     model.compile("adam", "mse")
     model.train_on_batch(rng.standard_normal((2, 6, D)), rng.standard_normal((2, H))) if keras.backend.backend() != "numpy" else None
     model.save(tmp_path / f"m.{ending}")
-    places = {"keras": ("layers/lstm/", "layers/sequential/", "layers/lstm_1/"), "h5": tuple(f"model_weights/{n}/" for n in ("mine", "inside", "third"))}
+    places = {
+        "keras": ("layers/lstm/", "layers/sequential/", "layers/lstm_1/"),
+        "h5": tuple(f"model_weights/{n}/" for n in ("mine", "inside", "third")),
+    }
     layers: list[Any] = [pn.import_checkpoint(tmp_path / f"m.{ending}", prefix=p) for p in places[ending]]
     assert [layer.variant.activations()[:2] for layer in layers] == [("hard_sigmoid_6", "tanh"), ("sigmoid", "relu"), ("sigmoid", "tanh")]
     a = rng.standard_normal((3, 6, D)).astype("float32")
@@ -260,13 +261,16 @@ def test_cudnn_gru(tmp_path: Path, rng: np.random.Generator) -> None:
 
 
 def test_hard_sigmoid_of_a_configuration_is_that_of_its_version(tmp_path: Path, rng: np.random.Generator) -> None:
-    config = {"class_name": "Sequential", "config": [{"class_name": "LSTM", "config": {"name": "lstm_1", "recurrent_activation": "hard_sigmoid"}}]}
+    config = {
+        "class_name": "Sequential",
+        "config": [{"class_name": "LSTM", "config": {"name": "lstm_1", "recurrent_activation": "hard_sigmoid"}}],
+    }
     for version, slope in (("2.2.4", 5), ("2.15.0", 5), ("3.3.0", 6)):
         layer: Any = pn.import_checkpoint(old_file(tmp_path / f"{slope}.h5", keras_arrays(4, rng), version, config))
         assert layer.variant.gate_activation == f"hard_sigmoid_{slope}"
 
 
-# -- names that become one -----------------------------------------------------------------------------------------------------------------
+# -- names that become one ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format_", ["keras", "auto"])
@@ -315,7 +319,7 @@ def test_statistics_of_more_steps_than_a_format_has_are_not_cut_off(rng: np.rand
         pn.import_checkpoint(wide, "sonnet")
 
 
-# -- torch ---------------------------------------------------------------------------------------------------------------------------------
+# -- torch -------------------------------------------------------------------------------------------------------------------------------
 
 
 def torch_module(name: str, *args: Any, **keywords: Any) -> Any:

@@ -4,10 +4,11 @@
     c' = σ(f) ⊙ c + σ(i) ⊙ tanh(g)                             with cell="state":  c' = N_c(…)
     h' = σ(o) ⊙ tanh(c')                                       with cell="copy":   h' = σ(o) ⊙ tanh(N_c(c'))
 
-A variant may put other functions in the place of σ, of tanh(g) and of tanh(c'). With peepholes p (Gers & Schmidhuber 2000) i and f have p_i ⊙ c and p_f ⊙ c added after normalization, and o has p_o ⊙ c'. With `clip` c'
-is kept within its bounds before anything reads it. With a projection (Sak et al. 2014) h' is multiplied by W_hrᵀ. The gates are in the
-order of torch: i, f, g, o. The input term, normalized or not, with all biases that are added after normalization, comes into the step ready
-made (`x[0]`): it is computed for all steps at once (`portnorm/recurrent.py`).
+A variant may put other functions in the place of σ, of tanh(g) and of tanh(c'). With peepholes p (Gers & Schmidhuber 2000) i and f have p_i
+⊙ c and p_f ⊙ c added after normalization, and o has p_o ⊙ c'. With `clip` c' is kept within its bounds before anything reads it. With a
+projection (Sak et al. 2014) h' is multiplied by W_hrᵀ. The gates are in the order of torch: i, f, g, o. The input term, normalized or not,
+with all biases that are added after normalization, comes into the step ready made (`x[0]`): it is computed for all steps at once
+(`portnorm/recurrent.py`).
 """
 
 from __future__ import annotations

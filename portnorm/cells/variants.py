@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 
 from portnorm.errors import UnsupportedError
 
-
 Function = Literal["tanh", "relu", "sigmoid", "hard_sigmoid_5", "hard_sigmoid_6"]
 
 

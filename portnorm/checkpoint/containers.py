@@ -66,7 +66,7 @@ def _named(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{os.fspath(path)!r} cannot be read: {error}") from error
 
 
-# -- mappings --------------------------------------------------------------------------------------------------------------------------------
+# -- mappings ------------------------------------------------------------------------------------------------------------------------------
 
 
 def _mapping(source: Mapping[Any, Any]) -> Held:
@@ -107,7 +107,7 @@ def _values(value: Any) -> Callable[[], NumPyArray]:
     return lambda: to_numpy(value) if hasattr(value, "dtype") else numpy.asarray(value)
 
 
-# -- files -----------------------------------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def _safetensors(path: Path, stack: contextlib.ExitStack) -> Held:

@@ -153,7 +153,7 @@ class _Reader:
         layer.load_state_dict(values)
         return layer
 
-    # -- what the file says beside the arrays --------------------------------------------------------------------------------------------
+    # -- what the file says beside the arrays ------------------------------------------------------------------------------------------
 
     def _check_settings(self, config: Mapping[str, Any]) -> None:
         """Raise where the file has a setting that is not read, or the caller one that there is not."""
@@ -173,7 +173,9 @@ class _Reader:
         if self.row.format == "keras" and len(self.fit.places[0]) == 1 and "direction" not in config:
             backward = next((key for key in self.fit.keys.values() if re.search(r"(^|/)backward_", key)), None)
             if backward is not None:
-                raise CheckpointError(f"{backward!r} is the backward direction alone; pass direction='reverse', or take both by a shorter prefix")
+                raise CheckpointError(
+                    f"{backward!r} is the backward direction alone; pass direction='reverse', or take both by a shorter prefix"
+                )
 
     def _stated(self) -> dict[str, Any]:
         """What the file says, but for what this layer has no use for, such as the ε of a cell without a normalizer."""
@@ -200,7 +202,7 @@ class _Reader:
         found += [f"not stored, so {'1' if name == 'weight' else '0'}: {name}" for name in self.filled]
         return found
 
-    # -- arguments of the layers -------------------------------------------------------------------------------------------------------
+    # -- arguments of the layers -----------------------------------------------------------------------------------------------------
 
     def _dtype(self, found: Collection[Any], xp: Any) -> str:
         """That of the arrays; bfloat16 where all are and the library has it."""
@@ -248,7 +250,7 @@ class _Reader:
             return {"normalized_shape": shape, **rest}
         return {"num_features": shape[0] if shape else 0, **rest}
 
-    # -- arrays ------------------------------------------------------------------------------------------------------------------------
+    # -- arrays ----------------------------------------------------------------------------------------------------------------------
 
     def _originals(self, read: Read, place: str) -> list[str]:
         names = [name for key in read.keys for name in expanded(key, place, self.fit.keys)]

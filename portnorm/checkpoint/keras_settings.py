@@ -56,11 +56,13 @@ def said_of(layer: Mapping[str, Any], version: Version, title: str) -> Said:
         reader.said.layer = "Linear"
         reader.read(config, _DENSE)
     else:
-        reader.refuse("class_name", f"the class {kind}, which is not one of {', '.join((*RECURRENT, 'RNN', 'Bidirectional', *NORMS, 'Dense'))}")
+        reader.refuse(
+            "class_name", f"the class {kind}, which is not one of {', '.join((*RECURRENT, 'RNN', 'Bidirectional', *NORMS, 'Dense'))}"
+        )
     return reader.said
 
 
-# -- recurrent layers ------------------------------------------------------------------------------------------------------------------------
+# -- recurrent layers ----------------------------------------------------------------------------------------------------------------------
 
 
 def _recurrent(layer: Mapping[str, Any], reader: Reader) -> None:
@@ -97,7 +99,9 @@ def _bidirectional(config: dict[str, Any], reader: Reader) -> None:
             reader.refuse("go_backwards", "a backward layer with go_backwards=False")
         for name in _differing(sides, {**_SEQUENCE, **_CELL, "cell": _inert}):
             if name != "go_backwards":
-                reader.refuse(name, f"directions whose {name} differ: {sides[0].get(name)!r} and {sides[1].get(name)!r}", *_OURS.get(name, ()))
+                reader.refuse(
+                    name, f"directions whose {name} differ: {sides[0].get(name)!r} and {sides[1].get(name)!r}", *_OURS.get(name, ())
+                )
     own = {name: value for name, value in config.items() if name not in ("layer", "backward_layer")}
     reader.read(own, {"merge_mode": _merge_mode, "dtype": _dtype})
 
@@ -188,7 +192,7 @@ _CELL: dict[str, Reading] = {
 }
 _OURS = {"activation": ("activation",), "recurrent_activation": ("gate_activation",), "reset_after": ("reset",)}
 
-# -- norms and Dense -------------------------------------------------------------------------------------------------------------------------
+# -- norms and Dense -----------------------------------------------------------------------------------------------------------------------
 
 
 def _axes(value: Any, reader: Reader) -> list[int] | None:

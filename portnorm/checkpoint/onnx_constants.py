@@ -15,12 +15,10 @@ from onnx.reference import ReferenceEvaluator
 from portnorm.checkpoint.stored import NumPyArray
 from portnorm.errors import CheckpointError
 
-FOLDED = frozenset(
-    "Identity Cast Unsqueeze Squeeze Slice Concat Reshape Transpose Split Gather Flatten DequantizeLinear QuantizeLinear "
-    "Add Sub Mul Div Neg Sqrt".split()
-)
+_RESHAPED = frozenset({"Identity", "Cast", "Unsqueeze", "Squeeze", "Slice", "Concat", "Reshape", "Transpose", "Split", "Gather", "Flatten"})
+FOLDED = _RESHAPED | {"DequantizeLinear", "QuantizeLinear", "Add", "Sub", "Mul", "Div", "Neg", "Sqrt"}
 """Operators that are computed here when all that they read is constant."""
-_MOVED = frozenset("Identity Cast Unsqueeze Squeeze Slice Concat Reshape Transpose Gather Flatten Expand Tile Split".split())
+_MOVED = _RESHAPED | {"Expand", "Tile"}
 """Operators whose result has the values of their first input, or of all where it is Concat."""
 _DEPTH = 200
 _ROOM = 2**20
@@ -87,7 +85,11 @@ class Scope:
             return self.file.read(scope.tensors[name])
         if name not in scope.values:
             node = scope.nodes[name]
-            made = [_constant(node, self.file)] if node.op_type == "Constant" else self.file.run(node, [scope.value(i) if i else None for i in node.input])
+            made = (
+                [_constant(node, self.file)]
+                if node.op_type == "Constant"
+                else self.file.run(node, [scope.value(i) if i else None for i in node.input])
+            )
             scope.values |= dict(zip(node.output, made, strict=False))
         return scope.values[name]
 

@@ -1,4 +1,4 @@
-"""The recurrent and normalization nodes of an ONNX model, also in the bodies of If, Loop and Scan: arrays by name, and what attributes say."""
+"""The recurrent and normalization nodes of an ONNX model, in bodies too: their arrays by name, and what their attributes say."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class _Node:
     def _value(self, key: str) -> NumPyArray:
         return self.scope.value(self.inputs[key])
 
-    # -- recurrent nodes -----------------------------------------------------------------------------------------------------------------
+    # -- recurrent nodes ---------------------------------------------------------------------------------------------------------------
 
     def _recurrent(self) -> Iterator[tuple[str, str, Callable[[], NumPyArray]]]:
         direction = _text(self.attributes.pop("direction", "forward"))
@@ -177,7 +177,8 @@ class _Node:
                 return side
             scale = self._value(f"{key}_scale")[d]
             zero = self._value(f"{key}_zero_point")[d] if f"{key}_zero_point" in self.inputs else numpy.zeros((), whole.dtype)
-            return ((whole[d].astype(numpy.int32) - zero.astype(numpy.int32)) * scale).astype(numpy.float32).T  # (inputs, gates · hidden) there
+            real: NumPyArray = ((whole[d].astype(numpy.int32) - zero.astype(numpy.int32)) * scale).astype(numpy.float32)
+            return real.T  # (inputs, gates · hidden) there
 
         return load
 
@@ -229,7 +230,7 @@ class _Node:
             elif start == "given":
                 self._note(f"{key} is in the `state` of a call")
 
-    # -- normalization nodes -------------------------------------------------------------------------------------------------------------
+    # -- normalization nodes -----------------------------------------------------------------------------------------------------------
 
     def _normalization(self) -> Iterator[tuple[str, str, Callable[[], NumPyArray]]]:
         values = self.said.values

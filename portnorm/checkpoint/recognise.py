@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +102,7 @@ def _said_layer(fit: Fit, arrays: Arrays) -> str | None:
     return None if only is None else only.layer
 
 
-# -- files of several layers -------------------------------------------------------------------------------------------------------------------
+# -- files of several layers ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,9 @@ def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
             return ndims == {"weight": 2, "bias": 1} or ndims == {"weight": 2}
         return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == {1})
     size = None
-    for name in ("weight_hh", "weight_hh.v"):
-        read = row.reads.get(name)
-        if name in shapes and read is not None and read.part is None and len(read.keys) == 1:
+    for name in [n for n in ("weight_hh", "weight_hh.v") if n in shapes]:
+        read = row.reads[name]
+        if read.part is None and len(read.keys) == 1:
             ratio = shapes[name] if not read.transposed else shapes[name][::-1]
             if len(ratio) != 2 or ratio[0] % len(row.gates) or ("weight_hr" not in row.reads and ratio[0] != len(row.gates) * ratio[1]):
                 return False

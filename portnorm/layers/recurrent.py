@@ -47,18 +47,18 @@ class StackResiduals(NamedTuple):
 class Recurrent(Layer):
     """What `LSTM`, `GRU` and `RNN` share: stacks, directions, states, running statistics.
 
-    `norm` names a row of the cell's table of variants (`portnorm.VARIANTS`) or is a `portnorm.Variant`. `x` is (time, batch, features),
-    or (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last
-    hidden state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch,
-    hidden); where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have
-    statistics of their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts
-    each sequence's steps: what follows is padding, gives 0, and enters nothing. `direction="reverse"` goes from the last step to the first,
-    with `y` in the order of `x` (ONNX); with `"backwards"` `y` has the last step of `x` first (Keras' `go_backwards`). Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in
-    torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal matrices and the
-    variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden weights
-    (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al. 2016).
-    `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
-    array over all of them, each of which calls with sequences of its own, padded to the same number of steps.
+    `norm` names a row of the cell's table of variants (`portnorm.VARIANTS`) or is a `portnorm.Variant`. `x` is (time, batch, features), or
+    (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last hidden
+    state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch, hidden);
+    where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have statistics of
+    their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts each sequence's steps: what
+    follows is padding, gives 0, and enters nothing. `direction="reverse"` goes from the last step to the first, with `y` in the order of
+    `x` (ONNX); with `"backwards"` `y` has the last step of `x` first (Keras' `go_backwards`). Parameters are `weight_ih_l0`,
+    `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal
+    matrices and the variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden
+    weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al.
+    2016). `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums
+    an array over all of them, each of which calls with sequences of its own, padded to the same number of steps.
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
     """
 
@@ -113,8 +113,8 @@ class Recurrent(Layer):
             raise UnsupportedError(f"`hidden_init` is {hidden_init!r}; expected one of {', '.join(map(repr, HIDDEN))}, or None")
         random = generator(rng)
         self._made: tuple[Any, tuple[tuple[str, int, Direction], ...]] | None = None
-        for suffix, inputs, direction in self._places():
-            values = _initial(direction.cells[0], inputs, hidden_size, t_max, Start(forget_bias, hidden_init, proj_size), random)
+        for suffix, inputs, place in self._places():
+            values = _initial(place.cells[0], inputs, hidden_size, t_max, Start(forget_bias, hidden_init, proj_size), random)
             self.params |= {_with(name, suffix): self._new(v) for name, v in values}
         self._start_statistics()
 

@@ -88,7 +88,9 @@ def keras_names(arrays: Mapping[str, NumPyArray]) -> dict[str, str]:
     found = {key: numbered.get(key, key).removesuffix(":0") for key in arrays}
     places = _stacked(found.values())
     for key, name in found.items():
-        name = _IN_STACK.sub(lambda m: f"{m[1]}{places.get((name[: m.start(2)], m[3]), m[0])}", name)
+        if match := _IN_STACK.search(name):
+            head, tail = name[: match.start(2)], name[match.end() :]
+            name = head + places.get((head, match[3]), name[match.start(2) : match.end()]) + tail
         name = re.sub(r"(^|/)(\w*_)?cell(_\d+)?/", r"\1", name)
         found[key] = re.sub(r"(^|/)(forward|backward)_[^/]*/", r"\1\2_layer/", name)
     return found
@@ -107,7 +109,7 @@ def _stacked(names: Iterable[str]) -> dict[tuple[str, str], str]:
                 cells.append(match[3])
     places = {}
     for parent, cells in stacks.items():
-        numbers = [int(re.search(r"\d*$", cell)[0] or 0) for cell in cells]  # type: ignore[index]  # it matches everything
+        numbers = [int(cell.rpartition("_")[2]) if cell[-1].isdecimal() else 0 for cell in cells]
         order = [cell for _, cell in sorted(zip(numbers, cells, strict=True))]
         if len(cells) == 1:
             places[parent, cells[0]] = ""
