@@ -227,7 +227,7 @@ def test_a_whole_model_lists_its_parts() -> None:
     assert "prefix='encoder.' (torch LSTM)" in said
     assert "prefix='norm.' (torch " in said
     assert "LayerNorm" in said
-    assert "2 Linear" in said
+    assert "beside 2 Linear" in said
     assert "2 other arrays, such as 'step'" in said
     assert said.index("encoder.") < said.index("norm.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from portnorm.checkpoint.containers import Arrays
 from portnorm.checkpoint.formats import NAMES, ROWS
 from portnorm.checkpoint.formats.row import Row
+from portnorm.checkpoint.stored import Stored
 from portnorm.errors import CheckpointError, UnsupportedError
 
 
@@ -57,7 +59,7 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     if layer is not None and len(parts) == 1 and len(parts[0].fits) == 1:
         return parts[0].fits[0]
     if parts:
-        raise CheckpointError(_listed(parts, arrays))
+        raise CheckpointError(_listed(parts, arrays, prefix))
     problem = next((a.problem for a in arrays.values() if a.problem is not None), None)
     if problem is not None:
         raise CheckpointError(problem)
@@ -92,7 +94,7 @@ def _exact(fits: list[Fit], arrays: Arrays) -> tuple[list[Fit], list[Fit]]:
         for fit in reversed(exact)
         if _is_plausible(fit, arrays)
     }
-    return exact, list(plausible.values())
+    return exact, list(plausible.values())[::-1]
 
 
 def _said_layer(fit: Fit, arrays: Arrays) -> str | None:
@@ -130,36 +132,46 @@ class Part:
 
 def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> list[Part]:
     """The layers that lie under beginnings of the names, the shortest beginning of each."""
-    ends = {key[: k + 1] for key in arrays for k in range(len(prefix), len(key)) if key[k] in "./"}
-    found: list[Part] = []
-    for beginning in sorted(ends, key=lambda e: (len(e), e)):
-        if any(beginning.startswith(part.prefix) for part in found):
+    inside: dict[str, dict[str, Stored]] = {}
+    for key, a in arrays.items():
+        for beginning in _beginnings(key, len(prefix)):
+            inside.setdefault(beginning, {})[key] = a
+    quick, found = [(row, *_signature(row)) for row in rows], dict[str, Part]()
+    for beginning in sorted(inside, key=lambda e: (len(e), e)):
+        own = inside[beginning]
+        if len(own) == len(arrays) or any(shorter in found for shorter in _beginnings(beginning, len(prefix))):
             continue
-        inside = {key: a for key, a in arrays.items() if key.startswith(beginning)}
-        leaves = {re.split(r"[./]", key)[-1] for key in inside}
-        possible = [row for row in rows if _may_fit(row, leaves, len(inside))]
-        fits = _exact(_fits(possible, inside, beginning, ignore)[0], inside)[1] if possible else []
-        one_axis = all(a.ndim == 1 for a in inside.values())
+        leaves = {re.split(r"[./]", key)[-1] for key in own}
+        numbered = any(leaf.isdecimal() for leaf in leaves)
+        possible = [row for row, first, most in quick if len(own) <= most and (numbered or any(first in leaf for leaf in leaves))]
+        fits = _exact(_fits(possible, own, beginning, ignore)[0], own)[1] if possible else []
+        one_axis = all(a.ndim == 1 for a in own.values())
         fits = [fit for fit in fits if fit.row.gates or fit.row.layer == "Linear" or one_axis]  # a matrix is rather an embedding than a γ
-        if fits and len(inside) < len(arrays):
-            found.append(Part(beginning, fits))
-    return found
+        if fits:
+            found[beginning] = Part(beginning, fits)
+    return list(found.values())
 
 
-def _may_fit(row: Row, leaves: set[str], count: int) -> bool:
-    """Whether a row is worth a closer look: by the first of its keys, and by how many there are."""
+def _beginnings(key: str, start: int) -> list[str]:
+    """What a key begins with, up to each place where a name ends, from the shortest on."""
+    return [key[: k + 1] for k in range(start, len(key)) if key[k] in "./"]
+
+
+def _signature(row: Row) -> tuple[str, float]:
+    """By which a row is found to be worth a closer look: the end of its first key, and how many keys it can have at most."""
     first = next(iter(row.reads.values())).keys[0].rpartition("/")[2].rpartition(".")[2].partition("{")[0]
-    single = all("{l}" not in t for templates in row.places for t in templates) and "{t}" not in str(row.reads)
-    most = 2 * sum(len(read.keys) for read in row.reads.values()) + 2 * len(row.unused) + 2 * len(row.zero)
-    numbered = any(leaf.isdecimal() for leaf in leaves)
-    return (numbered or any(first in leaf for leaf in leaves)) and (count <= most or not single)
+    keys = [key for read in row.reads.values() for key in read.keys]
+    single = not any("{l}" in t for templates in row.places for t in templates) and not any("{t}" in key for key in keys)
+    return first, 2 * (len(keys) + len(row.unused) + len(row.zero)) if single else math.inf
 
 
-def _listed(parts: list[Part], arrays: Arrays) -> str:
+def _listed(parts: list[Part], arrays: Arrays, prefix: str) -> str:
     """What a file holds, for somebody who has to name one part of it."""
     shown = sorted((part for part in parts if not part.is_linear), key=lambda part: not part.is_recurrent) or parts
-    linear = sum(part.is_linear for part in parts) if len(shown) < len(parts) else 0
-    rest = [key for key in arrays if not any(key.startswith(part.prefix) for part in parts)]
+    linear = len(parts) - len(shown) if shown is not parts else 0
+    known = {part.prefix: part.is_recurrent for part in parts}
+    of_part = {key: next((known[e] for e in _beginnings(key, len(prefix)) if e in known), None) for key in arrays}
+    rest = [key for key, recurrent in of_part.items() if recurrent is None]
     alike: dict[str, list[Part]] = {}
     for part in shown:
         alike.setdefault(re.sub(r"\d+", "0", str(part)), []).append(part)
@@ -167,25 +179,28 @@ def _listed(parts: list[Part], arrays: Arrays) -> str:
     said = ", ".join(named[:_SHOWN]) + (f", … ({len(named)} in all)" if len(named) > _SHOWN else "")
     also = [f"{linear} Linear"] if linear else []
     also += [f"{len(rest)} other arrays, such as {rest[0]!r}"] if rest else []
-    beside = f"; there are {' and '.join(also)} beside" if also else ""
+    beside = f"; beside {' and '.join(also)}" if also else ""
     choice = " (with `layer` where there are several classes)" if any(len(part.fits) > 1 for part in shown) else ""
-    outside = {key: a for key, a in arrays.items() if not any(part.is_recurrent and key.startswith(part.prefix) for part in parts)}
-    return f"the file holds more than one layer; name one{choice}: {said}{beside}{own_cell(outside)}"
+    hint = own_cell({key: arrays[key] for key, recurrent in of_part.items() if not recurrent})
+    return f"the file holds more than one layer; name one{choice}: {said}{beside}{hint}"
 
 
-_SHOWN = 12
+_SHOWN, _GATES = 12, 8
 
 
 def own_cell(arrays: Arrays) -> str:
-    """What to do with a recurrent cell that somebody wrote himself, where the keys look like one: two matrices for the same gates."""
-    matrices = [(key, a.shape) for key, a in arrays.items() if a.ndim == 2]
-    names = {key: re.split(r"[./]", key) for key, _ in matrices}
-    for key, shape in matrices:
-        path = names[key]
-        hidden = any(re.search(r"h2h|hh|hidden|recurrent|h2", part.lower()) for part in path)
-        for other, theirs in matrices:
-            beside = len(path) == len(names[other]) and sum(a != b for a, b in zip(path, names[other], strict=True)) == 1
-            if hidden and other != key and beside and any(shape[k] == theirs[k] and shape[k] % shape[1 - k] == 0 for k in (0, 1)):
+    """What to do with a recurrent cell of somebody's own, where the keys look like one: two matrices for the same gates, side by side."""
+    beside: dict[tuple[str, ...], list[str]] = {}
+    for key in (key for key, a in arrays.items() if a.ndim == 2):
+        path = re.split(r"[./]", key)
+        for k in range(len(path)):
+            beside.setdefault((*path[:k], "", *path[k + 1 :]), []).append(key)
+    for keys in beside.values():
+        for key in keys if len(keys) <= _GATES else ():
+            hidden, shape = re.search(r"h2|hh|hidden|recurrent", key.lower()), arrays[key].shape
+            axis = next((k for k in (0, 1) if shape[k] % max(shape[1 - k], 1) == 0), None)
+            other = next((o for o in keys if o != key and axis is not None and arrays[o].shape[axis] == shape[axis]), None)
+            if hidden and other is not None:
                 return (
                     f". Are {other!r} and {key!r} a recurrent cell of your own? Then make its layer, with a pn.Variant that says where its "
                     "normalizers and biases are: layer = pn.LSTM(inputs, hidden, norm=pn.Variant(…)), and give it the weights by name, "
