@@ -94,6 +94,8 @@ class Direction:
     t_max: int
     reverse: bool = False
     sequences: bool = True
+    backwards: bool = False
+    """In reverse: whether `y` stays in the order of the computation, the last step of `x` first."""
 
     def forward(
         self,
@@ -131,7 +133,7 @@ class Direction:
             terms, loop = self._input_params(cell, params, {}, None), self._loop_params(cell, params)
             state, outputs = linear_scan(x, terms, state, loop, cell=cell, lengths=lengths, sequences=self.sequences)
             y = outputs[0] if self.sequences else state[0]
-        if self.reverse and self.sequences:
+        if self.reverse and self.sequences and not self.backwards:
             y = reverse_sequences(y, lengths)
         return y, state, buffers, residuals
 
@@ -184,7 +186,7 @@ class Direction:
         cell = self.cells[training]
         if not self.sequences and dy is not None:
             dy, dstate = None, (dstate[0] + dy, *dstate[1:])
-        if self.reverse and dy is not None:
+        if self.reverse and dy is not None and not self.backwards:
             dy = reverse_sequences(dy, lengths)
         (du, *hidden), dstate, shares = scan.vjp(scanned, (dstate, dy), cell=cell)
         dxw, outside = self._input_term_vjp(cell, residuals, du)

@@ -390,6 +390,17 @@ LIBRARY_CELLS = [
         keras_layernorm_rnn,
     ),
     Published("haste", "RNN", {"kernel": (D, H), "recurrent_scale": H, "bias": H, "gamma": (2, H)}, indrnn(True)),
+    Published(
+        "keras-layernorm-rnn",
+        "LSTM",
+        {
+            "kernel": (D, 4 * H),
+            "recurrent_kernel": (H, 4 * H),
+            "bias": 4 * H,
+            **{f"layer_normalization{n}/gamma": H for n in ("", "_1", "_2", "_3")},
+        },
+        keras_layernorm_lstm,
+    ),
     Published("madmom", "LSTM", madmom_shapes(*_LSTM_GATES), madmom_lstm),
     Published("madmom", "LSTM", madmom_shapes(*_LSTM_GATES, peepholes=True), madmom_lstm),
     Published("madmom", "GRU", madmom_shapes(*_GRU_GATES), madmom_gru),
@@ -400,17 +411,5 @@ LIBRARY_CELLS = [
         plain_rnn("weights", "recurrent_weights", ("bias",)),
     ),
 ]
-KERAS_LAYERNORM_LSTM = Published(
-    "keras-layernorm-rnn",
-    "LSTM",
-    {
-        "kernel": (D, 4 * H),
-        "recurrent_kernel": (H, 4 * H),
-        "bias": 4 * H,
-        **{f"layer_normalization{n}/gamma": H for n in ("", "_1", "_2", "_3")},
-    },
-    keras_layernorm_lstm,
-)
-"""Apart from the others, since a variant may not have hard sigmoids yet."""
 THINC = Published("thinc", "LSTM", {"LSTM": 4 * H * (D + H + 2), "HC0": (2, 1, 1, H)}, thinc_lstm)
 """Apart from the others, since its one vector has everything, and its first states have to be 0."""

@@ -82,7 +82,7 @@ def export(
     row = target_of(target)
     version = checked_opset(opset, row)
     checked_path(path)
-    if streaming and (not model.recurrent or any(part.num_directions == 2 for part in recurrent_parts(model))):
+    if streaming and (not model.recurrent or any(part.goes_back for part in recurrent_parts(model))):
         raise UnsupportedError("`streaming` needs a recurrent model that goes forward only; a reverse direction starts at the end")
     kind = _dtype_of(model, dtype, row)
     model = rounded(model.to(xp="numpy", dtype="float32" if kind == "bfloat16" else kind), kind)

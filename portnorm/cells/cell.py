@@ -10,6 +10,7 @@ from portnorm.arrays import Array, xp_of
 from portnorm.cells.slots import Slot, Slots
 from portnorm.cells.variants import Variant
 from portnorm.norm.normalize import Reduce
+from portnorm.pointwise import ACTIVATIONS, Activation
 from portnorm.scan import Params, State
 
 
@@ -45,6 +46,12 @@ class RecurrentCell:
     def gates(self) -> int:
         """How many slices of hidden size the weights have."""
         raise NotImplementedError
+
+    @property
+    def functions(self) -> tuple[Activation, Activation, Activation]:
+        """What the variant names: of the gates, of the candidate, of the cell state."""
+        gates, candidate, state = self.variant.activations()
+        return ACTIVATIONS[gates], ACTIVATIONS[candidate], ACTIVATIONS[state]
 
     @property
     def hidden_apart(self) -> bool:

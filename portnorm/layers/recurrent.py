@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy
 
@@ -48,19 +48,20 @@ class StackResiduals(NamedTuple):
 class Recurrent(Layer):
     """What `LSTM`, `GRU` and `RNN` share: stacks, directions, states, running statistics.
 
-    `norm` names a row of the cell's table of variants (`portnorm.VARIANTS`) or is a `portnorm.Variant`. `x` is (time, batch, features),
-    or (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last
-    hidden state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch,
-    hidden); where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have
-    statistics of their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts
-    each sequence's steps: what follows is padding, gives 0, and enters nothing. Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in
-    torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal matrices and the
-    variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden weights
-    (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al. 2016).
-    With `learned_state` the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at first, from which
-    sequences start where no `state` is given.
-    `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
-    array over all of them, each of which calls with sequences of its own, padded to the same number of steps.
+    `norm` names a row of the cell's table of variants (`portnorm.VARIANTS`) or is a `portnorm.Variant`. `x` is (time, batch, features), or
+    (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last hidden
+    state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch, hidden);
+    where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have statistics of
+    their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts each sequence's steps: what
+    follows is padding, gives 0, and enters nothing. `direction="reverse"` goes from the last step to the first, with `y` in the order of
+    `x` (ONNX); with `"backwards"` `y` has the last step of `x` first (Keras' `go_backwards`). Parameters are `weight_ih_l0`,
+    `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal
+    matrices and the variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden
+    weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al.
+    2016). With `learned_state` the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at first, from
+    which sequences start where no `state` is given. `reduce`, which is not saved with the layer, is for batches that are parted among
+    processes, as in `portnorm.batch_norm`: it sums an array over all of them, each of which calls with sequences of its own, padded to
+    the same number of steps.
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
     """
 
@@ -78,6 +79,7 @@ class Recurrent(Layer):
         bidirectional: bool = False,
         batch_first: bool = False,
         return_sequences: bool = True,
+        direction: Literal["forward", "reverse", "backwards"] = "forward",
         t_max: int = 100,
         momentum: float | None = 0.1,
         forget_bias: float | None = None,
@@ -90,6 +92,9 @@ class Recurrent(Layer):
         dtype: DType = "float32",
         rng: int | Generator | None = None,
     ):
+        if direction not in ("forward", "reverse", "backwards") or (bidirectional and direction != "forward"):
+            expected = "'forward', since `bidirectional` has both" if bidirectional else "'forward', 'reverse' or 'backwards'"
+            raise UnsupportedError(f"`direction` is {direction!r}; expected {expected}")
         for name, value in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "t_max": t_max}.items():
             if value < 1:
                 raise UnsupportedError(f"`{name}` is {value}; expected at least 1")
@@ -99,6 +104,7 @@ class Recurrent(Layer):
         config = {"input_size": input_size, "hidden_size": hidden_size, "norm": norm, "num_layers": num_layers}
         config |= {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
         config |= {"learned_state": True} if learned_state else {}
+        config |= {"direction": direction} if direction != "forward" else {}
         super().__init__({**config, "t_max": t_max, "momentum": momentum, "proj_size": proj_size}, xp, device, dtype)
         self.variant = variant_of(norm, type(self).__name__, self.cell.takes)
         if forget_bias is not None and self.cell.forget_gate is None:
@@ -106,7 +112,7 @@ class Recurrent(Layer):
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.num_directions, self.output_size = 2 if bidirectional else 1, proj_size or hidden_size
         self.batch_first, self.keeps_time, self.t_max, self.momentum = batch_first, return_sequences, t_max, momentum
-        self.reduce = reduce
+        self.reduce, self.direction = reduce, direction
         self.learned = tuple(f"{name}0" for name in self.cell.states) if learned_state else ()
         self.timed = self.variant.timed
         if hidden_init not in (None, *HIDDEN):
@@ -117,8 +123,8 @@ class Recurrent(Layer):
             )
         random = generator(rng)
         self._made: tuple[Any, tuple[tuple[str, int, Direction], ...]] | None = None
-        for suffix, inputs, direction in self._places():
-            values = _initial(direction.cells[0], inputs, hidden_size, t_max, Start(forget_bias, hidden_init, proj_size), random)
+        for suffix, inputs, place in self._places():
+            values = _initial(place.cells[0], inputs, hidden_size, t_max, Start(forget_bias, hidden_init, proj_size), random)
             self.params |= {_with(name, suffix): self._new(v) for name, v in values}
             first = zip(self.learned, self.state_sizes(), strict=False)
             self.params |= {_with(name, suffix): self._new(numpy.zeros(size)) for name, size in first}
@@ -131,7 +137,7 @@ class Recurrent(Layer):
 
         Made when they are first asked for, and again when an attribute that they depend on was changed.
         """
-        depends = self.variant, self.t_max, self.keeps_time, self.reduce
+        depends = self.variant, self.t_max, self.keeps_time, self.reduce, self.direction
         if self._made is None or self._made[0] != depends:
             self._made = depends, tuple(self._new_places())
         return self._made[1]
@@ -141,9 +147,10 @@ class Recurrent(Layer):
         for layer in range(self.num_layers):
             inputs = self.input_size if layer == 0 else self.num_directions * self.output_size
             sequences = self.keeps_time or layer < self.num_layers - 1
-            for reverse in (False, True)[: self.num_directions]:
-                suffix = in_direction("", layer, reverse)
-                yield suffix, inputs, Direction(cells, self.hidden_size, self.t_max, reverse, sequences)
+            backwards = self.direction == "backwards" and layer == self.num_layers - 1
+            for second in (False, True)[: self.num_directions]:
+                suffix, reverse = in_direction("", layer, second), second or self.direction != "forward"
+                yield suffix, inputs, Direction(cells, self.hidden_size, self.t_max, reverse, sequences, backwards)
 
     def _start_statistics(self) -> None:
         if self.variant.norm != "batch":
@@ -227,10 +234,16 @@ class Recurrent(Layer):
         dx = xp.permute_dims(dy, (1, 0, 2)) if self.batch_first else dy
         return dx, tuple(xp.stack(parts) for parts in zip(*dfirst, strict=True)), {name: grads[name] for name in self.params}
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether it, or one of its directions, starts at the last step."""
+        return self.num_directions == 2 or self.direction != "forward"
+
     def step(self, x: Array, state: Any = None) -> tuple[Array, Any]:
         """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
-        if self.num_directions == 2:
-            raise UnsupportedError("a bidirectional layer cannot go step by step; its reverse direction starts at the end")
+        if self.goes_back:
+            who = "a bidirectional layer" if self.num_directions == 2 else f"a layer with direction={self.direction!r}"
+            raise UnsupportedError(f"{who} cannot go step by step; it starts at the end")
         xp = xp_of(x)
         y, state = self(xp.expand_dims(x, axis=1 if self.batch_first else 0), state)
         return (xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y), state

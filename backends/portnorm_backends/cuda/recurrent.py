@@ -72,6 +72,9 @@ def accepts(
         or v.recurrence != "matrix"
         or v.eps_place != "variance"
         or v.variance == "unbiased"
+        or v.gate_activation != "sigmoid"
+        or v.activation not in (("tanh",) if isinstance(cell, LSTMCell) else ("tanh", "relu"))
+        or v.output_activation not in (None, "tanh")
     ):
         return False
     if (isinstance(cell, GRUCell) and ((v.reset, v.update) != ("after", "keep") or "norm_sum" in cell.slots)) or (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from portnorm.checkpoint.formats.cells import CELLS
 from portnorm.checkpoint.formats.flax import flax_names, flax_rows
@@ -17,6 +18,7 @@ from portnorm.checkpoint.formats.speechbrain import speechbrain_rows
 from portnorm.checkpoint.formats.tensorflow import tensorflow_names, tensorflow_rows
 from portnorm.checkpoint.formats.thinc import thinc_pieces, thinc_rows, thinc_vector
 from portnorm.checkpoint.formats.torch import torch_rows, unit_offset_rows
+from portnorm.checkpoint.stored import Stored
 
 ROWS: list[Row] = [
     *torch_rows(),
@@ -39,7 +41,7 @@ ROWS: list[Row] = [
 FORMATS: tuple[str, ...] = tuple(dict.fromkeys(row.format for row in ROWS))
 """Names of the formats."""
 
-NAMES: dict[str, Callable[[Mapping[str, NumPyArray]], dict[str, str]]] = {
+NAMES: dict[str, Callable[[Mapping[str, Any]], dict[str, str]]] = {
     **dict.fromkeys(("keras", "keras-layernorm-rnn"), keras_names),
     "flax": flax_names,
     "haiku": haiku_names,
@@ -48,6 +50,7 @@ NAMES: dict[str, Callable[[Mapping[str, NumPyArray]], dict[str, str]]] = {
 }
 """Formats whose keys have to be made plain before a row is looked for; a key without a name is no weight."""
 
-Pieces = Callable[[Mapping[str, NumPyArray]], dict[str, NumPyArray]]
-PIECES: dict[str, tuple[Pieces, Pieces]] = {"thinc": (thinc_pieces, thinc_vector)}
+PIECES: dict[
+    str, tuple[Callable[[Mapping[str, Stored]], dict[str, Stored]], Callable[[Mapping[str, NumPyArray]], dict[str, NumPyArray]]]
+] = {"thinc": (thinc_pieces, thinc_vector)}
 """Formats that keep several arrays in one: what takes them apart, and what puts them together."""

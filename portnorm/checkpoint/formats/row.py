@@ -34,6 +34,8 @@ class Read:
     """How many entries the first axis has, where not all are read; the others are written as 1."""
     part: str | None = None
     """Of a kernel for [x, h]: its "input" or "hidden" rows."""
+    blocks: int | None = None
+    """How often the hidden size a bias has, where that is not once for each gate."""
     then: Callable[[NumPyArray], NumPyArray] | None = None
     back: Callable[[NumPyArray], NumPyArray] | None = None
     """The inverse of `then`; without it the row is not written."""
@@ -92,10 +94,8 @@ class Row:
     """What `{p}` can be: alternatives, each the template of the forward direction and, if there can be one, of the reverse."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the named variant."""
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """Arguments of the layer that are stored as numbers, and their keys."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the layer that are the format's defaults."""
+    """Arguments of the layer that are the format's defaults, or functions that give them for a dtype."""
     unused: tuple[str, ...] = ()
     """Keys that belong to the format and that its computation does not use."""
     first: Mapping[str, str] = field(default_factory=dict)
@@ -118,19 +118,24 @@ def without(row: Row, *names: str, **changes: Any) -> Row:
     return replace(row, reads=reads, changes={**row.changes, **changes})
 
 
-def norms(library: str, keys: Mapping[str, str], eps: float, rms_eps: float, batch: Mapping[str, Any], channel_axis: int) -> list[Row]:
-    """The normalization layers of a library, which differ in the names of their arrays and in ε."""
+def norms(
+    library: str, keys: Mapping[str, str], eps: float, rms_eps: float | Callable[[str], float], batch: Mapping[str, Any], channel_axis: int
+) -> list[Row]:
+    """The normalization layers of a library, which differ in the names of their arrays and in ε. A γ that is not stored is 1, a β 0."""
     g, b, mean, var, scale = (keys[name] for name in ("gain", "shift", "mean", "var", "rms"))
     affine = {"weight": whole(g), "bias": whole(b)}
+    gain, shift = {"weight": whole(g)}, {"bias": whole(b)}
     channels = {"channel_axis": channel_axis}
     statistics = {"running_mean": whole(mean), "running_var": whole(var)}
     counter = ("num_batches_tracked",) if library == "torch" else ()
     return [
         Row(library, "BatchNorm", {**affine, **statistics}, config={**batch, **channels}, unused=counter),
+        *(Row(library, "BatchNorm", {**one, **statistics}, config={**batch, **channels}, unused=counter) for one in (gain, shift)),
         Row(library, "BatchNorm", statistics, config={**batch, **channels, "affine": False}, unused=counter),
         Row(library, "LayerNorm", affine, config={"eps": eps}),
-        Row(library, "LayerNorm", {"weight": whole(g)}, config={"eps": eps, "bias": False}),
-        Row(library, "GroupNorm", affine, config={"eps": eps, **channels}),
-        Row(library, "InstanceNorm", affine, config={"eps": eps, "affine": True, **channels}),
+        Row(library, "LayerNorm", gain, config={"eps": eps, "bias": False}),
+        Row(library, "LayerNorm", shift, config={"eps": eps}),
+        *(Row(library, "GroupNorm", some, config={"eps": eps, **channels}) for some in (affine, gain, shift)),
+        *(Row(library, "InstanceNorm", some, config={"eps": eps, "affine": True, **channels}) for some in (affine, gain, shift)),
         Row(library, "RMSNorm", {"weight": whole(scale)}, config={"eps": rms_eps}),
     ]

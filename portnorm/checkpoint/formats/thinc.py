@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy
 
 from portnorm.checkpoint.formats.row import NumPyArray, Row, rows
+from portnorm.checkpoint.stored import Stored
 from portnorm.errors import CheckpointError
 
 _VECTOR, _STATES = "LSTM", "HC0"
@@ -21,7 +22,7 @@ def thinc_rows() -> list[Row]:
     return [Row("thinc", "LSTM", reads, None, "fiog", (("{l}/0/", "{l}/1/"),), first={"h0": "h0", "c0": "c0"})]
 
 
-def thinc_pieces(arrays: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+def thinc_pieces(arrays: Mapping[str, Stored]) -> dict[str, Stored]:
     """Arrays by layer and direction, `0/1/weight_ih`, in place of a vector and the first states beside it."""
     found = dict(arrays)
     for key, vector in arrays.items():
@@ -30,18 +31,21 @@ def thinc_pieces(arrays: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
         if not key.endswith(_VECTOR) or vector.ndim != 1 or states is None or states.ndim != 4:
             continue
         _, depth, directions, hidden = states.shape
-        shapes = _shapes(depth, directions, hidden, _inputs(vector.size, depth, directions, hidden))
+        shapes = _shapes(depth, directions, hidden, _inputs(vector.shape[0], depth, directions, hidden))
         sizes = [int(numpy.prod(shape)) for shape in shapes.values()]
-        if sum(sizes) != vector.size or min(sizes) < 1:
+        if sum(sizes) != vector.shape[0] or min(sizes) < 1:
             raise CheckpointError(
-                f"`{key}` has {vector.size} numbers, and `{head + _STATES}` the shape {states.shape}; expected the weights of {depth} "
+                f"`{key}` has {vector.shape[0]} numbers, and `{head + _STATES}` the shape {states.shape}; expected the weights of {depth} "
                 f"layer(s) of {hidden} features in {directions} direction(s)"
             )
-        pieces = numpy.split(vector, list(itertools.accumulate(sizes))[:-1])
+        pieces = numpy.split(vector.read(), list(itertools.accumulate(sizes))[:-1])
         del found[key], found[head + _STATES]
-        found |= {f"{head}{name}": piece.reshape(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
+        found |= {
+            f"{head}{name}": Stored.of(f"{head}{name}", piece.reshape(shape), vector.said)
+            for (name, shape), piece in zip(shapes.items(), pieces, strict=True)
+        }
         for n, d, (k, name) in itertools.product(range(depth), range(directions), enumerate(_STARTS)):
-            found[f"{head}{n}/{d}/{name}"] = states[k, n, d]
+            found[f"{head}{n}/{d}/{name}"] = Stored.of(key, states.read()[k, n, d], states.said)
     return found
 
 

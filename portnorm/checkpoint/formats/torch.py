@@ -38,7 +38,7 @@ def torch_rows() -> list[Row]:
     names = {"gain": "weight", "shift": "bias", "mean": "running_mean", "var": "running_var", "rms": "weight"}
     batch = {"eps": 1e-5, "momentum": 0.1, "unbiased": True}
     found += [row for line in linears for row in (line, without(line, "bias"))]
-    return [*found, *norms("torch", names, 1e-5, float(numpy.finfo("float32").eps), batch, 1)]
+    return [*found, *norms("torch", names, 1e-5, _rms_eps, batch, 1)]
 
 
 def unit_offset_rows() -> list[Row]:
@@ -65,3 +65,8 @@ def _normalized_linear(row: Row, g: str, v: str) -> Row:
 
 def _biases(row: Row) -> dict[str, Read]:
     return {name: read for name, read in row.reads.items() if name in BIASES}
+
+
+def _rms_eps(dtype: str) -> float:
+    """That of torch's RMSNorm without an `eps`: of the type that it computes in."""
+    return float(numpy.finfo("float64" if dtype == "float64" else "float32").eps)
