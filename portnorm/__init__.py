@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from portnorm.affine import linear
 from portnorm.cells.variants import IMPLEMENTATIONS, VARIANTS, Variant
 from portnorm.errors import (
+    ArgumentError,
     CheckpointError,
     ConformanceError,
     DTypeError,
@@ -73,6 +74,7 @@ __all__ = [
     "SGD",
     "VARIANTS",
     "Adam",
+    "ArgumentError",
     "BatchNorm",
     "BatchRenorm",
     "CheckpointError",

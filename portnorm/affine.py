@@ -7,6 +7,7 @@ import math
 from portnorm.arrays import Array, Namespace, namespace, require_lengths, xp_of
 from portnorm.errors import ShapeError
 from portnorm.op import op
+from portnorm.sums import total_like
 
 Residuals = tuple[Array, Array, Array | None]
 
@@ -38,7 +39,7 @@ def _(residuals: Residuals, dy: Array) -> tuple[Array, Array, Array | None]:
     """dx = dy · weight,  dweight = Σ dyᵀ · x,  dbias = Σ dy over all leading axes."""
     x, weight, bias = residuals
     xp = xp_of(x)
-    return input_cotangent(dy, weight), weight_cotangent(dy, x), None if bias is None else xp.sum(_rows(xp, dy), axis=0)
+    return input_cotangent(dy, weight), weight_cotangent(dy, x), None if bias is None else total_like(_rows(xp, dy), (0,))
 
 
 def input_cotangent(dy: Array, weight: Array) -> Array:

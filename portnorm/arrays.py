@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -62,6 +63,8 @@ class Autodiff(NamedTuple):
     call: Callable[[Differentiable, tuple[Any, ...], dict[str, Any]], Any]
     constant: Callable[[Array], Array]
     """An array with the same values, of which nothing is differentiated."""
+    is_passing: Callable[[Array], bool] = lambda x: False
+    """Whether an array stands for others while a transformation runs, and is nothing after it."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,15 @@ def without_kernels(array_type: type) -> Iterator[None]:
             _libraries[array_type] = known
 
 
+_ANOTHER_MEANING = {
+    "matrix": "numpy.asarray makes an array of it",
+    "MaskedArray": "its mask would be ignored; x.filled(...) makes an array of it, and `mask=` or `lengths=` leave values out",
+}
+"""Arrays of NumPy that compute something else than its arrays do, and what to give instead."""
+
+
 def _find_library(array_type: type) -> Library:
-    root = array_type.__module__.partition(".")[0]
+    root = _root_of(array_type)
     if root in LOADERS:
         load = LOADERS[root]
         return Library(root) if load is None else load()
@@ -148,9 +158,23 @@ def xp_of(x: Array) -> Namespace:
     try:
         return _namespaces[type(x)]
     except KeyError:
-        own = library(x).namespace
-        found = array_api_compat.array_namespace(x) if own is None else own() if callable(own) else own
-        return _namespaces.setdefault(type(x), found)
+        return _namespaces.setdefault(type(x), _find_namespace(x))
+
+
+def _find_namespace(x: Array) -> Namespace:
+    """The functions of an array whose type is met for the first time; raises `TypeError` where it is no array of the standard."""
+    if isinstance(x, numpy.ndarray):
+        for kind in type(x).__mro__:
+            if kind.__name__ in _ANOTHER_MEANING and _root_of(kind) == "numpy":
+                raise TypeError(_ANOTHER_MEANING[kind.__name__])
+    own = library(x).namespace
+    found = array_api_compat.array_namespace(x) if own is None else own() if callable(own) else own
+    missing = [name for name in ("dtype", "ndim", "shape") if not hasattr(x, name)]
+    with contextlib.suppress(AttributeError):
+        device_of(x)
+        if not missing:
+            return found
+    raise TypeError(f"the standard's arrays have `{(*missing, 'device')[0]}`, which this one lacks")
 
 
 def namespace(**arrays: Array | None) -> Namespace:
@@ -160,15 +184,12 @@ def namespace(**arrays: Array | None) -> Namespace:
     """
     first_name, first, xp, device = "", None, None, None
     for name, x in arrays.items():
-        if x is None:
+        if x is None and xp is not None:
             continue
         try:
             x_space = xp_of(x)
-        except TypeError:
-            raise UnsupportedError(
-                f"`{name}` is a {type(x).__name__}; expected an array of {', '.join(SUPPORT)}, or of a library "
-                f"that the entry points of {_ENTRY_POINTS} name; numpy.asarray makes one of numbers"
-            ) from None
+        except TypeError as error:
+            raise _no_array(name, x, error) from None
         except Exception as error:
             raise MissingExtraError(
                 f"`{name}` is an array of {_root(x)}, which does not work here: {error}; {_remedy(_root(x))}"
@@ -186,8 +207,28 @@ def namespace(**arrays: Array | None) -> Namespace:
     return xp
 
 
+def require_given(**arrays: Array | None) -> None:
+    """Raise `UnsupportedError` where one of the named arrays is `None`."""
+    for name, x in arrays.items():
+        if x is None:
+            raise _no_array(name, x, TypeError())
+
+
+def _no_array(name: str, x: Any, error: TypeError) -> UnsupportedError:
+    said = str(error)
+    why = said if said in _ANOTHER_MEANING.values() or said.startswith("the standard's") else "numpy.asarray makes one of numbers"
+    return UnsupportedError(
+        f"`{name}` is {'None' if x is None else f'a {type(x).__name__}'}; expected an array of {', '.join(SUPPORT)}, or of a library "
+        f"that the entry points of {_ENTRY_POINTS} name; {why}"
+    )
+
+
 def _root(x: Array) -> str:
-    return type(x).__module__.partition(".")[0]
+    return _root_of(type(x))
+
+
+def _root_of(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def device_of(x: Array) -> Any:
@@ -204,7 +245,7 @@ def require_floating(xp: Namespace, **arrays: Array | None) -> None:
 
 def _is_floating(xp: Namespace, dtype: DType) -> bool:
     try:
-        return bool(xp.isdtype(dtype, "real floating"))
+        return bool(xp.isdtype(dtype, "real floating")) and getattr(dtype, "char", "") != "g"  # not NumPy's longdouble
     except TypeError:  # a type that another package gave to NumPy
         return False
 
@@ -276,6 +317,24 @@ def load_dtype(xp: Namespace, dtype: DType) -> DType:
             f"`dtype` is {dtype!r}, which {xp.__name__} does not have; expected a type of its own such as float32{_elsewhere(dtype)}"
         )
     return found
+
+
+def require_dtype(xp: Namespace, dtype: DType, device: Any = None) -> None:
+    """Raise `DTypeError` unless an array of this dtype can be made, on this device or where arrays are made: not every library says no."""
+    name = getattr(dtype, "__name__", dtype)
+    try:
+        with warnings.catch_warnings():  # what JAX warns of is an error below
+            warnings.simplefilter("ignore")
+            made = xp.zeros((1,), dtype=dtype, device=device).dtype
+    except Exception as error:
+        raise DTypeError(f"`dtype` is {name}, of which {xp.__name__} makes no arrays here: {error}{_enabling(xp)}") from error
+    if made != dtype:
+        raise DTypeError(f"`dtype` is {name}, for which {xp.__name__} makes arrays of {made} here{_enabling(xp)}")
+
+
+def _enabling(xp: Namespace) -> str:
+    hint = next((row.wide for row in SUPPORT.values() if row.name in xp.__name__.split(".") and row.wide), "")
+    return f"; {hint}" if hint else ""
 
 
 def dtype_name(xp: Namespace, dtype: DType) -> str:

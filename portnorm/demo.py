@@ -14,13 +14,14 @@ from typing import Any
 import numpy
 
 from portnorm.arrays import require_extra
+from portnorm.cells.variants import NormName
 from portnorm.checkpoint.layers import load, save
 from portnorm.digits import sequential_digits
 from portnorm.files import written_whole
 from portnorm.optimizers import Adam
 from portnorm.training import History, accuracy, classifier, predictions, train
 
-MODELS: dict[str, str | None] = {"LSTM": None, "BN-LSTM": "batch", "LN-LSTM": "layer"}
+MODELS: dict[str, NormName | None] = {"LSTM": None, "BN-LSTM": "batch", "LN-LSTM": "layer"}
 """The models of the demonstration, and the preset of each."""
 
 

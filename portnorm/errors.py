@@ -7,6 +7,10 @@ class PortnormError(Exception):
     """Base of every error that portnorm raises on purpose."""
 
 
+class ArgumentError(PortnormError, TypeError):
+    """A function was called with an argument that it does not have, with one twice, or without one that it needs."""
+
+
 class ShapeError(PortnormError, ValueError):
     """An argument has a shape, axis or length that does not fit the others."""
 

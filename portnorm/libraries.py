@@ -43,6 +43,8 @@ class Support:
     """Whether its arrays can be written to, as `out=` needs."""
     gpu: bool = False
     """Whether it needs a GPU, so that a test without one says that it was skipped."""
+    wide: str = ""
+    """What makes its types of 64 bits, where that has to be asked for."""
     always: bool = False
     """Whether it is there wherever the tests are; else they take it with `--peers`."""
 
@@ -107,6 +109,7 @@ def _onnx() -> Library:
 
 
 _EVERY = ("float16", "bfloat16", "float32", "float64")
+_X64 = 'jax.config.update("jax_enable_x64", True) before the first array, or JAX_ENABLE_X64=1 in the environment, gives 64-bit types'
 
 SUPPORT: dict[str, Support] = {
     row.name: row
@@ -121,7 +124,7 @@ SUPPORT: dict[str, Support] = {
         ),
         Support("array_api_strict", "array_api_strict", "array-api-strict", ("float32", "float64"), always=True),
         Support("torch", "torch", "torch", _EVERY, "torch", _torch, ("sigmoid",), autodiff=True),
-        Support("jax", "jax.numpy", "jax", _EVERY, load=_jax, kernels=("loop",), autodiff=True, out=False),
+        Support("jax", "jax.numpy", "jax", _EVERY, load=_jax, kernels=("loop",), autodiff=True, out=False, wide=_X64),
         Support("dask", "dask.array", "dask", ("float32", "float64"), load=_dask, kernels=("reverse_sequences",), lazy=True),
         Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", load=_cupy, kernels=("normalize", "scan"), gpu=True),
     )

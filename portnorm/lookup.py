@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from portnorm.arrays import Array, device_of, is_concrete, namespace, require_lengths, xp_of
+from portnorm.arrays import Array, device_of, is_concrete, namespace, require_lengths, statistics_dtype, xp_of
 from portnorm.errors import DTypeError, ShapeError
 from portnorm.op import op
 
@@ -34,14 +34,15 @@ def embedding(ids: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
 
 @embedding.backward
 def _(residuals: tuple[Array, Array], dy: Array) -> tuple[None, Array]:
-    """dweight = Σ one-hot(ids)ᵀ · dy, in blocks of cases: the standard has no scattered addition."""
+    """dweight = Σ one-hot(ids)ᵀ · dy in at least float32, in blocks of cases: the standard has no scattered addition."""
     ids, weight = residuals
     xp, entries = xp_of(weight), weight.shape[0]
-    flat, rows = xp.reshape(ids, (-1, 1)), xp.reshape(dy, (-1, weight.shape[1]))
+    flat, dtype = xp.reshape(ids, (-1, 1)), statistics_dtype(xp, weight.dtype)
+    rows = xp.astype(xp.reshape(dy, (-1, weight.shape[1])), dtype, copy=False)
     classes = xp.arange(entries, dtype=ids.dtype, device=device_of(ids))
-    total, block = xp.zeros_like(weight), max(1, _BLOCK // entries)
+    total, block = xp.zeros_like(weight, dtype=dtype), max(1, _BLOCK // entries)
     for start in range(0, flat.shape[0], block):
         part = slice(start, min(start + block, flat.shape[0]))
-        chosen = xp.astype(flat[part, :] == classes, weight.dtype)
+        chosen = xp.astype(flat[part, :] == classes, dtype)
         total = total + xp.matmul(xp.matrix_transpose(chosen), rows[part, :])
-    return None, total
+    return None, xp.astype(total, weight.dtype, copy=False)

@@ -1,72 +1,164 @@
-"""Losses, as Ops with a vjp."""
+"""Losses, as Ops with a vjp. Both are means over the cases that count, taken in at least float32."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
-from portnorm.arrays import Array, device_of, namespace
+from portnorm.arrays import Array, Namespace, default_integer, device_of, is_concrete, namespace, require_floating, statistics_dtype
 from portnorm.errors import DTypeError, ShapeError
 from portnorm.op import op
+from portnorm.sums import total
+
+
+class Entropy(NamedTuple):
+    """Residuals of `softmax_cross_entropy`, in at least float32."""
+
+    log_probabilities: Array  # (…, classes)
+    chosen: Array  # (…, classes), True at the label
+    share: Array  # (…,) of each case in the mean; 0 where it does not count, NaN where its label is none
+    logits: Array
 
 
 @op
-def softmax_cross_entropy(logits: Array, labels: Array, weights: Array | None = None) -> tuple[Array, tuple[Any, ...]]:
+def softmax_cross_entropy(
+    logits: Array, labels: Array, weights: Array | None = None, *, ignore_index: int | None = -100
+) -> tuple[Array, Entropy]:
     """Mean cross-entropy in nats of integer `labels` (…,) under the softmax of `logits` (…, classes).
 
-    loss = mean over all cases of logΣₖ exp(zₖ) − z_label, or their mean weighed by `weights` (…,), for example a mask of valid frames.
-    A scalar in the dtype of `logits`. Raises `ShapeError` and `DTypeError`.
+    loss = Σ w · (logΣₖ exp(zₖ) − z_label) / Σ w, with w = 1, or `weights` (…,), for example a mask of valid frames. A case with the label
+    `ignore_index` (as in torch; `None` for no such label) or with weight 0 does not count: whatever is there, its gradient is 0. Where no
+    case counts the loss is 0, and so is every gradient.
+
+    A scalar in the dtype of `logits`, computed in at least float32. Labels may be integers of any width. Raises `ShapeError`, also for a
+    label that counts and is not one of 0 … classes − 1, and `DTypeError`. Where values cannot be looked at (under `jax.jit` or
+    `torch.compile`, in Dask, in a graph), such a label makes the loss and the gradient of its case NaN.
 
     >>> import numpy as np, portnorm as pn
-    >>> float(pn.softmax_cross_entropy(np.array([[0.0, 0.0], [0.0, np.log(3.0)]]), np.array([0, 1])).round(4))
+    >>> logits = np.array([[0.0, 0.0], [0.0, np.log(3.0)]])
+    >>> float(pn.softmax_cross_entropy(logits, np.array([0, 1])).round(4))
     0.4904
+    >>> float(pn.softmax_cross_entropy(logits, np.array([0, -100])).round(4))
+    0.6931
     """
     xp = namespace(logits=logits, labels=labels, weights=weights)
-    if tuple(labels.shape) != tuple(logits.shape[:-1]):
-        raise ShapeError(
-            f"`labels` has shape {tuple(labels.shape)}; expected {tuple(logits.shape[:-1])} for `logits` {tuple(logits.shape)}"
-        )
-    if not xp.isdtype(labels.dtype, "integral"):
-        raise DTypeError(f"`labels` has dtype {labels.dtype}; expected integers")
-    shifted = logits - xp.max(logits, axis=-1, keepdims=True)
-    log_probabilities = shifted - xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
-    classes = xp.arange(logits.shape[-1], dtype=labels.dtype, device=device_of(logits))
-    chosen = xp.equal(xp.expand_dims(labels, axis=-1), classes)
-    losses = -xp.sum(xp.where(chosen, log_probabilities, 0.0), axis=-1)
-    if weights is None:
-        return xp.mean(losses), (log_probabilities, chosen, None)
-    share = xp.astype(weights, logits.dtype) / xp.sum(xp.astype(weights, logits.dtype))
-    return xp.sum(losses * share), (log_probabilities, chosen, share)
+    require_floating(xp, logits=logits)
+    cases, classes = tuple(logits.shape[:-1]), logits.shape[-1]
+    if tuple(labels.shape) != cases:
+        raise ShapeError(f"`labels` has shape {tuple(labels.shape)}; expected {cases} for `logits` {tuple(logits.shape)}")
+    if weights is not None and tuple(weights.shape) != cases:
+        raise ShapeError(f"`weights` has shape {tuple(weights.shape)}; expected {cases}, one for each of `labels`")
+    labels, ignored = _checked_labels(xp, labels, ignore_index)
+    z = xp.astype(logits, statistics_dtype(xp, logits.dtype), copy=False)
+    counts = xp.logical_not(ignored)
+    w = xp.astype(counts, z.dtype) if weights is None else xp.where(counts, xp.astype(weights, z.dtype), 0.0)
+    if weights is not None:
+        counts = _not_zero(xp, w)
+    share = _share(xp, w, _total(w if weights is None else xp.abs(w)))
+    seen = is_concrete(labels) and is_concrete(counts)
+    if seen and 0 not in cases:
+        that_count = xp.where(counts, labels, 0)
+        low, high = int(xp.min(that_count)), int(xp.max(that_count))
+        if low < 0 or high >= classes:
+            raise ShapeError(
+                f"`labels` reach from {low} to {high}; expected 0 to {classes - 1}, the classes of `logits` {tuple(logits.shape)}, or "
+                f"`ignore_index` ({ignore_index})"
+            )
+    elif not seen:
+        there = (labels >= 0) & (labels < classes)
+        share = xp.where(xp.logical_or(there, xp.logical_not(counts)), share, math.nan)
+    if not (seen and bool(xp.all(counts))):
+        z = xp.where(xp.expand_dims(counts, axis=-1), z, 0.0)
+    shifted = z - xp.max(z, axis=-1, keepdims=True)
+    log_sum = xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
+    chosen = xp.equal(xp.expand_dims(labels, axis=-1), xp.arange(classes, dtype=labels.dtype, device=device_of(logits)))
+    losses = xp.squeeze(log_sum, axis=-1) - xp.sum(xp.where(chosen, shifted, 0.0), axis=-1)
+    return xp.astype(_total(losses * share), logits.dtype, copy=False), Entropy(shifted - log_sum, chosen, share, logits)
 
 
 @softmax_cross_entropy.backward
-def _(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, None, None]:
-    """dlogits = dy · (softmax − one-hot) / cases"""
-    log_probabilities, chosen, share = residuals
+def _(residuals: Entropy, dy: Array, *, ignore_index: int | None = -100) -> tuple[Array, None, None]:
+    """dlogits = dy · (softmax − one-hot) · w / Σ w"""
+    log_probabilities, chosen, share, logits = residuals
     xp = namespace(log_probabilities=log_probabilities)
-    d = xp.exp(log_probabilities) - xp.astype(chosen, log_probabilities.dtype)
-    cases = xp.sum(xp.astype(chosen, log_probabilities.dtype))
-    return dy * (d / cases if share is None else d * xp.expand_dims(share, axis=-1)), None, None
+    d = (xp.exp(log_probabilities) - xp.astype(chosen, share.dtype)) * xp.expand_dims(share, axis=-1)
+    return xp.astype(d * _of(dy, d), logits.dtype, copy=False), None, None
+
+
+def _checked_labels(xp: Namespace, labels: Array, ignore_index: int | None) -> tuple[Array, Array]:
+    """Labels as the default integer, which holds every class, and where they are to be ignored."""
+    if not xp.isdtype(labels.dtype, "integral"):
+        raise DTypeError(f"`labels` has dtype {labels.dtype}; expected integers")
+    unsigned = xp.isdtype(labels.dtype, "unsigned integer")
+    labels = xp.astype(labels, default_integer(xp), copy=False)
+    if ignore_index is None or (unsigned and ignore_index < 0):
+        return labels, xp.zeros_like(labels, dtype=xp.bool)
+    return labels, xp.equal(labels, ignore_index)
+
+
+def _share(xp: Namespace, w: Array, size: Array) -> Array:
+    """w / Σ w; 0 where `size`, a sum of magnitudes, says that all are 0."""
+    return w / xp.where(size > 0, _total(w), 1.0)
+
+
+def _total(a: Array) -> Array:
+    return total(a, tuple(range(a.ndim)))
+
+
+def _not_zero(xp: Namespace, a: Array) -> Array:
+    return xp.logical_not(xp.equal(a, 0.0))
+
+
+def _of(dy: Any, like: Array) -> Any:
+    """The cotangent of a loss, an array or a number, for a product with `like`."""
+    return namespace(like=like).astype(dy, like.dtype, copy=False) if hasattr(dy, "dtype") else dy
+
+
+def _size(xp: Namespace, a: Array) -> Any:
+    """How many values `a` has, at least 1."""
+    count = math.prod(a.shape)
+    return max(1, count) if isinstance(count, int) else xp.astype(xp.maximum(count, 1), a.dtype)
 
 
 @op
-def mean_squared_error(y: Array, target: Array) -> tuple[Array, tuple[Any, ...]]:
-    """Mean of (y − target)² over all values; `target` has the shape of `y`. A scalar in the dtype of `y`. Raises `ShapeError`.
+def mean_squared_error(y: Array, target: Array, weights: Array | None = None) -> tuple[Array, tuple[Array, Array | None, Array, Array]]:
+    """Mean of (y − target)² over all values; `target` has the shape of `y`.
+
+    loss = Σ w · (y − target)² / Σ w, with w = 1, or `weights` in the shape of `y` or of its first axes: a mask (time, batch) of the valid
+    frames of `y` (time, batch, features). A value with weight 0 does not count: whatever is there, its gradient is 0. Where no value counts
+    the loss is 0, and so is every gradient. A scalar in the dtype of `y`, computed in at least float32. Raises `ShapeError`, `DTypeError`.
 
     >>> import numpy as np, portnorm as pn
     >>> float(pn.mean_squared_error(np.array([1.0, 2.0]), np.array([1.0, 5.0])))
     4.5
+    >>> float(pn.mean_squared_error(np.array([1.0, 2.0]), np.array([1.0, 5.0]), np.array([2.0, 1.0])))
+    3.0
     """
-    xp = namespace(y=y, target=target)
+    xp = namespace(y=y, target=target, weights=weights)
+    require_floating(xp, y=y)
     if tuple(target.shape) != tuple(y.shape):
         raise ShapeError(f"`target` has shape {tuple(target.shape)}; expected {tuple(y.shape)}, that of `y`")
-    error = y - target
-    return xp.mean(error * error), (error,)
+    dtype = statistics_dtype(xp, y.dtype)
+    error, share = xp.astype(y, dtype, copy=False) - xp.astype(target, dtype, copy=False), None
+    if weights is None:
+        losses = error * error / _size(xp, error)
+    else:
+        if tuple(weights.shape) != tuple(y.shape[: weights.ndim]):
+            raise ShapeError(f"`weights` has shape {tuple(weights.shape)}; expected {tuple(y.shape)}, that of `y`, or its first axes")
+        along = xp.reshape(xp.astype(weights, dtype), (*weights.shape, *(1 for _ in range(y.ndim - weights.ndim))))
+        along = xp.broadcast_to(along, y.shape)
+        share = _share(xp, along, _total(xp.abs(along)))
+        error = xp.where(_not_zero(xp, share), error, 0.0)
+        losses = error * error * share
+    return xp.astype(_total(losses), y.dtype, copy=False), (error, share, y, target)
 
 
 @mean_squared_error.backward
-def _(residuals: tuple[Any, ...], dy: Array) -> tuple[Array, Array]:
-    """dy_i = 2 · (y − target) / n"""
-    (error,) = residuals
+def _(residuals: tuple[Array, Array | None, Array, Array], dy: Array) -> tuple[Array, Array | None, None]:
+    """dy_i = 2 · (y − target) · w / Σ w"""
+    error, share, y, target = residuals
     xp = namespace(error=error)
-    d = (2.0 * dy) * error / xp.sum(xp.ones_like(error))
-    return d, -d
+    d = 2.0 * error * _of(dy, error)
+    d = d / _size(xp, error) if share is None else d * share
+    dtarget = xp.astype(-d, target.dtype, copy=False) if xp.isdtype(target.dtype, "real floating") else None
+    return xp.astype(d, y.dtype, copy=False), dtarget, None

@@ -12,18 +12,21 @@ An `Op` is made from its forward function, which returns `(y, residuals)`, and i
         (y,) = residuals
         return (dy * y * (1 - y),)
 
-A call is resolved by the type of the first array: a library that has a kernel for this Op and these arguments computes it
-(the symbolic arrays of the ONNX exporter are such a library), else the definition does, with functions of the array's own namespace.
+A call binds its arguments to the signature of that function, however they are spelled, and is resolved by the type of the first array: a
+library that has a kernel for this Op and these arguments computes it (the symbolic arrays of the ONNX exporter are such a library), else
+the definition does, with functions of the array's own namespace.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 from portnorm.arrays import Array, Kernel, Library, is_concrete, leaves, library
-from portnorm.errors import ShapeError, UnsupportedError
+from portnorm.errors import ArgumentError, ShapeError, UnsupportedError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,6 +39,11 @@ Pullback = Callable[..., Any]
 
 
 _TREES = (tuple, list, dict, type(None))
+_NEEDED = inspect.Parameter.empty
+
+
+class ByKeyword(dict[str, Callable[[], Any]]):
+    """Cotangents of keyword arguments, each computed when it is asked for: what a vjp may return after those of the positional ones."""
 
 
 class Op(Generic[P, R]):
@@ -44,10 +52,11 @@ class Op(Generic[P, R]):
     `definition(*args, **attrs) -> (y, residuals)` is written in Array API terms and runs on every library.
     `vjp(residuals, dy, **attrs)` returns one cotangent per positional argument, `None` where there is none. A library that differentiates
     by itself (torch, JAX) takes the vjp in place of its own of the definition, where the Op is `differentiable`.
-    Residuals are (nested) tuples of arrays; what is static is in `attrs`, which both directions get.
+    Residuals are (nested) tuples of arrays; what is static is in `attrs`, which both directions get: the keyword-only arguments.
     """
 
     __wrapped__: Callable[P, tuple[R, Any]]
+    __signature__: inspect.Signature
 
     def __init__(self, definition: Callable[P, tuple[R, Any]]):
         functools.update_wrapper(self, definition)
@@ -56,27 +65,44 @@ class Op(Generic[P, R]):
         self.differentiable = False
         self._backward: Backward | None = None
         self._kernel_vjps: dict[type, Backward] = {}
+        own = inspect.signature(definition)
+        self.__signature__ = own.replace(return_annotation=_first_of(own.return_annotation))
+        by_keyword = [p.name for p in own.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        self._defaults = {p.name: p.default for p in own.parameters.values() if p.name not in by_keyword}
+        self._least, self._most = sum(d is _NEEDED for d in self._defaults.values()), len(self._defaults)
+        self._keywords = frozenset(by_keyword)
         OPS[self.name] = self
 
+    def __get__(self, owner: Any, kind: Any = None) -> Op[P, R]:
+        """Itself, as an attribute of a class too. What has this counts as a routine, of which `help` shows the signature."""
+        return self
+
     def __call__(self, *args: P.args, **attrs: P.kwargs) -> R:
-        own = _library_of(args)
-        if own.autodiff is not None and self.differentiable and own.autodiff.records(args):
-            recorded: R = own.autodiff.call(self, args, attrs)
+        bound: tuple[Any, ...] = args
+        named: dict[str, Any] = attrs
+        if not self._least <= len(bound) <= self._most or (named and not named.keys() <= self._keywords):
+            bound, named = self._bound(bound, named)
+        own = _library_of(bound)
+        if own.autodiff is not None and self.differentiable and own.autodiff.records((bound, named)):
+            recorded: R = own.autodiff.call(self, bound, named)
             return recorded
-        kernel = self._kernel(own, args, attrs)
+        kernel = self._kernel(own, bound, named)
+        definition: Callable[..., tuple[R, Any]] = self.definition
         if kernel is None:
-            return self.definition(*args, **attrs)[0]
-        result: R = kernel.call(*args, **attrs)
+            return definition(*bound, **named)[0]
+        result: R = kernel.call(*bound, **named)
         return result
 
     def forward(self, *args: P.args, **attrs: P.kwargs) -> tuple[R, Any]:
         """The result, and the residuals that `vjp` takes."""
-        kernel = self._kernel(_library_of(args), args, attrs)
+        bound, named = self.bind(args, attrs)
+        kernel = self._kernel(_library_of(bound), bound, named)
         if kernel is None or kernel.forward is None:
-            return self.definition(*args, **attrs)
+            definition: Callable[..., tuple[R, Any]] = self.definition
+            return definition(*bound, **named)
         if kernel.vjp is not None and kernel.residuals is not None:
             self._kernel_vjps[kernel.residuals] = kernel.vjp
-        return kernel.forward(*args, **attrs)
+        return kernel.forward(*bound, **named)
 
     def vjp(self, residuals: Any, dy: Any, /, **attrs: Any) -> tuple[Any, ...]:
         """Cotangents of the positional arguments, from the residuals of `forward` and the cotangent of the result."""
@@ -93,6 +119,33 @@ class Op(Generic[P, R]):
         self.differentiable = True
         return function
 
+    def bind(self, args: tuple[Any, ...], attrs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """`(args, attrs)` as the Op takes them: what has a place by its place, and by name what can only be named.
+
+        Raises `ArgumentError` for a name that the Op does not have, a value that is given twice, and one that is missing.
+        """
+        if not self._least <= len(args) <= self._most or (attrs and not attrs.keys() <= self._keywords):
+            return self._bound(args, attrs)
+        return args, attrs
+
+    def _bound(self, args: tuple[Any, ...], attrs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        places, takes = list(self._defaults), f"it takes {', '.join(self.__signature__.parameters)}"
+        if len(args) > self._most:
+            raise ArgumentError(f"{self.name} got {len(args)} arguments by place; expected at most {self._most}: {', '.join(places)}")
+        for name in attrs:
+            if name not in self._keywords and name not in self._defaults:
+                raise ArgumentError(f"{self.name} has no argument `{name}`; {takes}")
+            if name in places[: len(args)]:
+                raise ArgumentError(f"{self.name} got `{name}` twice, by its place and by its name")
+        rest = places[len(args) :]
+        while rest and rest[-1] not in attrs and self._defaults[rest[-1]] is not _NEEDED:
+            rest.pop()
+        values = [attrs.get(name, self._defaults[name]) for name in rest]
+        for name, value in zip(rest, values, strict=True):
+            if value is _NEEDED:
+                raise ArgumentError(f"{self.name} needs `{name}`; {takes}")
+        return (*args, *values), {name: value for name, value in attrs.items() if name in self._keywords}
+
     def _kernel(self, own: Library, args: tuple[Any, ...], attrs: dict[str, Any]) -> Kernel | None:
         kernel = own.kernels.get(self.name) if own.kernels else None
         return kernel if kernel is not None and kernel.accepts(*args, **attrs) else None
@@ -101,26 +154,43 @@ class Op(Generic[P, R]):
         return f"<Op {self.name}>"
 
 
+def _first_of(annotation: Any) -> Any:
+    """What is annotated of the result alone: `"A"` of `"tuple[A, B]"`."""
+    pair = ast.parse(annotation, mode="eval").body if isinstance(annotation, str) else None
+    if isinstance(pair, ast.Subscript) and isinstance(pair.slice, ast.Tuple):
+        return ast.unparse(pair.slice.elts[0])
+    return inspect.Signature.empty
+
+
 def _library_of(args: tuple[Any, ...]) -> Library:
     first = args[0] if args else None
     return library(first) if type(first) not in _TREES else library(next(leaves(args), None))
 
 
-def op(definition: Callable[P, tuple[R, Any]]) -> Op[P, R]:
-    """Decorator: make an `Op` of a forward function that returns `(y, residuals)`."""
-    return Op(definition)
+if TYPE_CHECKING:
+    # For editors that do not follow a `ParamSpec`: to them it is a function with the signature of the one that it decorates.
+    def op(definition):  # type: (Callable[P, tuple[R, Any]]) -> Op[P, R]
+        """Decorator: make an `Op` of a forward function that returns `(y, residuals)`."""
+
+        @functools.wraps(definition)
+        def call(*args, **attrs):  # type: ignore[no-untyped-def]
+            return definition(*args, **attrs)[0]
+
+        return call  # type: ignore[return-value]
+else:
+    op = Op
 
 
 def vjp(function: Op[..., Any], *args: Any, **attrs: Any) -> tuple[Any, Pullback]:
     """Value of an Op and its pullback: `y, pullback = vjp(op, *args, **attrs)`, then `dx, dw, … = pullback(dy)`.
 
-    The pullback maps a cotangent of `y` (its shape and dtype) to one cotangent per positional argument,
-    dy ↦ dyᵀ·∂y/∂args, with `None` for arguments that were `None` or are no arrays. Keyword arguments are constants. The arrays must not be
-    changed in place before the pullback has been called: it reads them again.
+    The pullback maps a cotangent of `y` (its shape and dtype) to one cotangent per argument, dy ↦ dyᵀ·∂y/∂args, in the order of the
+    signature up to the last that was given, with `None` for what was `None`, left out, or is no array. Arguments that can only be given by
+    name are constants. The arrays must not be changed in place before the pullback has been called: it reads them again.
 
     >>> import numpy as np, portnorm as pn
     >>> x = np.array([[1.0, 2.0, 4.0]])
-    >>> y, pullback = pn.vjp(pn.layer_norm, x, np.ones(3), np.zeros(3))
+    >>> y, pullback = pn.vjp(pn.layer_norm, x, np.ones(3), bias=np.zeros(3))
     >>> dx, dw, db = pullback(np.array([[1.0, 0.0, 0.0]]))
     >>> dx.round(4), db
     (array([[ 0.2291, -0.3436,  0.1145]]), array([1., 0., 0.]))
@@ -129,6 +199,7 @@ def vjp(function: Op[..., Any], *args: Any, **attrs: Any) -> tuple[Any, Pullback
         raise UnsupportedError(f"`function` is {function!r}; expected an Op of portnorm such as portnorm.layer_norm")
     if attrs.get("out") is not None:
         raise UnsupportedError("`out` is for a call whose result is all that is wanted; leave it out here")
+    args, attrs = function.bind(args, attrs)
     y, residuals = function.forward(*args, **attrs)
 
     def pullback(dy: Array) -> tuple[Any, ...]:

@@ -2,16 +2,21 @@
 
 state = optimizer.init(params)
 params, state = optimizer.update(params, grads, state)
+
+The state is kept, and an update computed, in at least float32; parameters keep their dtype, to which the new ones are rounded once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from portnorm.arrays import Array, xp_of
-from portnorm.errors import UnsupportedError
+from portnorm.arrays import Array, DType, default_integer, device_of, statistics_dtype, xp_of
+from portnorm.errors import ShapeError, UnsupportedError
+from portnorm.scalars import real_number
+from portnorm.sums import total
 
 Arrays = dict[str, Array]
 OptimizerState = dict[str, Any]
@@ -24,15 +29,60 @@ class Optimizer(Protocol):
         """The state before the first update."""
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
-        """New parameters and state; nothing is changed in place."""
+        """New parameters and state; nothing is changed in place.
+
+        Raises `UnsupportedError` where `grads` or the state have not just the names of `params`, `ShapeError` where shapes differ.
+        """
+
+
+def _first(name: str, arrays: Mapping[str, Array]) -> Array:
+    for a in arrays.values():
+        return a
+    raise UnsupportedError(f"`{name}` is empty; expected arrays by name")
 
 
 def _zeros(params: Mapping[str, Array]) -> Arrays:
-    return {name: xp_of(p).zeros_like(p) for name, p in params.items()}
+    return {name: xp_of(p).zeros_like(p, dtype=statistics_dtype(xp_of(p), p.dtype)) for name, p in params.items()}
+
+
+def _wide(arrays: Mapping[str, Array]) -> Arrays:
+    """The arrays in at least float32, where narrower types would lose small changes, squares and ε."""
+    found, known = {}, dict[DType, DType]()
+    for name, a in arrays.items():
+        xp, dtype = xp_of(a), a.dtype
+        if dtype not in known:
+            known[dtype] = statistics_dtype(xp, dtype)
+        found[name] = a if known[dtype] == dtype else xp.astype(a, known[dtype])
+    return found
+
+
+def _moved(params: Mapping[str, Array], steps: Mapping[str, Array]) -> Arrays:
+    """Parameters less a step each, in their own dtype."""
+    found = {}
+    for name, p in _wide(params).items():
+        new, dtype = p - steps[name], params[name].dtype
+        found[name] = new if new.dtype == dtype else xp_of(new).astype(new, dtype)
+    return found
+
+
+def _check(params: Mapping[str, Array], **groups: Any) -> None:
+    """Raise `UnsupportedError` for a group that lacks one of `params` or has one more, `ShapeError` where shapes differ."""
+    for group, arrays in groups.items():
+        names = arrays.keys() if isinstance(arrays, Mapping) else ()
+        missing, unknown = [n for n in params if n not in names], [n for n in names if n not in params]
+        if missing or unknown or not isinstance(arrays, Mapping):
+            raise UnsupportedError(
+                f"`{group}` does not fit `params`: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}; expected the same names"
+            )
+        for name, p in params.items():
+            if tuple(arrays[name].shape) != tuple(p.shape):
+                raise ShapeError(
+                    f"`{group}` has {name!r} of shape {tuple(arrays[name].shape)}; expected {tuple(p.shape)}, that of the parameter"
+                )
 
 
 def _check_rate(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value < high:
+    if not real_number(name, value, low, high, f"a number from {low} to below {high}") < high:
         raise UnsupportedError(f"`{name}` is {value}; expected a number from {low} to below {high}")
 
 
@@ -51,8 +101,12 @@ class SGD:
         return {"velocity": _zeros(params)} if self.momentum else {}
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
-        velocity = {n: self.momentum * state["velocity"][n] + g for n, g in grads.items()} if self.momentum else dict(grads)
-        return {n: p - self.lr * velocity[n] for n, p in params.items()}, {"velocity": velocity} if self.momentum else {}
+        _check(params, grads=grads, **({"state['velocity']": state.get("velocity")} if self.momentum else {}))
+        velocity = _wide(grads)
+        if self.momentum:
+            before = _wide(state["velocity"])
+            velocity = {n: self.momentum * before[n] + g for n, g in velocity.items()}
+        return _moved(params, {n: self.lr * velocity[n] for n in params}), {"velocity": velocity} if self.momentum else {}
 
 
 @dataclass(frozen=True)
@@ -71,9 +125,11 @@ class RMSProp:
         return {"square": _zeros(params)}
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
-        square = {n: self.decay * state["square"][n] + (1.0 - self.decay) * g * g for n, g in grads.items()}
-        new = {n: p - self.lr * grads[n] / (xp_of(p).sqrt(square[n]) + self.eps) for n, p in params.items()}
-        return new, {"square": square}
+        _check(params, grads=grads, **{"state['square']": state.get("square")})
+        wide, before = _wide(grads), _wide(state["square"])
+        square = {n: self.decay * before[n] + (1.0 - self.decay) * g * g for n, g in wide.items()}
+        steps = {n: self.lr * wide[n] / (xp_of(p).sqrt(square[n]) + self.eps) for n, p in params.items()}
+        return _moved(params, steps), {"square": square}
 
 
 @dataclass(frozen=True)
@@ -91,16 +147,25 @@ class Adam:
         _check_rate("beta2", self.beta2, 0.0, 1.0)
 
     def init(self, params: Mapping[str, Array]) -> OptimizerState:
-        first = next(iter(params.values()))
-        return {"mean": _zeros(params), "square": _zeros(params), "steps": xp_of(first).zeros_like(first[(0,) * first.ndim])}
+        first = _first("params", params)
+        xp = xp_of(first)
+        steps = xp.asarray(0, dtype=default_integer(xp), device=device_of(first))
+        return {"mean": _zeros(params), "square": _zeros(params), "steps": steps}
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
-        steps = state["steps"] + 1.0
-        mean = {n: self.beta1 * state["mean"][n] + (1.0 - self.beta1) * g for n, g in grads.items()}
-        square = {n: self.beta2 * state["square"][n] + (1.0 - self.beta2) * g * g for n, g in grads.items()}
-        mean_share, square_share = 1.0 - self.beta1**steps, 1.0 - self.beta2**steps
-        new = {n: p - self.lr * (mean[n] / mean_share) / (xp_of(p).sqrt(square[n] / square_share) + self.eps) for n, p in params.items()}
-        return new, {"mean": mean, "square": square, "steps": steps}
+        _check(params, grads=grads, **{f"state[{name!r}]": state.get(name) for name in ("mean", "square")})
+        if "steps" not in state:
+            raise UnsupportedError("`state` has no 'steps'; expected what `init` or the last update gave")
+        wide, means, squares, steps = _wide(grads), _wide(state["mean"]), _wide(state["square"]), state["steps"] + 1
+        mean = {n: self.beta1 * means[n] + (1.0 - self.beta1) * g for n, g in wide.items()}
+        square = {n: self.beta2 * squares[n] + (1.0 - self.beta2) * g * g for n, g in wide.items()}
+        counts = {m.dtype: xp_of(m).astype(steps, m.dtype) for m in mean.values()}
+        shares = {dtype: (1.0 - self.beta1**count, 1.0 - self.beta2**count) for dtype, count in counts.items()}
+        changes = {}
+        for n, p in params.items():
+            mean_share, square_share = shares[mean[n].dtype]
+            changes[n] = self.lr * (mean[n] / mean_share) / (xp_of(p).sqrt(square[n] / square_share) + self.eps)
+        return _moved(params, changes), {"mean": mean, "square": square, "steps": steps}
 
 
 OPTIMIZERS: dict[str, Any] = {"sgd": SGD, "rmsprop": RMSProp, "adam": Adam}
@@ -111,18 +176,18 @@ def clip_by_global_norm(grads: Mapping[str, Array], limit: float) -> tuple[Array
     """Gradients scaled to a global L2 norm of at most `limit`, and the norm before: g ← g · min(1, limit / ‖g‖) (Pascanu et al. 2013).
 
     Gradients whose squares leave the range of the type are clipped like others. A gradient that is not finite gives a norm that is not.
+    The norm is taken, and given, in at least float32; gradients keep their dtype.
     """
-    if not limit > 0:
-        raise UnsupportedError(f"`limit` is {limit}; expected a number > 0")
-    first = next(iter(grads.values()))
-    xp = xp_of(first)
-    zero = xp.zeros_like(first[(0,) * first.ndim])
+    limit = real_number("limit", limit, 5e-324, math.inf, "a number > 0")
+    first = _first("grads", grads)
+    xp, wide = xp_of(first), _wide(grads)
+    zero = xp.zeros((), dtype=statistics_dtype(xp, first.dtype), device=device_of(first))
     largest = zero
-    for g in grads.values():
+    for g in wide.values():
         largest = xp.maximum(largest, xp.max(xp.abs(g))) if 0 not in g.shape else largest
     # Divided by the largest entry first, so that squares of large gradients stay in range.
     unit = xp.where((largest > 0) & xp.isfinite(largest), largest, 1.0)
-    ratio = xp.sqrt(sum((xp.sum((g / unit) ** 2) for g in grads.values()), start=zero))
+    ratio = xp.sqrt(sum((total((g / unit) ** 2, tuple(range(g.ndim))) for g in wide.values()), start=zero))
     norm = unit * ratio
     factor = xp.where(norm > limit, limit / unit / xp.where(norm > limit, ratio, 1.0), 1.0)
-    return {n: g * factor for n, g in grads.items()}, norm
+    return {n: xp.astype(wide[n] * factor, g.dtype, copy=False) for n, g in grads.items()}, norm

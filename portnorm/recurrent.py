@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from portnorm.affine import input_cotangent, linear, weight_cotangent
-from portnorm.arrays import Array, device_of, library, xp_of
+from portnorm.arrays import Array, device_of, library, statistics_dtype, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.norm.normalize import Reduce
 from portnorm.norm.weight import weight_norm
 from portnorm.op import op
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
-from portnorm.statistics import at_steps, rows_of_steps, update
+from portnorm.statistics import VALUES, at_steps, rows_of_steps, update
+from portnorm.sums import total_like
 
 Buffers = dict[str, Array]
 
@@ -177,7 +178,8 @@ class Direction:
             tracked = [name for name, slot in cell.slots.items() if slot.normalizes]
             inside = dict(zip(tracked, zip(further[::2], further[1::2], strict=True), strict=True))
             everywhere = lengths if lengths is None or reduce is None else _longest(x, lengths, reduce)
-            buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, everywhere, momentum)
+            values = _values(x, lengths, reduce, cell.variant.timed) if VALUES in buffers else None
+            buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, everywhere, momentum, values)
         return y, state, buffers, RecurrentResiduals(params, {}, x, lengths, rows, input_residuals, scanned)
 
     def vjp(self, residuals: RecurrentResiduals, dy: Array | None, dstate: State, *, training: bool = False) -> tuple[Array, State, Params]:
@@ -233,7 +235,7 @@ class Direction:
         """(cotangent of x·W_ihᵀ, cotangents of gain and shift of `norm_ih`)"""
         slot = cell.input_slot()
         if slot is None:
-            return du, {"norm_ih.bias": xp_of(du).sum(du, axis=1 if residuals.rows is not None else (0, 1))}
+            return du, {"norm_ih.bias": total_like(du, (1,) if residuals.rows is not None else (0, 1))}
         mask = None if residuals.lengths is None else sequence_mask(residuals.x, residuals.lengths)
         dxw, cotangents = slot.vjp(residuals.input_slot, du, mask)
         return dxw, {f"norm_ih.{p}": d for p, d in cotangents.items()}
@@ -267,12 +269,12 @@ class Direction:
         for slot, names in cell.late_biases.items():
             for name in names:
                 d = grads[f"{slot}.bias"]
-                late.setdefault(name, []).append(d if d.ndim == params[name].ndim else xp.sum(d, axis=0))
+                late.setdefault(name, []).append(d if d.ndim == params[name].ndim else total_like(d, (0,)))
         found = {name: parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1) for name, parts in late.items()}
         outside, inside = cell.early_biases
         for names, terms in ((outside, [dxw]), (inside, dhidden)):
             for name in names:
-                d = xp.concat([xp.sum(term, axis=(0, 1)) for term in terms])
+                d = xp.concat([total_like(term, (0, 1)) for term in terms])
                 found[name] = found[name] + d if name in found else d
         return found
 
@@ -293,6 +295,14 @@ class Direction:
                 value = self._late_bias(cell, params, slot) if late else params[name]
                 loop[name] = _rows(value, self.t_max) if name in cell.stepwise() else value
         return loop
+
+
+def _values(x: Array, lengths: Array | None, reduce: Reduce | None, timed: bool) -> Array:
+    """How many sequences, of all processes, reach each step of `x` (time, batch, …): (time,); or () of all steps together."""
+    xp, (steps, batch) = xp_of(x), x.shape[:2]
+    live = xp.ones((steps, batch, 1), dtype=xp.bool, device=device_of(x)) if lengths is None else sequence_mask(x, lengths)
+    counts = xp.sum(xp.astype(live, statistics_dtype(xp, x.dtype)), axis=(1, 2) if timed else None)
+    return counts if reduce is None else reduce(counts)
 
 
 def _longest(x: Array, lengths: Array, reduce: Reduce) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from portnorm.arrays import Array, device_of, leaves, xp_of
+from portnorm.arrays import Array, device_of, leaves, statistics_dtype, xp_of
 from portnorm.op import op
 
 Params = dict[str, Array]
@@ -158,12 +158,13 @@ def _(
         before, stacked, shares = cell.step_vjp(params, step_residuals, through, active)
         if active is not None:
             before = tuple(xp.where(active, b, d) for b, d in zip(before, dstate, strict=True))
-        return (before, tuple(d + shares[name] for name, d in zip(names, dparams, strict=True))), stacked, None
+        summed = tuple(d + xp.astype(shares[name], d.dtype, copy=False) for name, d in zip(names, dparams, strict=True))
+        return (before, summed), stacked, None
 
     names = cell.shared()
-    zeros = tuple(xp.zeros_like(params[name]) for name in names)
+    zeros = tuple(xp.zeros_like(params[name], dtype=statistics_dtype(xp, params[name].dtype)) for name in names)
     (dstate, dparams), stacked, _ = loop((dstate, zeros), (dy,), kept, body=body, reverse=True)
-    return stacked, dstate, dict(zip(names, dparams, strict=True))
+    return stacked, dstate, {n: xp.astype(d, params[n].dtype, copy=False) for n, d in zip(names, dparams, strict=True)}
 
 
 scan.differentiable = False  # what its vjp gives for `xs` is stacked as the cell has it: the layer around the scan is differentiated

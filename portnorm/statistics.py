@@ -3,32 +3,40 @@
 Buffers of a slot are `<slot>.running_mean` and `<slot>.running_var` (steps, features), with `num_batches_tracked` (steps,) for all of
 them; or (features,) and () where all steps share them. Time is given as an array without axes, so that a chunk of a sequence reads and
 updates the rows that belong to it; `None` where steps share their statistics.
+
+All are kept in at least float32. `num_values_tracked`, which is there while population statistics are taken, counts the values that have
+entered (steps,): each batch then weighs as much as the values that it brings.
 """
 
 from __future__ import annotations
 
 from portnorm.arrays import Array, device_of, xp_of
-from portnorm.errors import UnsupportedError
+from portnorm.scalars import real_number
 
 Buffers = dict[str, Array]
 Seen = dict[str, tuple[Array, Array]]
 
+BATCHES, VALUES = "num_batches_tracked", "num_values_tracked"
+"""Names of the buffers that count."""
 
-def moving_average(running: Array, batch: Array, momentum: float | None, tracked: Array) -> Array:
-    """running + momentum · (batch − running); `momentum` is the weight of the new value, as in torch.
 
-    `None` weighs all batches alike: 1/n for the n-th, with n from `tracked`, which counts this batch already.
+def moved(running: Array, batch: Array, part: Array | float) -> Array:
+    """(1 − part) · running + part · batch for `part` from 0 to 1: exactly `batch` where it is 1, and exactly `running` where it is 0.
+
+    A small part is added as a difference, which drifts nowhere once both are alike; for a large one that would cancel.
     """
-    if momentum is not None:
-        return running + momentum * (batch - running)
     xp = xp_of(running)
-    return running + (batch - running) / xp.astype(xp.where(tracked > 0, tracked, 1), running.dtype)
+    if not isinstance(part, int | float):
+        beside = xp.where(part < 0.5, running + part * (batch - running), (1.0 - part) * running + part * batch)
+        return xp.where(part > 0, xp.where(part < 1, beside, batch), running)
+    if part == 0 or part == 1:
+        return batch if part else running
+    return running + part * (batch - running) if part < 0.5 else (1.0 - part) * running + part * batch
 
 
-def check_momentum(momentum: float | None) -> None:
-    """Raise `UnsupportedError` unless `momentum` is the weight of a new value, or `None`."""
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise UnsupportedError(f"`momentum` is {momentum}; expected a number from 0 to 1, or None")
+def checked_momentum(momentum: float | None) -> float | None:
+    """`momentum`, the weight of a new value, as a float, or `None`; raises `UnsupportedError` for what is neither."""
+    return None if momentum is None else real_number("momentum", momentum, 0, 1, "a number from 0 to 1, or None")
 
 
 def rows_of_steps(time: Array, x: Array, last: Array | int) -> Array:
@@ -59,14 +67,17 @@ def slots_of(buffers: Buffers) -> list[str]:
     return [name.removesuffix(".running_mean") for name in buffers if name.endswith(".running_mean")]
 
 
-def update(buffers: Buffers, seen: Seen, time: Array | None, lengths: Array | None, momentum: float | None) -> Buffers:
+def update(
+    buffers: Buffers, seen: Seen, time: Array | None, lengths: Array | None, momentum: float | None, values: Array | None = None
+) -> Buffers:
     """New buffers after a batch with statistics `seen` (time, features) per slot, or (features,) without `time`.
 
     Every step updates its row, the steps after the last row update that one, each in its turn, since they will use it (as Sonnet and
-    jihunchoi's BN-LSTM do). Steps at which no sequence was left update nothing.
+    jihunchoi's BN-LSTM do). Steps at which no sequence was left update nothing. `values` (time,), or () without `time`, counts those
+    that each statistic was taken of; the average is over them where `num_values_tracked` is among the buffers.
     """
     first = next(iter(seen.values()))[0]
-    xp, before = xp_of(first), buffers["num_batches_tracked"]
+    xp, before, counted = xp_of(first), buffers[BATCHES], buffers.get(VALUES)
     if time is None:
         hits = xp.astype(xp.max(lengths) > 0, before.dtype) if lengths is not None else xp.ones_like(before)
     else:
@@ -82,18 +93,29 @@ def update(buffers: Buffers, seen: Seen, time: Array | None, lengths: Array | No
         hits = xp.concat([hits[:-1], xp.reshape(many, (1,))])
         steps = xp.arange(first.shape[0], dtype=before.dtype, device=device_of(first))
         taken, left = xp.astype((steps >= start) & (steps < end), first.dtype), xp.astype(end - 1 - steps, first.dtype)
-        weights = taken if momentum is None else xp.where(taken > 0, (1.0 - momentum) ** xp.where(taken > 0, left, 0.0), 0.0)
+        if counted is not None:
+            weights = taken * values
+        else:
+            weights = taken if momentum is None else xp.where(taken > 0, (1.0 - momentum) ** xp.where(taken > 0, left, 0.0), 0.0)
         total = xp.sum(weights)
         weights = weights / xp.where(total > 0, total, 1.0)
-    after = before + hits
+        if counted is not None:
+            values = xp.concat([xp.take(values, step[:-1], axis=0), xp.reshape(total, (1,))])
+    new = {**buffers, BATCHES: before + hits}
     amount = xp.astype(hits, first.dtype)
-    new_part = amount / xp.astype(xp.where(after > 0, after, 1), first.dtype) if momentum is None else 1.0 - (1.0 - momentum) ** amount
-    new = {**buffers, "num_batches_tracked": after}
+    if counted is not None:
+        more = xp.where(hits > 0, values, 0.0)
+        new[VALUES] = counted + more
+        new_part = more / xp.where(new[VALUES] > 0, new[VALUES], 1.0)
+    elif momentum is None:
+        new_part = amount / xp.astype(xp.where(new[BATCHES] > 0, new[BATCHES], 1), first.dtype)
+    else:
+        new_part = xp.where(amount > 1, 1.0 - (1.0 - momentum) ** amount, momentum * amount)
     for slot, statistics in seen.items():
         for name, batch in zip(("running_mean", "running_var"), statistics, strict=True):
             running, part = buffers[f"{slot}.{name}"], new_part
             if time is not None:
                 last = xp.sum(weights[:, None] * batch, axis=0, keepdims=True)
                 batch, part = xp.concat([xp.take(batch, step[:-1], axis=0), last]), part[:, None]
-            new[f"{slot}.{name}"] = xp.where(part > 0, running + part * (batch - running), running)
+            new[f"{slot}.{name}"] = moved(running, batch, part)
     return new

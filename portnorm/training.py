@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from portnorm.arrays import Array, xp_of
-from portnorm.cells.variants import Variant
+from portnorm.cells.variants import NormName, Variant
 from portnorm.digits import Dataset
 from portnorm.errors import PortnormError, UnsupportedError
 from portnorm.layers.layer import Layer
@@ -24,7 +24,7 @@ Progress = Callable[[int, int, float], None]
 """Called after each update with the updates done, the updates in all, and the loss."""
 
 
-def classifier(norm: str | None | Variant, inputs: int, hidden: int, classes: int, steps: int, seed: int = 0) -> Sequential:
+def classifier(norm: NormName | Variant | None, inputs: int, hidden: int, classes: int, steps: int, seed: int = 0) -> Sequential:
     """LSTM and linear layer that read a sequence and name its class. All variants start with a forget bias of 1."""
     lstm = LSTM(inputs, hidden, norm=norm, return_sequences=False, t_max=steps, forget_bias=1.0, rng=seed)
     return Sequential(lstm, Linear(hidden, classes, rng=seed))

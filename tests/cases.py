@@ -26,6 +26,8 @@ class OpCase:
     op: Op[..., Any]
     arguments: Callable[[np.random.Generator], Arrays]
     keywords: dict[str, Any] = field(default_factory=dict)
+    constants: tuple[int, ...] = ()
+    """Which arguments have no cotangent though they are numbers."""
 
 
 def _norm(shape: tuple[int, ...], *parameters: tuple[int, ...], extra: Arrays = (), mean: float = 30.0) -> Callable[..., Arrays]:
@@ -35,6 +37,13 @@ def _norm(shape: tuple[int, ...], *parameters: tuple[int, ...], extra: Arrays = 
         return (mean + rng.standard_normal(shape), *extra, *(rng.uniform(0.5, 2.0, p) for p in parameters))
 
     return make
+
+
+def _rows_beside_eps(rng: np.random.Generator) -> Arrays:
+    """Directions of length 0, below, and above 0.25, and lengths."""
+    v = rng.standard_normal((4, 7))
+    v /= np.linalg.norm(v, axis=1, keepdims=True)
+    return v * np.array([0.0, 0.125, 0.5, 2.0])[:, None], rng.uniform(0.5, 2.0, 4)
 
 
 MASK = np.array([[True, True, False], [True, False, False]])
@@ -68,14 +77,48 @@ OPS = [
     OpCase("weight_norm of columns, as torch shapes it", pn.weight_norm, _norm((4, 7), (1, 7), mean=1.0), {"axis": 1}),
     OpCase("weight_norm of two axes", pn.weight_norm, _norm((2, 3, 4), (2, 4), mean=1.0), {"axis": (0, 2)}),
     OpCase("weight_norm of the whole", pn.weight_norm, _norm((4, 7), (), mean=1.0), {"axis": None}),
+    OpCase("weight_norm of rows beside eps", pn.weight_norm, _rows_beside_eps, {"eps": 0.25}),
+    OpCase("weight_norm of empty rows", pn.weight_norm, _norm((4, 0), (4,))),
     OpCase("embedding", pn.embedding, lambda rng: (np.array([[0, 2, 2], [4, 0, 2]]), rng.standard_normal((5, 3)))),
     OpCase("sigmoid", sigmoid, lambda rng: (rng.standard_normal((3, 4)) * 4,)),
     OpCase("mean_squared_error", pn.mean_squared_error, lambda rng: tuple(rng.standard_normal((2, 3, 4)))),
+    OpCase(
+        "mean_squared_error, weighed",
+        pn.mean_squared_error,
+        lambda rng: (*rng.standard_normal((2, 3, 4)), rng.uniform(0.5, 2.0, (3, 4))),
+        constants=(2,),
+    ),
+    OpCase(
+        "mean_squared_error of the frames of a mask",
+        pn.mean_squared_error,
+        lambda rng: (*rng.standard_normal((2, 2, 3, 4)), MASK * 1.0),
+        constants=(2,),
+    ),
+    OpCase("mean_squared_error of nothing", pn.mean_squared_error, lambda rng: (*np.ones((2, 3)), np.zeros(3)), constants=(2,)),
     OpCase("softmax_cross_entropy", pn.softmax_cross_entropy, lambda rng: (rng.standard_normal((6, 4)), np.array([0, 1, 2, 3, 0, 1]))),
     OpCase(
         "softmax_cross_entropy, weighed",
         pn.softmax_cross_entropy,
         lambda rng: (rng.standard_normal((2, 3, 4)), np.array([[0, 1, 2], [3, 0, 1]]), MASK * 1.0),
+        constants=(2,),
+    ),
+    OpCase(
+        "softmax_cross_entropy, weighed, with labels to ignore",
+        pn.softmax_cross_entropy,
+        lambda rng: (rng.standard_normal((6, 4)), np.array([0, -100, 2, 3, -100, 1]), np.array([0.5, 2.0, 0.0, 1.0, 0.0, 0.25])),
+        constants=(2,),
+    ),
+    OpCase(
+        "softmax_cross_entropy with a class to ignore",
+        pn.softmax_cross_entropy,
+        lambda rng: (rng.standard_normal((5, 4)), np.array([0, 3, 2, 3, 1], dtype=np.uint8)),
+        {"ignore_index": 3},
+    ),
+    OpCase(
+        "softmax_cross_entropy of nothing",
+        pn.softmax_cross_entropy,
+        lambda rng: (rng.standard_normal((3, 4)), np.array([1, -100, 9]), np.array([0.0, 1.0, 0.0])),
+        constants=(2,),
     ),
 ]
 

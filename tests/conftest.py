@@ -3,12 +3,14 @@
 `--peers` adds torch, JAX and Dask, and CuPy, which is skipped by name where it finds no GPU.
 `--runtimes openvino,tract` adds tests marked `runtime(name)`; `--runtimes installed` adds those that are there, and the head of the report
 names the others.
+`--registers 16` (or 32, 64) compiles the kernels for NumPy arrays for vector registers of so many bytes.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ import pytest
 from portnorm.arrays import load_namespace, to_numpy
 from portnorm.errors import MissingExtraError
 from portnorm.libraries import SUPPORT, Support
+from portnorm_backends.cpu import registers
 from portnorm_onnx.runtimes import RUNTIMES
 
 collect_ignore = ["torch_cells.py"]  # has no tests, and imports torch
@@ -83,12 +86,16 @@ LIBRARIES["numpy-readonly"] = Library("numpy-readonly", SUPPORT["numpy"], ("floa
 def pytest_addoption(parser: Any) -> None:
     parser.addoption("--peers", action="store_true", help="also run what needs torch, JAX and Dask; fails if they are not installed")
     parser.addoption("--runtimes", default="", help="also run what needs these inference runtimes, by commas, or all that are 'installed'")
+    parser.addoption("--registers", type=int, choices=(16, 32, 64), help="compile the kernels for vector registers of so many bytes")
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew from what the exporter makes")
 
 
 def pytest_configure(config: Any) -> None:
     config.addinivalue_line("markers", "peers: needs torch, JAX or Dask; runs with --peers only")
     config.addinivalue_line("markers", "runtime(name): needs an inference runtime besides onnxruntime; runs with --runtimes only")
+    if config.getoption("--registers"):
+        assert "portnorm_backends.cpu.vectors" not in sys.modules, "kernels are loaded already"
+        registers.WIDTH = config.getoption("--registers")
     if config.getoption("--peers"):
         for row in SUPPORT.values():
             if not row.gpu:

@@ -14,7 +14,7 @@ from benchmarks.readme import ROOT
 from portnorm.arrays import to_numpy, without_kernels
 from tests.cases import OPS, PRESETS, OpCase, random_recurrent, random_state
 from tests.processes import output_of
-from tests.tolerances import AUTODIFF_FLOAT64, OPERATION, relative
+from tests.tolerances import AUTODIFF_FLOAT64, DIFFERENCES, OPERATION, relative
 
 pytestmark = pytest.mark.peers
 
@@ -46,8 +46,7 @@ def tensors_of(case: OpCase, rng: np.random.Generator) -> tuple[list[Any], dict[
     """Arguments, keywords, and those of the arguments that are differentiated."""
     arguments = [of_torch(a, requires_grad=True) for a in case.arguments(rng)]
     keywords = {name: of_torch(value) for name, value in case.keywords.items()}
-    weighed = case.name == "softmax_cross_entropy, weighed"
-    return arguments, keywords, [a for a in (arguments[:1] if weighed else arguments) if getattr(a, "requires_grad", False)]
+    return arguments, keywords, [a for k, a in enumerate(arguments) if getattr(a, "requires_grad", False) and k not in case.constants]
 
 
 @pytest.mark.parametrize("case", OPS, ids=lambda case: case.name)
@@ -75,9 +74,7 @@ def test_jax_grad_of_an_op(case: OpCase, rng: np.random.Generator) -> None:
     import jax.numpy as jnp
 
     given = case.arguments(rng)
-    places = [
-        k for k, a in enumerate(given) if isinstance(a, np.ndarray) and a.dtype == np.float64 and not (k == 2 and "cross" in case.name)
-    ]
+    places = [k for k, a in enumerate(given) if isinstance(a, np.ndarray) and a.dtype == np.float64 and k not in case.constants]
     dy = jnp.asarray(rng.standard_normal(np.shape(case.op(*given, **case.keywords))))
     keywords = {name: of_jax(value) for name, value in case.keywords.items()}
 
@@ -90,7 +87,8 @@ def test_jax_grad_of_an_op(case: OpCase, rng: np.random.Generator) -> None:
     wanted = tuple(of_jax(given[k]) for k in places)
     numbers = tuple(range(len(wanted)))
     mine = jax.jit(jax.grad(value, numbers))(*wanted)
-    assert str(jax.make_jaxpr(value)(*wanted)).count("custom_vjp_call") == 1
+    assert str(jax.make_jaxpr(value)(*wanted)).count("custom_jvp_call") == 1
+    assert str(jax.make_jaxpr(jax.linearize(value, *wanted)[1])(*wanted)).count("vjp_transposed[") == 1, "one node"
     with definitions_of_jax():
         theirs = jax.jit(jax.grad(value, numbers))(*wanted)
     for one, other in zip(mine, theirs, strict=True):
@@ -202,6 +200,129 @@ def test_jax_vmap_is_one_case_after_the_other(rng: np.random.Generator) -> None:
     for k in range(2):
         for name, gradient in one(layer.params, xs[k], lengths[k]).items():
             assert_same(mapped[name][k], gradient)
+
+
+@pytest.mark.parametrize("case", OPS, ids=lambda case: case.name)
+def test_jax_forward_mode_of_an_op(case: OpCase, rng: np.random.Generator) -> None:
+    """Tangents are the transposed vjp, those of the definition, and differences of values; eager, compiled, mapped, and twice."""
+    import jax
+    import jax.numpy as jnp
+
+    given = case.arguments(rng)
+    places = [
+        k for k, a in enumerate(given) if isinstance(a, np.ndarray) and a.dtype == np.float64 and not (k == 2 and "cross" in case.name)
+    ]
+    keywords = {name: of_jax(value) for name, value in case.keywords.items()}
+
+    def value(*changed: Any) -> Any:
+        arguments = [of_jax(a) for a in given]
+        for k, a in zip(places, changed, strict=True):
+            arguments[k] = a
+        return case.op(*arguments, **keywords)
+
+    wanted = tuple(of_jax(given[k]) for k in places)
+    moved = tuple(jnp.asarray(rng.standard_normal(a.shape)) for a in wanted)
+    numbers = tuple(range(len(wanted)))
+    y, dy = jax.jvp(value, wanted, moved)
+    assert_same(y, value(*wanted))
+    assert_same(jax.jit(lambda *t: jax.jvp(value, wanted, t)[1])(*moved), dy)
+    with definitions_of_jax():
+        assert_same(dy, jax.jvp(value, wanted, moved)[1])
+    step = 1e-6
+    ahead, behind = (value(*(a + sign * step * t for a, t in zip(wanted, moved, strict=True))) for sign in (1, -1))
+    difference = (ahead - behind) / (2 * step)
+    np.testing.assert_allclose(dy, difference, rtol=0, atol=DIFFERENCES * max(1.0, float(jnp.abs(difference).max())))
+    weight = jnp.asarray(rng.standard_normal(y.shape))
+    back = jax.vjp(value, *wanted)[1](weight)
+    assert_same(jnp.sum(weight * dy), sum(jnp.sum(a * t) for a, t in zip(back, moved, strict=True)))
+    forward = jax.jit(jax.jacfwd(value, numbers))(*wanted)
+    for one, other in zip(forward, jax.jit(jax.jacrev(value, numbers))(*wanted), strict=True):
+        assert_same(one, other)
+
+    def total(*changed: Any) -> Any:
+        return jnp.sum(weight * value(*changed) ** 2)
+
+    hessians = [jax.jit(f(g(total, numbers), numbers))(*wanted) for f, g in ((jax.jacfwd, jax.jacrev), (jax.jacrev, jax.jacfwd))]
+    with definitions_of_jax():
+        expected = jax.tree.leaves(jax.jit(jax.jacfwd(jax.jacrev(total, numbers), numbers))(*wanted))
+    for hessian in hessians:
+        for one, other in zip(jax.tree.leaves(hessian), expected, strict=True):
+            assert_same(one, other)
+    mapped = jax.vmap(lambda *t: jax.jvp(value, wanted, t)[1])(*(jnp.stack([t, 2.0 * t]) for t in moved))
+    assert_same(mapped, jnp.stack([dy, 2.0 * dy]))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(("cell", "norm"), SOME)
+def test_jax_forward_mode_of_a_recurrent_layer(cell: str, norm: str | None, training: bool, rng: np.random.Generator) -> None:
+    """Beside the definition, and the backward pass: ⟨w, J·t⟩ = ⟨Jᵀ·w, t⟩; with lengths, a state, counts of steps and buffers."""
+    import jax
+    import jax.numpy as jnp
+
+    layer, x, state = recurrent_pair(cell, norm, "jax", rng, bidirectional=True)
+    floats = len(layer.cell.states)
+
+    def value(params: Any, x: Any, start: Any) -> Any:
+        y, last, buffers = layer.apply(params, layer.buffers, x, (*start, *state[floats:]), jnp.asarray([5, 2, 3]), training)
+        return (y, last[:floats]), buffers
+
+    primals = (layer.params, x, state[:floats])
+    tangents = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), primals)
+
+    def forward() -> Any:
+        return jax.jit(lambda *t: jax.jvp(lambda *a: value(*a)[0], primals, t)[1])(*tangents)
+
+    mine = forward()
+    with definitions_of_jax():
+        for one, other in zip(jax.tree.leaves(mine), jax.tree.leaves(forward()), strict=True):
+            assert_same(one, other)
+    weights = jax.tree.map(lambda a: jnp.asarray(rng.standard_normal(a.shape)), mine)
+    _, back, _ = jax.vjp(value, *primals, has_aux=True)
+
+    def product(one: Any, other: Any) -> Any:
+        return sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+    assert_same(product(weights, mine), product(back(weights), tangents))
+    assert float(abs(product(weights, mine))) > 1e-3
+
+
+@pytest.mark.parametrize("wrapped", ["jit", "vmap", "scan", "checkpoint", "vmap of grad", "grad of vmap"])
+def test_jax_reverse_mode_calls_the_vjp_in_every_transform(wrapped: str, rng: np.random.Generator, monkeypatch: Any) -> None:
+    """And never transposes it, which would be right but slower."""
+    import jax
+    import jax.numpy as jnp
+
+    from portnorm_backends import jax_derivatives
+
+    xs, w = jnp.asarray(3.0 + rng.standard_normal((3, 2, 4))), jnp.asarray(rng.uniform(0.5, 2.0, 4))
+
+    def each(x: Any, w: Any) -> Any:
+        return jnp.sum(jnp.sin(pn.layer_norm(x, w)))
+
+    def total(xs: Any, w: Any) -> Any:
+        if wrapped in ("vmap", "grad of vmap"):
+            return jnp.sum(jax.vmap(each, in_axes=(0, None))(xs, w))
+        if wrapped == "scan":
+            return jax.lax.scan(lambda c, x: (c + each(x, w), None), 0.0, xs)[0]
+        if wrapped == "checkpoint":
+            return sum(jax.checkpoint(each)(x, w) for x in xs)
+        return sum(each(x, w) for x in xs)
+
+    def gradient(xs: Any, w: Any) -> Any:
+        if wrapped == "vmap of grad":
+            dx, dw = jax.vmap(jax.grad(each, (0, 1)), in_axes=(0, None))(xs, w)
+            return dx, jnp.sum(dw, axis=0)
+        return (jax.jit if wrapped != "grad of vmap" else lambda f: f)(jax.grad(total, (0, 1)))(xs, w)
+
+    def never(*args: Any, **keywords: Any) -> Any:
+        raise AssertionError("the vjp was transposed")
+
+    monkeypatch.setattr(jax_derivatives.jax, "vjp", never)
+    mine = gradient(xs, w)
+    monkeypatch.undo()
+    with definitions_of_jax():
+        for one, other in zip(mine, gradient(xs, w), strict=True):
+            assert_same(one, other)
 
 
 def test_jax_differentiates_the_backward_pass_again(rng: np.random.Generator) -> None:

@@ -39,7 +39,7 @@ SUBJECTS = [
 ]
 
 
-CASES = [pytest.param(case, marks=pytest.mark.slow if case.regime.long else [], id=case.name) for case in conform.cases()]
+CASES = [pytest.param(case, marks=pytest.mark.slow if (case.regime.values or 0) > 2**16 else [], id=case.name) for case in conform.cases()]
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)

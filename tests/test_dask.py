@@ -116,6 +116,103 @@ def test_lengths_that_are_not_known_are_an_error(name: str, rng: np.random.Gener
     UNKNOWN[name](chosen)
 
 
+def with_an_empty_chunk(values: Any, axis: int, place: int) -> Any:
+    """A Dask array of two chunks along an axis and one without a value, first, in the middle or last."""
+    if not isinstance(values, np.ndarray | np.generic):
+        return values
+    if values.ndim <= axis:
+        return DASK.array(values)
+    half, rest = values.shape[axis] // 2, values.shape[axis] - values.shape[axis] // 2
+    lengths = [half, rest]
+    lengths.insert(place, 0)
+    return da.from_array(values, chunks=tuple(tuple(lengths) if k == axis else (n,) for k, n in enumerate(values.shape)))
+
+
+EMPTY = pytest.mark.parametrize("place", [0, 1, 2], ids=["first", "middle", "last"])
+
+
+@EMPTY
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("case", OPS, ids=lambda case: case.name)
+def test_an_op_takes_an_empty_chunk(case: OpCase, axis: int, place: int, rng: np.random.Generator) -> None:
+    """Along every axis that one of the arguments has."""
+    arguments, keywords = case.arguments(rng), case.keywords
+    if axis >= max(np.ndim(a) for a in arguments):
+        axis = 0
+    y, pullback = pn.vjp(case.op, *arguments, **keywords)
+    dy = rng.standard_normal(np.shape(y))
+    theirs = [with_an_empty_chunk(a, axis, place) for a in arguments]
+    mine, back = pn.vjp(case.op, *theirs, **{k: with_an_empty_chunk(v, axis, place) for k, v in keywords.items()})
+    found, expected = [mine, *back(with_an_empty_chunk(dy, axis, place))], [y, *pullback(dy)]
+    assert [a is None for a in found] == [a is None for a in expected]
+    for one, other in zip(DASK.values(a for a in found if a is not None), (a for a in expected if a is not None), strict=True):
+        np.testing.assert_allclose(one, other, **relative("float64"))
+
+
+LAYERS: dict[str, tuple[Callable[[Any], pn.Layer], tuple[int, ...]]] = {
+    "BatchNorm": (lambda xp: pn.BatchNorm(3, dtype="float64", xp=xp), (5, 3)),
+    "BatchRenorm": (lambda xp: pn.BatchRenorm(3, dtype="float64", xp=xp), (5, 3)),
+    "InstanceNorm": (lambda xp: pn.InstanceNorm(3, affine=True, dtype="float64", xp=xp), (2, 3, 4)),
+    "GroupNorm": (lambda xp: pn.GroupNorm(2, 4, dtype="float64", xp=xp), (2, 4, 3)),
+    "LayerNorm": (lambda xp: pn.LayerNorm(3, dtype="float64", xp=xp), (2, 4, 3)),
+    "RMSNorm": (lambda xp: pn.RMSNorm(3, dtype="float64", xp=xp), (2, 4, 3)),
+    "Linear": (lambda xp: pn.Linear(3, 2, dtype="float64", xp=xp, rng=0), (2, 4, 3)),
+    **{
+        f"{cell} {norm}": (lambda xp, cell=cell, norm=norm: getattr(pn, cell)(3, 2, norm=norm, dtype="float64", xp=xp, rng=0), (2, 4, 3))
+        for cell, norm in PRESETS
+    },
+}
+
+
+@EMPTY
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if " " not in n or n in ("LSTM layer", "GRU batch") else pytest.mark.slow) for n in LAYERS]
+)
+def test_a_layer_takes_an_empty_chunk(name: str, place: int, rng: np.random.Generator) -> None:
+    make, shape = LAYERS[name]
+    x, dy = 3.0 + rng.standard_normal(shape), None
+    for axis in range(len(shape)):
+        results: list[list[Any]] = []
+        for xp in ("numpy", "dask"):
+            layer, given = make(xp), x if xp == "numpy" else with_an_empty_chunk(x, axis, place)
+            lengths = {"lengths": [2, 0, 1, 2]} if layer.recurrent else {}
+            y, *_, pullback = layer.vjp(given, **lengths, training=True)
+            dy = rng.standard_normal(y.shape) if xp == "numpy" else with_an_empty_chunk(dy, axis, place)
+            dx, *_, grads = pullback(dy)
+            results.append([y, dx, *grads.values(), *layer.buffers.values()])
+        for one, other in zip(DASK.values(results[1]), results[0], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+@EMPTY
+def test_gradients_with_an_empty_chunk_are_clipped(place: int, rng: np.random.Generator) -> None:
+    g = rng.standard_normal((4, 3))
+    (expected, norm), (clipped, their_norm) = (pn.clip_by_global_norm({"g": a}, 0.5) for a in (g, with_an_empty_chunk(g, 0, place)))
+    np.testing.assert_allclose(clipped["g"].compute(), expected["g"], **relative("float64"))
+    np.testing.assert_allclose(their_norm.compute(), norm, **relative("float64"))
+
+
+def test_rows_chosen_by_their_values_leave_a_chunk_empty(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((9, 3))
+    x[3:6] = -np.abs(x[3:6])
+    chosen = da.from_array(x, chunks=(3, 3))
+    chosen = chosen[chosen[:, 0] > 0]
+    np.testing.assert_allclose(pn.layer_norm(chosen).compute(), pn.layer_norm(x[x[:, 0] > 0]), **relative("float64"))
+    chosen.compute_chunk_sizes()
+    assert 0 in chosen.chunks[0]
+    for norm in (pn.layer_norm, pn.batch_norm):
+        np.testing.assert_allclose(norm(chosen).compute(), norm(x[x[:, 0] > 0]), **relative("float64"))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int64", "uint8", "bool"])
+@pytest.mark.parametrize("axis", [None, 0, 1, (0, 1)])
+def test_the_largest_value_is_that_of_numpy(axis: Any, dtype: str, rng: np.random.Generator) -> None:
+    values = rng.integers(-5, 5, (4, 3)).astype(dtype)
+    found = DASK.xp.max(with_an_empty_chunk(values, 0, 1), axis=axis, keepdims=True).compute()
+    np.testing.assert_array_equal(found, np.max(values, axis=axis, keepdims=True))
+    assert found.dtype == dtype
+
+
 def test_running_statistics_of_a_layer_are_lazy(watched: Watched, rng: np.random.Generator) -> None:
     x = 3.0 + rng.standard_normal((1000, 4))
     layer, reference = pn.BatchNorm(4, dtype="float64", xp="dask"), pn.BatchNorm(4, dtype="float64")

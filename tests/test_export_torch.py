@@ -226,7 +226,7 @@ def test_dtypes(dtype: str) -> None:
 
 
 def test_a_speech_model_in_float16(tmp_path: Path) -> None:
-    """With products of transposed arrays, torch's and ours, which onnxruntime's optimizations do not survive in float16 as they are."""
+    """With products of transposed arrays, torch's and ours, in the form in which onnxruntime loads them in float16."""
     import torch
 
     class Model(torch.nn.Module):

@@ -614,7 +614,7 @@ def test_after_a_fork_and_from_threads_of_the_child() -> None:
     ("call", "environment"), [(CALL + NORM_ONLY, {}), (CALL, {"OPENBLAS_NUM_THREADS": "1"})], ids=["norm", "recurrent"]
 )
 def test_a_fork_while_other_threads_are_in_kernels(call: str, environment: dict[str, str]) -> None:
-    """OpenBLAS with threads of its own is left out: it hangs a child that is forked during `x @ y` of NumPy alone (docs/speed.md)."""
+    """Our kernels alone: the products of NumPy's BLAS have no threads of their own here (docs/speed.md)."""
     during = "children = [fork() for _ in range(5)]; [t.join() for t in threads]; print([code(c) for c in children])"
     assert output_of(call + FORK + during, **environment) == "[0, 0, 0, 0, 0]"
 

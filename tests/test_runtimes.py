@@ -168,22 +168,59 @@ print(any(name.startswith("openvino_telemetry.") for name in sys.modules))
     assert output_of(code) == "False"
 
 
+ENDS_ITSELF = """
+import json, os, signal, sys
+import onnx
+from portnorm_onnx.runtimes import arrays_of, send
+asked, answers, models = sys.stdin.buffer, sys.stdout.buffer, {}
+def obey(order):
+    if order == "exit":
+        os._exit(3)
+    if order == "signal":
+        os.kill(os.getpid(), signal.SIGKILL)
+while line := asked.readline():
+    head = json.loads(line)
+    if "load" in head:
+        at_load, models[head["session"]] = onnx.load(head["load"]).producer_name.split()
+        obey(at_load)
+        send(answers, {})
+    else:
+        given = arrays_of(head, asked)
+        obey(models[head["session"]])
+        send(answers, {"y": 2 * given["x"]})
+"""
+"""A worker that does what the producer of a model says, one word when it is loaded and one when it runs: it goes on, or ends itself."""
+
+
+def told(words: str) -> bytes:
+    return helper.make_model(helper.make_graph([], "g", [], []), producer_name=words).SerializeToString()
+
+
+@pytest.mark.parametrize(("end", "code"), [("exit", "3"), ("signal", "-9")])
+@pytest.mark.parametrize(("model", "failed"), [("{} go", "does not load"), ("go {}", "does not run")], ids=["load", "run"])
+def test_a_worker_that_ends_is_an_error_and_the_next_model_runs(
+    model: str, failed: str, end: str, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worker, "_running", {})
+    command, x = [sys.executable, "-c", ENDS_ITSELF], np.ones(3, np.float32)
+    for _ in range(2):
+        with pytest.raises(pn.ExportError, match=f"^thing {failed} the graph: its process ended with {code}: it said nothing$"):
+            Worker.of("thing", command).load(told(model.format(end)))({"x": x})
+        after = Worker.of("thing", command)
+        np.testing.assert_array_equal(after.load(told("go go"))({"x": x})["y"], 2 * x)
+        assert Worker.of("thing", command) is after
+    after.close()
+
+
 @pytest.mark.runtime("tract")
-def test_a_crash_of_the_runtime_is_an_error_and_the_next_model_runs() -> None:
-    """tract 0.23.9 ends its process over an LSTM without initial state and with an open batch; ours go on."""
-    w, r = (numpy_helper.from_array(np.ones((1, 8, 3 if name == "w" else 2), np.float32), name) for name in "wr")
-    graph = helper.make_graph(
-        [helper.make_node("LSTM", ["x", "w", "r"], ["y"], hidden_size=2)],
-        "g",
-        [helper.make_tensor_value_info("x", 1, ["time", "batch", 3])],
-        [helper.make_tensor_value_info("y", 1, ["time", 1, "batch", 2])],
-        [w, r],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    with pytest.raises(pn.ExportError, match="tract does not"):
-        session_of("tract", model.SerializeToString())({"x": np.ones((2, 3, 3), np.float32)})
+def test_when_the_process_of_tract_was_ended_the_next_model_runs() -> None:
     layer = lstm(None)
-    assert check(Draft(pn.export(layer, None).model), layer, runtimes=("tract",)).outcomes[0].status == "passed"
+    report = pn.export(layer, None)
+    session = session_of("tract", report.model.SerializeToString())
+    Worker._running["tract"]._process.kill()
+    with pytest.raises(pn.ExportError, match="tract does not run the graph: its process ended with -9"):
+        session({"x": np.ones((2, 3, 5), np.float32)})
+    assert check(Draft(report.model), layer, runtimes=("tract",)).outcomes[0].status == "passed"
 
 
 def test_a_process_that_ends_says_how(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import portnorm as pn
+from portnorm.arrays import to_numpy
+from portnorm.statistics import moved
 from tests.cases import random_lstm
+from tests.conftest import Library
 from tests.tolerances import relative
 
 CLOSE = relative("float64")
@@ -95,7 +98,7 @@ def test_steps_without_statistics_use_the_last_that_have_some(rng: np.random.Gen
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_population_is_the_average_over_minibatches(ragged: bool, rng: np.random.Generator) -> None:
+def test_population_is_the_average_over_minibatches_by_their_sequences(ragged: bool, rng: np.random.Generator) -> None:
     layer = fresh(rng)
     xs = [1.0 + rng.standard_normal((4, size, 4)) for size in (5, 7, 6)]
     lengths = [np.array([4, 4, 2, 2, 1]), np.full(7, 3), np.array([3, 2, 2, 2, 1, 1])] if ragged else [None] * 3
@@ -105,8 +108,10 @@ def test_population_is_the_average_over_minibatches(ragged: bool, rng: np.random
     for t in range(4):
         rows = [x[t, (n > t) if n is not None else slice(None)] @ layer.params["weight_ih_l0"].T for x, n in zip(xs, lengths, strict=True)]
         rows = [r for r in rows if len(r)]
-        np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_mean"][t], np.mean([r.mean(0) for r in rows], axis=0), **CLOSE)
-        np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_var"][t], np.mean([r.var(0) for r in rows], axis=0), **CLOSE)
+        weights = [len(r) for r in rows]
+        mean, var = (np.average([f(r, axis=0) for r in rows], axis=0, weights=weights) for f in (np.mean, np.var))
+        np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_mean"][t], mean, **CLOSE)
+        np.testing.assert_allclose(layer.buffers["norm_ih_l0.running_var"][t], var, **CLOSE)
         assert layer.buffers["num_batches_tracked_l0"][t] == len(rows)
 
 
@@ -277,3 +282,91 @@ def test_channels_may_come_first(shape: tuple[int, ...], rng: np.random.Generato
     np.testing.assert_allclose(layer.buffers["running_mean"], mean, rtol=1e-6)
     np.testing.assert_allclose(layer.buffers["running_var"], var, rtol=1e-5)
     np.testing.assert_allclose(y.reshape(3, -1).std(axis=1), 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("before", [1e10, -1e10, 3.4e38])
+def test_a_momentum_of_one_is_the_batch(before: float, library: Library, rng: np.random.Generator) -> None:
+    """Whatever the statistics were: running + m · (batch − running) would cancel."""
+    batch = 1e-3 * rng.standard_normal(4)
+    running, own = (library.array(a, "float32") for a in (np.full(4, before), batch))
+    one = library.array(np.ones(4), "float32")
+    for part in (1.0, one):
+        np.testing.assert_array_equal(library.values([moved(running, own, part)])[0], batch.astype(np.float32))
+    for part in (0.0, 0 * one):
+        np.testing.assert_array_equal(library.values([moved(running, own, part)])[0], np.float32(before))
+    for part in (1e-3, 0.25, 0.5, 0.9):
+        (found,) = library.values([moved(running / 1e10, own, part)])
+        np.testing.assert_allclose(found, (1 - part) * (before / 1e10) + part * batch, rtol=2e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("part", [0.001, 0.1, 0.7])
+def test_a_moving_average_rests_where_the_batches_are(part: float) -> None:
+    value = np.float32(np.pi) * np.ones(3, dtype=np.float32)
+    running = 2 * value
+    for _ in range(20_000 if part < 0.01 else 500):
+        running = moved(running, value, part)
+    np.testing.assert_allclose(running, value, rtol=1e-6 if part > 0.01 else 5e-5)
+
+
+@pytest.mark.parametrize("norm", ["batch", "batch-input"])
+def test_the_first_of_a_plain_average_is_exact(norm: str, library: Library, rng: np.random.Generator) -> None:
+    """A variance of 10⁻⁸ after the 1 that the tables start from; with `momentum=1` after any number of batches."""
+    x = (3.0 + 1e-4 * rng.standard_normal((1, 16, 3))).astype(np.float32)
+    for momentum in (None, 1.0):
+        layer = pn.BatchNorm(3, momentum=momentum, unbiased=False, xp=library.xp)
+        lstm = pn.LSTM(3, 2, norm=norm, momentum=momentum, t_max=1, xp=library.xp, rng=0)
+        if momentum is not None:
+            layer(library.array(1e10 * x[0]), training=True)
+            lstm(library.array(1e10 * x), training=True)
+        layer(library.array(x[0]), training=True)
+        lstm(library.array(x), training=True)
+        u, weight = x[0].astype(np.float64), to_numpy(lstm.params["weight_ih_l0"]).astype(np.float64)
+        np.testing.assert_allclose(to_numpy(layer.buffers["running_mean"]), u.mean(axis=0), rtol=2e-7)
+        np.testing.assert_allclose(to_numpy(layer.buffers["running_var"]), u.var(axis=0), rtol=1e-5)
+        found = to_numpy(lstm.buffers["norm_ih_l0.running_var"]).reshape(-1)
+        np.testing.assert_allclose(found, (u @ weight.T).var(axis=0), rtol=2e-2)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_population_weighs_a_batch_by_its_values(ragged: bool, unbiased: bool, rng: np.random.Generator) -> None:
+    """As the layer itself over all frames, if each had the statistics of its batch; a batch in which nothing counts weighs nothing."""
+    layer = pn.Sequential(pn.Linear(3, 3, dtype="float64", rng=0), pn.BatchNorm(3, channel_axis=-1, unbiased=unbiased, dtype="float64"))
+    xs = [rng.standard_normal((4, size, 3)) for size in (2, 7, 5, 3)]
+    lengths = [[4, 1], [2, 4, 4, 3, 1, 0, 2], [1, 1, 4, 2, 2], [0, 0, 0]] if ragged else [[4] * x.shape[1] for x in xs]
+    layer.estimate_population(zip(xs, map(np.array, lengths), strict=True) if ragged else xs)
+    frames = [np.concatenate([x[:n, k] for k, n in enumerate(each)]) for x, each in zip(xs, lengths, strict=True)]
+    frames = [f @ layer.params["0.weight"].T + layer.params["0.bias"] for f in frames if len(f)]
+    counts = [len(f) for f in frames]
+    mean = np.average([f.mean(axis=0) for f in frames], axis=0, weights=counts)
+    var = np.average([f.var(axis=0, ddof=int(unbiased)) for f in frames], axis=0, weights=counts)
+    np.testing.assert_allclose(layer.buffers["1.running_mean"], mean, **CLOSE)
+    np.testing.assert_allclose(layer.buffers["1.running_var"], var, **CLOSE)
+    assert set(layer.buffers) == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert layer.buffers["1.num_batches_tracked"] == len(frames)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("t_max", [2, 4])
+@pytest.mark.parametrize("norm", ["batch", "batch-input"])
+def test_population_of_tables_weighs_by_live_sequences(norm: str, t_max: int, ragged: bool, rng: np.random.Generator) -> None:
+    """Of each step, and of all steps together; the steps after `t_max` enter the last row with their own numbers."""
+    layer = pn.GRU(4, 3, norm=norm, t_max=t_max, bidirectional=True, dtype="float64", rng=0)
+    xs = [rng.standard_normal((4, size, 4)) for size in (3, 8)]
+    lengths = [np.array([4, 4, 2]), np.array([3, 2, 2, 4, 4, 4, 3, 3])] if ragged else [np.full(x.shape[1], 4) for x in xs]
+    layer.estimate_population(zip(xs, lengths, strict=True) if ragged else xs)
+    for suffix in ("_l0", "_l0_reverse"):
+        us: list[list[Any]] = [[] for _ in range(t_max if norm == "batch" else 1)]
+        for x, each in zip(xs, lengths, strict=True):
+            ordered = [x[:n, k][:: -1 if "reverse" in suffix else 1] @ layer.params[f"weight_ih{suffix}"].T for k, n in enumerate(each)]
+            if norm == "batch-input":
+                us[0].append(np.concatenate(ordered))
+            else:
+                for t in range(4):
+                    us[min(t, t_max - 1)].append(np.stack([u[t] for u in ordered if len(u) > t]))
+        for row, parts in enumerate(us):
+            at = row if norm == "batch" else slice(None)
+            weights = [len(p) for p in parts]
+            for name, function in (("mean", np.mean), ("var", np.var)):
+                expected = np.average([function(p, axis=0) for p in parts], axis=0, weights=weights)
+                np.testing.assert_allclose(layer.buffers[f"norm_ih{suffix}.running_{name}"][at], expected, **CLOSE)

@@ -149,7 +149,7 @@ def test_types(dtype: str, target: str, norm: str | None) -> None:
 
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_float16_with_the_batch_first(cell: str) -> None:
-    """onnxruntime's default optimizations end the process on a product of a transposed float16 array: in a process of its own."""
+    """A float16 graph keeps transposed arrays apart from products, which onnxruntime loads; other types need no such node."""
     code = f"""
 import portnorm as pn
 layer = pn.{cell}(3, 4, norm="layer", batch_first=True, rng=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import portnorm as pn
+from tests.cases import PRESETS
 from tests.oracles import PUBLISHED, D, Published
 from tests.processes import output_of
 from tests.tolerances import PUBLISHED_FLOAT64, RECURRENT
@@ -32,6 +34,13 @@ LAYERS: dict[str, Callable[..., pn.Layer]] = {
     "RNN with weight norm": lambda **kw: pn.RNN(4, 5, norm="weight", rng=0, **kw),
     "Sequential": lambda **kw: pn.Sequential(pn.BatchNorm(4, channel_axis=-1, **kw), pn.LSTM(4, 3, norm="layer", rng=0, **kw)),
 }
+
+
+WITH_BUFFERS = {
+    **LAYERS,
+    **{f"{cell}, {norm}": functools.partial(getattr(pn, cell), 4, 3, norm=norm, t_max=3, rng=0) for cell, norm in PRESETS},
+}
+"""Those of them that have buffers are what calls in training change."""
 
 
 def drawn(layer: pn.Layer, rng: np.random.Generator) -> pn.Layer:
@@ -133,6 +142,31 @@ def test_statistics_follow_in_training_only(rng: np.random.Generator) -> None:
     torch.testing.assert_close(buffer, 0.1 * x.mean(0))
     assert int(module.num_batches_tracked) == 1
     assert not any(a.requires_grad for a in module.buffers())
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", [name for name, make in WITH_BUFFERS.items() if make().buffers])
+@pytest.mark.parametrize("order", ["evaluation first", "training first", "both in training"])
+def test_a_call_in_training_between_a_call_and_its_backward_pass(order: str, name: str, rng: np.random.Generator) -> None:
+    """Gradients of the first call are those that it has alone."""
+    import torch
+
+    layer = drawn(WITH_BUFFERS[name](dtype="float64"), rng)
+    shape = tuple(4 if isinstance(n, str) else n for n in layer.input_dims())
+    x, other = (torch.tensor(rng.standard_normal(shape), requires_grad=True) for _ in range(2))
+    first, second = {"evaluation first": (False, True), "training first": (True, False), "both in training": (True, True)}[order]
+    alone, disturbed = (pn.torch_module(layer) for _ in range(2))
+
+    def result(module: Any, given: Any, training: bool) -> Any:
+        y = module.train(training)(given)
+        return y[0] if layer.recurrent else y
+
+    expected = result(alone, x, first)
+    weight = torch.tensor(rng.standard_normal(tuple(expected.shape)))
+    theirs = torch.autograd.grad(expected, [x, *alone.parameters()], weight)
+    y = result(disturbed, x, first)
+    result(disturbed, other, second)
+    torch.testing.assert_close(torch.autograd.grad(y, [x, *disturbed.parameters()], weight), theirs, rtol=0, atol=0)
 
 
 @pytest.mark.peers
@@ -468,3 +502,28 @@ def test_torch_compile_follows_a_module(name: str, training: bool, rng: np.rando
     (again,) = torch.autograd.grad(found.square().sum(), x)
     np.testing.assert_allclose(found.detach(), expected.detach(), atol=1e-12)
     np.testing.assert_allclose(again, dx, atol=1e-10)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", ["half", "bfloat16"])
+def test_running_statistics_stay_wide_in_a_narrow_module(kind: str, affine: bool) -> None:
+    """±400, whose variance float16 does not hold; alone, in a model, and there and back."""
+    import torch
+
+    outer = torch.nn.Sequential(pn.torch_module(pn.BatchNorm(3, affine=affine)))
+    getattr(outer, kind)()
+    x = torch.tensor([[400.0], [-400.0]]).repeat(8, 3).to(torch.float16 if kind == "half" else torch.bfloat16)
+    for _ in range(10):
+        y = outer(x)
+    assert y.dtype == x.dtype
+    m = outer[0]
+    assert {b.dtype for n, b in m.named_buffers() if "running" in n} == {torch.float32}
+    assert torch.isfinite(m.running_var).all()
+    assert m.running_var.min() > 1e5
+    outer.eval()
+    assert outer(x).dtype == x.dtype
+    assert pn.BatchNorm(3).to(xp="torch").buffers["running_var"].dtype == torch.float32
+    assert m.to_layer().dtype == x.dtype
+    outer.double()
+    assert m.running_var.dtype == torch.float64
+    assert outer(x.double()).dtype == torch.float64

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
@@ -90,6 +91,38 @@ def test_a_loss_on_numbers() -> None:
     report = pn.export_training_step(pn.LSTM(3, 4, norm="layer", rng=0), pn.mean_squared_error, pn.Adam(), None)
     assert report.model is not None
     assert [d.dim_param or d.dim_value for d in report.model.graph.input[1].type.tensor_type.shape.dim] == ["time", "batch", 4]
+
+
+def test_labels_in_a_graph() -> None:
+    """-100 is ignored there too, and what is no class makes the loss NaN."""
+    model = pn.Linear(4, 3, rng=0)
+    report = pn.export_training_step(model, pn.softmax_cross_entropy, pn.SGD(0.1), None)
+    session = ort.InferenceSession(report.model.SerializeToString())
+    x = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
+    for labels, used in (([0, -100, 2, -100], [0, 2]), ([1, 0, 2, 2], [0, 1, 2, 3])):
+        (loss,) = session.run(["loss"], {"x": x, "target": np.array(labels)})
+        np.testing.assert_allclose(loss, pn.softmax_cross_entropy(model(x[used]), np.array(labels)[used]), rtol=1e-5)
+    for wrong in (3, -1):
+        assert np.isnan(session.run(["loss"], {"x": x, "target": np.array([0, wrong, 2, 1])})[0])
+
+
+def test_a_constant_batch_beyond_the_range_of_squares() -> None:
+    model = pn.Sequential(pn.BatchNorm(3), pn.Linear(3, 2, rng=0))
+    report = pn.export_training_step(model, pn.mean_squared_error, pn.Adam(), None)
+    session = ort.InferenceSession(report.model.SerializeToString())
+    feed = {"x": np.full((5, 3), 2e15, dtype=np.float32), "target": np.zeros((5, 2), dtype=np.float32)}
+    for name, value in zip([o.name for o in session.get_outputs()], session.run(None, feed), strict=True):
+        assert np.all(np.isfinite(value)), name
+
+
+@pytest.mark.parametrize("optimizer", [pn.SGD(0.1, momentum=0.9), pn.RMSProp(), pn.Adam()], ids=repr)
+def test_a_step_of_a_narrow_model_keeps_wide_states(optimizer: Any) -> None:
+    model = pn.Sequential(pn.Linear(4, 5, rng=0), pn.BatchNorm(5), pn.Linear(5, 3, rng=0)).to(dtype="float16")
+    report = pn.export_training_step(model, pn.softmax_cross_entropy, optimizer, None, clip=1.0)
+    types = {o.name: o.type.tensor_type.elem_type for o in report.model.graph.output}
+    wide = {n: t for n, t in types.items() if "running" in n or (n.startswith("next.optimizer") and not n.endswith("steps"))}
+    assert set(wide.values()) == {onnx.TensorProto.FLOAT}
+    assert types["next.0.weight"] == onnx.TensorProto.FLOAT16
 
 
 def test_a_wrong_update_is_found_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def test_op(case: OpCase, rng: np.random.Generator) -> None:
     cotangents = pullback(np.asarray(dy))
     assert len(cotangents) == len(arguments)
     for k, (argument, cotangent) in enumerate(zip(arguments, cotangents, strict=True)):
-        if not isinstance(argument, np.ndarray) or argument.dtype != np.float64 or (k == 2 and "cross" in case.name):
+        if not isinstance(argument, np.ndarray) or argument.dtype != np.float64 or k in case.constants:
             assert cotangent is None
             continue
         assert_gradient(

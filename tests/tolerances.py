@@ -53,6 +53,9 @@ ONNX_OPERATOR = 1e-6
 # A torch model in onnxruntime, float32 in both, values of order 1: up to 60 steps of a layer-normalized net, which amplifies rounding.
 EXPORTED_TORCH = 2e-5
 
+# Sums over thousands of like sequences inside a cell, in units in the last place: the promise for cotangents.
+CELL_SUM_ULP = 32.0
+
 
 def relative(dtype: str, table: dict[str, float] = OPERATION) -> dict[str, float]:
     """`rtol` and `atol` for numpy.testing.assert_allclose; values are of order 1."""

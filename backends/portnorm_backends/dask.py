@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import dask.array
+import functools
+import importlib
+import math
+from typing import Any
 
-from portnorm.arrays import Array, Kernel, Library
+import dask.array
+import numpy
+
+from portnorm.arrays import Array, DType, Kernel, Library, Namespace
 from portnorm.scan import reverse_sequences
 
 
@@ -24,4 +30,34 @@ def _forward(x: Array, lengths: Array | None = None) -> tuple[Array, Array | Non
     return _reversed(x, lengths), lengths
 
 
-LIBRARY = Library("dask", kernels={"reverse_sequences": Kernel(_reversed, _forward)}, is_concrete=lambda x: False)
+class DaskNamespace:
+    """Dask's functions of the Array API standard, with a maximum that takes arrays of which some chunks are empty."""
+
+    __name__ = "array_api_compat.dask.array"
+
+    def __init__(self) -> None:
+        self.own: Namespace = importlib.import_module(self.__name__)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "own":
+            raise AttributeError(name)
+        found = getattr(self.own, name)
+        setattr(self, name, found)
+        return found
+
+    def max(self, x: Array, /, *, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Array:
+        """The largest value along `axis`: that of an empty chunk is the smallest of the type."""
+        axes = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+        if math.prod(x.shape[a] for a in axes) == 0:
+            return self.own.max(x, axis=axis, keepdims=keepdims)
+        largest = functools.partial(numpy.max, initial=_smallest(x.dtype))
+        return dask.array.reduction(x, largest, largest, axis=axis, keepdims=keepdims, dtype=x.dtype, concatenate=True)
+
+
+def _smallest(dtype: DType) -> Any:
+    if dtype.kind == "b":
+        return False
+    return -numpy.inf if dtype.kind == "f" else numpy.iinfo(dtype).min
+
+
+LIBRARY = Library("dask", namespace=DaskNamespace, kernels={"reverse_sequences": Kernel(_reversed, _forward)}, is_concrete=lambda x: False)

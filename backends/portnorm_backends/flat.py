@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from portnorm.arrays import Array, mapped
+from portnorm.op import ByKeyword
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ def taken_apart(tree: Any, is_array: Callable[[Any], bool]) -> tuple[list[Array]
 def put_together(form: Any, arrays: Sequence[Array]) -> Any:
     """The tree of this form with these arrays."""
     return mapped(lambda leaf: arrays[leaf.index] if isinstance(leaf, Place) else leaf, form)
+
+
+def cotangents_of_call(form: Any, cotangents: tuple[Any, ...], wanted: Callable[[int], bool] = lambda place: True) -> dict[int, Array]:
+    """By the place of its array in `form`, that of `(args, attrs)`, each cotangent that a vjp returned and that is wanted."""
+    args, attrs = form
+    found = cotangents_at(args, cotangents)
+    if cotangents and isinstance(cotangents[-1], ByKeyword):
+        places = {name: attrs[name].index for name in cotangents[-1] if isinstance(attrs.get(name), Place)}
+        found |= {place: cotangents[-1][name]() for name, place in places.items() if wanted(place)}
+    return found
 
 
 def cotangents_at(form: Any, cotangents: Any) -> dict[int, Array]:

@@ -1,5 +1,5 @@
-"""JAX: the time loop is `lax.scan`, so that tracing and compiling do not grow with the number of steps, and one `jax.custom_vjp` for every
-Op and layer, whose backward is the hand-written vjp."""
+"""JAX: the time loop is `lax.scan`, so that tracing and compiling do not grow with the number of steps, and one `jax.custom_jvp` for every
+Op and layer, whose transpose is the hand-written vjp."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import jax
 
 from portnorm.arrays import Array, Autodiff, Differentiable, Kernel, Library, leaves
 from portnorm.scan import Body
-from portnorm_backends.flat import cotangents_at, put_together, taken_apart
+from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
+from portnorm_backends.jax_derivatives import is_floating, tangents_of
 
 
 def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = False) -> tuple[Any, Any, Any]:
@@ -46,30 +47,32 @@ def _records(args: Any) -> bool:
 
 def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
     arrays, form = taken_apart((args, attrs), _is_array)
-    dtypes = [a.dtype for a in arrays]
-    form_of_kept: Any = None
 
-    @jax.custom_vjp  # type: ignore[untyped-decorator]
+    @jax.custom_jvp  # type: ignore[untyped-decorator]
     def value(*arrays: Array) -> Any:
         args, attrs = put_together(form, arrays)
         with _outermost():
             return function(*args, **attrs)
 
-    def forward(*arrays: Array) -> tuple[Any, list[Array]]:
-        nonlocal form_of_kept
+    def derivative(arrays: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
         args, attrs = put_together(form, arrays)
         with _outermost():
             y, residuals = function.forward(*args, **attrs)
         kept, form_of_kept = taken_apart((residuals, attrs), _is_array)
-        return y, kept
+        results, form_of_results = taken_apart(y, _is_array)
+        dtypes = [a.dtype for a in arrays]
 
-    def backward(kept: list[Array], dy: Any) -> tuple[Any, ...]:
-        residuals, attrs = put_together(form_of_kept, kept)
-        with _outermost():
-            found = cotangents_at(form[0], function.vjp(residuals, dy, **attrs))
-        return tuple(None if k not in found else found[k].astype(dtype) for k, dtype in enumerate(dtypes))
+        def pull(kept: Any, dys: Any) -> list[Any]:
+            given = iter(dys)
+            dy = put_together(form_of_results, [next(given) if is_floating(a) else None for a in results])
+            residuals, attrs = put_together(form_of_kept, kept)
+            with _outermost():
+                found = cotangents_of_call(form, function.vjp(residuals, dy, **attrs))
+            return [None if k not in found else found[k].astype(dtype) for k, dtype in enumerate(dtypes)]
 
-    value.defvjp(forward, backward)
+        return y, put_together(form_of_results, tangents_of(pull, kept, tangents, results))
+
+    value.defjvp(derivative, symbolic_zeros=True)
     return value(*arrays)
 
 
@@ -88,6 +91,7 @@ LIBRARY = Library(
     "jax",
     kernels={"loop": Kernel(call=loop)},
     is_concrete=lambda x: not isinstance(x, jax.core.Tracer),
-    autodiff=Autodiff(_records, _call, constant=jax.lax.stop_gradient),
+    autodiff=Autodiff(_records, _call, jax.lax.stop_gradient, is_passing=lambda x: isinstance(x, jax.core.Tracer)),
+    namespace=jax.numpy,  # while something is traced a constant can be of a type that is one of NumPy's too
     device=_device,
 )

@@ -13,7 +13,7 @@ import torch
 
 from portnorm.arrays import Array, Autodiff, Differentiable, Kernel, Library, leaves
 from portnorm.errors import UnsupportedError
-from portnorm_backends.flat import cotangents_at, put_together, taken_apart
+from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
 
 
 class _Recorded(torch.autograd.Function):  # type: ignore[misc]
@@ -26,7 +26,7 @@ class _Recorded(torch.autograd.Function):  # type: ignore[misc]
         outputs, form_of_value = taken_apart(value, torch.is_tensor)
         kept, form_of_kept = taken_apart((residuals, attrs), torch.is_tensor)
         ctx.save_for_backward(*kept)
-        ctx.function, ctx.forms = function, (form[0], form_of_value, form_of_kept)
+        ctx.function, ctx.forms = function, (form, form_of_value, form_of_kept)
         ctx.mark_non_differentiable(*(a for a in outputs if not a.is_floating_point()))
         return form_of_value, *outputs
 
@@ -39,8 +39,9 @@ class _Recorded(torch.autograd.Function):  # type: ignore[misc]
             )
         form, form_of_value, form_of_kept = ctx.forms
         residuals, attrs = put_together(form_of_kept, ctx.saved_tensors)
-        found = cotangents_at(form, ctx.function.vjp(residuals, put_together(form_of_value, given), **attrs))
         needed = ctx.needs_input_grad[2:]
+        cotangents = ctx.function.vjp(residuals, put_together(form_of_value, given), **attrs)
+        found = cotangents_of_call(form, cotangents, needed.__getitem__)
         return None, None, *(found.get(k) if needed[k] else None for k in range(len(needed)))
 
 
@@ -63,6 +64,10 @@ def _is_concrete(x: Any) -> bool:
     return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and x.device.type != "meta"
 
 
+def _is_passing(x: Any) -> bool:
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def _sigmoid(x: Array) -> tuple[Array, tuple[Array]]:
     y = torch.sigmoid(x)
     return y, (y,)
@@ -72,7 +77,7 @@ LIBRARY = Library(
     "torch",
     kernels={"sigmoid": Kernel(call=torch.sigmoid, forward=_sigmoid)},
     is_concrete=_is_concrete,
-    autodiff=Autodiff(_records, _call, constant=lambda x: x.detach()),
+    autodiff=Autodiff(_records, _call, constant=lambda x: x.detach(), is_passing=_is_passing),
     namespace=array_api_compat.torch,
     device=lambda x: x.device,
 )

@@ -34,7 +34,7 @@ from portnorm_onnx.runtimes import Session, runtime_of, session_of
 from portnorm_onnx.signature import state_names
 from portnorm_onnx.splice import Inserted, spliced, without_traces
 from portnorm_onnx.storage import Draft, is_large
-from portnorm_onnx.targets import check_dtype, checker, target_of
+from portnorm_onnx.targets import TargetName, check_dtype, checker, target_of
 from portnorm_onnx.verify import EPS, FACTOR, FLOOR, ROUNDINGS, check, nudged
 
 Arrays = list["numpy.ndarray[Any, Any]"]
@@ -54,7 +54,7 @@ def export_torch(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     opset: int | None = None,
-    target: str = "portable",
+    target: TargetName = "portable",
     fold: bool = True,
     accurate: bool = False,
     input_names: Sequence[str] | None = None,

@@ -51,9 +51,20 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         # The layer keeps the names, which its backward pass asks for, and arrays without values.
         for part in kept.layers():
             part.params, part.buffers = ({n: a.to("meta") for n, a in group.items()} for group in (part.params, part.buffers))
-        self._layer = kept
+        self._layer, self._dtype = kept, kept.dtype
         for array in (*self.parameters(), *self.buffers(), torch.empty(0)):
             xp_of(array)  # known from now on: torch.compile cannot follow how a type is looked up for the first time
+
+    def _apply(self, fn: Callable[[Array], Array], recurse: bool = True) -> TorchModule:
+        """What `half()` and `to(...)` do: running statistics move, but stay in at least float32."""
+        before = self.arrays()[1]
+        super()._apply(fn, recurse)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        for name, buffer in self.arrays()[1].items():
+            if buffer.is_floating_point() and buffer.dtype.itemsize < 4:
+                owner, _, last = name.rpartition(".")
+                self.get_submodule(owner)._buffers[last] = before[name].to(device=buffer.device, dtype=torch.float32)
+        return self
 
     def _owner(self, name: str) -> torch.nn.Module:
         """The module that holds the array of this name, made where it is missing: names with a point are those of modules inside."""
@@ -69,7 +80,7 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         if self.recorder is not None:
             return self.recorder(self, x, state, lengths, mask)
         params, buffers = self.arrays()
-        dtype = _floating(params, buffers)
+        dtype = self._floating(params) if params or buffers else None
         if not torch.is_autocast_enabled(x.device.type):
             return self._computed(params, buffers, dtype, x, state, lengths, mask)
         with torch.autocast(x.device.type, enabled=False):
@@ -80,8 +91,9 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         self, params: Arrays, buffers: Arrays, dtype: torch.dtype | None, x: Array, state: Any, lengths: Any, mask: Array | None
     ) -> Any:
         lengths = checked_call(self._layer, params or buffers, dtype, x, state, lengths, mask)
-        # The buffers change in place below, and what is computed now may be asked for by the backward pass.
-        before = {name: a.clone() for name, a in buffers.items()} if self.training else buffers
+        # A call in training changes the buffers in place, this one or one that comes before the backward pass of this one.
+        kept = self.training or torch.is_grad_enabled()
+        before = {name: a.clone() for name, a in buffers.items()} if kept else buffers
         y, state, new = self._layer.apply(params, before, x, state, lengths, self.training)
         if self.training:
             with torch.no_grad():
@@ -96,24 +108,22 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         )
         return params, buffers
 
+    def _floating(self, params: Arrays) -> torch.dtype:
+        """The dtype of the layer: that of its parameters, where it has some."""
+        return next((a.dtype for a in params.values() if a.is_floating_point()), self._dtype)
+
     def to_layer(self) -> Layer:
         """The layer of portnorm that shares the arrays as they are now: for `portnorm.save`, `portnorm.export`, `initial_state`."""
         params, buffers = ({n: a.detach() for n, a in group.items()} for group in self.arrays())
-        layer, dtype = self._layer.copy(), _floating(params, buffers)
+        layer, dtype = self._layer.copy(), self._floating(params)
         device = next((a.device for a in (*params.values(), *buffers.values())), None)
         for part in (layer, *layer.layers()):
-            part.device, part.dtype = device, dtype or part.dtype
+            part.device, part.dtype = device, dtype
         layer.assign(params, buffers)
         return layer
 
     def __repr__(self) -> str:
         return f"torch_module({self._layer!r})"
-
-
-def _floating(params: Arrays, buffers: Arrays) -> torch.dtype | None:
-    """The dtype of a layer's arrays; `None` where it has none."""
-    found: torch.dtype | None = next((a.dtype for a in (*params.values(), *buffers.values()) if a.is_floating_point()), None)
-    return found
 
 
 def _converted(array: Array, dtype: torch.dtype | None) -> Array:

@@ -51,10 +51,9 @@ def build(
 
 
 def keep_transposed(proto: onnx.ModelProto) -> None:
-    """In a float16 graph, put a Reshape that changes nothing between every Transpose of three axes or more and a MatMul that reads it.
+    """Keep the Transpose in front of a product apart from it in a float16 graph, by a Reshape that changes nothing.
 
-    onnxruntime's CPU (1.24 to 1.31, x86-64) casts float16 products to float32, moves that Cast before the Transpose, and then ends the
-    process by reading a node that has no operator: https://github.com/microsoft/onnxruntime/issues/28392.
+    onnxruntime's CPU (1.24 to 1.31, x86-64) ended the process when it optimized some float16 graphs; all that are written so load.
     """
     graph = proto.graph
     types = {*(t.data_type for t in graph.initializer), *(i.type.tensor_type.elem_type for i in graph.input)}

@@ -11,8 +11,9 @@ import numpy
 from portnorm.arrays import leaves, mapped, require_extra
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Layer
+from portnorm.layers.recurrent import checked_time
 from portnorm_onnx.export import export
-from portnorm_onnx.signature import named_state
+from portnorm_onnx.signature import TIME, named_state
 from portnorm_onnx.symbolic import NumPyArray
 
 _Key = tuple[bool, tuple[int, ...]]
@@ -96,7 +97,8 @@ class Compiled:
             self._zeros = batch, zeros
         if state is None:
             return zeros
-        given = [numpy.asarray(a) for a in leaves(state)]
+        times = [name.endswith(f"{TIME}_0") for name in zeros]
+        given = [numpy.asarray(checked_time(x, a) if times[k : k + 1] == [True] else a) for k, a in enumerate(leaves(state))]
         expected = [(a.shape, a.dtype.kind) for a in zeros.values()]
         if [(a.shape, a.dtype.kind) for a in given] != expected:
             shapes = ", ".join(f"{name.removesuffix('_0')} {a.shape}" for name, a in zeros.items())

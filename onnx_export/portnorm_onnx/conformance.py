@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ import onnx
 from onnx import numpy_helper
 
 import portnorm as pn
+from portnorm.cells.variants import NormName
 from portnorm.conform.cases import Case, NumPyArray, cases
 from portnorm.conform.oracle import Truth, truth
 from portnorm.conform.recurrent import inputs, layer_of
@@ -25,7 +27,7 @@ from portnorm_onnx.build import Names
 from portnorm_onnx.export import TYPES, Shape, trace
 from portnorm_onnx.runtimes import RUNTIMES, session_of
 from portnorm_onnx.storage import Draft
-from portnorm_onnx.targets import TARGETS
+from portnorm_onnx.targets import TARGETS, TargetName
 from portnorm_onnx.verify import ALL, check
 
 OPSET = 23
@@ -72,7 +74,7 @@ def _layer(case: Case, arrays: dict[str, NumPyArray]) -> tuple[Layer, tuple[int 
         axes = operation.axes(shape)
         with numpy.errstate(all="ignore"):
             buffers |= {"running_mean": arrays["x"].mean(axis=axes), "running_var": arrays["x"].var(axis=axes)}
-    made.assign(params, {name: numpy.asarray(a).astype(made.dtype) if name.startswith("running") else a for name, a in buffers.items()})
+    made.assign(params, {name: numpy.asarray(a).astype(made.buffers[name].dtype) for name, a in buffers.items()})
     return made, ("batch", *shape[1:])
 
 
@@ -128,7 +130,7 @@ def of_cells(name: str, version: str, progress: Callable[[str], None]) -> Iterat
 
 
 @cache
-def _sequence_graph(cell: str, preset: str | None) -> onnx.ModelProto:
+def _sequence_graph(cell: str, preset: NormName | None) -> onnx.ModelProto:
     shape = Shape(TARGETS["portable"].opset, TARGETS["portable"], "float32", True, False, True, False, None, Names())
     return trace(layer_of(cell, preset).to(dtype="float32"), shape)
 
@@ -173,7 +175,7 @@ def support(progress: Callable[[str], None] = lambda what: None) -> dict[str, An
             versions[name] = ""
     for name, layer, keywords in layers():
         progress(name)
-        for target in TARGETS:
+        for target in typing.get_args(TargetName):
             try:
                 report = pn.export(layer, None, target=target, **keywords)
                 own = [name for name in TARGETS[target].runtimes if versions[name]]

@@ -24,7 +24,7 @@ from portnorm_onnx.report import Report
 from portnorm_onnx.signature import first_states, named_state, state_inputs
 from portnorm_onnx.storage import Draft, as_function, is_large
 from portnorm_onnx.symbolic import constant, graph_input
-from portnorm_onnx.targets import Target, check_dtype, check_types, checker, target_of
+from portnorm_onnx.targets import Target, TargetName, check_dtype, check_types, checker, target_of
 from portnorm_onnx.verify import check, streaming_trajectory
 
 TYPES = ("float16", "bfloat16", "float32", "float64")
@@ -35,7 +35,7 @@ def export(
     path: str | os.PathLike[str] | None,
     *,
     opset: int | None = None,
-    target: str = "portable",
+    target: TargetName = "portable",
     dtype: DType | None = None,
     streaming: bool = False,
     fold: bool = True,
@@ -155,7 +155,9 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     if shape.lengths and model.recurrent and not shape.streaming:
         lengths = graph_input("lengths", "int64", ("batch",), rows)
         inputs.append(lengths)
-    params, buffers = ({n: constant(_cast(to_numpy(a), dtype), n) for n, a in group.items()} for group in (model.params, model.buffers))
+    kept = dtype if dtype.itemsize >= 4 else numpy.dtype("float32")  # of running statistics
+    groups = ((model.params, dtype), (model.buffers, kept))
+    params, buffers = ({n: constant(_cast(to_numpy(a), t), n) for n, a in group.items()} for group, t in groups)
     before: Any = first_states(model)
     if stateful:
         states, before = state_inputs(model, rows, dtype)

@@ -13,6 +13,7 @@ import array_api_compat.numpy as known
 import numpy
 from onnx import helper
 
+from portnorm.arrays import statistics_dtype
 from portnorm_onnx.fold import folded, product, table_rows
 from portnorm_onnx.fused import fused
 from portnorm_onnx.namespace import NAMESPACE, shape_vector
@@ -173,8 +174,10 @@ class Looked(NamedTuple):
 
 def _embedding_vjp(residuals: Looked, dy: SymbolicArray) -> tuple[None, SymbolicArray]:
     """Σ of the rows of `dy` that came from each row of the table: a scattered addition, which the standard does not have."""
-    zeros = constant(numpy.zeros(residuals.weight.dims, dtype=residuals.weight.dtype))
-    return None, node("ScatterND", zeros, node("Unsqueeze", residuals.ids, _ints(-1)), dy, reduction="add")
+    dtype = statistics_dtype(NAMESPACE, residuals.weight.dtype)
+    zeros = constant(numpy.zeros(residuals.weight.dims, dtype=dtype))
+    total = node("ScatterND", zeros, node("Unsqueeze", residuals.ids, _ints(-1)), NAMESPACE.astype(dy, dtype), reduction="add")
+    return None, NAMESPACE.astype(total, residuals.weight.dtype)
 
 
 RESIDUALS: dict[str, Row] = {

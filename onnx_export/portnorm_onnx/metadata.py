@@ -146,7 +146,7 @@ def rounded(model: Layer, kind: str) -> Layer:
     if kind != "bfloat16":
         return model
     other = model.copy()
-    other.assign(*({n: _nearest(to_numpy(a)) for n, a in group.items()} for group in (model.params, model.buffers)))
+    other.assign({n: _nearest(to_numpy(a)) for n, a in model.params.items()})
     return other
 
 

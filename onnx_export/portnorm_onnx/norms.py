@@ -28,8 +28,9 @@ def _fits(x: SymbolicArray, attrs: Any) -> str | None:
     if attrs.get("mean") is not None:
         others = tuple(a for a in range(x.ndim) if a != 1)
         known = attrs["mean"].constant is not None and attrs["var"].constant is not None
-        # The operator is x · s + t, which cancels where |mean| ≫ std.
-        return "BatchNormalization" if axes == others and params == (1,) and known and not opset.accurate else None
+        # The operator is x · s + t, which cancels where |mean| ≫ std; OpenVINO and tract refuse statistics of a wider type than x.
+        alike = attrs["mean"].dtype == x.dtype and not opset.accurate
+        return "BatchNormalization" if axes == others and params == (1,) and known and alike else None
     if axes != tuple(range(axes[0], x.ndim)) or axes[0] == 0:
         return None
     static = all(isinstance(x.dims[a], int) for a in axes)

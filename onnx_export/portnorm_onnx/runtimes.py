@@ -1,7 +1,7 @@
 """Inference runtimes behind one small interface: load a model, run it on named arrays. One row per runtime, each loaded when it is named.
 
-A runtime that can end the process it runs in (tract panics across its C interface), or that is no Python package, runs in a process of
-its own, which is told the model's path and then gets arrays on its standard input and gives arrays on its standard output.
+A runtime whose errors can end the process that it runs in (tract), or that is no Python package, runs in a process of its own, which is
+told the model's path and then gets arrays on its standard input and gives arrays on its standard output.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import onnx
 
@@ -52,6 +53,9 @@ class Target:
 
 _LENGTHS = "sequence_lens gives wrong values in OpenVINO, and tract does not take it"
 
+TargetName = Literal["portable", "onnxruntime", "openvino", "tract", "web", "tensorrt"]
+"""The names that `target=` takes."""
+
 TARGETS: dict[str, Target] = {
     row.name: row
     for row in (
@@ -92,8 +96,8 @@ TARGETS: dict[str, Target] = {
             backward_slices=False,
             length_outputs=False,
             wide_gains=True,
-            reason="takes no sequence_lens that is not constant, and no backward slice of unknown length; without a first state "
-            "an operator of unknown batch ends its process; its Python interface gives out no lengths; no Sigmoid in float64",
+            reason="takes no sequence_lens that is not constant, and no backward slice of unknown length; one form of an "
+            "operator ended its process and is never written; its Python interface gives out no lengths; no Sigmoid in float64",
         ),
         Target(
             "web",

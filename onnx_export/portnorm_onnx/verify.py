@@ -24,7 +24,6 @@ from portnorm.arrays import leaves, mapped
 from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
-from portnorm.layers.recurrent import recurrent_parts
 from portnorm_onnx.metadata import graph_facts, load_layer, rounded
 from portnorm_onnx.report import Comparison, Outcome, Report
 from portnorm_onnx.runtimes import RUNTIMES, Session, runtime_of, session_of
@@ -410,7 +409,7 @@ def _state_names(model: Layer) -> list[list[tuple[str, int]]]:
     """Names and sizes of the states of every loop, in the order of the loops."""
     return [
         list(zip(layer.cell.states, layer.state_sizes(), strict=True))
-        for layer in recurrent_parts(model)
+        for _, layer in recurrent_places(model)
         for _ in range(layer.num_layers * layer.num_directions)
     ]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 
+from portnorm.cells.variants import NormName
 from portnorm.layers.recurrent import GRU, LSTM, Recurrent
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.group import group_norm
@@ -18,7 +19,7 @@ Arrays = dict[str, numpy.ndarray[Any, Any]]
 
 NORMS: dict[str, Op[..., Any]] = {"LN": layer_norm, "BN": batch_norm, "GN": group_norm}
 GROUPS = 8
-CELLS: dict[str, tuple[type[Recurrent], str | None]] = {
+CELLS: dict[str, tuple[type[Recurrent], NormName | None]] = {
     "LSTM": (LSTM, None),
     "LN-LSTM": (LSTM, "layer"),
     "BN-LSTM": (LSTM, "batch"),

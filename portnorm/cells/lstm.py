@@ -20,6 +20,7 @@ from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.slots import SlotsVjp
 from portnorm.pointwise import split
 from portnorm.scan import Params, State
+from portnorm.sums import total_like
 
 
 class LSTMResiduals(NamedTuple):
@@ -104,7 +105,7 @@ class LSTMCell(RecurrentCell):
         if v.peepholes:
             dc = dc + params["peephole"][0, :] * di + params["peephole"][1, :] * df
             read = ((di, c_before), (df, c_before), (do, c))
-            norm_vjp.shares["peephole"] = xp.stack([xp.sum(d * state, axis=0) for d, state in read])
+            norm_vjp.shares["peephole"] = xp.stack([total_like(d * state, (0,)) for d, state in read])
         dx = norm_vjp("norm_sum", xp.concat((di, df, dg, do), axis=-1))
         dhidden = norm_vjp("norm_hh", dx)
         by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())

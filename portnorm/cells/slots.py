@@ -11,6 +11,7 @@ from portnorm.arrays import Array, xp_of
 from portnorm.cells.variants import Variant
 from portnorm.norm.normalize import Normalized, Reduce, bessel, normalize
 from portnorm.scan import Params
+from portnorm.sums import total_like
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Slot:
         """(cotangent of z, cotangents of weight and bias)"""
         xp = xp_of(dy)
         if not self.normalizes:
-            return dy, {"bias": xp.sum(dy, axis=tuple(range(dy.ndim - 1)))} if self.shift else {}
+            return dy, {"bias": total_like(dy, tuple(range(dy.ndim - 1)))} if self.shift else {}
         given = residuals[0]
         by_step = any(p is not None and p.ndim == 2 for p in (given.weight, given.bias)) and self.is_batch
         found = []

@@ -171,7 +171,42 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 
 _TORCH_BIASES = ("bias_ih", "bias_hh")
 
-_ANY_CELL: dict[str | None, Variant] = {
+NormName = Literal[
+    "layer",
+    "layer-gates",
+    "layer-state",
+    "batch",
+    "batch-input",
+    "batch-input-frame",
+    "weight",
+    "kiros",
+    "kiros-torch",
+    "fastrnns",
+    "fastrnns-decomposed",
+    "haste",
+    "tf-addons",
+    "tf-contrib-peephole",
+    "supercell",
+    "sonnet",
+    "di-engine",
+    "icefall",
+    "seba-1511",
+    "jihunchoi",
+    "olavhn",
+    "iassael",
+    "hellozgy",
+    "mrubio-chavarria",
+    "sonnet-batch",
+    "sonnet-batch-hidden",
+    "dreamer",
+    "elektrisches-schaf",
+    "li-gru",
+    "indrnn",
+    "liao-poggio",
+]
+"""The names that `norm=` takes, of all cells: those of the tables below, as type checkers and editors see them."""
+
+_ANY_CELL: dict[NormName | None, Variant] = {
     "batch-input": Variant(
         source="Laurent et al. 2016 (sequence-wise), Deep Speech 2", norm="batch", terms="input", statistics="sequence", shift=False
     ),
@@ -180,7 +215,7 @@ _ANY_CELL: dict[str | None, Variant] = {
 }
 """Presets that are the same for every cell."""
 
-VARIANTS: dict[str, dict[str | None, Variant]] = {
+VARIANTS: dict[str, dict[NormName | None, Variant]] = {
     "LSTM": {
         None: Variant(source="torch.nn.LSTM, ONNX LSTM", biases=_TORCH_BIASES),
         "layer": Variant(source="Ba, Kiros & Hinton 2016, supplement", norm="layer", cell="copy"),
@@ -217,7 +252,7 @@ VARIANTS: dict[str, dict[str | None, Variant]] = {
 _LAYER_SUM: dict[str, Any] = {"norm": "layer", "terms": "sum"}
 _BATCH: dict[str, Any] = {"norm": "batch", "cell": "copy", "gain": 0.1}
 
-IMPLEMENTATIONS: dict[str, dict[str | None, Variant]] = {
+IMPLEMENTATIONS: dict[str, dict[NormName | None, Variant]] = {
     "LSTM": {
         "kiros": Variant("ryankiros/layer-norm, layers.py (the bias twice)", "layer", cell="copy", early=("bias",)),
         "kiros-torch": Variant("ryankiros/layer-norm, LSTM_LN.lua; DRAW in Ba et al. 2016", "layer", None, cell="copy", eps_place="std"),
@@ -306,7 +341,7 @@ IMPLEMENTATIONS: dict[str, dict[str | None, Variant]] = {
 """Published implementations that differ from the presets, by cell and name; `norm=` takes these names too."""
 
 
-def variant_of(norm: str | None | Variant, cell: str, takes: dict[str, tuple[object, ...]]) -> Variant:
+def variant_of(norm: NormName | Variant | None, cell: str, takes: dict[str, tuple[object, ...]]) -> Variant:
     """The row of a cell's table that `norm` names, or `norm` itself if it is a row that the cell takes."""
     if isinstance(norm, Variant):
         for name, allowed in takes.items():
@@ -315,7 +350,7 @@ def variant_of(norm: str | None | Variant, cell: str, takes: dict[str, tuple[obj
                     f"`{name}` is {getattr(norm, name)!r}, which {cell} has no place for; expected one of {', '.join(map(repr, allowed))}"
                 )
         return norm
-    table: dict[str | None, Variant] = {**VARIANTS[cell], **IMPLEMENTATIONS[cell]}
+    table: dict[NormName | None, Variant] = {**VARIANTS[cell], **IMPLEMENTATIONS[cell]}
     try:
         return table[norm]
     except (KeyError, TypeError):

@@ -76,7 +76,7 @@ def from_json(text: str, *, xp: Namespace | str | None = None, device: Any = Non
 
 def _description(layer: Layer) -> dict[str, Any]:
     if isinstance(layer, Sequential):
-        return {"type": "Sequential", "parts": [_description(part) for part in layer.parts]}
+        return {"type": "Sequential", "parts": [_description(layer.parts[k]) if k == at else {"as": k} for at, k in enumerate(layer.homes)]}
     if type(layer) is not LAYERS.get(type(layer).__name__):
         raise CheckpointError(f"{type(layer).__name__} is no layer of portnorm's own; save its state_dict() instead")
     config = {k: dataclasses.asdict(v) if isinstance(v, Variant) else v for k, v in layer.config.items()}
@@ -86,7 +86,10 @@ def _description(layer: Layer) -> dict[str, Any]:
 def _layer(description: Any, place: dict[str, Any]) -> Layer:
     kind = description["type"]
     if kind == "Sequential":
-        return Sequential(*(_layer(part, place) for part in description["parts"]))
+        parts: list[Layer] = []
+        for part in description["parts"]:
+            parts.append(parts[part["as"]] if "as" in part else _layer(part, place))  # the one layer that an earlier part is
+        return Sequential(*parts)
     if kind not in LAYERS:
         raise CheckpointError(f"the configuration names the layer {kind!r}; expected Sequential or one of {', '.join(LAYERS)}")
     config = dict(description["config"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ class Operation:
     call: Op[..., Any]
     """The Op, called as `call(x, weight, bias, eps=…)`; rms_norm without bias, group_norm with its groups."""
     shape: Shape
-    long: Shape | None
-    """The same with 2²⁰ values in a statistic."""
+    long: Callable[[int], Shape]
+    """The same with so many values in a statistic, a power of four."""
     axes: Callable[[Shape], tuple[int, ...]]
     """Axes of a statistic, in the shape of `grouped`."""
     channel: int = 1
@@ -48,15 +49,19 @@ def _space(shape: Shape) -> tuple[int, ...]:
     return tuple(range(2, len(shape)))
 
 
+def _all_but_channels(shape: Shape) -> tuple[int, ...]:
+    return tuple(a for a in range(len(shape)) if a != 1)
+
+
 OPERATIONS: dict[str, Operation] = {
     row.name: row
     for row in (
-        Operation("layer_norm", pn.layer_norm, (16, 96), (2, 2**20), lambda s: (1,)),
-        Operation("rms_norm", pn.rms_norm, (16, 96), (2, 2**20), lambda s: (1,), center=False),
-        Operation("group_norm", pn.group_norm, (4, 6, 7, 5), (1, 4, 2**18, 2), lambda s: (2, *range(3, len(s))), groups=2),
-        Operation("instance_norm", pn.instance_norm, (4, 5, 8, 9), (1, 2, 2**10, 2**10), _space),
-        Operation("batch_norm", pn.batch_norm, (64, 6), (2**20, 2), lambda s: tuple(a for a in range(len(s)) if a != 1)),
-        Operation("batch_norm of a map", pn.batch_norm, (8, 4, 6, 7), None, lambda s: tuple(a for a in range(len(s)) if a != 1)),
+        Operation("layer_norm", pn.layer_norm, (16, 96), lambda n: (2, n), lambda s: (1,)),
+        Operation("rms_norm", pn.rms_norm, (16, 96), lambda n: (2, n), lambda s: (1,), center=False),
+        Operation("group_norm", pn.group_norm, (4, 6, 7, 5), lambda n: (1, 4, n // 4, 2), lambda s: (2, *range(3, len(s))), groups=2),
+        Operation("instance_norm", pn.instance_norm, (4, 5, 8, 9), lambda n: (1, 2, math.isqrt(n), math.isqrt(n)), _space),
+        Operation("batch_norm", pn.batch_norm, (64, 6), lambda n: (n, 2), _all_but_channels),
+        Operation("batch_norm of a map", pn.batch_norm, (8, 4, 6, 7), lambda n: (n // 64, 2, 8, 8), _all_but_channels),
     )
 }
 
@@ -69,8 +74,8 @@ class Regime:
     make: Callable[[numpy.random.Generator, Shape, Any], NumPyArray]
     """`x` in float64 from a generator, a shape and the type it will be rounded to."""
     eps: float = 1e-5
-    long: bool = False
-    """Whether the long shape is taken."""
+    values: int | None = None
+    """How many values a statistic has, where the long shape is taken."""
     shape: Callable[[Shape], Shape] | None = None
     """What becomes of the operation's shape."""
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
@@ -89,6 +94,17 @@ def _with_mean(mean: float, std: float = 1.0) -> Callable[..., NumPyArray]:
 def _scaled(exponent: Callable[[Any], float]) -> Callable[..., NumPyArray]:
     """Normal values times the power of two that `exponent` names for the range of the type."""
     return lambda rng, shape, dtype: rng.standard_normal(shape).clip(-3, 3) * 2.0 ** exponent(dtype)
+
+
+def _constant(value: float, jitter: float = 0.0, units: int = 0) -> Callable[..., NumPyArray]:
+    """About the same value everywhere: up to `jitter`, or so many units in its last place, to either side."""
+
+    def make(rng: numpy.random.Generator, shape: Shape, dtype: Any) -> NumPyArray:
+        whole = as_type(numpy.full(shape, value), dtype)
+        unit = 2.0 ** (math.floor(math.log2(value)) - {"float32": 23, "float64": 52}[dtype])
+        return whole + jitter * rng.uniform(-1, 1, shape) + unit * rng.integers(-units, units + 1, shape)
+
+    return make
 
 
 def _with_holes(rng: numpy.random.Generator, shape: Shape, dtype: Any) -> NumPyArray:
@@ -120,8 +136,14 @@ REGIMES: dict[str, Regime] = {
             _scaled(lambda d: {"float16": -18.0, "bfloat16": -128.0, "float32": -132.0, "float64": -1040.0}[d]),
             dtypes=("float16", "float32", "float64"),
         ),
-        Regime("rows of 2^20", _normal, long=True, dtypes=("float32", "float64")),
-        Regime("rows of 2^20, mean 1e4 std", _with_mean(1e4), long=True, dtypes=("float32", "float64")),
+        Regime("rows of 2^20", _normal, values=2**20, dtypes=("float32", "float64")),
+        Regime("rows of 2^20, mean 1e4 std", _with_mean(1e4), values=2**20, dtypes=("float32", "float64")),
+        # Like terms: each addition rounds in the same direction. The square of this value has no zeros at its end.
+        *(
+            Regime(f"{name}, rows of {values}", _constant(1.9438, jitter, units), values=values, dtypes=("float32", "float64"))
+            for values in (4**6, 4**8)
+            for name, jitter, units in (("constant", 0.0, 0), ("constant within 1e-3", 1e-3, 0), ("constant within an ULP", 0.0, 1))
+        ),
         Regime("NaN and Inf", _with_holes),
         Regime("one value", _normal, gradient=False, shape=lambda s: (*s[:1], 1) if len(s) == 2 else (*s[:2], *(1 for _ in s[2:]))),
         Regime("no values", _normal, shape=lambda s: (0, *s[1:])),
@@ -145,8 +167,8 @@ class Case:
 
     @property
     def shape(self) -> Shape:
-        shape = self.operation.long if self.regime.long else self.operation.shape
-        assert shape is not None
+        values = self.regime.values
+        shape = self.operation.shape if values is None else self.operation.long(values)
         return shape if self.regime.shape is None else self.regime.shape(shape)
 
     @property
@@ -196,7 +218,7 @@ def cases(operations: Any = None, regimes: Any = None, dtypes: Any = None) -> It
                     chosen is None or name in chosen
                     for chosen, name in ((operations, operation.name), (regimes, regime.name), (dtypes, dtype))
                 )
-                if wanted and dtype in regime.dtypes and not (regime.long and operation.long is None):
+                if wanted and dtype in regime.dtypes:
                     yield Case(operation, regime, dtype)
 
 

@@ -11,6 +11,7 @@ import numpy
 
 import portnorm as pn
 from portnorm.arrays import leaves, mapped
+from portnorm.cells.variants import NormName
 from portnorm.conform.libraries import Library
 from portnorm.conform.runner import Result
 from portnorm.conform.tolerances import HORIZON, STEP_ULP, TRAJECTORY_FACTOR
@@ -20,7 +21,7 @@ CELLS = {"LSTM": pn.LSTM, "GRU": pn.GRU, "RNN": pn.RNN}
 _EPS = {"float32": 2.0**-23, "float64": 2.0**-52}
 
 
-def layer_of(cell: str, preset: str | None) -> Recurrent:
+def layer_of(cell: str, preset: NormName | None) -> Recurrent:
     """A float64 layer whose every parameter and statistic is random, with float32 values."""
     rng = numpy.random.default_rng(zlib.crc32(f"{cell} {preset}".encode()))
     layer = CELLS[cell](12, 16, norm=preset, t_max=HORIZON // 2, dtype="float64", rng=rng)
@@ -47,7 +48,7 @@ def of_cells(library: Library, version: str, dtypes: tuple[str, ...], progress: 
                     yield from _of_cell(library, version, cell, preset, dtype)
 
 
-def _of_cell(library: Library, version: str, cell: str, preset: str | None, dtype: str) -> Iterator[Result]:
+def _of_cell(library: Library, version: str, cell: str, preset: NormName | None, dtype: str) -> Iterator[Result]:
     name = f"{cell} {preset or 'plain'}"
     about = (library.name, version, name, "normal", dtype)
     code = f"from portnorm.conform import recurrent\nlayer = recurrent.layer_of({cell!r}, {preset!r})\nx = recurrent.inputs()"

@@ -6,11 +6,12 @@ from typing import Any
 
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator
-from portnorm.layers.layer import Arrays, Layer
+from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.lookup import embedding
+from portnorm.scalars import whole_number
 
 
-class Embedding(Layer):
+class Embedding(StatelessLayer):
     """A vector for each of `num_embeddings` entries: integers (time, batch) to (time, batch, embedding_dim), as `torch.nn.Embedding`.
 
     >>> import numpy as np, portnorm as pn
@@ -20,6 +21,9 @@ class Embedding(Layer):
     """
 
     takes_integers = True
+
+    num_embeddings: int
+    embedding_dim: int
 
     def __init__(
         self,
@@ -31,9 +35,9 @@ class Embedding(Layer):
         dtype: DType = "float32",
         rng: int | Generator | None = None,
     ):
-        super().__init__({"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}, xp, device, dtype)
-        self.num_embeddings = num_embeddings
-        self.params["weight"] = self._new(generator(rng).standard_normal((num_embeddings, embedding_dim)))
+        sizes = {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}
+        super().__init__({name: whole_number(name, value, 1) for name, value in sizes.items()}, xp, device, dtype)
+        self.params["weight"] = self._new(generator(rng).standard_normal((self.num_embeddings, self.embedding_dim)))
 
     def input_dims(self) -> tuple[int | str, ...]:
         return ("time", "batch")

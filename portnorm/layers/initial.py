@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy
 
@@ -40,7 +40,10 @@ def identity_candidate(rng: Generator, shape: tuple[int, int], gates: int, candi
     return numpy.concatenate([others[: candidate * hidden], numpy.eye(*shape), others[candidate * hidden :]])
 
 
-HIDDEN: dict[str, Callable[[Generator, tuple[int, int], int, int], NumPyArray]] = {
+HiddenInit = Literal["uniform", "orthogonal", "identity", "identity candidate"]
+"""The names that `hidden_init=` takes."""
+
+HIDDEN: dict[HiddenInit, Callable[[Generator, tuple[int, int], int, int], NumPyArray]] = {
     "uniform": lambda rng, shape, gates, candidate: uniform(rng, 1.0 / math.sqrt(shape[0]), gates * shape[0], shape[1]),
     "orthogonal": lambda rng, shape, gates, candidate: numpy.concatenate([orthogonal(rng, *shape) for _ in range(gates)]),
     "identity": lambda rng, shape, gates, candidate: numpy.concatenate([numpy.eye(*shape)] * gates),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import array_api_compat
 import numpy
@@ -22,12 +22,15 @@ from portnorm.arrays import (
     load_dtype,
     load_namespace,
     namespace,
+    require_dtype,
     require_lengths,
+    statistics_dtype,
     to_numpy,
     xp_of,
 )
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator
+from portnorm.statistics import BATCHES, VALUES
 
 Arrays = dict[str, Array]
 
@@ -37,7 +40,10 @@ class Layer:
 
     A subclass gives `forward` and `backward`, which are pure, and fills `params` and `buffers` when it is made. A layer is called as
     `y = layer(x)`, a recurrent one as `y, state = layer(x, state=None, lengths=None)`; `vjp` gives the pullback as well.
-    With `training=True` a call also updates the running statistics that the layer holds.
+    With `training=True` a call also updates the running statistics that the layer holds; without it a call changes nothing.
+
+    What a layer was made with are its attributes, under the names of the arguments. One that is changed counts from then on, and is what
+    `portnorm.save` and `portnorm.export` write.
     """
 
     takes_integers: bool = False
@@ -46,21 +52,33 @@ class Layer:
     """Whether a call takes and returns a state."""
     batch_first: bool = False
     """Whether sequences are (batch, time, features); else they are (time, batch, features)."""
+    orders_axes: bool = False
+    """Whether `batch_first` says something of the layer, since it takes whole sequences."""
     provenance: str = ""
     """Where the weights were imported from, and how that was recognised."""
     keeps_time: bool = True
     """Whether the result still has the time axis that the input had."""
+    evaluates: bool = False
+    """Whether `eval` was called: the layer then computes as in evaluation, whatever the call around it says."""
 
     def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
-        self.config = config
+        self._settings = tuple(config)
+        for name, value in config.items():
+            setattr(self, name, value)
         self.xp = load_namespace(xp)
         self.device = device
         self.dtype = load_dtype(self.xp, dtype)
         if not self.xp.isdtype(self.dtype, "real floating"):
             raise DTypeError(f"`dtype` is {dtype}; expected a real floating-point type such as float32")
+        require_dtype(self.xp, self.dtype, device)
         dtype_name(self.xp, self.dtype)  # one that CuPy has from another package has no name there
         self.params: Arrays = {}
         self.buffers: Arrays = {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What another layer has to be made with to compute the same from the same arrays."""
+        return {name: getattr(self, name) for name in self._settings}
 
     # -- the pure form -------------------------------------------------------------------------------------------------------------
 
@@ -80,7 +98,15 @@ class Layer:
         """The layer as a pure function: `(y, state, buffers)`. JAX transforms and the exporter use this form.
 
         torch's autograd and JAX's differentiate it as one function, by `backward`; running statistics are constants to them.
+        Raises `CheckpointError` where `params` or `buffers` have not just the names of the layer's.
         """
+        self._check_names(params, buffers)
+        return self._applied(params, buffers, x, state, lengths, training)
+
+    def _applied(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool
+    ) -> tuple[Array, Any, Arrays]:
+        training = training and not self.evaluates
         autodiff = library(x).autodiff
         if autodiff is None or not autodiff.records((params, buffers, x, state)):
             y, state, new, _ = self.forward(params, buffers, x, state, lengths, training, False)
@@ -97,7 +123,9 @@ class Layer:
         with `batch_first` the mask is (batch, time). Padding comes last.
         """
         lengths = self._checked(x, state, lengths, mask)
-        y, state, self.buffers = self.apply(self.params, self.buffers, x, state, lengths, training)
+        y, state, buffers = self.apply(self.params, self.buffers, x, state, lengths, training)
+        if training:
+            self._keep(buffers)
         return (y, state) if self.recurrent else y
 
     def vjp(self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False) -> Any:
@@ -106,16 +134,45 @@ class Layer:
         Either cotangent of a recurrent layer may be `None` for zero. `grads` has the names of `parameters()`.
         """
         lengths = self._checked(x, state, lengths, mask)
+        training = training and not self.evaluates
         y, out, buffers, residuals = self.forward(self.params, self.buffers, x, state, lengths, training, True)
-        self.buffers = _constant(buffers)
+        if training:
+            self._keep(_constant(buffers))
 
         def pullback(dy: Array | None, dstate: Any = None) -> Any:
             if dy is not None and is_concrete(y) and tuple(dy.shape) != tuple(y.shape):
                 raise ShapeError(f"the cotangent `dy` has shape {tuple(dy.shape)} but the result has shape {tuple(y.shape)}")
+            if dy is None and not self.recurrent:
+                raise UnsupportedError(f"`dy` is None; expected a cotangent of the result of {type(self).__name__}, an array like it")
             dx, dstate, grads = self.backward(residuals, dy, dstate, training)
             return (dx, dstate, grads) if self.recurrent else (dx, grads)
 
         return (y, out, pullback) if self.recurrent else (y, pullback)
+
+    def eval(self) -> Self:
+        """Compute as in evaluation from now on, in a training call too: the running statistics normalize, and stay as they are.
+
+        For one part of a model that is trained: `model.parts[1].eval()`. Gradients go through it, and its parameters have theirs.
+        """
+        self.evaluates = True
+        return self
+
+    def train(self) -> Self:
+        """Follow the calls' `training` again, after `eval`."""
+        self.evaluates = False
+        return self
+
+    def _keep(self, buffers: Arrays) -> None:
+        """Hold these buffers from now on; raises `UnsupportedError` for those of a transformation, which are nothing after it."""
+        for array in buffers.values():
+            autodiff = library(array).autodiff
+            if autodiff is not None and autodiff.is_passing(array):
+                raise UnsupportedError(
+                    f"{type(self).__name__} was called with training=True inside a transformation (jit, vmap, scan, grad …), where it "
+                    "cannot keep new running statistics; use the pure form there, y, state, buffers = layer.apply(params, buffers, x, "
+                    "training=True), return the buffers from the transformation, and hold them by layer.assign(params, buffers)"
+                )
+        self.buffers = buffers
 
     def _checked(self, x: Array, state: Any, lengths: Any, mask: Array | None = None) -> Array | None:
         """`lengths` or those of `mask` as an array, after `x` and it were found to fit the layer."""
@@ -134,10 +191,36 @@ class Layer:
         return {**self.params, **self.buffers}
 
     def assign(self, params: Mapping[str, Array], buffers: Mapping[str, Array] | None = None) -> None:
-        """Hold these parameters (and buffers) from now on, as they are: what an optimizer returns."""
+        """Hold these parameters (and buffers) from now on, as they are: what an optimizer returns.
+
+        Raises `CheckpointError` for a missing or unknown name or a shape that does not fit; the layer is then as it was.
+        """
+        self._check_names(params, self.buffers if buffers is None else buffers)
+        self._check_shapes({**params, **(buffers or {})})
         self.params = dict(params)
         if buffers is not None:
             self.buffers = dict(buffers)
+
+    def _names(self) -> tuple[Set[str], Set[str]]:
+        """Those of the parameters and of the buffers."""
+        return self.params.keys(), self.buffers.keys()
+
+    def _check_names(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> None:
+        """Raise `CheckpointError` unless both mappings have the names of the layer's, and no others."""
+        for what, given, own in zip(("`params`", "`buffers`"), (params, buffers), self._names(), strict=True):
+            if given.keys() != own:
+                raise _misfit(what, self, sorted(own), given)
+
+    def _check_shapes(self, arrays: Mapping[str, Array]) -> None:
+        """Raise `CheckpointError` unless each array has the shape of the layer's of that name."""
+        for name, own in self.state_dict().items():
+            expected = self._shape_of(name, own)
+            if name in arrays and tuple(arrays[name].shape) != expected:
+                raise CheckpointError(f"`{name}` has shape {tuple(arrays[name].shape)}; expected {expected}")
+
+    def _shape_of(self, name: str, array: Array) -> tuple[int, ...]:
+        """The shape that `array` of this name has to have."""
+        return tuple(array.shape)
 
     def load_state_dict(self, arrays: Mapping[str, Array]) -> None:
         """Take the arrays of a state dict, of any library, in the layer's own library, device and dtype.
@@ -145,15 +228,11 @@ class Layer:
         Raises `CheckpointError` for a missing or unknown name or a shape that does not fit; the layer is then as it was.
         """
         own = self.state_dict()
-        missing, extra = [n for n in own if n not in arrays], [n for n in arrays if n not in own]
-        if missing or extra:
-            raise CheckpointError(
-                f"state dict does not fit {type(self).__name__}: missing {missing or 'nothing'}, unknown {extra or 'nothing'}"
-            )
-        for name, array in own.items():
-            if tuple(arrays[name].shape) != tuple(array.shape):
-                raise CheckpointError(f"`{name}` has shape {tuple(arrays[name].shape)}; expected {tuple(array.shape)}")
-        self.assign(*({n: self._converted(arrays[n], like=a) for n, a in group.items()} for group in (self.params, self.buffers)))
+        if arrays.keys() != own.keys():
+            raise _misfit("the state dict", self, own, arrays)
+        self._check_shapes(arrays)
+        groups = ((self.params, False), (self.buffers, True))
+        self.assign(*({n: self._converted(arrays[n], like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
 
     def to(self, xp: Namespace | str | None = None, device: Any = None, dtype: DType | None = None) -> Self:
         """A copy of the layer with its arrays in another library, on another device, or of another floating dtype."""
@@ -164,9 +243,10 @@ class Layer:
         return other
 
     def _place(self, xp: Namespace, device: Any, dtype: DType) -> None:
-        arrays = (self.params, self.buffers)
+        groups = ((self.params, False), (self.buffers, True))
         self.xp, self.device, self.dtype = xp, device, load_dtype(xp, dtype)
-        self.assign(*({n: self._converted(a, like=a) for n, a in group.items()} for group in arrays))
+        require_dtype(xp, self.dtype, device)
+        self.assign(*({n: self._converted(a, like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
 
     def copy(self) -> Self:
         """A copy that shares the arrays but not the places that hold them."""
@@ -183,17 +263,21 @@ class Layer:
         self.xp = load_namespace(state["xp"])
         self.dtype = load_dtype(self.xp, state["dtype"])
 
-    def _converted(self, array: Array, like: Array) -> Array:
+    def _converted(self, array: Array, like: Array, statistic: bool) -> Array:
         floating = xp_of(like).isdtype(like.dtype, "real floating")
-        dtype = self.dtype if floating else default_integer(self.xp)
+        dtype = self._dtype_of(statistic) if floating else default_integer(self.xp)
         if xp_of(array) is not self.xp:
             return self.xp.asarray(numpy.array(to_numpy(array)), dtype=dtype, device=self.device)
         (array,) = _constant({"": self.xp.astype(array, dtype)}).values()
         return array if self.device is None else array_api_compat.to_device(array, self.device)
 
-    def _new(self, values: Any, *, integer: bool = False) -> Array:
+    def _dtype_of(self, statistic: bool) -> DType:
+        """That of the layer, and of its running statistics at least float32: else small changes of them, and large variances, were lost."""
+        return statistics_dtype(self.xp, self.dtype) if statistic else self.dtype
+
+    def _new(self, values: Any, *, integer: bool = False, statistic: bool = False) -> Array:
         """A new array of the layer's library, device and dtype."""
-        dtype = default_integer(self.xp) if integer else self.dtype
+        dtype = default_integer(self.xp) if integer else self._dtype_of(statistic)
         return self.xp.asarray(numpy.asarray(values), dtype=dtype, device=self.device)
 
     # -- running statistics --------------------------------------------------------------------------------------------------------
@@ -201,20 +285,33 @@ class Layer:
     def estimate_population(self, batches: Iterable[Any]) -> None:
         """Replace all running statistics by population statistics: the average over a full pass of the statistics of each batch.
 
-        `batches` yields `x`, `(x, lengths)` or `(x, lengths, state)`. This is how Cooijmans et al. 2016 evaluate; the moving average is
-        only a live estimate.
+        A batch weighs as much as the values that its statistics were taken of: its frames, or at a step the sequences that reach it.
+        `batches` yields `x`, `(x, lengths)` or `(x, lengths, state)`. This is how Cooijmans et al. 2016 evaluate, with batches of one size;
+        as theirs, the population variance is the average of the batches' variances (of whichever kind the layer keeps, biased or
+        unbiased), without the variance of their means. The moving average is only a live estimate.
         """
+        if self.evaluates:
+            raise UnsupportedError(f"{type(self).__name__} evaluates since `eval` was called, and takes no statistics; call `train` first")
         pure = self.copy()
         pure.forget_statistics()
+        buffers = {**pure.buffers, **pure._counters()}
         count = 0
         for batch in batches:
-            x, lengths, state = (*(batch if isinstance(batch, tuple) else (batch,)), None, None)[:3]
+            given = batch if isinstance(batch, tuple) else (batch,)
+            if not 1 <= len(given) <= 3:
+                raise UnsupportedError(f"`batches` gave a tuple of {len(given)}; expected x, (x, lengths) or (x, lengths, state)")
+            x, lengths, state = (*given, None, None)[:3]
             lengths = pure._checked(x, state, lengths)
-            pure.buffers = pure.apply(pure.params, pure.buffers, x, state, lengths, training=True)[2]
+            buffers = pure._applied(pure.params, buffers, x, state, lengths, True)[2]
             count += 1
         if not count:
             raise UnsupportedError("`batches` is empty; expected at least one batch to take statistics of")
-        self.assign(self.params, pure.buffers)
+        self.assign(self.params, {name: buffers[name] for name in self.buffers})
+
+    def _counters(self) -> Arrays:
+        """Buffers that count values where there are some that count batches."""
+        counters = {n.replace(BATCHES, VALUES): b for n, b in self.buffers.items() if BATCHES in n}
+        return {name: self._new(numpy.zeros(b.shape), statistic=True) for name, b in counters.items()}
 
     def forget_statistics(self) -> None:
         """Set running statistics to their start and let every batch from now on weigh the same."""
@@ -233,6 +330,25 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
+
+
+class StatelessLayer(Layer):
+    """A layer whose call gives `y` alone."""
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, x: Array, state: None = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+        ) -> Array: ...
+
+        def vjp(
+            self, x: Array, state: None = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+        ) -> tuple[Array, Callable[[Array], tuple[Array | None, Arrays]]]: ...
+
+
+def _misfit(what: str, layer: Layer, own: Iterable[str], given: Iterable[str]) -> CheckpointError:
+    missing, unknown = [n for n in own if n not in given], [n for n in given if n not in own]
+    return CheckpointError(f"{what} does not fit {type(layer).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
 
 def _constant(arrays: Arrays) -> Arrays:
@@ -276,7 +392,7 @@ def checked_call(
     if not layer.recurrent and state is not None:
         raise UnsupportedError(f"`state` is given, but {type(layer).__name__} has none")
     own = next(iter(params.values()), None)
-    xp = namespace(**({} if own is None else {"parameters": own}), x=x)
+    xp = namespace(x=x) if own is None or x is None else namespace(parameters=own, x=x)
     if layer.recurrent:
         require_lengths(x=x)
     if layer.takes_integers:

@@ -8,16 +8,21 @@ from typing import Any
 from portnorm.affine import linear
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, uniform
-from portnorm.layers.layer import Arrays, Layer
+from portnorm.layers.layer import Arrays, StatelessLayer
+from portnorm.scalars import switch, whole_number
 
 
-class Linear(Layer):
+class Linear(StatelessLayer):
     """y = x · weightᵀ + bias over the last axis, `weight` (out_features, in_features). Initial values and names as `torch.nn.Linear`.
 
     >>> import numpy as np, portnorm as pn
     >>> pn.Linear(3, 2, rng=0)(np.zeros((5, 4, 3), dtype="float32")).shape
     (5, 4, 2)
     """
+
+    in_features: int
+    out_features: int
+    bias: bool
 
     def __init__(
         self,
@@ -30,12 +35,12 @@ class Linear(Layer):
         dtype: DType = "float32",
         rng: int | Generator | None = None,
     ):
-        super().__init__({"in_features": in_features, "out_features": out_features, "bias": bias}, xp, device, dtype)
-        random, bound = generator(rng), 1.0 / math.sqrt(in_features)
-        self.in_features = in_features
-        self.params["weight"] = self._new(uniform(random, bound, out_features, in_features))
-        if bias:
-            self.params["bias"] = self._new(uniform(random, bound, out_features))
+        sizes = {"in_features": whole_number("in_features", in_features, 1), "out_features": whole_number("out_features", out_features, 1)}
+        super().__init__({**sizes, "bias": switch("bias", bias)}, xp, device, dtype)
+        random, bound = generator(rng), 1.0 / math.sqrt(self.in_features)
+        self.params["weight"] = self._new(uniform(random, bound, self.out_features, self.in_features))
+        if self.bias:
+            self.params["bias"] = self._new(uniform(random, bound, self.out_features))
 
     def input_dims(self) -> tuple[int | str, ...]:
         return ("batch", self.in_features)

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy
 
-from portnorm.arrays import Array, DType, Namespace, xp_of
+from portnorm.arrays import Array, DType, Namespace, device_of, xp_of
 from portnorm.errors import ShapeError
-from portnorm.layers.layer import Arrays, Layer
+from portnorm.layers.layer import Arrays, StatelessLayer
+from portnorm.norm.arguments import checked_eps
 from portnorm.norm.batch import batch_norm
-from portnorm.norm.batch_renorm import batch_renorm
+from portnorm.norm.batch_renorm import batch_renorm, checked_bounds
 from portnorm.norm.group import group_norm
 from portnorm.norm.instance import instance_norm
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.normalize import Reduce, bessel
 from portnorm.norm.rms import rms_norm
-from portnorm.op import Op
+from portnorm.op import ByKeyword, Op
+from portnorm.scalars import switch, whole_number
 from portnorm.scan import sequence_mask
-from portnorm.statistics import check_momentum, moving_average
+from portnorm.statistics import BATCHES, VALUES, checked_momentum, moved
+
+_PARAMETERS = ("weight", "bias")
+"""In the order in which the Ops take them, whatever the order of a mapping is."""
 
 
-class _Norm(Layer):
+class _Norm(StatelessLayer):
     """A layer that calls one normalization Op with its weight and bias."""
 
     op: Op[..., Any]
@@ -61,7 +67,12 @@ class _Norm(Layer):
         if not keep and not training:
             return self.operation(training)(x, *self.arguments(params), **attributes), state, buffers, None
         y, residuals = self.operation(training).forward(x, *self.arguments(params), **attributes)
-        return y, state, self.new_buffers(buffers, residuals, training), (residuals, attributes, tuple(params))
+        return (
+            y,
+            state,
+            self.new_buffers(buffers, residuals, training),
+            (residuals, attributes, [name for name in _PARAMETERS if name in params]),
+        )
 
     def new_buffers(self, buffers: Arrays, residuals: Any, training: bool) -> Arrays:
         return buffers
@@ -69,7 +80,8 @@ class _Norm(Layer):
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
         residuals, attributes, names = residuals
         dx, *cotangents = self.operation(training).vjp(residuals, dy, **attributes)
-        return dx, dstate, dict(zip(names, [d for d in cotangents if d is not None], strict=True))
+        of_parameters = [d for d in cotangents if d is not None and not isinstance(d, ByKeyword)]
+        return dx, dstate, dict(zip(names, of_parameters, strict=True))
 
 
 class LayerNorm(_Norm):
@@ -82,6 +94,11 @@ class LayerNorm(_Norm):
 
     op: Op[..., Any] = layer_norm
 
+    normalized_shape: tuple[int, ...]
+    eps: float | None
+    affine: bool
+    bias: bool
+
     def __init__(
         self,
         normalized_shape: int | tuple[int, ...],
@@ -93,23 +110,25 @@ class LayerNorm(_Norm):
         device: Any = None,
         dtype: DType = "float32",
     ):
-        shape = _shape(normalized_shape)
-        config = {"normalized_shape": list(shape), "eps": eps, "affine": affine, "bias": bias}
+        shape, affine, bias = _shape(normalized_shape), switch("affine", affine), switch("bias", bias)
+        config = {"normalized_shape": shape, "eps": self._checked_eps(eps), "affine": affine, "bias": bias}
         super().__init__(config, shape, affine, affine and bias, xp, device, dtype)
-        self.axis: int | tuple[int, ...] = -1 if len(shape) == 1 else tuple(range(-len(shape), 0))
-        self.shape, self.eps = shape, eps
+
+    def _checked_eps(self, eps: Any) -> float | None:
+        return checked_eps(eps)
 
     def input_dims(self) -> tuple[int | str, ...]:
-        return ("batch", *self.shape)
+        return ("batch", *self.normalized_shape)
 
     def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
-        if tuple(x.shape[-len(self.shape) :]) != self.shape:
-            raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (…, {', '.join(map(str, self.shape))})")
-        return {"axis": self.axis, "eps": self.eps}
+        shape = self.normalized_shape
+        if tuple(x.shape[-len(shape) :]) != shape:
+            raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (…, {', '.join(map(str, shape))})")
+        return {"axis": -1 if len(shape) == 1 else tuple(range(-len(shape), 0)), "eps": self.eps}
 
 
 class RMSNorm(LayerNorm):
-    """RMS normalization over the last axes, of shape `normalized_shape`. See `portnorm.rms_norm`."""
+    """RMS normalization over the last axes, of shape `normalized_shape`. See `portnorm.rms_norm`, of `eps=None` too."""
 
     op: Op[..., Any] = rms_norm
 
@@ -117,14 +136,18 @@ class RMSNorm(LayerNorm):
         self,
         normalized_shape: int | tuple[int, ...],
         *,
-        eps: float = 1e-5,
+        eps: float | None = 1e-5,
         affine: bool = True,
         xp: Namespace | str | None = None,
         device: Any = None,
         dtype: DType = "float32",
     ):
-        super().__init__(normalized_shape, eps=eps, affine=affine, bias=False, xp=xp, device=device, dtype=dtype)
-        del self.config["bias"]
+        own: Any = eps  # this class takes None too
+        super().__init__(normalized_shape, eps=own, affine=affine, bias=False, xp=xp, device=device, dtype=dtype)
+        self._settings = ("normalized_shape", "eps", "affine")
+
+    def _checked_eps(self, eps: Any) -> float | None:
+        return None if eps is None else checked_eps(eps)
 
     def arguments(self, params: Arrays) -> tuple[Any, ...]:
         return (params.get("weight"),)
@@ -133,10 +156,20 @@ class RMSNorm(LayerNorm):
 class _ChannelNorm(_Norm):
     """A normalization with one weight and bias per channel, and a mask from `lengths` where `x` is (time, batch, features)."""
 
+    num_features: int
+    channel_axis: int
+    eps: float
+    affine: bool
+
     def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
-        affine = config["affine"]
-        super().__init__(config, (config["num_features"],), affine, affine, xp, device, dtype)
-        self.num_features, self.channel_axis, self.eps = config["num_features"], config["channel_axis"], config["eps"]
+        checked = {
+            **config,
+            "num_features": whole_number("num_features", config["num_features"], 1),
+            "channel_axis": whole_number("channel_axis", config["channel_axis"]),
+            "eps": checked_eps(config["eps"]),
+            "affine": switch("affine", config["affine"]),
+        }
+        super().__init__(checked, (checked["num_features"],), checked["affine"], checked["affine"], xp, device, dtype)
 
     def input_dims(self) -> tuple[int | str, ...]:
         space = () if type(self) is BatchNorm else ("space",)
@@ -173,6 +206,8 @@ class GroupNorm(_ChannelNorm):
 
     op: Op[..., Any] = group_norm
 
+    num_groups: int
+
     def __init__(
         self,
         num_groups: int,
@@ -185,11 +220,11 @@ class GroupNorm(_ChannelNorm):
         device: Any = None,
         dtype: DType = "float32",
     ):
-        if num_groups < 1 or num_features % num_groups:
-            raise ShapeError(f"`num_groups` is {num_groups}; expected a divisor of `num_features` {num_features}")
-        config = {"num_groups": num_groups, "num_features": num_features, "channel_axis": channel_axis, "eps": eps, "affine": affine}
+        groups, features = whole_number("num_groups", num_groups), whole_number("num_features", num_features, 1)
+        if groups < 1 or features % groups:
+            raise ShapeError(f"`num_groups` is {groups}; expected a divisor of `num_features` {features}")
+        config = {"num_groups": groups, "num_features": features, "channel_axis": channel_axis, "eps": eps, "affine": affine}
         super().__init__(config, xp, device, dtype)
-        self.num_groups = num_groups
 
     def arguments(self, params: Arrays) -> tuple[Any, ...]:
         return self.num_groups, params.get("weight"), params.get("bias")
@@ -198,11 +233,11 @@ class GroupNorm(_ChannelNorm):
 class BatchNorm(_ChannelNorm):
     """Batch normalization of `num_features` channels, with running statistics. See `portnorm.batch_norm`; as `torch.nn.BatchNorm1d…3d`.
 
-    In training the batch's own statistics normalize, and the running ones follow: running + momentum · (batch − running), where
-    `momentum` is the weight of the new value and `None` means the plain average of all batches. As in torch the running variance is
-    the unbiased one (n/(n−1)); `unbiased=False` keeps the biased one, as ONNX, flax and Keras 3 do. With `lengths`, `x` is
-    (time, batch, features) or what `channel_axis` says, and padding enters no statistic. `reduce`, which is not saved with
-    the layer, sums an array over the processes that have a part of the batch each: see `portnorm.batch_norm`.
+    In training the batch's own statistics normalize, and the running ones, in at least float32, follow:
+    (1 − momentum) · running + momentum · batch, where `momentum` is the weight of the new value and `None` means the plain average of all
+    batches. As in torch the running variance is the unbiased one (n/(n−1)); `unbiased=False` keeps the biased one, as ONNX, flax and
+    Keras 3 do. With `lengths`, `x` is (time, batch, features) or what `channel_axis` says, and padding enters no statistic. `reduce`,
+    which is not saved with the layer, sums an array over the processes that have a part of the batch each: see `portnorm.batch_norm`.
 
     >>> import numpy as np, portnorm as pn
     >>> layer = pn.BatchNorm(1, momentum=None, dtype="float64")
@@ -212,6 +247,9 @@ class BatchNorm(_ChannelNorm):
     """
 
     op: Op[..., Any] = batch_norm
+
+    momentum: float | None
+    unbiased: bool
 
     def __init__(
         self,
@@ -228,15 +266,15 @@ class BatchNorm(_ChannelNorm):
         dtype: DType = "float32",
     ):
         config = {"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "momentum": momentum, "affine": affine}
-        super().__init__({**config, "unbiased": unbiased}, xp, device, dtype)
-        self.momentum, self.unbiased, self.reduce = momentum, unbiased, reduce
-        check_momentum(momentum)
+        config["momentum"] = checked_momentum(momentum)
+        super().__init__({**config, "unbiased": switch("unbiased", unbiased)}, xp, device, dtype)
+        self.reduce = reduce
         self._start_statistics()
 
     def _start_statistics(self) -> None:
         self.buffers = {
-            "running_mean": self._new(numpy.zeros(self.num_features)),
-            "running_var": self._new(numpy.ones(self.num_features)),
+            "running_mean": self._new(numpy.zeros(self.num_features), statistic=True),
+            "running_var": self._new(numpy.ones(self.num_features), statistic=True),
             "num_batches_tracked": self._new(0, integer=True),
         }
 
@@ -253,18 +291,24 @@ class BatchNorm(_ChannelNorm):
             return buffers
         xp = xp_of(residuals.mean)
         mean, var = (xp.reshape(s, (self.num_features,)) for s in residuals.statistics())
+        axes = tuple(a for a in range(len(residuals.shape)) if a != self.channel_axis % len(residuals.shape))
+        count = residuals.counted
+        count = None if count is None else xp.reshape(xp.broadcast_to(count, residuals.mean.shape), var.shape)
         if self.unbiased:
-            axes = tuple(a for a in range(len(residuals.shape)) if a != self.channel_axis % len(residuals.shape))
-            count = residuals.counted
-            count = None if count is None else xp.reshape(xp.broadcast_to(count, residuals.mean.shape), var.shape)
             var = var * bessel(var, count, residuals.shape, axes)
         # A batch in which nothing counts has no statistics, and changes none.
-        before = buffers["num_batches_tracked"]
+        before = buffers[BATCHES]
         seen = xp.ones_like(before) > 0 if residuals.counted is None else xp.max(residuals.counted) > 0
-        tracked = before + xp.astype(seen, before.dtype)
-        new = {"num_batches_tracked": tracked}
+        new = {BATCHES: before + xp.astype(seen, before.dtype)}
+        part: Any = self.momentum
+        if VALUES in buffers:
+            values = math.prod([residuals.shape[a] for a in axes]) if count is None else count
+            new[VALUES] = buffers[VALUES] + values
+            part = xp.asarray(values, dtype=var.dtype, device=device_of(var)) / xp.where(new[VALUES] > 0, new[VALUES], 1.0)
+        elif part is None:
+            part = 1.0 / xp.astype(xp.where(new[BATCHES] > 0, new[BATCHES], 1), var.dtype)
         for name, batch in {"running_mean": mean, "running_var": var}.items():
-            average = xp.astype(moving_average(buffers[name], batch, self.momentum, tracked), buffers[name].dtype)
+            average = xp.astype(moved(buffers[name], batch, part), buffers[name].dtype, copy=False)
             new[name] = xp.where(seen, average, buffers[name])
         return {name: new[name] for name in buffers}
 
@@ -298,9 +342,8 @@ class BatchRenorm(BatchNorm):
     ):
         place = {"xp": xp, "device": device, "dtype": dtype}
         super().__init__(num_features, channel_axis=channel_axis, eps=eps, momentum=momentum, affine=affine, unbiased=False, **place)
-        del self.config["unbiased"]
-        self.config |= {"r_max": r_max, "d_max": d_max}
-        self.r_max, self.d_max = r_max, d_max
+        self._settings = (*(name for name in self._settings if name != "unbiased"), "r_max", "d_max")
+        self.r_max, self.d_max = checked_bounds(r_max, d_max)
 
     def operation(self, training: bool) -> Op[..., Any]:
         return batch_renorm if training else self.op
@@ -314,7 +357,10 @@ class BatchRenorm(BatchNorm):
 
 
 def _shape(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    given = normalized_shape if isinstance(normalized_shape, tuple | list) else (normalized_shape,)
+    if not given:
+        raise ShapeError("`normalized_shape` is empty; expected the lengths of one or more axes")
+    return tuple(whole_number("normalized_shape", n, 1) for n in given)
 
 
 def _mask(x: Array, lengths: Array, channel_axis: int) -> Array:

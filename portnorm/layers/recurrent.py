@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy
 
-from portnorm.arrays import Array, DType, Namespace, default_integer, device_of, is_concrete, namespace, xp_of
+from portnorm.arrays import Array, DType, Namespace, default_integer, device_of, is_concrete, namespace, require_given, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.gru import GRUCell
 from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
-from portnorm.cells.variants import Variant, variant_of
+from portnorm.cells.variants import NormName, Variant, variant_of
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
-from portnorm.layers.initial import HIDDEN, Generator, generator, orthogonal, uniform
+from portnorm.layers.initial import HIDDEN, Generator, HiddenInit, generator, orthogonal, uniform
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.norm.normalize import Reduce
 from portnorm.recurrent import Direction, RecurrentResiduals
-from portnorm.statistics import check_momentum
+from portnorm.scalars import real_number, switch, whole_number
+from portnorm.scan import State
+from portnorm.statistics import checked_momentum
 
 
 class PlacedState(NamedTuple):
@@ -29,11 +31,15 @@ class PlacedState(NamedTuple):
     time: Array | None
 
 
+_SIZES = ("input_size", "hidden_size", "norm", "num_layers", "bidirectional")
+_SETTINGS = (*_SIZES, "batch_first", "return_sequences", "direction", "t_max", "momentum", "proj_size", "learned_state")
+
+
 class Start(NamedTuple):
     """Initial values that were asked for; `None` is the variant's own."""
 
     forget_bias: float | None
-    hidden_init: str | None
+    hidden_init: HiddenInit | None
     proj_size: int
 
 
@@ -65,16 +71,38 @@ class Recurrent(Layer):
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
     """
 
+    if TYPE_CHECKING:  # what a call of `Layer` gives here
+
+        def __call__(
+            self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+        ) -> tuple[Array, State]: ...
+
+        def vjp(
+            self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+        ) -> tuple[Array, State, Callable[..., tuple[Array, State, Arrays]]]: ...
+
     cell: type[RecurrentCell]
 
     recurrent = True
+    orders_axes = True
+
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bidirectional: bool
+    return_sequences: bool
+    t_max: int
+    momentum: float | None
+    proj_size: int
+    direction: Literal["forward", "reverse", "backwards"]
+    learned_state: bool
 
     def __init__(
         self,
         input_size: int,
         hidden_size: int,
         *,
-        norm: str | None | Variant = None,
+        norm: NormName | Variant | None = None,
         num_layers: int = 1,
         bidirectional: bool = False,
         batch_first: bool = False,
@@ -83,7 +111,7 @@ class Recurrent(Layer):
         t_max: int = 100,
         momentum: float | None = 0.1,
         forget_bias: float | None = None,
-        hidden_init: str | None = None,
+        hidden_init: HiddenInit | None = None,
         proj_size: int = 0,
         learned_state: bool = False,
         reduce: Reduce | None = None,
@@ -95,26 +123,20 @@ class Recurrent(Layer):
         if direction not in ("forward", "reverse", "backwards") or (bidirectional and direction != "forward"):
             expected = "'forward', since `bidirectional` has both" if bidirectional else "'forward', 'reverse' or 'backwards'"
             raise UnsupportedError(f"`direction` is {direction!r}; expected {expected}")
-        for name, value in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "t_max": t_max}.items():
-            if value < 1:
-                raise UnsupportedError(f"`{name}` is {value}; expected at least 1")
-        check_momentum(momentum)
-        if not 0 <= proj_size < hidden_size or (proj_size and not self.cell.projects):
+        sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "t_max": t_max}
+        config: dict[str, Any] = {name: whole_number(name, value, 1) for name, value in sizes.items()}
+        flags = {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
+        config |= {name: switch(name, value) for name, value in flags.items()}
+        config |= {"direction": direction, "learned_state": switch("learned_state", learned_state)}
+        config |= {"momentum": checked_momentum(momentum), "proj_size": whole_number("proj_size", proj_size)}
+        if not 0 <= config["proj_size"] < config["hidden_size"] or (proj_size and not self.cell.projects):
             raise UnsupportedError(f"`proj_size` is {proj_size}; expected 0, or for the LSTM a number below `hidden_size` {hidden_size}")
-        config = {"input_size": input_size, "hidden_size": hidden_size, "norm": norm, "num_layers": num_layers}
-        config |= {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
-        config |= {"learned_state": True} if learned_state else {}
-        config |= {"direction": direction} if direction != "forward" else {}
-        super().__init__({**config, "t_max": t_max, "momentum": momentum, "proj_size": proj_size}, xp, device, dtype)
-        self.variant = variant_of(norm, type(self).__name__, self.cell.takes)
-        if forget_bias is not None and self.cell.forget_gate is None:
-            raise UnsupportedError(f"`forget_bias` is {forget_bias}, but {type(self).__name__} has no forget gate")
-        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
-        self.num_directions, self.output_size = 2 if bidirectional else 1, proj_size or hidden_size
-        self.batch_first, self.keeps_time, self.t_max, self.momentum = batch_first, return_sequences, t_max, momentum
-        self.reduce, self.direction = reduce, direction
-        self.learned = tuple(f"{name}0" for name in self.cell.states) if learned_state else ()
-        self.timed = self.variant.timed
+        super().__init__({name: config.get(name, norm) for name in _SETTINGS}, xp, device, dtype)
+        if forget_bias is not None:
+            if self.cell.forget_gate is None:
+                raise UnsupportedError(f"`forget_bias` is {forget_bias}, but {type(self).__name__} has no forget gate")
+            forget_bias = real_number("forget_bias", forget_bias, -math.inf, math.inf, "a number, or None")
+        self.reduce = reduce
         if hidden_init not in (None, *HIDDEN):
             raise UnsupportedError(f"`hidden_init` is {hidden_init!r}; expected one of {', '.join(map(repr, HIDDEN))}, or None")
         if hidden_init is not None and self.variant.recurrence == "diagonal":
@@ -124,11 +146,81 @@ class Recurrent(Layer):
         random = generator(rng)
         self._made: tuple[Any, tuple[tuple[str, int, Direction], ...]] | None = None
         for suffix, inputs, place in self._places():
-            values = _initial(place.cells[0], inputs, hidden_size, t_max, Start(forget_bias, hidden_init, proj_size), random)
+            start = Start(forget_bias, hidden_init, self.proj_size)
+            values = _initial(place.cells[0], inputs, self.hidden_size, self.t_max, start, random)
             self.params |= {_with(name, suffix): self._new(v) for name, v in values}
             first = zip(self.learned, self.state_sizes(), strict=False)
             self.params |= {_with(name, suffix): self._new(numpy.zeros(size)) for name, size in first}
         self._start_statistics()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that make such a layer, without those that few layers have."""
+        usual = {"direction": "forward", "learned_state": False}
+        return {name: value for name, value in super().config.items() if usual.get(name, self) != value}
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The names of the learned first states inside one direction."""
+        return tuple(f"{name}0" for name in self.cell.states) if self.learned_state else ()
+
+    # -- what it is made of --------------------------------------------------------------------------------------------------------
+
+    @property
+    def norm(self) -> NormName | Variant | None:
+        """The name of the variant, or the variant itself where it is no row of the tables, or no longer the one that was named."""
+        return self._norm if self._variant is self._named else self._variant
+
+    @norm.setter
+    def norm(self, norm: NormName | Variant | None) -> None:
+        variant = variant_of(norm, type(self).__name__, self.cell.takes)
+        if "params" in self.__dict__:
+            self._check_arrays(variant)
+        self._norm, self._variant, self._named = norm, variant, variant
+
+    @property
+    def variant(self) -> Variant:
+        """The row of the cell's table that is computed. Another may be set, if it has the same parameters and statistics."""
+        return self._variant
+
+    @variant.setter
+    def variant(self, variant: Variant) -> None:
+        self.norm = variant
+
+    def _check_arrays(self, variant: Variant) -> None:
+        """Raise `UnsupportedError` where a variant has other parameters or statistics than those that are there."""
+        own, other = (self._small(v) for v in (self._variant, variant))
+        if own != other:
+            new, gone = [n for n in other if other[n] != own.get(n)], [n for n in own if n not in other]
+            raise UnsupportedError(
+                f"`norm` is {variant!r}, which computes with {', '.join(new) or 'less'} and has no place for "
+                f"{', '.join(gone) or 'nothing'}; make a new {type(self).__name__} of it"
+            )
+
+    def _small(self, variant: Variant) -> dict[str, tuple[int, ...]]:
+        """The shapes of a small layer's arrays."""
+        layer = type(self)(1, 2, norm=variant, bidirectional=self.bidirectional, proj_size=1 if self.proj_size else 0)
+        return {name: tuple(a.shape) for name, a in layer.state_dict().items()}
+
+    @property
+    def timed(self) -> bool:
+        """Whether running statistics belong to time steps, which a state then counts."""
+        return self._variant.timed
+
+    @property
+    def keeps_time(self) -> bool:  # type: ignore[override]
+        """Whether the result still has the time axis that the input had."""
+        return self.return_sequences
+
+    @property
+    def num_directions(self) -> int:
+        """2 where it goes in both directions."""
+        return 2 if self.bidirectional else 1
+
+    @property
+    def output_size(self) -> int:
+        """The features of the output of one direction."""
+        return self.proj_size or self.hidden_size
 
     # -- where things are ----------------------------------------------------------------------------------------------------------
 
@@ -160,8 +252,8 @@ class Recurrent(Layer):
             cell = direction.cells[0]
             for slot in cell.names():
                 shape = (*rows, cell.width(slot) * self.hidden_size)
-                self.buffers[f"{slot}{suffix}.running_mean"] = self._new(numpy.zeros(shape))
-                self.buffers[f"{slot}{suffix}.running_var"] = self._new(numpy.ones(shape))
+                self.buffers[f"{slot}{suffix}.running_mean"] = self._new(numpy.zeros(shape), statistic=True)
+                self.buffers[f"{slot}{suffix}.running_var"] = self._new(numpy.ones(shape), statistic=True)
             self.buffers[f"num_batches_tracked{suffix}"] = self._new(numpy.zeros(rows, dtype=int), integer=True)
 
     def forget_statistics(self) -> None:
@@ -213,8 +305,7 @@ class Recurrent(Layer):
         xp = xp_of(residuals.last[0])
         if self.batch_first and self.keeps_time and dy is not None:
             dy = xp.permute_dims(dy, (1, 0, 2))
-        given = (None,) * len(residuals.last) if dstate is None else tuple(dstate)
-        dlast = tuple(xp.zeros_like(s) if d is None else d for s, d in zip(residuals.last, given, strict=False))
+        dlast = self._checked_cotangents(residuals.last, dstate)
         places = list(enumerate(self._places()))
         dfirst: list[Any] = [None] * len(places)
         grads: Arrays = {}
@@ -239,7 +330,18 @@ class Recurrent(Layer):
         """Whether it, or one of its directions, starts at the last step."""
         return self.num_directions == 2 or self.direction != "forward"
 
-    def step(self, x: Array, state: Any = None) -> tuple[Array, Any]:
+    def _checked_cotangents(self, last: tuple[Array, ...], dstate: Any) -> tuple[Array, ...]:
+        """The cotangent of each state, 0 where there is none; `dstate` is nested as the state is, with or without one of its time."""
+        xp, count = xp_of(last[0]), len(last)
+        given = (None,) * count if dstate is None else dstate
+        if not isinstance(given, tuple | list) or len(given) not in (count, count + self.timed):
+            raise ShapeError(f"`dstate` is {type(given).__name__} of {getattr(given, '__len__', lambda: 'no')()} parts; expected {count}")
+        for name, s, d in zip(self.cell.states, last, given, strict=False):
+            if d is not None and tuple(d.shape) != tuple(s.shape):
+                raise ShapeError(f"`dstate` has {name} of shape {tuple(d.shape)}; expected {tuple(s.shape)}, that of the state")
+        return tuple(xp.zeros_like(s) if d is None else d for s, d in zip(last, given, strict=False))
+
+    def step(self, x: Array, state: Any = None) -> tuple[Array, State]:
         """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
         if self.goes_back:
             who = "a bidirectional layer" if self.num_directions == 2 else f"a layer with direction={self.direction!r}"
@@ -248,7 +350,7 @@ class Recurrent(Layer):
         y, state = self(xp.expand_dims(x, axis=1 if self.batch_first else 0), state)
         return (xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y), state
 
-    def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> Any:
+    def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> State:
         """The state before the first step for `batch` sequences: zeros, or what was learned; with `noise` h has N(0, noise²) added.
 
         Noise is for training with batch normalization, where Cooijmans et al. 2016 use 0.1: without it, steps at which all sequences are
@@ -276,6 +378,7 @@ class Recurrent(Layer):
             raise ShapeError(f"`state` is {type(state).__name__} of length {len(state)}; expected ({', '.join(names)})")
         for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
             expected = (places, batch, size)
+            require_given(state=array)
             namespace(x=x, state=array)
             if tuple(array.shape) != expected:
                 raise ShapeError(
@@ -284,7 +387,12 @@ class Recurrent(Layer):
             if array.dtype != x.dtype:
                 raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {x.dtype}, that of `x`")
         split = [tuple(s[k, ...] for s in state[: len(self.cell.states)]) for k in range(places)]
-        return PlacedState(split, state[-1] if self.timed else None)
+        return PlacedState(split, checked_time(x, state[-1]) if self.timed else None)
+
+    def _shape_of(self, name: str, array: Array) -> tuple[int, ...]:
+        """Where steps have statistics of their own, `t_max` says how many, and it may have been changed."""
+        rows = self.timed and name in self.buffers
+        return (self.t_max, *array.shape[1:]) if rows else tuple(array.shape)
 
     def _starts(self, params: Arrays, x: Array) -> list[tuple[Array, ...]]:
         """The state before the first step of every layer and direction where none is given."""
@@ -374,6 +482,24 @@ class RNN(Recurrent):
     """
 
     cell = RNNCell
+
+
+def checked_time(x: Array, time: Any) -> Array:
+    """The number of steps that have gone before, one for all sequences, as an integer array without axes."""
+    xp = xp_of(x)
+    if isinstance(time, int):
+        time = xp.asarray(time, dtype=default_integer(xp), device=device_of(x))
+    namespace(x=x, state=time)
+    if not xp.isdtype(time.dtype, "integral"):
+        raise DTypeError(f"`state` has time of dtype {time.dtype}; expected an integer, the number of steps before")
+    if time.ndim:
+        raise ShapeError(
+            f"`state` has time of shape {tuple(time.shape)}; expected (), the number of steps before, which all sequences of a call "
+            "share: call once for the sequences of each time"
+        )
+    if is_concrete(time) and int(time) < 0:
+        raise UnsupportedError(f"`state` has time {int(time)}; expected the number of steps before, at least 0")
+    return time
 
 
 def recurrent_parts(model: Layer) -> list[Recurrent]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Self
 
 from portnorm.arrays import Array, DType, Namespace
-from portnorm.errors import UnsupportedError
+from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, Layer
 
@@ -16,6 +16,7 @@ class Sequential(Layer):
 
     With a recurrent part it is called as `y, state = model(x, state=None, lengths=None)`, where `state` is the tuple of the states of
     the recurrent parts; else as `y = model(x)`. `lengths` reaches every part, up to one that leaves the time axis out.
+    A layer that is a part twice has one set of parameters, under the number of its first place; its gradients are the sum over both places.
 
     >>> import numpy as np, portnorm as pn
     >>> model = pn.Sequential(pn.LSTM(1, 8, norm="layer", rng=0), pn.Linear(8, 2, rng=0))
@@ -29,6 +30,9 @@ class Sequential(Layer):
             raise UnsupportedError(f"`parts` is {parts!r}; expected one or more layers")
         first = parts[0]
         self.parts = parts
+        self.homes = tuple(next(k for k, other in enumerate(parts) if other is part) for part in parts)
+        """By part, the number of the first part that is the same layer."""
+        self._owned = frozenset(self.params), frozenset(self.buffers)
         super().__init__({}, first.xp, first.device, first.dtype)
         for k, part in enumerate(parts):
             if part.xp is not first.xp or part.dtype != first.dtype:
@@ -38,42 +42,92 @@ class Sequential(Layer):
                 )
         self.recurrent = any(part.recurrent for part in parts)
         self.takes_integers = first.takes_integers
-        self.keeps_time = all(part.keeps_time for part in parts)
-        self.batch_first = any(part.batch_first for part in parts)
+        self._check_places()
 
-    # The arrays live in the parts: these views keep one place for each.
+    def _check_places(self) -> None:
+        """Raise `UnsupportedError` where a layer is in two parts of different kinds, or where parts differ in what their first axis is."""
+        seen: dict[int, int] = {}
+        for k, part in self._places():
+            for layer in part.layers():
+                if seen.setdefault(id(layer), k) != k:
+                    raise UnsupportedError(
+                        f"part {k} holds a layer that part {seen[id(layer)]} holds too: {layer!r}; where one layer is at several places, "
+                        "make each of them a part of the same Sequential"
+                    )
+        orders = {layer.batch_first: k for k, part in reversed(self._places()) for layer in part.layers() if layer.orders_axes}
+        if len(orders) > 1:
+            raise UnsupportedError(
+                f"part {orders[True]} takes (batch, time, features) but part {orders[False]} takes (time, batch, features); make all with "
+                "the same `batch_first`"
+            )
+
+    @property
+    def keeps_time(self) -> bool:  # type: ignore[override]
+        """Whether the result still has the time axis that the input had."""
+        return all(part.keeps_time for part in self.parts)
+
+    @property
+    def batch_first(self) -> bool:  # type: ignore[override]
+        """Whether sequences are (batch, time, features)."""
+        return any(part.batch_first for part in self.parts)
+
+    # The arrays live in the parts: these views keep one place for each. A layer that is a part twice has the names of its first place.
+    def _places(self) -> list[tuple[int, Layer]]:
+        """Each layer with the number of its first place."""
+        return [(k, part) for k, (part, home) in enumerate(zip(self.parts, self.homes, strict=True)) if home == k]
+
     @property
     def params(self) -> Arrays:
-        return {f"{k}.{name}": a for k, part in enumerate(self.parts) for name, a in part.params.items()}
+        return {f"{k}.{name}": a for k, part in self._places() for name, a in part.params.items()}
 
     @params.setter
     def params(self, arrays: Mapping[str, Array]) -> None:
-        for k, part in enumerate(self.parts):
+        for k, part in self._places():
             part.params = _of_part(arrays, k) if arrays else part.params
 
     @property
     def buffers(self) -> Arrays:
-        return {f"{k}.{name}": a for k, part in enumerate(self.parts) for name, a in part.buffers.items()}
+        return {f"{k}.{name}": a for k, part in self._places() for name, a in part.buffers.items()}
 
     @buffers.setter
     def buffers(self, arrays: Mapping[str, Array]) -> None:
-        for k, part in enumerate(self.parts):
+        for k, part in self._places():
             part.buffers = _of_part(arrays, k) if arrays else part.buffers
+
+    def _names(self) -> tuple[Set[str], Set[str]]:
+        return self._owned
+
+    def _shape_of(self, name: str, array: Array) -> tuple[int, ...]:
+        place, _, inner = name.partition(".")
+        return self.parts[int(place)]._shape_of(inner, array)
 
     def forward(
         self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
-        states = iter(state) if state is not None else iter([None] * len(self.parts))
-        out, residuals, new_buffers = [], [], {}
-        for k, part in enumerate(self.parts):
-            before = next(states, None) if part.recurrent else None
-            x, after, buffered, residual = part.forward(_of_part(params, k), _of_part(buffers, k), x, before, lengths, training, keep)
+        if len({part.batch_first for part in self.parts if part.orders_axes}) > 1:
+            self._check_places()
+        states = iter(self._checked_states(state))
+        out, residuals, buffers = [], [], dict(buffers)
+        for k, part in zip(self.homes, self.parts, strict=True):
+            before = next(states) if part.recurrent else None
+            trained = training and not part.evaluates
+            x, after, buffered, residual = part.forward(_of_part(params, k), _of_part(buffers, k), x, before, lengths, trained, keep)
             if part.recurrent:
                 out.append(after)
-            residuals.append(residual)
-            new_buffers.update({f"{k}.{name}": a for name, a in buffered.items()})
+            residuals.append((residual, trained))
+            buffers.update({f"{k}.{name}": a for name, a in buffered.items()})
             lengths = lengths if part.keeps_time else None
-        return x, tuple(out), new_buffers, residuals
+        return x, tuple(out), buffers, residuals
+
+    def _checked_states(self, state: Any) -> Sequence[Any]:
+        """The state of each recurrent part."""
+        count = sum(part.recurrent for part in self.parts)
+        if state is None:
+            return [None] * count
+        if not isinstance(state, tuple | list) or len(state) != count:
+            what = f"of length {len(state)}" if isinstance(state, tuple | list) else "no tuple"
+            raise ShapeError(f"`state` is {type(state).__name__} {what}; expected a tuple of {count}, the states of the recurrent parts")
+        return state
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array | None, Any, Arrays]:
         places = [k for k, part in enumerate(self.parts) if part.recurrent]
@@ -82,25 +136,31 @@ class Sequential(Layer):
         for k in reversed(range(len(self.parts))):
             if dy is None and not self.parts[k].recurrent:
                 raise UnsupportedError("`dy` is None; expected a cotangent, since the model does not end in a recurrent layer")
-            dy, dbefore, part_grads = self.parts[k].backward(residuals[k], dy, cotangents.get(k), training)
+            residual, trained = residuals[k]
+            dy, dbefore, part_grads = self.parts[k].backward(residual, dy, cotangents.get(k), trained)
             if k in cotangents:
                 cotangents[k] = dbefore
-            grads.update({f"{k}.{name}": d for name, d in part_grads.items()})
+            for inner, d in part_grads.items():
+                name = f"{self.homes[k]}.{inner}"
+                grads[name] = grads[name] + d if name in grads else d
         ordered = {name: grads[name] for name in self.params}
         return dy, tuple(cotangents[k] for k in places), ordered
 
     def copy(self) -> Self:
-        other = type(self)(*(part.copy() for part in self.parts))
+        copies = {k: part.copy() for k, part in self._places()}
+        other = type(self)(*(copies[k] for k in self.homes))
+        other.evaluates = self.evaluates
         return other
 
     def _place(self, xp: Namespace, device: Any, dtype: DType) -> None:
-        for part in self.parts:
+        for _, part in self._places():
             part._place(xp, device, dtype)
         self.xp, self.device, self.dtype = xp, device, self.parts[0].dtype
 
     def forget_statistics(self) -> None:
-        for part in self.parts:
-            part.forget_statistics()
+        for _, part in self._places():
+            if not part.evaluates:
+                part.forget_statistics()
 
     def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> tuple[Any, ...]:
         """The states before the first step of the recurrent parts. See `portnorm.LSTM.initial_state`."""
@@ -113,7 +173,7 @@ class Sequential(Layer):
         return own if recurrent is None else (*recurrent.input_dims()[:-1], *(() if self.takes_integers else own[-1:]))
 
     def layers(self) -> Iterator[Layer]:
-        for part in self.parts:
+        for _, part in self._places():
             yield from part.layers()
 
     def __repr__(self) -> str:

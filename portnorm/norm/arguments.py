@@ -6,6 +6,10 @@ from array_api_compat import is_writeable_array
 
 from portnorm.arrays import Array, Namespace, namespace, require_floating
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
+from portnorm.scalars import real_number, whole_number
+
+LARGEST = 3.4028235e38
+"""The largest ε: the largest number of float32, as which ONNX stores it."""
 
 
 def checked_namespace(x: Array, weight: Array | None, bias: Array | None, **more: Array | None) -> Namespace:
@@ -16,15 +20,15 @@ def checked_namespace(x: Array, weight: Array | None, bias: Array | None, **more
 
 
 def checked_eps(eps: float) -> float:
-    """`eps`, which must be a number that is not negative."""
-    if not eps >= 0:
-        raise UnsupportedError(f"`eps` is {eps}; expected a number ≥ 0")
-    return eps
+    """`eps` as a float, which must be finite and not negative."""
+    if type(eps) is float and 0 <= eps <= LARGEST:
+        return eps
+    return real_number("eps", eps, 0, LARGEST, "a number ≥ 0")
 
 
 def checked_axes(x: Array, axis: int | tuple[int, ...]) -> tuple[int, ...]:
     """`axis` as sorted non-negative axes of `x`."""
-    given = (axis,) if isinstance(axis, int) else tuple(axis)
+    given = tuple(whole_number("axis", a) for a in (axis if isinstance(axis, tuple | list) else (axis,)))
     if not given:
         raise ShapeError("`axis` is empty; expected at least one axis of `x`")
     for a in given:

@@ -10,8 +10,8 @@ from typing import Any
 from portnorm.arrays import Array, require_floating, require_lengths
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.norm.arguments import check_affine, check_out, checked_channel_axis, checked_eps, checked_mask, checked_namespace
-from portnorm.norm.normalize import Normalized, Reduce, normalize
-from portnorm.op import op
+from portnorm.norm.normalize import Normalized, Reduce, given_statistics_vjp, normalize
+from portnorm.op import ByKeyword, op
 
 
 @op
@@ -78,12 +78,21 @@ def _(
     channel_axis: int = 1,
     mask: Array | None = None,
     mean: Array | None = None,
+    var: Array | None = None,
     reduce: Reduce | None = None,
     **attrs: Any,
 ) -> tuple[Any, ...]:
-    channel = channel_axis % dy.ndim
-    mask = checked_mask(checked_namespace(dy, None, None), dy, mask, channel)
-    return normalize.vjp(residuals, dy, axes=_others(dy, channel), param_axes=(channel,), mask=mask, mean=mean, reduce=reduce)
+    xp, channel = checked_namespace(dy, None, None), channel_axis % dy.ndim
+    mask = checked_mask(xp, dy, mask, channel)
+    found = normalize.vjp(residuals, dy, axes=_others(dy, channel), param_axes=(channel,), mask=mask, mean=mean, reduce=reduce)
+    if mean is None or var is None:
+        return found
+
+    def of_statistic(which: int, dtype: Any) -> Array:
+        return xp.astype(given_statistics_vjp(residuals, dy, (channel,), mask)[which], dtype, copy=False)
+
+    dtypes = mean.dtype, var.dtype
+    return (*found, ByKeyword(mean=lambda: of_statistic(0, dtypes[0]), var=lambda: of_statistic(1, dtypes[1])))
 
 
 def _others(x: Array, channel: int) -> tuple[int, ...]:

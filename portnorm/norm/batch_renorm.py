@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from portnorm.arrays import Array, float32_value, require_lengths, xp_of
-from portnorm.errors import UnsupportedError
-from portnorm.norm.arguments import check_affine, checked_channel_axis, checked_namespace
+from portnorm.norm.arguments import check_affine, checked_channel_axis, checked_eps, checked_namespace
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.normalize import Normalized
 from portnorm.op import op
+from portnorm.scalars import real_number
 
 
 class Renormalized(NamedTuple):
@@ -56,20 +56,19 @@ def batch_renorm(
     """
     xp = checked_namespace(x, weight, bias, mean=mean, var=var, mask=mask)
     require_lengths(x=x)
-    if not r_max >= 1 or not d_max >= 0:
-        raise UnsupportedError(f"`r_max` is {r_max} and `d_max` is {d_max}; expected at least 1 and 0")
+    r_max, d_max = checked_bounds(r_max, d_max)
     channel = checked_channel_axis(x, channel_axis, 2)
     check_affine(x, (channel,), weight=weight, bias=bias, mean=mean, var=var)
     own = batch_norm.forward(x, channel_axis=channel_axis, eps=eps, mask=mask)[1]
     own_mean, own_var = (xp.reshape(s, mean.shape) for s in own.statistics())
+    eps = checked_eps(eps)
+    mean, var = (xp.astype(s, own_var.dtype, copy=False) for s in (mean, var))
     std = xp.sqrt(var + float32_value(eps))
     r = xp.clip(xp.sqrt(own_var + float32_value(eps)) / std, 1.0 / r_max, r_max)
     d = xp.clip((own_mean - mean) / std, -d_max, d_max)
-    gain, shift = (r, d) if weight is None else (weight * r, weight * d)
-    shift = shift if bias is None else shift + bias
-    y, normalized = batch_norm.forward(
-        x, xp.astype(gain, x.dtype, copy=False), xp.astype(shift, x.dtype, copy=False), channel_axis=channel_axis, eps=eps, mask=mask
-    )
+    gain, shift = (r, d) if weight is None else (xp.astype(weight, r.dtype, copy=False) * s for s in (r, d))
+    shift = shift if bias is None else shift + xp.astype(bias, r.dtype, copy=False)
+    y, normalized = batch_norm.forward(x, gain, shift, channel_axis=channel_axis, eps=eps, mask=mask)
     return y, Renormalized(normalized, r, d, weight, bias)
 
 
@@ -78,4 +77,13 @@ def _(residuals: Renormalized, dy: Array, *, channel_axis: int = 1, mask: Array 
     dx, dgain, dshift = batch_norm.vjp(residuals.normalized, dy, channel_axis=channel_axis, mask=mask)
     weight = residuals.weight
     dweight = None if weight is None else xp_of(dy).astype(dgain * residuals.r + dshift * residuals.d, weight.dtype, copy=False)
-    return dx, dweight, None if residuals.bias is None else dshift
+    return dx, dweight, None if residuals.bias is None else xp_of(dy).astype(dshift, residuals.bias.dtype, copy=False)
+
+
+def checked_bounds(r_max: float, d_max: float) -> tuple[float, float]:
+    """Both bounds as floats; raises `UnsupportedError` for one that would forbid what batch normalization does."""
+    infinite = float("inf")
+    return (
+        real_number("r_max", r_max, 1, infinite, "a number of at least 1"),
+        real_number("d_max", d_max, 0, infinite, "a number of at least 0"),
+    )

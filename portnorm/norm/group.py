@@ -12,6 +12,7 @@ from portnorm.errors import ShapeError
 from portnorm.norm.arguments import check_affine, check_out, checked_channel_axis, checked_eps, checked_mask, checked_namespace
 from portnorm.norm.normalize import Axes, Normalized, normalize, written
 from portnorm.op import op
+from portnorm.scalars import whole_number
 
 
 @op
@@ -46,6 +47,7 @@ def group_norm(
     channels = x.shape[channel]
     if channel == 0:
         raise ShapeError(f"`channel_axis` {channel_axis} is the batch axis of `x` {tuple(x.shape)}")
+    num_groups = whole_number("num_groups", num_groups)
     if num_groups < 1 or channels % num_groups:
         raise ShapeError(
             f"`num_groups` is {num_groups} but axis {channel} of `x` {tuple(x.shape)} has {channels} channels; expected a divisor"

@@ -10,7 +10,8 @@ The second subtraction removes what rounding left of the mean, which is all of t
 differences to one value of the row, which are exact there; a constant row has variance 0. Where the squares of a row
 would leave the range of the type, the row is multiplied by a power of two first, which is exact and cancels in x̂.
 
-Two published departures: `eps_place="std"` divides by sqrt(σ²) + ε instead, and `correction=1` takes σ² as Σd² / (n − 1).
+Published departures: `eps_place="std"` divides by sqrt(σ²) + ε instead, `eps_place="floor"` by sqrt(σ²) or ε, whichever is larger (a row
+without spread is 0 with ε = 0 too), and `correction=1` takes σ² as Σd² / (n − 1).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import NamedTuple, TypedDict
 
 from portnorm.arrays import Array, Namespace, float32_value, statistics_dtype, xp_of
 from portnorm.op import op
+from portnorm.sums import is_long, total
 
 Reduce = Callable[[Array], Array]
 """The sum of an array over all processes of a group, as MPI and NCCL compute it: the same result in each of them."""
@@ -145,11 +147,10 @@ def _with_own(
     def average(a: Array) -> Array:
         return _average(xp, a, axes, count, reduce)
 
-    eps = float32_value(eps)
-    scale = _row_scale(xp, z, axes, eps, reduce) if wide else None
+    eps = eps if eps_place == "floor" else float32_value(eps)
+    scale = _row_scale(xp, z, axes, eps if eps_place == "variance" else eps * eps, reduce) if wide else None
     if scale is not None:
         z = z * scale
-        eps = eps * scale if eps_place == "std" else eps * scale * scale
     if center:
         first = z[tuple(slice(1) if a in axes else slice(None) for a in range(z.ndim))]
         first = first if reduce is None else reduce(first) / reduce(xp.ones_like(first))
@@ -170,13 +171,22 @@ def _with_own(
         var = var * bessel(var, count, z.shape, axes)
     if not center:
         mean = xp.zeros_like(var)
-    rstd = 1.0 / standard_deviation(xp, var, eps, eps_place)
+    if scale is not None and center:
+        # A row without spread needs no scale, under which ε would vanish: it keeps 1 / √ε for its gradient.
+        mean, scale = xp.where(var > 0, mean, mean / scale), xp.where(var > 0, scale, 1.0)
+    if scale is not None:
+        eps = eps * scale * scale if eps_place == "variance" else eps * scale
+    std = standard_deviation(xp, var, eps, eps_place)
+    rstd = 1.0 / std if eps_place != "floor" else xp.where(std > 0, 1.0 / xp.where(std > 0, std, 1.0), 0.0)
     xhat = z * rstd
     return Normalized(xhat, rstd, scale, mean, var, count, None, None)
 
 
 def standard_deviation(xp: Namespace, var: Array, eps: Array | float, eps_place: str) -> Array:
-    """sqrt(σ² + ε), or σ + ε with `eps_place="std"`."""
+    """sqrt(σ² + ε); σ + ε with `eps_place="std"`, the larger of both with `"floor"`."""
+    if eps_place == "floor":
+        above = var > eps * eps
+        return xp.where(above, xp.sqrt(xp.where(above, var, 1.0)), eps)
     return xp.sqrt(var) + eps if eps_place == "std" else xp.sqrt(var + eps)
 
 
@@ -202,10 +212,10 @@ def _count(xp: Namespace, z: Array, axes: tuple[int, ...], mask: Array | None, r
 def _average(xp: Namespace, a: Array, axes: tuple[int, ...], count: Array | None, reduce: Reduce | None = None) -> Array:
     """Mean over `axes` of an array that is 0 where masked out; 0 where nothing was counted."""
     if reduce is not None and count is not None:
-        return reduce(_total(xp, a, axes, keepdims=True)) / xp.where(count > 0, count, 1.0)
-    if _is_long(a, axes):
-        total = _total(xp, a, axes, keepdims=True)
-        return total / (math.prod([a.shape[k] for k in axes]) if count is None else xp.where(count > 0, count, 1.0))
+        return reduce(total(a, axes, keepdims=True)) / xp.where(count > 0, count, 1.0)
+    if is_long(a, axes):
+        whole = total(a, axes, keepdims=True)
+        return whole / (math.prod([a.shape[k] for k in axes]) if count is None else xp.where(count > 0, count, 1.0))
     if count is None:
         return xp.mean(a, axis=axes, keepdims=True)
     return xp.sum(a, axis=axes, keepdims=True) / xp.where(count > 0, count, 1.0)
@@ -242,7 +252,7 @@ def _(
     """dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)) with g = dy · weight; mean(g) only if centred, rstd · g with given statistics.
 
     dweight = Σ dy · x̂ and dbias = Σ dy over all but `param_axes`. With `correction` the last term has n − 1 for n in its mean; with ε
-    beside the standard deviation σ it is larger by (σ + ε) / σ, and 0 where σ is.
+    beside the standard deviation σ it is larger by (σ + ε) / σ, and 0 where σ is; with ε in place of a smaller σ it is 0.
     """
     xhat, rstd, weight, bias = residuals.xhat, residuals.rstd, residuals.weight, residuals.bias
     xp = xp_of(xhat)
@@ -253,9 +263,9 @@ def _(
     others = tuple(a for a in range(xhat.ndim) if a not in param_axes)
     dweight = dbias = None
     if weight is not None:
-        dweight = xp.astype(xp.reshape(_total(xp, dy * xhat, others), weight.shape), weight.dtype, copy=False)
+        dweight = xp.astype(xp.reshape(total(dy * xhat, others), weight.shape), weight.dtype, copy=False)
     if bias is not None:
-        dbias = xp.astype(xp.reshape(_total(xp, dy, others), bias.shape), bias.dtype, copy=False)
+        dbias = xp.astype(xp.reshape(total(dy, others), bias.shape), bias.dtype, copy=False)
     g = dy if weight is None else dy * _along(xp, weight, dy, param_axes)
     if mean is None and all(xhat.shape[a] != 0 for a in axes):
         inner = xhat * _average(xp, g * xhat, axes, residuals.counted, reduce)
@@ -264,6 +274,9 @@ def _(
         if eps_place == "std":
             std = xp.sqrt(residuals.var)
             inner = inner / xp.where(std > 0, std * rstd, 1.0)
+        if eps_place == "floor":
+            floor = eps if residuals.scale is None else eps * residuals.scale
+            inner = xp.where(residuals.var > floor * floor, inner, 0.0)
         g = (g - _average(xp, g, axes, residuals.counted, reduce) if center else g) - inner
         if mask is not None:
             g = xp.where(mask, g, 0.0)
@@ -273,25 +286,18 @@ def _(
     return xp.astype(dx, out_dtype, copy=False), dweight, dbias
 
 
-_BLOCK = 64
-"""Values that are added one after the other where a sum is not along the last axis."""
+def given_statistics_vjp(residuals: Normalized, dy: Array, param_axes: tuple[int, ...], mask: Array | None) -> tuple[Array, Array]:
+    """Cotangents of `mean` and `var` where these were given, both without the axes that are not `param_axes`.
 
-
-def _is_long(a: Array, axes: tuple[int, ...]) -> bool:
-    """Whether a sum over `axes` could add many values one after the other: NumPy sums in pairs along the last axis only."""
-    return bool(axes) and axes[-1] != a.ndim - 1 and isinstance(a.shape[axes[0]], int) and a.shape[axes[0]] > 2 * _BLOCK
-
-
-def _total(xp: Namespace, a: Array, axes: tuple[int, ...], keepdims: bool = False) -> Array:
-    """Sum over `axes`, a long first axis in blocks and their sums in blocks again: the error grows with its logarithm."""
-    while _is_long(a, axes):
-        axis = axes[0]
-        whole = a.shape[axis] // _BLOCK
-        index = (slice(None),) * axis
-        blocks = xp.reshape(a[(*index, slice(whole * _BLOCK), ...)], (*a.shape[:axis], whole, _BLOCK, *a.shape[axis + 1 :]))
-        rest = xp.sum(a[(*index, slice(whole * _BLOCK, None), ...)], axis=axis, keepdims=True)
-        a = xp.concat((xp.sum(blocks, axis=axis + 1), rest), axis=axis)
-    return xp.sum(a, axis=axes, keepdims=keepdims) if axes else a
+    dmean = −Σ g · rstd and dvar = −½ Σ g · x̂ · rstd², with g = dy · weight.
+    """
+    xp, xhat = xp_of(dy), residuals.xhat
+    dy = xp.astype(dy, xhat.dtype, copy=False)
+    if mask is not None:
+        dy = xp.where(mask, dy, 0.0)
+    g = (dy if residuals.weight is None else dy * _along(xp, residuals.weight, dy, param_axes)) * residuals.rstd
+    others = tuple(a for a in range(xhat.ndim) if a not in param_axes)
+    return -total(g, others), -0.5 * total(g * xhat * residuals.rstd, others)
 
 
 def _along(xp: Namespace, parameter: Array, x: Array, param_axes: tuple[int, ...]) -> Array:

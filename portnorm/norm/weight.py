@@ -1,8 +1,8 @@
 """Weight normalization: Salimans & Kingma 2016, arXiv 1602.07868, equation 2.
 
-    w = g · v / ‖v‖,   the norm over every axis but those of the outputs
+    w = g · v / max(‖v‖, ε),   the norm over every axis but those of the outputs
 
-v / ‖v‖ is v / sqrt(mean(v²)) / √n: RMS normalization without ε, so it is a row over the same core.
+v / ‖v‖ is v / sqrt(mean(v²)) / √n: RMS normalization with ε / √n as the least root, so it is a row over the same core.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ import math
 from typing import Any
 
 from portnorm.affine import linear
-from portnorm.arrays import Array, device_of, xp_of
+from portnorm.arrays import Array, device_of, statistics_dtype, xp_of
 from portnorm.errors import ShapeError
-from portnorm.norm.arguments import checked_axes, checked_namespace
+from portnorm.norm.arguments import checked_axes, checked_eps, checked_namespace
 from portnorm.norm.normalize import Axes, Normalized, normalize
 from portnorm.op import op
 
 
 @op
-def weight_norm(v: Array, g: Array, *, axis: int | tuple[int, ...] | None = 0) -> tuple[Array, tuple[Normalized, Array]]:
-    """Weights of length `g` and direction `v`: w = g · v / ‖v‖, with one norm for each entry along `axis`.
+def weight_norm(v: Array, g: Array, *, axis: int | tuple[int, ...] | None = 0, eps: float = 0.0) -> tuple[Array, tuple[Normalized, Array]]:
+    """Weights of length `g` and direction `v`: w = g · v / max(‖v‖, eps), with one norm for each entry along `axis`.
 
     `axis` names the axes that are kept (the outputs); `None` takes one norm of the whole array, as torch's `dim=None` does. `g` has one
     number per norm: the shape of `v` at `axis`, or torch's, with length 1 along the other axes. The result has the shape and dtype of
-    `v`. No ε: a row of zeros has no direction and gives NaN. Rows near the ends of the range of the type are scaled first.
+    `v`; norms are taken in at least float32, and rows near the ends of the range of the type are scaled first. `eps` is the least norm
+    that divides, as in `torch.nn.functional.normalize` and Keras' `normalize`; neither the paper nor torch's `weight_norm` has one. A row
+    of zeros, which has no direction, is 0, and so without `eps` are its gradients.
     Raises `ShapeError`, `DTypeError`, `UnsupportedError`.
 
     >>> import numpy as np, portnorm as pn
@@ -39,18 +41,20 @@ def weight_norm(v: Array, g: Array, *, axis: int | tuple[int, ...] | None = 0) -
     if tuple(g.shape) != expected and tuple(g.shape) != as_torch:  # not `in`, which torch.compile does not follow
         raise ShapeError(f"`g` has shape {tuple(g.shape)}; expected {expected} or {as_torch} for `v` {tuple(v.shape)} and `axis` {axis}")
     axes = _axes(v, kept)
-    length = xp.reshape(g, expected) / math.sqrt(math.prod([v.shape[a] for a in axes["axes"]]))
-    w, residuals = normalize.forward(v, length, None, eps=0.0, center=False, **axes)
+    root = _root(v, axes)
+    length = xp.astype(xp.reshape(g, expected), statistics_dtype(xp, g.dtype), copy=False) / root
+    w, residuals = normalize.forward(v, length, None, eps=checked_eps(eps) / root, eps_place="floor", center=False, **axes)
     return w, (residuals, g)
 
 
 @weight_norm.backward
-def _(residuals: tuple[Normalized, Array], dw: Array, *, axis: int | tuple[int, ...] | None = 0) -> tuple[Any, ...]:
+def _(residuals: tuple[Normalized, Array], dw: Array, *, axis: int | tuple[int, ...] | None = 0, eps: float = 0.0) -> tuple[Any, ...]:
     normalized, g = residuals
     axes = _axes(dw, () if axis is None else checked_axes(dw, axis))
-    dv, dlength, _ = normalize.vjp(normalized, dw, center=False, **axes)
+    root = _root(dw, axes)
+    dv, dlength, _ = normalize.vjp(normalized, dw, center=False, eps=eps / root, eps_place="floor", **axes)
     xp = xp_of(g)
-    dg = xp.reshape(dlength / math.sqrt(math.prod([dw.shape[a] for a in axes["axes"]])), g.shape)
+    dg = xp.reshape(dlength / root, g.shape)
     return dv, xp.astype(dg, g.dtype, copy=False)  # where a library takes a number in Python for float32, not for the type of the array
 
 
@@ -71,10 +75,16 @@ def weight_norm_init(v: Array, x: Array, *, scale: float = 1.0) -> tuple[Array, 
     """
     xp = checked_namespace(v, None, None)
     t = linear(x, weight_norm(v, xp.ones(v.shape[0], dtype=v.dtype, device=device_of(v))))
+    t = xp.astype(t, statistics_dtype(xp, t.dtype), copy=False)
     leading = tuple(range(t.ndim - 1))
     mean = xp.mean(t, axis=leading)
     g = scale / xp.sqrt(xp.mean((t - mean) ** 2, axis=leading) + 1e-10)
-    return g, -mean * g
+    return xp.astype(g, v.dtype, copy=False), xp.astype(-mean * g, v.dtype, copy=False)
+
+
+def _root(v: Array, axes: Axes) -> float:
+    """√n for the n values of a norm; 1 where there are none."""
+    return math.sqrt(max(1, math.prod([v.shape[a] for a in axes["axes"]])))
 
 
 def _axes(v: Array, kept: tuple[int, ...]) -> Axes:

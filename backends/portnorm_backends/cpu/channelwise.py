@@ -18,10 +18,11 @@ import numpy
 
 from portnorm_backends.cpu.compiling import bare, compiled, fill
 from portnorm_backends.cpu.rowwise import guess, scaled, sums, sums_of_cotangents
+from portnorm_backends.cpu.sums import GROUP, TERMS, carried, carry
 from portnorm_backends.cpu.vectors import Vector, elementwise, fused, prefetch
 
-_GROUP = 64
-"""Rows that are added to one sum before it is added to the others."""
+_FIRST = 64
+"""Rows that the first guess of a mean is taken of."""
 
 _AHEAD = 4096
 """Bytes between what is read and what is asked for."""
@@ -30,21 +31,17 @@ _AHEAD = 4096
 # -- (groups, rows, channels) ------------------------------------------------------------------------------------------------------------
 
 
-@compiled()
-def _add(total: Any, lost: Any, part: Any) -> None:
-    """total += part with what rounding loses carried along (Kahan 1965): there can be many groups. part = 0."""
-    for c in range(total.size):
-        term = part[c] - lost[c]
-        more = total[c] + term
-        lost[c] = (more - total[c]) - term
-        total[c] = more
-        part[c] = 0
-
-
 @elementwise
 def _add_moments(x: Vector, m: Vector, first: Vector, second: Vector) -> tuple[Vector, Vector]:
     z = x - m
     return first + z, fused(z, z, second)
+
+
+@elementwise
+def _add_moments_of_four(x: Vector, x1: Vector, x2: Vector, x3: Vector, m: Vector, first: Vector, second: Vector) -> tuple[Vector, Vector]:
+    """The same of four rows."""
+    z, z1, z2, z3 = x - m, x1 - m, x2 - m, x3 - m
+    return first + ((z + z1) + (z2 + z3)), second + (fused(z, z, z1 * z1) + fused(z2, z2, z3 * z3))
 
 
 @elementwise
@@ -65,12 +62,16 @@ def column_sums(x: Any, m: Any, first: Any, second: Any) -> None:
     part, lost = numpy.zeros((2, channels), x.dtype), numpy.zeros((2, channels))
     fill(first, 0)
     fill(second, 0)
-    for start in range(0, rows, _GROUP):
-        a, b = part[0], part[1]
-        for k in range(start, min(start + _GROUP, rows)):
+    a, b = part[0], part[1]
+    for start in range(0, rows, 4 * TERMS):
+        stop = min(start + 4 * TERMS, rows)
+        fours = start + (stop - start) // 4 * 4
+        for k in range(start, fours, 4):
+            _add_moments_of_four(channels, (x[k], x[k + 1], x[k + 2], x[k + 3], m, a, b), (a, b))
+        for k in range(fours, stop):
             _add_moments(channels, (x[k], m, a, b), (a, b))
-        _add(first, lost[0], a)
-        _add(second, lost[1], b)
+        carry(first, lost[0], a)
+        carry(second, lost[1], b)
 
 
 @compiled()
@@ -82,9 +83,9 @@ def column_statistics(x: Any, center: bool, m: Any, d: Any, var: Any) -> None:
     if center:
         for c in range(channels):
             m[c] = x[0, c]
-        column_sums(x[: min(_GROUP, rows)], m, total, var)
+        column_sums(x[: min(_FIRST, rows)], m, total, var)
         for c in range(channels):
-            m[c] += total[c] / min(_GROUP, rows)
+            m[c] += total[c] / min(_FIRST, rows)
     column_sums(x, m, total, var)
     for c in range(channels):
         mean = total[c] / rows if center else 0.0
@@ -130,12 +131,13 @@ def column_cotangents(x: Any, dy: Any, m: Any, d: Any, rstd: Any, first: Any, se
     part, lost = numpy.zeros((2, channels), x.dtype), numpy.zeros((2, channels))
     fill(first, 0)
     fill(second, 0)
-    for start in range(0, rows, _GROUP):
-        a, b = part[0], part[1]
-        for k in range(start, min(start + _GROUP, rows)):
+    a, b = part[0], part[1]
+    for start in range(0, rows, 2 * GROUP):
+        stop = min(start + 2 * GROUP, rows)
+        for k in range(start, stop):
             _add_cotangents(channels, (x[k], dy[k], m, d, rstd, a, b), (a, b))
-        _add(first, lost[0], a)
-        _add(second, lost[1], b)
+        carry(first, lost[0], a)
+        carry(second, lost[1], b)
 
 
 def _columns_scaled(x: Any, weight: Any, bias: Any, kept: Any, y: Any) -> None:
@@ -156,7 +158,7 @@ def _columns_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, own
     """`own`: the statistics were those of x; else they are constants."""
     x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
     groups, rows, channels = x.shape
-    room, found = numpy.empty((3, channels), x.dtype), numpy.empty((2, channels))
+    room, found, lost = numpy.empty((3, channels), x.dtype), numpy.empty((2, channels)), numpy.zeros((2, channels))
     gain, a, b, first, second = room[0], room[1], room[2], found[0], found[1]
     fill(dweight, 0)
     fill(dbias, 0)
@@ -166,8 +168,8 @@ def _columns_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, own
         for c in range(channels):
             gain[c] = rstd[c] * weight[c] if weight.size else rstd[c]
             a[c], b[c] = first[c] / rows if own and center else 0.0, second[c] / rows if own else 0.0
-            dbias[c] += first[c]
-            dweight[c] += second[c]
+            dbias[c], lost[0, c] = carried(dbias[c], lost[0, c], first[c])
+            dweight[c], lost[1, c] = carried(dweight[c], lost[1, c], second[c])
         for k in range(rows):
             _back(channels, (x[g, k], dy[g, k], gain, m, d, rstd, a, b), (dx[g, k],))
 
@@ -186,12 +188,33 @@ def _ahead(x: Any, k: int, c: int) -> None:
 @compiled()
 def _channel_sums(x: Any, c: int, m: Any) -> tuple[float, float]:
     """Σ (x − m) and Σ (x − m)² of one channel."""
-    first, second = 0.0, 0.0
-    for k in range(x.shape[0]):
-        _ahead(x, k, c)
-        a, b = sums(x[k, c], m)
-        first += a
-        second += b
+    first = second = lost_first = lost_second = 0.0
+    for start in range(0, x.shape[0], TERMS):
+        part_first = part_second = 0.0
+        for k in range(start, min(start + TERMS, x.shape[0])):
+            _ahead(x, k, c)
+            a, b = sums(x[k, c], m)
+            part_first += a
+            part_second += b
+        first, lost_first = carried(first, lost_first, part_first)
+        second, lost_second = carried(second, lost_second, part_second)
+    return first, second
+
+
+@compiled()
+def _channel_cotangents(x: Any, dy: Any, c: int, m: Any, d: Any, rstd: Any) -> tuple[float, float]:
+    """Σ dy and Σ dy · x̂ of one channel."""
+    first = second = lost_first = lost_second = 0.0
+    for start in range(0, x.shape[0], TERMS):
+        part_first = part_second = 0.0
+        for k in range(start, min(start + TERMS, x.shape[0])):
+            _ahead(x, k, c)
+            _ahead(dy, k, c)
+            a, b = sums_of_cotangents(x[k, c], dy[k, c], m, d, rstd)
+            part_first += a
+            part_second += b
+        first, lost_first = carried(first, lost_first, part_first)
+        second, lost_second = carried(second, lost_second, part_second)
     return first, second
 
 
@@ -237,13 +260,7 @@ def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, ow
     for c in range(channels):
         m, d, rstd = kept[0, c], kept[1, c], kept[2, c]
         gain = weight[c] * rstd if weight.size else rstd
-        first = second = 0.0
-        for k in range(outer):
-            _ahead(x, k, c)
-            _ahead(dy, k, c)
-            a, b = sums_of_cotangents(x[k, c], dy[k, c], m, d, rstd)
-            first += a
-            second += b
+        first, second = _channel_cotangents(x, dy, c, m, d, rstd)
         dbias[c], dweight[c] = first, second
         one, two = x.dtype.type(first / n if own and center else 0.0), x.dtype.type(second / n if own else 0.0)
         for k in range(outer):

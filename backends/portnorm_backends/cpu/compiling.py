@@ -15,9 +15,13 @@ from numba.core import cgutils, event
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
+from portnorm_backends.cpu.registers import WIDTH
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
+
+_MADE_OF = f"{_SOURCES}_{WIDTH}"
 """Stands in the name of what is kept on disk: numba looks at the file of a function only, not at those of the functions that it calls."""
 
 
@@ -64,8 +68,8 @@ def compiled(*, signatures: Any = None) -> Callable[[F], F]:
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
     def compile_(function: F) -> F:
-        if not function.__qualname__.endswith(_SOURCES):  # of another type of values it has been here before
-            function.__qualname__ = f"{function.__qualname__}_{_SOURCES}"
+        if not function.__qualname__.endswith(_MADE_OF):  # of another type of values it has been here before
+            function.__qualname__ = f"{function.__qualname__}_{_MADE_OF}"
         try:
             made: F = numba.njit(signatures, cache=True, **options)(function)
         except RuntimeError:  # no place on disk that can be written

@@ -58,19 +58,20 @@ class SlotArrays(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Cotangents of a slot's gain and shift: sums over all steps, and what one step adds."""
+    """Cotangents of a slot's gain and shift: sums over all steps but for the last rows, and those."""
 
-    dweight: Any  # (features,) float64
+    dweight: Any  # (2, features) float64, with what rounding has lost
     dbias: Any
-    weight: Any  # (features,) in the type of the values, 0 between steps
+    weight: Any  # (3, features) in the type of the values: the last rows; the rows of a step before them, with what rounding has lost
     bias: Any
+    rows: Any  # (1,): how many the last rows are
 
 
 class Rooms(NamedTuple):
     """What a step writes and nobody reads after it."""
 
-    sums: Any  # (5, features): statistics of the hidden term over the batch
-    narrow: Any  # (5, hidden): of the cell state
+    sums: Any  # (9, features): statistics of the hidden term over the batch
+    narrow: Any  # (9, hidden): of the cell state
     z: Any  # (gates, hidden)
     row: Any  # (gates, hidden)
     states: Any  # (batch, hidden)
@@ -82,6 +83,6 @@ class Rooms(NamedTuple):
 def rooms(gates: int, size: int, batch: int, dtype: Any, near: Any) -> Rooms:
     """Zeroed room for the steps of one loop."""
     wide, both = gates * size, (gates, size)
-    shapes: tuple[Any, ...] = ((5, wide), (5, size), both, both, (batch, size), size, wide)
+    shapes: tuple[Any, ...] = ((9, wide), (9, size), both, both, (batch, size), size, wide)
     sums, narrow, z, row, states, small, zeros = (numpy.zeros(shape, dtype=dtype) for shape in shapes)
     return Rooms(sums, narrow, z, row, states, small, zeros, near)

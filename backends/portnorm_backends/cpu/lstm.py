@@ -218,7 +218,7 @@ def backward(
                 if not copies:
                     fill(dc[b], 0)
                 add(size, (small, dc[b]), (dc[b],))
-            settled(cell_shares)
+            settled(cell, cell_shares)
         for b in range(first, last):
             d = dx[t, b]
             if runs(lengths, b, t):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from portnorm.arrays import Array, Kernel, float32_value
+from portnorm.norm.arguments import LARGEST
 from portnorm.norm.normalize import normalize, written
 from portnorm_backends.cpu import memory, threads
 from portnorm_backends.cpu.layout import RANGE, NumPyArray, taken
@@ -64,7 +65,7 @@ def _accepts(
 
     The latter with given statistics too.
     """
-    if mask is not None or reduce is not None or correction or eps_place != "variance":
+    if mask is not None or reduce is not None or correction or not (eps_place == "variance" or (eps_place == "floor" and eps == 0)):
         return False
     if type(x) is not numpy.ndarray or not x.size or x.dtype not in RANGE:
         return False
@@ -187,20 +188,24 @@ def _vjp_of_rows(
     given = _as_rows(dy, first) if type(dy) is numpy.ndarray and dy.dtype == dtype and dy.flags.aligned else None
     by_value = shape[1] == rows.shape[1] and not (weight is None and bias is None)
     dx, part = memory.room(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype)
-    dweight, dbias = (numpy.zeros(shape if p is not None else (0, 0)) for p in (weight, bias))
+    dweight, dbias = (numpy.zeros((2, *(shape if p is not None else (0, 0)))) for p in (weight, bias))
     given = taken(dy, x, rows.shape) if given is None else given
-    backward, own, found = _plain(dtype)[1], taken(weight, x, shape), list[tuple[NumPyArray, ...]]()
+    backward, own = _plain(dtype)[1], taken(weight, x, shape)
+    if rows.size < 2 * _ROWS_WORTH:
+        backward(rows, given, own, kept, center, part, dx, dweight, dbias)
+    else:
+        found = list[tuple[NumPyArray, NumPyArray]]()
 
-    def some(a: int, b: int) -> None:
-        """The kernel over some rows, with shares of its own."""
-        shares = (part, dweight, dbias) if b - a == rows.shape[0] else (part.copy(), dweight.copy(), dbias.copy())
-        found.append(shares)
-        backward(rows[a:b], given[a:b], own, kept[a:b], center, shares[0], dx[a:b], *shares[1:])
+        def some(a: int, b: int) -> None:
+            """The kernel over some rows, with shares of its own."""
+            shares = (dweight.copy(), dbias.copy())
+            found.append(shares)
+            backward(rows[a:b], given[a:b], own, kept[a:b], center, part.copy(), dx[a:b], *shares)
 
-    threads.each(threads.parts(rows.shape[0], rows.size / _ROWS_WORTH, shape[0]), some)
-    dweight, dbias = (found[0][k] if len(found) == 1 else numpy.add.reduce([s[k] for s in found]) for k in (1, 2))
+        threads.each(threads.parts(rows.shape[0], rows.size / _ROWS_WORTH, shape[0]), some)
+        dweight, dbias = (numpy.add.reduce([s[k] for s in found]) for k in (0, 1))
     dx = dx if rows is x else dx.reshape(x.shape)
-    return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
+    return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), _cotangents(weight, dweight[0]), _cotangents(bias, dbias[0])
 
 
 def _by_channel(x: NumPyArray, channel: int, groups: int) -> NumPyArray:
@@ -283,7 +288,7 @@ def _plain(dtype: Any) -> tuple[Any, ...]:
 
 def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, eps: float = 1e-5, out: Any = None) -> bool:
     """Whether the arguments of a public function need no further look: contiguous arrays of one type, and the last axis."""
-    if type(x) is not numpy.ndarray or axis != -1 or not eps >= 0:
+    if type(x) is not numpy.ndarray or type(axis) is not int or axis != -1 or type(eps) is not float or not 0 <= eps <= LARGEST:
         return False
     dtype, shape, flags = x.dtype, x.shape, x.flags
     if not (flags.c_contiguous and flags.aligned and x.size and shape and dtype in RANGE):

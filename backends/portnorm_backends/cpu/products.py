@@ -25,9 +25,10 @@ from portnorm_backends.cpu import threads
 from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
 from portnorm_backends.cpu.layout import NumPyArray
 from portnorm_backends.cpu.memory import aligned
-from portnorm_backends.cpu.vectors import REGISTER, Memory, Vector, ask, elementwise, fused, mask_of, opaque, splat, summed
+from portnorm_backends.cpu.registers import WIDTH
+from portnorm_backends.cpu.vectors import Memory, Vector, ask, elementwise, fused, mask_of, opaque, splat, summed
 
-_HEIGHTS = {64: (12, 8, 4), 32: (6, 4)}.get(REGISTER, (4,))
+_HEIGHTS = {64: (12, 8, 4), 32: (6, 4)}.get(WIDTH, (4,))
 """Rows of the tiles that fit into the registers of such a processor."""
 
 _VECTORS = 2
@@ -62,7 +63,7 @@ ROWS = 240
 
 
 def _columns(itemsize: int) -> int:
-    return _VECTORS * REGISTER // itemsize
+    return _VECTORS * WIDTH // itemsize
 
 
 def _tile(rows: int, panels: int) -> Any:
@@ -78,7 +79,7 @@ def _tile(rows: int, panels: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             arrays = [context.make_array(t)(context, builder, v) for t, v in zip(signature.args[:3], args[:3], strict=True)]
             size, (i, p, start, stop, origin, following, adds) = x.dtype.bitwidth // 8, args[3:]
-            value, index, lanes = context.get_value_type(x.dtype), ir.IntType(64), REGISTER // size
+            value, index, lanes = context.get_value_type(x.dtype), ir.IntType(64), WIDTH // size
             memory, many = Memory(builder, ir.VectorType(value, lanes), size), builder.mul
 
             def n(number: int) -> Any:
@@ -272,7 +273,7 @@ def _turn(typing: Any, w: Any, j: Any, k: Any, packed: Any, p: Any, column: Any)
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         size, (j, k), (p, column) = w.dtype.bitwidth // 8, args[1:3], args[4:]
         source, target = (context.make_array(t)(context, builder, v) for t, v in ((w, args[0]), (packed, args[3])))
-        lanes, index = REGISTER // size, ir.IntType(64)
+        lanes, index = WIDTH // size, ir.IntType(64)
         memory, many = Memory(builder, ir.VectorType(context.get_value_type(w.dtype), lanes), size), builder.mul
 
         def n(number: int) -> Any:

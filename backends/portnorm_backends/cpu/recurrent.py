@@ -342,7 +342,7 @@ def _vjp(
 
     def through(first: int, last: int) -> None:
         room = rooms(cell.gates, dh.shape[1], batch, dtype, _compiled("products").near(last - first, weights.shape[0], dtype))
-        parts = tuple(Shares(*numpy.zeros((2, s.weight.size)), *numpy.zeros((2, s.weight.size), dtype=dtype)) for s in slots)
+        parts = tuple(_shares(s.weight.size, dtype) for s in slots)
         shares.append(parts)
         for t in range(time, 0, -count):
             steps = (t, max(t - count, 0), first, last, packed, room, given, counts, back, dh)
@@ -353,9 +353,15 @@ def _vjp(
     dh += back
     found = {}
     for name, parts in zip(_LOOPS[type(cell)].slots, zip(*shares, strict=True), strict=True):
-        found[f"{name}.weight"], found[f"{name}.bias"] = (sum(getattr(s, d) for s in parts) for d in ("dweight", "dbias"))
+        found[f"{name}.weight"] = sum(s.dweight[0] + s.weight[0] for s in parts)
+        found[f"{name}.bias"] = sum(s.dbias[0] + s.bias[0] for s in parts)
     over = dhidden if apart else dx
     return (dx, over, h[:-1]), (dh, *dothers), {name: found[name].astype(params[name].dtype) for name in cell.shared()}
+
+
+def _shares(size: int, dtype: numpy.dtype[Any]) -> Shares:
+    (dweight, dbias), (weight, bias) = numpy.zeros((2, 2, size)), numpy.zeros((2, 3, size), dtype=dtype)
+    return Shares(dweight, dbias, weight, bias, numpy.zeros(1, dtype=numpy.int64))
 
 
 KERNEL = Kernel(

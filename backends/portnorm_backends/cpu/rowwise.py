@@ -6,8 +6,8 @@ in one pass over a row for its statistics and one for its result. m is the mean 
 first of all. Nothing cancels as long as m lies within √2 σ of the mean; where the first values say little about the row the pass is made
 again from m + d. What is left of d then comes from rounding, and the σ² of values of one binade is at least half of Σ (x − m)² / n.
 
-Sums are taken in lanes of the type of the values for a block, and of blocks in float64 (`vectors`). A row whose variance leaves the range
-in which squares keep their accuracy is reported.
+Sums are taken in lanes of the type of the values, a few terms at a time (`sums`). A row whose variance leaves the range in which squares
+keep their accuracy is reported.
 """
 
 from __future__ import annotations
@@ -21,16 +21,11 @@ import numba
 import numpy
 
 from portnorm_backends.cpu.compiling import bare, compiled, row_of
-from portnorm_backends.cpu.vectors import Vector, elementwise, fused, summed
-
-_BLOCK = 4096
-"""Values that are summed in lanes before their sum is added to the others."""
+from portnorm_backends.cpu.sums import GROUP, carried, carry
+from portnorm_backends.cpu.vectors import Vector, elementwise, fused, product, summed
 
 _FIRST = 64
 """Values that the first guess of a mean is taken of."""
-
-GROUP = 32
-"""Rows whose cotangents are summed before they are added to the other rows' in float64."""
 
 
 @summed(1)
@@ -41,18 +36,23 @@ def _beside(x: Vector, first: Vector) -> tuple[Vector]:
 @summed(2)
 def _moments(x: Vector, m: Vector) -> tuple[Vector, Vector]:
     z = x - m
-    return z, z * z
+    return z, product(z, z)
+
+
+@summed(1)
+def _squares(x: Vector) -> tuple[Vector]:
+    return (product(x, x),)
 
 
 @summed(2)
 def _cotangents(x: Vector, g: Vector, m: Vector, d: Vector, factor: Vector) -> tuple[Vector, Vector]:
-    return g, g * (((x - m) - d) * factor)
+    return g, product(g, ((x - m) - d) * factor)
 
 
 @summed(2)
 def _cotangents_with_gains(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, factor: Vector) -> tuple[Vector, Vector]:
     g = dy * gain
-    return g, g * (((x - m) - d) * factor)
+    return g, product(g, ((x - m) - d) * factor)
 
 
 @compiled()
@@ -65,35 +65,15 @@ def guess(row: Any) -> Any:
 @compiled()
 def sums(row: Any, m: Any) -> tuple[float, float]:
     """Σ (x − m) and Σ (x − m)²."""
-    first, second = 0.0, 0.0
-    for start in range(0, row.size, _BLOCK):
-        a, b = _moments(min(_BLOCK, row.size - start), (row[start:], m))
-        first += a
-        second += b
-    return first, second
+    found: tuple[float, float] = _moments(row.size, (row, m))
+    return found
 
 
 @compiled()
 def sums_of_cotangents(row: Any, g: Any, m: Any, d: Any, factor: Any) -> tuple[float, float]:
     """Σ g and Σ g · x̂."""
-    first, second = 0.0, 0.0
-    for start in range(0, row.size, _BLOCK):
-        a, b = _cotangents(min(_BLOCK, row.size - start), (row[start:], g[start:], m, d, factor))
-        first += a
-        second += b
-    return first, second
-
-
-@compiled()
-def sums_with_gains(row: Any, dy: Any, gains: Any, m: Any, d: Any, factor: Any) -> tuple[float, float]:
-    """Σ g and Σ g · x̂ of g = dy · gains."""
-    first, second = 0.0, 0.0
-    for start in range(0, row.size, _BLOCK):
-        given = (row[start:], dy[start:], gains[start:], m, d, factor)
-        a, b = _cotangents_with_gains(min(_BLOCK, row.size - start), given)
-        first += a
-        second += b
-    return first, second
+    found: tuple[float, float] = _cotangents(row.size, (row, g, m, d, factor))
+    return found
 
 
 @compiled()
@@ -101,7 +81,7 @@ def statistics(row: Any, center: bool) -> tuple[Any, Any, float]:
     """(m, d, σ²) of a row; m and d in the type of the row, 0 unless `center`."""
     n, zero = row.size, row.dtype.type(0)
     if not center:
-        return zero, zero, sums(row, zero)[1] / n
+        return zero, zero, _squares(n, (row,))[0] / n
     m = guess(row)
     a, b = sums(row, m)
     d, var = a / n, b / n - (a / n) ** 2
@@ -160,14 +140,6 @@ def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest:
     return fine
 
 
-@compiled()
-def _add(total: Any, part: Any) -> None:
-    """total += part, and part = 0."""
-    for i in range(total.size):
-        total[i] += part[i]
-        part[i] = 0
-
-
 Three = tuple[Vector, Vector, Vector]
 
 
@@ -197,8 +169,8 @@ def back(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, factor: Vect
 def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, dx: Any, dweight: Any, dbias: Any) -> None:
     """dx = rstd · (g − Σ g / n − x̂ · Σ g x̂ / n) with g = dy · weight; adds Σ dy · x̂ and Σ dy to the float64 `dweight` and `dbias`.
 
-    `part` (2, p, k), or (2, 0, 0), is zeroed room for sums over a few rows. `weight`, `dweight` and `dbias` are (p, k) as in `forward`, or
-    (0, 0).
+    `weight` is (p, k) as in `forward`, or (0, 0); `dweight` and `dbias` are (2, p, k), the sums and what rounding lost of them, or
+    (2, 0, 0). `part` (2, p, k), or (2, 0, 0), is zeroed room for sums over a few rows.
     """
     x, dy, weight, kept, part, dx = bare(x), bare(dy), bare(weight), bare(kept), bare(part), bare(dx)
     dweight, dbias = bare(dweight), bare(dbias)
@@ -206,14 +178,14 @@ def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, 
     if weight.size:
         wide = n // weight.shape[1]
     elif dbias.size:
-        wide = n // dbias.shape[1]
-    by_value, turns = part.size > 0, max(weight.shape[0], dbias.shape[0], 1)
+        wide = n // dbias.shape[2]
+    by_value, turns = part.size > 0, max(weight.shape[0], dbias.shape[1], 1)
     for r in range(x.shape[0]):
         row, given, out, p = row_of(x, r), row_of(dy, r), row_of(dx, r), r % turns
         m, d, factor = kept[r, 0], kept[r, 1], kept[r, 2]
-        first, second = 0.0, 0.0
+        first = second = lost_first = lost_second = 0.0
         if by_value and weight.size:
-            first, second = sums_with_gains(row, given, weight[p], m, d, factor)
+            first, second = _cotangents_with_gains(n, (row, given, weight[p], m, d, factor))
         elif by_value:
             first, second = sums_of_cotangents(row, given, m, d, factor)
         else:
@@ -221,12 +193,12 @@ def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, 
                 block, own = row[s * wide : (s + 1) * wide], given[s * wide : (s + 1) * wide]
                 shift, with_x = sums_of_cotangents(block, own, m, d, factor)
                 gain = float(weight[p, s]) if weight.size else 1.0
-                first += shift * gain
-                second += with_x * gain
+                first, lost_first = carried(first, lost_first, shift * gain)
+                second, lost_second = carried(second, lost_second, with_x * gain)
                 if dweight.size:
-                    dweight[p, s] += with_x
+                    dweight[0, p, s], dweight[1, p, s] = carried(dweight[0, p, s], dweight[1, p, s], with_x)
                 if dbias.size:
-                    dbias[p, s] += shift
+                    dbias[0, p, s], dbias[1, p, s] = carried(dbias[0, p, s], dbias[1, p, s], shift)
         a, b = x.dtype.type(first / n if center else 0.0), x.dtype.type(second / n)
         if not by_value:
             for s in range(n // wide):
@@ -241,9 +213,9 @@ def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, 
         if by_value and ((r + 1) % (GROUP * turns) == 0 or r == x.shape[0] - 1):
             for k in range(turns):
                 if dweight.size:
-                    _add(dweight[k], part[0, k])
+                    carry(dweight[0, k], dweight[1, k], part[0, k])
                 if dbias.size:
-                    _add(dbias[k], part[1, k])
+                    carry(dbias[0, k], dbias[1, k], part[1, k])
 
 
 @functools.cache
@@ -275,6 +247,6 @@ def backward(dtype: numpy.dtype[Any]) -> Callable[..., None]:
     """`_backward` for one type of values."""
     t = numba.from_dtype(dtype)
     apart, given = (numba.types.Array(t, 2, layout, readonly=True) for layout in "AC")
-    wide = numba.float64[:, ::1]
+    wide = numba.float64[:, :, ::1]
     signature = numba.void(apart, apart, given, given, numba.boolean, t[:, :, ::1], t[:, :], wide, wide)
     return compiled(signatures=signature)(_backward)

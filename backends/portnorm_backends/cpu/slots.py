@@ -16,6 +16,7 @@ from portnorm_backends.cpu.compiling import compiled, copy, fill
 from portnorm_backends.cpu.layout import GIVEN, NONE, OWN, ROWS, SHIFT
 from portnorm_backends.cpu.products import product
 from portnorm_backends.cpu.rowwise import statistics
+from portnorm_backends.cpu.sums import GROUP, carry
 from portnorm_backends.cpu.vectors import Vector, elementwise, fused, prefetch, summed
 
 One = tuple[Vector]
@@ -37,8 +38,9 @@ def _add_moments(z: Vector, m: Vector, first: Vector, second: Vector) -> Two:
 
 @compiled()
 def _over_batch(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
-    """m, d and 1 / σ of each feature into `room` (5, features), the latter two also into what is kept, of the rows that have a step t."""
+    """m, d and 1 / σ of each feature into `room` (9, features), the latter two also into what is kept, of the rows that have a step t."""
     m, d, rstd, first, second = room[0], room[1], room[2], room[3], room[4]
+    before, lost, squares_before, squares_lost = room[5], room[6], room[7], room[8]
     fine, n, count = True, m.size, 0
     if slot.mode == GIVEN:
         for j in range(n):
@@ -53,12 +55,18 @@ def _over_batch(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
         fill(m, 0)
     number = z.dtype.type(max(count, 1))
     for turn in range(2):  # from the first value to the mean, and again from there
-        fill(first, 0)
-        fill(second, 0)
+        rows = 0
+        for k in range(3, 9):
+            fill(room[k], 0)
         for b in range(z.shape[0]):
             if runs(lengths, b, t):
                 _add_moments(n, (z[b], m, first, second), (first, second))
+                rows += 1
+                if rows % GROUP == 0:
+                    carry(before, lost, first)
+                    carry(squares_before, squares_lost, second)
         for j in range(n):
+            first[j], second[j] = before[j] + first[j], squares_before[j] + second[j]
             d[j] = first[j] / number if slot.center else z.dtype.type(0)
             if turn == 0:
                 m[j] = m[j] + d[j] if slot.center else z.dtype.type(0)
@@ -147,10 +155,26 @@ def _feature_cotangent(dy: Vector, weight: Vector, xhat: Vector, a: Vector, b: V
 @compiled()
 def collected(slot: Any, shares: Any, t: int, b: int, dy: Any) -> None:
     """Add the shares of one row."""
+    weight, bias = shares.weight[0], shares.bias[0]
     if slot.mode == SHIFT:
-        add(dy.size, (dy, shares.bias), (shares.bias,))
+        add(dy.size, (dy, bias), (bias,))
     elif slot.mode != NONE:
-        _add_shares(dy.size, (dy, slot.xhat[t, b], shares.weight, shares.bias), (shares.weight, shares.bias))
+        _add_shares(dy.size, (dy, slot.xhat[t, b], weight, bias), (weight, bias))
+    shares.rows[0] += 1
+    if shares.rows[0] == GROUP:
+        _gathered(slot, shares)
+
+
+@compiled()
+def _gathered(slot: Any, shares: Any) -> None:
+    """Add the last rows to those of the step before them where its sum is wanted, else to all."""
+    shares.rows[0] = 0
+    if slot.mode == OWN:
+        carry(shares.weight[1], shares.weight[2], shares.weight[0])
+        carry(shares.bias[1], shares.bias[2], shares.bias[0])
+    elif slot.mode != NONE:
+        carry(shares.dweight[0], shares.dweight[1], shares.weight[0])
+        carry(shares.dbias[0], shares.dbias[1], shares.bias[0])
 
 
 @compiled()
@@ -158,13 +182,18 @@ def counted(slot: Any, shares: Any, t: int, lengths: Any, batch: int, room: Any)
     """The means of dy and dy · x̂ of each feature into `room`, once all rows have given their shares."""
     if slot.mode <= ROWS:
         return
+    if slot.mode == GIVEN:
+        fill(room[0], 0)
+        fill(room[1], 0)
+        return
     count = 0
     for b in range(batch):
         count += runs(lengths, b, t)
-    scale = room.dtype.type(1.0 / max(count, 1) if slot.mode == OWN else 0.0)
+    _gathered(slot, shares)
+    scale = room.dtype.type(1.0 / max(count, 1))
     for j in range(room.shape[1]):
-        room[0, j] = shares.bias[j] * scale if slot.center else room.dtype.type(0)
-        room[1, j] = shares.weight[j] * scale
+        room[0, j] = shares.bias[1, j] * scale if slot.center else room.dtype.type(0)
+        room[1, j] = shares.weight[1, j] * scale
 
 
 @compiled()
@@ -183,13 +212,13 @@ def denormalized(slot: Any, t: int, b: int, dy: Any, room: Any, dz: Any) -> None
 
 
 @compiled()
-def settled(shares: Any) -> None:
-    """Add what a step has given to what all steps have."""
-    for j in range(shares.weight.size):
-        shares.dweight[j] += shares.weight[j]
-        shares.dbias[j] += shares.bias[j]
-        shares.weight[j] = 0
-        shares.bias[j] = 0
+def settled(slot: Any, shares: Any) -> None:
+    """Add the sum of a step, which has been wanted, to what all steps have."""
+    if slot.mode == OWN:
+        carry(shares.dweight[0], shares.dweight[1], shares.weight[1])
+        carry(shares.dbias[0], shares.dbias[1], shares.bias[1])
+        fill(shares.weight[2], 0)
+        fill(shares.bias[2], 0)
 
 
 # -- what the loops of the cells share -------------------------------------------------------------------------------------------------
@@ -247,7 +276,7 @@ def sum_back(first: int, last: int, t: int, total: Any, shares: Any, lengths: An
             copy(row, dx[t, b])
             if dhidden.size:
                 copy(row, dhidden[t, b])
-    settled(shares)
+    settled(total, shares)
 
 
 @compiled()
@@ -279,5 +308,5 @@ def hidden_back(
                 if runs(lengths, b, t):
                     denormalized(hidden, t, b, over[b], room, row)
                     copy(row, over[b])
-        settled(shares)
+        settled(hidden, shares)
     product(over[first:last], packed, back[first:last], near)

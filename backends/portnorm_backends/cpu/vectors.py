@@ -10,8 +10,8 @@ the width, and a rest of up to 31.
 
     memory(n, (i, f, g, c), (y,))       # inputs are vectors (n,) or single numbers, outputs vectors; an output may be an input
 
-Every operation rounds, as it must where differences are to cancel; `fused` is for where they are not. Nothing is reassociated but the
-lanes of a sum.
+Every operation rounds, as it must where differences are to cancel; `fused` is for where they are not, `product` for a term of a sum.
+Nothing is reassociated but the lanes of a sum.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import llvmlite.binding
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_FEATURES = llvmlite.binding.get_host_cpu_features()
-
-REGISTER = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx") else 16
-"""Bytes of a vector register of this processor."""
+from portnorm_backends.cpu.registers import WIDTH, has_avx512
+from portnorm_backends.cpu.sums import TERMS
 
 _BESIDE = 4
 """Registers of each operand that a formula is computed for at once."""
@@ -94,7 +91,7 @@ class Vector:
     def times_power_of_two(self, k: Vector) -> Vector:
         """x · 2ᵏ of whole k for which 2ᵏ is a normal number."""
         single, lanes, builder = self.is_single, self.kind.count, self.builder
-        if _FEATURES.get("avx512f"):
+        if has_avx512():
             return self._each(lambda x, k: _call(builder, f"mask.scalef.{_suffix(self)}", self.kind, x, k, *_unmasked(self), _NEAREST), k)
         whole, (bias, digits) = ir.VectorType(ir.IntType(32 if single else 64), lanes), (127, 23) if single else (1023, 52)
 
@@ -121,8 +118,17 @@ class Vector:
 
 def fused(a: Any, b: Vector, c: Any) -> Vector:
     """a · b + c, rounded once where the processor has an instruction for it."""
-    builder, flags = b.builder, ("contract",)
-    return b._each(lambda y, x, z: builder.fadd(builder.fmul(x, y, flags=flags), z, flags=flags), a, c)
+    builder = b.builder
+    return b._each(lambda y, x, z: builder.fadd(builder.fmul(x, y, flags=_FUSED), z, flags=_FUSED), a, c)
+
+
+def product(a: Vector, b: Vector) -> Vector:
+    """a · b as a term of a sum, which may take it before it is rounded."""
+    return a._each(lambda x, y: a.builder.fmul(x, y, flags=_FUSED), b)
+
+
+_FUSED = ("contract",)
+"""A product and a sum with this become one instruction where the processor has one."""
 
 
 def reciprocal(x: Vector) -> Vector:
@@ -130,7 +136,7 @@ def reciprocal(x: Vector) -> Vector:
 
     For float32 and AVX-512, whose division takes 16 cycles: r (2 − x r) of an approximation r of 14 bits, within 1 ULP of a normal number.
     """
-    if not x.is_single or not _FEATURES.get("avx512f"):
+    if not x.is_single or not has_avx512():
         return 1.0 / x
     r = x._each(lambda value: _call(x.builder, "rcp14.ps.512", x.kind, value, *_unmasked(x)))
     return fused(r, fused(-x, r, 1.0), r)
@@ -212,7 +218,7 @@ class _Operands(NamedTuple):
     def of(cls, context: Any, builder: Any, kind: Any, given: Any, dtype: Any) -> _Operands:
         """From a numba tuple of vectors of type `dtype` and numbers."""
         value, size = context.get_value_type(dtype), dtype.bitwidth // 8
-        lanes, found = REGISTER // size, []
+        lanes, found = WIDTH // size, []
         for k, t in enumerate(kind):
             one = builder.extract_value(given, k)
             if isinstance(t, types.Array):
@@ -287,7 +293,7 @@ def elementwise(formula: Formula) -> Any:
 
 
 def summed(count: int) -> Callable[[Formula], Any]:
-    """Decorator: `loop(n, inputs)` gives as float64 the `count` sums of what the formula gives, in lanes of the type of the values."""
+    """Decorator: `loop(n, inputs)` gives as float64 the `count` sums of what the formula gives; see `sums`."""
     return lambda formula: _summed(formula, count)
 
 
@@ -297,30 +303,50 @@ def _summed(formula: Formula, count: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             dtype = _dtype(inputs)
             operands = _Operands.of(context, builder, inputs, args[1], dtype)
-            lanes, vector = REGISTER // (dtype.bitwidth // 8), operands.memory.vector
+            lanes, vector = WIDTH // (dtype.bitwidth // 8), operands.memory.vector
             zero, turns = ir.Constant(vector, None), max(1, 8 // count)
-            totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(turns)] for _ in range(count)]
+            parts = [[cgutils.alloca_once_value(builder, zero) for _ in range(turns)] for _ in range(count)]
+            totals = [(cgutils.alloca_once_value(builder, zero), cgutils.alloca_once_value(builder, zero)) for _ in range(count)]
 
             def body(i: Any, turn: int = 0, mask: Any = None) -> None:
-                for total, value in zip(totals, formula(*operands.at(i, 1, mask)), strict=True):
+                for part, value in zip(parts, formula(*operands.at(i, 1, mask)), strict=True):
                     term = value.value if mask is None else builder.select(mask, value.value, zero)
-                    builder.store(builder.fadd(builder.load(total[turn]), term), total[turn])
+                    builder.store(builder.fadd(builder.load(part[turn]), term, flags=_FUSED), part[turn])
 
             def turns_of(i: Any) -> None:
                 for turn in range(turns):
                     body(builder.add(i, ir.Constant(_INDEX, turn * lanes)), turn)
 
-            i = _loop(builder, ir.Constant(_INDEX, 0), args[0], turns * lanes, turns_of)
-            i = _loop(builder, i, args[0], lanes, body)
-            with builder.if_then(builder.icmp_signed("<", i, args[0])):
-                body(i, 0, mask_of(builder, builder.sub(args[0], i), lanes))
-            name = f"llvm.vector.reduce.fadd.v{lanes}f{dtype.bitwidth}"
-            add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector.element, [vector.element, vector]), name)
+            def carry() -> None:
+                """Add the parts to the totals, so that they begin anew."""
+                for part, (total, lost) in zip(parts, totals, strict=True):
+                    _carry(builder, total, lost, _in_pairs(builder, [builder.load(turn) for turn in part]))
+                    for turn in part:
+                        builder.store(zero, turn)
+
+            n, several = args[0], ir.Constant(_INDEX, TERMS * turns * lanes)
+            entry, some, again, end = (builder.block, *(builder.append_basic_block() for _ in range(3)))
+            builder.branch(some)
+            builder.position_at_end(some)
+            start = builder.phi(_INDEX)
+            there = builder.add(start, several)
+            stop = builder.select(builder.icmp_signed("<", there, n), there, n)
+            i = _loop(builder, start, stop, turns * lanes, turns_of)
+            i = _loop(builder, i, stop, lanes, body)
+            with builder.if_then(builder.icmp_signed("<", i, stop)):
+                body(i, 0, mask_of(builder, builder.sub(stop, i), lanes))
+            builder.cbranch(builder.icmp_signed("<", stop, n), again, end)
+            builder.position_at_end(again)
+            carry()
+            builder.branch(some)
+            start.add_incoming(ir.Constant(_INDEX, 0), entry)
+            start.add_incoming(stop, again)
+            builder.position_at_end(end)
+            kind = ir.FunctionType(vector.element, [vector.element, vector])
+            add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{lanes}f{dtype.bitwidth}")
             found = []
-            for total in totals:
-                whole = builder.load(total[0])
-                for other in total[1:]:
-                    whole = builder.fadd(whole, builder.load(other))
+            for part, (total, _) in zip(parts, totals, strict=True):
+                whole = builder.fadd(builder.load(total), _in_pairs(builder, [builder.load(turn) for turn in part]))
                 one = builder.call(add, [ir.Constant(vector.element, -0.0), whole], fastmath=("reassoc",))
                 found.append(context.cast(builder, one, dtype, types.float64))
             return context.make_tuple(builder, signature.return_type, found)
@@ -328,6 +354,23 @@ def _summed(formula: Formula, count: int) -> Any:
         return types.UniTuple(types.float64, count)(types.int64, inputs), generate
 
     return loop
+
+
+def _in_pairs(builder: Any, values: list[Any]) -> Any:
+    """Their sum."""
+    while len(values) > 1:
+        values = [builder.fadd(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _carry(builder: Any, total: Any, lost: Any, part: Any) -> None:
+    """`sums.carried` of vectors, at places in memory."""
+    before = builder.load(total)
+    term = builder.fsub(part, builder.load(lost))
+    more = builder.fadd(before, term)
+    rest = builder.fsub(builder.fsub(more, before), term)
+    builder.store(more, total)
+    builder.store(builder.select(builder.fcmp_ordered("==", rest, rest), rest, ir.Constant(rest.type, None)), lost)
 
 
 def opaque(builder: Any, value: Any) -> Any:

@@ -58,6 +58,16 @@ __device__ inline double row_scale(double largest, double eps) {
 // Statistics of a row as the backward pass reads them: x̂ = ((x · scale − mean) − rest) · rstd.
 template <class S> struct RowStatistics { S mean, rest, rstd, scale; };
 
+// A row without spread needs no scale, under which eps would vanish: it keeps 1 / sqrt(eps) for its gradient.
+template <class S> __device__ inline RowStatistics<S> found_statistics(S mean, S rest, S variance, S eps, S scale) {
+  if (variance == 0) {
+    mean /= scale;
+    rest /= scale;
+    scale = 1;
+  }
+  return {mean, rest, S(1) / root(variance + eps * scale * scale), scale};
+}
+
 template <class S> __device__ inline S normalized(S x, const RowStatistics<S>& s) { return ((x * s.scale - s.mean) - s.rest) * s.rstd; }
 
 struct Added { template <class S> __device__ S operator()(S a, S b) const { return a + b; } };
@@ -97,9 +107,17 @@ template <class S> __device__ inline S sum_over_row(S value) {
 // Whether a condition holds for any row that shares the branch with this thread's own.
 __device__ inline bool any_row(bool condition) { return blockDim.x > 32 ? condition : __any_sync(0xffffffffu, condition) != 0; }
 
+// One more term, with what rounding loses of the sum carried along (Kahan 1965): like terms all round in the same direction, so that a sum
+// of many would be off. What is not finite stays what it is.
+template <class S> __device__ inline void carry(S& total, S& lost, S value) {
+  const S term = value - lost, more = total + term, rest = (more - total) - term;
+  lost = rest == rest ? rest : S(0);
+  total = more;
+}
+
 // A long sum: parts of 32 values in the type of the values, and the sum of the parts in float64.
 template <class S> struct LongSum {
-  double total = 0.0;
+  double total = 0.0, lost = 0.0;
   S part = 0;
   int count = 0;
   __device__ void add(S value) {
@@ -107,7 +125,7 @@ template <class S> struct LongSum {
     if (++count == 32) flush();
   }
   __device__ void flush() {
-    total += (double)part;
+    carry(total, lost, (double)part);
     part = 0;
     count = 0;
   }

@@ -28,7 +28,7 @@ struct Step {
   void *y, *gates, *statistics, *cell_statistics;      // y, gates (T, B, G·H), rows (T, B, G, 4), (T, B, 4); batch (T, G·H, 4), (T, H, 4)
   const void *early, *gain, *shift, *cell_gain, *cell_shift;
   const Count *lengths;                                // (B,)
-  const void *mean, *variance, *cell_mean, *cell_variance;      // given statistics (T, features)
+  const void *mean, *variance, *cell_mean, *cell_variance;      // given statistics (T, features), in the type of statistics
   void *seen_mean, *seen_variance, *seen_cell_mean, *seen_cell_variance;
   const void *dy, *dh;                                 // (T, B, H), (B, H)
   void *direct, *dc, *du, *da, *dn, *dnc;              // (B, H) each; (T, B, G·H) each: of u, of a, of N's result; (T, B, H) of N_c's
@@ -149,10 +149,9 @@ __device__ inline void normalize_row(S (&value)[G][UNITS], int hidden, Count kin
   over_parts(sums, partition, Added());
 #pragma unroll
   for (int g = 0; g < G; g++) {
-    const S rstd = S(1) / root(sums[g] / count[g] + S(eps) * scale[g] * scale[g]);
+    found[g] = found_statistics(mean[g], rest[g], sums[g] / count[g], S(eps), scale[g]);
 #pragma unroll
-    for (int k = 0; k < UNITS; k++) value[g][k] *= rstd;
-    found[g] = {mean[g], rest[g], rstd, scale[g]};
+    for (int k = 0; k < UNITS; k++) value[g][k] *= found[g].rstd;
   }
 }
 
@@ -477,10 +476,10 @@ template <class S, int N, class Combine> __device__ inline void over_batch(S (&v
 template <int N, class S, class Value, class Active>
 __device__ inline void batch_statistics(
     const Step& s, Value value, Active active, S count, RowStatistics<S> (&found)[N], S (&variance)[N]) {
-  S sums[N], scale[N], first[N], mean[N], rest[N];
+  S sums[N], lost[N], scale[N], first[N], mean[N], rest[N];
 #pragma unroll
   for (int k = 0; k < N; k++) {
-    sums[k] = mean[k] = rest[k] = 0;
+    sums[k] = lost[k] = mean[k] = rest[k] = 0;
     first[k] = active(0) ? value(0, k) : S(0);
   }
   for (Count b = threadIdx.y; b < s.batch; b += LANES) {
@@ -499,39 +498,39 @@ __device__ inline void batch_statistics(
   for (Count b = threadIdx.y; b < s.batch; b += LANES) {
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      if (active(b)) sums[k] += value(b, k) * scale[k] - first[k];
+      if (active(b)) carry(sums[k], lost[k], value(b, k) * scale[k] - first[k]);
     }
   }
   over_batch(sums, Added());
 #pragma unroll
   for (int k = 0; k < N; k++) {
     mean[k] = first[k] + sums[k] / count;
-    sums[k] = 0;
+    sums[k] = lost[k] = 0;
   }
   for (Count b = threadIdx.y; b < s.batch; b += LANES) {
 #pragma unroll
     for (int k = 0; k < N; k++) {
-      if (active(b)) sums[k] += value(b, k) * scale[k] - mean[k];
+      if (active(b)) carry(sums[k], lost[k], value(b, k) * scale[k] - mean[k]);
     }
   }
   over_batch(sums, Added());
 #pragma unroll
   for (int k = 0; k < N; k++) {
     rest[k] = sums[k] / count;
-    sums[k] = 0;
+    sums[k] = lost[k] = 0;
   }
   for (Count b = threadIdx.y; b < s.batch; b += LANES) {
 #pragma unroll
     for (int k = 0; k < N; k++) {
       const S z = (value(b, k) * scale[k] - mean[k]) - rest[k];
-      if (active(b)) sums[k] += z * z;
+      if (active(b)) carry(sums[k], lost[k], z * z);
     }
   }
   over_batch(sums, Added());
 #pragma unroll
   for (int k = 0; k < N; k++) {
     variance[k] = sums[k] / count;
-    found[k] = {mean[k], rest[k], S(1) / root(variance[k] + S(s.eps) * scale[k] * scale[k]), scale[k]};
+    found[k] = found_statistics(mean[k], rest[k], variance[k], S(s.eps), scale[k]);
   }
 }
 
@@ -547,15 +546,15 @@ __device__ inline void statistics_of_step(
 #pragma unroll
       for (int k = 0; k < N; k++) {
         const S scale = found[k].scale, factor = s.unbiased && count > 1 ? count / (count - 1) : S(1);
-        out<T>(seen_mean)[t * N * hidden + k * hidden + j] = Narrowed<T>::of((found[k].mean + found[k].rest) / scale);
-        out<T>(seen_variance)[t * N * hidden + k * hidden + j] = Narrowed<T>::of(spread[k] / scale / scale * factor);
+        out<S>(seen_mean)[t * N * hidden + k * hidden + j] = (found[k].mean + found[k].rest) / scale;
+        out<S>(seen_variance)[t * N * hidden + k * hidden + j] = spread[k] / scale / scale * factor;
       }
     }
   } else if (inside) {
 #pragma unroll
     for (int k = 0; k < N; k++) {
       const Count i = t * N * hidden + k * hidden + j;
-      found[k] = {S(widened(in<T>(mean)[i])), S(0), S(1) / root(S(widened(in<T>(variance)[i])) + S(s.eps)), S(1)};
+      found[k] = {in<S>(mean)[i], S(0), S(1) / root(in<S>(variance)[i] + S(s.eps)), S(1)};
     }
   }
   if (inside && kept && threadIdx.y == 0) {
@@ -680,7 +679,7 @@ template <class T, int CELL> __global__ void __launch_bounds__(256) batch_backwa
     own[g] = {0, 0, 0, 1};
     if (s.place != NOWHERE) own[g] = in<RowStatistics<S>>(s.statistics)[t * wide + g * H + column];
   }
-  S both[2] = {0, 0};
+  S both[2] = {0, 0}, both_lost[2] = {0, 0};
   if (CELL == LSTM && s.state != AS_IT_IS) {
     cell_own = in<RowStatistics<S>>(s.cell_statistics)[t * H + column];
     for (Count b = threadIdx.y; b < B; b += LANES) {
@@ -688,8 +687,8 @@ template <class T, int CELL> __global__ void __launch_bounds__(256) batch_backwa
       const S hat = normalized(S(widened(c[s.c_step + b * H])), cell_own);
       const S tanh_c = tangent(affine(hat, cell_gain, in<T>(s.cell_shift), column)), o = widened(gates[b * wide + 3 * H]);
       const S d = dhidden(b) * o * (1 - tanh_c * tanh_c);
-      both[0] += d * hat;
-      both[1] += d;
+      carry(both[0], both_lost[0], d * hat);
+      carry(both[1], both_lost[1], d);
     }
     over_batch(both, Added());
     if (inside && threadIdx.y == 0) {
@@ -697,9 +696,9 @@ template <class T, int CELL> __global__ void __launch_bounds__(256) batch_backwa
       s.cell_sums[(t * 2 + 1) * H + j] = (double)both[1];
     }
   }
-  S with[G], all[G];
+  S with[G], all[G], with_lost[G], all_lost[G];
 #pragma unroll
-  for (int g = 0; g < G; g++) with[g] = all[g] = 0;
+  for (int g = 0; g < G; g++) with[g] = all[g] = with_lost[g] = all_lost[g] = 0;
   for (Count b = threadIdx.y; b < B; b += LANES) {
     const Count at = b * H;
     S d[G], hat[G];
@@ -753,8 +752,8 @@ template <class T, int CELL> __global__ void __launch_bounds__(256) batch_backwa
 #pragma unroll
     for (int g = 0; g < G; g++) {
       const T rounded = Narrowed<T>::of(d[g]);
-      with[g] += widened(rounded) * hat[g];
-      all[g] += widened(rounded);
+      carry(with[g], with_lost[g], widened(rounded) * hat[g]);
+      carry(all[g], all_lost[g], S(widened(rounded)));
       if (!inside) continue;
       dn[b * wide + g * H] = rounded;
       if (s.place != SUM) du[b * wide + g * H] = CELL == GRU && g == 2 ? Narrowed<T>::of(candidate) : rounded;

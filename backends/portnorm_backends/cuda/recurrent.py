@@ -81,8 +81,10 @@ def accepts(
         v.norm == "batch" and v.cell == "state"
     ):
         return False
-    arrays = (*xs, *state, *params.values())
+    arrays = (xs[0], *state, *params.values())
     if any(type(a) is not cupy.ndarray or a.dtype != xs[0].dtype for a in arrays) or xs[0].dtype.name not in TYPES:
+        return False
+    if any(type(a) is not cupy.ndarray for a in xs):
         return False
     return bool(xs[0].size) and bool(state[0].shape[-1] <= THREADS * max(UNITS))
 
@@ -103,7 +105,8 @@ def forward(
         shape = _Shape(u.shape[0], u.shape[1], state[0].shape[-1], cell.gates)
         steps, batch, hidden, _ = shape
         place, batchwise = _place(cell), _is_batchwise(cell)
-        given = dict(zip(cell.given(), map(cupy.ascontiguousarray, xs[1:]), strict=True))
+        of_statistics = statistics_dtype(TYPES[u.dtype.name])
+        given = {name: cupy.ascontiguousarray(a, dtype=of_statistics) for name, a in zip(cell.given(), xs[1:], strict=True)}
         whole = keep or (sequences and lengths is None)
         b: dict[str, Any] = {
             "u": u,
@@ -221,14 +224,16 @@ def _prepare_statistics(cell: RecurrentCell, shape: _Shape, given: dict[str, Arr
     """Room for statistics, or the given ones, of the slots of the gates and of the cell state."""
     steps, batch, hidden, gates = shape
     u, batchwise = b["u"], _is_batchwise(cell)
+    of_statistics = statistics_dtype(TYPES[u.dtype.name])
     for prefix, slot, width in (("", _place(cell), gates), ("cell_", "norm_c", 1)):
         if not _normalizes(cell, slot):
             continue
         if keep:
             rows = (steps, width * hidden) if batchwise else (steps, batch, width)
-            b[f"{prefix}statistics"] = cupy.empty((*rows, 4), dtype=statistics_dtype(TYPES[u.dtype.name]))
+            b[f"{prefix}statistics"] = cupy.empty((*rows, 4), dtype=of_statistics)
         if batchwise and cell.training:
-            b[f"seen_{prefix}mean"], b[f"seen_{prefix}variance"] = (_empty(u, steps, width * hidden) for _ in range(2))
+            room = (steps, width * hidden)
+            b[f"seen_{prefix}mean"], b[f"seen_{prefix}variance"] = (cupy.empty(room, dtype=of_statistics) for _ in range(2))
         elif batchwise:
             b[f"{prefix}mean"], b[f"{prefix}variance"] = given[f"{slot}.mean"], given[f"{slot}.var"]
 

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(512) rows_forward(
     }
   }
   const S variance = sum_over_row(squares) / n;
-  const S rstd = S(1) / root(variance + S(eps) * scale * scale);
+  const RowStatistics<S> found = found_statistics(mean, rest, variance, S(eps), scale);
   if (!inside) return;
   const Count start = layout.start(row);
 #pragma unroll
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(512) rows_forward(
     const int i = k * stride + (int)threadIdx.x * V;
     if (i >= n) continue;
 #pragma unroll
-    for (int v = 0; v < V; v++) value[k][v] *= rstd;
+    for (int v = 0; v < V; v++) value[k][v] *= found.rstd;
     if (wide == 1) {
       S own[V];
       if (weight) {
@@ -110,10 +110,10 @@ __global__ void __launch_bounds__(512) rows_forward(
     store<V>(y + row * length + i, value[k]);
   }
   if (threadIdx.x != 0) return;
-  static_cast<RowStatistics<S>*>(statistics)[row] = {mean, rest, rstd, scale};
+  static_cast<RowStatistics<S>*>(statistics)[row] = found;
   if (means) {
-    static_cast<S*>(means)[row] = (mean + rest) / scale;
-    static_cast<S*>(variances)[row] = variance / scale / scale;
+    static_cast<S*>(means)[row] = (found.mean + found.rest) / found.scale;
+    static_cast<S*>(variances)[row] = variance / found.scale / found.scale;
   }
 }
 
@@ -186,32 +186,43 @@ __global__ void __launch_bounds__(512) rows_backward(
     }
   }
   if constexpr (SUMS) {
-    // The rows of a block one after the other, where it has several; their values then fit into 32 · PER.
-    __shared__ S room[2 * 32 * PER];
-    for (int y = 0; y < (int)blockDim.y; y++) {
-      if ((int)threadIdx.y == y) {
+    // The rows of a block in pairs, where it has several: a power of two up to 128 / blockDim.x, so that half of them fit into 64 · PER.
+    __shared__ S room[2 * 64 * PER];
+    const int y = threadIdx.y;
+    for (int half = blockDim.y / 2; half > 0; half /= 2) {
+      S* const of_pair = room + (y % half) * 2 * n;
 #pragma unroll
-        for (int k = 0; k < PER / V; k++) {
-          const int i = k * stride + (int)threadIdx.x * V;
-          if (i >= n) continue;
+      for (int k = 0; k < PER / V; k++) {
+        const int i = k * stride + (int)threadIdx.x * V;
+        if (i >= n || y < half || y >= 2 * half) continue;
 #pragma unroll
-          for (int v = 0; v < V; v++) {
-            S a = dweight[k][v], b = dbias[k][v];
-            if (y > 0) {
-              a += room[i + v];
-              b += room[n + i + v];
-            }
-            if (y + 1 < (int)blockDim.y) {
-              room[i + v] = a;
-              room[n + i + v] = b;
-            } else {
-              parts[((Count)blockIdx.x * 2) * n + i + v] = (double)a;
-              parts[((Count)blockIdx.x * 2 + 1) * n + i + v] = (double)b;
-            }
-          }
+        for (int v = 0; v < V; v++) {
+          of_pair[i + v] = dweight[k][v];
+          of_pair[n + i + v] = dbias[k][v];
         }
       }
       __syncthreads();
+#pragma unroll
+      for (int k = 0; k < PER / V; k++) {
+        const int i = k * stride + (int)threadIdx.x * V;
+        if (i >= n || y >= half) continue;
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+          dweight[k][v] += of_pair[i + v];
+          dbias[k][v] += of_pair[n + i + v];
+        }
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int k = 0; k < PER / V; k++) {
+      const int i = k * stride + (int)threadIdx.x * V;
+      if (i >= n || y > 0) continue;
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        parts[((Count)blockIdx.x * 2) * n + i + v] = (double)dweight[k][v];
+        parts[((Count)blockIdx.x * 2 + 1) * n + i + v] = (double)dbias[k][v];
+      }
     }
   }
 }

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy
 
+from portnorm.cells.variants import NormName
+
 NumPyArray = numpy.ndarray[Any, Any]
 
 OUR_GATES = {"LSTM": "ifgo", "GRU": "rzn", "RNN": "h"}
@@ -87,7 +89,7 @@ class Row:
     format: str
     layer: str
     reads: Mapping[str, Read]
-    norm: str | None = None
+    norm: NormName | None = None
     """Recurrent layers: the name of the variant."""
     gates: str = ""
     places: tuple[tuple[str, ...], ...] = (("",),)

@@ -1,0 +1,44 @@
+"""Numbers and switches that users pass: of Python or of any array library, taken for what they mean, or refused by name.
+
+What comes out is of Python, so that a configuration can be written as JSON and no kernel sees a type that it does not know.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from portnorm.errors import UnsupportedError
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int, from any kind of integer; raises `UnsupportedError` for what is none, or is below `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise UnsupportedError(f"`{name}` is {value!r}; expected a whole number")
+    if least is not None and number < least:
+        raise UnsupportedError(f"`{name}` is {number}; expected at least {least}")
+    return number
+
+
+def real_number(name: str, value: Any, low: float, high: float, expected: str) -> float:
+    """`value` as a float, from any kind of number; raises `UnsupportedError` for what is none, or does not lie from `low` to `high`."""
+    try:
+        number = None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or not low <= number <= high:
+        raise UnsupportedError(f"`{name}` is {value if number is None else number!r}; expected {expected}")
+    return number
+
+
+def switch(name: str, value: Any) -> bool:
+    """`value` as a bool, from any kind of truth value; raises `UnsupportedError` for what is neither true nor false."""
+    if isinstance(value, bool):
+        return value
+    if type(value).__name__ not in ("bool", "bool_") and value not in (0, 1):
+        raise UnsupportedError(f"`{name}` is {value!r}; expected True or False")
+    return bool(value)
