@@ -18,6 +18,7 @@ class Entropy(NamedTuple):
     chosen: Array  # (…, classes), True at the label
     share: Array  # (…,) of each case in the mean; 0 where it does not count, NaN where its label is none
     logits: Array
+    weights: Array | None
 
 
 @op
@@ -27,8 +28,8 @@ def softmax_cross_entropy(
     """Mean cross-entropy in nats of integer `labels` (…,) under the softmax of `logits` (…, classes).
 
     loss = Σ w · (logΣₖ exp(zₖ) − z_label) / Σ w, with w = 1, or `weights` (…,), for example a mask of valid frames. A case with the label
-    `ignore_index` (as in torch; `None` for no such label) or with weight 0 does not count: whatever is there, its gradient is 0. Where no
-    case counts the loss is 0, and so is every gradient.
+    `ignore_index` (as in torch; `None` for no such label) or with weight 0 does not count: whatever is there, its gradient is 0, and so is
+    that of its weight. Where no case counts the loss is 0, and so is every gradient.
 
     A scalar in the dtype of `logits`, computed in at least float32. Labels may be integers of any width. Raises `ShapeError`, also for a
     label that counts and is not one of 0 … classes − 1, and `DTypeError`. Where values cannot be looked at (under `jax.jit` or
@@ -73,16 +74,30 @@ def softmax_cross_entropy(
     log_sum = xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
     chosen = xp.equal(xp.expand_dims(labels, axis=-1), xp.arange(classes, dtype=labels.dtype, device=device_of(logits)))
     losses = xp.squeeze(log_sum, axis=-1) - xp.sum(xp.where(chosen, shifted, 0.0), axis=-1)
-    return xp.astype(_total(losses * share), logits.dtype, copy=False), Entropy(shifted - log_sum, chosen, share, logits)
+    return xp.astype(_total(losses * share), logits.dtype, copy=False), Entropy(shifted - log_sum, chosen, share, logits, weights)
 
 
 @softmax_cross_entropy.backward
-def _(residuals: Entropy, dy: Array, *, ignore_index: int | None = -100) -> tuple[Array, None, None]:
-    """dlogits = dy · (softmax − one-hot) · w / Σ w"""
-    log_probabilities, chosen, share, logits = residuals
+def _(residuals: Entropy, dy: Array, *, ignore_index: int | None = -100) -> tuple[Array, None, Array | None]:
+    """dlogits = dy · (softmax − one-hot) · w / Σ w,  dw = dy · (loss of the case − loss) / Σ w"""
+    log_probabilities, chosen, share, logits, weights = residuals
     xp = namespace(log_probabilities=log_probabilities)
     d = (xp.exp(log_probabilities) - xp.astype(chosen, share.dtype)) * xp.expand_dims(share, axis=-1)
-    return xp.astype(d * _of(dy, d), logits.dtype, copy=False), None, None
+    losses = -xp.sum(xp.where(chosen, log_probabilities, 0.0), axis=-1)
+    return xp.astype(d * _of(dy, d), logits.dtype, copy=False), None, _of_weights(xp, losses, share, weights, dy)
+
+
+def _of_weights(xp: Namespace, losses: Array, share: Array, weights: Array | None, dy: Any) -> Array | None:
+    """dw = dy · (losses − loss) / Σ w where a case counts; `None` for weights that are no floating-point numbers."""
+    if weights is None or not xp.isdtype(weights.dtype, "real floating"):
+        return None
+    counts = _not_zero(xp, share)
+    loss = _total(xp.where(counts, losses * share, 0.0))
+    along = xp.reshape(xp.astype(weights, share.dtype), (*weights.shape, *(1 for _ in range(share.ndim - weights.ndim))))
+    whole = _total(xp.where(counts, xp.broadcast_to(along, share.shape), 0.0))
+    d = xp.where(counts, (losses - loss) / xp.where(_not_zero(xp, whole), whole, 1.0), 0.0)
+    d = total(d, tuple(range(weights.ndim, d.ndim)))
+    return xp.astype(d * _of(dy, d), weights.dtype, copy=False)
 
 
 def _checked_labels(xp: Namespace, labels: Array, ignore_index: int | None) -> tuple[Array, Array]:
@@ -120,13 +135,24 @@ def _size(xp: Namespace, a: Array) -> Any:
     return max(1, count) if isinstance(count, int) else xp.astype(xp.maximum(count, 1), a.dtype)
 
 
+class SquaredError(NamedTuple):
+    """Residuals of `mean_squared_error`, `error` and `share` in at least float32."""
+
+    error: Array  # like y; 0 where it does not count
+    share: Array | None  # like y, of each value in the mean; None where all count alike
+    y: Array
+    target: Array
+    weights: Array | None
+
+
 @op
-def mean_squared_error(y: Array, target: Array, weights: Array | None = None) -> tuple[Array, tuple[Array, Array | None, Array, Array]]:
+def mean_squared_error(y: Array, target: Array, weights: Array | None = None) -> tuple[Array, SquaredError]:
     """Mean of (y − target)² over all values; `target` has the shape of `y`.
 
     loss = Σ w · (y − target)² / Σ w, with w = 1, or `weights` in the shape of `y` or of its first axes: a mask (time, batch) of the valid
-    frames of `y` (time, batch, features). A value with weight 0 does not count: whatever is there, its gradient is 0. Where no value counts
-    the loss is 0, and so is every gradient. A scalar in the dtype of `y`, computed in at least float32. Raises `ShapeError`, `DTypeError`.
+    frames of `y` (time, batch, features). A value with weight 0 does not count: whatever is there, its gradient is 0, and so is that of its
+    weight. Where no value counts the loss is 0, and so is every gradient. A scalar in the dtype of `y`, computed in at least float32.
+    Raises `ShapeError`, `DTypeError`.
 
     >>> import numpy as np, portnorm as pn
     >>> float(pn.mean_squared_error(np.array([1.0, 2.0]), np.array([1.0, 5.0])))
@@ -150,15 +176,16 @@ def mean_squared_error(y: Array, target: Array, weights: Array | None = None) ->
         share = _share(xp, along, _total(xp.abs(along)))
         error = xp.where(_not_zero(xp, share), error, 0.0)
         losses = error * error * share
-    return xp.astype(_total(losses), y.dtype, copy=False), (error, share, y, target)
+    return xp.astype(_total(losses), y.dtype, copy=False), SquaredError(error, share, y, target, weights)
 
 
 @mean_squared_error.backward
-def _(residuals: tuple[Array, Array | None, Array, Array], dy: Array) -> tuple[Array, Array | None, None]:
-    """dy_i = 2 · (y − target) · w / Σ w"""
-    error, share, y, target = residuals
+def _(residuals: SquaredError, dy: Array) -> tuple[Array, Array | None, Array | None]:
+    """dy_i = 2 · (y − target) · w / Σ w,  dw = dy · ((y − target)² − loss) / Σ w"""
+    error, share, y, target, weights = residuals
     xp = namespace(error=error)
     d = 2.0 * error * _of(dy, error)
     d = d / _size(xp, error) if share is None else d * share
     dtarget = xp.astype(-d, target.dtype, copy=False) if xp.isdtype(target.dtype, "real floating") else None
-    return xp.astype(d, y.dtype, copy=False), dtarget, None
+    dweights = None if share is None else _of_weights(xp, error * error, share, weights, dy)
+    return xp.astype(d, y.dtype, copy=False), dtarget, dweights

@@ -26,8 +26,8 @@ class OpCase:
     op: Op[..., Any]
     arguments: Callable[[np.random.Generator], Arrays]
     keywords: dict[str, Any] = field(default_factory=dict)
-    constants: tuple[int, ...] = ()
-    """Which arguments have no cotangent though they are numbers."""
+    at_zero: tuple[int, ...] = ()
+    """Weights of which some are 0: what these weigh does not count, and they have no gradient, whatever differences say."""
 
 
 def _norm(shape: tuple[int, ...], *parameters: tuple[int, ...], extra: Arrays = (), mean: float = 30.0) -> Callable[..., Arrays]:
@@ -86,27 +86,30 @@ OPS = [
         "mean_squared_error, weighed",
         pn.mean_squared_error,
         lambda rng: (*rng.standard_normal((2, 3, 4)), rng.uniform(0.5, 2.0, (3, 4))),
-        constants=(2,),
     ),
     OpCase(
         "mean_squared_error of the frames of a mask",
         pn.mean_squared_error,
         lambda rng: (*rng.standard_normal((2, 2, 3, 4)), MASK * 1.0),
-        constants=(2,),
+        at_zero=(2,),
     ),
-    OpCase("mean_squared_error of nothing", pn.mean_squared_error, lambda rng: (*np.ones((2, 3)), np.zeros(3)), constants=(2,)),
+    OpCase(
+        "mean_squared_error of weighed frames",
+        pn.mean_squared_error,
+        lambda rng: (*rng.standard_normal((2, 2, 3, 4)), rng.uniform(0.5, 2.0, (2, 3))),
+    ),
+    OpCase("mean_squared_error of nothing", pn.mean_squared_error, lambda rng: (*np.ones((2, 3)), np.zeros(3)), at_zero=(2,)),
     OpCase("softmax_cross_entropy", pn.softmax_cross_entropy, lambda rng: (rng.standard_normal((6, 4)), np.array([0, 1, 2, 3, 0, 1]))),
     OpCase(
         "softmax_cross_entropy, weighed",
         pn.softmax_cross_entropy,
-        lambda rng: (rng.standard_normal((2, 3, 4)), np.array([[0, 1, 2], [3, 0, 1]]), MASK * 1.0),
-        constants=(2,),
+        lambda rng: (rng.standard_normal((2, 3, 4)), np.array([[0, 1, 2], [3, 0, 1]]), rng.uniform(0.5, 2.0, (2, 3))),
     ),
     OpCase(
         "softmax_cross_entropy, weighed, with labels to ignore",
         pn.softmax_cross_entropy,
         lambda rng: (rng.standard_normal((6, 4)), np.array([0, -100, 2, 3, -100, 1]), np.array([0.5, 2.0, 0.0, 1.0, 0.0, 0.25])),
-        constants=(2,),
+        at_zero=(2,),
     ),
     OpCase(
         "softmax_cross_entropy with a class to ignore",
@@ -118,7 +121,7 @@ OPS = [
         "softmax_cross_entropy of nothing",
         pn.softmax_cross_entropy,
         lambda rng: (rng.standard_normal((3, 4)), np.array([1, -100, 9]), np.array([0.0, 1.0, 0.0])),
-        constants=(2,),
+        at_zero=(2,),
     ),
 ]
 
