@@ -18,10 +18,13 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-# The heavy peers: torch, JAX, Keras, flax and Dask on the CPU.
+# The heavy peers: torch, JAX and Dask on the CPU, and the libraries whose weights are imported. speechbrain's recurrent layers need
+# nothing of what the package asks for.
 $(VENV)/.peers: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check dask distributed jax flax keras onnxscript
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check dm-haiku equinox "mlx[cpu]" orbax-checkpoint paddlepaddle thinc
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps speechbrain
 	@touch $@
 
 # Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.

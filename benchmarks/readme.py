@@ -51,7 +51,9 @@ def variants(tables: dict[str, dict[str | None, pn.Variant]] = pn.VARIANTS) -> s
         what += {"biased": "", "running": ", running ones / (n − 1)", "unbiased": ", / (n − 1)"}[v.variance]
         what += ", γ and β per step" * (v.affine == "step")
         form = [f"reset {v.reset}" if v.reset else "no reset"] if cell == "GRU" else []
-        form += [v.activation] * (v.activation != "tanh") + ["peepholes"] * v.peepholes
+        form += ["z replaces"] * (v.update == "replace") + ["h ⊙ u"] * (v.recurrence == "diagonal")
+        form += [f for f, usual in zip(v.activations(), ("sigmoid", "tanh", v.activation), strict=True) if f != usual]
+        form += ["peepholes"] * v.peepholes
         shown = f"`{name!r}`".replace("'", '"')
         rows.append((f"`{cell}`", shown, what, where, state, inner, outer, gain, eps, ", ".join(form) or "–", v.source))
     header = ("layer", "`norm=`", "statistics", "gates", "cell state", "bias before", "bias after", "gain", "eps", "form", "source")

@@ -58,7 +58,20 @@ def _relu(x: Array) -> Array:
     return xp.maximum(x, xp.asarray(0.0, dtype=x.dtype, device=device_of(x)))
 
 
+def _hard_sigmoid(slope: float) -> Activation:
+    """clip(slope · x + ½, 0, 1)"""
+
+    def vjp(y: Array, dy: Array) -> Array:
+        xp = xp_of(y)
+        return xp.where(xp.logical_and(y > 0, y < 1), slope * dy, 0.0)
+
+    return Activation(lambda x: xp_of(x).clip(slope * x + 0.5, 0.0, 1.0), vjp)
+
+
 ACTIVATIONS = {
+    "sigmoid": Activation(sigmoid, lambda y, dy: dy * y * (1.0 - y)),
+    "hard_sigmoid_5": _hard_sigmoid(1 / 5),
+    "hard_sigmoid_6": _hard_sigmoid(1 / 6),
     "tanh": Activation(lambda x: xp_of(x).tanh(x), lambda y, dy: dy * (1.0 - y * y)),
     "relu": Activation(_relu, lambda y, dy: xp_of(y).where(y > 0, dy, 0.0)),
 }

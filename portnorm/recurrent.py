@@ -95,6 +95,8 @@ class Direction:
     t_max: int
     reverse: bool = False
     sequences: bool = True
+    backwards: bool = False
+    """In reverse: whether `y` stays in the order of the computation, the last step of `x` first."""
 
     def forward(
         self,
@@ -132,7 +134,7 @@ class Direction:
             terms, loop = self._input_params(cell, params, {}, None), self._loop_params(cell, params)
             state, outputs = linear_scan(x, terms, state, loop, cell=cell, lengths=lengths, sequences=self.sequences)
             y = outputs[0] if self.sequences else state[0]
-        if self.reverse and self.sequences:
+        if self.reverse and self.sequences and not self.backwards:
             y = reverse_sequences(y, lengths)
         return y, state, buffers, residuals
 
@@ -186,7 +188,7 @@ class Direction:
         cell = self.cells[training]
         if not self.sequences and dy is not None:
             dy, dstate = None, (dstate[0] + dy, *dstate[1:])
-        if self.reverse and dy is not None:
+        if self.reverse and dy is not None and not self.backwards:
             dy = reverse_sequences(dy, lengths)
         (du, *hidden), dstate, shares = scan.vjp(scanned, (dstate, dy), cell=cell)
         dxw, outside = self._input_term_vjp(cell, residuals, du)
@@ -199,7 +201,11 @@ class Direction:
         if "weight_hr" in params:
             *hidden, d, unprojected = hidden
             outside["weight_hr"] = weight_cotangent(d, unprojected)
-        blocks = [weight_cotangent(d, h) for d, h in zip(hidden[::2], hidden[1::2], strict=True)]
+        pairs = zip(hidden[::2], hidden[1::2], strict=True)
+        if cell.variant.recurrence == "diagonal":
+            blocks = [xp_of(x).sum(d * h, axis=(0, 1))[:, None] for d, h in pairs]
+        else:
+            blocks = [weight_cotangent(d, h) for d, h in pairs]
         grads = {"weight_ih": weight_cotangent(dxw, x), **shares, **outside}
         grads["weight_hh"] = blocks[0] if len(blocks) == 1 else xp_of(x).concat(blocks, axis=0)
         grads.update(self._bias_cotangents(cell, params, grads, dxw, hidden[::2]))

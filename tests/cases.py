@@ -178,6 +178,15 @@ def _combinations() -> Iterator[tuple[str, pn.Variant]]:
         {"norm": "layer", "terms": "sum", "cell": "state", "peepholes": True, "clip": 0.3},
         {"norm": "layer", "cell": "copy", "peepholes": True, "clip": 0.3},
         {"activation": "relu"},
+        *({"recurrence": "diagonal", **row} for row in ({}, {"activation": "relu"}, {"norm": "layer"}, {"norm": "batch", "terms": "sum"})),
+        *({"update": "replace", **row} for row in ({}, {"norm": "layer", "groups": "candidate"}, {"norm": "batch", "terms": "sum"})),
+        {"gate_activation": "hard_sigmoid_5"},
+        {"gate_activation": "hard_sigmoid_6", "activation": "relu", "output_activation": "tanh"},
+        {"gate_activation": "hard_sigmoid_6", "activation": "relu"},
+        {"gate_activation": "relu", "activation": "sigmoid"},
+        {"activation": "hard_sigmoid_5", "output_activation": "hard_sigmoid_6", "peepholes": True, "clip": 0.3},
+        {"norm": "layer", "cell": "copy", "gate_activation": "hard_sigmoid_5", "output_activation": "relu"},
+        {"norm": "batch", "terms": "sum", "gate_activation": "hard_sigmoid_6", "activation": "relu"},
         {"activation": "relu", "norm": "batch", "terms": "input", "statistics": "sequence", "variance": "running"},
     ]
     for cell, reset in itertools.product(LAYERS, ("after", "before", "sum", None)):

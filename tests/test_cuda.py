@@ -471,7 +471,8 @@ def test_scan_is_taken_by_its_kernel(cupy: Any, rng: np.random.Generator) -> Non
     for norm, taken in rows:
         parted = norm == "batch" and not taken
         layer = pn.LSTM(3, 4, norm=norm, xp=CUPY.xp, rng=0, reduce=(lambda a: a) if parted else None)
-        state, time = layer._placed(layer.buffers, layer._new(rng.standard_normal((5, 2, 3))), None)
+        first = layer._new(rng.standard_normal((5, 2, 3)))
+        state, time = layer._starts(layer.params, first), layer._placed(layer.buffers, first, None).time
         direction = layer._places()[0][2]
         params, buffers = ({n.replace("_l0", ""): a for n, a in group.items()} for group in (layer.params, layer.buffers))
         x = layer._new(rng.standard_normal((5, 2, 3)))

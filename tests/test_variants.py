@@ -66,6 +66,12 @@ def bn_two(eps: float = 1e-5, gain: bool = True, shift: bool = True) -> Any:
     return gates
 
 
+def iassael_gates(p: Arrays, xw: Any, hu: Any, t: int, training: bool) -> Any:
+    """The bias is that of nn.Linear of the input, below its normalizer."""
+    terms = (("norm_ih", xw + p["bias"]), ("norm_hh", hu))
+    return sum(bn(a, *given(p, slot, t, training)) * p[f"{slot}.weight"] + p[f"{slot}.bias"] for slot, a in terms)
+
+
 def kiros_torch_cell(p: Arrays, c: Any, t: int, training: bool) -> Any:
     """LSTM_LN.lua: ε is added to the standard deviation."""
     d = c - c.mean(-1, keepdims=True)
@@ -89,19 +95,23 @@ def gru(step: Callable[..., Any]) -> Any:
 
 
 def dreamer(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
-    """update·cand + (1 − update)·h with update = σ(v − 1): here z = 1 − update, which is the normalizer's z with the other sign, plus 1."""
-    a = ln(x @ p["weight_ih"].T + h @ p["weight_hh"].T + p["bias"], p["norm_sum.weight"], p["norm_sum.bias"], 1e-3)
-    reset, minus_update, cand = np.split(a, 3, -1)
-    update = sigmoid(-minus_update)
+    """update·cand + (1 − update)·h with update = σ(v − 1): here z = 1 − update, of which γ and β have the other sign, and β is 1 more."""
+    size = h.shape[-1]
+    sign, more = np.ones(3 * size), np.zeros(3 * size)
+    sign[size : 2 * size], more[size : 2 * size] = -1.0, 1.0
+    gain, shift = sign * p["norm_sum.weight"], sign * (p["norm_sum.bias"] - more)  # as Dreamer stores them
+    a = ln(x @ p["weight_ih"].T + h @ p["weight_hh"].T + p["bias"], gain, shift, 1e-3)
+    reset, update, cand = np.split(a, 3, -1)
+    update = sigmoid(update - 1)
     return update * np.tanh(sigmoid(reset) * cand) + (1 - update) * h
 
 
 def elektrisches_schaf(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
     size = h.shape[-1]
     i2h, h2h = x @ p["weight_ih"].T + p["bias_ih"], h @ p["weight_hh"].T + p["bias_hh"]
-    r, keep = np.split(sigmoid(ln(i2h[:, : 2 * size]) + ln(h2h[:, : 2 * size])), 2, -1)
+    r, z = np.split(sigmoid(ln(i2h[:, : 2 * size]) + ln(h2h[:, : 2 * size])), 2, -1)
     candidate = np.tanh(ln(i2h[:, 2 * size :]) + r * ln(h2h[:, 2 * size :]))
-    return keep * h + (1 - keep) * candidate
+    return (1 - z) * h + z * candidate
 
 
 def li_gru(p: Arrays, whole: Any, x: Any, h: Any, t: int, training: bool) -> Any:
@@ -196,7 +206,7 @@ ORACLES: dict[tuple[str, str], Any] = {
     ),
     ("LSTM", "batch"): lstm(bn_two(shift=False), bn_c()),
     ("LSTM", "olavhn"): lstm(bn_two(1e-3), bn_c(1e-3)),
-    ("LSTM", "iassael"): lstm(bn_two(), bn_c()),
+    ("LSTM", "iassael"): lstm(iassael_gates, bn_c()),
     ("LSTM", "hellozgy"): lstm(bn_two(gain=False, shift=False), bn_c()),
     ("LSTM", "mrubio-chavarria"): lstm(bn_two(), bn_c()),
     ("GRU", "layer"): gru(paper_gru),
@@ -237,6 +247,32 @@ def test_values_and_gradients_are_those_of_the_published_cell(cell: str, name: s
             )
         difference = (ends[0] - ends[1]) / (2 * step)
         np.testing.assert_allclose(np.sum(gradient * direction), difference, rtol=DIFFERENCES, atol=DIFFERENCES * max(1, abs(difference)))
+
+
+LESS_ONE = {"jihunchoi", "iassael", "hellozgy", "mrubio-chavarria", "li-gru"}
+"""Rows whose source keeps its running variances by torch's batch normalization, which divides them by n − 1."""
+BATCH_ROWS = [
+    (cell, name, slot)
+    for cell in LAYERS
+    for name, row in {**pn.VARIANTS[cell], **pn.IMPLEMENTATIONS[cell]}.items()
+    if row.norm == "batch"
+    for slot in row.gate_slots()
+]
+
+
+@pytest.mark.parametrize(("cell", "name", "slot"), BATCH_ROWS)
+def test_running_statistics_are_those_of_the_source(cell: str, name: str, slot: str, rng: np.random.Generator) -> None:
+    """What the first step leaves behind, whose inputs are known without running the cell: (1 − m)·before + m·(mean, variance)."""
+    layer = random_recurrent(cell, name, rng, momentum=0.25)
+    x, state = rng.standard_normal((1, 5, 4)), random_state(layer, 5, rng, time=0)
+    xw, hu = x[0] @ layer.params["weight_ih_l0"].T, state[0][0] @ layer.params["weight_hh_l0"].T
+    early = layer.params["bias_l0"] if "bias" in layer.variant.early else 0.0
+    a = {"norm_ih": xw + early, "norm_hh": hu, "norm_sum": xw + hu}[slot]
+    before = {s: layer.buffers[f"{slot}_l0.running_{s}"] for s in ("mean", "var")}
+    layer(x, state, training=True)
+    for s, seen in (("mean", a.mean(0)), ("var", a.var(0, ddof=name in LESS_ONE))):
+        row = (0,) if before[s].ndim == 2 else ()
+        np.testing.assert_allclose(layer.buffers[f"{slot}_l0.running_{s}"][row], 0.75 * before[s][row] + 0.25 * seen, rtol=1e-12)
 
 
 def test_every_row_is_tested() -> None:

@@ -29,8 +29,8 @@ def replace_modules(
 
     `table` has for each class the format of its weights (`portnorm.FORMATS`: `"torch-fastrnns"`, `"haste"`, `"icefall"`, `"torch"`, …), or
     a function from the module to a layer of portnorm that has its weights. `config` is what weights do not say, in the words of
-    `portnorm.import_checkpoint` (`batch_first=True`, `eps=1e-3`), for all formats in the table; torch's own recurrent modules say it
-    themselves. A module is swapped with all that is inside it; one that is used at several places stays one.
+    `portnorm.import_checkpoint` (`batch_first=True`, `eps=1e-3`), for all formats in the table; torch's own modules, and those inside
+    others, say it themselves. A module is swapped with all that is inside it; one that is used at several places stays one.
 
     A replacement is called as its module was: it takes and gives states in that module's form (nested tuples of (batch, hidden) for each
     layer and direction as in fastrnns, one array as in torch.nn.GRU) as well as in portnorm's, and only `y` where that gave no state. It
@@ -83,15 +83,9 @@ def _places(
 def _replacement(path: str, module: torch.nn.Module, row: Replacement | None, config: dict[str, Any]) -> _Replaced:
     own = dict(module.named_parameters())
     if isinstance(row, str):
-        known: dict[str, Any] = {}
-        if isinstance(module, torch.nn.RNNBase):
-            known = {"batch_first": module.batch_first}
-            if getattr(module, "nonlinearity", "tanh") != "tanh":
-                known["activation"] = module.nonlinearity
-            if module.dropout:
-                raise UnsupportedError(f"{path!r} has dropout={module.dropout} between its layers, which portnorm's have not")
-        arrays = {n: a.detach().float() if a.dtype == torch.bfloat16 else a.detach() for n, a in module.state_dict().items()}
-        layer = import_checkpoint(arrays, row, **{**known, **config})
+        if isinstance(module, torch.nn.RNNBase) and module.dropout:
+            raise UnsupportedError(f"{path!r} has dropout={module.dropout} between its layers, which portnorm's have not")
+        layer = import_checkpoint(module, row, **config)
     else:
         assert row is not None
         layer = row(module)

@@ -21,7 +21,7 @@ from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.metadata import described, rounded
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report
-from portnorm_onnx.signature import named_state, state_inputs, zero_states
+from portnorm_onnx.signature import first_states, named_state, state_inputs
 from portnorm_onnx.storage import Draft, as_function, is_large
 from portnorm_onnx.symbolic import constant, graph_input
 from portnorm_onnx.targets import Target, TargetName, check_dtype, check_types, checker, target_of
@@ -82,7 +82,7 @@ def export(
     row = target_of(target)
     version = checked_opset(opset, row)
     checked_path(path)
-    if streaming and (not model.recurrent or any(part.num_directions == 2 for part in recurrent_parts(model))):
+    if streaming and (not model.recurrent or any(part.goes_back for part in recurrent_parts(model))):
         raise UnsupportedError("`streaming` needs a recurrent model that goes forward only; a reverse direction starts at the end")
     kind = _dtype_of(model, dtype, row)
     model = rounded(model.to(xp="numpy", dtype="float32" if kind == "bfloat16" else kind), kind)
@@ -158,7 +158,7 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     kept = dtype if dtype.itemsize >= 4 else numpy.dtype("float32")  # of running statistics
     groups = ((model.params, dtype), (model.buffers, kept))
     params, buffers = ({n: constant(_cast(to_numpy(a), t), n) for n, a in group.items()} for group, t in groups)
-    before: Any = zero_states(model, x, dtype)
+    before: Any = first_states(model)
     if stateful:
         states, before = state_inputs(model, rows, dtype)
         inputs += states

@@ -25,16 +25,24 @@ class Operator:
 
     name: str
     gates: tuple[int, ...]
-    functions: tuple[str, ...] = ()
-    """Its functions before the candidate's."""
+    functions: slice
+    """Which it has of a variant's functions: of the gates, of the candidate, of the cell state."""
 
 
 OPERATORS: dict[type, Operator] = {
-    LSTMCell: Operator("LSTM", (0, 3, 1, 2)),
-    GRUCell: Operator("GRU", (1, 0, 2), ("Sigmoid",)),
-    RNNCell: Operator("RNN", (0,)),
+    LSTMCell: Operator("LSTM", (0, 3, 1, 2), slice(0, 3)),
+    GRUCell: Operator("GRU", (1, 0, 2), slice(0, 2)),
+    RNNCell: Operator("RNN", (0,), slice(1, 2)),
 }
-_FUNCTIONS = {"tanh": "Tanh", "relu": "Relu"}
+_FUNCTIONS: dict[str, tuple[str, dict[str, float]]] = {
+    "sigmoid": ("Sigmoid", {}),
+    "tanh": ("Tanh", {}),
+    "relu": ("Relu", {}),
+    "hard_sigmoid_5": ("HardSigmoid", {"alpha": 1 / 5, "beta": 0.5}),
+    "hard_sigmoid_6": ("HardSigmoid", {"alpha": 1 / 6, "beta": 0.5}),
+}
+"""Names in ONNX, and numbers."""
+_USUAL = ("sigmoid", "tanh", "tanh")
 _DTYPES = ("float16", "float32")
 """onnxruntime loads these operators in float64, and fails when they run."""
 
@@ -42,7 +50,9 @@ _DTYPES = ("float16", "float32")
 def _is_plain(cell: RecurrentCell, params: Any) -> bool:
     """Whether the step is the operator's, but for normalizers that may fold away."""
     v = cell.variant
-    special = v.zoneout or v.clip is not None or "weight_hr" in params or v.affine != "shared"
+    special = (
+        v.zoneout or v.clip is not None or "weight_hr" in params or v.affine != "shared" or v.update != "keep" or v.recurrence != "matrix"
+    )
     resets: tuple[str | None, ...] = ("after", "before") if type(cell) is GRUCell else (v.reset,)
     slots = {name for name, slot in cell.slots.items() if slot.normalizes}
     return not special and type(cell) in OPERATORS and v.reset in resets and slots <= ({"norm_hh"} if v.norm == "batch" else set())
@@ -57,9 +67,17 @@ def accepts(xs: Any, state: Any, params: Any, *, cell: Any, lengths: Any = None,
         return False
     if cell.variant.peepholes and not u.opset.target.peepholes:
         return False
+    if not u.opset.target.functions and not _has_usual_functions(cell):
+        return False
     if lengths is not None and not u.opset.target.fused_lengths and u.opset.final_state and len(cell.states) > 1:
         return False
     return _hidden(xs, params, cell) is not None
+
+
+def _has_usual_functions(cell: RecurrentCell) -> bool:
+    """Whether the functions are the operator's own, or ReLU in the place of its only tanh."""
+    functions = cell.variant.activations()
+    return functions == _USUAL or (type(cell) is not LSTMCell and functions[:2] == ("sigmoid", "relu"))
 
 
 def _hidden(xs: Any, params: Any, cell: RecurrentCell) -> tuple[NumPyArray, NumPyArray] | None:
@@ -118,8 +136,10 @@ def fused(
     attributes: dict[str, Any] = {"hidden_size": hidden}
     if operator.name == "GRU":
         attributes["linear_before_reset"] = int(cell.variant.reset == "after")
-    if cell.variant.activation != "tanh":
-        attributes["activations"] = [*operator.functions, _FUNCTIONS[cell.variant.activation]]
+    if cell.variant.activations() != _USUAL:
+        named, numbers = zip(*(_FUNCTIONS[f] for f in cell.variant.activations()[operator.functions]), strict=True)
+        attributes["activations"] = list(named)
+        attributes |= {f"activation_{k}": [n[k] for n in numbers if n] for k in ("alpha", "beta") if any(numbers)}
     if cell.variant.peepholes:
         i, f, o = params["peephole"].constant
         inputs.append(constant(numpy.concatenate([i, o, f])[None].astype(dtype)))

@@ -55,8 +55,8 @@ def state_inputs(model: Layer, opset: Opset, dtype: Any) -> tuple[list[SymbolicA
     return inputs, mapped(lambda _: next(flat), model.initial_state(1))
 
 
-def zero_states(model: Layer, x: SymbolicArray, dtype: Any) -> Any:
-    """Zeros as the directions take them. The number of steps before is a named constant, so that a check can set it."""
+def first_states(model: Layer) -> Any:
+    """The states that layers start from by themselves. The number of steps before is a named constant, so that a check can set it."""
     prefixes = iter([prefix for prefix, _ in recurrent_places(model)])
 
     def of(layer: Layer) -> Any:
@@ -64,9 +64,7 @@ def zero_states(model: Layer, x: SymbolicArray, dtype: Any) -> Any:
             return tuple(of(part) for part in layer.parts if part.recurrent)
         if not isinstance(layer, Recurrent):
             return None
-        xp, batch = x.__array_namespace__(), x.shape[0 if layer.batch_first else 1]
-        zeros = tuple(xp.zeros((batch, size), dtype=dtype) for size in layer.state_sizes())
         time = constant(0, f"{next(prefixes)}{TIME}_0")
-        return PlacedState([zeros] * (layer.num_layers * layer.num_directions), time if layer.timed else None)
+        return PlacedState(None, time if layer.timed else None)
 
     return of(model)

@@ -32,6 +32,8 @@ class Target:
     """These operators may leave out a first state of zeros."""
     captures: bool = False
     """The body of a loop may read what is computed outside of it."""
+    functions: bool = False
+    """These operators may have other functions than their own, HardSigmoid among them; else only GRU and RNN may, ReLU for tanh."""
     peepholes: bool = False
     """The LSTM operator may have peepholes."""
     backward_slices: bool = True
@@ -73,6 +75,7 @@ TARGETS: dict[str, Target] = {
             fused_lengths=True,
             fused_start=True,
             captures=True,
+            functions=True,
             peepholes=True,
             wide_gains=True,
             dtypes=("float16", "bfloat16", "float32", "float64"),
@@ -101,6 +104,7 @@ TARGETS: dict[str, Target] = {
             ("web",),
             fused_lengths=True,
             fused_start=True,
+            functions=True,
             peepholes=True,
             wide_gains=True,
             dtypes=("float16", "float32", "float64"),

@@ -24,7 +24,7 @@ from portnorm_onnx.export import checked_opset, checked_path
 from portnorm_onnx.lowering import training_opset
 from portnorm_onnx.report import Comparison, Report
 from portnorm_onnx.runtimes import session_of
-from portnorm_onnx.signature import named_state, state_inputs, zero_states
+from portnorm_onnx.signature import first_states, named_state, state_inputs
 from portnorm_onnx.storage import Draft
 from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, graph_input
 from portnorm_onnx.targets import TARGETS
@@ -140,7 +140,7 @@ def _trace(step: _Step, version: int, *, state: bool, lengths: bool) -> Any:
     initial = step.initial()
     given = {name: graph_input(name, a.dtype, a.shape, target) for name, a in initial.items()}
     lens = graph_input("lengths", "int64", ("batch",), target) if lengths and model.recurrent else None
-    states, before = state_inputs(model, target, model.dtype) if state else ([], zero_states(model, x, model.dtype))
+    states, before = state_inputs(model, target, model.dtype) if state else ([], first_states(model))
     y = model.apply({n: constant(a) for n, a in model.params.items()}, {n: constant(a) for n, a in model.buffers.items()}, x, before)[0]
     labels = _target(step.loss, y, target)
     batch += [labels, *([] if lens is None else [lens]), *states]

@@ -10,6 +10,7 @@ from portnorm.arrays import Array, xp_of
 from portnorm.cells.slots import Slot, Slots
 from portnorm.cells.variants import Variant
 from portnorm.norm.normalize import Reduce
+from portnorm.pointwise import ACTIVATIONS, Activation
 from portnorm.scan import Params, State
 
 
@@ -45,6 +46,12 @@ class RecurrentCell:
     def gates(self) -> int:
         """How many slices of hidden size the weights have."""
         raise NotImplementedError
+
+    @property
+    def functions(self) -> tuple[Activation, Activation, Activation]:
+        """What the variant names: of the gates, of the candidate, of the cell state."""
+        gates, candidate, state = self.variant.activations()
+        return ACTIVATIONS[gates], ACTIVATIONS[candidate], ACTIVATIONS[state]
 
     @property
     def hidden_apart(self) -> bool:
@@ -150,11 +157,12 @@ class RecurrentCell:
         return Slots(self.slots, {**params, **dict(zip(self.given(), x[1:], strict=True))}, active)
 
     def hidden_term(self, params: Mapping[str, Array], h: Array, start: int = 0, stop: int | None = None) -> Array:
-        """h · W_hhᵀ with its early bias, of the features from `start` to `stop`."""
+        """h · W_hhᵀ with its early bias, of the features from `start` to `stop`; h ⊙ w_hh by the variant."""
         rows, bias = params["weight_hh"], params.get("bias_hh")
         if (start, stop) != (0, None):
             rows, bias = rows[start:stop, :], None if bias is None else bias[start:stop]
-        a = xp_of(h).matmul(h, xp_of(h).matrix_transpose(rows))
+        columns = xp_of(h).matrix_transpose(rows)
+        a = h * columns if self.variant.recurrence == "diagonal" else xp_of(h).matmul(h, columns)
         return a if bias is None else a + bias
 
     def stays(self, before: Array, after: Array) -> Array:

@@ -9,11 +9,13 @@
     reset=None:      no r,                                          n = φ(u_n + a_n)
 
 With one normalizer on each sum, (r, z) = σ(N_sum(u + a)) and n = φ(N_n(…)) with what φ has in its brackets above; with reset="sum" and None
-N_sum has the candidate too. φ is tanh, or ReLU by the variant.
+N_sum has the candidate too. The variant may put another function in the place of φ, which is tanh, and of σ. With
+update="replace" z and 1 − z change places in h'.
 
 "after" is what torch, Keras with reset_after, ONNX with linear_before_reset=1 and Ba, Kiros & Hinton 2016 have; "before" is the first
 paper, Keras without reset_after, and ONNX with linear_before_reset=0; "sum" is Dreamer's, and `None` is Li-GRU (Ravanelli et al. 2018).
-The gates are in the order of torch: r, z, n. Keras, haste and ONNX have z first. In Ba et al. 2016 1 − z stands for z here.
+The gates are in the order of torch: r, z, n. Keras, haste and ONNX have z first. In Ba et al. 2016, and with update="replace", z is what
+the candidate replaces.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.slots import SlotsVjp
-from portnorm.pointwise import ACTIVATIONS, sigmoid, split
+from portnorm.pointwise import split
 from portnorm.scan import Params, State
 
 
@@ -42,7 +44,14 @@ class GRUCell(RecurrentCell):
     """One GRU step."""
 
     states = ("h",)
-    takes = {"cell": (None,), "runtime_forget_bias": (0.0,), "peepholes": (False,), "clip": (None,)}  # noqa: RUF012  # never written to
+    takes = {  # noqa: RUF012  # a table, never written to
+        "cell": (None,),
+        "runtime_forget_bias": (0.0,),
+        "output_activation": (None,),
+        "peepholes": (False,),
+        "clip": (None,),
+        "recurrence": ("matrix",),
+    }
 
     @property
     def gates(self) -> int:
@@ -107,12 +116,13 @@ class GRUCell(RecurrentCell):
                 r, z = self._opened(norm("norm_sum", u + a))
                 p = u_n + r * reset
             p = norm("norm_n", p)
-        n = ACTIVATIONS[v.activation].of(p)
-        return (self.stays(h, n + z * (h - n)),), tuple(norm.statistics), GRUResiduals(h, r, z, n, reset, norm.residuals)
+        n = self.functions[1].of(p)
+        kept, replaced = (h, n) if v.update == "keep" else (n, h)  # by z, by 1 − z
+        return (self.stays(h, replaced + z * (kept - replaced)),), tuple(norm.statistics), GRUResiduals(h, r, z, n, reset, norm.residuals)
 
     def _opened(self, gates: Array) -> tuple[Any, Array]:
         """(r or `None`, z) from what goes into the sigmoid."""
-        opened = sigmoid(gates)
+        opened = self.functions[0].of(gates)
         return (None, opened) if self.variant.reset is None else split(opened, 2)
 
     def step_vjp(
@@ -120,14 +130,15 @@ class GRUCell(RecurrentCell):
     ) -> tuple[State, tuple[Array, ...], Params]:
         h, r, z, n, reset, normalized = residuals
         v, xp, norm_vjp, weights = self.variant, xp_of(h), SlotsVjp(self.slots, normalized, active), params["weight_hh"]
-        width = (self.gates - 1) * h.shape[-1]
+        width, (opened, candidate, _) = (self.gates - 1) * h.shape[-1], self.functions
         dstays, dh = self.stays_vjp(dstate[0])
-        before = dh * z + dstays
+        kept, replaced = (z, 1.0 - z) if v.update == "keep" else (1.0 - z, z)  # of h, of n
+        before = dh * kept + dstays
         terms: tuple[Array, ...] = ()
-        dp = ACTIVATIONS[v.activation].vjp(n, dh * (1.0 - z))
-        dz = dh * (h - n) * z * (1.0 - z)
+        dp = candidate.vjp(n, dh * replaced)
+        dz = opened.vjp(z, dh * ((h - n) if v.update == "keep" else (n - h)))
         if v.reset in ("sum", None):
-            gates = dz if r is None else xp.concat((dp * reset * r * (1.0 - r), dz), axis=-1)
+            gates = dz if r is None else xp.concat((opened.vjp(r, dp * reset), dz), axis=-1)
             dx = norm_vjp("norm_sum", xp.concat((gates, dp if r is None else dp * r), axis=-1))
             dhidden = norm_vjp("norm_hh", dx)
         else:
@@ -138,7 +149,7 @@ class GRUCell(RecurrentCell):
                 before, dr, terms = before + dreset * r, dreset * h, (dcandidate, reset)
             else:
                 dr = dp * reset
-            gates = norm_vjp("norm_sum", xp.concat((dr * r * (1.0 - r), dz), axis=-1))
+            gates = norm_vjp("norm_sum", xp.concat((opened.vjp(r, dr), dz), axis=-1))
             dx = xp.concat((gates, dp), axis=-1)
             dhidden = norm_vjp("norm_hh", gates if v.reset == "before" else xp.concat((gates, dp * r), axis=-1))
             weights = weights[:width, :] if v.reset == "before" else weights

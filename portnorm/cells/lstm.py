@@ -4,10 +4,11 @@
     c' = σ(f) ⊙ c + σ(i) ⊙ tanh(g)                             with cell="state":  c' = N_c(…)
     h' = σ(o) ⊙ tanh(c')                                       with cell="copy":   h' = σ(o) ⊙ tanh(N_c(c'))
 
-With peepholes p (Gers & Schmidhuber 2000) i and f have p_i ⊙ c and p_f ⊙ c added after normalization, and o has p_o ⊙ c'. With `clip` c'
-is kept within its bounds before anything reads it. With a projection (Sak et al. 2014) h' is multiplied by W_hrᵀ. The gates are in the
-order of torch: i, f, g, o. The input term, normalized or not, with all biases that are added after normalization, comes into the step ready
-made (`x[0]`): it is computed for all steps at once (`portnorm/recurrent.py`).
+A variant may put other functions in the place of σ, of tanh(g) and of tanh(c'). With peepholes p (Gers & Schmidhuber 2000) i and f have p_i
+⊙ c and p_f ⊙ c added after normalization, and o has p_o ⊙ c'. With `clip` c' is kept within its bounds before anything reads it. With a
+projection (Sak et al. 2014) h' is multiplied by W_hrᵀ. The gates are in the order of torch: i, f, g, o. The input term, normalized or not,
+with all biases that are added after normalization, comes into the step ready made (`x[0]`): it is computed for all steps at once
+(`portnorm/recurrent.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.slots import SlotsVjp
-from portnorm.pointwise import sigmoid, split
+from portnorm.pointwise import split
 from portnorm.scan import Params, State
 from portnorm.sums import total_like
 
@@ -29,7 +30,7 @@ class LSTMResiduals(NamedTuple):
     c: Array  # before the step
     gates: tuple[Array, Array, Array, Array]  # σ(i), σ(f), tanh(g), σ(o)
     after: Array | None  # c after the step, where peepholes or clipping need it
-    tanh_c: Array
+    tanh_c: Array  # or what stands in tanh's place
     unprojected: Array | None  # σ(o) ⊙ tanh(…) where it is projected
     normalized: dict[str, tuple[Any, ...]]  # residuals of the slots that are filled
 
@@ -42,7 +43,12 @@ class LSTMCell(RecurrentCell):
     projects = True
     candidate = 2
     states = ("h", "c")
-    takes = {"reset": ("after",), "groups": ("all", "gate"), "activation": ("tanh",)}  # noqa: RUF012  # a table, never written to
+    takes = {  # noqa: RUF012  # a table, never written to
+        "reset": ("after",),
+        "update": ("keep",),
+        "recurrence": ("matrix",),
+        "groups": ("all", "gate"),
+    }
 
     def extra(self) -> tuple[str, ...]:
         return ("peephole",) if self.variant.peepholes else ()
@@ -50,19 +56,20 @@ class LSTMCell(RecurrentCell):
     def step(self, params: Params, state: State, x: tuple[Array, ...], active: Array | None) -> tuple[State, State, LSTMResiduals]:
         h, c_before = state
         v, xp, norm = self.variant, xp_of(h), self.normalizers(params, x, active)
+        opened, candidate, seen = self.functions
         z = norm("norm_sum", x[0] + norm("norm_hh", self.hidden_term(params, h)))
         i, f, g, o = split(z, self.gates)
         if v.peepholes:
             i, f = i + params["peephole"][0, :] * c_before, f + params["peephole"][1, :] * c_before
-        i, f, g = sigmoid(i), sigmoid(f), xp.tanh(g)
+        i, f, g = opened.of(i), opened.of(f), candidate.of(g)
         c = f * c_before + i * g
         if v.cell == "state":
             c = norm("norm_c", c)
         unclipped = c
         if v.clip is not None:
             c = xp.clip(c, -v.clip, v.clip)
-        o = sigmoid(o + params["peephole"][2, :] * c if v.peepholes else o)
-        tanh_c = xp.tanh(norm("norm_c", c) if v.cell == "copy" else c)
+        o = opened.of(o + params["peephole"][2, :] * c if v.peepholes else o)
+        tanh_c = seen.of(norm("norm_c", c) if v.cell == "copy" else c)
         after = unclipped if v.peepholes or v.clip is not None else None
         y, unprojected = o * tanh_c, None
         if "weight_hr" in params:
@@ -75,13 +82,14 @@ class LSTMCell(RecurrentCell):
     ) -> tuple[State, tuple[Array, ...], Params]:
         h, c_before, (i, f, g, o), after, tanh_c, unprojected, normalized = residuals
         v, xp, norm_vjp = self.variant, xp_of(h), SlotsVjp(self.slots, normalized, active)
+        opened, candidate, seen = self.functions
         dh, dc = dstate
         dstays, dh = self.stays_vjp(dh)
         projected: tuple[Array, ...] = ()
         if unprojected is not None:
             projected, dh = (dh, unprojected), xp.matmul(dh, params["weight_hr"])
-        do = dh * tanh_c * o * (1.0 - o)
-        dtanh = dh * o * (1.0 - tanh_c * tanh_c)
+        do = opened.vjp(o, dh * tanh_c)
+        dtanh = seen.vjp(tanh_c, dh * o)
         dc = dc + (norm_vjp("norm_c", dtanh) if v.cell == "copy" else dtanh)
         if v.peepholes:
             c = after if v.clip is None else xp.clip(after, -v.clip, v.clip)
@@ -90,14 +98,14 @@ class LSTMCell(RecurrentCell):
             dc = xp.where(xp.abs(after) <= v.clip, dc, 0.0)
         if v.cell == "state":
             dc = norm_vjp("norm_c", dc)
-        di = dc * g * i * (1.0 - i)
-        df = dc * c_before * f * (1.0 - f)
-        dg = dc * i * (1.0 - g * g)
+        di = opened.vjp(i, dc * g)
+        df = opened.vjp(f, dc * c_before)
+        dg = candidate.vjp(g, dc * i)
         dc = dc * f
         if v.peepholes:
             dc = dc + params["peephole"][0, :] * di + params["peephole"][1, :] * df
-            seen = ((di, c_before), (df, c_before), (do, c))
-            norm_vjp.shares["peephole"] = xp.stack([total_like(d * state, (0,)) for d, state in seen])
+            read = ((di, c_before), (df, c_before), (do, c))
+            norm_vjp.shares["peephole"] = xp.stack([total_like(d * state, (0,)) for d, state in read])
         dx = norm_vjp("norm_sum", xp.concat((di, df, dg, do), axis=-1))
         dhidden = norm_vjp("norm_hh", dx)
         by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())

@@ -2,7 +2,7 @@
 
 h' = φ( N_ih(x Wᵀ) + N_hh(h Uᵀ) + b )        or  φ( N_sum(x Wᵀ + h Uᵀ) )   (Ba, Kiros & Hinton 2016, equation 4)
 
-φ is tanh, or ReLU by the variant.
+φ is tanh, or another function by the variant. With recurrence="diagonal" h ⊙ u stands for h Uᵀ (Li et al. 2018, IndRNN).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.slots import SlotsVjp
-from portnorm.pointwise import ACTIVATIONS
 from portnorm.scan import Params, State
 
 
@@ -32,9 +31,12 @@ class RNNCell(RecurrentCell):
     states = ("h",)
     takes = {  # noqa: RUF012  # a table, never written to
         "reset": ("after",),
+        "update": ("keep",),
         "groups": ("all",),
         "cell": (None,),
         "runtime_forget_bias": (0.0,),
+        "gate_activation": ("sigmoid",),
+        "output_activation": (None,),
         "peepholes": (False,),
         "clip": (None,),
     }
@@ -43,7 +45,7 @@ class RNNCell(RecurrentCell):
         (before,) = state
         norm = self.normalizers(params, x, active)
         z = norm("norm_sum", x[0] + norm("norm_hh", self.hidden_term(params, before)))
-        y = ACTIVATIONS[self.variant.activation].of(z)
+        y = self.functions[1].of(z)
         return (self.stays(before, y),), tuple(norm.statistics), RNNResiduals(before, y, norm.residuals)
 
     def step_vjp(
@@ -52,7 +54,11 @@ class RNNCell(RecurrentCell):
         before, y, normalized = residuals
         xp, norm_vjp = xp_of(before), SlotsVjp(self.slots, normalized, active)
         dstays, dh = self.stays_vjp(dstate[0])
-        dx = norm_vjp("norm_sum", ACTIVATIONS[self.variant.activation].vjp(y, dh))
+        dx = norm_vjp("norm_sum", self.functions[1].vjp(y, dh))
         dhidden = norm_vjp("norm_hh", dx)
         by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())
-        return (xp.matmul(dhidden, params["weight_hh"]) + dstays,), (dx, dhidden, before, *by_step), norm_vjp.shares
+        if self.variant.recurrence == "diagonal":
+            dbefore = dhidden * xp.matrix_transpose(params["weight_hh"])
+        else:
+            dbefore = xp.matmul(dhidden, params["weight_hh"])
+        return (dbefore + dstays,), (dx, dhidden, before, *by_step), norm_vjp.shares

@@ -9,59 +9,90 @@ what, and where the biases are.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from portnorm.errors import UnsupportedError
+
+Function = Literal["tanh", "relu", "sigmoid", "hard_sigmoid_5", "hard_sigmoid_6"]
 
 
 @dataclass(frozen=True, repr=False)
 class Variant:
-    """Which normalizer sits in which slot of a recurrent cell. Defaults are the plain cell of torch.nn and ONNX."""
+    """One recurrent cell: which normalizer sits where, and where the biases are. Without arguments, the plain cell of torch.nn and ONNX.
+
+    The fields are places in these equations. x W and h U have a slice of hidden size for each gate. N is a normalizer where the fields put
+    one, and does nothing elsewhere.
+
+        a = N_ih(x W + b₀) + N_hh(h U + b₁) + b        or, with terms="sum",   a = N_sum(x W + b₀ + h U + b₁) + b
+
+        LSTM   (i, f, g, o) = split(a);   i, f see p ⊙ c, o sees p ⊙ c' (`peepholes`);   f has `runtime_forget_bias` added
+               c' = clip(σ(f) ⊙ c + σ(i) ⊙ φ(g));      h' = σ(o) ⊙ ψ(N_c(c'))
+        GRU    (r, z) = σ(split(a));   n = φ(…), the reset gate in it as `reset` says;   h' = (1 − z) ⊙ n + z ⊙ h
+        RNN    h' = φ(a)
+
+    and h ← zoneout · h + (1 − zoneout) · h'. A normalizer is N(v) = γ ⊙ (v − mean) / √(var + ε) + β.
+
+    Fields:
+      source: where the cell was published; free text.
+      norm: what N is: "layer", "rms" (without the mean) or "batch"; "weight" divides the rows of W and U by their lengths; `None` is no N.
+      terms: which terms of `a` have an N: "separate" N_ih and N_hh, "sum" N_sum, "input" N_ih alone, "hidden" N_hh alone, `None` none.
+      statistics: batch normalization: mean and var of each time "step", or of the whole "sequence". How many steps have running
+        statistics of their own says the layer's `t_max`: 1 makes one set for all.
+      affine: batch normalization: γ and β are "shared" by all steps, or each "step" up to `t_max` has its own.
+      groups: layer and RMS normalization: which gates of `a` have mean and var together: "all", all but the "candidate" n (GRU), or each
+        "gate" by itself.
+      cell: N_c of the LSTM: a "copy" of c' is normalized for ψ alone; with "state" what N_c gives is the next c as well; `None` no N_c.
+      reset: GRU: n = φ(x W_n + r ⊙ h U_n) is "after", φ(x W_n + (r ⊙ h) U_n) "before", φ(r ⊙ (x W_n + h U_n)) "sum"; `None` has no r
+        (Li-GRU).
+      update: GRU: whether z is the part of h that is kept, as above, "keep", or the part that n replaces, h' = (1 − z) ⊙ h + z ⊙ n,
+        "replace".
+      recurrence: RNN: whether U is a "matrix", or "diagonal", one number for each unit: h ⊙ u (IndRNN); `weight_hh` is then (hidden, 1).
+      scale: whether N_ih, N_hh and N_sum have a γ.
+      shift: whether N_ih, N_hh and N_sum have a β.
+      early: names of the vectors that N sees: ("bias_ih", "bias_hh") are b₀ and b₁, ("bias",) is b₀ alone; () is none.
+      biases: names of the vectors in b: ("bias",), ("bias_ih", "bias_hh") or (). A name that is in `early` too is one vector, added twice.
+        In a GRU with reset="after" "bias_hh" stays with h U: n = φ(x W_n + b_ih + r ⊙ (h U_n + b_hh)).
+      gain: what γ is in a new layer.
+      forget_bias: what the slice of b for f is in a new LSTM.
+      runtime_forget_bias: LSTM: a number added to f in every step, which is no parameter.
+      eps: ε.
+      eps_place: where ε is added: to the "variance", or to its root, "std": (v − mean) / (√var + ε).
+      variance: which var is divided by n − 1 in place of n: none, "biased"; the "running" one, as in torch; or "unbiased", all.
+      activation: φ: "tanh", "relu", "sigmoid", "hard_sigmoid_5" = clip(v / 5 + ½, 0, 1) or "hard_sigmoid_6" = clip(v / 6 + ½, 0, 1).
+      gate_activation: σ of the gates i, f, o, r, z, by the same names. Keras before 3 and ONNX call hard_sigmoid_5 hard sigmoid; Keras 3,
+        torch and JAX call hard_sigmoid_6 so.
+      output_activation: LSTM: ψ, by the same names; `None` is the same as φ.
+      peepholes: LSTM: whether the gates see the cell state (Gers & Schmidhuber 2000): i and f the one before the step, o the one after.
+      clip: LSTM: the largest magnitude of c', or `None`.
+      zoneout: the part of h that stays as it was (Krueger et al. 2017), as inference takes it; there is no training with it.
+    """
 
     source: str
     norm: Literal["layer", "rms", "batch", "weight"] | None = None
-    """What normalizes: the slots by layer, root-mean-square or batch statistics, or the weight matrices by their rows' lengths."""
     terms: Literal["separate", "sum", "input", "hidden"] | None = "separate"
-    """Whether xW and hU are normalized each for itself, or their sum, or xW alone, or hU alone, or neither."""
     statistics: Literal["step", "sequence"] = "step"
-    """Batch normalization: whether each time step has statistics of its own, or all steps of a batch have them together. How many steps
-    have running statistics of their own says the layer's `t_max`: 1 makes one set for all."""
     affine: Literal["shared", "step"] = "shared"
-    """Batch normalization: whether γ and β are the same at all steps, or each of the first `t_max` steps has its own."""
     groups: Literal["all", "candidate", "gate"] = "all"
-    """Which gates share statistics in layer normalization: all of them, all but the candidate (GRU), or each gate has its own."""
     cell: Literal["copy", "state"] | None = None
-    """Whether the normalized cell state only enters the output's tanh ("copy"), or also becomes the next state ("state")."""
     reset: Literal["after", "before", "sum"] | None = "after"
-    """GRU: whether the reset gate multiplies the candidate's hidden term, the hidden state before its matrix product, or the candidate's
-    whole normalized pre-activation; `None` has no reset gate (Li-GRU)."""
+    update: Literal["keep", "replace"] = "keep"
+    recurrence: Literal["matrix", "diagonal"] = "matrix"
     scale: bool = True
-    """Whether the normalizers of the gates have a gain γ of their own."""
     shift: bool = True
-    """Whether the normalizers of the gates have a bias β of their own."""
     early: tuple[str, ...] = ()
-    """Bias vectors that are added to the gates before normalization."""
     biases: tuple[str, ...] = ("bias",)
-    """Bias vectors that are added to the gates after normalization. A name that is in `early` too is one vector, added twice."""
     gain: float = 1.0
-    """Initial value of every normalizer's weight γ."""
     forget_bias: float = 0.0
-    """Initial value of the forget gate's slice of the bias."""
     runtime_forget_bias: float = 0.0
-    """A constant added to the forget gate in every step, not stored."""
     eps: float = 1e-5
     eps_place: Literal["variance", "std"] = "variance"
-    """Where ε is added: to the variance, or to its square root."""
     variance: Literal["biased", "running", "unbiased"] = "biased"
-    """Which variances are divided by n − 1 in place of n: none, the running ones (as torch), or those that normalize too."""
-    activation: Literal["tanh", "relu"] = "tanh"
-    """GRU and RNN: the nonlinearity of the candidate, or of the state."""
+    activation: Function = "tanh"
+    gate_activation: Function = "sigmoid"
+    output_activation: Function | None = None
     peepholes: bool = False
-    """LSTM: whether the gates see the cell state, i and f the one before the step, o the one after it (Gers & Schmidhuber 2000)."""
     clip: float | None = None
-    """LSTM: largest magnitude of the cell state."""
     zoneout: float = 0.0
-    """The part of h that stays as it was (Krueger et al. 2017), as the expectation that inference takes; there is no training with it."""
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -79,6 +110,8 @@ class Variant:
             raise UnsupportedError(f"`norm` is {self.norm!r}, but `terms` and `cell` leave it no place; name one, or use norm=None")
         if self.eps_place == "std" and self.norm == "weight":
             raise UnsupportedError("`eps_place` is 'std', but weight normalization has no eps")
+        if self.recurrence == "diagonal" and self.norm == "weight":
+            raise UnsupportedError("`recurrence` is 'diagonal', which has no matrix that `norm` 'weight' could normalize")
         for name, value, fits, expected in (
             ("eps", self.eps, self.eps >= 0, "a number ≥ 0"),
             ("zoneout", self.zoneout, 0 <= self.zoneout < 1, "a number ≥ 0 and < 1"),
@@ -99,6 +132,10 @@ class Variant:
             return ()
         hidden = ("norm_hh", "norm_hn") if self.reset == "before" else ("norm_hh",)
         return {"separate": ("norm_ih", *hidden), "sum": ("norm_sum",), "input": ("norm_ih",), "hidden": hidden}[self.terms]
+
+    def activations(self) -> tuple[str, str, str]:
+        """The functions of the gates, of the candidate, and of the cell state."""
+        return self.gate_activation, self.activation, self.output_activation or self.activation
 
     @property
     def timed(self) -> bool:
@@ -121,11 +158,15 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "groups": ("all", "candidate", "gate"),
     "cell": (None, "copy", "state"),
     "reset": ("after", "before", "sum", None),
+    "update": ("keep", "replace"),
+    "recurrence": ("matrix", "diagonal"),
     "early": _BIASES,
     "biases": _BIASES,
     "eps_place": ("variance", "std"),
     "variance": ("biased", "running", "unbiased"),
-    "activation": ("tanh", "relu"),
+    "activation": get_args(Function),
+    "gate_activation": get_args(Function),
+    "output_activation": (None, *get_args(Function)),
 }
 
 _TORCH_BIASES = ("bias_ih", "bias_hh")
@@ -160,6 +201,7 @@ NormName = Literal[
     "dreamer",
     "elektrisches-schaf",
     "li-gru",
+    "indrnn",
     "liao-poggio",
 ]
 """The names that `norm=` takes, of all cells: those of the tables below, as type checkers and editors see them."""
@@ -246,9 +288,9 @@ IMPLEMENTATIONS: dict[str, dict[NormName | None, Variant]] = {
         ),
         "jihunchoi": Variant("jihunchoi/recurrent-batch-normalization-pytorch", **_BATCH, variance="running"),
         "olavhn": Variant("OlavHN/bnlstm (with t_max=1)", **_BATCH, eps=1e-3),
-        "iassael": Variant("iassael/torch-bnlstm (with t_max=1)", **_BATCH, variance="running"),
+        "iassael": Variant("iassael/torch-bnlstm (with t_max=1)", **_BATCH, early=("bias",), biases=(), variance="running"),
         "hellozgy": Variant("hellozgy/bnlstm-pytorch (with t_max=1)", "batch", cell="copy", scale=False, shift=False, variance="running"),
-        "mrubio-chavarria": Variant("mrubio-chavarria/batch_norm_lstm (whose directions share their norms)", **_BATCH),
+        "mrubio-chavarria": Variant("mrubio-chavarria/batch_norm_lstm (whose directions share their norms)", **_BATCH, variance="running"),
         "sonnet-batch": Variant(
             "Sonnet 1, BatchNormLSTM (with t_max=max_unique_stats)", **_BATCH, shift=False, runtime_forget_bias=1.0, eps=1e-3
         ),
@@ -260,13 +302,19 @@ IMPLEMENTATIONS: dict[str, dict[NormName | None, Variant]] = {
         "kiros": Variant("ryankiros/layer-norm, layers.py", "layer", groups="candidate", early=("bias",), biases=()),
         "haste": Variant("lmnt-com/haste, LayerNormGRU", "layer", shift=False, biases=_TORCH_BIASES),
         "dreamer": Variant(
-            "Dreamer 2, GRUCell(norm=True); its update gate is 1 − z", **_LAYER_SUM, reset="sum", early=("bias",), biases=(), eps=1e-3
+            "Dreamer 2, GRUCell(norm=True); its update gate is 1 − z, less 1",
+            **_LAYER_SUM,
+            reset="sum",
+            early=("bias",),
+            biases=(),
+            eps=1e-3,
         ),
         "icefall": Variant("k2-fsa/icefall, LayerNormGRUCell", **_LAYER_SUM, groups="gate", early=_TORCH_BIASES, biases=()),
         "elektrisches-schaf": Variant(
-            "ElektrischesSchaf/LayerNorm_GRU; its update gate is 1 − z",
+            "ElektrischesSchaf/LayerNorm_GRU",
             "layer",
             groups="candidate",
+            update="replace",
             scale=False,
             shift=False,
             early=_TORCH_BIASES,
@@ -285,6 +333,8 @@ IMPLEMENTATIONS: dict[str, dict[NormName | None, Variant]] = {
     },
     "RNN": {
         "tf-addons": Variant("TensorFlow Addons, LayerNormSimpleRNNCell", **_LAYER_SUM, shift=False),
+        "indrnn": Variant("Li et al. 2018; lmnt-com/haste, IndRNN (the paper with ReLU)", recurrence="diagonal"),
+        "haste": Variant("lmnt-com/haste, LayerNormIndRNN", "layer", "input", shift=False, recurrence="diagonal"),
         "liao-poggio": Variant("Liao & Poggio 2016, time-specific batch normalization", "batch", "sum", affine="step", biases=()),
     },
 }

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import itertools
 import logging
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 import numpy
 
-from portnorm.arrays import to_numpy
+from portnorm.arrays import load_namespace, to_numpy
 from portnorm.cells.variants import Variant, variant_of
 from portnorm.checkpoint import containers
 from portnorm.checkpoint.containers import Arrays
 from portnorm.checkpoint.formats import FORMATS as FORMATS
-from portnorm.checkpoint.formats import ROWS
+from portnorm.checkpoint.formats import PIECES, ROWS
 from portnorm.checkpoint.formats.row import OUR_GATES, Read, Row
+from portnorm.checkpoint.formats.torch import BIASES
 from portnorm.checkpoint.layers import LAYERS
-from portnorm.checkpoint.recognise import Fit, expanded, fit_of, layers_of, parts_of, placed
+from portnorm.checkpoint.recognise import Fit, expanded, fit_of, layers_of, placed
+from portnorm.checkpoint.stored import NumPyArray, Said
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent, in_direction
@@ -49,7 +54,9 @@ def import_checkpoint(
     they would have given is as in a new layer (statistics that `estimate_population` is to take, for example).
 
     `config` is what arrays do not say: arguments of the layer (`batch_first=True`, `num_groups=4`) or fields of its `Variant`
-    (`zoneout=0.1`, `eps=1e-3`). Without them the format's own defaults hold. Batch statistics that are stored per step set `t_max`.
+    (`zoneout=0.1`, `eps=1e-3`). Without them the format's own defaults hold. Batch statistics that are stored per step set `t_max`, a
+    first state that is not 0 makes a layer with `learned_state`. speechbrain's directions share their weights: `bidirectional=True` says
+    that there are two, unless a second layer does.
     Arrays keep their dtype unless `dtype` is given. Raises `CheckpointError`, which names the key, where keys are missing or unknown,
     shapes do not fit, or several formats would; pickles (.pt) are refused.
 
@@ -60,43 +67,53 @@ def import_checkpoint(
     """
     if format not in ("auto", *FORMATS):
         raise UnsupportedError(f"`format` is {format!r}; expected 'auto' or one of {', '.join(map(repr, FORMATS))}")
-    arrays = {key: a for key, a in containers.read(source).items() if key.startswith(prefix)}
-    if not arrays:
-        raise CheckpointError(f"no key starts with {prefix!r}" if prefix else "the checkpoint holds no arrays")
-    empty = [key for key, a in arrays.items() if a.size == 0]
-    if empty:
-        raise CheckpointError(f"{', '.join(map(repr, empty))} have no entries; expected weights")
-    try:
-        fit = fit_of(arrays, prefix, format, layer, set(ignore))
-    except CheckpointError as error:
-        parts = parts_of(arrays, prefix, format, layer, set(ignore))
-        if not all(any(key.startswith(part) for part, _ in parts) for key in arrays):
-            raise
-        found = ", ".join(f"prefix={part!r} ({title})" for part, title in parts)
-        raise CheckpointError(f"the file holds more than one layer; name one: {found}") from error
-    made = _Reader(fit, arrays, set(ignore)).layer({"xp": xp, "device": device, "dtype": dtype}, config)
+    with containers.opened(source) as held:
+        arrays = {key: a for key, a in held.arrays.items() if key.startswith(prefix)}
+        if not arrays:
+            begin = list(itertools.islice(held.beginnings(), 9))
+            known = f"; the keys begin with {', '.join(map(repr, begin[:8]))}{', …' * (len(begin) > 8)}" if begin else ""
+            raise CheckpointError(f"no key starts with {prefix!r}{known}" if prefix else "the checkpoint holds no arrays")
+        for name, (take_apart, _) in PIECES.items():
+            if format in ("auto", name):
+                arrays = take_apart(arrays)
+        wanted = held.format if format == "auto" and held.format is not None else format
+        fit = fit_of(arrays, prefix, wanted, layer, set(ignore))
+        said = held.said_of(fit.keys.values()) if held.said_of is not None else _only_said(fit, arrays)
+        reader = _Reader(fit, arrays, set(ignore), said)
+        made = reader.layer({"xp": xp, "device": device, "dtype": dtype}, config)
     made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted(fit.keys.values()))}"
+    made.provenance += "".join(f"; {note}" for note in reader.notes(made))
+    if held.left_out:
+        made.provenance += f"; keys of random generators, which are no weights, were left out: {', '.join(held.left_out)}"
     _log.info("import_checkpoint took %s", made.provenance)
     return made
+
+
+def _only_said(fit: Fit, arrays: Arrays) -> Said:
+    """What the file says of the layer that all the arrays belong to."""
+    found = {id(said): said for said in (arrays[key].said for key in fit.keys.values())}
+    if len(found) > 1:
+        titles = " and ".join("arrays of no layer" if said is None else said.title for said in found.values())
+        raise CheckpointError(f"the keys {', '.join(map(repr, fit.keys.values()))} belong to more than one layer: {titles}")
+    return next(iter(found.values())) or Said("")
 
 
 class _Reader:
     """Turns the arrays of a fit into a layer."""
 
-    def __init__(self, fit: Fit, arrays: Arrays, ignore: set[str]):
-        self.fit, self.row, self.arrays, self.ignore = fit, fit.row, arrays, ignore
-        self.order = OUR_GATES.get(fit.row.layer, "")
+    def __init__(self, fit: Fit, arrays: Arrays, ignore: set[str], said: Said):
+        self.fit, self.row, self.arrays, self.ignore, self.said = fit, fit.row, arrays, ignore, said
+        self.order = ours(fit.row)
+        self.made: type[Layer] = LAYERS[fit.row.layer]
+        self.cell = self.made.cell if issubclass(self.made, Recurrent) else None
+        self.stated: set[str] = set()
+        self.filled: list[str] = []
 
     def layer(self, where: dict[str, Any], config: dict[str, Any]) -> Layer:
         row = self.row
-        for key in row.zero:
-            original = self.fit.keys.get(key)
-            if original is not None and original not in self.ignore and numpy.any(self.arrays[original]):
-                raise CheckpointError(
-                    f"`{original}` is a learned initial state, which a layer takes with the call; pass ignore={row.zero!r}, "
-                    "and give it as `state`"
-                )
-        settings = {name: self._scalar(key) for name, key in row.settings.items()}
+        self._check_settings(config)
+        if row.shared and (config.get("bidirectional") or self._returns_both()):
+            self.fit = replace(self.fit, places=[[place, place] for (place,) in self.fit.places])
         found = {
             (n, d, name): self._array(name, r, place)
             for n, places in enumerate(self.fit.places)
@@ -104,15 +121,22 @@ class _Reader:
             for name, r in row.reads.items()
             if not set(self._originals(r, place)) & self.ignore
         }
+        first = self._first()
+        if any(numpy.any(a) for a in first.values()):
+            found |= first
+            config = {"learned_state": True, **config}
         if where["dtype"] is None:
-            floating = [a for a in found.values() if a.dtype.kind == "f"]
-            where["dtype"] = str(numpy.result_type(*floating)) if floating else "float32"
-        recurrent = issubclass(LAYERS[row.layer], Recurrent)
-        arguments = self._recurrent(found, config) if recurrent else {**self._plain(found), **row.config, **settings, **config}
-        made: Any = LAYERS[row.layer]
+            where["dtype"] = self._dtype(found.values(), where["xp"])
+        stated = self._stated()
+        self.stated = {*stated, *config}
+        recurrent = self.cell is not None
+        arguments = self._recurrent(found, {**stated, **config}) if recurrent else self._plain(found, {**stated, **config})
+        made: Any = self.made
         try:
             layer: Layer = made(**arguments, **where)
         except TypeError as error:
+            if "missing" not in str(error):
+                raise
             raise UnsupportedError(f"{row.layer} of format {row.format!r}: {error}; pass what is missing as an argument") from error
         values: dict[str, Any] = layer.state_dict()
         own = {name: tuple(a.shape) for name, a in values.items()}
@@ -129,13 +153,90 @@ class _Reader:
         for name, shape in own.items():
             if name.startswith("num_batches_tracked") and has_statistics:
                 values[name] = self._tracked(name, shape)
+        self.filled = [name for name in layer.params if not recurrent and (0, 0, name) not in found]
         layer.load_state_dict(values)
         return layer
 
-    # -- arguments of the layers -------------------------------------------------------------------------------------------------------
+    def _returns_both(self) -> bool:
+        """Whether a second layer takes twice the hidden size, so that there are two directions."""
+        read = {name: self.row.reads[name] for name in ("weight_ih", "weight_hh")}
+        places = [place for (place,) in self.fit.places[1:2]]
+        return any(
+            self._array("weight_ih", read["weight_ih"], p).shape[1] == 2 * self._array("weight_hh", read["weight_hh"], p).shape[1]
+            for p in places
+        )
+
+    def _first(self) -> dict[tuple[int, int, str], Any]:
+        """The states before the first step, by place."""
+        return {
+            (n, d, name): self.arrays[original].read().reshape(-1)
+            for n, places in enumerate(self.fit.places)
+            for d, place in enumerate(places)
+            for key, name in self.row.first.items()
+            if (original := self.fit.keys.get(placed(key, place))) is not None and original not in self.ignore
+        }
+
+    # -- what the file says beside the arrays ------------------------------------------------------------------------------------------
+
+    def _check_settings(self, config: Mapping[str, Any]) -> None:
+        """Raise where the file has a setting that is not read, or the caller one that there is not."""
+        own = {name for name in inspect.signature(self.made).parameters if name != "reduce"}
+        fields_ = _VARIANT_FIELDS if self.cell is not None else set()
+        for name in config:
+            if name not in own | fields_:
+                near = difflib.get_close_matches(name, [*own, *fields_], 1)
+                hint = f"did you mean {near[0]!r}? There are " if near else "expected one of "
+                kinds = f"{self.row.layer}{' and fields of its Variant' if fields_ else ''}"
+                raise UnsupportedError(f"`{name}` is no argument of {kinds}; {hint}{', '.join(sorted(own | fields_))}")
+        for name, (why, ours) in self.said.refused.items():
+            answered = {*config, *self.row.changes} & set(ours) or (ours and not any(self._takes(o) for o in ours))
+            if name not in self.ignore and not answered:
+                instead = f"say {' or '.join(f'{o}=…' for o in ours)} yourself, or " if ours else ""
+                raise CheckpointError(f"{self.said.title} has {why}; {instead}pass ignore=({name!r},) where that makes no difference")
+        if self.row.format == "keras" and len(self.fit.places[0]) == 1 and "direction" not in config:
+            backward = next((key for key in self.fit.keys.values() if re.search(r"(^|/)backward_", key)), None)
+            if backward is not None:
+                raise CheckpointError(
+                    f"{backward!r} is the backward direction alone; pass direction='reverse', or take both by a shorter prefix"
+                )
+
+    def _stated(self) -> dict[str, Any]:
+        """What the file says, but for what this layer has no use for, such as the ε of a cell without a normalizer."""
+        plain = self.cell is not None and self.row.norm in (None, "weight")
+        return {n: v for n, v in self.said.values.items() if not (n in ("eps", "momentum") and (plain or not self._takes(n)))}
+
+    def _takes(self, name: str) -> bool:
+        """Whether an argument, or a field of a Variant, can be another one than the usual for this layer."""
+        if self.cell is None or name not in _VARIANT_FIELDS:
+            return name in inspect.signature(self.made).parameters
+        return len(self.cell.takes.get(name, (None, None))) > 1
+
+    def notes(self, layer: Layer) -> list[str]:
+        """What somebody who uses the layer should know of how it was read."""
+        names = ["eps", "momentum"] if self.cell is None else []
+        if isinstance(layer, Recurrent):
+            functions = ["activation", *(["gate_activation"] if self._takes("gate_activation") else [])]
+            names = functions if self.row.format == "keras" or self.row.layer == "RNN" else []
+            names += ["eps"] if layer.variant.norm not in (None, "weight") else []
+        source = layer.variant if isinstance(layer, Recurrent) else layer
+        unsaid = [f"{n}={getattr(source, n)!r}" for n in names if n not in self.stated and hasattr(source, n)]
+        found = list(self.said.notes)
+        found += [f"not stored, taken as usual there: {', '.join(unsaid)}"] if unsaid else []
+        found += [f"not stored, so {'1' if name == 'weight' else '0'}: {name}" for name in self.filled]
+        return found
+
+    # -- arguments of the layers -----------------------------------------------------------------------------------------------------
+
+    def _dtype(self, found: Collection[Any], xp: Any) -> str:
+        """That of the arrays; bfloat16 where all are and the library has it."""
+        stored = {self.arrays[key].dtype for key in self.fit.keys.values()}
+        if stored == {"bfloat16"} and hasattr(load_namespace(xp), "bfloat16"):
+            return "bfloat16"
+        floating = [a for a in found if a.dtype.kind == "f"]
+        return numpy.result_type(*floating).name if floating else "float32"
 
     def _recurrent(self, found: Mapping[tuple[int, int, str], Any], config: dict[str, Any]) -> dict[str, Any]:
-        row, cell = self.row, LAYERS[self.row.layer]
+        row, cell = self.row, self.made
         assert issubclass(cell, Recurrent)
         names = {name for _, _, name in found}
         for side in ("weight_ih", "weight_hh"):
@@ -145,7 +246,8 @@ class _Reader:
         hidden = rows // len(row.gates)
         inputs = found[0, 0, "weight_ih" if "weight_ih" in names else "weight_ih.v"].shape[-1]
         variant = variant_of(row.norm, row.layer, cell.cell.takes)
-        changes = {**row.changes, **{name: config.pop(name) for name in list(config) if name in _VARIANT_FIELDS}}
+        before = {name: value for name, value in self.said.defaults.items() if self._takes(name)}
+        changes = {**before, **row.changes, **{name: config.pop(name) for name in list(config) if name in _VARIANT_FIELDS}}
         norm: Any = replace(variant, **changes) if changes else row.norm
         by_step = [name for name, read in row.reads.items() if name.endswith("running_mean") and read.at is None]
         steps = [a.shape[0] for (_, _, name), a in found.items() if name in by_step and a.ndim == 2]
@@ -156,35 +258,40 @@ class _Reader:
         sizes = {"num_layers": len(self.fit.places), "bidirectional": len(self.fit.places[0]) == 2}
         return {"input_size": inputs, "hidden_size": hidden, "norm": norm, **sizes, **row.config, "rng": 0, **config}
 
-    def _plain(self, found: Mapping[tuple[int, int, str], Any]) -> dict[str, Any]:
+    def _plain(self, found: Mapping[tuple[int, int, str], Any], config: dict[str, Any]) -> dict[str, Any]:
         """What the shapes say of a layer that is not recurrent."""
-        shape = found[0, 0, "weight" if (0, 0, "weight") in found else "running_mean"].shape
+        shape = next((found[0, 0, name].shape for name in ("weight", "bias", "running_mean", "running_var") if (0, 0, name) in found), None)
+        if shape is None:
+            raise CheckpointError(f"{', '.join(sorted(self.fit.keys.values()))}: all are in `ignore`; expected one that gives the size")
+        dtype = self._dtype(found.values(), None)
+        rest = {**{name: value(dtype) if callable(value) else value for name, value in self.row.config.items()}, **config}
         if self.row.layer == "Linear":
             if len(shape) != 2:
                 raise CheckpointError(f"`weight` has shape {shape}; expected a matrix")
-            return {"in_features": shape[1], "out_features": shape[0], "bias": (0, 0, "bias") in found}
+            return {"in_features": shape[1], "out_features": shape[0], "bias": (0, 0, "bias") in found, **rest}
         if self.row.layer in ("LayerNorm", "RMSNorm"):
-            return {"normalized_shape": shape}
-        return {"num_features": shape[0] if shape else 0}
+            return {"normalized_shape": shape, **rest}
+        return {"num_features": shape[0] if shape else 0, **rest}
 
-    # -- arrays ------------------------------------------------------------------------------------------------------------------------
+    # -- arrays ----------------------------------------------------------------------------------------------------------------------
 
     def _originals(self, read: Read, place: str) -> list[str]:
         names = [name for key in read.keys for name in expanded(key, place, self.fit.keys)]
         return [self.fit.keys.get(name, name) for name in names]
 
-    def _scalar(self, key: str) -> Any:
-        return self.arrays[self.fit.keys[placed(key, self.fit.places[0][0])]].item()
-
     def _tracked(self, name: str, shape: tuple[int, ...]) -> Any:
         original = self.fit.keys.get(name)
-        return self.arrays[original] if original is not None else numpy.ones(shape, dtype=int)
+        return self.arrays[original].read() if original is not None else numpy.ones(shape, dtype=int)
 
     def _array(self, name: str, read: Read, place: str) -> Any:
         """The array that a row's entry describes, in our layout."""
         keys = self._originals(read, place)
-        pieces = [self._piece(self.arrays[key], key, read) for key in keys]
-        if len(pieces) == 1:
+        found = [self.arrays[key].read() for key in keys]
+        columns = sum(a.shape[1] for a in found if a.ndim == 2)
+        pieces = [self._piece(a, key, read, columns // max(1, len(self.order))) for key, a in zip(keys, found, strict=True)]
+        if read.join is not None:
+            array = self._joined(read, pieces, keys)
+        elif len(pieces) == 1:
             array = pieces[0]
         elif "{t}" in read.keys[0]:
             array = numpy.stack(pieces)
@@ -196,23 +303,35 @@ class _Reader:
         if read.by_gate:
             array = self._in_our_order(array, 0 if name.startswith("weight") and not read.transposed else -1, keys[0])
         array = array.T if read.transposed else array
+        if read.candidate:
+            array = numpy.concatenate([numpy.zeros((len(self.order) - 1) * array.shape[0], array.dtype), array])
         try:
             return read.then(array) if read.then is not None else array
         except (ValueError, IndexError) as error:
             raise CheckpointError(f"{', '.join(map(repr, keys))} have a shape that does not fit: {error}") from error
 
-    def _piece(self, array: Any, key: str, read: Read) -> Any:
+    def _joined(self, read: Read, pieces: list[Any], keys: list[str]) -> Any:
+        assert read.join is not None
+        try:
+            return read.join(*pieces)
+        except (ValueError, IndexError) as error:
+            shapes = " and ".join(str(piece.shape) for piece in pieces)
+            raise CheckpointError(f"{', '.join(map(repr, keys))} have the shapes {shapes}, which do not go together: {error}") from error
+
+    def _piece(self, array: Any, key: str, read: Read, hidden: int) -> Any:
+        if array.size == 0:
+            raise CheckpointError(f"{key!r} has shape {array.shape} and no entries; expected weights")
         if read.at is not None:
-            if array.ndim < 2 or array.shape[0] <= read.at:
-                raise CheckpointError(f"{key!r} has shape {array.shape}; expected at least {read.at + 1} rows of numbers")
+            count = read.among or 1 + max(r.at or 0 for r in self.row.reads.values() if r.keys == read.keys)
+            if array.ndim < 2 or array.shape[0] != count:
+                raise CheckpointError(f"{key!r} has shape {array.shape}; expected {count} row{'s' * (count > 1)} of numbers")
             array = array[read.at]
         if (read.part is not None or read.transposed) and array.ndim != 2:
             raise CheckpointError(f"{key!r} has shape {array.shape}; expected a matrix")
         if read.part is not None:
-            hidden = array.shape[1] // len(self.order)
-            if hidden >= array.shape[0]:
+            if not 0 < hidden < array.shape[0]:
                 raise CheckpointError(
-                    f"{key!r} has shape {array.shape}; expected inputs + hidden rows and {len(self.order)} · hidden columns"
+                    f"{key!r} has shape {array.shape}; expected inputs + hidden rows, where hidden is {hidden} by the columns"
                 )
             array = array[:-hidden] if read.part == "input" else array[-hidden:]
         return array
@@ -225,68 +344,141 @@ class _Reader:
         return numpy.concatenate([blocks[self.row.gates.index(gate)] for gate in self.order], axis=axis)
 
 
-def to_format(layer: Layer, format: str) -> Arrays:  # noqa: A002
+def to_format(layer: Layer, format: str) -> dict[str, NumPyArray]:  # noqa: A002
     """The arrays of a layer as another library stores them, by its names: what `import_checkpoint` reads, the other way round.
 
     `format` is one of `portnorm.FORMATS`, such as `"torch"` (what `load_state_dict` of torch.nn takes) or `"keras"` (by name; in the order
-    of `layer.get_weights()`). NumPy arrays. Raises `UnsupportedError` where the format has no such layer.
+    of `layer.get_weights()`). NumPy arrays. Where the format has one bias and the layer two that are only ever added to each other, it gets
+    their sum, and the log says so. Raises `UnsupportedError`, which names the difference, where the format has no such layer. Arrays do
+    not hold everything: ε, `momentum`, `batch_first` are the reader's to know.
 
     >>> import portnorm as pn
     >>> {name: a.shape for name, a in pn.to_format(pn.LSTM(4, 3, rng=0), "torch").items()}
     {'weight_ih_l0': (12, 4), 'weight_hh_l0': (12, 3), 'bias_ih_l0': (12,), 'bias_hh_l0': (12,)}
     """
     own = {name: to_numpy(a) for name, a in layer.state_dict().items()}
-    stored = {name for name in own if "num_batches_tracked" not in name}
     layers, directions = (layer.num_layers, layer.num_directions) if isinstance(layer, Recurrent) else (1, 1)
     for row in ROWS:
-        if row.format != format or row.layer != type(layer).__name__ or not _computes(row, layer):
+        if row.format != format or row.layer != type(layer).__name__ or _differences(row, layer):
             continue
+        joined = isinstance(layer, Recurrent) and _adds_biases(row, layer)
+        held = _with_one_bias(own, layers, directions) if joined else own
+        stored = {name for name in held if "num_batches_tracked" not in name}
         for templates in row.places:
             if len(templates) < directions or (layers > 1 and "{l}" not in templates[0]):
                 continue
-            found: Arrays = {}
+            found: dict[str, NumPyArray] = {}
             names: set[str] = set()
             for n, (d, template) in itertools.product(range(layers), enumerate(templates[:directions])):
                 full = {name: in_direction(name, n, d) if isinstance(layer, Recurrent) else name for name in row.reads}
-                names |= set(full.values())
+                first = {key: own[f] for key, name in row.first.items() if (f := in_direction(name, n, d)) in own}
+                names |= {*full.values(), *(in_direction(row.first[key], n, d) for key in first)}
                 if names <= stored:
-                    found |= _written(row, {name: own[f] for name, f in full.items()}, template.format(l=n))
+                    found |= _written(row, {name: held[f] for name, f in full.items()}, template.format(l=n))
+                    found |= {placed(key, template.format(l=n)): a for key, a in first.items()}
             if names == stored:
-                return found | {name: own[name] for name in row.unused if name in own}
-    raise UnsupportedError(f"format {format!r} has no {layer!r}; expected one of {', '.join(layers_of(format))} in a form that it has")
+                if joined:
+                    _log.info("to_format wrote bias_ih + bias_hh as the one bias of format %r", format)
+                found |= {name: held[name] for name in row.unused if name in held}
+                return PIECES[format][1](found) if format in PIECES else found
+    raise UnsupportedError(f"format {format!r} has no {layer!r}{_why_not(layer, format)}")
 
 
-def _computes(row: Row, layer: Layer) -> bool:
-    """Whether a row's layer computes what `layer` does."""
-    if any(read.then is not None for read in row.reads.values()):
-        return False
+def _why_not(layer: Layer, format: str) -> str:  # noqa: A002
+    """In what the layers of a format differ from one that it cannot hold."""
+    same = [row for row in ROWS if row.format == format and row.layer == type(layer).__name__]
+    if not same:
+        return f"; expected one of {', '.join(layers_of(format))}"
+    nearest = min((_differences(row, layer) for row in same), key=len)
+    if nearest:
+        return f": the nearest there has {', '.join(nearest)}"
+    sizes = f" {layer.num_layers} layers and {layer.num_directions} directions" if isinstance(layer, Recurrent) else ""
+    return f": it has no place for{sizes} {', '.join(n for n in layer.params)}"
+
+
+def _differences(row: Row, layer: Layer) -> list[str]:
+    """In what a row's layer differs from `layer`, in words; nothing where it computes the same."""
+    said = ["a form of its own, which is read and not written"] if any(_only_reads(read) for read in row.reads.values()) else []
     if not isinstance(layer, Recurrent):
-        return True
-    variant = replace(variant_of(row.norm, row.layer, layer.cell.takes), **row.changes)
-    return replace(variant, source="", gain=0.0, forget_bias=0.0) == replace(layer.variant, source="", gain=0.0, forget_bias=0.0)
+        return said
+    if layer.direction != "forward":
+        said.append(f"direction='forward' where this has {layer.direction!r}")
+    theirs = replace(variant_of(row.norm, row.layer, layer.cell.takes), **row.changes)
+    for f in fields(Variant):
+        other, own = getattr(theirs, f.name), getattr(layer.variant, f.name)
+        if f.name in ("source", "gain", "forget_bias") or other == own or (f.name == "biases" and _adds_biases(row, layer)):
+            continue
+        if f.name == "output_activation" and theirs.activations() == layer.variant.activations():
+            continue
+        said.append(f"{f.name}={other!r} where this has {own!r}")
+    return said
 
 
-def _written(row: Row, own: Arrays, place: str) -> Arrays:
+def _only_reads(read: Read) -> bool:
+    """Whether nothing says how an array is written."""
+    return (read.then is not None and read.back is None) or read.join is not None
+
+
+def _adds_biases(row: Row, layer: Recurrent) -> bool:
+    """Whether the layer's two biases are added to each other wherever it uses them, and the row has one in their place."""
+    theirs = replace(variant_of(row.norm, row.layer, layer.cell.takes), **row.changes)
+    apart = layer.cell(layer.variant).keeps_hidden_bias
+    return layer.variant.biases == BIASES and theirs.biases == ("bias",) and not layer.variant.early and not theirs.early and not apart
+
+
+def _with_one_bias(own: Mapping[str, NumPyArray], layers: int, directions: int) -> dict[str, NumPyArray]:
+    found = dict(own)
+    for n, d in itertools.product(range(layers), range(directions)):
+        ih, hh = (found.pop(in_direction(name, n, d)) for name in BIASES)
+        found[in_direction("bias", n, d)] = ih + hh
+    return found
+
+
+def ours(row: Row) -> str:
+    """The gates of a row in our order."""
+    return "".join(gate for gate in OUR_GATES.get(row.layer, "") if gate in row.gates)
+
+
+def _moved(own: dict[str, NumPyArray]) -> dict[str, NumPyArray]:
+    """With the hidden bias of a GRU's gates in the input bias, where it does the same; that of the candidate stays in the reset gate."""
+    inner = own["bias_hh"].copy()
+    gates = slice(0, inner.shape[0] // 3 * 2)
+    outer = own["bias_ih"].copy()
+    outer[gates] += inner[gates]
+    inner[gates] = 0
+    return {**own, "bias_ih": outer, "bias_hh": inner}
+
+
+def _written(row: Row, own: dict[str, NumPyArray], place: str) -> dict[str, NumPyArray]:
     """One direction's arrays under the names of a row."""
-    found: Arrays = {}
+    found: dict[str, NumPyArray] = {}
     stacked: dict[str, dict[Any, Any]] = {}
-    ours, hidden = OUR_GATES.get(row.layer, ""), own["weight_hh"].shape[-1] if "weight_hh" in own else 1
+    order, hidden = ours(row), own["weight_hh"].shape[0] // len(row.gates) if "weight_hh" in own else 1
+    if any(read.candidate for read in row.reads.values()):
+        own = _moved(own)
     for name, read in row.reads.items():
         array, axis = own[name], 0 if name.startswith("weight") and not read.transposed else -1
+        array = array if read.back is None else read.back(array)
         array = array.T if read.transposed else array
         if read.at is not None and "running" in name:
             array = array[0]  # the only row of statistics
         if read.by_gate:
-            blocks = numpy.split(array, len(ours), axis=axis)
-            array = numpy.concatenate([blocks[ours.index(gate)] for gate in row.gates], axis=axis)
+            blocks = numpy.split(array, len(order), axis=axis)
+            array = numpy.concatenate([blocks[order.index(gate)] for gate in row.gates], axis=axis)
+        if read.candidate:
+            array = array[-hidden:]
         if "{t}" in read.keys[0]:
             found |= {placed(read.keys[0], place).replace("{t}", str(t)): step for t, step in enumerate(array)}
-        elif read.at is not None or read.part is not None:
-            stacked.setdefault(placed(read.keys[0], place), {})[read.at if read.part is None else read.part] = array
-        else:
-            cuts = [array.shape[axis] - hidden * (len(read.keys) - 1 - k) for k in range(len(read.keys) - 1)]
-            pieces = numpy.split(array, cuts, axis=-1 if read.transposed else 0)
-            found |= {placed(key, place): piece for key, piece in zip(read.keys, pieces, strict=True)}
+            continue
+        # All keys but the first have one gate each.
+        cuts = [array.shape[axis] - hidden * (len(read.keys) - 1 - k) for k in range(len(read.keys) - 1)]
+        for key, piece in zip(read.keys, numpy.split(array, cuts, axis=-1 if read.transposed else 0), strict=True):
+            if read.at is None and read.part is None:
+                found[placed(key, place)] = piece
+            elif read.among is not None:
+                found[placed(key, place)] = numpy.stack([piece if k == read.at else numpy.ones_like(piece) for k in range(read.among)])
+            else:
+                stacked.setdefault(placed(key, place), {})[read.at if read.part is None else read.part] = piece
     for key, parts in stacked.items():
         joint = "input" in parts
         found[key] = numpy.concatenate([parts["input"], parts["hidden"]]) if joint else numpy.stack([parts[k] for k in sorted(parts)])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from portnorm.checkpoint.containers import Arrays
 from portnorm.checkpoint.formats import NAMES, ROWS
-from portnorm.checkpoint.formats.row import Row
+from portnorm.checkpoint.formats.row import Read, Row
+from portnorm.checkpoint.stored import Stored
 from portnorm.errors import CheckpointError, UnsupportedError
 
 
@@ -25,55 +27,206 @@ class Fit:
     unknown: list[str]  # the file's keys that the row does not have
     missing: list[str]  # the row's keys that the file does not have
     found: int
+    explained: int  # how many letters of the names the row explains; those before are a prefix
 
 
 def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: set[str]) -> Fit:  # noqa: A002
-    chosen = [row for row in ROWS if format in ("auto", row.format) and layer in (None, row.layer)]
+    """The only row that explains the arrays, or the only part of them that is a `layer`. Raises `CheckpointError`."""
+    chosen = [row for row in ROWS if (row.auto if format == "auto" else format == row.format) and layer in (None, row.layer)]
     if not chosen:
         raise UnsupportedError(f"`layer` is {layer!r}, which format {format!r} has not; expected one of {', '.join(layers_of(format))}")
-    fits = [fit for row in chosen for fit in _matches(row, arrays, prefix, ignore)]
-    exact = [fit for fit in fits if not fit.unknown and not fit.missing]
-    # A row with a learned initial state or unused arrays explains more keys than one without.
-    exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
-    # A stack of one layer is that layer under a longer name.
-    plausible = list({(id(fit.row), *sorted(fit.keys.values())): fit for fit in reversed(exact) if _is_plausible(fit, arrays)}.values())
+    fits, clashes = _fits(chosen, arrays, prefix, ignore)
+    exact, plausible = _exact(fits, arrays)
     if len(plausible) == 1:
         return plausible[0]
+    if plausible:
+        names = ", ".join(f"format={fit.row.format!r} with layer={fit.row.layer!r}" for fit in plausible)
+        raise CheckpointError(f"the keys {_some(arrays)} fit more than one: {names}; name the one that is meant")
+    of_one = {id(a.said): a.said for a in arrays.values()}
+    said = next(iter(of_one.values())) if len(of_one) == 1 else None
+    if said is not None and "class_name" in said.refused:
+        raise CheckpointError(f"{said.title} is of {said.refused['class_name'].why}")
     nearest = sorted(
         (fit for fit in fits if fit.missing or fit.unknown), key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown))
     )
-    if exact and not plausible:
-        shapes = ", ".join(f"{original!r} {arrays[original].shape}" for original in exact[0].keys.values())
-        near = next((fit for fit in nearest if not fit.unknown and _is_plausible(fit, arrays)), None)
-        other = f"; for {_titles([near])[0]} {near.missing} is missing" if near is not None else ""
-        raise CheckpointError(f"the keys are those of {', '.join(_titles(exact))}, but no such layer has these shapes: {shapes}{other}")
-    exact = plausible
+    near = nearest[0] if nearest else None
+    wrong = next((fit for fit in fits if not fit.unknown and not fit.missing and fit not in exact and _said_layer(fit, arrays)), None)
+    if wrong is not None and not exact:
+        said = arrays[next(iter(wrong.keys.values()))].said
+        assert said is not None
+        raise CheckpointError(f"{said.title} has only the arrays {_some(arrays)}; expected those of a {said.layer} of portnorm")
+    almost = exact or (near is not None and near.row.gates and near.found > 1 and near.found >= len(near.unknown))
+    parts = [] if almost else parts_of(chosen, arrays, prefix, ignore)
+    if layer is not None and len(parts) == 1 and len(parts[0].fits) == 1:
+        return parts[0].fits[0]
+    if parts:
+        raise CheckpointError(_listed(parts, arrays, prefix))
+    problem = next((a.problem for a in arrays.values() if a.problem is not None), None)
+    if problem is not None:
+        raise CheckpointError(problem)
+    inside = [key for fit in exact for key in fit.keys.values() if _IN_A_CELL.search(key)]
+    if inside and all(fit.row.layer == "Linear" for fit in exact):
+        raise CheckpointError(
+            f"{inside[0]!r} is a weight of a recurrent cell, not of {_titles(exact)[0]}; format='tensorflow' reads those of cells called "
+            "basic_lstm_cell, lstm_cell, gru_cell or basic_rnn_cell: rename what computes like one of them"
+        )
     if exact:
-        names = ", ".join(f"format={fit.row.format!r} with layer={fit.row.layer!r}" for fit in exact)
-        raise CheckpointError(f"the keys {_some(arrays)} fit more than one: {names}; name the one that is meant")
-    best = nearest[0]
+        shapes = ", ".join(f"{original!r} {arrays[original].shape}" for original in exact[0].keys.values())
+        fitting = next((fit for fit in nearest if not fit.unknown and _is_plausible(fit, arrays)), None)
+        other = f"; for {_titles([fitting])[0]} {fitting.missing} is missing" if fitting is not None else ""
+        raise CheckpointError(f"the keys are those of {', '.join(_titles(exact))}, but no such layer has these shapes: {shapes}{other}")
+    for key, a in arrays.items():
+        if key not in ignore and a.ndim == 0 and not a.dtype.startswith(("float", "int", "uint", "bool", "bfloat")):
+            raise CheckpointError(f"`{key}` is {a.dtype}; expected an array of numbers; name what is meant by `prefix`, or `ignore` it")
+    if near is None:
+        raise CheckpointError(f"{clashes[0]}; name the one that is meant by `prefix`")
+    hint = own_cell({key: arrays[key] for key in near.unknown})
+    rest = f"; what does not belong to the layer goes into `ignore`{hint}" if near.unknown else ""
     raise CheckpointError(
-        f"the keys do not fit {best.row.format!r} {best.row.title}, the nearest: missing {best.missing or 'nothing'}, "
-        f"unknown {best.unknown or 'nothing'}"
+        f"the keys do not fit {near.row.format!r} {near.row.title}, the nearest: missing {near.missing or 'nothing'}, "
+        f"unknown {near.unknown or 'nothing'}{rest}"
     )
 
 
-def parts_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: set[str]) -> list[tuple[str, str]]:  # noqa: A002
-    """Beginnings of names under which a layer lies, the shortest of each, and what it is."""
-    found: list[tuple[str, str]] = []
-    ends = {key[: k + 1] for key in arrays for k in range(len(prefix), len(key)) if key[k] in "./"}
-    for part in sorted(ends, key=lambda p: (len(p), p)):
-        if any(part.startswith(known) for known, _ in found):
+def _exact(fits: list[Fit], arrays: Arrays) -> tuple[list[Fit], list[Fit]]:
+    """The fits that explain every key, and those of them whose shapes can be right."""
+    exact = [fit for fit in fits if not fit.unknown and not fit.missing]
+    # A row with a learned initial state or unused arrays explains more keys than one without.
+    exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
+    exact = [fit for fit in exact if _said_layer(fit, arrays) in (None, fit.row.layer)]
+    plausible = [fit for fit in exact if _is_plausible(fit, arrays)]
+    # A row that explains more of the names says more: `gru_cell/…` is a cell, where `…` alone could be anything.
+    plausible = [fit for fit in plausible if fit.explained == max(p.explained for p in plausible)]
+    # A norm with one of γ and β is that norm where the other was to be left out; rows that read the same arrays in the same way are one.
+    norms = {(fit.row.format, fit.row.layer) if not fit.row.gates else id(fit): fit for fit in reversed(plausible)}
+    return exact, list({_meaning(fit): fit for fit in norms.values()}.values())[::-1]
+
+
+def _said_layer(fit: Fit, arrays: Arrays) -> str | None:
+    """The class that the file says the layer has, where all the arrays belong to one."""
+    said = {id(a.said): a.said for a in (arrays[key] for key in fit.keys.values())}
+    only = next(iter(said.values())) if len(said) == 1 else None
+    return None if only is None else only.layer
+
+
+# -- files of several layers ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A beginning of names under which a layer lies, and what it can be."""
+
+    prefix: str
+    fits: list[Fit]
+
+    @property
+    def is_linear(self) -> bool:
+        return all(fit.row.layer == "Linear" for fit in self.fits)
+
+    @property
+    def is_recurrent(self) -> bool:
+        return any(fit.row.gates for fit in self.fits)
+
+    def __str__(self) -> str:
+        by_format: dict[str, list[str]] = {}
+        for fit in self.fits:
+            by_format.setdefault(fit.row.format, []).append(fit.row.title)
+        said = " or ".join(f"{name} {'/'.join(dict.fromkeys(titles))}" for name, titles in by_format.items())
+        return f"prefix={self.prefix!r} ({said})"
+
+
+def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> list[Part]:
+    """The layers that lie under beginnings of the names, the shortest beginning of each."""
+    inside: dict[str, dict[str, Stored]] = {}
+    for key, a in arrays.items():
+        for beginning in _beginnings(key, len(prefix)):
+            inside.setdefault(beginning, {})[key] = a
+    quick, found = [(row, *_signature(row)) for row in rows], dict[str, Part]()
+    for beginning in sorted(inside, key=lambda e: (len(e), e)):
+        own = inside[beginning]
+        if len(own) == len(arrays) or any(shorter in found for shorter in _beginnings(beginning, len(prefix))):
             continue
-        inside = {key: a for key, a in arrays.items() if key.startswith(part)}
-        if len(inside) == len(arrays):
-            continue
-        try:
-            fit = fit_of(inside, part, format, layer, ignore)
-        except CheckpointError:
-            continue
-        found.append((part, f"{fit.row.format} {fit.row.title}"))
-    return found
+        leaves = {re.split(r"[./]", key)[-1] for key in own}
+        numbered = any(leaf.isdecimal() for leaf in leaves)
+        possible = [row for row, first, most in quick if len(own) <= most and (numbered or any(first in leaf for leaf in leaves))]
+        fits = _exact(_fits(possible, own, beginning, ignore)[0], own)[1] if possible else []
+        one_axis = all(a.ndim == 1 for a in own.values())
+        fits = [fit for fit in fits if fit.row.gates or fit.row.layer == "Linear" or one_axis]  # a matrix is rather an embedding than a γ
+        if fits:
+            found[beginning] = Part(beginning, fits)
+    return list(found.values())
+
+
+def _beginnings(key: str, start: int) -> list[str]:
+    """What a key begins with, up to each place where a name ends, from the shortest on."""
+    return [key[: k + 1] for k in range(start, len(key)) if key[k] in "./"]
+
+
+def _signature(row: Row) -> tuple[str, float]:
+    """By which a row is found to be worth a closer look: the end of its first key, and how many keys it can have at most."""
+    first = next(iter(row.reads.values())).keys[0].rpartition("/")[2].rpartition(".")[2].partition("{")[0]
+    keys = [key for read in row.reads.values() for key in read.keys]
+    single = not any("{l}" in t for templates in row.places for t in templates) and not any("{t}" in key for key in keys)
+    return first, 2 * (len(keys) + len(row.unused) + len(row.first)) if single else math.inf
+
+
+def _listed(parts: list[Part], arrays: Arrays, prefix: str) -> str:
+    """What a file holds, for somebody who has to name one part of it."""
+    shown = sorted((part for part in parts if not part.is_linear), key=lambda part: not part.is_recurrent) or parts
+    linear = len(parts) - len(shown) if shown is not parts else 0
+    known = {part.prefix: part.is_recurrent for part in parts}
+    of_part = {key: next((known[e] for e in _beginnings(key, len(prefix)) if e in known), None) for key in arrays}
+    rest = [key for key, recurrent in of_part.items() if recurrent is None]
+    alike: dict[str, list[Part]] = {}
+    for part in shown:
+        alike.setdefault(re.sub(r"\d+", "0", str(part)), []).append(part)
+    named = [f"{same[0]}{f' and {len(same) - 1} more with other numbers' if len(same) > 1 else ''}" for same in alike.values()]
+    said = ", ".join(named[:_SHOWN]) + (f", … ({len(named)} in all)" if len(named) > _SHOWN else "")
+    also = [f"{linear} Linear"] if linear else []
+    also += [f"{len(rest)} other arrays, such as {rest[0]!r}"] if rest else []
+    beside = f"; beside {' and '.join(also)}" if also else ""
+    choice = " (with `layer` where there are several classes)" if any(len(part.fits) > 1 for part in shown) else ""
+    hint = own_cell({key: arrays[key] for key, recurrent in of_part.items() if not recurrent})
+    return f"the file holds more than one layer; name one{choice}: {said}{beside}{hint}"
+
+
+_SHOWN, _GATES = 12, 8
+
+
+def own_cell(arrays: Arrays) -> str:
+    """What to do with a recurrent cell of somebody's own, where the keys look like one: two matrices for the same gates, side by side."""
+    beside: dict[tuple[str, ...], list[str]] = {}
+    for key in (key for key, a in arrays.items() if a.ndim == 2):
+        path = re.split(r"[./]", key)
+        for k in range(len(path)):
+            beside.setdefault((*path[:k], "", *path[k + 1 :]), []).append(key)
+    for keys in beside.values():
+        for key in keys if len(keys) <= _GATES else ():
+            hidden, shape = re.search(r"h2|hh|hidden|recurrent", key.lower()), arrays[key].shape
+            axis = next((k for k in (0, 1) if shape[k] % max(shape[1 - k], 1) == 0), None)
+            other = next((o for o in keys if o != key and axis is not None and arrays[o].shape[axis] == shape[axis]), None)
+            if hidden and other is not None:
+                return (
+                    f". Are {other!r} and {key!r} a recurrent cell of your own? Then make its layer, with a pn.Variant that says where its "
+                    "normalizers and biases are: layer = pn.LSTM(inputs, hidden, norm=pn.Variant(…)), and give it the weights by name, "
+                    "layer.load_state_dict({ours: your_arrays[theirs(ours)] for ours in layer.state_dict()}); or call your arrays what "
+                    "pn.to_format(layer, format) calls them, and import that"
+                )
+    return ""
+
+
+def _meaning(fit: Fit) -> tuple[Any, ...]:
+    """What a fit makes of the arrays."""
+    row, places = fit.row, list(itertools.chain(*fit.places))
+
+    def how(read: Read) -> tuple[Any, ...]:
+        keys = [fit.keys.get(k) for place in places for key in read.keys for k in expanded(key, place, fit.keys)]
+        gates = row.gates if read.by_gate else ""
+        return (*keys, read.transposed, gates, read.at, read.part, read.then, read.join, read.candidate, read.blocks)
+
+    reads = {name: how(read) for name, read in row.reads.items()}
+    settings = [sorted(map(repr, mapping.items())) for mapping in (row.changes, row.config)]
+    return (row.layer, row.norm, repr(reads), repr(settings), *sorted(fit.keys.values()))
 
 
 def _titles(fits: Iterable[Fit]) -> list[str]:
@@ -84,39 +237,87 @@ def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
     """Whether the numbers of axes, and of gates, are those of the row: several layers share their keys."""
     row, shapes = fit.row, {}
     for name, read in row.reads.items():
-        keys = [fit.keys.get(key) for key in expanded(read.keys[0], fit.places[0][0], fit.keys)]
+        key = read.keys[0 if read.join is None else -1]
+        keys = [fit.keys.get(name) for name in expanded(key, fit.places[0][0], fit.keys)]
         if keys[0] is not None:
             shapes[name] = arrays[keys[0]].shape
     if not row.gates:
         ndims = {name: len(shape) for name, shape in shapes.items()}
         if row.layer == "Linear":
+            if any(_IN_A_CELL.search(key) for key in fit.keys.values()):
+                return False
             return ndims == {"weight": 2, "bias": 1} or ndims == {"weight": 2}
         return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == {1})
+    size = None
+    for name in [n for n in ("weight_hh", "weight_hh.v") if n in shapes]:
+        read = row.reads[name]
+        if read.part is None and (len(read.keys) == 1 or read.join is not None) and (read.then is None or len(shapes[name]) != 1):
+            ratio = shapes[name] if not read.transposed else shapes[name][::-1]
+            if len(ratio) != 2 or ratio[0] % len(row.gates) or ("weight_hr" not in row.reads and ratio[0] != len(row.gates) * ratio[1]):
+                return False
+            size = ratio[0] // len(row.gates)
     for name, shape in shapes.items():
         read = row.reads[name]
-        if name in ("weight_hh", "weight_hh.v") and read.part is None and len(read.keys) == 1:
-            ratio = shape if not read.transposed else shape[::-1]
-            if len(shape) != 2 or ratio[0] % len(row.gates) or ("weight_hr" not in row.reads and ratio[0] != len(row.gates) * ratio[1]):
+        if name == "weight_hh" and read.part is not None and len(read.keys) == 1:
+            inside, left = divmod(shape[1], len(row.gates)) if len(shape) == 2 else (0, 0)
+            if left or not 0 < inside < shape[0]:
                 return False
-        if name.startswith("bias") and len(shape) != 1 + (read.at is not None):
-            return False
+        if name.startswith("bias"):
+            blocks = read.blocks or (len(row.gates) if read.by_gate and len(read.keys) == 1 else None)
+            if len(shape) != 1 + (read.at is not None) or (size and blocks and shape[-1] != blocks * size):
+                return False
     return True
+
+
+_IN_A_CELL = re.compile(r"(lstm|gru|rnn)_cell(_\d+)?/\w+(:0)?$")
+"""Names of the weights of a recurrent cell."""
 
 
 def layers_of(format: str) -> list[str]:  # noqa: A002
     return sorted({row.layer for row in ROWS if format in ("auto", row.format)})
 
 
-def _matches(row: Row, arrays: Arrays, prefix: str, ignore: set[str]) -> Iterator[Fit]:
-    """What the row makes of the arrays: for each alternative of its places, with a part of the names that all share cut off."""
-    short = {key.removeprefix(prefix): a for key, a in arrays.items()}
-    plain = NAMES[row.format](short) if row.format in NAMES else {key: key for key in short}
-    names = {name: prefix + key for key, name in plain.items()}
-    shared = os.path.commonprefix(list(names))  # noqa: RUF071  # by characters: the keys are no paths
-    for length in (0, *(k + 1 for k, letter in enumerate(shared) if letter in "./")):
-        keys = {name[length:]: key for name, key in names.items()}
-        for templates in row.places:
-            yield _match(row, templates, keys, ignore)
+def _fits(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> tuple[list[Fit], list[str]]:
+    """What the rows make of the arrays: for each alternative of their places, with a part of the names that all share cut off.
+
+    And which keys a format calls by the same name: its rows cannot hold them.
+    """
+    plain = _Names(arrays, prefix)
+    found = [_match(row, templates, keys, ignore) for row in rows for keys in plain.of(row) for templates in row.places]
+    return found, plain.clashes
+
+
+class _Names:
+    """The file's keys by the plain names of a format, with parts that all names share cut off."""
+
+    def __init__(self, arrays: Arrays, prefix: str):
+        self.arrays, self.prefix = arrays, prefix
+        last = re.search(r"[^./]+[./]$", prefix)
+        self.scope = prefix[: last.start()] if last is not None else prefix  # the prefix without its last name
+        self.found: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+        self.clashes: list[str] = []
+
+    def of(self, row: Row) -> list[dict[str, str]]:
+        """For a row that knows the name of a scope, the last name of the prefix may be that one."""
+        heads = (self.prefix, self.scope) if row.places[0][0].strip("{l}./_") and self.scope != self.prefix else (self.prefix,)
+        return [keys for head in heads for keys in self._cut(row.format, row.separators, head)]
+
+    def _cut(self, format: str, separators: str, head: str) -> list[dict[str, str]]:  # noqa: A002
+        how = (format if format in NAMES else "", separators, head)
+        if how not in self.found:
+            short = {key.removeprefix(head): a for key, a in self.arrays.items()}
+            plain = NAMES[format](short) if format in NAMES else {key: key for key in short}
+            names: dict[str, str] = {}
+            clash = None
+            for key, name in plain.items():
+                if name in names and clash is None:
+                    clash = f"{names[name]!r} and {head + key!r} are both {name!r} in format {format!r}"
+                names[name] = head + key
+            shared = os.path.commonprefix(list(names))  # noqa: RUF071  # by characters: the keys are no paths
+            lengths = (0, *(k + 1 for k, letter in enumerate(shared) if letter in separators))
+            self.found[how] = [] if clash is not None else [{name[length:]: key for name, key in names.items()} for length in lengths]
+            self.clashes += [] if clash is None else [clash]
+        return self.found[how]
 
 
 def _match(row: Row, templates: tuple[str, ...], keys: dict[str, str], ignore: set[str]) -> Fit:
@@ -129,12 +330,11 @@ def _match(row: Row, templates: tuple[str, ...], keys: dict[str, str], ignore: s
     directions = [t for t in templates if t and there(t, 0)] if len(templates) > 1 else [templates[0]]
     places = [[t.format(l=n) for t in directions or templates[:1]] for n in range(max(layers, 1))]
     wanted = {key for place in itertools.chain(*places) for r in row.reads.values() for k in r.keys for key in expanded(k, place, keys)}
-    wanted |= {placed(key, places[0][0]) for key in row.settings.values()}
-    optional = {placed(key, place) for place in itertools.chain(*places) for key in (*row.unused, *row.zero)}
+    optional = {placed(key, place) for place in itertools.chain(*places) for key in (*row.unused, *row.first)}
     known = {key: keys[key] for key in keys if key in wanted | optional}
     missing = [key for key in sorted(wanted - set(keys)) if key not in ignore]
     unknown = [original for key, original in keys.items() if key not in known and not {key, original} & ignore]
-    return Fit(row, places, known, unknown, missing, len(known))
+    return Fit(row, places, known, unknown, missing, len(known), sum(map(len, known)))
 
 
 def placed(key: str, place: str) -> str:

@@ -1,6 +1,7 @@
 """The safetensors container: eight bytes of header length, a JSON header, then the arrays' bytes.
 
-Nothing in such a file can be executed. Reading checks every length and offset against the file before any array is made.
+Nothing in such a file can be executed. Reading checks every length and offset against the file before any array is made, and takes from
+the file the bytes of the arrays that are asked for.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
 
 import numpy
 
+from portnorm.checkpoint.stored import Stored
 from portnorm.errors import CheckpointError, DTypeError
 from portnorm.files import written_whole
 
@@ -58,50 +59,106 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, NumPyArray], metada
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, NumPyArray], dict[str, str]]:
     """`(arrays, metadata)`. Raises `CheckpointError` for a file that is no safetensors file, or is damaged or cut off."""
+    stored, metadata = entries(path)
+    return {name: a.read() for name, a in stored.items()}, metadata
+
+
+def entries(path: str | os.PathLike[str]) -> tuple[dict[str, Stored], dict[str, str]]:
+    """`(arrays, metadata)` as `read`, but the arrays are in the file until they are asked for."""
+    name = os.fspath(path)
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            header, start = _header(file, os.fstat(file.fileno()).st_size, name)
+            size = os.fstat(file.fileno()).st_size - start
     except OSError as error:
-        raise CheckpointError(f"cannot read {os.fspath(path)!r}: {error.strerror}") from error
-    header, body = _header(data, os.fspath(path))
-    metadata = header.pop("__metadata__", {})
+        raise CheckpointError(f"cannot read {name!r}: {error.strerror}") from error
+    metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"{os.fspath(path)!r} is damaged: its metadata is no map")
-    arrays, end = {}, 0
-    for name, entry in sorted(header.items(), key=_begin):
-        arrays[name], end = _array(name, entry, body, end, os.fspath(path))
-    if end != len(body):
-        raise CheckpointError(f"{os.fspath(path)!r} is damaged: {len(body)} bytes of arrays where its header has {end}")
-    return {name: arrays[name] for name in header}, {str(k): str(v) for k, v in metadata.items()}
+        raise CheckpointError(f"{name!r} is damaged: its metadata is no map")
+    found, end = {}, 0
+    for key, entry in sorted(header.items(), key=_offsets):
+        found[key], end = _entry(key, entry, end, start, size, name)
+    if end != size:
+        raise CheckpointError(f"{name!r} is damaged: {size} bytes of arrays where its header has {end}")
+    return {key: found[key] for key in header}, {str(k): str(v) for k, v in metadata.items()}
 
 
-def _header(data: bytes, path: str) -> tuple[dict[str, Any], memoryview]:
-    if len(data) < 8:
-        raise CheckpointError(f"{path!r} has {len(data)} bytes and is no safetensors file; it may be cut off")
-    (size,) = struct.unpack("<Q", data[:8])
-    if size > min(len(data) - 8, _HEADER_LIMIT):
-        hint = "; it looks like a PyTorch or pickle file: convert it with safetensors first" if data[:2] in (b"PK", b"\x80\x02") else ""
-        raise CheckpointError(f"{path!r} is no safetensors file or is cut off: header of {size} bytes in a file of {len(data)}{hint}")
+def _header(file: BinaryIO, total: int, path: str) -> tuple[dict[str, Any], int]:
+    """The header, and where the arrays begin."""
+    first = file.read(8)
+    if len(first) < 8:
+        raise CheckpointError(f"{path!r} has {len(first)} bytes and is no safetensors file; it may be cut off")
+    (size,) = struct.unpack("<Q", first)
+    if size > min(total - 8, _HEADER_LIMIT):
+        hint = "; it looks like a PyTorch or pickle file: convert it with safetensors first" if first[:2] in (b"PK", b"\x80\x02") else ""
+        raise CheckpointError(f"{path!r} is no safetensors file or is cut off: header of {size} bytes in a file of {total}{hint}")
     try:
-        header = json.loads(data[8 : 8 + size])
-    except ValueError as error:
+        header = json.loads(file.read(size))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path!r} is damaged: its header is no JSON ({error})") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path!r} is damaged: its header is no map")
-    return header, memoryview(data)[8 + size :]
+    return header, 8 + size
 
 
-def _begin(item: tuple[str, Any]) -> int:
+def _offsets(item: tuple[str, Any]) -> tuple[int, int]:
+    """By which entries are sorted: one without bytes may begin where the next one does."""
     try:
-        return int(item[1]["data_offsets"][0])
-    except (KeyError, TypeError, ValueError, IndexError):
-        return -1
+        start, stop = map(int, item[1]["data_offsets"])
+        return start, stop
+    except (KeyError, TypeError, ValueError):
+        return -1, -1
 
 
-def _array(name: str, entry: Any, body: memoryview, end: int, path: str) -> tuple[NumPyArray, int]:
+def _entry(key: str, entry: Any, end: int, start: int, size: int, path: str) -> tuple[Stored, int]:
+    """An array whose bytes follow those before `end`, and where they end."""
     try:
-        dtype, shape, (start, stop) = numpy.dtype(_DTYPES[entry["dtype"]]), tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+        code, shape, (first, last) = str(entry["dtype"]), tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path!r}: the entry of {name!r} is not understood: {entry!r}") from error
-    if start != end or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize or stop > len(body):
-        raise CheckpointError(f"{path!r} is damaged or cut off: {name!r} of shape {shape} at bytes {start} to {stop} of {len(body)}")
-    return numpy.frombuffer(body[start:stop], dtype=dtype).reshape(shape).copy(), stop
+        raise CheckpointError(f"{path!r}: the entry of {key!r} is not understood: {entry!r}") from error
+    known = _DTYPES.get(code) or _RAW.get(code)
+    fits = first == end and min(shape, default=0) >= 0 and first <= last <= size
+    if not fits or (known is not None and last - first != math.prod(shape) * numpy.dtype(known).itemsize):
+        raise CheckpointError(f"{path!r} is damaged or cut off: {key!r} of shape {shape} at bytes {first} to {last} of {size}")
+    if known is None:
+        expected = ", ".join((*_DTYPES, *_RAW))
+        return Stored.unreadable(key, f"{path!r}: {key!r} has the type {code}; expected one of {expected}"), last
+
+    def load() -> NumPyArray:
+        try:
+            with open(path, "rb") as file:
+                file.seek(start + first)
+                raw = numpy.fromfile(file, dtype=known, count=math.prod(shape))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path!r}: {error.strerror}") from error
+        if raw.size != math.prod(shape):
+            raise CheckpointError(f"{path!r} was cut off while it was read: {key!r} is not there any more")
+        return (_FLOATS[code](raw) if code in _FLOATS else raw).reshape(shape)
+
+    return Stored(key, lambda: (shape, _NAMES.get(code) or numpy.dtype(known).name), load), last
+
+
+def _bfloat16(raw: NumPyArray) -> NumPyArray:
+    return (raw.astype(numpy.uint32) << 16).view(numpy.float32)
+
+
+def _float8(exponent_bits: int, infinities: bool) -> Callable[[NumPyArray], NumPyArray]:
+    """From bytes of sign, exponent and mantissa: 4 and 3 bits without infinities (E4M3), or 5 and 2 bits with them (E5M2)."""
+    mantissa_bits, bias = 7 - exponent_bits, 2 ** (exponent_bits - 1) - 1
+    code = numpy.arange(256)
+    exponent, mantissa = (code >> mantissa_bits) & (2**exponent_bits - 1), code & (2**mantissa_bits - 1)
+    fraction = mantissa / 2**mantissa_bits + (exponent > 0)
+    table = fraction * 2.0 ** (numpy.maximum(exponent, 1) - bias)
+    if infinities:
+        table[exponent == 2**exponent_bits - 1] = numpy.nan
+        table[code % 128 == 0b01111100] = numpy.inf
+    else:
+        table[code % 128 == 127] = numpy.nan
+    table = numpy.where(code < 128, table, -table).astype(numpy.float32)
+    return lambda raw: table[raw]
+
+
+_RAW = {"BF16": "<u2", "F8_E4M3": "uint8", "F8_E5M2": "uint8", "U16": "<u2", "U32": "<u4", "U64": "<u8", "C64": "<c8"}
+"""Types that are read and not written."""
+_NAMES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_FLOATS = {"BF16": _bfloat16, "F8_E4M3": _float8(4, False), "F8_E5M2": _float8(5, True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy
 
@@ -27,12 +27,12 @@ from portnorm.statistics import checked_momentum
 class PlacedState(NamedTuple):
     """A state as the directions take it: that of each layer and direction, and the number of steps that have gone before."""
 
-    places: list[tuple[Array, ...]]
+    places: list[tuple[Array, ...]] | None  # `None`: those that the layer starts from by itself
     time: Array | None
 
 
 _SIZES = ("input_size", "hidden_size", "norm", "num_layers", "bidirectional")
-_SETTINGS = (*_SIZES, "batch_first", "return_sequences", "t_max", "momentum", "proj_size")
+_SETTINGS = (*_SIZES, "batch_first", "return_sequences", "direction", "t_max", "momentum", "proj_size", "learned_state")
 
 
 class Start(NamedTuple):
@@ -48,22 +48,26 @@ class StackResiduals(NamedTuple):
 
     directions: list[RecurrentResiduals]
     last: tuple[Array, ...]
+    learned: Array | None  # the learned h where the layer started from it
 
 
 class Recurrent(Layer):
     """What `LSTM`, `GRU` and `RNN` share: stacks, directions, states, running statistics.
 
-    `norm` names a row of the cell's table of variants (`portnorm.VARIANTS`) or is a `portnorm.Variant`. `x` is (time, batch, features),
-    or (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last
-    hidden state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch,
-    hidden); where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have
-    statistics of their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts
-    each sequence's steps: what follows is padding, gives 0, and enters nothing. Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in
-    torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal matrices and the
-    variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden weights
-    (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al. 2016).
-    `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
-    array over all of them, each of which calls with sequences of its own, padded to the same number of steps.
+    `norm` names a row of the cell's table of variants (`portnorm.VARIANTS`) or is a `portnorm.Variant`. `x` is (time, batch, features), or
+    (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last hidden
+    state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch, hidden);
+    where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have statistics of
+    their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts each sequence's steps: what
+    follows is padding, gives 0, and enters nothing. `direction="reverse"` goes from the last step to the first, with `y` in the order of
+    `x` (ONNX); with `"backwards"` `y` has the last step of `x` first (Keras' `go_backwards`). Parameters are `weight_ih_l0`,
+    `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal
+    matrices and the variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden
+    weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al.
+    2016). With `learned_state` the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at first, from
+    which sequences start where no `state` is given. `reduce`, which is not saved with the layer, is for batches that are parted among
+    processes, as in `portnorm.batch_norm`: it sums an array over all of them, each of which calls with sequences of its own, padded to
+    the same number of steps.
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
     """
 
@@ -90,6 +94,8 @@ class Recurrent(Layer):
     t_max: int
     momentum: float | None
     proj_size: int
+    direction: Literal["forward", "reverse", "backwards"]
+    learned_state: bool
 
     def __init__(
         self,
@@ -101,21 +107,27 @@ class Recurrent(Layer):
         bidirectional: bool = False,
         batch_first: bool = False,
         return_sequences: bool = True,
+        direction: Literal["forward", "reverse", "backwards"] = "forward",
         t_max: int = 100,
         momentum: float | None = 0.1,
         forget_bias: float | None = None,
         hidden_init: HiddenInit | None = None,
         proj_size: int = 0,
+        learned_state: bool = False,
         reduce: Reduce | None = None,
         xp: Namespace | str | None = None,
         device: Any = None,
         dtype: DType = "float32",
         rng: int | Generator | None = None,
     ):
+        if direction not in ("forward", "reverse", "backwards") or (bidirectional and direction != "forward"):
+            expected = "'forward', since `bidirectional` has both" if bidirectional else "'forward', 'reverse' or 'backwards'"
+            raise UnsupportedError(f"`direction` is {direction!r}; expected {expected}")
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "t_max": t_max}
         config: dict[str, Any] = {name: whole_number(name, value, 1) for name, value in sizes.items()}
         flags = {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
         config |= {name: switch(name, value) for name, value in flags.items()}
+        config |= {"direction": direction, "learned_state": switch("learned_state", learned_state)}
         config |= {"momentum": checked_momentum(momentum), "proj_size": whole_number("proj_size", proj_size)}
         if not 0 <= config["proj_size"] < config["hidden_size"] or (proj_size and not self.cell.projects):
             raise UnsupportedError(f"`proj_size` is {proj_size}; expected 0, or for the LSTM a number below `hidden_size` {hidden_size}")
@@ -127,13 +139,30 @@ class Recurrent(Layer):
         self.reduce = reduce
         if hidden_init not in (None, *HIDDEN):
             raise UnsupportedError(f"`hidden_init` is {hidden_init!r}; expected one of {', '.join(map(repr, HIDDEN))}, or None")
+        if hidden_init is not None and self.variant.recurrence == "diagonal":
+            raise UnsupportedError(
+                f"`hidden_init` is {hidden_init!r}, but the variant's `recurrence` 'diagonal' has no hidden matrix; use None"
+            )
         random = generator(rng)
         self._made: tuple[Any, tuple[tuple[str, int, Direction], ...]] | None = None
-        for suffix, inputs, direction in self._places():
+        for suffix, inputs, place in self._places():
             start = Start(forget_bias, hidden_init, self.proj_size)
-            values = _initial(direction.cells[0], inputs, self.hidden_size, self.t_max, start, random)
+            values = _initial(place.cells[0], inputs, self.hidden_size, self.t_max, start, random)
             self.params |= {_with(name, suffix): self._new(v) for name, v in values}
+            first = zip(self.learned, self.state_sizes(), strict=False)
+            self.params |= {_with(name, suffix): self._new(numpy.zeros(size)) for name, size in first}
         self._start_statistics()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The arguments that make such a layer, without those that few layers have."""
+        usual = {"direction": "forward", "learned_state": False}
+        return {name: value for name, value in super().config.items() if usual.get(name, self) != value}
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """The names of the learned first states inside one direction."""
+        return tuple(f"{name}0" for name in self.cell.states) if self.learned_state else ()
 
     # -- what it is made of --------------------------------------------------------------------------------------------------------
 
@@ -200,7 +229,7 @@ class Recurrent(Layer):
 
         Made when they are first asked for, and again when an attribute that they depend on was changed.
         """
-        depends = self.variant, self.t_max, self.keeps_time, self.reduce
+        depends = self.variant, self.t_max, self.keeps_time, self.reduce, self.direction
         if self._made is None or self._made[0] != depends:
             self._made = depends, tuple(self._new_places())
         return self._made[1]
@@ -210,9 +239,10 @@ class Recurrent(Layer):
         for layer in range(self.num_layers):
             inputs = self.input_size if layer == 0 else self.num_directions * self.output_size
             sequences = self.keeps_time or layer < self.num_layers - 1
-            for reverse in (False, True)[: self.num_directions]:
-                suffix = in_direction("", layer, reverse)
-                yield suffix, inputs, Direction(cells, self.hidden_size, self.t_max, reverse, sequences)
+            backwards = self.direction == "backwards" and layer == self.num_layers - 1
+            for second in (False, True)[: self.num_directions]:
+                suffix, reverse = in_direction("", layer, second), second or self.direction != "forward"
+                yield suffix, inputs, Direction(cells, self.hidden_size, self.t_max, reverse, sequences, backwards)
 
     def _start_statistics(self) -> None:
         if self.variant.norm != "batch":
@@ -250,9 +280,12 @@ class Recurrent(Layer):
         if self.batch_first:
             x = xp.permute_dims(x, (1, 0, 2))
         states, time = state if isinstance(state, PlacedState) else self._placed(buffers, x, state)
+        learned = params[_with(self.learned[0], "_l0")] if self.learned and states is None else None
+        states = self._starts(params, x) if states is None else states
         steps, residuals, last, new_buffers, directions = x.shape[0], [], [], {}, []
         for k, (suffix, _, direction) in enumerate(self._places()):
             own, kept = _without(params, suffix), _without(buffers, suffix)
+            own = {name: a for name, a in own.items() if name not in self.learned}
             y, after, buffered, residual = direction.forward(
                 own, kept, x, states[k], time=time, lengths=lengths, training=training, keep=keep, momentum=self.momentum
             )
@@ -266,7 +299,7 @@ class Recurrent(Layer):
                 directions = []
         y = xp.permute_dims(x, (1, 0, 2)) if self.batch_first and self.keeps_time else x
         out = tuple(xp.stack(parts) for parts in zip(*last, strict=True))
-        return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(residuals, out)
+        return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(residuals, out, learned)
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
         xp = xp_of(residuals.last[0])
@@ -285,8 +318,17 @@ class Recurrent(Layer):
                 dx = d if dx is None else dx + d
                 grads.update({_with(name, suffix): g for name, g in shares.items()})
             dy = dx
+        for k, (suffix, _, _) in places:
+            for name, d in zip(self.learned, dfirst[k], strict=False):
+                total = xp.sum(d, axis=0)
+                grads[_with(name, suffix)] = xp.zeros_like(total) if residuals.learned is None else total
         dx = xp.permute_dims(dy, (1, 0, 2)) if self.batch_first else dy
         return dx, tuple(xp.stack(parts) for parts in zip(*dfirst, strict=True)), {name: grads[name] for name in self.params}
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether it, or one of its directions, starts at the last step."""
+        return self.num_directions == 2 or self.direction != "forward"
 
     def _checked_cotangents(self, last: tuple[Array, ...], dstate: Any) -> tuple[Array, ...]:
         """The cotangent of each state, 0 where there is none; `dstate` is nested as the state is, with or without one of its time."""
@@ -301,14 +343,15 @@ class Recurrent(Layer):
 
     def step(self, x: Array, state: Any = None) -> tuple[Array, State]:
         """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
-        if self.num_directions == 2:
-            raise UnsupportedError("a bidirectional layer cannot go step by step; its reverse direction starts at the end")
+        if self.goes_back:
+            who = "a bidirectional layer" if self.num_directions == 2 else f"a layer with direction={self.direction!r}"
+            raise UnsupportedError(f"{who} cannot go step by step; it starts at the end")
         xp = xp_of(x)
         y, state = self(xp.expand_dims(x, axis=1 if self.batch_first else 0), state)
         return (xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y), state
 
     def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> State:
-        """The state before the first step for `batch` sequences: zeros, with `noise` h drawn from N(0, noise²).
+        """The state before the first step for `batch` sequences: zeros, or what was learned; with `noise` h has N(0, noise²) added.
 
         Noise is for training with batch normalization, where Cooijmans et al. 2016 use 0.1: without it, steps at which all sequences are
         still alike have variance 0, and what follows amplifies rounding by γ/√eps per step.
@@ -316,7 +359,11 @@ class Recurrent(Layer):
         first, *others = ((self.num_layers * self.num_directions, batch, size) for size in self.state_sizes())
         h = generator(rng).standard_normal(first) * noise if noise else numpy.zeros(first)
         time = (self._new(0, integer=True),) if self.timed else ()
-        return (self._new(h), *(self._new(numpy.zeros(shape)) for shape in others), *time)
+        states = (self._new(h), *(self._new(numpy.zeros(shape)) for shape in others))
+        if self.learned:
+            learned = [self.xp.stack([self.params[_with(name, suffix)] for suffix, _, _ in self._places()]) for name in self.learned]
+            states = tuple(state + start[:, None, :] for state, start in zip(states, learned, strict=True))
+        return (*states, *time)
 
     def state_sizes(self) -> tuple[int, ...]:
         """The features of each state: those of the output, then the hidden ones."""
@@ -326,9 +373,7 @@ class Recurrent(Layer):
         xp, batch, names = xp_of(x), x.shape[1], (*self.cell.states, *(("time",) if self.timed else ()))
         places = self.num_layers * self.num_directions
         if state is None:
-            zeros = tuple(xp.zeros((batch, size), dtype=x.dtype, device=device_of(x)) for size in self.state_sizes())
-            time = xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if self.timed else None
-            return PlacedState([zeros] * places, time)
+            return PlacedState(None, xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if self.timed else None)
         if not isinstance(state, tuple | list) or len(state) != len(names):
             raise ShapeError(f"`state` is {type(state).__name__} of length {len(state)}; expected ({', '.join(names)})")
         for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
@@ -348,6 +393,17 @@ class Recurrent(Layer):
         """Where steps have statistics of their own, `t_max` says how many, and it may have been changed."""
         rows = self.timed and name in self.buffers
         return (self.t_max, *array.shape[1:]) if rows else tuple(array.shape)
+
+    def _starts(self, params: Arrays, x: Array) -> list[tuple[Array, ...]]:
+        """The state before the first step of every layer and direction where none is given."""
+        xp, places = xp_of(x), self._places()
+        zeros = tuple(xp.zeros((x.shape[1], size), dtype=x.dtype, device=device_of(x)) for size in self.state_sizes())
+        if not self.learned:
+            return [zeros] * len(places)
+        return [
+            tuple(zero + params[_with(name, suffix)][None, :] for zero, name in zip(zeros, self.learned, strict=True))
+            for suffix, _, _ in places
+        ]
 
     def _check_input(self, x: Array, training: bool) -> None:
         if x.ndim != 3 or x.shape[2] != self.input_size:
@@ -457,7 +513,10 @@ def _initial(cell: RecurrentCell, inputs: int, hidden: int, t_max: int, start: S
     plain = variant.norm in (None, "weight")
     name_of_hidden = start.hidden_init or ("uniform" if plain else "orthogonal")
     weights = {"weight_ih": uniform(rng, bound, size, inputs) if plain else orthogonal(rng, size, inputs)}
-    weights["weight_hh"] = HIDDEN[name_of_hidden](rng, (hidden, start.proj_size or hidden), cell.gates, cell.candidate)
+    if variant.recurrence == "diagonal":
+        weights["weight_hh"] = uniform(rng, 1.0, hidden, 1)
+    else:
+        weights["weight_hh"] = HIDDEN[name_of_hidden](rng, (hidden, start.proj_size or hidden), cell.gates, cell.candidate)
     for name, w in weights.items():
         if variant.norm == "weight":
             yield f"{name}.g", numpy.linalg.norm(w, axis=1, keepdims=True)

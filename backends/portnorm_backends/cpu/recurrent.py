@@ -120,11 +120,20 @@ def _is_known(cell: Any) -> bool:
     if type(cell) not in _LOOPS or not set(cell.slots) <= set(_LOOPS[type(cell)].slots):
         return False
     v = cell.variant
-    plain = (v.zoneout, v.peepholes, v.clip, v.affine, v.activation) == (0.0, False, None, "shared", "tanh")
+    plain = (v.recurrence, v.zoneout, v.peepholes, v.clip, v.affine, *v.activations()) == (
+        "matrix",
+        0.0,
+        False,
+        None,
+        "shared",
+        "sigmoid",
+        "tanh",
+        "tanh",
+    )
     by_batch = v.norm == "batch" and any(slot.normalizes for slot in cell.slots.values())
     known = v.eps_place == "variance" and v.variance != "unbiased" and not (by_batch and ("norm_sum" in cell.slots or not v.timed))
     known = known and cell.reduce is None  # statistics over processes are the definition's
-    return plain and known and (type(cell) is not GRUCell or v.reset == "after")
+    return plain and known and (type(cell) is not GRUCell or (v.reset, v.update) == ("after", "keep"))
 
 
 def _slot(cell: RecurrentCell, name: str, shape: tuple[int, ...], given: Any, params: Params, keep: bool) -> Any:

@@ -69,11 +69,17 @@ def accepts(
         or v.peepholes
         or v.clip is not None
         or v.affine != "shared"
+        or v.recurrence != "matrix"
         or v.eps_place != "variance"
         or v.variance == "unbiased"
+        or v.gate_activation != "sigmoid"
+        or v.activation not in (("tanh",) if isinstance(cell, LSTMCell) else ("tanh", "relu"))
+        or v.output_activation not in (None, "tanh")
     ):
         return False
-    if (isinstance(cell, GRUCell) and (v.reset != "after" or "norm_sum" in cell.slots)) or (v.norm == "batch" and v.cell == "state"):
+    if (isinstance(cell, GRUCell) and ((v.reset, v.update) != ("after", "keep") or "norm_sum" in cell.slots)) or (
+        v.norm == "batch" and v.cell == "state"
+    ):
         return False
     arrays = (xs[0], *state, *params.values())
     if any(type(a) is not cupy.ndarray or a.dtype != xs[0].dtype for a in arrays) or xs[0].dtype.name not in TYPES:

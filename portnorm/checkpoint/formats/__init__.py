@@ -3,22 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from portnorm.checkpoint.formats.cells import CELLS, tensorflow_names
+from portnorm.checkpoint.formats.cells import CELLS
 from portnorm.checkpoint.formats.flax import flax_names, flax_rows
-from portnorm.checkpoint.formats.keras import keras_names, keras_rows
+from portnorm.checkpoint.formats.jax import equinox_rows, haiku_names, haiku_rows
+from portnorm.checkpoint.formats.keras import keras_layernorm_rows, keras_names, keras_rows
+from portnorm.checkpoint.formats.madmom import madmom_rows
+from portnorm.checkpoint.formats.mlx import mlx_rows
 from portnorm.checkpoint.formats.onnx import onnx_rows
+from portnorm.checkpoint.formats.paddle import paddle_names, paddle_rows
 from portnorm.checkpoint.formats.row import NumPyArray, Row
-from portnorm.checkpoint.formats.torch import torch_rows
+from portnorm.checkpoint.formats.speechbrain import speechbrain_rows
+from portnorm.checkpoint.formats.tensorflow import tensorflow_names, tensorflow_rows
+from portnorm.checkpoint.formats.thinc import thinc_pieces, thinc_rows, thinc_vector
+from portnorm.checkpoint.formats.torch import torch_rows, unit_offset_rows
+from portnorm.checkpoint.stored import Stored
 
-ROWS: list[Row] = [*torch_rows(), *keras_rows(), *flax_rows(), *CELLS, *onnx_rows()]
+ROWS: list[Row] = [
+    *torch_rows(),
+    *keras_rows(),
+    *keras_layernorm_rows(),
+    *flax_rows(),
+    *CELLS,
+    *onnx_rows(),
+    *equinox_rows(),
+    *haiku_rows(),
+    *mlx_rows(),
+    *paddle_rows(),
+    *tensorflow_rows(),
+    *speechbrain_rows(),
+    *thinc_rows(),
+    *madmom_rows(),
+    *unit_offset_rows(),
+]
 
 FORMATS: tuple[str, ...] = tuple(dict.fromkeys(row.format for row in ROWS))
 """Names of the formats."""
 
-NAMES: dict[str, Callable[[Mapping[str, NumPyArray]], dict[str, str]]] = {
-    "keras": keras_names,
+NAMES: dict[str, Callable[[Mapping[str, Any]], dict[str, str]]] = {
+    **dict.fromkeys(("keras", "keras-layernorm-rnn"), keras_names),
     "flax": flax_names,
-    **dict.fromkeys(("tf-contrib", "tf-addons", "supercell", "sonnet"), tensorflow_names),
+    "haiku": haiku_names,
+    "paddle": paddle_names,
+    **dict.fromkeys(("tensorflow", "tf-contrib", "tf-addons", "supercell", "sonnet"), tensorflow_names),
 }
-"""Formats whose keys have to be made plain before a row is looked for."""
+"""Formats whose keys have to be made plain before a row is looked for; a key without a name is no weight."""
+
+PIECES: dict[
+    str, tuple[Callable[[Mapping[str, Stored]], dict[str, Stored]], Callable[[Mapping[str, NumPyArray]], dict[str, NumPyArray]]]
+] = {"thinc": (thinc_pieces, thinc_vector)}
+"""Formats that keep several arrays in one: what takes them apart, and what puts them together."""

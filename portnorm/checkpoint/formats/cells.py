@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from portnorm.checkpoint.formats.row import NumPyArray, Read, Row, columns, gain_and_shift, rows, whole
+from portnorm.checkpoint.formats.row import NumPyArray, Read, Row, columns, gain_and_shift, peepholes, rows, whole, without
 
 _KERNELS = {"weight_ih": columns("kernel"), "weight_hh": columns("recurrent_kernel")}
 _JOINT = {"weight_ih": columns("kernel", part="input"), "weight_hh": columns("kernel", part="hidden")}
@@ -35,7 +36,7 @@ def _cooijmans(names: Mapping[str, str]) -> Row:
         for s in ("mean", "var"):
             reads[f"{slot}.running_{s}"] = Read((f"{letter}_{s}",), by_gate=by_gate)
     reads["norm_c.bias"] = whole(names["shift"])
-    return Row("cooijmans", "LSTM", reads, "batch", "gfio", zero=("h0", "c0"), unused=tuple(names.get("unused", "").split()))
+    return Row("cooijmans", "LSTM", reads, "batch", "gfio", first={"h0": "h0", "c0": "c0"}, unused=tuple(names.get("unused", "").split()))
 
 
 def _jihunchoi() -> Row:
@@ -44,6 +45,51 @@ def _jihunchoi() -> Row:
         reads |= gain_and_shift(f"norm_{slot}", f"bn_{slot}.weight", f"bn_{slot}.bias", by_gate=slot != "c")
         reads |= {f"norm_{slot}.running_{s}": Read((f"bn_{slot}.running_{s}_{{t}}",), by_gate=slot != "c") for s in ("mean", "var")}
     return Row("jihunchoi", "LSTM", reads, "jihunchoi", "fiog", (("",), ("cell_{l}.",)))
+
+
+def _column(u: NumPyArray) -> NumPyArray:
+    if u.ndim != 1:
+        raise ValueError(f"expected one axis, not {u.ndim}")
+    return u[:, None]
+
+
+_SCALE = Read(("recurrent_scale",), by_gate=False, then=_column, back=lambda u: u[:, 0])
+_INDRNN = {"weight_ih": columns("kernel"), "weight_hh": _SCALE, "bias": rows("bias")}
+
+
+def _icefall() -> list[Row]:
+    """Each gate apart, with biases or without; the LSTM with a projection too."""
+    gates, candidate = ("i", "f", "cx", "o"), gain_and_shift("norm_n", "layernorm_n.weight", "layernorm_n.bias", by_gate=False)
+    lstm = Row(
+        "icefall",
+        "LSTM",
+        {
+            **_CELL,
+            **_CELL_BIASES,
+            "norm_sum.weight": rows(*(f"layernorm_{gate}.weight" for gate in gates)),
+            "norm_sum.bias": rows(*(f"layernorm_{gate}.bias" for gate in gates)),
+            **gain_and_shift("norm_c", "layernorm_cy.weight", "layernorm_cy.bias", by_gate=False),
+        },
+        "icefall",
+        "ifgo",
+        _STACK,
+    )
+    projected = replace(lstm, reads={**lstm.reads, "weight_hr": whole("weight_hr")})
+    gru = Row(
+        "icefall",
+        "GRU",
+        {
+            **_CELL,
+            **_CELL_BIASES,
+            "norm_sum.weight": rows("layernorm_r.weight", "layernorm_i.weight"),
+            "norm_sum.bias": rows("layernorm_r.bias", "layernorm_i.bias"),
+            **candidate,
+        },
+        "icefall",
+        "rzn",
+        _STACK,
+    )
+    return [row for kind in (lstm, projected, gru) for row in (kind, without(kind, "bias_ih", "bias_hh", early=()))]
 
 
 _HASTE_BIASES = {"bias_ih": rows("bias"), "bias_hh": rows("recurrent_bias")}
@@ -64,6 +110,8 @@ CELLS = [
     ),
     Row("torch-fastrnns", "LSTM", {**_CELL, **_CELL_BIASES}, None, "ifgo", _STACK),
     Row("haste", "LSTM", {**_KERNELS, "bias": rows("bias")}, None, "igfo", changes={"biases": ("bias",)}),
+    Row("haste", "RNN", _INDRNN, "indrnn", "h"),
+    Row("haste", "RNN", {**_INDRNN, "norm_ih.weight": rows("gamma", at=0, among=2)}, "haste", "h"),  # γ of hU is stored and not used
     Row("haste", "GRU", {**_KERNELS, **_HASTE_BIASES}, None, "zrn"),
     Row(
         "haste",
@@ -89,7 +137,7 @@ CELLS = [
     Row(
         "tf-contrib",
         "LSTM",
-        {**_CONTRIB, "peephole": rows("w_i_diag", "w_f_diag", "w_o_diag", then=lambda p: p.reshape(3, -1))},
+        {**_CONTRIB, "peephole": peepholes("w_i_diag", "w_f_diag", "w_o_diag")},
         "tf-contrib-peephole",
         "igfo",
         unused=("bias",),
@@ -197,37 +245,5 @@ CELLS = [
         "sonnet-batch-hidden",
         "igfo",
     ),
-    Row(
-        "icefall",
-        "LSTM",
-        {
-            **_CELL,
-            **_CELL_BIASES,
-            "norm_sum.weight": rows(*(f"layernorm_{gate}.weight" for gate in ("i", "f", "cx", "o"))),
-            "norm_sum.bias": rows(*(f"layernorm_{gate}.bias" for gate in ("i", "f", "cx", "o"))),
-            **gain_and_shift("norm_c", "layernorm_cy.weight", "layernorm_cy.bias", by_gate=False),
-        },
-        "icefall",
-        "ifgo",
-        _STACK,
-    ),
-    Row(
-        "icefall",
-        "GRU",
-        {
-            **_CELL,
-            **_CELL_BIASES,
-            "norm_sum.weight": rows("layernorm_r.weight", "layernorm_i.weight"),
-            "norm_sum.bias": rows("layernorm_r.bias", "layernorm_i.bias"),
-            **gain_and_shift("norm_n", "layernorm_n.weight", "layernorm_n.bias", by_gate=False),
-        },
-        "icefall",
-        "rzn",
-        _STACK,
-    ),
+    *_icefall(),
 ]
-
-
-def tensorflow_names(arrays: Mapping[str, NumPyArray]) -> dict[str, str]:
-    """Names of variables without the number of their output."""
-    return {key: key.removesuffix(":0") for key in arrays}

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy
+from portnorm.checkpoint.formats.row import NumPyArray, Row, candidate, columns, norms, rows, whole
 
-from portnorm.checkpoint.formats.row import NumPyArray, Read, Row, columns, norms, rows, whole
+_PLACES = (("",), ("forward_rnn/", "backward_rnn/"))
+_STATE_OF_RANDOM = r"(^|/)rngs/([^/]+/)?(key|count)$"
 
 
 def flax_rows() -> list[Row]:
@@ -18,11 +19,11 @@ def flax_rows() -> list[Row]:
     def lstm(forget: str) -> Row:
         inputs = tuple(key.replace("if/", forget) for key in split("i", "ifgo"))
         reads = {"weight_ih": columns(*inputs), "weight_hh": columns(*split("h", "ifgo"))}
-        return Row("flax", "LSTM", {**reads, "bias": rows(*split("h", "ifgo", "bias"))}, None, "ifgo", changes={"biases": ("bias",)})
+        return Row("flax", "LSTM", {**reads, "bias": rows(*split("h", "ifgo", "bias"))}, None, "ifgo", _PLACES, {"biases": ("bias",)})
 
     r = "rzn"
-    zeros = {"bias_hh": Read(("hn/bias",), by_gate=False, then=lambda b: numpy.concatenate([numpy.zeros((2 * b.shape[0],), b.dtype), b]))}
-    gru = {"weight_ih": columns(*split("i", r)), "weight_hh": columns(*split("h", r)), "bias_ih": rows(*split("i", r, "bias")), **zeros}
+    inner = {"bias_hh": candidate("hn/bias")}
+    gru = {"weight_ih": columns(*split("i", r)), "weight_hh": columns(*split("h", r)), "bias_ih": rows(*split("i", r, "bias")), **inner}
     dense = {"weight_ih": columns("dense_i/kernel"), "weight_hh": columns("dense_h/kernel")}
     simple = {"weight_ih": columns("i/kernel"), "weight_hh": columns("h/kernel"), "bias": rows("i/bias")}
     one: dict[str, Any] = {"biases": ("bias",)}
@@ -31,16 +32,18 @@ def flax_rows() -> list[Row]:
     return [
         lstm("if/"),
         lstm("if_/"),  # nnx: `if` is a keyword
-        Row("flax", "GRU", gru, None, "rzn"),
-        Row("flax", "RNN", simple, None, "h", changes=one),
-        Row("flax", "LSTM", {**dense, "bias": rows("dense_h/bias")}, None, "ifgo", changes=one),
-        Row("flax", "GRU", {**dense, "bias": rows("dense_i/bias")}, None, "rzn", changes=one),
-        Row("flax", "RNN", {**dense, "bias": rows("dense_i/bias")}, None, "h", changes=one),
+        Row("flax", "GRU", gru, None, "rzn", _PLACES),
+        Row("flax", "RNN", simple, None, "h", _PLACES, one),
+        Row("flax", "LSTM", {**dense, "bias": rows("dense_h/bias")}, None, "ifgo", _PLACES, one),
+        Row("flax", "GRU", {**dense, "bias": rows("dense_i/bias")}, None, "rzn", _PLACES, one),
+        Row("flax", "RNN", {**dense, "bias": rows("dense_i/bias")}, None, "h", _PLACES, one),
         Row("flax", "Linear", {"weight": whole("kernel", transposed=True), "bias": whole("bias")}),
         *norms("flax", names, 1e-6, 1e-6, batch, -1),
     ]
 
 
 def flax_names(arrays: Mapping[str, NumPyArray]) -> dict[str, str]:
-    """Keys by "/", without the collections and the cell that linen puts around them."""
-    return {key: re.sub(r"(^|/)(params|batch_stats|cell)/", r"\1", key.replace(".", "/")) for key in arrays}
+    """Keys by "/", without the collections and the cell that linen puts around them, the "value" of a variable of nnx, and the state of
+    random numbers beside."""
+    plain = {key: re.sub(r"/value$", "", key.replace(".", "/")) for key in arrays}
+    return {key: re.sub(r"(^|/)(params|batch_stats|cell)/", r"\1", n) for key, n in plain.items() if not re.search(_STATE_OF_RANDOM, n)}

@@ -27,7 +27,5 @@ def onnx_rows() -> list[Row]:
         ("GroupNormalization", "GroupNorm", affine, {}),
         ("RMSNormalization", "RMSNorm", {"weight": whole("scale")}, {}),
     ):
-        settings = {"eps": "epsilon", **({"num_groups": "num_groups"} if layer == "GroupNorm" else {})}
-        places = ((f"{operator}/",),)
-        found.append(Row("onnx", layer, norm_reads, places=places, settings=settings, config=config))
+        found.append(Row("onnx", layer, norm_reads, places=((f"{operator}/",),), config=config))
     return found

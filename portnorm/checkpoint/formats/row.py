@@ -32,9 +32,19 @@ class Read:
     """The gates are in the format's order, and have to be put into ours; several keys are named in ours already."""
     at: int | None = None
     """The entry of the first axis that is meant."""
+    among: int | None = None
+    """How many entries the first axis has, where not all are read; the others are written as 1."""
     part: str | None = None
     """Of a kernel for [x, h]: its "input" or "hidden" rows."""
+    blocks: int | None = None
+    """How often the hidden size a bias has, where that is not once for each gate."""
     then: Callable[[NumPyArray], NumPyArray] | None = None
+    back: Callable[[NumPyArray], NumPyArray] | None = None
+    """The inverse of `then`; without it the row is not written."""
+    join: Callable[..., NumPyArray] | None = None
+    """What makes one array of those under the keys, if they are not pieces of it."""
+    candidate: bool = False
+    """GRU: the bias of the hidden term, of which the format has the candidate's part; that of the gates is 0, or in the other bias."""
 
 
 def rows(*keys: str, **how: Any) -> Read:
@@ -50,6 +60,21 @@ def columns(*keys: str, **how: Any) -> Read:
 def whole(key: str, **how: Any) -> Read:
     """As it is, without gates."""
     return Read((key,), by_gate=False, **how)
+
+
+def candidate(key: str) -> Read:
+    """(hidden,): the bias inside the reset gate."""
+    return Read((key,), by_gate=False, candidate=True)
+
+
+def peepholes(*keys: str) -> Read:
+    """(hidden,) each, of the gates i, f and o."""
+    return rows(*keys, then=lambda p: p.reshape(3, -1), back=lambda p: p.reshape(-1))
+
+
+def unit_offset(key: str) -> Read:
+    """A gain that is stored less 1, and becomes γ in at least float32."""
+    return Read((key,), by_gate=False, then=lambda w: w.astype(numpy.result_type(w.dtype, numpy.float32)) + 1, back=lambda w: w - 1)
 
 
 def gain_and_shift(slot: str, gain: str, shift: str, by_gate: bool = True) -> dict[str, Read]:
@@ -71,14 +96,18 @@ class Row:
     """What `{p}` can be: alternatives, each the template of the forward direction and, if there can be one, of the reverse."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the named variant."""
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """Arguments of the layer that are stored as numbers, and their keys."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the layer that are the format's defaults."""
+    """Arguments of the layer that are the format's defaults, or functions that give them for a dtype."""
     unused: tuple[str, ...] = ()
     """Keys that belong to the format and that its computation does not use."""
-    zero: tuple[str, ...] = ()
-    """Keys of a learned initial state, which a layer of portnorm is given with the call."""
+    first: Mapping[str, str] = field(default_factory=dict)
+    """By key: which state before the first step it has, "h0" or "c0". They need not be there; a layer learns them unless all are 0."""
+    auto: bool = True
+    """Whether `format="auto"` may take it: not where another library has the same names for something else, and is meant more often."""
+    separators: str = "./"
+    """Letters after which the names that belong to a layer may begin."""
+    shared: bool = False
+    """Both directions of a bidirectional layer have the same weights, which are stored once."""
 
     @property
     def title(self) -> str:
@@ -91,19 +120,24 @@ def without(row: Row, *names: str, **changes: Any) -> Row:
     return replace(row, reads=reads, changes={**row.changes, **changes})
 
 
-def norms(library: str, keys: Mapping[str, str], eps: float, rms_eps: float, batch: Mapping[str, Any], channel_axis: int) -> list[Row]:
-    """The normalization layers of a library, which differ in the names of their arrays and in ε."""
+def norms(
+    library: str, keys: Mapping[str, str], eps: float, rms_eps: float | Callable[[str], float], batch: Mapping[str, Any], channel_axis: int
+) -> list[Row]:
+    """The normalization layers of a library, which differ in the names of their arrays and in ε. A γ that is not stored is 1, a β 0."""
     g, b, mean, var, scale = (keys[name] for name in ("gain", "shift", "mean", "var", "rms"))
     affine = {"weight": whole(g), "bias": whole(b)}
+    gain, shift = {"weight": whole(g)}, {"bias": whole(b)}
     channels = {"channel_axis": channel_axis}
     statistics = {"running_mean": whole(mean), "running_var": whole(var)}
     counter = ("num_batches_tracked",) if library == "torch" else ()
     return [
         Row(library, "BatchNorm", {**affine, **statistics}, config={**batch, **channels}, unused=counter),
+        *(Row(library, "BatchNorm", {**one, **statistics}, config={**batch, **channels}, unused=counter) for one in (gain, shift)),
         Row(library, "BatchNorm", statistics, config={**batch, **channels, "affine": False}, unused=counter),
         Row(library, "LayerNorm", affine, config={"eps": eps}),
-        Row(library, "LayerNorm", {"weight": whole(g)}, config={"eps": eps, "bias": False}),
-        Row(library, "GroupNorm", affine, config={"eps": eps, **channels}),
-        Row(library, "InstanceNorm", affine, config={"eps": eps, "affine": True, **channels}),
+        Row(library, "LayerNorm", gain, config={"eps": eps, "bias": False}),
+        Row(library, "LayerNorm", shift, config={"eps": eps}),
+        *(Row(library, "GroupNorm", some, config={"eps": eps, **channels}) for some in (affine, gain, shift)),
+        *(Row(library, "InstanceNorm", some, config={"eps": eps, "affine": True, **channels}) for some in (affine, gain, shift)),
         Row(library, "RMSNorm", {"weight": whole(scale)}, config={"eps": rms_eps}),
     ]

@@ -1,0 +1,88 @@
+"""What a live torch module says beside its weights: the ε, momentum, layout and functions that a state dict does not hold."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from portnorm.arrays import to_numpy
+from portnorm.checkpoint.stored import Held, Refusal, Said, Stored
+
+_EPS = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps")
+_LAYERS: dict[type[torch.nn.Module], str] = {
+    torch.nn.modules.batchnorm._BatchNorm: "BatchNorm",
+    torch.nn.modules.instancenorm._InstanceNorm: "InstanceNorm",
+    torch.nn.GroupNorm: "GroupNorm",
+    torch.nn.LayerNorm: "LayerNorm",
+    torch.nn.RMSNorm: "RMSNorm",
+    torch.nn.Linear: "Linear",
+    torch.nn.LSTM: "LSTM",
+    torch.nn.GRU: "GRU",
+    torch.nn.RNN: "RNN",
+}
+
+
+def held(module: torch.nn.Module) -> Held:
+    """The state dict of a module, and what the module that holds some of it says of them."""
+    modules = dict(module.named_modules())
+    of_class = {name: said_of(inner, name) for name, inner in modules.items() if _layer(inner) is not None}
+    found = {}
+    for key, tensor in module.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            found[key] = _stored(key, tensor, of_class.get(key.rpartition(".")[0]))
+    return Held(found, said_of=lambda keys: said_of(*_around(modules, keys)))
+
+
+def _stored(key: str, tensor: torch.Tensor, said: Said | None) -> Stored:
+    described = tuple(tensor.shape), str(tensor.dtype).rpartition(".")[2]
+    return Stored(key, lambda: described, lambda: to_numpy(tensor), said=said)
+
+
+def _around(modules: dict[str, torch.nn.Module], keys: Iterable[str]) -> tuple[torch.nn.Module, str]:
+    """The innermost module that all the keys are inside of."""
+    shared = os.path.commonprefix([f"{key.rpartition('.')[0]}." for key in keys])  # noqa: RUF071  # by characters: the keys are no paths
+    name = shared.rpartition(".")[0]
+    while name not in modules:
+        name = name.rpartition(".")[0]
+    return modules[name], name
+
+
+def _layer(module: torch.nn.Module) -> str | None:
+    return next((name for kind, name in _LAYERS.items() if isinstance(module, kind)), None)
+
+
+def said_of(module: torch.nn.Module, name: str) -> Said:
+    """The settings of a module: torch's own by class, others by the norms inside them and by what they call their ε."""
+    kind = type(module).__name__
+    said = Said(f"the module {name!r}, a {kind}," if name else f"the {kind}", layer=_layer(module))
+    if isinstance(module, torch.nn.RNNBase):
+        said.values["batch_first"] = module.batch_first
+        if isinstance(module, torch.nn.RNN):
+            said.values["activation"] = module.nonlinearity
+        if module.dropout and module.num_layers > 1:
+            said.notes.append(f"dropout={module.dropout} between layers, which is for training, is left out")
+        return said
+    if isinstance(module, torch.nn.GroupNorm):
+        said.values["num_groups"] = module.num_groups
+    inside = list(module.modules())
+    _only(said, "eps", [(m, getattr(m, n)) for m in inside for n in _EPS if isinstance(getattr(m, n, None), int | float)])
+    _only(said, "momentum", [(m, m.momentum) for m in inside if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)])
+    if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+        said.refused["track_running_stats"] = Refusal(
+            "track_running_stats=True; an InstanceNorm here has no running statistics. In evaluation it is a BatchNorm with them: "
+            "import its state_dict() with layer='BatchNorm'"
+        )
+    return said
+
+
+def _only(said: Said, name: str, found: list[tuple[torch.nn.Module, Any]]) -> None:
+    """A number that all modules inside have alike."""
+    values = {value for _, value in found}
+    if len(values) == 1:
+        said.values[name] = values.pop()
+    elif values:
+        shown = ", ".join(f"{value} in {type(module).__name__}" for module, value in found[:4])
+        said.refused[name] = Refusal(f"norms whose {name} differ: {shown}", (name,))

@@ -1,0 +1,50 @@
+"""paddle.nn: torch's names for recurrent layers, each array twice; its own for norms and for a projection."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy
+
+from portnorm.checkpoint.formats.row import OUR_GATES, NumPyArray, Read, Row, norms, whole, without
+from portnorm.checkpoint.formats.torch import BIASES, torch_reads
+
+_PLACES = (("_l{l}", "_l{l}_reverse"), ("",))
+
+
+def paddle_rows() -> list[Row]:
+    found = []
+    for layer, gates in OUR_GATES.items():
+        plain = Row("paddle", layer, torch_reads(), None, gates, _PLACES, auto=False)
+        kinds = [plain]
+        if layer == "LSTM":
+            projection = {"weight_hr": Read(("weight_ho{p}",), transposed=True, by_gate=False)}
+            kinds.append(replace(plain, reads={**torch_reads(), **projection}, auto=True))
+        found += [kind for row in kinds for kind in (row, without(row, *BIASES, biases=()))]
+    linear = Row("paddle", "Linear", {"weight": whole("weight", transposed=True), "bias": whole("bias")}, auto=False)
+    names = {"gain": "weight", "shift": "bias", "mean": "_mean", "var": "_variance", "rms": "weight"}
+    batch = {"eps": 1e-5, "momentum": 0.1, "unbiased": False}
+    instance = {"weight": whole("scale"), "bias": whole("bias")}
+    return [
+        *found,
+        linear,
+        without(linear, "bias"),
+        *(replace(row, auto=False) for row in norms("paddle", names, 1e-5, 1e-5, batch, 1) if row.layer != "InstanceNorm"),
+        Row("paddle", "InstanceNorm", instance, config={"eps": 1e-5, "affine": True, "channel_axis": 1}, auto=False),
+    ]
+
+
+def paddle_names(arrays: Mapping[str, NumPyArray]) -> dict[str, str]:
+    """Keys as torch has them: `0.cell_bw.weight_ih` is `weight_ih_l0_reverse`, and is left out where that is there and is equal."""
+    found = {key: key for key in arrays}
+    for key, array in arrays.items():
+        if match := re.fullmatch(r"((?:.*[./])?)(\d+)\.cell(?:_(fw|bw))?\.(\w+)", key):
+            head, layer, direction, name = match.groups()
+            flat = f"{head}{name}_l{layer}{'_reverse' if direction == 'bw' else ''}"
+            if flat not in arrays:
+                found[key] = flat
+            elif numpy.array_equal(arrays[flat], array):
+                del found[key]
+    return found

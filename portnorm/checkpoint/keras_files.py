@@ -1,0 +1,223 @@
+"""HDF5 files, and what Keras writes into them: names of variables, its version, and the configuration of each layer."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy
+
+from portnorm.arrays import require_extra
+from portnorm.checkpoint.keras_settings import Version, said_of
+from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
+from portnorm.errors import CheckpointError
+
+_HARD = {"gate_activation": "hard_sigmoid_5"}
+
+
+def archive(file: Any, members: zipfile.ZipFile, path: str) -> Held:
+    """A `.keras` file: `file` is its weights."""
+    config = _json(members.read("config.json"), path)
+    metadata = _json(members.read("metadata.json"), path) if "metadata.json" in members.namelist() else {}
+    return _held(file, config, _version(metadata.get("keras_version", "3")), None, path)
+
+
+def hdf5(file: Any, path: str) -> Held:
+    """An HDF5 file of Keras, old or new, or of anybody else."""
+    inner = file.get("model_weights")
+    written = file.attrs.get("keras_version", None if inner is None else inner.attrs.get("keras_version"))
+    config = file.attrs.get("model_config")
+    if config is not None:
+        return _held(file, _json(config, path), _version(written or "2"), None, path)
+    return _held(file, None, (), _unsaid(_text(written)) if written is not None else None, path)
+
+
+def _unsaid(written: str) -> Said | None:
+    """What weights without a configuration meant: the gates of Keras before 2.3 were hard sigmoids unless somebody said otherwise."""
+    version, tensorflow = _version(written), "tf" in written
+    if version >= (2, 3):
+        return None
+    said = Said(f"the file of Keras {written}, which has no configuration,")
+    if tensorflow and version >= (2, 2):
+        why = "no recurrent_activation: it was 'hard_sigmoid' in TensorFlow 1 and 'sigmoid' in TensorFlow 2, and both wrote this version"
+        said.refused["recurrent_activation"] = Refusal(why, ("gate_activation",))
+    else:
+        said.defaults = dict(_HARD)
+    return said
+
+
+def _held(file: Any, config: Any, version: Version, said: Said | None, path: str) -> Held:
+    held, names = Held({}), _Names(file)
+    known: dict[int, Said] = {}
+    layers: dict[str, Mapping[str, Any]] = {}
+    for key, dataset in _in_order(file, dict(_datasets(file))).items():
+        own = said
+        if config is not None:
+            layer = _find(config, names.of(key))
+            if layer is not None:
+                layers[key] = layer
+                if id(layer) not in known:
+                    known[id(layer)] = said_of(layer, version, f"{path!r}: the layer {_name(layer)!r}")
+                own = known[id(layer)]
+        held.arrays[key] = _stored(key, dataset, own, path)
+    _call(held.arrays, layers)
+    keras = config is not None or said is not None or "keras_version" in file.attrs or "layer_names" in file.attrs
+    held.format = "keras" if keras or any(re.search(r"(^|/)vars/\d+$", key) for key in held.arrays) else None
+    return held
+
+
+def _datasets(group: Any, prefix: str = "", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Any]]:
+    """(name, dataset) of all that is below a group; a link into another file is an error when it is asked for."""
+    h5py = require_extra("h5py", "import")
+    for name in group:
+        link = group.get(name, getlink=True)
+        entry = None if isinstance(link, h5py.ExternalLink) else group.get(name)
+        if isinstance(entry, h5py.Group):
+            address = int(h5py.h5o.get_info(entry.id).addr)
+            if address not in seen:
+                yield from _datasets(entry, f"{prefix}{name}/", seen | {address})
+        else:
+            yield f"{prefix}{name}", entry
+
+
+def _in_order(file: Any, found: dict[str, Any]) -> dict[str, Any]:
+    """The datasets in the order of the layers' weights, which old files keep beside them."""
+    order: dict[str, None] = {}
+
+    def visit(name: str, group: Any) -> None:
+        for weight in group.attrs.get("weight_names", ()):
+            order[f"{name}/{_text(weight)}"] = None
+
+    file.visititems(visit)
+    return {key: found[key] for key in (*(k for k in order if k in found), *(k for k in found if k not in order))}
+
+
+def _stored(key: str, dataset: Any, said: Said | None, path: str) -> Stored:
+    if dataset is None or not hasattr(dataset, "shape") or dataset.is_virtual or dataset.external:
+        return Stored.unreadable(key, f"{path!r}: {key!r} is a link, or lies in another file; expected an array in this one", said)
+    halves = dataset.dtype.kind == "V" and dataset.dtype.itemsize == 2 and _text(dataset.attrs.get("dtype", "")) == "bfloat16"
+
+    def load() -> NumPyArray:
+        array: NumPyArray = dataset[()]
+        return (array.view(numpy.uint16).astype(numpy.uint32) << 16).view(numpy.float32) if halves else array
+
+    return Stored(key, lambda: (dataset.shape or (), "bfloat16" if halves else dataset.dtype.name), load, said=said)
+
+
+# -- names ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class _Names:
+    """The layers' own names on the way to a variable, from the outside in."""
+
+    def __init__(self, file: Any):
+        self.file = file
+        self.known: dict[str, str | None] = {}
+
+    def of(self, key: str) -> list[str]:
+        parts = key.split("/")
+        groups = ["/".join(parts[:k]) for k in range(1, len(parts))]
+        return [self.known.setdefault(group, self._said(group)) or group.rpartition("/")[2] for group in groups]
+
+    def _said(self, group: str) -> str | None:
+        variables = self.file.get(f"{group}/vars")
+        said = None if variables is None else variables.attrs.get("name")
+        return None if said is None else _text(said)
+
+
+def _layers(model: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """The layers of a model; `None` for what is no model."""
+    config = model.get("config")
+    found = config if isinstance(config, list) else config.get("layers") if isinstance(config, Mapping) else None
+    return [layer for layer in found if isinstance(layer, Mapping)] if isinstance(found, list) else None
+
+
+def _name(layer: Mapping[str, Any]) -> str:
+    config = layer.get("config")
+    return str(config.get("name") if isinstance(config, Mapping) else layer.get("name"))
+
+
+def _find(model: Mapping[str, Any], names: list[str]) -> Mapping[str, Any] | None:
+    """The layer of a model that has one of these names, or the name that Keras gives to the n-th layer of its class."""
+    layers = _layers(model) or []
+    for by in (_name, _Numbered()):
+        for layer in layers:
+            name = by(layer)
+            if name in names:
+                rest = names[names.index(name) + 1 :]
+                return layer if _layers(layer) is None else _find(layer, rest)
+    return None
+
+
+class _Numbered:
+    """`lstm`, `lstm_1`, … for the layers of a class in their order."""
+
+    def __init__(self) -> None:
+        self.count: dict[str, int] = {}
+
+    def __call__(self, layer: Mapping[str, Any]) -> str:
+        name = re.sub(r"([a-z])([A-Z])", r"\1_\2", re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", str(layer.get("class_name")))).lower()
+        number = self.count[name] = self.count.get(name, -1) + 1
+        return name if number == 0 else f"{name}_{number}"
+
+
+_VARIABLES = {
+    "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
+    "layer_normalization": ("gamma", "beta"),
+    "group_normalization": ("gamma", "beta"),
+}
+"""Variables of the layers that may have fewer of them, in their order."""
+
+
+def _call(arrays: dict[str, Stored], layers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give the numbered variables of norms their names: by the configuration, or by how many there are."""
+    groups: dict[str, list[int]] = {}
+    for key in arrays:
+        if match := re.fullmatch(r"(.*)/vars/(\d+)", key):
+            groups.setdefault(match[1], []).append(int(match[2]))
+    for parent, numbers in groups.items():
+        keys = [f"{parent}/vars/{n}" for n in sorted(numbers)]
+        layer = layers.get(keys[0])
+        while layer is not None and layer.get("class_name") == "TimeDistributed":
+            layer = layer["config"]["layer"]
+        kind = _Numbered()(layer) if layer is not None else re.sub(r"_\d+$", "", parent.rpartition("/")[2])
+        names = _VARIABLES.get(kind, ())
+        if layer is not None:
+            config = layer.get("config") or {}
+            without = {"gamma": not config.get("scale", True), "beta": not config.get("center", True)}
+            names = tuple(name for name in names if not without.get(name))
+        elif len(keys) == 2 and kind == "batch_normalization":
+            names = names[2:]
+        if len(names) == len(keys):
+            for key, name in zip(keys, names, strict=True):
+                arrays[key].called = name
+        elif names:
+            for key in keys:
+                arrays[key].problem = (
+                    f"{key!r} is one of {len(keys)} arrays of a {kind}, and the file does not say whether it has {' or '.join(names[:2])}; "
+                    "a .keras file does, as model.save writes it"
+                )
+
+
+# -- text ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _json(text: Any, path: str) -> Any:
+    try:
+        found = json.loads(_text(text))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path!r} is damaged: its configuration is no JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path!r} is damaged: its configuration is no map")
+    return found
+
+
+def _version(written: Any) -> Version:
+    return tuple(int(n) for n in re.findall(r"\d+", _text(written).partition("-")[0])[:3])

@@ -1,0 +1,256 @@
+"""What the configuration of a Keras layer says, in the words of portnorm: every setting is read, means nothing here, or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from portnorm.checkpoint.stored import Refusal, Said
+
+Version = tuple[int, ...]
+Reading = Callable[[Any, "Reader"], None]
+
+CELLS = {"LSTMCell": "LSTM", "GRUCell": "GRU", "SimpleRNNCell": "RNN"}
+RECURRENT = {"LSTM": "LSTM", "GRU": "GRU", "SimpleRNN": "RNN", "CuDNNLSTM": "LSTM", "CuDNNGRU": "GRU"}
+NORMS = {
+    "BatchNormalization": "BatchNorm",
+    "LayerNormalization": "LayerNorm",
+    "GroupNormalization": "GroupNorm",
+    "RMSNormalization": "RMSNorm",
+}
+
+
+class Reader:
+    """Collects what the settings of one layer say."""
+
+    def __init__(self, title: str, version: Version, shape: Any):
+        self.said, self.version, self.shape = Said(title), version, shape
+
+    def refuse(self, name: str, why: str, *ours: str) -> None:
+        self.said.refused[name] = Refusal(why, ours)
+
+    def read(self, config: Mapping[str, Any], table: Mapping[str, Reading]) -> None:
+        for name, value in config.items():
+            if name in table:
+                table[name](value, self)
+            elif name not in _INERT and not name.endswith(_INERT_ENDINGS) and value is not None:
+                self.refuse(name, f"{name}={value!r}, which is not known here")
+
+
+def said_of(layer: Mapping[str, Any], version: Version, title: str) -> Said:
+    """What the configuration of a layer, as Keras writes it, says."""
+    kind, config = str(layer.get("class_name")), dict(layer.get("config") or {})
+    reader = Reader(f"{title}, a {kind},", version, (layer.get("build_config") or {}).get("input_shape"))
+    module = str(layer.get("module") or "keras")
+    own = module.partition(".")[0] in ("keras", "keras_core", "tensorflow", "tf_keras")
+    if own and kind == "TimeDistributed" and isinstance(config.get("layer"), Mapping):
+        return said_of(config["layer"], version, title)
+    if own and kind == "Bidirectional" and isinstance(config.get("layer"), Mapping):
+        _bidirectional(config, reader)
+    elif own and (kind in RECURRENT or kind == "RNN"):
+        _recurrent(layer, reader)
+    elif own and kind in NORMS:
+        reader.said.layer = NORMS[kind]
+        reader.read(config, _NORM[kind])
+    elif own and kind == "Dense":
+        reader.said.layer = "Linear"
+        reader.read(config, _DENSE)
+    else:
+        reader.refuse(
+            "class_name", f"the class {kind}, which is not one of {', '.join((*RECURRENT, 'RNN', 'Bidirectional', *NORMS, 'Dense'))}"
+        )
+    return reader.said
+
+
+# -- recurrent layers ----------------------------------------------------------------------------------------------------------------------
+
+
+def _recurrent(layer: Mapping[str, Any], reader: Reader) -> None:
+    kind, config = str(layer.get("class_name")), dict(layer.get("config") or {})
+    if kind in RECURRENT:
+        reader.said.layer = RECURRENT[kind]
+        reader.read(config, _SEQUENCE | _CELL)
+        return
+    reader.read({name: value for name, value in config.items() if name != "cell"}, _SEQUENCE)
+    cell = config.get("cell") or {}
+    stacked = cell.get("class_name") == "StackedRNNCells"
+    cells = (cell.get("config") or {}).get("cells", []) if stacked else [cell]
+    kinds = {str(c.get("class_name")) for c in cells}
+    if len(kinds) != 1 or not kinds <= set(CELLS):
+        reader.refuse("cell", f"cells of the classes {', '.join(sorted(kinds))}; expected one of {', '.join(CELLS)} for all")
+        return
+    settings = [dict(c.get("config") or {}) for c in cells]
+    for name in _differing(settings, _CELL):
+        reader.refuse(name, f"cells whose {name} differ: {', '.join(repr(s.get(name)) for s in settings)}", *_OURS.get(name, ()))
+    reader.said.layer = CELLS[kinds.pop()]
+    reader.read(settings[0], _CELL)
+
+
+def _bidirectional(config: dict[str, Any], reader: Reader) -> None:
+    forward, backward = config["layer"], config.get("backward_layer")
+    _recurrent(forward, reader)
+    if reader.said.values.pop("direction", None) is not None:
+        reader.refuse("go_backwards", "a forward layer with go_backwards=True")
+    if isinstance(backward, Mapping):
+        if backward.get("class_name") != forward.get("class_name"):
+            reader.refuse("backward_layer", f"a backward layer of the class {backward.get('class_name')}")
+        sides = [dict(side.get("config") or {}) for side in (forward, backward)]
+        if not sides[1].get("go_backwards", True):
+            reader.refuse("go_backwards", "a backward layer with go_backwards=False")
+        for name in _differing(sides, {**_SEQUENCE, **_CELL, "cell": _inert}):
+            if name != "go_backwards":
+                reader.refuse(
+                    name, f"directions whose {name} differ: {sides[0].get(name)!r} and {sides[1].get(name)!r}", *_OURS.get(name, ())
+                )
+    own = {name: value for name, value in config.items() if name not in ("layer", "backward_layer")}
+    reader.read(own, {"merge_mode": _merge_mode, "dtype": _dtype})
+
+
+def _differing(settings: list[dict[str, Any]], names: Iterable[str]) -> list[str]:
+    return [name for name in names if name != "dtype" and any(s.get(name) != settings[0].get(name) for s in settings)]
+
+
+def _inert(value: Any, reader: Reader) -> None:
+    """What makes no difference to what a trained layer computes, or what the arrays themselves say."""
+
+
+def _function(name: str, ours: str) -> Reading:
+    def read(value: Any, reader: Reader) -> None:
+        known = {"tanh": "tanh", "relu": "relu", "sigmoid": "sigmoid"}
+        known["hard_sigmoid"] = "hard_sigmoid_6" if reader.version >= (3,) else "hard_sigmoid_5"
+        if isinstance(value, Mapping) and str(value.get("module") or "keras").startswith("keras") and isinstance(value.get("config"), str):
+            value = value["config"]
+        if isinstance(value, str) and value in known:
+            reader.said.values[ours] = known[value]
+        else:
+            shown = value.get("config", value.get("class_name")) if isinstance(value, Mapping) else value or "linear"
+            reader.refuse(name, f"{name}={shown!r}; expected one of {', '.join(map(repr, known))}", ours)
+
+    return read
+
+
+def _only(name: str, *allowed: Any) -> Reading:
+    def read(value: Any, reader: Reader) -> None:
+        if value not in allowed:
+            reader.refuse(name, f"{name}={value!r}; expected {' or '.join(map(repr, allowed))}")
+
+    return read
+
+
+def _noted(text: str) -> Reading:
+    def read(value: Any, reader: Reader) -> None:
+        if value:
+            reader.said.notes.append(text.format(value))
+
+    return read
+
+
+def _merge_mode(value: Any, reader: Reader) -> None:
+    if value != "concat":
+        reader.refuse("merge_mode", f"merge_mode={value!r}; a layer here gives both directions side by side, which is 'concat'")
+
+
+def _go_backwards(value: Any, reader: Reader) -> None:
+    if value:
+        reader.said.values["direction"] = "backwards"
+
+
+def _say(ours: str, of: Callable[[Any], Any] = lambda value: value) -> Reading:
+    return lambda value, reader: reader.said.values.update({ours: of(value)})
+
+
+_INERT_ENDINGS = ("_initializer", "_regularizer", "_constraint")
+_INERT = {"name", "trainable", "seed", "batch_input_shape", "batch_shape", "input_shape", "input_dim", "input_length", "units", "use_bias"}
+
+
+def _dtype(value: Any, reader: Reader) -> None:
+    name = (value.get("config") or {}).get("name", "?") if isinstance(value, Mapping) else value
+    if name is not None and str(name).removeprefix("mixed_") not in ("float16", "bfloat16", "float32", "float64"):
+        reader.refuse("dtype", f"dtype={name!r}; expected a floating-point type")
+
+
+_SEQUENCE: dict[str, Reading] = {
+    "dtype": _dtype,
+    "return_sequences": _say("return_sequences", bool),
+    "return_state": _inert,
+    "go_backwards": _go_backwards,
+    "stateful": _noted("stateful=True: a call here starts from zeros unless it is given the `state` of the call before"),
+    "unroll": _inert,
+    "time_major": _inert,
+    "zero_output_for_mask": _inert,
+    "implementation": _inert,
+}
+_CELL: dict[str, Reading] = {
+    "dtype": _dtype,
+    "activation": _function("activation", "activation"),
+    "recurrent_activation": _function("recurrent_activation", "gate_activation"),
+    "unit_forget_bias": _inert,
+    "implementation": _inert,
+    "dropout": _noted("dropout={}, which is for training, is left out"),
+    "recurrent_dropout": _noted("recurrent_dropout={}, which is for training, is left out"),
+    "reset_after": _say("reset", lambda value: "after" if value else "before"),
+}
+_OURS = {"activation": ("activation",), "recurrent_activation": ("gate_activation",), "reset_after": ("reset",)}
+
+# -- norms and Dense -----------------------------------------------------------------------------------------------------------------------
+
+
+def _axes(value: Any, reader: Reader) -> list[int] | None:
+    """The axes, from the end, where the configuration says how many there are; `None` where it does not."""
+    axes = [int(a) for a in value] if isinstance(value, list | tuple) else [int(value)]
+    if any(a >= 0 for a in axes):
+        if not isinstance(reader.shape, list | tuple):
+            return None
+        axes = [a - len(reader.shape) if a >= 0 else a for a in axes]
+    return axes
+
+
+def _last_axes(value: Any, reader: Reader) -> None:
+    axes = _axes(value, reader)
+    if axes is None or axes != list(range(-len(axes), 0)):
+        known = "" if axes is not None else " of an input of unknown shape"
+        reader.refuse("axis", f"axis={value!r}{known}; expected the last axes")
+
+
+def _channel_axis(value: Any, reader: Reader) -> None:
+    axes = [int(a) for a in value] if isinstance(value, list | tuple) else [int(value)]
+    if len(axes) != 1:
+        reader.refuse("axis", f"axis={value!r}; expected one axis", "channel_axis")
+    else:
+        reader.said.values["channel_axis"] = axes[0]
+
+
+def _groups(value: Any, reader: Reader) -> None:
+    if value != -1:
+        reader.said.values["num_groups"] = int(value)
+    else:
+        reader.refuse("groups", "groups=-1, a group for each channel; expected their number", "num_groups")
+
+
+_AFFINE: dict[str, Reading] = {"dtype": _dtype, "epsilon": _say("eps", float), "center": _inert, "scale": _inert}
+_NORM: dict[str, dict[str, Reading]] = {
+    "BatchNormalization": {
+        **_AFFINE,
+        "axis": _channel_axis,
+        "momentum": _say("momentum", lambda value: round(1.0 - float(value), 12)),
+        "renorm": _only("renorm", False, None),
+        "renorm_momentum": _inert,
+        "renorm_clipping": _inert,
+        "virtual_batch_size": _only("virtual_batch_size", None),
+        "adjustment": _only("adjustment", None),
+        "mode": _only("mode", 0),
+        "fused": _inert,
+        "synchronized": _inert,
+    },
+    "LayerNormalization": {**_AFFINE, "axis": _last_axes, "rms_scaling": _only("rms_scaling", False)},
+    "GroupNormalization": {**_AFFINE, "axis": _channel_axis, "groups": _groups},
+    "RMSNormalization": {**_AFFINE, "axis": _last_axes},
+}
+
+
+def _linear(value: Any, reader: Reader) -> None:
+    if value not in (None, "linear"):
+        reader.refuse("activation", f"activation={value!r}, which a Linear does not have: it is to be applied to its result")
+
+
+_DENSE: dict[str, Reading] = {"dtype": _dtype, "activation": _linear}

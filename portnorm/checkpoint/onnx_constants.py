@@ -1,0 +1,173 @@
+"""What is known of the values in an ONNX graph before it runs: initializers, and what nodes make of them alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnx
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from portnorm.checkpoint.stored import NumPyArray
+from portnorm.errors import CheckpointError
+
+_RESHAPED = frozenset({"Identity", "Cast", "Unsqueeze", "Squeeze", "Slice", "Concat", "Reshape", "Transpose", "Split", "Gather", "Flatten"})
+FOLDED = _RESHAPED | {"DequantizeLinear", "QuantizeLinear", "Add", "Sub", "Mul", "Div", "Neg", "Sqrt"}
+"""Operators that are computed here when all that they read is constant."""
+_MOVED = _RESHAPED | {"Expand", "Tile"}
+"""Operators whose result has the values of their first input, or of all where it is Concat."""
+_DEPTH = 200
+_ROOM = 2**20
+
+
+class Scope:
+    """The names of a graph, inside those of the graph around it."""
+
+    def __init__(self, graph: onnx.GraphProto, outer: Scope | None, file: File):
+        self.outer, self.file = outer, file
+        self.tensors = {t.name: t for t in graph.initializer}
+        self.nodes = {name: node for node in graph.node for name in node.output if name}
+        self.own = {*self.tensors, *self.nodes, *(i.name for i in graph.input), *(t.values.name for t in graph.sparse_initializer)}
+        self.values: dict[str, NumPyArray] = {}
+        self.known: dict[str, bool] = {}
+        self.made_by: dict[str, frozenset[str]] = {}
+        self.starts: dict[str, str] = {}
+
+    def home(self, name: str) -> Scope | None:
+        """The scope that a name belongs to."""
+        return self if name in self.own else None if self.outer is None else self.outer.home(name)
+
+    def is_constant(self, name: str, depth: int = 0) -> bool:
+        """Whether a value can be known before the graph runs."""
+        scope = self.home(name)
+        if scope is None or depth > _DEPTH:
+            return False
+        if name not in scope.known:
+            scope.known[name] = name in scope.tensors or scope._is_made(scope.nodes.get(name), depth)
+        return scope.known[name]
+
+    def _is_made(self, node: onnx.NodeProto | None, depth: int) -> bool:
+        if node is None or node.domain not in ("", "ai.onnx"):
+            return False
+        if node.op_type == "Constant":
+            return any(a.name in _CONSTANTS for a in node.attribute)
+        return node.op_type in FOLDED and all(self.is_constant(i, depth + 1) for i in node.input if i)
+
+    def operators(self, name: str) -> frozenset[str]:
+        """The operators that a constant is made by."""
+        scope = self.home(name)
+        assert scope is not None
+        if name not in scope.made_by:
+            node = None if name in scope.tensors else scope.nodes[name]
+            inner = () if node is None else (scope.operators(i) for i in node.input if i)
+            scope.made_by[name] = frozenset({node.op_type} if node is not None else ()).union(*inner)
+        return scope.made_by[name]
+
+    def shape(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and type of a constant."""
+        scope = self.home(name)
+        assert scope is not None
+        if name in scope.tensors:
+            tensor = scope.tensors[name]
+            return tuple(tensor.dims), helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+        value = scope.value(name)
+        return value.shape, value.dtype.name
+
+    def value(self, name: str) -> NumPyArray:
+        """A constant's values."""
+        scope = self.home(name)
+        assert scope is not None
+        if name in scope.tensors:
+            return self.file.read(scope.tensors[name])
+        if name not in scope.values:
+            node = scope.nodes[name]
+            made = (
+                [_constant(node, self.file)]
+                if node.op_type == "Constant"
+                else self.file.run(node, [scope.value(i) if i else None for i in node.input])
+            )
+            scope.values |= dict(zip(node.output, made, strict=False))
+        return scope.values[name]
+
+    def start(self, name: str, depth: int = 0) -> str:
+        """What a first state is: "zeros", "learned" (values that are in the file), or "given" by whoever runs the graph."""
+        if self.is_constant(name):
+            return "learned" if numpy.any(self.value(name)) else "zeros"
+        scope = self.home(name)
+        node = None if scope is None else scope.nodes.get(name)
+        if scope is None or node is None or depth > _DEPTH:
+            return "given"
+        if name not in scope.starts:
+            scope.starts[name] = scope._start_of(node, depth)
+        return scope.starts[name]
+
+    def _start_of(self, node: onnx.NodeProto, depth: int) -> str:
+        if node.op_type == "ConstantOfShape":
+            fill = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
+            return "learned" if any(numpy.any(f) for f in fill) else "zeros"
+        if node.op_type not in _MOVED:
+            return "given"
+        found = {self.start(i, depth + 1) for i in (node.input if node.op_type == "Concat" else node.input[:1])}
+        return next(kind for kind in ("learned", "given", "zeros") if kind in found)
+
+
+class File:
+    """A model's file, out of which one tensor is read at a time."""
+
+    def __init__(self, path: Path, model: onnx.ModelProto):
+        self.path, self.opsets = path, list(model.opset_import)
+        self.limit = _ROOM + 4 * sum(math.prod(t.dims) for graph in graphs(model.graph) for t in tensors(graph))
+
+    def read(self, tensor: onnx.TensorProto) -> NumPyArray:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:  # a copy, which does not keep what is read
+            copied = onnx.TensorProto()
+            copied.CopyFrom(tensor)
+            tensor = copied
+        try:
+            array: NumPyArray = numpy_helper.to_array(tensor, str(self.path.parent))
+        except Exception as error:  # onnx has its own errors for files that are not there, or lie elsewhere
+            raise CheckpointError(f"{str(self.path)!r}: the values of {tensor.name!r} cannot be read: {error}") from error
+        return array
+
+    def run(self, node: onnx.NodeProto, inputs: list[NumPyArray | None]) -> list[NumPyArray]:
+        """What a node makes of constants."""
+        if sum(a.size for a in inputs if a is not None) > self.limit:
+            raise CheckpointError(f"{str(self.path)!r}: constants of the node {node.name!r} grow beyond what the file holds")
+        names = {n: a for n, a in zip(node.input, inputs, strict=True) if a is not None}
+        values = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in names.items()]
+        outputs = [onnx.ValueInfoProto(name=n) for n in node.output if n]
+        try:
+            proto = helper.make_model(helper.make_graph([node], "constant", values, outputs), opset_imports=self.opsets)
+            return list(ReferenceEvaluator(proto).run(None, names))
+        except Exception as error:  # the evaluator raises what NumPy raises
+            raise CheckpointError(f"{str(self.path)!r}: the node {node.name!r} ({node.op_type}) cannot be computed: {error}") from error
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and all bodies inside it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from graphs(inner)
+
+
+def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Initializers and constants of one graph."""
+    yield from graph.initializer
+    yield from (a.t for node in graph.node if node.op_type == "Constant" for a in node.attribute if a.HasField("t"))
+
+
+_CONSTANTS = ("value", "value_float", "value_floats", "value_int", "value_ints")
+
+
+def _constant(node: onnx.NodeProto, file: File) -> NumPyArray:
+    (attribute,) = (a for a in node.attribute if a.name in _CONSTANTS)
+    if attribute.name == "value":
+        return file.read(attribute.t)
+    kind: Any = numpy.float32 if "float" in attribute.name else numpy.int64
+    return numpy.asarray(helper.get_attribute_value(attribute), dtype=kind)

@@ -1,0 +1,290 @@
+"""The recurrent and normalization nodes of an ONNX model, in bodies too: their arrays by name, and what their attributes say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnx
+from onnx import helper, inliner, shape_inference
+
+from portnorm.checkpoint.onnx_constants import File, Scope, graphs
+from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
+from portnorm.errors import CheckpointError
+
+_RECURRENT = ("X", "W", "R", "B", "sequence_lens", "initial_h")
+INPUTS: dict[str, tuple[str, ...]] = {
+    "LSTM": (*_RECURRENT, "initial_c", "P"),
+    "GRU": _RECURRENT,
+    "RNN": _RECURRENT,
+    "DynamicQuantizeLSTM": (*_RECURRENT, "initial_c", "P", "W_scale", "W_zero_point", "R_scale", "R_zero_point"),
+    "LayerNormalization": ("X", "scale", "bias"),
+    "InstanceNormalization": ("X", "scale", "bias"),
+    "GroupNormalization": ("X", "scale", "bias"),
+    "RMSNormalization": ("X", "scale"),
+    "BatchNormalization": ("X", "scale", "bias", "mean", "var"),
+}
+"""Operators that are read, and the names of their inputs."""
+_LAYERS = {
+    "DynamicQuantizeLSTM": "LSTM",
+    "LayerNormalization": "LayerNorm",
+    "InstanceNormalization": "InstanceNorm",
+    "GroupNormalization": "GroupNorm",
+    "RMSNormalization": "RMSNorm",
+    "BatchNormalization": "BatchNorm",
+}
+_DIRECTIONS = {"forward": 1, "reverse": 1, "bidirectional": 2}
+_FUNCTIONS: dict[str, tuple[str, ...]] = {
+    "LSTM": ("gate_activation", "activation", "output_activation"),
+    "GRU": ("gate_activation", "activation"),
+    "RNN": ("activation",),
+}
+_USUAL = {"gate_activation": "Sigmoid", "activation": "Tanh", "output_activation": "Tanh"}
+_KNOWN = {"sigmoid": "sigmoid", "tanh": "tanh", "relu": "relu"}
+
+
+def held(path: Path) -> Held:
+    """For every node the arrays of its inputs, as `<node>/<operator>/…`; a node in a body has the way to it before its name."""
+    name = os.fspath(path)
+    try:
+        model = onnx.load(path, load_external_data=False)
+        model = inliner.inline_local_functions(model) if model.functions else model
+    except Exception as error:  # protobuf has its own errors
+        raise CheckpointError(f"{name!r} is no ONNX model: {error}") from error
+    found, taken = Held({}, format="onnx"), set[str]()
+    for k, (node, scope, way) in enumerate(_nodes(model, path)):
+        own = f"{way}{node.name or f'node{k}'}"
+        while own in taken:
+            own += "_"
+        taken.add(own)
+        found.arrays |= _Node(own, node, scope, model).arrays()
+    if not found.arrays:
+        raise CheckpointError(f"{name!r} has no node of {', '.join(INPUTS)}, in its graph or in a body inside it")
+    return found
+
+
+def _nodes(model: onnx.ModelProto, path: Path) -> Iterator[tuple[onnx.NodeProto, Scope, str]]:
+    """(node, its scope, the way to it) of all nodes that are read."""
+    file = File(path, model)
+
+    def walk(graph: onnx.GraphProto, outer: Scope | None, way: str) -> Iterator[tuple[onnx.NodeProto, Scope, str]]:
+        scope = Scope(graph, outer, file)
+        for k, node in enumerate(graph.node):
+            if node.op_type in INPUTS and node.domain in ("", "ai.onnx", "com.microsoft"):
+                yield node, scope, way
+            for attribute in node.attribute:
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    yield from walk(attribute.g, scope, f"{way}{node.name or f'{node.op_type}{k}'}/{attribute.name}/")
+
+    yield from walk(model.graph, None, "")
+
+
+class _Node:
+    """Reads one node."""
+
+    def __init__(self, name: str, node: onnx.NodeProto, scope: Scope, model: onnx.ModelProto):
+        self.name, self.node, self.scope, self.model = name, node, scope, model
+        self.operator = "LSTM" if node.op_type == "DynamicQuantizeLSTM" else node.op_type
+        self.inputs = {key: value for key, value in zip(INPUTS[node.op_type], node.input, strict=False) if value}
+        self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        self.said = Said(f"the node {name!r} ({node.op_type})", layer=_LAYERS.get(node.op_type, node.op_type))
+        self.problem: str | None = None
+
+    def arrays(self) -> dict[str, Stored]:
+        extra = self.node.input[len(INPUTS[self.node.op_type]) :]
+        if any(extra):
+            self._refuse("inputs", f"inputs that are not known: {', '.join(extra)}")
+        entries = self._normalization() if self.operator.endswith("Normalization") else self._recurrent()
+        found = {}
+        for key, of, load in entries:
+            full = f"{self.name}/{self.operator}/{key}"
+            found[full] = self._stored(full, of, load)
+        for name, value in self.attributes.items():
+            self._refuse(name, f"{name}={_text(value)}, which is not known here")
+        return found
+
+    def _refuse(self, name: str, why: str, *ours: str) -> None:
+        self.said.refused[name] = Refusal(why, ours)
+
+    def _stored(self, key: str, of: str, load: Callable[[], NumPyArray]) -> Stored:
+        """The array `load` gives, which is made of the input `of`."""
+        value = self.inputs[of]
+        if not self.scope.is_constant(value):
+            return Stored.unreadable(key, f"node {self.name!r}: the input {of} is computed in the graph; expected a constant", self.said)
+        if "DequantizeLinear" in self.scope.operators(value):
+            self._note(f"{of} is dequantized")
+        loaded: list[NumPyArray] = []
+
+        def once() -> NumPyArray:
+            loaded[:] = loaded or [load()]
+            return loaded[0]
+
+        return Stored(key, lambda: (once().shape, once().dtype.name), once, said=self.said)
+
+    def _note(self, text: str) -> None:
+        if text not in self.said.notes:
+            self.said.notes.append(text)
+
+    def _value(self, key: str) -> NumPyArray:
+        return self.scope.value(self.inputs[key])
+
+    # -- recurrent nodes ---------------------------------------------------------------------------------------------------------------
+
+    def _recurrent(self) -> Iterator[tuple[str, str, Callable[[], NumPyArray]]]:
+        direction = _text(self.attributes.pop("direction", "forward"))
+        count = _DIRECTIONS.get(direction, 1)
+        if direction == "reverse":
+            self.said.values["direction"] = "reverse"
+        elif direction not in _DIRECTIONS:
+            self._refuse("direction", f"direction={direction!r}; expected one of {', '.join(_DIRECTIONS)}", "direction")
+        self._activations(count)
+        if self.attributes.pop("layout", 0):
+            self.said.values["batch_first"] = True
+        for name, usual in (("clip", 0.0), ("input_forget", 0)):
+            value = self.attributes.pop(name, usual)
+            if value != usual:
+                self._refuse(name, f"{name}={value!r}, which no layer here has")
+        for inert in ("hidden_size", "output_sequence"):  # the shapes say it
+            self.attributes.pop(inert, None)
+        before = self.operator == "GRU" and not self.attributes.pop("linear_before_reset", 0)
+        self._states()
+        for d in range(count):
+            for key in ("W", "R", "P"):
+                if key in self.inputs:
+                    yield f"{d}/{'R before reset' if key == 'R' and before else key}", key, self._side(key, d)
+            if "B" in self.inputs:
+                yield f"{d}/Wb", "B", self._half(d, 0)
+                yield f"{d}/Rb", "B", self._half(d, 1)
+
+    def _side(self, key: str, d: int) -> Callable[[], NumPyArray]:
+        """One direction of an input."""
+        quantized = f"{key}_scale" in self.inputs
+        if quantized:
+            self._note(f"{key} is dequantized; the operator also rounds what it is multiplied with, step by step, and this does not")
+            missing = [k for k in (f"{key}_scale", f"{key}_zero_point") if k in self.inputs and not self.scope.is_constant(self.inputs[k])]
+            if missing:
+                self._refuse(missing[0], f"{missing[0]}, which is computed in the graph")
+
+        def load() -> NumPyArray:
+            whole = self._value(key)
+            if whole.ndim == 0 or whole.shape[0] <= d:
+                raise CheckpointError(f"node {self.name!r}: {key} has shape {whole.shape}; expected one entry for each direction")
+            if not quantized:
+                side: NumPyArray = whole[d]
+                return side
+            scale = self._value(f"{key}_scale")[d]
+            zero = self._value(f"{key}_zero_point")[d] if f"{key}_zero_point" in self.inputs else numpy.zeros((), whole.dtype)
+            real: NumPyArray = ((whole[d].astype(numpy.int32) - zero.astype(numpy.int32)) * scale).astype(numpy.float32)
+            return real.T  # (inputs, gates · hidden) there
+
+        return load
+
+    def _half(self, d: int, half: int) -> Callable[[], NumPyArray]:
+        def load() -> NumPyArray:
+            side = self._side("B", d)()
+            if side.ndim != 1 or side.size % 2:
+                raise CheckpointError(f"node {self.name!r}: B has the shape {side.shape} for a direction; expected two biases in a row")
+            return side[: side.size // 2] if half == 0 else side[side.size // 2 :]
+
+        return load
+
+    def _activations(self, directions: int) -> None:
+        fields = _FUNCTIONS[self.operator]
+        names = [_text(a) for a in self.attributes.pop("activations", [])] or [_USUAL[f] for f in fields] * directions
+        numbers = {k: list(self.attributes.pop(f"activation_{k}", [])) for k in ("alpha", "beta")}
+        found = []
+        for name in names:
+            low = name.lower()
+            if low == "hardsigmoid":
+                alpha, beta = (numbers[k].pop(0) if numbers[k] else usual for k, usual in (("alpha", 0.2), ("beta", 0.5)))
+                slope = next((n for n in (5, 6) if abs(alpha - 1 / n) < 1e-6 and beta == 0.5), None)
+                found.append(f"hard_sigmoid_{slope}" if slope else f"HardSigmoid({alpha:g}, {beta:g})")
+            else:
+                found.append(_KNOWN.get(low, name))
+        sides = [tuple(found[k : k + len(fields)]) for k in range(0, len(found), len(fields))]
+        known = {*_KNOWN.values(), "hard_sigmoid_5", "hard_sigmoid_6"}
+        strange = sorted({f for f in found if f not in known})
+        if len(sides) != directions or len(set(sides)) != 1 or strange or any(numbers.values()):
+            self._refuse(
+                "activations",
+                f"activations={names!r}{f' with {numbers}' if any(numbers.values()) else ''}; expected, for every direction alike, "
+                f"{len(fields)} of {', '.join(sorted(known))}",
+                *fields,
+            )
+        else:
+            self.said.values |= dict(zip(fields, sides[0], strict=True))
+
+    def _states(self) -> None:
+        if "sequence_lens" in self.inputs:
+            if self.scope.is_constant(self.inputs["sequence_lens"]):
+                self._refuse("sequence_lens", "a constant sequence_lens, which a call takes as `lengths`")
+            else:
+                self._note("sequence_lens is `lengths` of a call")
+        for key in ("initial_h", "initial_c"):
+            start = self.scope.start(self.inputs[key]) if key in self.inputs else "zeros"
+            if start == "learned":
+                self._refuse(key, f"a first state of its own ({key} is not zero), which a call takes as `state`")
+            elif start == "given":
+                self._note(f"{key} is in the `state` of a call")
+
+    # -- normalization nodes -----------------------------------------------------------------------------------------------------------
+
+    def _normalization(self) -> Iterator[tuple[str, str, Callable[[], NumPyArray]]]:
+        values = self.said.values
+        values["eps"] = float(self.attributes.pop("epsilon", 1e-5))
+        for inert in ("stash_type", "consumed_inputs", "is_test"):
+            self.attributes.pop(inert, None)
+        groups = None
+        if self.operator == "BatchNormalization":
+            values["momentum"] = round(1.0 - float(self.attributes.pop("momentum", 0.9)), 7)
+            for name, usual in (("training_mode", 0), ("spatial", 1)):
+                value = self.attributes.pop(name, usual)
+                if value != usual:
+                    self._refuse(name, f"{name}={value}; expected {usual}")
+        if self.operator in ("LayerNormalization", "RMSNormalization"):
+            self._axis(int(self.attributes.pop("axis", -1)))
+        if self.operator == "GroupNormalization":
+            groups = values["num_groups"] = int(self.attributes.pop("num_groups"))
+        for key in INPUTS[self.node.op_type][1:]:
+            if key in self.inputs:
+                yield key, key, self._parameter(key, groups)
+
+    def _parameter(self, key: str, groups: int | None) -> Callable[[], NumPyArray]:
+        """Before operator set 21 GroupNormalization has one gain for each group."""
+        version = next((o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")), 1)
+        if groups is None or version >= 21:
+            return lambda: self._value(key)
+        shape = self._shape()
+        channels = shape[1] if shape is not None and len(shape) > 1 else None
+        if channels is None:
+            self._refuse("scale", f"one gain for each of {groups} groups, and an input of unknown shape; expected its channels to be known")
+            return lambda: self._value(key)
+        return lambda: numpy.repeat(self._value(key), channels // groups)
+
+    def _axis(self, axis: int) -> None:
+        if axis >= 0:
+            shape = self._shape()
+            if shape is None:
+                self._refuse("axis", f"axis={axis} of an input of unknown shape; expected one that is counted from the end")
+                return
+            axis -= len(shape)
+        scale = self.inputs.get("scale")
+        ndim = len(self.scope.shape(scale)[0]) if scale is not None and self.scope.is_constant(scale) else -axis
+        if ndim != -axis:
+            self._refuse("axis", f"axis={axis} and a scale of {ndim} axes; expected one gain for each value that is normalized together")
+
+    def _shape(self) -> list[int | None] | None:
+        """The shape of X, as far as it is known."""
+        inferred = shape_inference.infer_shapes(self.model)
+        for graph in graphs(inferred.graph):
+            for value in (*graph.value_info, *graph.input, *graph.output):
+                if value.name == self.inputs.get("X") and value.type.tensor_type.HasField("shape"):
+                    return [d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim]
+        return None
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

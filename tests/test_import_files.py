@@ -1,0 +1,403 @@
+"""What a file holds beside what is asked for: rare types, entries of other kinds, sizes; and the errors, as somebody reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import portnorm as pn
+from portnorm.checkpoint import containers, safetensors
+from tests.oracles import D, H
+from tests.processes import output_of
+
+ARRAYS = pn.to_format(pn.LSTM(D, H, rng=0), "torch")
+
+# -- safetensors -------------------------------------------------------------------------------------------------------------------------
+
+
+def written(path: Path, entries: dict[str, tuple[str, Any]], metadata: Any = ...) -> Path:
+    """A safetensors file with these types and bytes, in this order."""
+    header: dict[str, Any] = {} if metadata is ... else {"__metadata__": metadata}
+    body = b""
+    for name, (code, array) in entries.items():
+        raw = np.ascontiguousarray(array).tobytes()
+        header[name] = {"dtype": code, "shape": list(np.shape(array)), "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+    return path
+
+
+NARROW = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+
+
+@pytest.mark.parametrize("code", NARROW)
+def test_every_value_of_a_narrow_type(code: str, tmp_path: Path) -> None:
+    count = 2 ** (8 * np.dtype(NARROW[code]).itemsize)
+    raw = np.arange(count, dtype="uint16" if count > 256 else "uint8")
+    path = written(tmp_path / "w.safetensors", {"a": (code, raw)})
+    np.testing.assert_array_equal(safetensors.read(path)[0]["a"], raw.view(NARROW[code]).astype("float32"))
+
+
+@pytest.mark.parametrize("code", NARROW)
+@pytest.mark.parametrize("source", ["safetensors", "mapping"])
+def test_weights_of_a_narrow_type_come_as_float32(code: str, source: str, tmp_path: Path) -> None:
+    narrow = {name: a.astype(NARROW[code]) for name, a in ARRAYS.items()}
+    entries = {name: (code, a.view("uint8" if a.dtype.itemsize == 1 else "uint16")) for name, a in narrow.items()}
+    given: Any = written(tmp_path / "w.safetensors", entries) if source == "safetensors" else narrow
+    layer = pn.import_checkpoint(given, "torch")
+    assert layer.dtype == np.float32
+    for name, array in layer.params.items():
+        np.testing.assert_array_equal(array, narrow[name].astype("float32"))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("xp", ["torch", "jax.numpy"])
+def test_bfloat16_stays_where_the_library_has_it(xp: str, tmp_path: Path) -> None:
+    entries = {name: ("BF16", a.astype(ml_dtypes.bfloat16).view("uint16")) for name, a in ARRAYS.items()}
+    layer = pn.import_checkpoint(written(tmp_path / "w.safetensors", entries), "torch", xp=xp)
+    assert "bfloat16" in str(layer.dtype)
+
+
+@pytest.mark.parametrize("code", ["U16", "U32", "U64", "C64", "F4", "F6_E2M3", "something"])
+def test_what_is_not_asked_for_never_stops_what_is(code: str, tmp_path: Path) -> None:
+    known = {"U16": "uint16", "U32": "uint32", "U64": "uint64", "C64": "complex64"}
+    other = (code, np.ones(4, known.get(code, "uint8")))
+    entries = {"other.x": other, **{f"lstm.{n}": ("F32", a) for n, a in ARRAYS.items()}, "scalar": ("F32", np.float32(3))}
+    path = written(tmp_path / "w.safetensors", entries, None)
+    assert isinstance(pn.import_checkpoint(path, prefix="lstm."), pn.LSTM)
+    inside = written(tmp_path / "v.safetensors", {"weight": other}, None)
+    if code.startswith("U"):
+        np.testing.assert_array_equal(safetensors.read(inside)[0]["weight"], np.ones(4))
+    else:
+        with pytest.raises(pn.CheckpointError, match=f"'weight' has the type {'complex64' if code == 'C64' else code}"):
+            pn.import_checkpoint(inside, "torch", layer="RMSNorm")
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "mlx"}, ...])
+def test_metadata_may_be_null(metadata: Any, tmp_path: Path) -> None:
+    path = written(tmp_path / "w.safetensors", {n: ("F32", a) for n, a in ARRAYS.items()}, metadata)
+    assert isinstance(pn.import_checkpoint(path), pn.LSTM)
+
+
+def test_entries_without_bytes_may_begin_where_others_do(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    a = np.arange(3, dtype="<f4")
+    header = {
+        "full": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]},
+        "empty": {"dtype": "F32", "shape": [0, 7], "data_offsets": [0, 0]},
+        "last": {"dtype": "F32", "shape": [0], "data_offsets": [12, 12]},
+        "scalar": {"dtype": "F32", "shape": [], "data_offsets": [12, 16]},
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + a.tobytes() + np.float32(7).tobytes())
+    found = safetensors.read(path)[0]
+    assert {name: x.shape for name, x in found.items()} == {"full": (3,), "empty": (0, 7), "last": (0,), "scalar": ()}
+    assert found["scalar"] == 7
+
+
+# -- entries of other kinds --------------------------------------------------------------------------------------------------------------
+
+
+class Untouchable:
+    """An array that must not be looked at."""
+
+    @property
+    def dtype(self) -> Any:
+        raise AssertionError("looked at")
+
+    shape = property(lambda self: (_ for _ in ()).throw(AssertionError("looked at")))
+
+    def __array__(self, *args: Any, **keywords: Any) -> Any:
+        raise AssertionError("converted")
+
+
+def test_what_prefix_and_ignore_leave_out_is_not_looked_at() -> None:
+    def instance(name: str) -> Any:
+        return type(name, (), {"__array__": Untouchable.__array__})()
+
+    nested = {"lstm": dict(ARRAYS), "other": {"a": instance("Lazy"), "b": "text", "c": [{"x": 1}, [2, 3]]}}
+    assert isinstance(pn.import_checkpoint(nested, prefix="lstm/"), pn.LSTM)
+    assert isinstance(pn.import_checkpoint({**ARRAYS, "extra": instance("Lazy")}, ignore=("extra",)), pn.LSTM)
+
+
+@pytest.mark.peers
+def test_keys_of_random_generators_are_left_out_and_said() -> None:
+    import jax
+
+    layer = pn.import_checkpoint({**ARRAYS, "rngs": {"default": {"key": jax.random.key(0)}}}, "torch")
+    assert "keys of random generators, which are no weights, were left out: rngs/default/key" in layer.provenance
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.ones((4 * H, D), complex), "'weight_ih_l0' has the type complex128; expected real numbers"),
+        (np.ones((4 * H, D), np.longdouble), "'weight_ih_l0' has the type (longdouble|float128); expected real numbers of at most 64 bits"),
+        (np.full((4 * H, D), "a"), "weight_ih_l0"),
+        (np.full((4 * H, D), None), "weight_ih_l0"),
+    ],
+)
+def test_arrays_that_are_no_weights_are_named(value: Any, message: str) -> None:
+    with pytest.raises(pn.CheckpointError, match=message):
+        pn.import_checkpoint({**ARRAYS, "weight_ih_l0": value}, "torch")
+
+
+def test_arrays_of_another_byte_order(tmp_path: Path) -> None:
+    import h5py
+
+    turned = {name: a.astype(">f4") for name, a in ARRAYS.items()}
+    np.savez(tmp_path / "w.npz", **turned)
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        for name, a in turned.items():
+            file[name] = a
+    for source in (turned, tmp_path / "w.npz", tmp_path / "w.h5"):
+        layer = pn.import_checkpoint(source, "torch")
+        assert layer.dtype == np.float32
+        np.testing.assert_array_equal(layer.params["weight_ih_l0"], ARRAYS["weight_ih_l0"])
+
+
+def test_bfloat16_that_numpy_saved_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "w.npz", **{n: a.astype(ml_dtypes.bfloat16) for n, a in ARRAYS.items()})
+    with pytest.raises(pn.CheckpointError, match=r"ml_dtypes' bfloat16; save array\.astype\('float32'\)"):
+        pn.import_checkpoint(tmp_path / "w.npz", "torch")
+
+
+def test_links_of_hdf5(tmp_path: Path) -> None:
+    """One inside the file is followed, one into another file never is."""
+    import h5py
+
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["a"] = ARRAYS["bias_hh_l0"]
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0"):
+            file[f"real/{name}"] = ARRAYS[name]
+            file[f"lstm/{name}"] = h5py.SoftLink(f"/real/{name}")
+        file["real/around"] = file["real"]
+        file["lstm/bias_hh_l0"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "/a")
+    with pytest.raises(pn.CheckpointError, match="'lstm/bias_hh_l0' is a link, or lies in another file"):
+        pn.import_checkpoint(tmp_path / "w.h5", prefix="lstm/")
+    with h5py.File(tmp_path / "w.h5", "a") as file:
+        del file["lstm/bias_hh_l0"]
+        file["lstm/bias_hh_l0"] = ARRAYS["bias_hh_l0"]
+    np.testing.assert_array_equal(pn.import_checkpoint(tmp_path / "w.h5", prefix="lstm/").params["weight_ih_l0"], ARRAYS["weight_ih_l0"])
+
+
+def test_what_is_no_number_in_hdf5_is_not_dropped(tmp_path: Path) -> None:
+    import h5py
+
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        for name, a in ARRAYS.items():
+            file[name] = a
+        file["note"] = "text"
+        file["mask"] = np.ones(3, bool)
+    with pytest.raises(pn.CheckpointError, match="`note` is object; expected an array of numbers"):
+        pn.import_checkpoint(tmp_path / "w.h5", "torch")
+    with pytest.raises(pn.CheckpointError, match=r"unknown \['mask'\]"):
+        pn.import_checkpoint(tmp_path / "w.h5", "torch", ignore=("note",))
+
+
+# -- files of many layers, and people who look at them -------------------------------------------------------------------------------------
+
+MODEL = {
+    **{f"encoder.lstm.{n}": a for n, a in ARRAYS.items()},
+    "embedding.weight": np.ones((100, 8), "float32"),
+    "step": np.array(3),
+    "head.weight": np.ones((2, 4), "float32"),
+    "head.bias": np.ones(2, "float32"),
+    "norm.weight": np.ones(4, "float32"),
+    "norm.bias": np.ones(4, "float32"),
+    "optimizer/vars/0": np.array(1),
+}
+
+
+def test_a_whole_model_lists_its_parts() -> None:
+    with pytest.raises(pn.CheckpointError) as caught:
+        pn.import_checkpoint(MODEL)
+    said = str(caught.value)
+    assert "name one" in said
+    assert "prefix='encoder.' (torch LSTM)" in said
+    assert "prefix='norm.' (torch " in said
+    assert "LayerNorm" in said
+    assert "beside 2 Linear" in said
+    assert "2 other arrays, such as 'step'" in said
+    assert said.index("encoder.") < said.index("norm.")
+
+
+@pytest.mark.parametrize("extra", ["embedding.weight", "step", "optimizer/vars/0", "head.weight"])
+def test_one_array_more_does_not_hide_the_list(extra: str) -> None:
+    keys = {name: a for name, a in MODEL.items() if name.startswith("encoder.")} | {extra: MODEL[extra]}
+    with pytest.raises(pn.CheckpointError, match=r"prefix='encoder\.' \(torch LSTM\)"):
+        pn.import_checkpoint(keys)
+    for source in (keys, MODEL):
+        layer = pn.import_checkpoint(source, layer="LSTM")
+        np.testing.assert_array_equal(layer.params["weight_ih_l0"], ARRAYS["weight_ih_l0"])
+        assert "encoder.lstm.weight_ih_l0" in layer.provenance
+
+
+def test_two_of_a_class_have_to_be_told_apart() -> None:
+    two = MODEL | {f"decoder.{n}": a for n, a in ARRAYS.items()}
+    with pytest.raises(pn.CheckpointError, match=r"prefix='decoder\.'.*prefix='encoder\.'"):
+        pn.import_checkpoint(two, layer="LSTM")
+
+
+def test_many_layers_of_a_kind_are_one_entry() -> None:
+    many = {f"blocks.{k}.{norm}.{p}": np.ones(4) for k in range(30) for norm in ("norm1", "norm2") for p in ("weight", "bias")}
+    with pytest.raises(pn.CheckpointError, match=r"prefix='blocks\.0\.norm1\.' .* and 59 more with other numbers") as caught:
+        pn.import_checkpoint(many, "torch")
+    assert len(str(caught.value)) < 400
+
+
+def test_a_prefix_that_is_not_there_says_what_is() -> None:
+    with pytest.raises(pn.CheckpointError, match=r"no key starts with 'lstm\.'; the keys begin with 'encoder\.', 'embedding\.', 'step'"):
+        pn.import_checkpoint(MODEL, prefix="lstm.")
+
+
+@pytest.mark.parametrize(("first", "second"), [("i2h", "h2h"), ("x2h", "h2h"), ("weight_input", "weight_hidden"), ("w_ih", "w_hh")])
+def test_a_cell_of_somebody_is_told_what_works(first: str, second: str) -> None:
+    keys = {f"cell.{first}.weight": np.ones((16, 5)), f"cell.{second}.weight": np.ones((16, 4)), "cell.ln_c.weight": np.ones(4)}
+    with pytest.raises(pn.CheckpointError, match=r"a recurrent cell of your own.*pn\.Variant.*load_state_dict.*pn\.to_format"):
+        pn.import_checkpoint(keys, "torch")
+
+
+def test_the_ways_that_an_error_names_work(rng: np.random.Generator) -> None:
+    """As the error says: a Variant and a function of names."""
+    theirs = {
+        "cell.i2h.weight": rng.standard_normal((16, 5)),
+        "cell.h2h.weight": rng.standard_normal((16, 4)),
+        "cell.i2h.bias": np.ones(16),
+    }
+    theirs |= {"cell.ln_c.weight": np.ones(4), "cell.ln_c.bias": np.zeros(4)}
+    layer = pn.LSTM(5, 4, norm=pn.Variant("mine", norm="layer", terms=None, cell="copy"), dtype="float64")
+    names = {"weight_ih_l0": "i2h.weight", "weight_hh_l0": "h2h.weight", "bias_l0": "i2h.bias", "norm_c_l0.weight": "ln_c.weight"}
+    names |= {"norm_c_l0.bias": "ln_c.bias"}
+    layer.load_state_dict({ours: theirs[f"cell.{names[ours]}"] for ours in layer.state_dict()})
+    assert np.isfinite(layer(rng.standard_normal((3, 2, 5)))[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_group": 2}, r"`num_group` is no argument of LSTM and fields of its Variant; did you mean 'norm'|`num_group` is no argument"),
+        ({"epsilon": 1e-3}, "`epsilon` is no argument of LSTM.*expected one of|did you mean 'eps'"),
+        ({"bath_first": True}, "`bath_first` is no argument of LSTM.*did you mean 'batch_first'"),
+    ],
+)
+def test_an_argument_that_there_is_not_is_named(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(pn.UnsupportedError, match=message) as caught:
+        pn.import_checkpoint(ARRAYS, "torch", **config)
+    assert "missing" not in str(caught.value)
+
+
+def test_a_field_of_a_cell_is_no_argument_of_a_norm() -> None:
+    with pytest.raises(pn.UnsupportedError, match="`zoneout` is no argument of LayerNorm"):
+        pn.import_checkpoint({"weight": np.ones(3)}, "torch", layer="LayerNorm", zoneout=0.1)
+
+
+@pytest.mark.parametrize("source", [None, 3, [np.ones(3)], np.ones(3)])
+def test_sources_of_another_kind(source: Any) -> None:
+    with pytest.raises(pn.UnsupportedError, match=f"`source` is a {type(source).__name__}; expected a file, a mapping"):
+        pn.import_checkpoint(source)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("form", ["state dict", "inside a dict", "old format"])
+def test_the_advice_for_pickles_works(form: str, tmp_path: Path) -> None:
+    """As it is written in the error, for files as people have them."""
+    import torch
+
+    theirs = torch.nn.LSTM(D, H)
+    inside = {"step": 7, "model_state": theirs.state_dict(), "optimizer_state": {"param_groups": [{"lr": 0.1}], "state": {}}}
+    held = theirs.state_dict() if form == "state dict" else inside
+    torch.save(held, tmp_path / "w.pt", _use_new_zipfile_serialization=form != "old format")
+    with pytest.raises(pn.CheckpointError) as caught:
+        pn.import_checkpoint(tmp_path / "w.pt")
+    assert "w = torch.load(path, map_location='cpu', weights_only=True), then import_checkpoint(w)" in str(caught.value)
+    w = torch.load(tmp_path / "w.pt", map_location="cpu", weights_only=True)
+    layer = pn.import_checkpoint(w, prefix="" if form == "state dict" else "model_state/")
+    np.testing.assert_array_equal(layer.params["weight_ih_l0"], theirs.weight_ih_l0.detach())
+    if form != "state dict":
+        assert isinstance(pn.import_checkpoint(w, layer="LSTM"), pn.LSTM)
+
+
+def test_the_help_of_a_variant_explains_every_field() -> None:
+    import dataclasses
+
+    text = pn.Variant.__doc__ or ""
+    for field in dataclasses.fields(pn.Variant):
+        assert f"\n      {field.name}: " in text, field.name
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------------------------
+
+MEGABYTES = 48
+
+
+def large(path: Path) -> Path:
+    """A file of 48 MB beside an LSTM."""
+    arrays = {f"big.{k}": np.full((MEGABYTES // 8, 2**20 // 4), k, "float32") for k in range(8)} | {
+        f"lstm.{n}": a for n, a in ARRAYS.items()
+    }
+    if path.suffix == ".safetensors":
+        safetensors.write(path, arrays, {})
+    elif path.suffix == ".npz":
+        np.savez(path, **arrays)
+    elif path.suffix in (".h5", ".keras"):
+        import h5py
+
+        weights = path if path.suffix == ".h5" else path.with_suffix(".inner")
+        with h5py.File(weights, "w") as file:
+            for name, a in arrays.items():
+                file[name] = a
+        if path.suffix == ".keras":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("config.json", "{}")
+                archive.write(weights, "model.weights.h5")
+    else:
+        import onnx
+
+        from tests.test_import import onnx_model
+
+        model = onnx_model(
+            "LSTM", {**arrays_of_a_node(), **{n: a for n, a in arrays.items() if n.startswith("big")}}, ("x", "W", "R"), hidden_size=H
+        )
+        onnx.save(model, path, save_as_external_data=True, location="m.bin", size_threshold=1024)
+    return path
+
+
+def arrays_of_a_node() -> dict[str, Any]:
+    return {"W": np.ones((1, 4 * H, D), "float32"), "R": np.ones((1, 4 * H, H), "float32")}
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npz", "h5", "keras", "onnx"])
+def test_memory_is_for_what_is_asked_for(ending: str, tmp_path: Path) -> None:
+    """The largest resident size of a process that reads a small layer out of a file of 48 MB, beside that of one that reads nothing."""
+    path = large(tmp_path / f"m.{ending}")
+    prefix, format_ = ("", "auto") if ending == "onnx" else ("lstm.", "torch")
+    code = f"""
+import resource, sys
+import portnorm as pn, numpy, h5py, onnx, onnx.reference
+from portnorm.checkpoint import keras_files, onnx_nodes
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+pn.import_checkpoint({str(path)!r}, {format_!r}, prefix={prefix!r})
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    assert float(output_of(code)) < MEGABYTES / 6
+    assert os.path.getsize(path.with_name("m.bin") if ending == "onnx" else path) >= MEGABYTES * 2**20
+
+
+def test_containers_describe_what_they_hold(tmp_path: Path) -> None:
+    for ending in ("safetensors", "npz", "h5"):
+        with containers.opened(large(tmp_path / f"m.{ending}")) as held:
+            for name, a in ARRAYS.items():
+                stored = held.arrays[f"lstm.{name}"]
+                assert (stored.shape, stored.dtype, stored.ndim) == (a.shape, "float32", a.ndim)
+                np.testing.assert_array_equal(np.asarray(stored), a)

@@ -1,0 +1,389 @@
+"""Nodes of ONNX models: every attribute and input, weights behind constant nodes, bodies of If, Loop and Scan, quantized weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import portnorm as pn
+from tests.oracles import D, H
+from tests.test_import import onnx_model, run_onnx
+from tests.tolerances import ONNX_OPERATOR
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+STATES = {"LSTM": ("initial_h", "initial_c"), "GRU": ("initial_h",), "RNN": ("initial_h",)}
+
+
+def weights(operator: str, rng: np.random.Generator, directions: int = 1) -> dict[str, Any]:
+    shapes = {"W": (GATES[operator] * H, D), "R": (GATES[operator] * H, H), "B": (2 * GATES[operator] * H,)}
+    return {n: rng.standard_normal((directions, *s)).astype("float32") * 0.5 for n, s in shapes.items()}
+
+
+def imported(model: Any, path: Path, **keywords: Any) -> Any:
+    onnx.save(model, path / "m.onnx")
+    return pn.import_checkpoint(path / "m.onnx", **keywords)
+
+
+FUNCTIONS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "Relu": (["Sigmoid", "Relu", "Relu"], {}),
+    "Relu of the candidate": (["Sigmoid", "Relu", "Tanh"], {}),
+    "HardSigmoid": (["HardSigmoid", "Tanh", "Tanh"], {}),
+    "HardSigmoid of a sixth": (["HardSigmoid", "Tanh", "Relu"], {"activation_alpha": [1 / 6], "activation_beta": [0.5]}),
+    "HardSigmoid everywhere": (["HardSigmoid"] * 3, {"activation_alpha": [0.2, 1 / 6, 0.2], "activation_beta": [0.5] * 3}),
+    "Sigmoid": (["Relu", "Sigmoid", "Tanh"], {}),
+}
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "bidirectional"])
+@pytest.mark.parametrize("functions", [None, *FUNCTIONS])
+@pytest.mark.parametrize("operator", GATES)
+def test_functions_and_directions(operator: str, functions: str | None, direction: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    count = 2 if direction == "bidirectional" else 1
+    arrays = weights(operator, rng, count)
+    attributes: dict[str, Any] = {"direction": direction, "hidden_size": H}
+    if functions is not None:
+        names, numbers = FUNCTIONS[functions]
+        part = {"LSTM": slice(0, 3), "GRU": slice(0, 2), "RNN": slice(1, 2)}[operator]
+        attributes["activations"] = names[part] * count if operator == "RNN" else [n.lower() for n in names[part]] * count  # in any case
+        where = [k for k, n in enumerate(names) if n.lower() == "hardsigmoid"]
+        kept = [j for j, k in enumerate(where) if k in range(3)[part]]
+        attributes |= {key: [values[j] for j in kept] * count for key, values in numbers.items() if kept}
+    model = onnx_model(operator, arrays, ("x", "W", "R", "B"), **attributes)
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    y = imported(model, tmp_path)(x)[0].reshape(6, 3, count, H).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(y, run_onnx(model, x), rtol=ONNX_OPERATOR, atol=5 * ONNX_OPERATOR)  # relu lets states grow
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "named"),
+    [
+        ("LSTM", {"activations": ["HardSigmoid", "Tanh", "Tanh"], "activation_alpha": [0.3]}, r"activations.*HardSigmoid"),
+        ("GRU", {"activations": ["Sigmoid", "Elu"]}, "activations"),
+        ("RNN", {"activations": ["Tanh", "Relu"], "direction": "bidirectional"}, "activations.*for every direction alike"),
+        ("LSTM", {"clip": 0.5}, r"clip=0\.5"),
+        ("GRU", {"clip": 0.5}, r"clip=0\.5"),
+        ("LSTM", {"input_forget": 1}, "input_forget=1"),
+    ],
+)
+def test_attributes_that_no_layer_has_are_named(
+    operator: str, attributes: dict[str, Any], named: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    arrays = weights(operator, rng, 2 if "direction" in attributes else 1)
+    model = onnx_model(operator, arrays, ("x", "W", "R", "B"), hidden_size=H, **attributes)
+    with pytest.raises(pn.CheckpointError, match=f"a_node.*{named}"):
+        imported(model, tmp_path)
+
+
+def test_an_attribute_nobody_knows_is_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = onnx_model("GRU", weights("GRU", rng), ("x", "W", "R", "B"), hidden_size=H, dropout=0.5)
+    with pytest.raises(pn.CheckpointError, match=r"a_node.*dropout=0\.5, which is not known here.*ignore=\('dropout',\)"):
+        imported(model, tmp_path)
+    assert isinstance(pn.import_checkpoint(tmp_path / "m.onnx", ignore=("dropout",)), pn.GRU)
+
+
+@pytest.mark.parametrize("operator", GATES)
+def test_layout(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    arrays = weights(operator, rng)
+    plain, other = (onnx_model(operator, arrays, ("x", "W", "R", "B"), hidden_size=H, layout=k) for k in (0, 1))
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    layer = imported(other, tmp_path)
+    assert layer.batch_first
+    expected = run_onnx(plain, x)[:, 0].transpose(1, 0, 2)
+    np.testing.assert_allclose(layer(x.transpose(1, 0, 2))[0], expected, rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+@pytest.mark.parametrize("operator", GATES)
+@pytest.mark.parametrize("kind", ["zeros", "constant", "expanded", "input", "behind a Cast"])
+def test_first_states(operator: str, kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """One that is in the file is not dropped; one that comes with the call, or is zero, needs nothing."""
+    states = STATES[operator]
+    arrays = weights(operator, rng)
+    values = {s: (rng.standard_normal((1, 3, H)) if kind != "zeros" else np.zeros((1, 3, H))).astype("float32") for s in states}
+    if kind == "expanded":
+        values = {s: v[:, :1] for s, v in values.items()}
+    names = ("x", "W", "R", "B", "", *(f"{s}_in" if kind in ("expanded", "behind a Cast") else s for s in states))
+    model = onnx_model(operator, {**arrays, **({} if kind == "input" else values)}, ("x",), hidden_size=H)
+    (node,) = model.graph.node
+    node.input[:] = names
+    if kind == "expanded":
+        model.graph.initializer.append(numpy_helper.from_array(np.array([1, 3, H]), "sizes"))
+    if kind in ("expanded", "behind a Cast"):
+        for s in states:
+            made = (
+                helper.make_node("Expand", [s, "sizes"], [f"{s}_in"])
+                if kind == "expanded"
+                else helper.make_node("Cast", [s], [f"{s}_in"], to=1)
+            )
+            model.graph.node.insert(0, made)
+    if kind == "input":
+        model.graph.input.extend(helper.make_tensor_value_info(s, TensorProto.FLOAT, [1, None, H]) for s in states)
+    if kind in ("zeros", "input"):
+        said = imported(model, tmp_path).provenance
+        assert ("initial_h is in the `state` of a call" in said) == (kind == "input")
+        return
+    with pytest.raises(pn.CheckpointError, match=r"a_node.*a first state of its own \(initial_h is not zero\).*ignore=\('initial_h',\)"):
+        imported(model, tmp_path)
+    layer = pn.import_checkpoint(tmp_path / "m.onnx", ignore=states)
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    given = tuple(np.ascontiguousarray(np.broadcast_to(values[s], (1, 3, H))) for s in states)
+    np.testing.assert_allclose(layer(x, given)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.75])
+def test_momentum_of_batch_normalization(momentum: float | None, tmp_path: Path, rng: np.random.Generator) -> None:
+    arrays = {n: rng.uniform(0.5, 1.5, 6).astype("float32") for n in ("scale", "bias", "mean", "var")}
+    attributes = {} if momentum is None else {"momentum": momentum}
+    layer = imported(onnx_model("BatchNormalization", arrays, ("x", *arrays), **attributes), tmp_path)
+    assert layer.momentum == pytest.approx(0.1 if momentum is None else 0.25)
+    with pytest.raises(pn.CheckpointError, match="training_mode=1"):
+        imported(onnx_model("BatchNormalization", arrays, ("x", *arrays), training_mode=1), tmp_path)
+
+
+@pytest.mark.parametrize("operator", ["LayerNormalization", "RMSNormalization"])
+@pytest.mark.parametrize(("axis", "known"), [(-1, True), (2, True), (-2, True), (1, True), (2, False), (1, "scale of one axis")])
+def test_axis(operator: str, axis: int, known: Any, tmp_path: Path, rng: np.random.Generator) -> None:
+    wide = axis % 3 == 1 and known is True
+    names = ("scale", "bias") if operator == "LayerNormalization" else ("scale",)
+    arrays = {n: rng.uniform(0.5, 1.5, (5, 6) if wide else 6).astype("float32") for n in names}
+    model = onnx_model(operator, arrays, ("x", *names), axis=axis)
+    if known is False:
+        model.graph.input[0].type.tensor_type.ClearField("shape")
+    if known is not True:
+        with pytest.raises(pn.CheckpointError, match=r"a_node.*axis="):
+            imported(model, tmp_path)
+        return
+    x = rng.standard_normal((4, 5, 6)).astype("float32")
+    np.testing.assert_allclose(imported(model, tmp_path)(x), run_onnx(model, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_gains_of_groups(known: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Before operator set 21 there is one gain for each group; how many channels it has says the input."""
+    arrays = {n: rng.uniform(0.5, 1.5, 2).astype("float32") for n in ("scale", "bias")}
+    model = onnx_model("GroupNormalization", arrays, ("x", "scale", "bias"), num_groups=2)
+    model.opset_import[0].version = 18
+    if not known:
+        with pytest.raises(pn.CheckpointError, match=r"a_node.*one gain for each of 2 groups"):
+            imported(model, tmp_path)
+        return
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 6, None]))
+    layer, x = imported(model, tmp_path), rng.standard_normal((3, 6, 4)).astype("float32")
+    assert layer.num_features == 6
+    np.testing.assert_array_equal(layer.params["weight"], np.repeat(arrays["scale"], 3))
+    np.testing.assert_allclose(layer(x), run_onnx(model, x), rtol=1e-5, atol=1e-5)
+
+
+# -- weights behind nodes ----------------------------------------------------------------------------------------------------------------
+
+
+def with_folded(operator: str, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
+    """A model whose W, R and B are made of constants by many nodes, and what they are."""
+    arrays, count = weights(operator, rng), GATES[operator] * H
+    initial = {
+        "w_in": arrays["W"][0].T.astype("float64"),  # Cast, Transpose, Unsqueeze
+        "r_top": arrays["R"][0, : count // 2],  # Concat, Unsqueeze
+        "r_all": np.concatenate([np.zeros((2, H), "float32"), arrays["R"][0, count // 2 :]]),  # Slice
+        "b_flat": arrays["B"].reshape(-1, 2),  # Reshape
+        "axes": np.array([0]),
+        "two": np.array([2]),
+        "end": np.array([2**31 - 1]),
+        "shape": np.array([1, -1]),
+    }
+    nodes = [
+        helper.make_node("Transpose", ["w_in"], ["w1"], perm=[1, 0]),
+        helper.make_node("Cast", ["w1"], ["w2"], to=1),
+        helper.make_node("Unsqueeze", ["w2", "axes"], ["w3"]),
+        helper.make_node("Identity", ["w3"], ["W"]),
+        helper.make_node("Slice", ["r_all", "two", "end", "axes"], ["r1"]),
+        helper.make_node("Concat", ["r_top", "r1"], ["r2"], axis=0),
+        helper.make_node("Unsqueeze", ["r2", "axes"], ["R"]),
+        helper.make_node("Reshape", ["b_flat", "shape"], ["B"]),
+    ]
+    model = onnx_model(operator, initial, ("x",), hidden_size=H)
+    model.graph.node[0].input[:] = ["x", "W", "R", "B"]
+    for node in reversed(nodes):
+        model.graph.node.insert(0, node)
+    return model, arrays
+
+
+@pytest.mark.parametrize("operator", GATES)
+def test_weights_behind_nodes_of_constants(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    model, _ = with_folded(operator, rng)
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    np.testing.assert_allclose(imported(model, tmp_path)(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+def test_weights_that_the_graph_computes_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    arrays = weights("GRU", rng)
+    model = onnx_model("GRU", {**arrays, "w": arrays["W"]}, ("x", "W", "R", "B"), hidden_size=H)
+    model.graph.node[0].input[1] = "computed"
+    model.graph.node.insert(0, helper.make_node("Mul", ["w", "scale"], ["computed"]))
+    model.graph.input.append(helper.make_tensor_value_info("scale", TensorProto.FLOAT, []))
+    with pytest.raises(pn.CheckpointError, match="node 'a_node': the input W is computed in the graph; expected a constant"):
+        imported(model, tmp_path)
+
+
+def test_constants_that_grow_are_not_followed(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Each node doubles what it reads; the file is small."""
+    model = onnx_model("RNN", weights("RNN", rng), ("x", "W", "R", "B"), hidden_size=H)
+    nodes = [helper.make_node("Concat", [name, name], [f"w{k}"], axis=1) for k, name in enumerate(["W", *(f"w{k}" for k in range(60))])]
+    for node in reversed(nodes):
+        model.graph.node.insert(0, node)
+    model.graph.node[-1].input[1] = "w60"
+    with pytest.raises(pn.CheckpointError, match="grow beyond what the file holds"):
+        imported(model, tmp_path)
+
+
+@pytest.mark.parametrize("operator", GATES)
+def test_weights_behind_dequantization(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    arrays, scale = weights(operator, rng), np.float32(0.02)
+    whole = {n: np.clip(np.round(a / scale), -128, 127).astype("int8") for n, a in arrays.items() if n != "B"}
+    initial = {f"{n}_q": a for n, a in whole.items()} | {"B": arrays["B"], "scale": scale, "zero": np.int8(3)}
+    model = onnx_model(operator, {n: np.asarray(a) for n, a in initial.items()}, ("x",), hidden_size=H)
+    model.graph.node[0].input[:] = ["x", "W", "R", "B"]
+    for n in whole:
+        model.graph.node.insert(0, helper.make_node("DequantizeLinear", [f"{n}_q", "scale", "zero"], [n]))
+    layer, x = imported(model, tmp_path), rng.standard_normal((6, 3, D)).astype("float32")
+    assert "W is dequantized" in layer.provenance
+    assert "R is dequantized" in layer.provenance
+    np.testing.assert_allclose(layer(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+@pytest.mark.parametrize("by_gate", [False, True])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_dynamically_quantized_lstm(by_gate: bool, directions: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    """What the operator computes with weights of 8 bits and inputs that it rounds: close to the layer with the weights alone rounded."""
+    arrays, initial = weights("LSTM", rng, directions), {}
+    exact: dict[str, Any] = {"B": arrays["B"]}
+    for n in ("W", "R"):
+        largest = np.abs(arrays[n]).max(axis=2) if by_gate else np.abs(arrays[n]).max(axis=(1, 2))
+        scale = (largest / 127).astype("float32")
+        wide = scale[:, :, None] if by_gate else scale[:, None, None]
+        q = np.round(arrays[n] / wide).astype("int8")
+        initial |= {n: q.transpose(0, 2, 1).copy(), f"{n}_scale": scale, f"{n}_zero": np.zeros_like(scale, dtype="int8")}
+        exact[n] = (q * wide).astype("float32")
+    direction = "bidirectional" if directions == 2 else "forward"
+    model = onnx_model("LSTM", {**initial, "B": arrays["B"]}, ("x",), hidden_size=H, direction=direction)
+    (node,) = model.graph.node
+    node.op_type, node.domain = "DynamicQuantizeLSTM", "com.microsoft"
+    node.input[:] = ["x", "W", "R", "B", "", "", "", "", "W_scale", "W_zero", "R_scale", "R_zero"]
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    layer, x = imported(model, tmp_path), rng.standard_normal((6, 3, D)).astype("float32")
+    assert "W is dequantized; the operator also rounds" in layer.provenance
+    y = layer(x)[0].reshape(6, 3, directions, H).transpose(0, 2, 1, 3)
+    plain = onnx_model("LSTM", exact, ("x", "W", "R", "B"), hidden_size=H, direction=direction)
+    np.testing.assert_allclose(y, run_onnx(plain, x), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+    np.testing.assert_allclose(y, run_onnx(model, x), atol=0.1)
+
+
+# -- bodies and functions ----------------------------------------------------------------------------------------------------------------
+
+
+def inside(kind: str, operator: str, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
+    """A model with the operator in a body, whose weights are outside."""
+    arrays = weights(operator, rng)
+    node = helper.make_node(operator, ["x", "W", "R", "B"], ["y"], name="cell", hidden_size=H)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None, D])
+    initial = [numpy_helper.from_array(a, n) for n, a in arrays.items() if n != "B"]
+    outer = [helper.make_node("Constant", [], ["B"], value=numpy_helper.from_array(arrays["B"]))]
+    if kind == "If":
+        other = helper.make_graph([helper.make_node("Identity", ["x"], ["z"])], "else", [], [helper.make_tensor_value_info("z", 1, None)])
+        outer += [
+            helper.make_node(
+                "If", ["yes"], ["y_out"], name="choice", then_branch=helper.make_graph([node], "then", [], [y]), else_branch=other
+            )
+        ]
+        initial.append(numpy_helper.from_array(np.array(True), "yes"))
+        way = "choice/then_branch/"
+    elif kind == "Loop":
+        ins = [helper.make_tensor_value_info("k", 7, []), helper.make_tensor_value_info("go", 9, [])]
+        body = [node, helper.make_node("Identity", ["go"], ["go_out"])]
+        graph = helper.make_graph(body, "body", ins, [helper.make_tensor_value_info("go_out", 9, []), y])
+        outer += [helper.make_node("Loop", ["once", ""], ["y_out"], name="again", body=graph)]
+        initial.append(numpy_helper.from_array(np.array(1), "once"))
+        way = "again/body/"
+    elif kind == "Scan":
+        ins = [helper.make_tensor_value_info("one", 1, [None, None, D])]
+        node.input[0] = "one"
+        graph = helper.make_graph([node], "body", ins, [y])
+        outer += [
+            helper.make_node("Unsqueeze", ["x", "zero"], ["xs"]),
+            helper.make_node("Scan", ["xs"], ["y_out"], name="along", body=graph, num_scan_inputs=1),
+        ]
+        initial.append(numpy_helper.from_array(np.array([0]), "zero"))
+        way = "along/body/"
+    else:
+        outer += [helper.make_node("Mine", ["x", "W", "R", "B"], ["y_out"], domain="own", name="call")]
+        way = ""
+    model = helper.make_model(
+        helper.make_graph(outer, "g", [x], [helper.make_tensor_value_info("y_out", TensorProto.FLOAT, None)], initial),
+        opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("own", 1)],
+        ir_version=10,
+    )
+    if kind == "function":
+        model.functions.append(helper.make_function("own", "Mine", ["x", "W", "R", "B"], ["y"], [node], [helper.make_opsetid("", 20)]))
+    return model, {"way": way}
+
+
+@pytest.mark.parametrize("operator", GATES)
+@pytest.mark.parametrize("kind", ["If", "Loop", "Scan", "function"])
+def test_nodes_in_bodies_with_weights_outside(kind: str, operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    model, where = inside(kind, operator, rng)
+    layer, x = imported(model, tmp_path, prefix=where["way"]), rng.standard_normal((6, 3, D)).astype("float32")
+    np.testing.assert_allclose(layer(x)[0], run_onnx(model, x).reshape(6, 3, H), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+def test_a_name_in_a_body_hides_the_one_outside(tmp_path: Path, rng: np.random.Generator) -> None:
+    model, _ = inside("If", "GRU", rng)
+    body = next(a.g for a in model.graph.node[-1].attribute if a.name == "then_branch")
+    own = rng.standard_normal((1, 3 * H, D)).astype("float32")
+    body.initializer.append(numpy_helper.from_array(own, "W"))
+    np.testing.assert_array_equal(np.sort(imported(model, tmp_path).params["weight_ih_l0"], axis=None), np.sort(own, axis=None))
+
+
+def test_nodes_of_one_name_stay_two(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = onnx_model("GRU", weights("GRU", rng), ("x", "W", "R", "B"), hidden_size=H)
+    again = model.graph.node.add()
+    again.CopyFrom(model.graph.node[0])
+    again.output[:] = ["y2"]
+    with pytest.raises(pn.CheckpointError, match=r"more than one layer.*prefix='a_node/' \(onnx GRU\).*prefix='a_node_/' \(onnx GRU\)"):
+        imported(model, tmp_path)
+
+
+def test_what_is_not_asked_for_does_not_stop_what_is(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = onnx_model("GRU", weights("GRU", rng), ("x", "W", "R", "B"), hidden_size=H)
+    bad = model.graph.node.add()
+    bad.CopyFrom(helper.make_node("LSTM", ["x", "x", "x"], ["z"], name="bad", clip=1.0, hidden_size=H))
+    assert isinstance(imported(model, tmp_path, prefix="a_node/"), pn.GRU)
+    with pytest.raises(pn.CheckpointError, match="node 'bad': the input W is computed"):
+        pn.import_checkpoint(tmp_path / "m.onnx", prefix="bad/")
+
+
+def test_external_weights_are_read_one_by_one(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = onnx_model("LSTM", weights("LSTM", rng), ("x", "W", "R", "B"), hidden_size=H)
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    expected = run_onnx(model, x)[:, 0]
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
+    np.testing.assert_allclose(pn.import_checkpoint(tmp_path / "m.onnx")(x)[0], expected, rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+    (tmp_path / "m.bin").unlink()
+    with pytest.raises(pn.CheckpointError, match="the values of 'W' cannot be read"):
+        pn.import_checkpoint(tmp_path / "m.onnx")
+
+
+def test_external_weights_outside_the_folder_are_not_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = onnx_model("LSTM", weights("LSTM", rng), ("x", "W", "R", "B"), hidden_size=H)
+    (tmp_path / "in").mkdir()
+    onnx.save(model, tmp_path / "in" / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
+    (tmp_path / "in" / "m.bin").rename(tmp_path / "m.bin")
+    found = onnx.load(tmp_path / "in" / "m.onnx", load_external_data=False)
+    for tensor in found.graph.initializer:
+        next(e for e in tensor.external_data if e.key == "location").value = "../m.bin"
+    (tmp_path / "in" / "m.onnx").write_bytes(found.SerializeToString())
+    with pytest.raises(pn.CheckpointError, match="cannot be read"):
+        pn.import_checkpoint(tmp_path / "in" / "m.onnx")

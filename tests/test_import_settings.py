@@ -1,0 +1,433 @@
+"""What files say beside their arrays: each setting is read, and the layer computes what its library does, or it is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+from tests.oracles import D, H
+from tests.tolerances import LIBRARY_FLOAT32, PUBLISHED_FLOAT64, TORCH_FLOAT64
+
+SEQUENCES = {"return_sequences": True}
+
+# -- Keras, written by Keras ---------------------------------------------------------------------------------------------------------------
+
+KERAS: dict[str, Callable[[Any], Any]] = {
+    "LSTM, relu": lambda k: k.LSTM(H, activation="relu", **SEQUENCES),
+    "LSTM, hard sigmoid gates": lambda k: k.LSTM(H, recurrent_activation="hard_sigmoid", **SEQUENCES),
+    "LSTM, relu gates, sigmoid": lambda k: k.LSTM(H, recurrent_activation="relu", activation="sigmoid", **SEQUENCES),
+    "GRU, hard sigmoid gates, relu": lambda k: k.GRU(H, recurrent_activation="hard_sigmoid", activation="relu", **SEQUENCES),
+    "GRU, reset before": lambda k: k.GRU(H, reset_after=False, activation="hard_sigmoid", **SEQUENCES),
+    "SimpleRNN, relu": lambda k: k.SimpleRNN(H, activation="relu", **SEQUENCES),
+    "LSTM, backwards": lambda k: k.LSTM(H, go_backwards=True, **SEQUENCES),
+    "GRU, backwards, the last": lambda k: k.GRU(H, go_backwards=True),
+    "LSTM, the last": lambda k: k.LSTM(H),
+    "both directions": lambda k: k.Bidirectional(k.LSTM(H, activation="relu", **SEQUENCES)),
+    "both directions, the last": lambda k: k.Bidirectional(k.GRU(H)),
+    "a stack of cells": lambda k: k.RNN([k.LSTMCell(H), k.LSTMCell(H)], **SEQUENCES),
+    "a stack of three cells": lambda k: k.RNN([k.GRUCell(H, recurrent_activation="hard_sigmoid") for _ in range(3)], **SEQUENCES),
+    "a cell, backwards": lambda k: k.RNN(k.SimpleRNNCell(H, activation="relu"), go_backwards=True, **SEQUENCES),
+    "a stack of cells, backwards": lambda k: k.RNN([k.LSTMCell(H), k.LSTMCell(H)], go_backwards=True, **SEQUENCES),
+    "LayerNormalization": lambda k: k.LayerNormalization(epsilon=0.1),
+    "LayerNormalization of two axes": lambda k: k.LayerNormalization(axis=[1, 2], epsilon=0.1),
+    "LayerNormalization, gain alone": lambda k: k.LayerNormalization(center=False, epsilon=0.1),
+    "LayerNormalization, shift alone": lambda k: k.LayerNormalization(scale=False, epsilon=0.1),
+    "BatchNormalization": lambda k: k.BatchNormalization(epsilon=0.1, momentum=0.8),
+    "BatchNormalization of time": lambda k: k.BatchNormalization(axis=1),
+    "BatchNormalization, gain alone": lambda k: k.BatchNormalization(center=False),
+    "BatchNormalization, shift alone": lambda k: k.BatchNormalization(scale=False),
+    "BatchNormalization, neither": lambda k: k.BatchNormalization(center=False, scale=False),
+    "GroupNormalization": lambda k: k.GroupNormalization(5, epsilon=0.1),
+    "GroupNormalization, gain alone": lambda k: k.GroupNormalization(5, center=False, epsilon=0.1),
+    "RMSNormalization": lambda k: k.RMSNormalization(epsilon=0.1),
+    "each step": lambda k: k.TimeDistributed(k.LayerNormalization(epsilon=0.1)),
+    "Dense": lambda k: k.Dense(3),
+}
+REFUSED_OF_KERAS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "merge_mode": (lambda k: k.Bidirectional(k.LSTM(H, **SEQUENCES), merge_mode="sum"), "merge_mode='sum'"),
+    "activation": (lambda k: k.LSTM(H, activation="softsign", **SEQUENCES), "activation='softsign'"),
+    "no activation": (lambda k: k.LSTM(H, activation=None, **SEQUENCES), "activation='linear'"),
+    "recurrent_activation": (lambda k: k.GRU(H, recurrent_activation="elu", **SEQUENCES), "recurrent_activation='elu'"),
+    "directions that differ": (
+        lambda k: k.Bidirectional(k.LSTM(H, **SEQUENCES), backward_layer=k.LSTM(H, activation="relu", go_backwards=True, **SEQUENCES)),
+        "activation differ: 'tanh' and 'relu'",
+    ),
+    "cells that differ": (
+        lambda k: k.RNN([k.LSTMCell(H), k.LSTMCell(H, recurrent_activation="hard_sigmoid")], **SEQUENCES),
+        "recurrent_activation differ: 'sigmoid', 'hard_sigmoid'",
+    ),
+    "axis": (lambda k: k.LayerNormalization(axis=1), r"axis=.*1.*; expected the last axes"),
+    "Dense with more": (lambda k: k.Dense(3, activation="softmax"), "activation='softmax'"),
+    "another class": (lambda k: k.Conv1D(3, 2), "the class Conv1D"),
+}
+
+
+def keras_model(made: Callable[[Any], Any], rng: np.random.Generator, *before: Any) -> Any:
+    import keras
+
+    model = keras.Sequential([keras.Input((6, D), dtype="float32"), *before, made(keras.layers)])
+    for weight in model.weights:
+        positive = any(word in weight.path for word in ("var", "gamma", "scale"))
+        weight.assign(rng.uniform(0.2, 1.0, weight.shape) * (1 if positive else rng.choice([-1, 1], weight.shape)))
+    return model
+
+
+def computed(layer: Any, x: Any) -> Any:
+    """What a layer gives for (batch, time, features), in that order."""
+    if not layer.recurrent:
+        return layer(x)
+    y = layer(x.transpose(1, 0, 2))[0]
+    return y.transpose(1, 0, 2) if y.ndim == 3 else y
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras' own variables
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+@pytest.mark.parametrize("kind", KERAS)
+def test_keras_settings_are_read(kind: str, ending: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    theirs = keras_model(KERAS[kind], rng)
+    theirs.save(tmp_path / f"m.{ending}")
+    if ending == "h5" and "two axes" in kind:  # such a file does not say how many axes there are
+        with pytest.raises(pn.CheckpointError, match=r"axis=\[1, 2\] of an input of unknown shape"):
+            pn.import_checkpoint(tmp_path / "m.h5")
+        return
+    layer: Any = pn.import_checkpoint(tmp_path / f"m.{ending}")
+    x = rng.standard_normal((3, 6, D)).astype("float32")
+    np.testing.assert_allclose(computed(layer, x), np.asarray(theirs(x)), **LIBRARY_FLOAT32)
+    if "momentum" in layer.config and "BatchNorm" in kind:
+        assert layer.momentum == pytest.approx(0.2 if kind == "BatchNormalization" else 0.01)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+@pytest.mark.parametrize("kind", REFUSED_OF_KERAS)
+def test_keras_settings_that_no_layer_has_are_refused(kind: str, ending: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    made, message = REFUSED_OF_KERAS[kind]
+    if ending == "h5" and kind == "directions that differ":
+        message = "lstm_cell/kernel"  # which has another name there
+    keras_model(made, rng).save(tmp_path / f"m.{ending}")
+    with pytest.raises(pn.CheckpointError, match=message):
+        pn.import_checkpoint(tmp_path / f"m.{ending}")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+def test_each_layer_of_a_model_has_its_own_settings(ending: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    import keras
+
+    inner = keras.Sequential([keras.layers.LSTM(H, activation="relu", return_sequences=True, name="other")], name="inside")
+    x = keras.Input((6, D))
+    y = inner(keras.layers.LSTM(H, recurrent_activation="hard_sigmoid", return_sequences=True, name="mine")(x))
+    model = keras.Model(x, keras.layers.LSTM(H, go_backwards=True, name="third")(y))
+    model.compile("adam", "mse")
+    model.train_on_batch(rng.standard_normal((2, 6, D)), rng.standard_normal((2, H))) if keras.backend.backend() != "numpy" else None
+    model.save(tmp_path / f"m.{ending}")
+    places = {
+        "keras": ("layers/lstm/", "layers/sequential/", "layers/lstm_1/"),
+        "h5": tuple(f"model_weights/{n}/" for n in ("mine", "inside", "third")),
+    }
+    layers: list[Any] = [pn.import_checkpoint(tmp_path / f"m.{ending}", prefix=p) for p in places[ending]]
+    assert [layer.variant.activations()[:2] for layer in layers] == [("hard_sigmoid_6", "tanh"), ("sigmoid", "relu"), ("sigmoid", "tanh")]
+    a = rng.standard_normal((3, 6, D)).astype("float32")
+    expected = np.asarray(model(a))
+    for layer in layers:
+        a = computed(layer, a)
+    np.testing.assert_allclose(a, expected, **LIBRARY_FLOAT32)
+    with pytest.raises(pn.CheckpointError, match=r"more than one layer.*prefix='"):
+        pn.import_checkpoint(tmp_path / f"m.{ending}")
+
+
+@pytest.mark.peers
+def test_a_backward_direction_is_not_taken_for_a_forward_one(tmp_path: Path, rng: np.random.Generator) -> None:
+    theirs = keras_model(lambda k: k.Bidirectional(k.LSTM(H, **SEQUENCES)), rng)
+    theirs.save(tmp_path / "m.keras")
+    place = {"prefix": "layers/bidirectional/backward_layer/"}
+    with pytest.raises(pn.CheckpointError, match="the backward direction alone; pass direction='reverse'"):
+        pn.import_checkpoint(tmp_path / "m.keras", **place)
+    x = rng.standard_normal((3, 6, D)).astype("float32")
+    y = computed(pn.import_checkpoint(tmp_path / "m.keras", **place, direction="reverse"), x)
+    np.testing.assert_allclose(y, np.asarray(theirs(x))[..., H:], **LIBRARY_FLOAT32)
+
+
+@pytest.mark.peers
+def test_an_ignored_setting_and_one_that_the_caller_says(tmp_path: Path, rng: np.random.Generator) -> None:
+    theirs = keras_model(lambda k: k.Bidirectional(k.LSTM(H, activation="softsign", dropout=0.3, **SEQUENCES), merge_mode="sum"), rng)
+    theirs.save(tmp_path / "m.keras")
+    layer: Any = pn.import_checkpoint(tmp_path / "m.keras", ignore=("merge_mode",), activation="tanh")
+    assert layer.variant.activations() == ("sigmoid", "tanh", "tanh")
+    assert "dropout=0.3, which is for training, is left out" in layer.provenance
+
+
+@pytest.mark.peers
+def test_weights_of_keras_without_a_configuration_say_what_was_taken(tmp_path: Path, rng: np.random.Generator) -> None:
+    keras_model(lambda k: k.LSTM(H), rng).save_weights(tmp_path / "m.weights.h5")
+    said = pn.import_checkpoint(tmp_path / "m.weights.h5").provenance
+    assert "not stored, taken as usual there: activation='tanh', gate_activation='sigmoid'" in said
+    keras_model(lambda k: k.BatchNormalization(center=False, scale=False), rng).save_weights(tmp_path / "b.weights.h5")
+    layer: Any = pn.import_checkpoint(tmp_path / "b.weights.h5")
+    assert isinstance(layer, pn.BatchNorm)
+    assert not layer.params
+    keras_model(lambda k: k.BatchNormalization(scale=False), rng).save_weights(tmp_path / "c.weights.h5")
+    with pytest.raises(pn.CheckpointError, match=r"does not say whether it has gamma or beta; a \.keras file does"):
+        pn.import_checkpoint(tmp_path / "c.weights.h5")
+
+
+def old_file(path: Path, arrays: dict[str, Any], version: str | None, config: Any = None) -> Path:
+    """An HDF5 file as Keras wrote it before 2019."""
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        if version is not None:
+            file.attrs["keras_version"] = version.encode()
+        if config is not None:
+            file.attrs["model_config"] = json.dumps(config).encode()
+        for name, array in arrays.items():
+            file[f"lstm_1/lstm_1/{name}:0"] = array
+    return path
+
+
+def keras_arrays(gates: int, rng: np.random.Generator, bias: int | None = None) -> dict[str, Any]:
+    shapes = {"kernel": (D, gates * H), "recurrent_kernel": (H, gates * H), "bias": (bias or gates * H,)}
+    return {name: rng.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("version", "function"),
+    [("2.2.0", "hard_sigmoid_5"), ("2.1.6-tf", "hard_sigmoid_5"), ("2.3.1", "sigmoid"), ("2.4.0-tf", "sigmoid"), (None, "sigmoid")],
+)
+def test_old_weights_meant_hard_sigmoids(version: str | None, function: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    p = keras_arrays(4, rng)
+    layer: Any = pn.import_checkpoint(old_file(tmp_path / "w.h5", p, version), "keras")
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    gate = {"hard_sigmoid_5": lambda a: np.clip(0.2 * a + 0.5, 0, 1), "sigmoid": lambda a: 1 / (1 + np.exp(-a))}[function]
+    h = c = np.zeros((3, H))
+    for t in range(6):
+        i, f, g, o = np.split(x[t] @ p["kernel"] + h @ p["recurrent_kernel"] + p["bias"], 4, -1)
+        c = gate(f) * c + gate(i) * np.tanh(g)
+        h = gate(o) * np.tanh(c)
+    np.testing.assert_allclose(layer(x)[0][-1], h, **LIBRARY_FLOAT32)
+    given: Any = pn.import_checkpoint(tmp_path / "w.h5", "keras", gate_activation="hard_sigmoid_6")
+    assert given.variant.gate_activation == "hard_sigmoid_6"
+
+
+def test_a_version_that_meant_either_has_to_be_told(tmp_path: Path, rng: np.random.Generator) -> None:
+    path = old_file(tmp_path / "w.h5", keras_arrays(4, rng), "2.2.4-tf")
+    with pytest.raises(pn.CheckpointError, match=r"'hard_sigmoid' in TensorFlow 1 and 'sigmoid' in TensorFlow 2.*gate_activation=…"):
+        pn.import_checkpoint(path)
+    told: Any = pn.import_checkpoint(path, gate_activation="sigmoid")
+    assert told.variant.gate_activation == "sigmoid"
+    plain = old_file(tmp_path / "rnn.h5", keras_arrays(1, rng), "2.2.4-tf")
+    assert isinstance(pn.import_checkpoint(plain), pn.RNN)  # it has no gates
+
+
+@pytest.mark.parametrize("bias", [0, 2 * 4 * H])
+def test_cudnn_lstm(bias: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Blocks (inputs, hidden) hold (hidden, inputs) row by row; the recurrent ones are transposed; the biases are added."""
+    p = keras_arrays(4, rng, 2 * 4 * H)
+    layer: Any = pn.import_checkpoint(old_file(tmp_path / "w.h5", p, "2.2.0"))
+    assert layer.variant.gate_activation == "sigmoid"
+    x = rng.standard_normal((5, 3, D)).astype("float32")
+    w = [k.reshape(H, D).T for k in np.split(p["kernel"], 4, 1)]
+    u = [k.T for k in np.split(p["recurrent_kernel"], 4, 1)]
+    b = np.split(p["bias"][: 4 * H] + p["bias"][4 * H :], 4)
+    h = c = np.zeros((3, H))
+    for t in range(5):
+        i, f, g, o = (x[t] @ w[k] + h @ u[k] + b[k] for k in range(4))
+        c = c / (1 + np.exp(-f)) + np.tanh(g) / (1 + np.exp(-i))
+        h = np.tanh(c) / (1 + np.exp(-o))
+    np.testing.assert_allclose(layer(x)[0][-1], h, **LIBRARY_FLOAT32)
+
+
+def test_cudnn_gru(tmp_path: Path, rng: np.random.Generator) -> None:
+    p = keras_arrays(3, rng, 2 * 3 * H)
+    layer: Any = pn.import_checkpoint(old_file(tmp_path / "w.h5", p, "2.2.0"))
+    x = rng.standard_normal((5, 3, D)).astype("float32")
+    w = [k.reshape(H, D).T for k in np.split(p["kernel"], 3, 1)]
+    u = [k.T for k in np.split(p["recurrent_kernel"], 3, 1)]
+    b, d = (np.split(half, 3) for half in np.split(p["bias"], 2))
+    h = np.zeros((3, H))
+    for t in range(5):
+        z, r = (1 / (1 + np.exp(-(x[t] @ w[k] + b[k] + h @ u[k] + d[k]))) for k in (0, 1))
+        h = z * h + (1 - z) * np.tanh(x[t] @ w[2] + b[2] + r * (h @ u[2] + d[2]))
+    np.testing.assert_allclose(layer(x)[0][-1], h, **LIBRARY_FLOAT32)
+
+
+def test_hard_sigmoid_of_a_configuration_is_that_of_its_version(tmp_path: Path, rng: np.random.Generator) -> None:
+    config = {
+        "class_name": "Sequential",
+        "config": [{"class_name": "LSTM", "config": {"name": "lstm_1", "recurrent_activation": "hard_sigmoid"}}],
+    }
+    for version, slope in (("2.2.4", 5), ("2.15.0", 5), ("3.3.0", 6)):
+        layer: Any = pn.import_checkpoint(old_file(tmp_path / f"{slope}.h5", keras_arrays(4, rng), version, config))
+        assert layer.variant.gate_activation == f"hard_sigmoid_{slope}"
+
+
+# -- names that become one ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format_", ["keras", "auto"])
+def test_two_cells_do_not_become_one(format_: str, rng: np.random.Generator) -> None:
+    cells = {name: keras_arrays(4, rng) for name in ("lstm_cell", "lstm_cell_1")}
+    with pytest.raises(pn.CheckpointError, match=r"prefix='lstm_cell/'.*prefix='lstm_cell_1/'"):
+        pn.import_checkpoint(cells, format_)
+    first = pn.import_checkpoint(cells, "keras", prefix="lstm_cell/")
+    np.testing.assert_array_equal(first.params["bias_l0"], cells["lstm_cell"]["bias"])
+
+
+@pytest.mark.parametrize("format_", ["keras", "tf-contrib", "sonnet", "haste", "flax"])
+def test_names_that_become_the_same_are_refused(format_: str, rng: np.random.Generator) -> None:
+    first, second = {"flax": ("params/cell/i", "cell/i")}.get(format_, ("kernel", "kernel:0"))
+    arrays = {"recurrent_kernel": np.ones((H, 4 * H)), first: np.ones((D, 4 * H)), second: np.ones((D, 4 * H))}
+    with pytest.raises(pn.CheckpointError, match=r"kernel|cell/i"):
+        pn.import_checkpoint(arrays, format_)
+
+
+def test_two_nestings_of_one_name_are_refused() -> None:
+    with pytest.raises(pn.CheckpointError, match="two entries have the name 'a/weight'"):
+        pn.import_checkpoint({"a": {"weight": np.ones((2, 3))}, "a/weight": np.ones((2, 3))})
+
+
+@pytest.mark.peers
+def test_a_stack_of_cells_by_its_paths(rng: np.random.Generator) -> None:
+    theirs = keras_model(lambda k: k.RNN([k.LSTMCell(H), k.LSTMCell(H)], **SEQUENCES), rng)
+    arrays = {weight.path: weight.numpy() for weight in theirs.weights}
+    x = rng.standard_normal((3, 6, D)).astype("float32")
+    layer: Any = pn.import_checkpoint(arrays, "keras")
+    assert layer.num_layers == 2
+    np.testing.assert_allclose(computed(layer, x), np.asarray(theirs(x)), **LIBRARY_FLOAT32)
+    swapped = dict(sorted(arrays.items(), key=lambda item: "cell_1/" not in item[0] and "cell/" in item[0]))
+    if list(swapped) != list(arrays):  # the numbers say another order than the mapping
+        with pytest.raises(pn.CheckpointError):
+            pn.import_checkpoint(swapped, "keras")
+
+
+def test_statistics_of_more_steps_than_a_format_has_are_not_cut_off(rng: np.random.Generator) -> None:
+    from tests.oracles import PUBLISHED
+
+    case = next(c for c in PUBLISHED if c.format == "sonnet" and "gamma_x" in c.shapes)
+    p = case.arrays(rng)
+    wide = {name: np.repeat(a, 3, axis=0) if "moving" in name else a for name, a in p.items()}
+    with pytest.raises(pn.CheckpointError, match=r"has shape \(3, 16\); expected 1 row of numbers"):
+        pn.import_checkpoint(wide, "sonnet")
+
+
+# -- torch -------------------------------------------------------------------------------------------------------------------------------
+
+
+def torch_module(name: str, *args: Any, **keywords: Any) -> Any:
+    import torch
+
+    module = getattr(torch.nn, name)(*args, **keywords).double()
+    for parameter in module.parameters():
+        parameter.data = parameter.data + 0.3 * torch.randn_like(parameter)
+    return module
+
+
+TORCH: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    "RMSNorm": (("RMSNorm", 8), {"eps": 1e-6}, "eps"),
+    "RMSNorm without eps": (("RMSNorm", 8), {}, "eps"),
+    "LayerNorm": (("LayerNorm", 8), {"eps": 1e-3}, "eps"),
+    "LayerNorm without bias": (("LayerNorm", 8), {"bias": False, "eps": 1e-3}, "eps"),
+    "BatchNorm": (("BatchNorm1d", 8), {"momentum": 0.01, "eps": 1e-3}, "momentum"),
+    "BatchNorm of all batches": (("BatchNorm1d", 8), {"momentum": None}, "momentum"),
+    "BatchNorm without bias": (("BatchNorm1d", 8), {"bias": False}, "eps"),
+    "BatchNorm without affine": (("BatchNorm1d", 8), {"affine": False, "momentum": 0.3}, "momentum"),
+    "GroupNorm": (("GroupNorm", 2, 8), {"eps": 1e-3}, "eps"),
+    "GroupNorm without bias": (("GroupNorm", 2, 8), {"bias": False}, "num_groups"),
+    "InstanceNorm": (("InstanceNorm1d", 8), {"affine": True, "eps": 1e-3}, "eps"),
+    "Linear": (("Linear", 8, 3), {}, "in_features"),
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", TORCH)
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside a model"])
+def test_a_live_module_says_its_settings(kind: str, inside: bool, rng: np.random.Generator) -> None:
+    import torch
+
+    (name, *args), keywords, attribute = TORCH[kind]
+    theirs = torch_module(name, *args, **keywords).eval()
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8).double(), "b": theirs}) if inside else theirs
+    layer: Any = pn.import_checkpoint(model, prefix="b." if inside else "")
+    usual = torch.finfo(torch.float64).eps if kind == "RMSNorm without eps" else None
+    assert getattr(layer, attribute, layer.config.get(attribute)) == (usual or getattr(theirs, attribute))
+    x = 1e-4 * rng.standard_normal((4, 8, 5) if "Instance" in name or "Group" in name else (4, 8))
+    np.testing.assert_allclose(layer(x), theirs(torch.asarray(x)).detach(), rtol=TORCH_FLOAT64, atol=1e-8)  # ε is rounded to float32
+
+
+@pytest.mark.peers
+def test_replaced_modules_keep_their_eps(rng: np.random.Generator) -> None:
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.RMSNorm(8, eps=1e-6), torch.nn.BatchNorm1d(8, momentum=0.01))
+    x = torch.full((2, 8), 1e-4)
+    expected = model.eval()(x).detach()
+    pn.replace_modules(model, {torch.nn.RMSNorm: "torch", torch.nn.BatchNorm1d: "torch"})
+    assert model[0].to_layer().eps == 1e-6
+    assert model[1].to_layer().momentum == 0.01
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.peers
+def test_the_norms_inside_a_cell_say_their_eps(rng: np.random.Generator) -> None:
+    import torch
+
+    class Cell(torch.nn.Module):
+        def __init__(self, eps: float, other: float) -> None:
+            super().__init__()
+            self.weight_ih = torch.nn.Parameter(torch.randn(4 * H, D))
+            self.weight_hh = torch.nn.Parameter(torch.randn(4 * H, H))
+            self.layernorm_i, self.layernorm_h = (torch.nn.LayerNorm(4 * H, eps=eps) for _ in range(2))
+            self.layernorm_c = torch.nn.LayerNorm(H, eps=other)
+
+    layer: Any = pn.import_checkpoint(Cell(0.1, 0.1), "torch-fastrnns")
+    assert layer.variant.eps == 0.1
+    with pytest.raises(pn.CheckpointError, match=r"norms whose eps differ.*eps=…"):
+        pn.import_checkpoint(Cell(0.1, 0.2), "torch-fastrnns")
+    bare: Any = pn.import_checkpoint(Cell(0.1, 0.1).state_dict(), "torch-fastrnns")
+    assert "not stored, taken as usual there: eps=1e-05" in bare.provenance
+
+
+def test_a_bare_state_dict_says_which_eps_was_taken() -> None:
+    for dtype, eps in (("float32", np.finfo("float32").eps), ("float64", np.finfo("float64").eps)):
+        layer: Any = pn.import_checkpoint({"weight": np.ones(8, dtype)}, "torch", layer="RMSNorm")
+        assert layer.eps == eps
+        assert f"taken as usual there: eps={eps}" in layer.provenance
+    given: Any = pn.import_checkpoint({"weight": np.ones(8)}, "torch", layer="RMSNorm", eps=1e-6)
+    assert given.eps == 1e-6
+    assert "as usual" not in given.provenance
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("layer", ["BatchNorm", "LayerNorm", "GroupNorm", "InstanceNorm"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_norms_with_one_of_gain_and_shift(layer: str, name: str, ignored: bool, rng: np.random.Generator) -> None:
+    statistics = {"running_mean": rng.standard_normal(6), "running_var": rng.uniform(0.5, 2.0, 6)} if layer == "BatchNorm" else {}
+    value, more = rng.standard_normal(6), {"num_groups": 2} if layer == "GroupNorm" else {}
+    other = {"weight": "bias", "bias": "weight"}[name]
+    whole = {"weight": np.ones(6), "bias": np.zeros(6), **statistics}
+    x = rng.standard_normal((3, 6)) if layer in ("BatchNorm", "LayerNorm") else rng.standard_normal((3, 6, 4))
+    expected: Any = pn.import_checkpoint({**whole, name: value}, "torch", layer=layer, **more)
+    found: Any = pn.import_checkpoint({name: value, **statistics}, "torch", layer=layer, ignore=(other,) if ignored else (), **more)
+    np.testing.assert_array_equal(found(x), expected(x))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("ours", ["LSTM", "GRU", "RNN"])
+def test_a_live_recurrent_module(ours: str, rng: np.random.Generator) -> None:
+    import torch
+
+    more = {"nonlinearity": "relu"} if ours == "RNN" else {}
+    theirs = torch_module(ours, D, H, 2, batch_first=True, bidirectional=True, dropout=0.5, **more).eval()
+    layer: Any = pn.import_checkpoint(theirs)
+    assert "dropout=0.5 between layers, which is for training, is left out" in layer.provenance
+    x = rng.standard_normal((3, 6, D))
+    np.testing.assert_allclose(layer(x)[0], theirs(torch.asarray(x))[0].detach(), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
