@@ -9,6 +9,7 @@ from portnorm.affine import linear
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, uniform
 from portnorm.layers.layer import Arrays, Layer
+from portnorm.padding import Counted
 
 
 class Linear(Layer):
@@ -41,7 +42,7 @@ class Linear(Layer):
         return ("batch", self.in_features)
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
         if not keep:
             return linear(x, params["weight"], params.get("bias")), state, buffers, None

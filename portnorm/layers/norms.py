@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy
 
-from portnorm.arrays import Array, DType, Namespace, xp_of
-from portnorm.errors import ShapeError
+from portnorm.arrays import Array, DType, Namespace, device_of, xp_of
+from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.batch_renorm import batch_renorm
 from portnorm.norm.group import group_norm
 from portnorm.norm.instance import instance_norm
 from portnorm.norm.layer import layer_norm
-from portnorm.norm.normalize import Reduce, bessel
+from portnorm.norm.normalize import Normalized, Reduce, bessel
 from portnorm.norm.rms import rms_norm
 from portnorm.op import Op
-from portnorm.scan import sequence_mask
+from portnorm.padding import Counted, Mask
 from portnorm.statistics import check_momentum, moving_average
 
 
@@ -50,12 +51,12 @@ class _Norm(Layer):
         """What the Op takes after `x`."""
         return params.get("weight"), params.get("bias")
 
-    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+    def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
         """The Op's keyword arguments."""
         return {}
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
         attributes = self.attributes(buffers, x, lengths, training)
         if not keep and not training:
@@ -102,9 +103,14 @@ class LayerNorm(_Norm):
     def input_dims(self) -> tuple[int | str, ...]:
         return ("batch", *self.shape)
 
-    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+    def feature_axes(self, ndim: int) -> tuple[int, ...]:
+        return tuple(range(ndim - len(self.shape), ndim))
+
+    def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
         if tuple(x.shape[-len(self.shape) :]) != self.shape:
             raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (…, {', '.join(map(str, self.shape))})")
+        if lengths is not None and self.eps == 0:
+            raise UnsupportedError("`lengths` or `mask` with eps = 0: padding has no spread that could be divided by; use a small `eps`")
         return {"axis": self.axis, "eps": self.eps}
 
 
@@ -131,7 +137,9 @@ class RMSNorm(LayerNorm):
 
 
 class _ChannelNorm(_Norm):
-    """A normalization with one weight and bias per channel, and a mask from `lengths` where `x` is (time, batch, features)."""
+    """A normalization with one weight and bias per channel. It takes a mask, or `lengths` where `x` is (time, batch, features)."""
+
+    masks = masks_channels = True
 
     def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
         affine = config["affine"]
@@ -142,11 +150,22 @@ class _ChannelNorm(_Norm):
         space = () if type(self) is BatchNorm else ("space",)
         return ("batch", self.num_features, *space) if self.channel_axis == 1 else ("batch", *space, self.num_features)
 
-    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+    def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
         if x.ndim < 2 or not -x.ndim <= self.channel_axis < x.ndim or x.shape[self.channel_axis] != self.num_features:
             raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected length {self.num_features} at axis {self.channel_axis}")
-        mask = None if lengths is None else _mask(x, lengths, self.channel_axis)
+        mask = None if lengths is None else self.valid(x, lengths)
         return {"channel_axis": self.channel_axis, "eps": self.eps, "mask": mask}
+
+    def feature_axes(self, ndim: int) -> tuple[int, ...]:
+        return (self.channel_axis % ndim,)
+
+    def valid(self, x: Array, counted: Array | Mask) -> Array:
+        if not isinstance(counted, Mask) and (x.ndim != 3 or self.channel_axis % 3 != 2):
+            raise ShapeError(
+                f"`lengths` needs `x` as (time, batch, features) and channel_axis=-1; got {tuple(x.shape)} and {self.channel_axis}; "
+                "`mask` says for any shape what counts"
+            )
+        return super().valid(x, counted)
 
 
 class InstanceNorm(_ChannelNorm):
@@ -200,8 +219,9 @@ class BatchNorm(_ChannelNorm):
 
     In training the batch's own statistics normalize, and the running ones follow: running + momentum · (batch − running), where
     `momentum` is the weight of the new value and `None` means the plain average of all batches. As in torch the running variance is
-    the unbiased one (n/(n−1)); `unbiased=False` keeps the biased one, as ONNX, flax and Keras 3 do. With `lengths`, `x` is
-    (time, batch, features) or what `channel_axis` says, and padding enters no statistic. `reduce`, which is not saved with
+    the unbiased one (n/(n−1)); `unbiased=False` keeps the biased one, as ONNX, flax and Keras 3 do. Padding, by `lengths` where `x` is
+    (time, batch, features), or by a `mask` as `portnorm.batch_norm` takes it, enters no statistic. A batch that is empty, or of whose
+    channel fewer than two values count, changes no running statistic of it, and no count of batches. `reduce`, which is not saved with
     the layer, sums an array over the processes that have a part of the batch each: see `portnorm.batch_norm`.
 
     >>> import numpy as np, portnorm as pn
@@ -244,7 +264,7 @@ class BatchNorm(_ChannelNorm):
         self.momentum = None
         self._start_statistics()
 
-    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+    def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
         running = {"mean": buffers["running_mean"], "var": buffers["running_var"]}
         return {**super().attributes(buffers, x, lengths, training), **({"reduce": self.reduce} if training else running)}
 
@@ -253,15 +273,15 @@ class BatchNorm(_ChannelNorm):
             return buffers
         xp = xp_of(residuals.mean)
         mean, var = (xp.reshape(s, (self.num_features,)) for s in residuals.statistics())
+        axes = tuple(a for a in range(len(residuals.shape)) if a != self.channel_axis % len(residuals.shape))
         if self.unbiased:
-            axes = tuple(a for a in range(len(residuals.shape)) if a != self.channel_axis % len(residuals.shape))
             count = residuals.counted
             count = None if count is None else xp.reshape(xp.broadcast_to(count, residuals.mean.shape), var.shape)
             var = var * bessel(var, count, residuals.shape, axes)
-        # A batch in which nothing counts has no statistics, and changes none.
-        before = buffers["num_batches_tracked"]
-        seen = xp.ones_like(before) > 0 if residuals.counted is None else xp.max(residuals.counted) > 0
-        tracked = before + xp.astype(seen, before.dtype)
+        # Fewer than two values of a channel have no variance, and change nothing.
+        before, count = buffers["num_batches_tracked"], _count(residuals, axes)
+        seen, most = count > 1, xp.max(count) if count.ndim else count
+        tracked = before + xp.astype(most > 1, before.dtype)
         new = {"num_batches_tracked": tracked}
         for name, batch in {"running_mean": mean, "running_var": var}.items():
             average = xp.astype(moving_average(buffers[name], batch, self.momentum, tracked), buffers[name].dtype)
@@ -305,7 +325,7 @@ class BatchRenorm(BatchNorm):
     def operation(self, training: bool) -> Op[..., Any]:
         return batch_renorm if training else self.op
 
-    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+    def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
         bounds = {"r_max": self.r_max, "d_max": self.d_max} if training else {}
         return {**super().attributes(buffers, x, lengths, False), **bounds}
 
@@ -313,11 +333,15 @@ class BatchRenorm(BatchNorm):
         return super().new_buffers(buffers, residuals.normalized if training else residuals, training)
 
 
+def _count(residuals: Normalized, axes: tuple[int, ...]) -> Array:
+    """(channels,), or () where it is the same of all: how many values entered the statistics."""
+    xp = xp_of(residuals.mean)
+    if residuals.counted is not None:
+        return xp.reshape(xp.broadcast_to(residuals.counted, residuals.mean.shape), (-1,))
+    count = math.prod([residuals.shape[a] for a in axes])
+    return xp.asarray(count, device=device_of(residuals.mean)) if isinstance(count, int) else count
+
+
 def _shape(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
     return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
 
-
-def _mask(x: Array, lengths: Array, channel_axis: int) -> Array:
-    if x.ndim != 3 or channel_axis % 3 != 2:
-        raise ShapeError(f"`lengths` needs `x` as (time, batch, features) and channel_axis=-1; got {tuple(x.shape)} and {channel_axis}")
-    return sequence_mask(x, lengths)

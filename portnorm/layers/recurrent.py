@@ -18,6 +18,7 @@ from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import HIDDEN, Generator, generator, orthogonal, uniform
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.norm.normalize import Reduce
+from portnorm.padding import Counted, Mask, are_in_front, pack_steps, unpack_steps
 from portnorm.recurrent import Direction, RecurrentResiduals
 from portnorm.statistics import check_momentum
 
@@ -42,6 +43,8 @@ class StackResiduals(NamedTuple):
 
     directions: list[RecurrentResiduals]
     last: tuple[Array, ...]
+    mask: Array | None  # (time, batch), where one was given
+    packed: bool  # whether its steps had to be moved to the front
 
 
 class Recurrent(Layer):
@@ -52,18 +55,24 @@ class Recurrent(Layer):
     hidden state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch,
     hidden); where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have
     statistics of their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts
-    each sequence's steps: what follows is padding, gives 0, and enters nothing. Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in
+    each sequence's steps: what follows is padding, gives 0, and enters nothing. `mask` (time, batch), or (batch, time) with `batch_first`, is
+    True for the steps that there are, wherever they lie. A masked step is none: it holds the state, gives the result of the step before
+    once more (the reverse direction that of the step after, and 0 where there is none), and is not counted among the steps that have
+    statistics of their own. That is Keras' `Masking`, as `lengths` are torch's packed sequences. Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in
     torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal matrices and the
     variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden weights
     (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al. 2016).
     `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
-    array over all of them, each of which calls with sequences of its own, padded to the same number of steps.
+    array over all of them, each of which calls with sequences of its own, perhaps none, padded to the same number of steps.
+    Where fewer than two sequences are left at a step, there is no variance: the step is normalized to the shift alone, and the running
+    statistics of the step, and its count of batches, stay as they were; so do all of them after an empty batch.
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
     """
 
     cell: type[RecurrentCell]
 
     recurrent = True
+    masks = True
 
     def __init__(
         self,
@@ -155,7 +164,7 @@ class Recurrent(Layer):
     # -- forward and backward ------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
         self._check_input(x, training)
         if training and self.variant.zoneout:
@@ -164,10 +173,15 @@ class Recurrent(Layer):
                 "train with dataclasses.replace(variant, zoneout=0)"
             )
         if lengths is not None and self.variant.norm in ("layer", "rms") and self.variant.eps == 0:
-            raise UnsupportedError("`lengths` with eps = 0: padding has no spread that could be divided by; use a small `eps`")
+            raise UnsupportedError("`lengths` or `mask` with eps = 0: padding has no spread that could be divided by; use a small `eps`")
         xp = xp_of(x)
         if self.batch_first:
             x = xp.permute_dims(x, (1, 0, 2))
+        mask, packed = None, False
+        if isinstance(lengths, Mask):
+            mask = self._steps(x, lengths)
+            lengths, packed = xp.sum(xp.astype(mask, default_integer(xp)), axis=0), not are_in_front(mask)
+            x = pack_steps(x, mask) if packed else x
         states, time = state if isinstance(state, PlacedState) else self._placed(buffers, x, state)
         steps, residuals, last, new_buffers, directions = x.shape[0], [], [], {}, []
         for k, (suffix, _, direction) in enumerate(self._places()):
@@ -179,16 +193,18 @@ class Recurrent(Layer):
                 residuals.append(residual)
             last.append(after)
             new_buffers.update({_with(name, suffix): a for name, a in buffered.items()})
+            if mask is not None and k >= (self.num_layers - 1) * self.num_directions:
+                y = unpack_steps(y, mask, reverse=direction.reverse) if self.keeps_time else _if_any(mask, y)
             directions.append(y)
             if len(directions) == self.num_directions:
                 x = directions[0] if self.num_directions == 1 else xp.concat(directions, axis=-1)
                 directions = []
         y = xp.permute_dims(x, (1, 0, 2)) if self.batch_first and self.keeps_time else x
         out = tuple(xp.stack(parts) for parts in zip(*last, strict=True))
-        return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(residuals, out)
+        return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(residuals, out, mask, packed)
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
-        xp = xp_of(residuals.last[0])
+        xp, mask = xp_of(residuals.last[0]), residuals.mask
         if self.batch_first and self.keeps_time and dy is not None:
             dy = xp.permute_dims(dy, (1, 0, 2))
         given = (None,) * len(residuals.last) if dstate is None else tuple(dstate)
@@ -201,12 +217,26 @@ class Recurrent(Layer):
             for side in range(self.num_directions):
                 k, (suffix, _, direction) = places[layer * self.num_directions + side]
                 own = None if dy is None else dy[..., side * self.output_size : (side + 1) * self.output_size]
+                if mask is not None and own is not None and layer == self.num_layers - 1:
+                    own = unpack_steps.vjp(mask, own, reverse=direction.reverse)[0] if self.keeps_time else _if_any(mask, own)
                 d, dfirst[k], shares = direction.vjp(residuals.directions[k], own, tuple(s[k, ...] for s in dlast), training=training)
                 dx = d if dx is None else dx + d
                 grads.update({_with(name, suffix): g for name, g in shares.items()})
             dy = dx
+        if residuals.packed:
+            dy = pack_steps.vjp(mask, dy)[0]
         dx = xp.permute_dims(dy, (1, 0, 2)) if self.batch_first else dy
         return dx, tuple(xp.stack(parts) for parts in zip(*dfirst, strict=True)), {name: grads[name] for name in self.params}
+
+    def _steps(self, x: Array, counted: Mask) -> Array:
+        """A mask as (time, batch), that of `x` (time, batch, features)."""
+        xp, mask = xp_of(x), counted.values
+        if counted.axes != (0, 1):
+            raise ShapeError(
+                f"`mask` {tuple(mask.shape)} lies along the axes {counted.axes} of the input; expected the first two for a recurrent layer"
+            )
+        mask = xp.permute_dims(mask, (1, 0)) if self.batch_first else mask
+        return xp.broadcast_to(mask, x.shape[:2])
 
     def step(self, x: Array, state: Any = None) -> tuple[Array, Any]:
         """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
@@ -264,18 +294,22 @@ class Recurrent(Layer):
             raise ShapeError(f"`x` {tuple(x.shape)} has {what}; batch normalization in training needs at least two")
 
     def _check_parts(self, x: Array, batch: int, steps: int, reduce: Reduce) -> None:
-        """Raise `ShapeError`, in every process, unless each has sequences, of as many steps: else they would wait for ever."""
+        """Raise `ShapeError`, in every process, unless all have as many steps, and two sequences in all: else some would wait for ever."""
         xp = xp_of(x)
-        told = reduce(xp.asarray([1, steps, steps * steps, int(batch == 0)], dtype=default_integer(xp), device=device_of(x)))
+        told = reduce(xp.asarray([1, steps, steps * steps, batch], dtype=default_integer(xp), device=device_of(x)))
         if not is_concrete(told):
             return
-        processes, total, squares, empty = (int(n) for n in told)
-        if empty:
-            raise ShapeError(f"`x` is empty in {empty} of {processes} processes; expected a sequence in each that `reduce` sums over")
+        processes, total, squares, sequences = (int(n) for n in told)
         if processes * squares != total * total:
             raise ShapeError(
                 f"`x` {tuple(x.shape)} has {steps} steps, but {total / processes:g} is the average of the {processes} processes that "
                 "`reduce` sums over; expected as many in each: pad `x`, and give `lengths`"
+            )
+        if sequences == 0 or (sequences == 1 and (self.timed or steps == 1)):
+            what = "no sequence" if sequences == 0 else "one sequence" if self.timed else "one frame"
+            raise ShapeError(
+                f"`x` {tuple(x.shape)} has {what} in all {processes} processes that `reduce` sums over; batch normalization in training needs "
+                "at least two"
             )
 
 
@@ -329,6 +363,12 @@ class RNN(Recurrent):
     """
 
     cell = RNNCell
+
+
+def _if_any(mask: Array, h: Array) -> Array:
+    """The last hidden state (batch, hidden) of the sequences that have a step, else 0."""
+    xp = xp_of(h)
+    return xp.where(xp.any(mask, axis=0)[:, None], h, 0.0)
 
 
 def recurrent_parts(model: Layer) -> list[Recurrent]:

@@ -9,13 +9,14 @@ from portnorm.arrays import Array, DType, Namespace
 from portnorm.errors import UnsupportedError
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, Layer
+from portnorm.padding import Counted, Mask, steps_of
 
 
 class Sequential(Layer):
     """Layers one after the other; parameter names are those of the parts with the part's number in front, as in torch.
 
     With a recurrent part it is called as `y, state = model(x, state=None, lengths=None)`, where `state` is the tuple of the states of
-    the recurrent parts; else as `y = model(x)`. `lengths` reaches every part, up to one that leaves the time axis out.
+    the recurrent parts; else as `y = model(x)`. `lengths` or `mask` reaches every part, up to one that leaves the time axis out.
 
     >>> import numpy as np, portnorm as pn
     >>> model = pn.Sequential(pn.LSTM(1, 8, norm="layer", rng=0), pn.Linear(8, 2, rng=0))
@@ -40,6 +41,7 @@ class Sequential(Layer):
         self.takes_integers = first.takes_integers
         self.keeps_time = all(part.keeps_time for part in parts)
         self.batch_first = any(part.batch_first for part in parts)
+        self.masks, self.masks_channels = parts[-1].masks, first.masks_channels
 
     # The arrays live in the parts: these views keep one place for each.
     @property
@@ -61,18 +63,23 @@ class Sequential(Layer):
             part.buffers = _of_part(arrays, k) if arrays else part.buffers
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
         states = iter(state) if state is not None else iter([None] * len(self.parts))
         out, residuals, new_buffers = [], [], {}
+        # Parts without a state do not know that the batch comes first.
+        others = lengths
+        if self.batch_first and lengths is not None and not isinstance(lengths, Mask):
+            others = Mask(steps_of(x, lengths, True), (0, 1))
         for k, part in enumerate(self.parts):
             before = next(states, None) if part.recurrent else None
-            x, after, buffered, residual = part.forward(_of_part(params, k), _of_part(buffers, k), x, before, lengths, training, keep)
+            counted = lengths if part.recurrent else others
+            x, after, buffered, residual = part.forward(_of_part(params, k), _of_part(buffers, k), x, before, counted, training, keep)
             if part.recurrent:
                 out.append(after)
             residuals.append(residual)
             new_buffers.update({f"{k}.{name}": a for name, a in buffered.items()})
-            lengths = lengths if part.keeps_time else None
+            lengths, others = (lengths, others) if part.keeps_time else (None, None)
         return x, tuple(out), new_buffers, residuals
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array | None, Any, Arrays]:
@@ -111,6 +118,9 @@ class Sequential(Layer):
         own = self.parts[0].input_dims()
         recurrent = next((part for part in self.parts if part.recurrent), None)
         return own if recurrent is None else (*recurrent.input_dims()[:-1], *(() if self.takes_integers else own[-1:]))
+
+    def feature_axes(self, ndim: int) -> tuple[int, ...]:
+        return self.parts[0].feature_axes(ndim)
 
     def layers(self) -> Iterator[Layer]:
         for part in self.parts:
