@@ -33,6 +33,8 @@ def mask_of(x: Array, mask: Array, features: tuple[int, ...]) -> Mask:
     xp = namespace(x=x, mask=mask)
     full = checked_mask(xp, x, mask, features)
     axes = tuple(range(x.ndim))
+    if mask.ndim < x.ndim:
+        return Mask(mask, tuple(a for a in axes if a not in features))
     if any(full.shape[a] != 1 for a in features):
         return Mask(full, axes)
     return Mask(xp.squeeze(full, axis=features) if features else full, tuple(a for a in axes if a not in features))
@@ -52,7 +54,7 @@ def valid(x: Array, counted: Array | Mask, features: tuple[int, ...], batch_firs
     if not isinstance(counted, Mask):
         if x.ndim < 2 + len(features) or any(a < 2 for a in features):
             raise ShapeError(f"`lengths` needs `x` as (time, batch, features); got {tuple(x.shape)} with features along {features}")
-        return leading(x, Mask(steps_of(x, counted, batch_first), (0, 1)))
+        return _wide(steps_of(x, counted, batch_first), x.ndim)
     if len(counted.axes) == x.ndim and (channels or not features):
         return counted.values
     if counted.axes != tuple(a for a in range(x.ndim) if a not in features):
@@ -74,9 +76,14 @@ def leading(y: Array, mask: Mask) -> Array:
     values = mask.values
     if values.ndim >= y.ndim or mask.axes != tuple(range(values.ndim)):
         raise _does_not_fit(y, mask, "the first ones, and not the last")
-    while values.ndim < y.ndim:
-        values = xp_of(values).expand_dims(values, axis=values.ndim)
-    return values
+    return _wide(values, y.ndim)
+
+
+def _wide(mask: Array, ndim: int) -> Array:
+    """`mask` with axes of length 1 behind its own, `ndim` in all."""
+    while mask.ndim < ndim:
+        mask = xp_of(mask).expand_dims(mask, axis=mask.ndim)
+    return mask
 
 
 def _does_not_fit(x: Array, mask: Mask, expected: str) -> ShapeError:

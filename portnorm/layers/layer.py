@@ -351,7 +351,12 @@ def checked_call(
         counted = mask_of(x, mask, layer.feature_axes(x.ndim))
         layer.valid(x, counted)
         return None if is_whole(counted) else counted
-    return None if lengths is None else checked_lengths(xp, x, lengths, layer.batch_first)
+    if lengths is None:
+        return None
+    lengths = checked_lengths(xp, x, lengths, layer.batch_first)
+    if not layer.recurrent:
+        layer.valid(x, lengths)
+    return lengths
 
 
 def checked_lengths(xp: Namespace, x: Array, lengths: Any, batch_first: bool = False) -> Array:

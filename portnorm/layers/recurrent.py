@@ -236,7 +236,7 @@ class Recurrent(Layer):
                 f"`mask` {tuple(mask.shape)} lies along the axes {counted.axes} of the input; expected the first two for a recurrent layer"
             )
         mask = xp.permute_dims(mask, (1, 0)) if self.batch_first else mask
-        return xp.broadcast_to(mask, x.shape[:2])
+        return mask if tuple(mask.shape) == tuple(x.shape[:2]) else xp.broadcast_to(mask, x.shape[:2])
 
     def step(self, x: Array, state: Any = None) -> tuple[Array, Any]:
         """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
