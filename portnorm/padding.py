@@ -99,6 +99,18 @@ def are_in_front(mask: Array) -> bool:
 
 
 @op
+def without_padding(x: Array, there: Array) -> tuple[Array, Array]:
+    """`x` with 0 where `there`, which is broadcastable to it, is False, whatever stood there: neither value nor gradient can come of it."""
+    xp = xp_of(x)
+    return xp.where(there, x, 0.0 if xp.isdtype(x.dtype, "real floating") else 0), there
+
+
+@without_padding.backward
+def _(there: Array, dy: Array) -> tuple[Array, None]:
+    return xp_of(dy).where(there, dy, 0.0), None
+
+
+@op
 def pack_steps(x: Array, mask: Array) -> tuple[Array, Array]:
     """`x` (time, batch, features) with the steps where `mask` (time, batch) is True first in each sequence, in order; then the others."""
     xp = xp_of(x)

@@ -13,6 +13,7 @@ import pytest
 import portnorm as pn
 from portnorm.layers.recurrent import Recurrent
 from portnorm.op import Op
+from portnorm.padding import pack_steps, unpack_steps, without_padding
 from portnorm.pointwise import sigmoid, split
 
 Arrays = tuple[Any, ...]
@@ -38,6 +39,7 @@ def _norm(shape: tuple[int, ...], *parameters: tuple[int, ...], extra: Arrays = 
 
 
 MASK = np.array([[True, True, False], [True, False, False]])
+GAPS = np.array([[False, True, False], [True, False, False], [False, True, False], [True, False, False]])
 STATISTICS = {"mean": np.array([29.0, 30.0, 31.0]), "var": np.array([0.5, 1.0, 2.0])}
 
 OPS = [
@@ -69,6 +71,11 @@ OPS = [
     OpCase("weight_norm of two axes", pn.weight_norm, _norm((2, 3, 4), (2, 4), mean=1.0), {"axis": (0, 2)}),
     OpCase("weight_norm of the whole", pn.weight_norm, _norm((4, 7), (), mean=1.0), {"axis": None}),
     OpCase("embedding", pn.embedding, lambda rng: (np.array([[0, 2, 2], [4, 0, 2]]), rng.standard_normal((5, 3)))),
+    OpCase("without_padding", without_padding, lambda rng: (rng.standard_normal((2, 3, 4)), MASK[:, :, None])),
+    *(
+        OpCase(f"{op.name}{', reverse' * bool(how)}", op, lambda rng: (rng.standard_normal((4, 3, 2)), GAPS), how)
+        for op, how in ((pack_steps, {}), (unpack_steps, {}), (unpack_steps, {"reverse": True}))
+    ),
     OpCase("sigmoid", sigmoid, lambda rng: (rng.standard_normal((3, 4)) * 4,)),
     OpCase("mean_squared_error", pn.mean_squared_error, lambda rng: tuple(rng.standard_normal((2, 3, 4)))),
     OpCase("softmax_cross_entropy", pn.softmax_cross_entropy, lambda rng: (rng.standard_normal((6, 4)), np.array([0, 1, 2, 3, 0, 1]))),

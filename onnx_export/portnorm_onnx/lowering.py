@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat.numpy as known
+import ml_dtypes
 import numpy
 from onnx import TensorProto, helper
 
@@ -165,6 +166,11 @@ def _cumulative_sum(x: SymbolicArray, axis: int) -> SymbolicArray:
     return node("Cast", node("CumSum", node("Cast", x, to=TensorProto.INT32), constant(numpy.int64(axis))), to=TensorProto.INT64)
 
 
+def _without_padding(x: SymbolicArray, there: SymbolicArray) -> SymbolicArray:
+    """Integers alone: a table has no row for any number. What is made of others in the padding is left out where it could matter."""
+    return x if numpy.dtype(x.dtype).kind == "f" or x.dtype == ml_dtypes.bfloat16 else _where(there, x, 0)
+
+
 def _pack_steps(x: SymbolicArray, mask: SymbolicArray) -> SymbolicArray:
     """Every step goes to its place; to sort them would take TopK, which tract does not run where the number of steps is not known."""
     xp = NAMESPACE
@@ -269,6 +275,7 @@ _OPS: dict[str, Row] = {
     "normalize": normalize,
     "loop": loop,
     "pack_steps": _pack_steps,
+    "without_padding": _without_padding,
     "scan": fused,
 }
 
@@ -286,4 +293,4 @@ def opset(version: int, target: Target, *, fold: bool, final_state: bool, accura
 
 def training_opset(version: int) -> Opset:
     """The same for a graph that goes backward too: no operator gives out what the vjps of normalizations and cells need."""
-    return Opset(version, {name: row for name, row in OPSETS[version].items() if name not in ("normalize", "scan")})
+    return Opset(version, {name: row for name, row in OPSETS[version].items() if name not in ("normalize", "scan", "without_padding")})

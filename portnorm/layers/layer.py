@@ -28,7 +28,7 @@ from portnorm.arrays import (
 )
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator
-from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of, valid
+from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of, valid, without_padding
 
 Arrays = dict[str, Array]
 
@@ -97,9 +97,8 @@ class Layer:
         autodiff = library(x).autodiff
         if mask is not None:
             lengths = mask_of(x, mask, self.feature_axes(x.ndim))
-        # Where nothing is differentiated, each layer leaves padding out by itself; what is no number of an entry it could not look up.
-        if lengths is not None and (training or autodiff is not None or self.takes_integers):
-            x = self._without_padding(x, lengths)
+        if lengths is not None:
+            x = without_padding(x, self.valid(x, lengths))
         if autodiff is None or not autodiff.records((params, buffers, x, state)):
             y, state, new, _ = self.forward(params, buffers, x, state, lengths, training, False)
         else:
@@ -113,7 +112,7 @@ class Layer:
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         """`(y, state, buffers, pullback)` with `dx, dstate, grads = pullback(dy, dstate)`: what `apply` computes, with its vjp."""
         if lengths is not None:
-            x = self._without_padding(x, lengths)
+            x = without_padding(x, self.valid(x, lengths))
         y, out, new, residuals = self.forward(params, buffers, x, state, lengths, training, True)
         there = None if lengths is None else self._there(y, lengths)
         y = y if there is None else xp_of(y).where(there, y, 0.0)
@@ -134,10 +133,6 @@ class Layer:
     def valid(self, x: Array, counted: Array | Mask) -> Array:
         """True where `x` counts, broadcastable to it; raises `ShapeError`."""
         return valid(x, counted, self.feature_axes(x.ndim), self.batch_first, self.masks_channels)
-
-    def _without_padding(self, x: Array, counted: Array | Mask) -> Array:
-        """`x` with 0 in the padding, whatever stood there: neither a value nor a gradient can come of it."""
-        return xp_of(x).where(self.valid(x, counted), x, 0 if self.takes_integers else 0.0)
 
     def _there(self, y: Array, counted: Array | Mask) -> Array | None:
         """Where `y` has values that count, if it is to be 0 elsewhere and is not yet."""
