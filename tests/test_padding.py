@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import portnorm as pn
+from portnorm.__main__ import main
+from portnorm.arrays import leaves
 from portnorm.layers.layer import Layer
 from tests.cases import LAYERS, PRESETS, random_recurrent, random_state
 from tests.conftest import LIBRARIES, Library
@@ -284,7 +287,8 @@ def test_padding_enters_nothing(model: Model, given: str, training: bool, of_flo
         (d,) = of_float64.values([their_dx[0]])
         np.testing.assert_allclose(d, dx[0], rtol=0, atol=AUTODIFF_FLOAT64 * max(1.0, float(np.abs(dx[0]).max(initial=0.0))))
         assert not np.any(np.where(where, 0.0, d))
-    assert training or all(a is b for a, b in zip(other.buffers.values(), before.values(), strict=True))
+    for a, b in zip(of_float64.values(other.buffers.values()), of_float64.values(before.values()), strict=True):
+        assert training or np.array_equal(a, b)
 
 
 def _assert_gradients(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -354,3 +358,264 @@ def test_padding_enters_no_gradient_of_jax(model: Model, given: str, training: b
 
     found = jax.grad(loss)(pure.params, jnp.asarray(worst), {name: jnp.asarray(a) for name, a in keywords.items()})
     _assert_gradients(found, pullback(dy)[-1])
+
+
+# -- what has no statistics changes none ---------------------------------------------------------------------------------------------------
+
+SHAPES = {"empty": 0, "one": 1, "ragged": BATCH, "NaN-padded": BATCH}
+"""How many sequences or cases there are."""
+
+
+def _batch_of(model: Model, count: int) -> tuple[int, ...]:
+    at = 0 if model.batch_first or model.by_channel else 1
+    return (*model.shape[:at], count, *model.shape[at + 1 :])
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_takes_every_batch(name: str, kind: str, training: bool, rng: np.random.Generator) -> None:
+    """No sequence, one, and padding: a result and gradients that are finite where they count, and 0 where there is nothing."""
+    model = MODELS[name]
+    layer = random_model(model.made, rng)
+    shape = _batch_of(model, SHAPES[kind])
+    keywords, where = model.keywords(model.given[0])
+    x: Any = rng.integers(0, 9, shape) if layer.takes_integers else rng.standard_normal(shape)
+    if kind == "NaN-padded":
+        x = np.where(where, x, 99 if layer.takes_integers else np.nan)
+    before = dict(layer.buffers)
+    if kind == "one" and training and name in ("GRU, its last state", "LayerNorm, LSTM"):
+        with pytest.raises(pn.ShapeError, match="one sequence"):
+            layer(x, training=True)
+        return
+    y, *_, pullback = layer.vjp(x, training=training, **(keywords if SHAPES[kind] == BATCH else {}))
+    *dx, grads = pullback(rng.standard_normal(y.shape))
+    for a in (y, *grads.values(), *([] if dx[0] is None else [dx[0]]), *layer.buffers.values()):
+        assert np.all(np.isfinite(a))
+    if kind == "empty":
+        assert y.size == 0
+        assert not any(np.any(g) for g in grads.values())
+        for n, b in before.items():
+            np.testing.assert_array_equal(layer.buffers[n], b)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize(
+    ("layer", "shape", "keywords"),
+    [
+        (pn.BatchNorm, (0, 3), {}),
+        (pn.BatchNorm, (0, 3, 5), {}),
+        (pn.BatchNorm, (4, 3, 0), {}),
+        (pn.BatchNorm, (4, 3, 5), {"mask": np.zeros((4, 5), bool)}),
+        (pn.BatchNorm, (4, 3, 5), {"mask": np.arange(20).reshape(4, 5) == 7}),
+        (pn.BatchRenorm, (0, 3), {}),
+        (pn.BatchRenorm, (4, 3, 5), {"mask": np.arange(20).reshape(4, 5) == 7}),
+    ],
+    ids=lambda v: getattr(v, "__name__", None) or (str(int(v["mask"].sum())) if v else "all") if not isinstance(v, tuple) else str(v),
+)
+def test_fewer_than_two_values_change_no_statistics(
+    layer: Any, shape: Any, keywords: Any, momentum: float | None, rng: np.random.Generator
+) -> None:
+    norm = layer(3, momentum=momentum)
+    norm(rng.standard_normal((4, 3)).astype("float32"), training=True)
+    before = dict(norm.buffers)
+    y = norm(rng.standard_normal(shape).astype("float32"), training=True, **keywords)
+    assert y.shape == shape
+    for name, b in before.items():
+        np.testing.assert_array_equal(norm.buffers[name], b)
+
+
+def test_a_channel_with_values_is_counted_alone(rng: np.random.Generator) -> None:
+    """A mask that varies along the channels: the statistics of the channel without values stay."""
+    norm, x = pn.BatchNorm(2, dtype="float64"), rng.standard_normal((5, 2, 3))
+    mask = np.broadcast_to(np.array([True, False])[:, None], (5, 2, 3))
+    norm(x, mask=mask, training=True)
+    assert norm.buffers["running_var"][1] == 1.0
+    np.testing.assert_allclose(norm.buffers["running_var"][0], 0.9 + 0.1 * x[:, 0].var(ddof=1), **CLOSE)
+    assert norm.buffers["num_batches_tracked"] == 1
+
+
+@pytest.mark.peers
+def test_an_empty_batch_is_what_it_is_in_torch() -> None:
+    import torch
+
+    theirs, mine = torch.nn.BatchNorm1d(3), pn.BatchNorm(3)
+    y = mine(np.zeros((0, 3), "float32"), training=True)
+    np.testing.assert_array_equal(y, theirs(torch.zeros(0, 3)).detach().numpy())
+    for name in ("running_mean", "running_var"):
+        np.testing.assert_array_equal(mine.buffers[name], getattr(theirs, name).numpy())
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("given", ["lengths", "mask"])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_a_step_of_one_sequence_changes_no_statistics(cell: str, given: str, momentum: float | None, rng: np.random.Generator) -> None:
+    """Eight sequences, of which one goes on: what it leaves behind is what two steps of all of them leave."""
+    layer = LAYERS[cell](4, 3, norm="batch", dtype="float64", momentum=momentum, rng=0)
+    other, x, lengths = layer.copy(), rng.standard_normal((3, 8, 4)), np.array([3] + [2] * 7)
+    y, _ = layer(x, training=True, **({"lengths": lengths} if given == "lengths" else {"mask": np.arange(3)[:, None] < lengths}))
+    whole, _ = other(x[:2], training=True)
+    np.testing.assert_allclose(y[:2], whole, **CLOSE)
+    for name, b in other.buffers.items():
+        np.testing.assert_allclose(layer.buffers[name], b, **CLOSE)
+
+
+@pytest.mark.parametrize("lengths", [[1, 0, 0], [0, 0, 0], None], ids=["one frame", "none", "no sequence"])
+@pytest.mark.parametrize("cell", LAYERS)
+@pytest.mark.parametrize("norm", ["batch", "batch-input", "batch-input-frame"])
+def test_a_batch_without_spread_changes_no_statistics(cell: str, norm: str, lengths: Any, rng: np.random.Generator) -> None:
+    layer = random_recurrent(cell, norm, rng, bidirectional=True)
+    before = dict(layer.buffers)
+    y, _ = layer(rng.standard_normal((4, 0 if lengths is None else 3, 4)), lengths=lengths, training=True)
+    assert np.all(np.isfinite(y))
+    for name, b in before.items():
+        np.testing.assert_array_equal(layer.buffers[name], b)
+
+
+# -- layers take the masks of the functions ------------------------------------------------------------------------------------------------
+
+_GAPS = np.array([[1, 0, 1, 1, 0], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], dtype=bool)  # (batch, time)
+_EACH = np.indices((4, 6, 5)).sum(0) % 3 > 0
+FUNCTIONS: list[tuple[Any, Any, tuple[int, ...]]] = [
+    (pn.BatchNorm, pn.batch_norm, ()),
+    (pn.GroupNorm, pn.group_norm, (2,)),
+    (pn.InstanceNorm, pn.instance_norm, ()),
+]
+
+
+@pytest.mark.parametrize(
+    "mask", [_GAPS, _GAPS[:, None, :], _GAPS[:1, None, :], _EACH], ids=["steps", "with channels", "shared", "each value"]
+)
+@pytest.mark.parametrize("axis", [1, -1], ids=["channels first", "channels last"])
+@pytest.mark.parametrize(
+    ("layer", "function", "groups"), FUNCTIONS, ids=lambda v: getattr(v, "__name__", "") if isinstance(v, type) else ""
+)
+def test_a_norm_layer_takes_the_masks_of_its_function(
+    layer: Any, function: Any, groups: Any, axis: int, mask: Any, rng: np.random.Generator
+) -> None:
+    """Gaps, nothing in a sequence, (batch, time) over (batch, channels, time), what broadcasts, and one for each value."""
+    x = 3.0 + rng.standard_normal((4, 6, 5))
+    if axis == -1:
+        x, mask = x.swapaxes(1, 2), mask if mask.ndim == 2 else mask.swapaxes(1, 2)
+    dy = rng.standard_normal(x.shape)
+    y, pullback = layer(*groups, 6, channel_axis=axis, dtype="float64").vjp(x, mask=mask, training=True)
+    expected, expected_pullback = pn.vjp(function, x, *groups, channel_axis=axis, mask=mask)
+    np.testing.assert_allclose(y, expected, **CLOSE)
+    np.testing.assert_allclose(pullback(dy)[0], expected_pullback(dy)[0], **CLOSE)
+
+
+# -- graphs --------------------------------------------------------------------------------------------------------------------------------
+
+GRAPHS = {
+    "LSTM": lambda: pn.LSTM(4, 3, norm="layer", bidirectional=True, num_layers=2, rng=0),
+    "GRU": lambda: pn.GRU(4, 3, norm="batch", batch_first=True, rng=0),
+    "RNN": lambda: pn.RNN(4, 3, return_sequences=False, rng=0),
+    "plain LSTM": lambda: pn.LSTM(4, 3, bidirectional=True, rng=0),
+    "a model": lambda: pn.Sequential(pn.Embedding(9, 4, rng=0), pn.LSTM(4, 3, norm="batch-input", rng=0), pn.Linear(3, 2, rng=0)),
+}
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize("state", [False, True], ids=["from zero", "with states"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_takes_a_mask(name: str, state: bool, target: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """The file is checked with gaps, padding in front and nothing at all; it comes back as the layer, and takes what is no number."""
+    import onnxruntime
+
+    model = GRAPHS[name]()
+    report = pn.export(model, tmp_path / "m.onnx", mask=True, state=state, target=target)
+    assert report.steps
+    assert any("mask" in c.case for c in report.trajectories)
+    pn.verify(tmp_path / "m.onnx")
+    loaded = pn.load(tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    mask = MASK.T if model.batch_first else MASK
+    assert [i.name for i in session.get_inputs()][:2] == ["x", "mask"]
+    x: Any = (
+        np.where(MASK, rng.integers(0, 9, MASK.shape), 99)
+        if model.takes_integers
+        else rng.standard_normal((*mask.shape, 4)).astype("float32")
+    )
+    if not model.takes_integers:
+        x[~mask] = np.nan
+    feed = {"x": x, "mask": mask}
+    if state:
+        names, given = [i.name for i in session.get_inputs()][2:], [np.asarray(a) for a in leaves(model.initial_state(BATCH))]
+        feed |= dict(zip(names, given, strict=True))
+    np.testing.assert_allclose(session.run(["y"], feed)[0], loaded(x, mask=mask)[0], **relative("float32", RECURRENT))
+
+
+@pytest.mark.runtime("openvino")
+@pytest.mark.runtime("tract")
+@pytest.mark.parametrize("name", GRAPHS)
+def test_other_runtimes_take_a_mask(name: str, tmp_path: Path) -> None:
+    pn.export(GRAPHS[name](), tmp_path / "m.onnx", mask=True)
+    for runtime in ("openvino", "tract"):
+        pn.verify(tmp_path / "m.onnx", runtimes=runtime)
+
+
+def test_a_graph_that_ignores_the_mask_is_found(tmp_path: Path) -> None:
+    """The gates look at steps that are left out."""
+    import onnx
+
+    pn.export(pn.LSTM(4, 3, norm="layer", rng=0), tmp_path / "m.onnx", mask=True)
+    model = onnx.load(tmp_path / "m.onnx")
+    for n in model.graph.node:
+        for k, name in enumerate(n.input):
+            n.input[k] = "all" if name == "mask" else name
+    model.graph.node.insert(0, onnx.helper.make_node("Or", ["mask", "negated"], ["all"]))
+    model.graph.node.insert(0, onnx.helper.make_node("Not", ["mask"], ["negated"]))
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(pn.ConformanceError, match="with a mask"):
+        pn.verify(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("name", [*GRAPHS, "BatchNorm", "LayerNorm", "Linear"])
+def test_a_compiled_model_takes_a_mask(name: str, rng: np.random.Generator) -> None:
+    others: dict[str, Any] = {
+        "BatchNorm": lambda: pn.BatchNorm(4, channel_axis=-1),
+        "LayerNorm": lambda: pn.LayerNorm(4),
+        "Linear": lambda: pn.Linear(4, 2, rng=0),
+    }
+    model = (GRAPHS | others)[name]()
+    fast, mask = pn.compile(model), MASK.T if model.batch_first else MASK
+    x: Any = rng.integers(0, 9, mask.shape) if model.takes_integers else rng.standard_normal((*mask.shape, 4)).astype("float32")
+    for given in ({"mask": mask}, {"lengths": MASK.sum(0)}, {}):
+        found, expected = fast(x, **given), model(x, **given)
+        for a, b in zip(leaves(found), leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, **relative("float32", RECURRENT))
+
+
+def test_the_command_line_exports_a_mask(tmp_path: Path) -> None:
+    import onnx
+
+    pn.save(pn.LSTM(4, 3, norm="layer", rng=0), tmp_path / "m.safetensors")
+    assert main(["export", str(tmp_path / "m.safetensors"), "-o", str(tmp_path / "m.onnx"), "--mask"]) == 0
+    assert [i.name for i in onnx.load(tmp_path / "m.onnx").graph.input] == ["x", "mask"]
+    assert main(["verify", str(tmp_path / "m.onnx")]) == 0
+
+
+def test_a_streaming_graph_takes_no_mask() -> None:
+    with pytest.raises(pn.UnsupportedError, match="`mask` is for sequences"):
+        pn.export(pn.LSTM(4, 3, rng=0), None, streaming=True, mask=True)
+
+
+@pytest.mark.peers
+def test_a_graph_of_torch_has_the_mask_of_its_layers() -> None:
+    """Made inside of the model, of ids that say what is padding, wherever it is; and given from outside."""
+    import torch
+
+    class Tagger(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(7, 4)
+            self.rnn = pn.torch_module(pn.GRU(4, 3, norm="layer", bidirectional=True, batch_first=True, rng=0))
+            self.norm = pn.torch_module(pn.BatchNorm(6, channel_axis=-1))
+
+        def forward(self, ids: Any) -> Any:
+            y, _ = self.rnn(self.embed(ids), mask=ids != 0)
+            return self.norm(y, mask=ids != 0)
+
+    ids = torch.tensor([[0, 3, 0, 4, 2], [1, 2, 0, 0, 0], [0, 0, 0, 0, 5]])
+    report = pn.export_torch(Tagger(), ids, None, dynamic_shapes=({0: "batch", 1: "time"},))
+    assert report.trajectories

@@ -91,7 +91,9 @@ def export(
     kind = _dtype_of(model, dtype, row)
     model = rounded(model.to(xp="numpy", dtype="float32" if kind == "bfloat16" else kind), kind)
     named = Names(prefix, dict(names or {}))
-    shape = Shape(version, row, kind, fold and not accurate, accurate, lengths and not mask, state, input_shape, named, streaming, mask=mask)
+    shape = Shape(
+        version, row, kind, fold and not accurate, accurate, lengths and not mask, state, input_shape, named, streaming, mask=mask
+    )
     started = time.perf_counter()
     proto = trace(model, shape)
     seconds = time.perf_counter() - started

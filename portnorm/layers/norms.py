@@ -344,4 +344,3 @@ def _count(residuals: Normalized, axes: tuple[int, ...]) -> Array:
 
 def _shape(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
     return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-
