@@ -6,7 +6,7 @@ that is inside knows lengths alone; `unpack_steps` brings the results back to wh
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias, Union
+from typing import Any, NamedTuple, TypeAlias
 
 from portnorm.arrays import Array, default_integer, device_of, is_concrete, namespace, statistics_dtype, xp_of
 from portnorm.errors import ShapeError
@@ -24,14 +24,14 @@ class Mask(NamedTuple):
     """The axes of the array along which `values` lies: all but those of the features, or every one where it varies along these too."""
 
 
-Counted: TypeAlias = Union[Array, Mask, None]
+Counted: TypeAlias = Array | Mask | None
 """What of a layer's input counts: the lengths (batch,) of its sequences, a mask, or all of it."""
 
 
 def mask_of(x: Array, mask: Array, features: tuple[int, ...]) -> Mask:
     """A `mask` as the functions of `portnorm.norm` take it, for `x` with its features along these axes. Raises as they do."""
     xp = namespace(x=x, mask=mask)
-    full = checked_mask(xp, x, mask, features)
+    full: Any = checked_mask(xp, x, mask, features)
     axes = tuple(range(x.ndim))
     if mask.ndim < x.ndim:
         return Mask(mask, tuple(a for a in axes if a not in features))
@@ -88,8 +88,8 @@ def _wide(mask: Array, ndim: int) -> Array:
 
 def _does_not_fit(x: Array, mask: Mask, expected: str) -> ShapeError:
     return ShapeError(
-        f"`mask` {tuple(mask.values.shape)} lies along the axes {mask.axes} of the input; expected along the axes of {tuple(x.shape)}, a value "
-        f"inside the model, {expected}"
+        f"`mask` {tuple(mask.values.shape)} lies along the axes {mask.axes} of the input; expected along the axes of {tuple(x.shape)}, a "
+        f"value inside the model, {expected}"
     )
 
 

@@ -26,7 +26,7 @@ class Meeting:
     """Processes as threads: `total(k)` is the hook of the k-th, which waits until all have brought an array."""
 
     def __init__(self, parties: int = PARTS):
-        self.barrier, self.brought, self.messages = threading.Barrier(parties, timeout=60), [None] * parties, [0] * parties
+        self.barrier, self.brought, self.messages = threading.Barrier(parties, timeout=20), [None] * parties, [0] * parties
 
     def total(self, k: int) -> Any:
         def reduce(a: Any) -> Any:

@@ -33,10 +33,11 @@ if hasattr(os, "register_at_fork"):
 def compile(model: Layer, *, threads: int = 1) -> Compiled:  # noqa: A001  # the name that users of torch look for
     """`model` in inference mode as a function that onnxruntime computes: `y`, or `(y, state)` for a recurrent model, from NumPy arrays.
 
-    The call takes what the model takes: `x`, `state`, `lengths` or `mask`. On the first call, and on the first with `lengths` and with `mask`, the model is
-    exported to memory and checked as `portnorm.export` does; a model without time is compiled for every shape beyond the batch. Parameters
-    and statistics are those of the moment of `compile`. Calls may come from many threads at once, and after a fork. `threads` are what
-    onnxruntime computes one call with. Raises `UnsupportedError` for what is no layer, and what `portnorm.export` raises.
+    The call takes what the model takes: `x`, `state`, `lengths` or `mask`. On the first call, and on the first with `lengths` and with
+    `mask`, the model is exported to memory and checked as `portnorm.export` does; a model without time is compiled for every shape beyond
+    the batch. Parameters and statistics are those of the moment of `compile`. Calls may come from many threads at once, and after a fork.
+    `threads` are what onnxruntime computes one call with. Raises `UnsupportedError` for what is no layer, and what `portnorm.export`
+    raises.
 
     >>> import numpy as np, portnorm as pn
     >>> lstm = pn.LSTM(3, 4, norm="layer", rng=0)

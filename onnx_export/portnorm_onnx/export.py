@@ -54,9 +54,10 @@ def export(
 
     The graph's input is `x`, its output `y`; lengths that are not fixed are named "batch" and "time". A recurrent model also takes
     `lengths` (batch,), int64, unless `lengths=False`; with `mask=True` any model takes `mask` in their stead, bool, shaped like `x` without
-    its features: (time, batch) for a recurrent one, or (batch, time) with `batch_first`. With `state=True` a recurrent model takes `h_0`, `c_0` (and `time_0` for batch normalization)
-    and gives `h_n`, `c_n`, `time_n`; a model of several recurrent layers has the layer's number before these names (`1.h_0`). With
-    `streaming=True` the graph is one step: `x` (batch, features), the states, no time axis and no `lengths`.
+    its features: (time, batch) for a recurrent one, or (batch, time) with `batch_first`. With `state=True` a recurrent model takes `h_0`,
+    `c_0` (and `time_0` for batch normalization) and gives `h_n`, `c_n`, `time_n`; a model of several recurrent layers has the layer's
+    number before these names (`1.h_0`). With `streaming=True` the graph is one step: `x` (batch, features), the states, no time axis, no
+    `lengths` and no `mask`.
 
     `target` names who will run the graph: "portable" (all of them), "onnxruntime", "openvino", "tract", "web" or "tensorrt"; any opset from
     18 to 26 (18 unless stated, for onnxruntime 23). `dtype` converts first: float16, bfloat16, float32 or float64. `fold` writes batch

@@ -68,7 +68,8 @@ def verify(
     """Check the ONNX file at `path` against `model`, or the layer that the file says it holds, in the named runtimes.
 
     The file passes onnx's checker and strict shape inference; then it runs on random inputs of several (time, batch), ragged where it
-    takes `lengths`, with gaps where it takes `mask`, or on `inputs`, each `x`, `(x, lengths)` or `(x, mask)`. See this module for the two gates. Returns a `Report`.
+    takes `lengths`, with gaps where it takes `mask`, or on `inputs`, each `x`, `(x, lengths)` or `(x, mask)`. See this module for the two
+    gates. Returns a `Report`.
     Raises `ConformanceError` with the first output and step that differs, `ExportError` where the file is no valid graph or a runtime does
     not run it, and `MissingExtraError` where a runtime is not installed. With `runtimes="all"` every runtime has its row in
     `report.outcomes`, those that are not installed named as such, and what failed is there instead of raised.
@@ -263,9 +264,9 @@ def random_inputs(model: Layer, dims: Sequence[int | str], counts: str | None) -
     return cases
 
 
-def _random_mask(model: Layer, shape: Sequence[int], rng: numpy.random.Generator) -> NumPyArray:
+def _random_mask(model: Layer, shape: Sequence[Any], rng: numpy.random.Generator) -> NumPyArray:
     """Gaps anywhere but in the first case; then, in turn, nothing at all, padding in front, and padding behind."""
-    dims = mask_dims(model, shape)
+    dims: Any = mask_dims(model, shape)
     mask: NumPyArray = rng.uniform(size=dims) < (1.0 if math.prod(dims) == 1 else 0.7)
     if model.recurrent and math.prod(dims) > 1:
         steps = mask if model.batch_first else mask.T  # (batch, time)
@@ -456,7 +457,7 @@ def _scan_states(model: Layer, state: Any, side: str) -> dict[str, NumPyArray]:
     return named
 
 
-def _outputs(model: Layer, x: NumPyArray, given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+def _outputs(model: Layer, x: NumPyArray, given: Mapping[str, Any]) -> dict[str, NumPyArray]:
     """The eager results under the names of the graph's outputs; `given` are the lengths or the mask by name."""
     if not model.recurrent:
         return {"y": model(x, **given)}

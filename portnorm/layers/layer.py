@@ -360,7 +360,7 @@ def checked_lengths(xp: Namespace, x: Array, lengths: Any, batch_first: bool = F
         raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (time, batch, features) where `lengths` is given")
     steps, batch = (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
     if not hasattr(lengths, "__array_namespace__") and not hasattr(lengths, "dtype"):
-        lengths = xp.asarray(numpy.asarray(lengths), device=device_of(x))
+        lengths = xp.asarray(numpy.asarray(lengths, dtype=int if batch == 0 else None), device=device_of(x))
     namespace(x=x, lengths=lengths)
     if not xp.isdtype(lengths.dtype, "integral"):
         raise DTypeError(f"`lengths` has dtype {lengths.dtype}; expected integers")

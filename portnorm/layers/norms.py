@@ -62,7 +62,8 @@ class _Norm(Layer):
         if not keep and not training:
             return self.operation(training)(x, *self.arguments(params), **attributes), state, buffers, None
         y, residuals = self.operation(training).forward(x, *self.arguments(params), **attributes)
-        return y, state, self.new_buffers(buffers, residuals, training), (residuals, attributes, tuple(params))
+        names = tuple(name for name in ("weight", "bias") if name in params)  # JAX sorts a dict by its names
+        return y, state, self.new_buffers(buffers, residuals, training), (residuals, attributes, names)
 
     def new_buffers(self, buffers: Arrays, residuals: Any, training: bool) -> Arrays:
         return buffers

@@ -55,13 +55,14 @@ class Recurrent(Layer):
     hidden state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch,
     hidden); where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have
     statistics of their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts
-    each sequence's steps: what follows is padding, gives 0, and enters nothing. `mask` (time, batch), or (batch, time) with `batch_first`, is
-    True for the steps that there are, wherever they lie. A masked step is none: it holds the state, gives the result of the step before
-    once more (the reverse direction that of the step after, and 0 where there is none), and is not counted among the steps that have
-    statistics of their own. That is Keras' `Masking`, as `lengths` are torch's packed sequences. Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in
-    torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal matrices and the
-    variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden weights
-    (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al. 2016).
+    each sequence's steps: what follows is padding, gives 0, and enters nothing. `mask` (time, batch), or (batch, time) with
+    `batch_first`, is True for the steps that there are, wherever they lie. A masked step is none: it holds the state, gives the result of
+    the step before once more (in the reverse direction that of the step after; 0 where there is none), and is not counted among the steps
+    that have statistics of their own. That is Keras' `Masking`, as `lengths` are torch's packed sequences. Parameters are
+    `weight_ih_l0`, `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain
+    cell; orthogonal matrices and the variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start
+    of the hidden weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of
+    Cooijmans et al. 2016).
     `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
     array over all of them, each of which calls with sequences of its own, perhaps none, padded to the same number of steps.
     Where fewer than two sequences are left at a step, there is no variance: the step is normalized to the shift alone, and the running
@@ -308,8 +309,8 @@ class Recurrent(Layer):
         if sequences == 0 or (sequences == 1 and (self.timed or steps == 1)):
             what = "no sequence" if sequences == 0 else "one sequence" if self.timed else "one frame"
             raise ShapeError(
-                f"`x` {tuple(x.shape)} has {what} in all {processes} processes that `reduce` sums over; batch normalization in training needs "
-                "at least two"
+                f"`x` {tuple(x.shape)} has {what} in all {processes} processes that `reduce` sums over; batch normalization in training "
+                "needs at least two"
             )
 
 
