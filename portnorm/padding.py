@@ -125,24 +125,21 @@ def _(mask: Array, dy: Array) -> tuple[Array, None]:
 
 
 @op
-def unpack_steps(y: Array, mask: Array, *, reverse: bool = False) -> tuple[Array, Array]:
+def unpack_steps(y: Array, mask: Array) -> tuple[Array, Array]:
     """What a sequence gives where its steps lie: y[t] is that of the last step at or before t where `mask` (time, batch) is True.
 
-    `y` (time, batch, features) has the steps in front, as `pack_steps` leaves them. With `reverse` it is that of the next step at or after
-    t. Where there is none y[t] is 0.
+    `y` (time, batch, features) has the steps in front, as `pack_steps` leaves them. Where there is none yet y[t] is 0.
     """
     xp = xp_of(y)
-    steps = xp.astype(mask, default_integer(xp))
-    seen = xp.cumulative_sum(steps, axis=0)
-    place = seen - steps if reverse else seen - 1
-    there = place < xp.sum(steps, axis=0, keepdims=True) if reverse else place >= 0
+    place = xp.cumulative_sum(xp.astype(mask, default_integer(xp)), axis=0) - 1
+    there = place >= 0
     index = xp.where(there, place, 0)
     found = xp.take_along_axis(y, xp.broadcast_to(index[:, :, None], y.shape), axis=0)
     return xp.where(there[:, :, None], found, 0.0), mask
 
 
 @unpack_steps.backward
-def _(mask: Array, dy: Array, *, reverse: bool = False) -> tuple[Array, None]:
+def _(mask: Array, dy: Array) -> tuple[Array, None]:
     """Each step has the sum of the cotangents of the places that repeat it."""
     xp = xp_of(dy)
     wide = xp.astype(dy, statistics_dtype(xp, dy.dtype), copy=False)
@@ -153,5 +150,5 @@ def _(mask: Array, dy: Array, *, reverse: bool = False) -> tuple[Array, None]:
         return xp.where(here, 0.0, total), (xp.where(here, total, 0.0),), None
 
     start = xp.zeros(dy.shape[1:], dtype=wide.dtype, device=device_of(dy))
-    _, (sums,), _ = loop(start, (wide, mask[:, :, None]), body=body, reverse=not reverse)
+    _, (sums,), _ = loop(start, (wide, mask[:, :, None]), body=body, reverse=True)
     return pack_steps(xp.astype(sums, dy.dtype, copy=False), mask), None

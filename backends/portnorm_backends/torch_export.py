@@ -272,7 +272,8 @@ class _Recorder:
         if mask is not None:
             away = [axis for axis in layer.feature_axes(x.ndim) if mask.ndim == x.ndim]
             shape_of_mask = [n for axis, n in enumerate(x.shape) if axis not in layer.feature_axes(x.ndim)]
-            counted = [mask.squeeze(away).expand(shape_of_mask)]
+            mask = mask.squeeze(away) if away else mask
+            counted = [mask if tuple(mask.shape) == tuple(shape_of_mask) else mask.expand(shape_of_mask)]
         own = layer.input_dims() if layer.recurrent else tuple(f"d{k}" for k in range(x.ndim))
         free = [isinstance(d, str) and (layer.recurrent or not isinstance(n, int)) for d, n in zip(own, x.shape, strict=True)]
         dims = tuple(d if is_free else int(n) for d, n, is_free in zip(own, x.shape, free, strict=True))

@@ -50,19 +50,18 @@ class StackResiduals(NamedTuple):
 class Recurrent(Layer):
     """What `LSTM`, `GRU` and `RNN` share: stacks, directions, states, running statistics.
 
-    `norm` names a row of the cell's table of variants (`portnorm.VARIANTS`) or is a `portnorm.Variant`. `x` is (time, batch, features),
-    or (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last
-    hidden state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch,
-    hidden); where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have
-    statistics of their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts
-    each sequence's steps: what follows is padding, gives 0, and enters nothing. `mask` (time, batch), or (batch, time) with
-    `batch_first`, is True for the steps that there are, wherever they lie. A masked step is none: it holds the state, gives the result of
-    the step before once more (in the reverse direction that of the step after; 0 where there is none), and is not counted among the steps
-    that have statistics of their own. That is Keras' `Masking`, as `lengths` are torch's packed sequences. Parameters are
-    `weight_ih_l0`, `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain
-    cell; orthogonal matrices and the variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start
-    of the hidden weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of
-    Cooijmans et al. 2016).
+    `norm` names a row of the cell's table of variants (`portnorm.VARIANTS`) or is a `portnorm.Variant`. `x` is (time, batch, features), or
+    (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last hidden
+    state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch, hidden);
+    where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have statistics of
+    their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts each sequence's steps: what
+    follows is padding, gives 0, and enters nothing. `mask` (time, batch), or (batch, time) with `batch_first`, is True for the steps that
+    there are, wherever they lie. A masked step is none: it holds the state, gives the result of the step before once more, or 0 where
+    there is none and with `bidirectional`, and is not counted among the steps that have statistics of their own. That is Keras' `Masking`,
+    as `lengths` are torch's packed sequences. Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in torch; a reverse direction has the
+    suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal matrices and the variant's gain and forget bias for the
+    others, or `forget_bias`; `hidden_init` names another start of the hidden weights (`"uniform"`, `"orthogonal"` gate by gate,
+    `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al. 2016).
     `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
     array over all of them, each of which calls with sequences of its own, perhaps none, padded to the same number of steps.
     Where fewer than two sequences are left at a step, there is no variance: the step is normalized to the shift alone, and the running
@@ -195,7 +194,7 @@ class Recurrent(Layer):
             last.append(after)
             new_buffers.update({_with(name, suffix): a for name, a in buffered.items()})
             if mask is not None and k >= (self.num_layers - 1) * self.num_directions:
-                y = unpack_steps(y, mask, reverse=direction.reverse) if self.keeps_time else _if_any(mask, y)
+                y = self._shown(y, mask)
             directions.append(y)
             if len(directions) == self.num_directions:
                 x = directions[0] if self.num_directions == 1 else xp.concat(directions, axis=-1)
@@ -219,7 +218,7 @@ class Recurrent(Layer):
                 k, (suffix, _, direction) = places[layer * self.num_directions + side]
                 own = None if dy is None else dy[..., side * self.output_size : (side + 1) * self.output_size]
                 if mask is not None and own is not None and layer == self.num_layers - 1:
-                    own = unpack_steps.vjp(mask, own, reverse=direction.reverse)[0] if self.keeps_time else _if_any(mask, own)
+                    own = self._shown_vjp(own, mask)
                 d, dfirst[k], shares = direction.vjp(residuals.directions[k], own, tuple(s[k, ...] for s in dlast), training=training)
                 dx = d if dx is None else dx + d
                 grads.update({_with(name, suffix): g for name, g in shares.items()})
@@ -238,6 +237,19 @@ class Recurrent(Layer):
             )
         mask = xp.permute_dims(mask, (1, 0)) if self.batch_first else mask
         return mask if tuple(mask.shape) == tuple(x.shape[:2]) else xp.broadcast_to(mask, x.shape[:2])
+
+    def _shown(self, y: Array, mask: Array) -> Array:
+        """What one direction gives: as Keras has it, its last result once more where a step is left out, but 0 there beside another's."""
+        if not self.keeps_time:
+            return _where(xp_of(y).any(mask, axis=0)[:, None], y)
+        y = unpack_steps(y, mask)
+        return y if self.num_directions == 1 else _where(mask[:, :, None], y)
+
+    def _shown_vjp(self, dy: Array, mask: Array) -> Array:
+        if not self.keeps_time:
+            return _where(xp_of(dy).any(mask, axis=0)[:, None], dy)
+        found: Array = unpack_steps.vjp(mask, dy)[0] if self.num_directions == 1 else pack_steps(_where(mask[:, :, None], dy), mask)
+        return found
 
     def step(self, x: Array, state: Any = None) -> tuple[Array, Any]:
         """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
@@ -366,10 +378,8 @@ class RNN(Recurrent):
     cell = RNNCell
 
 
-def _if_any(mask: Array, h: Array) -> Array:
-    """The last hidden state (batch, hidden) of the sequences that have a step, else 0."""
-    xp = xp_of(h)
-    return xp.where(xp.any(mask, axis=0)[:, None], h, 0.0)
+def _where(there: Array, y: Array) -> Array:
+    return xp_of(y).where(there, y, 0.0)
 
 
 def recurrent_parts(model: Layer) -> list[Recurrent]:
