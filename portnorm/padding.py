@@ -112,15 +112,15 @@ def _(there: Array, dy: Array) -> tuple[Array, None]:
 
 @op
 def pack_steps(x: Array, mask: Array) -> tuple[Array, Array]:
-    """`x` (time, batch, features) with the steps where `mask` (time, batch) is True first in each sequence, in order; then the others."""
+    """`x` (time, batch, features) with the steps where `mask` (time, batch) is True first in each sequence, in order; then 0."""
     xp = xp_of(x)
+    x = xp.where(mask[:, :, None], x, 0.0)
     order = xp.argsort(xp.astype(xp.logical_not(mask), xp.uint8), axis=0, stable=True)
     return xp.take_along_axis(x, xp.broadcast_to(order[:, :, None], x.shape), axis=0), mask
 
 
 @pack_steps.backward
 def _(mask: Array, dy: Array) -> tuple[Array, None]:
-    """The cotangent of what is masked out is 0: nobody reads it."""
     return xp_of(dy).where(mask[:, :, None], unpack_steps(dy, mask), 0.0), None
 
 

@@ -174,7 +174,7 @@ def _without_padding(x: SymbolicArray, there: SymbolicArray) -> SymbolicArray:
 def _pack_steps(x: SymbolicArray, mask: SymbolicArray) -> SymbolicArray:
     """Every step goes to its place; to sort them would take TopK, which tract does not run where the number of steps is not known."""
     xp = NAMESPACE
-    steps = xp.astype(mask, "int64")
+    x, steps = xp.where(mask[:, :, None], x, 0.0), xp.astype(mask, "int64")
     seen, left_out = xp.cumulative_sum(steps, axis=0), xp.cumulative_sum(1 - steps, axis=0)
     place = xp.where(mask, seen, xp.sum(steps, axis=0, keepdims=True) + left_out) - 1
     return node("ScatterElements", x, xp.broadcast_to(place[:, :, None], x.shape), x, axis=0)
