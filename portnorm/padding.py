@@ -125,13 +125,20 @@ def _(mask: Array, dy: Array) -> tuple[Array, None]:
 
 
 @op
+def steps_so_far(mask: Array) -> tuple[Array, None]:
+    """(time, batch): how many steps of `mask` are True up to each and at it."""
+    xp = xp_of(mask)
+    return xp.cumulative_sum(xp.astype(mask, default_integer(xp)), axis=0), None
+
+
+@op
 def unpack_steps(y: Array, mask: Array) -> tuple[Array, Array]:
     """What a sequence gives where its steps lie: y[t] is that of the last step at or before t where `mask` (time, batch) is True.
 
     `y` (time, batch, features) has the steps in front, as `pack_steps` leaves them. Where there is none yet y[t] is 0.
     """
     xp = xp_of(y)
-    place = xp.cumulative_sum(xp.astype(mask, default_integer(xp)), axis=0) - 1
+    place = steps_so_far(mask) - 1
     there = place >= 0
     index = xp.where(there, place, 0)
     found = xp.take_along_axis(y, xp.broadcast_to(index[:, :, None], y.shape), axis=0)
