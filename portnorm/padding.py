@@ -82,7 +82,7 @@ def leading(y: Array, mask: Mask) -> Array:
 def _wide(mask: Array, ndim: int) -> Array:
     """`mask` with axes of length 1 behind its own, `ndim` in all."""
     while mask.ndim < ndim:
-        mask = xp_of(mask).expand_dims(mask, axis=mask.ndim)
+        mask = mask[..., None]
     return mask
 
 
@@ -101,8 +101,7 @@ def are_in_front(mask: Array) -> bool:
 @op
 def without_padding(x: Array, there: Array) -> tuple[Array, Array]:
     """`x` with 0 where `there`, which is broadcastable to it, is False, whatever stood there: neither value nor gradient can come of it."""
-    xp = xp_of(x)
-    return xp.where(there, x, 0.0 if xp.isdtype(x.dtype, "real floating") else 0), there
+    return xp_of(x).where(there, x, 0), there
 
 
 @without_padding.backward
