@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--prefix", default="", help="what stands before every name in the graph")
     export.add_argument("--function", action="store_true", help="write the model as one model-local function")
     export.add_argument("--no-lengths", action="store_true", help="leave the input `lengths` out")
+    export.add_argument("--mask", action="store_true", help="take the input `mask` in place of `lengths`: padding in front, and gaps")
     export.add_argument("--state", action="store_true", help="take the state as an input and give it out")
 
     verify = command("verify", _verify, "check an ONNX file against a checkpoint, or against the layer that it says it holds")
@@ -213,6 +214,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
         fold=not options.no_fold,
         accurate=options.accurate,
         lengths=not options.no_lengths,
+        mask=options.mask,
         state=options.state,
         prefix=options.prefix,
         function=options.function,

@@ -123,9 +123,17 @@ SUPPORT: dict[str, Support] = {
             always=True,
         ),
         Support("array_api_strict", "array_api_strict", "array-api-strict", ("float32", "float64"), always=True),
-        Support("torch", "torch", "torch", _EVERY, "torch", _torch, ("sigmoid",), autodiff=True),
+        Support("torch", "torch", "torch", _EVERY, "torch", _torch, ("sigmoid", "steps_so_far"), autodiff=True),
         Support("jax", "jax.numpy", "jax", _EVERY, load=_jax, kernels=("loop",), autodiff=True, out=False, wide=_X64),
-        Support("dask", "dask.array", "dask", ("float32", "float64"), load=_dask, kernels=("reverse_sequences",), lazy=True),
+        Support(
+            "dask",
+            "dask.array",
+            "dask",
+            ("float32", "float64"),
+            load=_dask,
+            kernels=("reverse_sequences", "pack_steps", "unpack_steps"),
+            lazy=True,
+        ),
         Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", load=_cupy, kernels=("normalize", "scan"), gpu=True),
     )
 }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from portnorm.affine import input_cotangent, linear, weight_cotangent
-from portnorm.arrays import Array, device_of, library, statistics_dtype, xp_of
+from portnorm.arrays import Array, default_integer, device_of, library, statistics_dtype, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.norm.normalize import Reduce
 from portnorm.norm.weight import weight_norm
@@ -31,7 +31,7 @@ class RecurrentResiduals(NamedTuple):
 
     params: Params  # with the weights themselves where they are normalized
     weights: dict[str, Any]  # residuals of weight normalization, by matrix
-    x: Array  # (time, batch, inputs), in the order of the steps, 0 in the padding
+    x: Array  # (time, batch, inputs), in the order of the steps, finite in the padding
     lengths: Array | None
     rows: Array | None  # (time,) which row of γ and β each step takes, where each has its own
     input_slot: tuple[Any, ...]  # residuals of norm_ih
@@ -117,11 +117,9 @@ class Direction:
         this call (batch normalization only).
         """
         params, weights = _normalized_weights(params)
-        xp, cell = xp_of(x), self.cells[training]
+        cell = self.cells[training]
         by_batch = cell.variant.norm == "batch"
         mask = sequence_mask(x, lengths) if lengths is not None and (keep or (by_batch and training)) else None
-        if mask is not None:
-            x = xp.where(mask, x, 0.0)
         if self.reverse:
             x = reverse_sequences(x, lengths)
         residuals = None
@@ -177,9 +175,9 @@ class Direction:
         if batch and training and x.shape[0] != 0:
             tracked = [name for name, slot in cell.slots.items() if slot.normalizes]
             inside = dict(zip(tracked, zip(further[::2], further[1::2], strict=True), strict=True))
-            everywhere = lengths if lengths is None or reduce is None else _longest(x, lengths, reduce)
+            counted = _counted_steps(x, lengths, reduce, cell.variant.timed)
             values = _values(x, lengths, reduce, cell.variant.timed) if VALUES in buffers else None
-            buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, everywhere, momentum, values)
+            buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, counted, momentum, values)
         return y, state, buffers, RecurrentResiduals(params, {}, x, lengths, rows, input_residuals, scanned)
 
     def vjp(self, residuals: RecurrentResiduals, dy: Array | None, dstate: State, *, training: bool = False) -> tuple[Array, State, Params]:
@@ -305,11 +303,20 @@ def _values(x: Array, lengths: Array | None, reduce: Reduce | None, timed: bool)
     return counts if reduce is None else reduce(counts)
 
 
-def _longest(x: Array, lengths: Array, reduce: Reduce) -> Array:
-    """(1,): the number of steps of `x` (time, …) that some sequence has, in this process or in another."""
-    xp, mask = xp_of(x), sequence_mask(x, lengths)
-    steps = reduce(xp.astype(xp.any(mask, axis=(1, 2)), x.dtype))
-    return xp.sum(xp.astype(steps > 0, lengths.dtype), keepdims=True)
+def _counted_steps(x: Array, lengths: Array | None, reduce: Reduce | None, timed: bool) -> Array | None:
+    """(1,): the number of steps of `x` (time, batch, …) that have a variance, of two sequences at least; `None` where that is all.
+
+    Where the steps share their statistics it is 1 or 0, for two frames in all. The sequences are those of every process.
+    """
+    xp, (steps, batch) = xp_of(x), x.shape[:2]
+    if lengths is None and reduce is None and batch != 0:
+        return None
+    integer = default_integer(xp) if lengths is None else lengths.dtype
+    if lengths is None:
+        lengths = xp.full((batch,), steps, dtype=integer, device=device_of(x))
+    alive = sequence_mask(x, lengths)
+    count = xp.sum(xp.astype(alive, xp.float32), axis=(1, 2)) if timed else xp.sum(xp.astype(alive, xp.float32), keepdims=True)[:, 0, 0]
+    return xp.sum(xp.astype((count if reduce is None else reduce(count)) > 1, integer), keepdims=True)
 
 
 def _sum(terms: list[Array]) -> Array | None:

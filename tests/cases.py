@@ -13,6 +13,7 @@ import pytest
 import portnorm as pn
 from portnorm.layers.recurrent import Recurrent
 from portnorm.op import Op
+from portnorm.padding import pack_steps, unpack_steps, without_padding
 from portnorm.pointwise import sigmoid, split
 
 Arrays = tuple[Any, ...]
@@ -47,6 +48,7 @@ def _rows_beside_eps(rng: np.random.Generator) -> Arrays:
 
 
 MASK = np.array([[True, True, False], [True, False, False]])
+GAPS = np.array([[False, True, False], [True, False, False], [False, True, False], [True, False, False]])
 STATISTICS = {"mean": np.array([29.0, 30.0, 31.0]), "var": np.array([0.5, 1.0, 2.0])}
 
 OPS = [
@@ -80,6 +82,8 @@ OPS = [
     OpCase("weight_norm of rows beside eps", pn.weight_norm, _rows_beside_eps, {"eps": 0.25}),
     OpCase("weight_norm of empty rows", pn.weight_norm, _norm((4, 0), (4,))),
     OpCase("embedding", pn.embedding, lambda rng: (np.array([[0, 2, 2], [4, 0, 2]]), rng.standard_normal((5, 3)))),
+    OpCase("without_padding", without_padding, lambda rng: (rng.standard_normal((2, 3, 4)), MASK[:, :, None])),
+    *(OpCase(op.name, op, lambda rng: (rng.standard_normal((4, 3, 2)), GAPS)) for op in (pack_steps, unpack_steps)),
     OpCase("sigmoid", sigmoid, lambda rng: (rng.standard_normal((3, 4)) * 4,)),
     OpCase("mean_squared_error", pn.mean_squared_error, lambda rng: tuple(rng.standard_normal((2, 3, 4)))),
     OpCase(
@@ -125,7 +129,7 @@ OPS = [
     ),
 ]
 
-NOT_TESTED_AS_ARRAYS_OF_NUMBERS = {split.name, "normalize", "loop", "scan", "linear_scan", "reverse_sequences"}
+NOT_TESTED_AS_ARRAYS_OF_NUMBERS = {split.name, "normalize", "loop", "scan", "linear_scan", "reverse_sequences", "steps_so_far"}
 """Ops that other tests cover: the core through the public functions, the loop through the layers."""
 
 PRESETS = [(cell, name) for cell, table in pn.VARIANTS.items() for name in table]

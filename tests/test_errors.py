@@ -78,7 +78,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "padding without eps": (
         lambda: lstm(norm="fastrnns-decomposed")(SEQUENCE, lengths=[1, 2, 3]),
         pn.UnsupportedError,
-        "`lengths` with eps = 0",
+        "`lengths` or `mask` with eps = 0",
     ),
     "a mask of weights": (lambda: lstm()(SEQUENCE, mask=np.ones((6, 3))), pn.DTypeError, "`mask` has dtype float64; expected bool"),
     "a mask of another shape": (
@@ -86,7 +86,31 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         pn.ShapeError,
         r"`mask` has shape \(3, 6\); expected \(6, 3\)",
     ),
-    "a mask with holes": (lambda: lstm()(SEQUENCE, mask=np.eye(6, 3, dtype=bool)), pn.UnsupportedError, "`mask` is True after a False"),
+    "a mask of features in a recurrent layer": (
+        lambda: lstm()(SEQUENCE, mask=np.arange(6 * 3 * 4).reshape(6, 3, 4) % 5 > 0),
+        pn.ShapeError,
+        r"`mask` \(6, 3, 4\) lies along the axes \(0, 1, 2\) of the input; expected .* all but \(2,\)",
+    ),
+    "a mask along other axes than those of a later part": (
+        lambda: pn.Sequential(pn.BatchNorm(3), pn.Linear(4, 2))(SEQUENCE, mask=np.eye(6, 4, dtype=bool)),
+        pn.ShapeError,
+        r"`mask` \(6, 4\) lies along the axes \(0, 2\) of the input; expected .* the first ones, and not the last",
+    ),
+    "a mask of features before a linear layer": (
+        lambda: pn.Sequential(pn.BatchNorm(4, channel_axis=-1), pn.Linear(4, 2))(SEQUENCE, mask=np.indices((6, 3, 4)).sum(0) % 2 > 0),
+        pn.ShapeError,
+        r"`mask` \(6, 3, 4\) lies along the axes \(0, 1, 2\) of the input; expected .* the first ones, and not the last",
+    ),
+    "padding of rows without eps": (
+        lambda: pn.LayerNorm(4, eps=0.0)(SEQUENCE, lengths=[1, 2, 3]),
+        pn.UnsupportedError,
+        "`lengths` or `mask` with eps = 0",
+    ),
+    "lengths where there is no time": (
+        lambda: pn.Linear(4, 2)(np.ones((3, 4), "float32"), lengths=[1, 2, 3, 1]),
+        pn.ShapeError,
+        r"`lengths` needs `x` as \(time, batch, features\); got \(3, 4\)",
+    ),
     "a mask and lengths": (
         lambda: lstm()(SEQUENCE, lengths=[1, 2, 3], mask=np.ones((6, 3), bool)),
         pn.UnsupportedError,

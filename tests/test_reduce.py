@@ -26,13 +26,14 @@ class Meeting:
     """Processes as threads: `total(k)` is the hook of the k-th, which waits until all have brought an array."""
 
     def __init__(self, parties: int = PARTS):
-        self.barrier, self.brought, self.messages = threading.Barrier(parties, timeout=60), [None] * parties, [0] * parties
+        self.barrier, self.brought, self.messages = threading.Barrier(parties, timeout=20), [None] * parties, [0] * parties
 
     def total(self, k: int) -> Any:
         def reduce(a: Any) -> Any:
             self.brought[k] = a
             self.messages[k] += 1
             self.barrier.wait()
+            assert len({(b.shape, b.dtype) for b in self.brought}) == 1, "MPI, NCCL and gloo sum arrays of one shape and type"
             found = sum(self.brought[1:], start=self.brought[0])
             self.barrier.wait()
             return found
@@ -114,9 +115,11 @@ def _with(layer: Any, reduce: Any) -> Any:
     ("steps", "batch", "message"),
     [
         ((4, 5), (2, 2), r"has . steps, but 4.5 is the average of the 2 processes that `reduce` sums over; .* pad `x`, and give `lengths`"),
-        ((4, 4), (2, 0), r"`x` is empty in 1 of 2 processes"),
+        ((4, 3), (2, 0), r"has . steps, but 3.5 is the average of the 2 processes"),
+        ((4, 4), (0, 0), r"has no sequence in all 2 processes that `reduce` sums over"),
+        ((4, 4), (1, 0), r"has one sequence in all 2 processes that `reduce` sums over"),
     ],
-    ids=["steps", "empty"],
+    ids=["steps", "steps of an empty part", "empty", "one sequence"],
 )
 def test_parts_that_do_not_fit_are_an_error_in_every_process(steps: Any, batch: Any, message: str) -> None:
     """And not a process that waits for messages of another."""
@@ -329,6 +332,121 @@ def test_one_process_is_the_whole(rng: np.random.Generator) -> None:
         np.testing.assert_allclose(pullback(dy)[0] / scale, their_pullback(dy)[0] / scale, **relative("float32"))
 
 
-def test_an_empty_part_is_an_error() -> None:
-    with pytest.raises(pn.ShapeError, match=r"`x` \(0, 3\) is empty; expected a value for each channel in every process"):
-        pn.batch_norm(np.ones((0, 3)), reduce=lambda a: a)
+@pytest.mark.parametrize("counts", [(0, 0), (1, 0), (0, 1)], ids=str)
+def test_a_whole_without_spread_is_an_error_in_every_process(counts: Any) -> None:
+    def work(k: int, reduce: Any) -> str:
+        with pytest.raises(pn.ShapeError) as raised:
+            pn.batch_norm(np.ones((counts[k], 3)), reduce=reduce)
+        return str(raised.value)
+
+    for said in Meeting().all(work):
+        assert ("is empty in every process" if sum(counts) == 0 else "is one value per channel in all processes") in said
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-30])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2), (4, 3, 0)], ids=str)
+def test_an_empty_part_adds_nothing(shape: Any, masked: bool, eps: float, rng: np.random.Generator) -> None:
+    """The other has what one process has, forward, backward and in the layer's statistics; where one part has a mask, too."""
+    full = (5, *shape[1:]) if shape[0] == 0 else (4, 3, 6)
+    x, dy = 1e4 + rng.standard_normal(full), rng.standard_normal(full)
+    w, b = rng.uniform(0.5, 2.0, 3), rng.standard_normal(3)
+    mask = np.arange(x[:, 0].size).reshape(x[:, 0].shape) % 4 != 1 if masked else None
+
+    def layer(reduce: Any) -> Any:
+        made = pn.BatchNorm(3, eps=eps, dtype="float64", reduce=reduce)
+        made.load_state_dict({**made.state_dict(), "weight": w, "bias": b})
+        return made
+
+    def work(k: int, reduce: Any) -> Any:
+        own = layer(reduce)
+        part, cotangent = (x, dy) if k == 0 else (np.zeros(shape), np.zeros(shape))
+        y, pullback = own.vjp(part, mask=mask if k == 0 else None, training=True)
+        return y, *pullback(cotangent), own.buffers
+
+    first, second = (found := Meeting()).all(work)
+    assert found.messages[0] == found.messages[1]
+    whole = layer(None)
+    y, pullback = whole.vjp(x, mask=mask, training=True)
+    dx, grads = pullback(dy)
+    for mine, theirs in zip((*first[:2], *first[2].values()), (y, dx, *grads.values()), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-9)
+    assert second[0].shape == second[1].shape == shape
+    assert not any(np.any(g) for g in second[2].values())
+    for name, buffer in whole.buffers.items():
+        for part in (first, second):
+            np.testing.assert_allclose(part[3][name], buffer, **relative("float64"))
+
+
+@pytest.mark.parametrize("lengths", [None, [2, 3, 5, 4, 1]], ids=["whole", "ragged"])
+@pytest.mark.parametrize(("cell", "norm"), BATCH_CELLS)
+def test_an_empty_part_of_a_stack_adds_nothing(cell: str, norm: str, lengths: Any, rng: np.random.Generator) -> None:
+    start = random_recurrent(cell, norm, rng, num_layers=2, bidirectional=True)
+    x, dy = rng.standard_normal((5, 5, 4)), rng.standard_normal((5, 5, 6))
+
+    def work(k: int, reduce: Any) -> Any:
+        rows, layer = slice(0, 5 if k == 0 else 0), _with(start, reduce)
+        y, _, pullback = layer.vjp(x[:, rows], None, None if lengths is None else lengths[rows], training=True)
+        dx, _, grads = pullback(dy[:, rows])
+        return y, dx, grads, layer.buffers
+
+    first, second = (found := Meeting()).all(work)
+    assert found.messages[0] == found.messages[1]
+    whole = start.copy()
+    y, _, pullback = whole.vjp(x, None, lengths, training=True)
+    dx, _, grads = pullback(dy)
+    for mine, theirs in zip((*first[:2], *first[2].values()), (y, dx, *grads.values()), strict=True):
+        np.testing.assert_allclose(mine, theirs, **relative("float64", RECURRENT))
+    assert second[0].shape == (5, 0, 6)
+    assert not any(np.any(g) for g in second[2].values())
+    for name, buffer in whole.buffers.items():
+        for part in (first, second):
+            np.testing.assert_allclose(part[3][name], buffer, **relative("float64", RECURRENT), err_msg=name)
+
+
+def test_a_step_of_one_sequence_in_all_processes_changes_no_statistics(rng: np.random.Generator) -> None:
+    """The longest sequences of two processes make one step with a variance; what only one of them has makes none."""
+    start = pn.GRU(4, 3, norm="batch", dtype="float64", t_max=5, rng=0)
+    x, lengths = rng.standard_normal((5, 4, 4)), [[3, 1], [4, 0]]
+
+    def work(k: int, reduce: Any) -> Any:
+        layer = _with(start, reduce)
+        layer(x[:, 2 * k : 2 * k + 2], lengths=lengths[k], training=True)
+        return layer.buffers
+
+    for buffers in Meeting().all(work):
+        np.testing.assert_array_equal(buffers["num_batches_tracked_l0"], [1, 1, 1, 0, 0])
+        np.testing.assert_array_equal(buffers["norm_hh_l0.running_var"][3:], 1.0)
+
+
+EMPTY = """
+found = {}
+if rank == 0:
+    x, dy = torch.tensor(given["x"]), torch.tensor(given["dy"])
+else:
+    x, dy = (torch.zeros((6, 0, n), dtype=torch.float64) for n in (3, 4))
+norm = pn.BatchNorm(3, channel_axis=-1, xp=torch, dtype="float64", reduce=total)
+lstm = pn.LSTM(3, 4, norm="batch", t_max=4, xp=torch, dtype="float64", rng=0, reduce=total)
+y, _, pullback = pn.Sequential(norm, lstm).vjp(x, training=True)
+found |= {name: total(g) for name, g in pullback(dy)[2].items()}
+found |= {f"buffer {name}": b for part in (norm, lstm) for name, b in part.buffers.items()}
+for wrong in (torch.zeros((6, 0, 3), dtype=torch.float64), torch.zeros((6, 1 - rank, 3), dtype=torch.float64)):
+    try:
+        lstm(wrong, training=True)
+        raise SystemExit("no error")
+    except pn.ShapeError:
+        pass
+"""
+
+
+@pytest.mark.peers
+def test_an_empty_process_leaves_no_one_waiting(tmp_path: Path, rng: np.random.Generator) -> None:
+    """With gloo, which waits for what is not sent: a part without sequences, and errors that both raise."""
+    x, dy = rng.standard_normal((6, 5, 3)), rng.standard_normal((6, 5, 4))
+    parts = found_by(EMPTY, {"x": x, "dy": dy}, tmp_path)
+    norm, lstm = pn.BatchNorm(3, channel_axis=-1, dtype="float64"), pn.LSTM(3, 4, norm="batch", t_max=4, dtype="float64", rng=0)
+    _, _, pullback = pn.Sequential(norm, lstm).vjp(x, training=True)
+    expected = pullback(dy)[2] | {f"buffer {name}": b for part in (norm, lstm) for name, b in part.buffers.items()}
+    for part in parts:
+        for name, whole in expected.items():
+            np.testing.assert_allclose(part[name], whole, rtol=1e-9, atol=1e-9, err_msg=name)

@@ -11,6 +11,8 @@ import dask.array
 import numpy
 
 from portnorm.arrays import Array, DType, Kernel, Library, Namespace
+from portnorm.op import Op
+from portnorm.padding import pack_steps, unpack_steps
 from portnorm.scan import reverse_sequences
 
 
@@ -60,4 +62,23 @@ def _smallest(dtype: DType) -> Any:
     return -numpy.inf if dtype.kind == "f" else numpy.iinfo(dtype).min
 
 
-LIBRARY = Library("dask", namespace=DaskNamespace, kernels={"reverse_sequences": Kernel(_reversed, _forward)}, is_concrete=lambda x: False)
+def _by_sequence(op: Op[..., Any]) -> Kernel:
+    """An Op of (time, batch, features) and a mask (time, batch), with each sequence in one piece."""
+
+    def call(x: Array, mask: Array, **attrs: Any) -> Array:
+        whole, steps = x.rechunk({0: -1}), mask.rechunk({0: -1})
+        return dask.array.blockwise(functools.partial(op, **attrs), "tbf", whole, "tbf", steps, "tb", dtype=x.dtype, meta=whole._meta)
+
+    return Kernel(call, lambda x, mask, **attrs: (call(x, mask, **attrs), mask))
+
+
+LIBRARY = Library(
+    "dask",
+    namespace=DaskNamespace,
+    kernels={
+        "reverse_sequences": Kernel(_reversed, _forward),
+        "pack_steps": _by_sequence(pack_steps),
+        "unpack_steps": _by_sequence(unpack_steps),
+    },
+    is_concrete=lambda x: False,
+)

@@ -73,9 +73,14 @@ def _sigmoid(x: Array) -> tuple[Array, tuple[Array]]:
     return y, (y,)
 
 
+def _steps_so_far(mask: Array) -> Array:
+    """What array-api-compat calls for it, torch.compile does not follow without a warning."""
+    return torch.cumsum(mask, dim=0)
+
+
 LIBRARY = Library(
     "torch",
-    kernels={"sigmoid": Kernel(call=torch.sigmoid, forward=_sigmoid)},
+    kernels={"sigmoid": Kernel(call=torch.sigmoid, forward=_sigmoid), "steps_so_far": Kernel(call=_steps_so_far)},
     is_concrete=_is_concrete,
     autodiff=Autodiff(_records, _call, constant=lambda x: x.detach(), is_passing=_is_passing),
     namespace=array_api_compat.torch,

@@ -205,7 +205,8 @@ class _Call:
     @property
     def inputs(self) -> tuple[str, ...]:
         states = [f"{name}_0" for name in state_names(self.layer)] if self.shape.state else []
-        return ("x", *(("lengths",) if self.shape.lengths else ()), *states)
+        counted = ("lengths",) if self.shape.lengths else ("mask",) if self.shape.mask else ()
+        return ("x", *counted, *states)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -262,19 +263,23 @@ class _Recorder:
         dtype = getattr(torch, kind)
         if torch.is_autocast_enabled(x.device.type):
             x, state = mapped(lambda a: a.to(dtype) if a.is_floating_point() else a, (x, state))
-        checked_call(module.to_layer(), {}, dtype if any(True for _ in module.parameters()) else None, x, state, None)
-        axis = 1 if layer.batch_first else 0
-        if mask is not None:
-            lengths = mask.sum(axis)
+        checked_call(module.to_layer(), {}, dtype if any(True for _ in module.parameters()) else None, x, state, None, mask)
         if lengths is not None and not layer.recurrent:
             raise UnsupportedError(f"layer {path!r} is called with `lengths`, which is exported for recurrent layers only")
         if layer.takes_integers:
             x = x.to(torch.int64)
         counted = [] if lengths is None else [torch.as_tensor(lengths, device=x.device).to(torch.int64)]
+        if mask is not None:
+            away = [axis for axis in layer.feature_axes(x.ndim) if mask.ndim == x.ndim]
+            shape_of_mask = [n for axis, n in enumerate(x.shape) if axis not in layer.feature_axes(x.ndim)]
+            mask = mask.squeeze(away) if away else mask
+            counted = [mask if tuple(mask.shape) == tuple(shape_of_mask) else mask.expand(shape_of_mask)]
         own = layer.input_dims() if layer.recurrent else tuple(f"d{k}" for k in range(x.ndim))
         free = [isinstance(d, str) and (layer.recurrent or not isinstance(n, int)) for d, n in zip(own, x.shape, strict=True)]
         dims = tuple(d if is_free else int(n) for d, n, is_free in zip(own, x.shape, free, strict=True))
-        shape = self.shape._replace(dtype=kind, lengths=lengths is not None, state=state is not None, input_shape=dims)
+        shape = self.shape._replace(
+            dtype=kind, lengths=lengths is not None, mask=mask is not None, state=state is not None, input_shape=dims
+        )
         call = _Call(f"call_{len(self.calls)}", path, layer, shape)
         self.calls.append(call)
         lengths_of = dict(zip(own, x.shape, strict=True))

@@ -12,11 +12,12 @@ from portnorm.arrays import leaves, mapped, require_extra
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import checked_time
+from portnorm.padding import Mask
 from portnorm_onnx.export import export
 from portnorm_onnx.signature import TIME, named_state
 from portnorm_onnx.symbolic import NumPyArray
 
-_Key = tuple[bool, tuple[int, ...]]
+_Key = tuple[str, tuple[int, ...]]
 _lock = threading.Lock()
 
 
@@ -33,10 +34,11 @@ if hasattr(os, "register_at_fork"):
 def compile(model: Layer, *, threads: int = 1) -> Compiled:  # noqa: A001  # the name that users of torch look for
     """`model` in inference mode as a function that onnxruntime computes: `y`, or `(y, state)` for a recurrent model, from NumPy arrays.
 
-    The call takes what the model takes: `x`, `state`, `lengths` or `mask`. On the first call, and on the first with `lengths`, the model is
-    exported to memory and checked as `portnorm.export` does; a model without time is compiled for every shape beyond the batch. Parameters
-    and statistics are those of the moment of `compile`. Calls may come from many threads at once, and after a fork. `threads` are what
-    onnxruntime computes one call with. Raises `UnsupportedError` for what is no layer, and what `portnorm.export` raises.
+    The call takes what the model takes: `x`, `state`, `lengths` or `mask`. On the first call, and on the first with `lengths` and with
+    `mask`, the model is exported to memory and checked as `portnorm.export` does; a model without time is compiled for every shape beyond
+    the batch. Parameters and statistics are those of the moment of `compile`. Calls may come from many threads at once, and after a fork.
+    `threads` are what onnxruntime computes one call with. Raises `UnsupportedError` for what is no layer, and what `portnorm.export`
+    raises.
 
     >>> import numpy as np, portnorm as pn
     >>> lstm = pn.LSTM(3, 4, norm="layer", rng=0)
@@ -74,11 +76,14 @@ class Compiled:
         if x.size == 0:  # onnxruntime's loops take no sequence of no steps
             return model(x, state, lengths, mask=mask)
         feed = {"x": x.astype(numpy.int64, copy=False) if model.takes_integers else x}
-        if counted is not None:
-            feed["lengths"] = numpy.asarray(counted, dtype=numpy.int64)
+        given = ""
+        if isinstance(counted, Mask) or (counted is not None and not model.recurrent):
+            given, feed["mask"] = "mask", self._mask(x, counted)
+        elif counted is not None:
+            given, feed["lengths"] = "lengths", numpy.asarray(counted, dtype=numpy.int64)
         if model.recurrent:
             feed |= self._states(x, state)
-        session = self._session((counted is not None, () if model.recurrent else x.shape[1:]))
+        session = self._session((given, () if model.recurrent else x.shape[1:]))
         y, *after = session.run(None, feed)
         if not model.recurrent:
             return y
@@ -120,15 +125,25 @@ class Compiled:
                     self._sessions[mine] = ort.InferenceSession(self._graphs[key], options, providers=["CPUExecutionProvider"])
         return self._sessions[mine]
 
-    def _exported(self, lengths: bool, shape: tuple[int, ...]) -> bytes:
-        given: tuple[int | str, ...] | None = None if self._model.recurrent else ("batch", *shape)
+    def _mask(self, x: NumPyArray, counted: Any) -> NumPyArray:
+        """What counts of `x`, along all axes but those of its features."""
+        valid, features = self._model.valid(x, counted), self._model.feature_axes(x.ndim)
+        if any(valid.shape[axis] != 1 for axis in features):
+            raise UnsupportedError(f"`mask` of shape {valid.shape} varies along the features, which no graph takes; call the model itself")
+        shape = tuple(n for axis, n in enumerate(x.shape) if axis not in features)
+        mask: NumPyArray = numpy.broadcast_to(numpy.squeeze(valid, axis=features), shape)
+        return mask
+
+    def _exported(self, given: str, shape: tuple[int, ...]) -> bytes:
+        dims: tuple[int | str, ...] | None = None if self._model.recurrent else ("batch", *shape)
         report = export(
             self._model,
             None,
             target="onnxruntime",
-            lengths=lengths,
+            lengths=given == "lengths",
+            mask=given == "mask",
             state=self._model.recurrent,
-            input_shape=given,
+            input_shape=dims,
             dtype=self._model.dtype,
         )
         assert report.model is not None

@@ -21,7 +21,7 @@ from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.metadata import described, rounded
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report
-from portnorm_onnx.signature import first_states, named_state, state_inputs
+from portnorm_onnx.signature import first_states, mask_dims, named_state, state_inputs
 from portnorm_onnx.storage import Draft, as_function, is_large
 from portnorm_onnx.symbolic import constant, graph_input
 from portnorm_onnx.targets import Target, TargetName, check_dtype, check_types, checker, target_of
@@ -41,6 +41,7 @@ def export(
     fold: bool = True,
     accurate: bool = False,
     lengths: bool = True,
+    mask: bool = False,
     state: bool = False,
     input_shape: tuple[int | str, ...] | None = None,
     inputs: Iterable[Any] | None = None,
@@ -52,9 +53,11 @@ def export(
     """Write `model` in inference mode as an ONNX file, after the graph was checked against the model in onnxruntime.
 
     The graph's input is `x`, its output `y`; lengths that are not fixed are named "batch" and "time". A recurrent model also takes
-    `lengths` (batch,), int64, unless `lengths=False`; with `state=True` it takes `h_0`, `c_0` (and `time_0` for batch normalization)
-    and gives `h_n`, `c_n`, `time_n`; a model of several recurrent layers has the layer's number before these names (`1.h_0`). With
-    `streaming=True` the graph is one step: `x` (batch, features), the states, no time axis and no `lengths`.
+    `lengths` (batch,), int64, unless `lengths=False`; with `mask=True` any model takes `mask` in their stead, bool, shaped like `x` without
+    its features: (time, batch) for a recurrent one, or (batch, time) with `batch_first`. With `state=True` a recurrent model takes `h_0`,
+    `c_0` (and `time_0` for batch normalization) and gives `h_n`, `c_n`, `time_n`; a model of several recurrent layers has the layer's
+    number before these names (`1.h_0`). With `streaming=True` the graph is one step: `x` (batch, features), the states, no time axis, no
+    `lengths` and no `mask`.
 
     `target` names who will run the graph: "portable" (all of them), "onnxruntime", "openvino", "tract", "web" or "tensorrt"; any opset from
     18 to 26 (18 unless stated, for onnxruntime 23). `dtype` converts first: float16, bfloat16, float32 or float64. `fold` writes batch
@@ -82,12 +85,16 @@ def export(
     row = target_of(target)
     version = checked_opset(opset, row)
     checked_path(path)
+    if streaming and mask:
+        raise UnsupportedError("`mask` is for sequences; a streaming graph is one step, which is left out by not taking it")
     if streaming and (not model.recurrent or any(part.goes_back for part in recurrent_parts(model))):
         raise UnsupportedError("`streaming` needs a recurrent model that goes forward only; a reverse direction starts at the end")
     kind = _dtype_of(model, dtype, row)
     model = rounded(model.to(xp="numpy", dtype="float32" if kind == "bfloat16" else kind), kind)
     named = Names(prefix, dict(names or {}))
-    shape = Shape(version, row, kind, fold and not accurate, accurate, lengths, state, input_shape, named, streaming)
+    shape = Shape(
+        version, row, kind, fold and not accurate, accurate, lengths and not mask, state, input_shape, named, streaming, mask=mask
+    )
     started = time.perf_counter()
     proto = trace(model, shape)
     seconds = time.perf_counter() - started
@@ -123,6 +130,7 @@ class Shape(NamedTuple):
     streaming: bool = False
     gives: tuple[str, ...] | None = None
     """The outputs that are wanted; by itself `y`, and the states where they are inputs."""
+    mask: bool = False
 
 
 def checked_opset(opset: int | None, target: Target) -> int:
@@ -155,6 +163,9 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     if shape.lengths and model.recurrent and not shape.streaming:
         lengths = graph_input("lengths", "int64", ("batch",), rows)
         inputs.append(lengths)
+    mask = graph_input("mask", "bool", mask_dims(model, dims), rows) if shape.mask else None
+    if mask is not None:
+        inputs.append(mask)
     kept = dtype if dtype.itemsize >= 4 else numpy.dtype("float32")  # of running statistics
     groups = ((model.params, dtype), (model.buffers, kept))
     params, buffers = ({n: constant(_cast(to_numpy(a), t), n) for n, a in group.items()} for group, t in groups)
@@ -162,7 +173,7 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     if stateful:
         states, before = state_inputs(model, rows, dtype)
         inputs += states
-    y, after, _ = model.apply(params, buffers, x, before, lengths)
+    y, after, _ = model.apply(params, buffers, x, before, lengths, mask=mask)
     outputs = {"y": NAMESPACE.squeeze(y, axis=axis) if shape.streaming and model.keeps_time else y}
     if last and model.recurrent:
         outputs |= named_state(model, after, "_n")

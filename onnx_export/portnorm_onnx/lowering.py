@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat.numpy as known
+import ml_dtypes
 import numpy
-from onnx import helper
+from onnx import TensorProto, helper
 
 from portnorm.arrays import statistics_dtype
 from portnorm_onnx.fold import folded, product, table_rows
@@ -154,6 +155,32 @@ def _before(x: SymbolicArray, axis: int, *op_types: str) -> SymbolicArray | None
     return source if same else None
 
 
+def _astype(x: SymbolicArray, dtype: Any) -> SymbolicArray:
+    """tract takes what is cast to int64 for a length, which no loop can carry."""
+    if x.dtype == bool and dtype == "int64" and x.opset is not None and not x.opset.target.length_outputs:
+        return node("Where", x, constant(numpy.int64(1)), constant(numpy.int64(0)))
+    return node("Cast", x, to=int(helper.np_dtype_to_tensor_dtype(numpy.dtype(dtype))))
+
+
+def _cumulative_sum(x: SymbolicArray, axis: int) -> SymbolicArray:
+    """In int32, since tract has no sum of what it takes for lengths."""
+    return node("Cast", node("CumSum", node("Cast", x, to=TensorProto.INT32), constant(numpy.int64(axis))), to=TensorProto.INT64)
+
+
+def _without_padding(x: SymbolicArray, there: SymbolicArray) -> SymbolicArray:
+    """Integers alone: a table has no row for any number. What is made of others in the padding is left out where it could matter."""
+    return x if numpy.dtype(x.dtype).kind == "f" or x.dtype == ml_dtypes.bfloat16 else _where(there, x, 0)
+
+
+def _pack_steps(x: SymbolicArray, mask: SymbolicArray) -> SymbolicArray:
+    """Every step goes to its place; to sort them would take TopK, which tract does not run where the number of steps is not known."""
+    xp = NAMESPACE
+    x, steps = xp.where(mask[:, :, None], x, 0.0), xp.astype(mask, "int64")
+    seen, left_out = xp.cumulative_sum(steps, axis=0), xp.cumulative_sum(1 - steps, axis=0)
+    place = xp.where(mask, seen, xp.sum(steps, axis=0, keepdims=True) + left_out) - 1
+    return node("ScatterElements", x, xp.broadcast_to(place[:, :, None], x.shape), x, axis=0)
+
+
 def _concat(arrays: Sequence[SymbolicArray], axis: int = 0) -> SymbolicArray:
     return arrays[0] if len(arrays) == 1 else node("Concat", *arrays, axis=axis)
 
@@ -222,11 +249,13 @@ _ARRAY_API: dict[str, Row] = {
     "where": _where,
     "clip": lambda x, low, high: node("Clip", x, *(constant(numpy.asarray(bound, dtype=x.dtype)) for bound in (low, high))),
     "isfinite": _is_finite,
-    "astype": lambda x, dtype: node("Cast", x, to=int(helper.np_dtype_to_tensor_dtype(numpy.dtype(dtype)))),
+    "astype": _astype,
     "mean": _reduce("ReduceMean"),
     "sum": _reduce("ReduceSum"),
     "max": _reduce("ReduceMax"),
     "min": _reduce("ReduceMin"),
+    "any": lambda x, axis=None: node("Cast", _reduce("ReduceMax")(node("Cast", x, to=TensorProto.INT64), axis), to=TensorProto.BOOL),
+    "cumulative_sum": _cumulative_sum,
     "reshape": _reshape,
     "getitem": _getitem,
     "flip": _flip,
@@ -248,6 +277,8 @@ _OPS: dict[str, Row] = {
     "embedding": lambda ids, weight: node("Gather", weight, ids, axis=0),
     "normalize": normalize,
     "loop": loop,
+    "pack_steps": _pack_steps,
+    "without_padding": _without_padding,
     "scan": fused,
 }
 
@@ -265,4 +296,4 @@ def opset(version: int, target: Target, *, fold: bool, final_state: bool, accura
 
 def training_opset(version: int) -> Opset:
     """The same for a graph that goes backward too: no operator gives out what the vjps of normalizations and cells need."""
-    return Opset(version, {name: row for name, row in OPSETS[version].items() if name not in ("normalize", "scan")})
+    return Opset(version, {name: row for name, row in OPSETS[version].items() if name not in ("normalize", "scan", "without_padding")})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from portnorm.arrays import leaves, mapped
@@ -53,6 +53,12 @@ def state_inputs(model: Layer, opset: Opset, dtype: Any) -> tuple[list[SymbolicA
             inputs.append(graph_input(f"{prefix}{TIME}_0", "int64", (), opset))
     flat = iter(inputs)
     return inputs, mapped(lambda _: next(flat), model.initial_state(1))
+
+
+def mask_dims(model: Layer, dims: Sequence[int | str]) -> tuple[int | str, ...]:
+    """The shape of the mask for an input of this shape: without its features."""
+    features = model.feature_axes(len(dims))
+    return tuple(d for axis, d in enumerate(dims) if axis not in features)
 
 
 def first_states(model: Layer) -> Any:

@@ -109,9 +109,9 @@ class _Step:
         params, buffers = ({name: values[name] for name in group} for group in (self.model.params, self.model.buffers))
         flat = iter([values[f"optimizer.{name}"] for name, _ in _flat(self.state)])
         state = mapped(lambda _: next(flat), self.state)
-        y, _, new_buffers, residuals = self.model.forward(params, buffers, x, before, lengths, True, True)
+        y, _, new_buffers, model_pullback = self.model.pure_vjp(params, buffers, x, before, lengths, training=True)
         value, pullback = vjp(self.loss, y, target)
-        grads = self.model.backward(residuals, pullback(_one_like(value))[0], None, True)[2]
+        grads = model_pullback(pullback(_one_like(value))[0])[2]
         found = {"loss": value}
         if self.clip is not None:
             grads, found["gradient_norm"] = clip_by_global_norm(grads, self.clip)
@@ -166,7 +166,7 @@ def _check(draft: Draft, step: _Step, *, state: bool, lengths: bool) -> list[Com
     dtype = numpy.dtype(step.model.dtype).name
     double = _Step(step.model.to(dtype="float64"), step.loss, step.optimizer, step.clip)
     rng = numpy.random.default_rng(0)
-    x, lens = max(random_inputs(step.model, step.model.input_dims(), lengths), key=lambda case: case[0].size)
+    x, lens = max(random_inputs(step.model, step.model.input_dims(), "lengths" if lengths else None), key=lambda case: case[0].size)
     batch = x.shape[0 if step.model.batch_first else 1] if step.model.recurrent else x.shape[0]
     before: Any = step.model.initial_state(batch, noise=0.1, rng=rng) if state else None
     y = step.model.apply(step.model.params, step.model.buffers, x, before, lens)[0]

@@ -27,11 +27,12 @@ from portnorm.layers.layer import Layer
 from portnorm_onnx.metadata import graph_facts, load_layer, rounded
 from portnorm_onnx.report import Comparison, Outcome, Report
 from portnorm_onnx.runtimes import RUNTIMES, Session, runtime_of, session_of
-from portnorm_onnx.signature import TIME, named_state, recurrent_places, state_names
+from portnorm_onnx.signature import TIME, mask_dims, named_state, recurrent_places, state_names
 from portnorm_onnx.storage import Draft
 
 NumPyArray = numpy.ndarray[Any, Any]
 Inputs = tuple[NumPyArray, NumPyArray | None]
+"""`x`, and the lengths or the mask, if the graph takes one."""
 
 # One step: units in the last place of the largest value, at least of 1; 16 units of float32 are 1.9e-6. A matrix product summed in another
 # order moves a state by a few units. float64 has more room, since runtimes keep epsilon and some tables of constants in float32.
@@ -48,7 +49,7 @@ ROUNDINGS = 8
 FACTOR = 10.0
 FLOOR = {"float16": 4e-3, "bfloat16": 4e-2, "float32": 1e-6, "float64": 1e-11}
 
-# (time, batch) of the cases; with `lengths`, every case but the first is ragged.
+# (time, batch) of the cases; with `lengths`, every case but the first is ragged, with `mask` it has gaps.
 CASES = ((1, 1), (1, 3), (5, 2), (24, 7))
 
 
@@ -66,7 +67,8 @@ def verify(
     """Check the ONNX file at `path` against `model`, or the layer that the file says it holds, in the named runtimes.
 
     The file passes onnx's checker and strict shape inference; then it runs on random inputs of several (time, batch), ragged where it
-    takes `lengths`, or on `inputs`, each `x` or `(x, lengths)`. See this module for the two gates. Returns a `Report`.
+    takes `lengths`, with gaps where it takes `mask`, or on `inputs`, each `x`, `(x, lengths)` or `(x, mask)`. See this module for the two
+    gates. Returns a `Report`.
     Raises `ConformanceError` with the first output and step that differs, `ExportError` where the file is no valid graph or a runtime does
     not run it, and `MissingExtraError` where a runtime is not installed. With `runtimes="all"` every runtime has its row in
     `report.outcomes`, those that are not installed named as such, and what failed is there instead of raised.
@@ -168,8 +170,8 @@ class Graph:
         dtype = dtype or numpy.dtype(eager.dtype).name
         given = [i.name for i in proto.graph.input]
         states = [f"{name}_0" for name in state_names(eager)]
-        if not given or given[0] != "x" or not set(given) <= {"x", "lengths", *states}:
-            raise ExportError(f"the graph has inputs {given}; expected x, and perhaps lengths or {', '.join(states)}")
+        if not given or given[0] != "x" or not set(given) <= {"x", "lengths", "mask", *states}:
+            raise ExportError(f"the graph has inputs {given}; expected x, and perhaps lengths, mask or {', '.join(states)}")
         return cls(draft, proto, rounded(eager, dtype), dtype, facts["prefix"], facts["streaming"])
 
     @property
@@ -179,13 +181,20 @@ class Graph:
     def session(self, runtime: str, proto: onnx.ModelProto | None = None) -> Session:
         return session_of(runtime, self.draft.loadable(self.proto if proto is None else proto))
 
-    def feed(self, x: NumPyArray, lengths: NumPyArray | None, state: Any) -> dict[str, NumPyArray]:
-        """The inputs of the graph. Without `state` the states are those before the first step."""
+    @property
+    def counts(self) -> str | None:
+        """The name of the input that says what counts."""
+        return next((name for name in ("lengths", "mask") if name in self.inputs), None)
+
+    def feed(self, x: NumPyArray, counted: NumPyArray | None, state: Any) -> dict[str, NumPyArray]:
+        """The inputs of the graph. Without `state` the states are those before the first step, without lengths or a mask all counts."""
         found = {"x": x if self.model.takes_integers else x.astype(self._element)}
         batch, steps = _batch(self.model, x), _steps(self.model, x)
         if "lengths" in self.inputs:
-            found["lengths"] = numpy.full(batch, steps) if lengths is None else numpy.asarray(lengths, dtype=numpy.int64)
-        if any(name not in ("x", "lengths") for name in self.inputs):
+            found["lengths"] = numpy.full(batch, steps) if counted is None else numpy.asarray(counted, dtype=numpy.int64)
+        if "mask" in self.inputs:
+            found["mask"] = numpy.ones(mask_dims(self.model, x.shape), bool) if counted is None else numpy.asarray(counted)
+        if any(name not in ("x", "lengths", "mask") for name in self.inputs):
             state = self.model.initial_state(batch) if state is None else state
             found |= {name: self._own(a) for name, a in named_state(self.model, state, "_0").items()}
         return found
@@ -203,7 +212,7 @@ class Graph:
         axis = 1 if self.model.batch_first else 0
 
         def run(feed: Mapping[str, Any]) -> dict[str, Any]:
-            x, values, ys = feed["x"], {n: a for n, a in feed.items() if n not in ("x", "lengths")}, []
+            x, values, ys = feed["x"], {n: a for n, a in feed.items() if n not in ("x", "lengths", "mask")}, []
             for t in range(x.shape[axis]):
                 found = session({"x": numpy.take(x, t, axis=axis), **values})
                 values = {f"{n.removesuffix('_n')}_0": a for n, a in found.items() if n != "y"}
@@ -232,14 +241,14 @@ def _batch(model: Layer, x: NumPyArray) -> int:
 
 
 def random_cases(graph: Graph) -> list[Inputs]:
-    """Standard normal inputs for the named lengths of the graph's `x`, with ragged lengths if it takes them."""
+    """Standard normal inputs for the named lengths of the graph's `x`, with ragged lengths or a mask if it takes them."""
     dims = [d.dim_value or d.dim_param for d in graph.proto.graph.input[0].type.tensor_type.shape.dim]
     if graph.streaming:
         dims.insert(1 if graph.model.batch_first else 0, "time")
-    return random_inputs(graph.model, dims, "lengths" in graph.inputs)
+    return random_inputs(graph.model, dims, graph.counts)
 
 
-def random_inputs(model: Layer, dims: Sequence[int | str], lengths: bool) -> list[Inputs]:
+def random_inputs(model: Layer, dims: Sequence[int | str], counts: str | None) -> list[Inputs]:
     """The same for a model and the shape of its `x`."""
     rng = numpy.random.default_rng(0)
     cases: list[Inputs] = []
@@ -250,8 +259,20 @@ def random_inputs(model: Layer, dims: Sequence[int | str], lengths: bool) -> lis
         x = rng.standard_normal(shape).astype(model.dtype) if not model.takes_integers else rng.integers(0, _entries(model), shape)
         ragged = rng.integers(1, steps + 1, size=batch)
         ragged[0] = steps
-        cases.append((x, ragged if lengths else None))
+        cases.append((x, None if counts is None else ragged if counts == "lengths" else _random_mask(model, shape, rng)))
     return cases
+
+
+def _random_mask(model: Layer, shape: Sequence[Any], rng: numpy.random.Generator) -> NumPyArray:
+    """Gaps anywhere but in the first case; then, in turn, nothing at all, padding in front, and padding behind."""
+    dims: Any = mask_dims(model, shape)
+    mask: NumPyArray = rng.uniform(size=dims) < (1.0 if math.prod(dims) == 1 else 0.7)
+    if model.recurrent and math.prod(dims) > 1:
+        steps = mask if model.batch_first else mask.T  # (batch, time)
+        count, order = steps.sum(axis=1, keepdims=True), numpy.arange(steps.shape[1])
+        for first, rows in enumerate((numpy.zeros_like(steps), order >= steps.shape[1] - count, order < count)):
+            steps[1 + first :: 4] = rows[1 + first :: 4]
+    return mask
 
 
 def _entries(model: Layer) -> int:
@@ -261,10 +282,11 @@ def _entries(model: Layer) -> int:
 
 def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs) -> Comparison:
     """The graph's distance to the float64 run against the eager run's distance to it, over the whole input."""
-    model, dtype, (x, lengths) = graph.model, graph.dtype, case
-    outputs = session(graph.feed(x, lengths, None))
-    eager = _outputs(model, x, lengths)
-    exact = _outputs(model.to(dtype="float64"), floats(wide, x), lengths)
+    model, dtype, (x, counted) = graph.model, graph.dtype, case
+    given = {} if counted is None or graph.counts is None else {graph.counts: counted}
+    outputs = session(graph.feed(x, counted, None))
+    eager = _outputs(model, x, given)
+    exact = _outputs(model.to(dtype="float64"), floats(wide, x), given)
     comparisons = []
     for name, result in outputs.items():
         if name.endswith("time_n"):
@@ -272,7 +294,7 @@ def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs) -> C
         difference, eager_difference = _distance(name, result, exact[name]), _distance(name, eager[name], exact[name])
         floor = FLOOR[dtype] * (max(1.0, _largest(exact[name])) if dtype in ("float64", "bfloat16") else 1.0)
         if not difference <= FACTOR * eager_difference + floor:
-            others = [_outputs(model, nudged(x, seed, dtype), lengths)[name] for seed in range(ROUNDINGS)]
+            others = [_outputs(model, nudged(x, seed, dtype), given)[name] for seed in range(ROUNDINGS)]
             eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
         allowed = FACTOR * eager_difference + floor
         comparisons.append(Comparison(runtime, name, _case_name(model, case), _steps(model, x), difference, allowed, eager_difference))
@@ -286,29 +308,36 @@ def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs) -> C
 
 
 def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Comparison:
-    """From the eager states before every step: one step of the graph against one eager step."""
-    model, dtype, (x, _) = graph.model, graph.dtype, case
+    """From the eager states before every step: one step of the graph against one eager step, left out where a mask says so."""
+    model, dtype, (x, counted) = graph.model, graph.dtype, case
     axis, steps, batch = 1 if model.batch_first else 0, _steps(model, x), _batch(model, x)
     double, ones = model.to(dtype="float64"), numpy.ones(batch, dtype=numpy.int64)
+    mask = counted if graph.counts == "mask" else None
     before, worst = model.initial_state(batch), Comparison(runtime, "", f"one step at each of {steps}", steps, 0.0, math.inf, 0.0)
     for t in range(steps):
         step = numpy.take(x, [t], axis=axis)
-        expected, after = _stepped(graph, model, step, before)
-        exact, _ = _stepped(graph, double, floats(wide, step), floats(wide, before))
-        feed = graph.feed(step, ones, before)
+        now = None if mask is None else numpy.take(mask, [t], axis=axis)
+        expected, after = _stepped(graph, model, step, before, now)
+        exact, _ = _stepped(graph, double, floats(wide, step), floats(wide, before), now)
+        feed = graph.feed(step, ones if now is None else now, before)
         if graph.streaming:
             feed["x"] = numpy.take(feed["x"], 0, axis=axis)
         else:
             feed |= {name: graph._own(a) for name, a in _scan_states(model, before, "in").items()}
             feed |= {f"{name}_0": numpy.asarray(a) for name, a in named_state(model, before, "").items() if name.endswith(TIME)}
         result = session(feed)
+        if now is not None:  # an operator without lengths goes on; what it makes of a step that is left out, nobody reads
+            live = now.ravel()
+            result, expected, exact = ({n: d[n] if n == "y" else d[n][live] for n in expected} for d in (result, expected, exact))
         for name, values in expected.items():
             difference, eager_difference = _distance(name, result[name], values), _distance(name, values, exact[name])
             allowed = STEP_ULP[dtype] * EPS[dtype] * max(1.0, _largest(values))
             if not difference <= allowed:
                 others = [
-                    _stepped(graph, model, nudged(step, seed, dtype), nudged(before, seed, dtype))[0][name] for seed in range(ROUNDINGS)
+                    _stepped(graph, model, nudged(step, seed, dtype), nudged(before, seed, dtype), now)[0][name]
+                    for seed in range(ROUNDINGS)
                 ]
+                others = others if now is None or name == "y" else [a[live] for a in others]
                 eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
                 allowed = max(allowed, STEP_FACTOR * eager_difference)
             if not difference <= allowed:
@@ -321,9 +350,9 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
     return worst
 
 
-def _stepped(graph: Graph, model: Layer, x: NumPyArray, state: Any) -> tuple[dict[str, NumPyArray], Any]:
+def _stepped(graph: Graph, model: Layer, x: NumPyArray, state: Any, mask: NumPyArray | None) -> tuple[dict[str, NumPyArray], Any]:
     """One eager step: its result and new states under the names of the graph that is asked, and the state as it is."""
-    y, after = model(x, state)
+    y, after = model(x, state, mask=mask)
     if graph.streaming:
         y = numpy.squeeze(y, axis=1 if model.batch_first else 0) if model.keeps_time else y
         return {"y": y, **{n: numpy.asarray(a) for n, a in named_state(model, after, "_n").items() if not n.endswith(f"{TIME}_n")}}, after
@@ -427,11 +456,11 @@ def _scan_states(model: Layer, state: Any, side: str) -> dict[str, NumPyArray]:
     return named
 
 
-def _outputs(model: Layer, x: NumPyArray, lengths: NumPyArray | None) -> dict[str, NumPyArray]:
-    """The eager results under the names of the graph's outputs."""
+def _outputs(model: Layer, x: NumPyArray, given: Mapping[str, Any]) -> dict[str, NumPyArray]:
+    """The eager results under the names of the graph's outputs; `given` are the lengths or the mask by name."""
     if not model.recurrent:
-        return {"y": model(x)}
-    y, state = model(x, lengths=lengths)
+        return {"y": model(x, **given)}
+    y, state = model(x, **given)
     return {"y": y, **{name: numpy.asarray(a) for name, a in named_state(model, state, "_n").items()}}
 
 
@@ -454,5 +483,9 @@ def _steps(model: Layer, x: NumPyArray) -> int:
 
 
 def _case_name(model: Layer, case: Inputs) -> str:
-    x, lengths = case
-    return f"x {tuple(x.shape)}" + ("" if lengths is None else " ragged" if len(set(map(int, lengths))) > 1 else " with lengths")
+    x, counted = case
+    if counted is None:
+        return f"x {tuple(x.shape)}"
+    if counted.dtype == bool:
+        return f"x {tuple(x.shape)} with a mask"
+    return f"x {tuple(x.shape)}" + (" ragged" if len(set(map(int, counted))) > 1 else " with lengths")

@@ -8,6 +8,7 @@ from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.lookup import embedding
+from portnorm.padding import Counted
 from portnorm.scalars import whole_number
 
 
@@ -42,8 +43,11 @@ class Embedding(StatelessLayer):
     def input_dims(self) -> tuple[int | str, ...]:
         return ("time", "batch")
 
+    def feature_axes(self, ndim: int) -> tuple[int, ...]:
+        return ()
+
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
         if not keep:
             return embedding(x, params["weight"]), state, buffers, None

@@ -30,6 +30,7 @@ from portnorm.arrays import (
 )
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator
+from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of, valid, without_padding
 from portnorm.statistics import BATCHES, VALUES
 
 Arrays = dict[str, Array]
@@ -60,6 +61,10 @@ class Layer:
     """Whether the result still has the time axis that the input had."""
     evaluates: bool = False
     """Whether `eval` was called: the layer then computes as in evaluation, whatever the call around it says."""
+    masks: bool = False
+    """Whether `forward` says itself what `y` is at padding; else it is made 0 there."""
+    masks_channels: bool = False
+    """Whether a mask may vary along the features."""
 
     def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
         self._settings = tuple(config)
@@ -83,9 +88,9 @@ class Layer:
     # -- the pure form -------------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
-        """`(y, state, buffers, residuals)`; without `keep` the residuals are not needed."""
+        """`(y, state, buffers, residuals)`; without `keep` the residuals are not needed. `lengths` may be a `Mask` in its stead."""
         raise NotImplementedError
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array | None, Any, Arrays]:
@@ -93,7 +98,15 @@ class Layer:
         raise NotImplementedError
 
     def apply(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any = None, lengths: Array | None = None, training: bool = False
+        self,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any = None,
+        lengths: Counted = None,
+        training: bool = False,
+        *,
+        mask: Array | None = None,
     ) -> tuple[Array, Any, Arrays]:
         """The layer as a pure function: `(y, state, buffers)`. JAX transforms and the exporter use this form.
 
@@ -101,26 +114,71 @@ class Layer:
         Raises `CheckpointError` where `params` or `buffers` have not just the names of the layer's.
         """
         self._check_names(params, buffers)
+        if mask is not None:
+            lengths = mask_of(x, mask, self.feature_axes(x.ndim))
         return self._applied(params, buffers, x, state, lengths, training)
 
     def _applied(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool
     ) -> tuple[Array, Any, Arrays]:
         training = training and not self.evaluates
         autodiff = library(x).autodiff
+        if lengths is not None:
+            x = without_padding(x, self.valid(x, lengths))
         if autodiff is None or not autodiff.records((params, buffers, x, state)):
             y, state, new, _ = self.forward(params, buffers, x, state, lengths, training, False)
         else:
             y, state, new = autodiff.call(_Function(self, training), (params, buffers, x, state, lengths), {})
+        there = None if lengths is None else self._there(y, lengths)
+        y = y if there is None else xp_of(y).where(there, y, 0.0)
         return y, state, _constant(new) if training else buffers
+
+    def pure_vjp(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any = None, lengths: Counted = None, training: bool = False
+    ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
+        """`(y, state, buffers, pullback)` with `dx, dstate, grads = pullback(dy, dstate)`: what `apply` computes, with its vjp."""
+        training = training and not self.evaluates
+        if lengths is not None:
+            x = without_padding(x, self.valid(x, lengths))
+        y, out, new, residuals = self.forward(params, buffers, x, state, lengths, training, True)
+        there = None if lengths is None else self._there(y, lengths)
+        y = y if there is None else xp_of(y).where(there, y, 0.0)
+
+        def pullback(dy: Array | None, dstate: Any = None) -> tuple[Array | None, Any, Arrays]:
+            if there is not None and dy is not None:
+                dy = xp_of(dy).where(there, dy, 0.0)
+            return self.backward(residuals, dy, dstate, training)
+
+        return y, out, new, pullback
+
+    # -- padding -------------------------------------------------------------------------------------------------------------------
+
+    def feature_axes(self, ndim: int) -> tuple[int, ...]:
+        """The axes of an `x` of so many that hold features; a mask lies along the others."""
+        return (ndim - 1,)
+
+    def valid(self, x: Array, counted: Array | Mask) -> Array:
+        """True where `x` counts, broadcastable to it; raises `ShapeError`."""
+        return valid(x, counted, self.feature_axes(x.ndim), self.batch_first, self.masks_channels)
+
+    def _there(self, y: Array, counted: Array | Mask) -> Array | None:
+        """Where `y` has values that count, if it is to be 0 elsewhere and is not yet."""
+        if self.masks or not self.keeps_time or (self.recurrent and isinstance(counted, Mask)):
+            return None
+        return leading(y, counted if isinstance(counted, Mask) else Mask(steps_of(y, counted, self.batch_first), (0, 1)))
 
     # -- the object ----------------------------------------------------------------------------------------------------------------
 
     def __call__(self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False) -> Any:
         """`y`, or `(y, state)` for a recurrent layer. `training=True` uses the batch's statistics and updates the running ones.
 
-        Where `x` is (time, batch, features), `lengths` (batch,) counts each sequence's steps, or `mask` (time, batch) is True for them;
-        with `batch_first` the mask is (batch, time). Padding comes last.
+        Where `x` is (time, batch, features), `lengths` (batch,) counts each sequence's steps, and what follows them is padding. `mask` is
+        True for what counts, wherever that is: (time, batch), or (batch, time) with `batch_first`; for a normalization with another
+        channel axis shaped like `x` without that; or what broadcasts to `x`. What does not count enters nothing, whatever stands there: no
+        value, no statistic, no gradient. There `y` is 0, as torch has it for packed sequences. Only a recurrent layer does as Keras does
+        where a `mask` is given, and holds its state: a masked step repeats the result of the step before (0 if `bidirectional`), and what
+        follows such a layer in a `Sequential` takes that for its input, unless it takes statistics over time. The cotangent of a repeated
+        result counts; that of a 0 does not.
         """
         lengths = self._checked(x, state, lengths, mask)
         y, state, buffers = self.apply(self.params, self.buffers, x, state, lengths, training)
@@ -134,9 +192,8 @@ class Layer:
         Either cotangent of a recurrent layer may be `None` for zero. `grads` has the names of `parameters()`.
         """
         lengths = self._checked(x, state, lengths, mask)
-        training = training and not self.evaluates
-        y, out, buffers, residuals = self.forward(self.params, self.buffers, x, state, lengths, training, True)
-        if training:
+        y, out, buffers, pure = self.pure_vjp(self.params, self.buffers, x, state, lengths, training)
+        if training and not self.evaluates:
             self._keep(_constant(buffers))
 
         def pullback(dy: Array | None, dstate: Any = None) -> Any:
@@ -144,7 +201,7 @@ class Layer:
                 raise ShapeError(f"the cotangent `dy` has shape {tuple(dy.shape)} but the result has shape {tuple(y.shape)}")
             if dy is None and not self.recurrent:
                 raise UnsupportedError(f"`dy` is None; expected a cotangent of the result of {type(self).__name__}, an array like it")
-            dx, dstate, grads = self.backward(residuals, dy, dstate, training)
+            dx, dstate, grads = pure(dy, dstate)
             return (dx, dstate, grads) if self.recurrent else (dx, grads)
 
         return (y, out, pullback) if self.recurrent else (y, pullback)
@@ -174,8 +231,8 @@ class Layer:
                 )
         self.buffers = buffers
 
-    def _checked(self, x: Array, state: Any, lengths: Any, mask: Array | None = None) -> Array | None:
-        """`lengths` or those of `mask` as an array, after `x` and it were found to fit the layer."""
+    def _checked(self, x: Array, state: Any, lengths: Any, mask: Array | None = None) -> Counted:
+        """`lengths` or `mask` as `forward` takes it, after `x` and it were found to fit the layer."""
         return checked_call(self, self.params, self.dtype, x, state, lengths, mask)
 
     def parameters(self) -> Arrays:
@@ -384,8 +441,8 @@ class _Function:
 
 def checked_call(
     layer: Layer, params: Mapping[str, Array], dtype: DType | None, x: Array, state: Any, lengths: Any, mask: Array | None = None
-) -> Array | None:
-    """`lengths` or those of `mask` as an array, after the arguments were found to fit `layer` with these parameters, of this dtype or any.
+) -> Counted:
+    """`lengths` or `mask` as `forward` takes it, after the arguments were found to fit `layer` with these parameters, of this dtype or any.
 
     Raises `ShapeError`, `DTypeError`, `UnsupportedError`.
     """
@@ -403,26 +460,15 @@ def checked_call(
     if mask is not None:
         if lengths is not None:
             raise UnsupportedError("`lengths` and `mask` are both given; expected one of them")
-        lengths = lengths_of_mask(xp, x, mask, layer.batch_first)
-    return None if lengths is None else checked_lengths(xp, x, lengths, layer.batch_first)
-
-
-def lengths_of_mask(xp: Namespace, x: Array, mask: Array, batch_first: bool = False) -> Array:
-    """The number of steps of each sequence from a mask (time, batch) that is True for them, and False for the padding after them."""
-    if x.ndim != 3:
-        raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (time, batch, features) where `mask` is given")
-    namespace(x=x, mask=mask)
-    if not xp.isdtype(mask.dtype, "bool"):
-        raise DTypeError(f"`mask` has dtype {mask.dtype}; expected bool, True for the steps of a sequence")
-    if tuple(mask.shape) != tuple(x.shape[:2]):
-        raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; expected {tuple(x.shape[:2])}, the first axes of `x` {tuple(x.shape)}")
-    steps = xp.astype(mask, default_integer(xp))
-    time = 1 if batch_first else 0
-    if is_concrete(mask) and mask.shape[time] > 1:
-        later, earlier = (steps[:, 1:], steps[:, :-1]) if batch_first else (steps[1:, :], steps[:-1, :])
-        if bool(xp.any(later > earlier)):
-            raise UnsupportedError("`mask` is True after a False; expected padding to come last in every sequence")
-    return xp.sum(steps, axis=time)
+        counted = mask_of(x, mask, layer.feature_axes(x.ndim))
+        layer.valid(x, counted)
+        return None if is_whole(counted) else counted
+    if lengths is None:
+        return None
+    lengths = checked_lengths(xp, x, lengths, layer.batch_first)
+    if not layer.recurrent:
+        layer.valid(x, lengths)
+    return lengths
 
 
 def checked_lengths(xp: Namespace, x: Array, lengths: Any, batch_first: bool = False) -> Array:
@@ -431,7 +477,7 @@ def checked_lengths(xp: Namespace, x: Array, lengths: Any, batch_first: bool = F
         raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (time, batch, features) where `lengths` is given")
     steps, batch = (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
     if not hasattr(lengths, "__array_namespace__") and not hasattr(lengths, "dtype"):
-        lengths = xp.asarray(numpy.asarray(lengths), device=device_of(x))
+        lengths = xp.asarray(numpy.asarray(lengths, dtype=int if batch == 0 else None), device=device_of(x))
     namespace(x=x, lengths=lengths)
     if not xp.isdtype(lengths.dtype, "integral"):
         raise DTypeError(f"`lengths` has dtype {lengths.dtype}; expected integers")

@@ -9,6 +9,7 @@ from portnorm.affine import linear
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, uniform
 from portnorm.layers.layer import Arrays, StatelessLayer
+from portnorm.padding import Counted
 from portnorm.scalars import switch, whole_number
 
 
@@ -46,7 +47,7 @@ class Linear(StatelessLayer):
         return ("batch", self.in_features)
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
         if not keep:
             return linear(x, params["weight"], params.get("bias")), state, buffers, None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from portnorm.arrays import Array, DType, Namespace, device_of, xp_of
-from portnorm.errors import ShapeError
+from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.norm.arguments import checked_eps
 from portnorm.norm.batch import batch_norm
@@ -16,11 +16,11 @@ from portnorm.norm.batch_renorm import batch_renorm, checked_bounds
 from portnorm.norm.group import group_norm
 from portnorm.norm.instance import instance_norm
 from portnorm.norm.layer import layer_norm
-from portnorm.norm.normalize import Reduce, bessel
+from portnorm.norm.normalize import Normalized, Reduce, bessel
 from portnorm.norm.rms import rms_norm
 from portnorm.op import ByKeyword, Op
+from portnorm.padding import Counted, Mask
 from portnorm.scalars import switch, whole_number
-from portnorm.scan import sequence_mask
 from portnorm.statistics import BATCHES, VALUES, checked_momentum, moved
 
 _PARAMETERS = ("weight", "bias")
@@ -56,23 +56,19 @@ class _Norm(StatelessLayer):
         """What the Op takes after `x`."""
         return params.get("weight"), params.get("bias")
 
-    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+    def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
         """The Op's keyword arguments."""
         return {}
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
         attributes = self.attributes(buffers, x, lengths, training)
         if not keep and not training:
             return self.operation(training)(x, *self.arguments(params), **attributes), state, buffers, None
         y, residuals = self.operation(training).forward(x, *self.arguments(params), **attributes)
-        return (
-            y,
-            state,
-            self.new_buffers(buffers, residuals, training),
-            (residuals, attributes, [name for name in _PARAMETERS if name in params]),
-        )
+        names = tuple(name for name in _PARAMETERS if name in params)
+        return y, state, self.new_buffers(buffers, residuals, training), (residuals, attributes, names)
 
     def new_buffers(self, buffers: Arrays, residuals: Any, training: bool) -> Arrays:
         return buffers
@@ -120,10 +116,15 @@ class LayerNorm(_Norm):
     def input_dims(self) -> tuple[int | str, ...]:
         return ("batch", *self.normalized_shape)
 
-    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+    def feature_axes(self, ndim: int) -> tuple[int, ...]:
+        return tuple(range(ndim - len(self.normalized_shape), ndim))
+
+    def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
         shape = self.normalized_shape
         if tuple(x.shape[-len(shape) :]) != shape:
             raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (…, {', '.join(map(str, shape))})")
+        if lengths is not None and self.eps == 0:
+            raise UnsupportedError("`lengths` or `mask` with eps = 0: padding has no spread that could be divided by; use a small `eps`")
         return {"axis": -1 if len(shape) == 1 else tuple(range(-len(shape), 0)), "eps": self.eps}
 
 
@@ -154,7 +155,9 @@ class RMSNorm(LayerNorm):
 
 
 class _ChannelNorm(_Norm):
-    """A normalization with one weight and bias per channel, and a mask from `lengths` where `x` is (time, batch, features)."""
+    """A normalization with one weight and bias per channel. It takes a mask, or `lengths` where `x` is (time, batch, features)."""
+
+    masks = masks_channels = True
 
     num_features: int
     channel_axis: int
@@ -175,11 +178,22 @@ class _ChannelNorm(_Norm):
         space = () if type(self) is BatchNorm else ("space",)
         return ("batch", self.num_features, *space) if self.channel_axis == 1 else ("batch", *space, self.num_features)
 
-    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+    def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
         if x.ndim < 2 or not -x.ndim <= self.channel_axis < x.ndim or x.shape[self.channel_axis] != self.num_features:
             raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected length {self.num_features} at axis {self.channel_axis}")
-        mask = None if lengths is None else _mask(x, lengths, self.channel_axis)
+        mask = None if lengths is None else self.valid(x, lengths)
         return {"channel_axis": self.channel_axis, "eps": self.eps, "mask": mask}
+
+    def feature_axes(self, ndim: int) -> tuple[int, ...]:
+        return (self.channel_axis % ndim,)
+
+    def valid(self, x: Array, counted: Array | Mask) -> Array:
+        if not isinstance(counted, Mask) and (x.ndim != 3 or self.channel_axis % 3 != 2):
+            raise ShapeError(
+                f"`lengths` needs `x` as (time, batch, features) and channel_axis=-1; got {tuple(x.shape)} and {self.channel_axis}; "
+                "`mask` says for any shape what counts"
+            )
+        return super().valid(x, counted)
 
 
 class InstanceNorm(_ChannelNorm):
@@ -236,8 +250,10 @@ class BatchNorm(_ChannelNorm):
     In training the batch's own statistics normalize, and the running ones, in at least float32, follow:
     (1 − momentum) · running + momentum · batch, where `momentum` is the weight of the new value and `None` means the plain average of all
     batches. As in torch the running variance is the unbiased one (n/(n−1)); `unbiased=False` keeps the biased one, as ONNX, flax and
-    Keras 3 do. With `lengths`, `x` is (time, batch, features) or what `channel_axis` says, and padding enters no statistic. `reduce`,
-    which is not saved with the layer, sums an array over the processes that have a part of the batch each: see `portnorm.batch_norm`.
+    Keras 3 do. Padding, by `lengths` where `x` is (time, batch, features), or by a `mask` as `portnorm.batch_norm` takes it, enters no
+    statistic. A batch that is empty, or of whose channel fewer than two values count, changes no running statistic of it, and no count of
+    batches. `reduce`, which is not saved with the layer, sums an array over the processes that have a part of the batch each: see
+    `portnorm.batch_norm`.
 
     >>> import numpy as np, portnorm as pn
     >>> layer = pn.BatchNorm(1, momentum=None, dtype="float64")
@@ -282,7 +298,7 @@ class BatchNorm(_ChannelNorm):
         self.momentum = None
         self._start_statistics()
 
-    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+    def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
         running = {"mean": buffers["running_mean"], "var": buffers["running_var"]}
         return {**super().attributes(buffers, x, lengths, training), **({"reduce": self.reduce} if training else running)}
 
@@ -296,15 +312,15 @@ class BatchNorm(_ChannelNorm):
         count = None if count is None else xp.reshape(xp.broadcast_to(count, residuals.mean.shape), var.shape)
         if self.unbiased:
             var = var * bessel(var, count, residuals.shape, axes)
-        # A batch in which nothing counts has no statistics, and changes none.
-        before = buffers[BATCHES]
-        seen = xp.ones_like(before) > 0 if residuals.counted is None else xp.max(residuals.counted) > 0
-        new = {BATCHES: before + xp.astype(seen, before.dtype)}
+        # Fewer than two values of a channel have no variance, and change nothing.
+        before, count = buffers[BATCHES], _count(residuals, axes)
+        seen, most = count > 1, xp.max(count) if count.ndim else count
+        new = {BATCHES: before + xp.astype(most > 1, before.dtype)}
         part: Any = self.momentum
         if VALUES in buffers:
-            values = math.prod([residuals.shape[a] for a in axes]) if count is None else count
-            new[VALUES] = buffers[VALUES] + values
-            part = xp.asarray(values, dtype=var.dtype, device=device_of(var)) / xp.where(new[VALUES] > 0, new[VALUES], 1.0)
+            values = xp.astype(count, var.dtype)
+            new[VALUES] = buffers[VALUES] + xp.where(seen, values, 0.0)
+            part = values / xp.where(new[VALUES] > 0, new[VALUES], 1.0)
         elif part is None:
             part = 1.0 / xp.astype(xp.where(new[BATCHES] > 0, new[BATCHES], 1), var.dtype)
         for name, batch in {"running_mean": mean, "running_var": var}.items():
@@ -348,7 +364,7 @@ class BatchRenorm(BatchNorm):
     def operation(self, training: bool) -> Op[..., Any]:
         return batch_renorm if training else self.op
 
-    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+    def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
         bounds = {"r_max": self.r_max, "d_max": self.d_max} if training else {}
         return {**super().attributes(buffers, x, lengths, False), **bounds}
 
@@ -356,14 +372,17 @@ class BatchRenorm(BatchNorm):
         return super().new_buffers(buffers, residuals.normalized if training else residuals, training)
 
 
+def _count(residuals: Normalized, axes: tuple[int, ...]) -> Array:
+    """(channels,), or () where it is the same of all: how many values entered the statistics."""
+    xp = xp_of(residuals.mean)
+    if residuals.counted is not None:
+        return xp.reshape(xp.broadcast_to(residuals.counted, residuals.mean.shape), (-1,))
+    count = math.prod([residuals.shape[a] for a in axes])
+    return xp.asarray(count, device=device_of(residuals.mean)) if isinstance(count, int) else count
+
+
 def _shape(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
     given = normalized_shape if isinstance(normalized_shape, tuple | list) else (normalized_shape,)
     if not given:
         raise ShapeError("`normalized_shape` is empty; expected the lengths of one or more axes")
     return tuple(whole_number("normalized_shape", n, 1) for n in given)
-
-
-def _mask(x: Array, lengths: Array, channel_axis: int) -> Array:
-    if x.ndim != 3 or channel_axis % 3 != 2:
-        raise ShapeError(f"`lengths` needs `x` as (time, batch, features) and channel_axis=-1; got {tuple(x.shape)} and {channel_axis}")
-    return sequence_mask(x, lengths)

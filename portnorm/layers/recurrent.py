@@ -18,10 +18,12 @@ from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import HIDDEN, Generator, HiddenInit, generator, orthogonal, uniform
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.norm.normalize import Reduce
+from portnorm.padding import Counted, Mask, are_in_front, pack_steps, unpack_steps
 from portnorm.recurrent import Direction, RecurrentResiduals
 from portnorm.scalars import real_number, switch, whole_number
-from portnorm.scan import State
+from portnorm.scan import State, reverse_sequences
 from portnorm.statistics import checked_momentum
+from portnorm.sums import total_like
 
 
 class PlacedState(NamedTuple):
@@ -49,6 +51,8 @@ class StackResiduals(NamedTuple):
     directions: list[RecurrentResiduals]
     last: tuple[Array, ...]
     learned: Array | None  # the learned h where the layer started from it
+    mask: Array | None  # (time, batch), where one was given
+    packed: bool  # whether its steps had to be moved to the front
 
 
 class Recurrent(Layer):
@@ -59,15 +63,20 @@ class Recurrent(Layer):
     state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch, hidden);
     where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have statistics of
     their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts each sequence's steps: what
-    follows is padding, gives 0, and enters nothing. `direction="reverse"` goes from the last step to the first, with `y` in the order of
+    follows is padding, gives 0, and enters nothing. `mask` (time, batch), or (batch, time) with `batch_first`, is True for the steps that
+    there are, wherever they lie. A masked step is none: it holds the state, gives the result of the step before once more, or 0 where
+    there is none and with `bidirectional`, and is not counted among the steps that have statistics of their own. That is Keras' `Masking`,
+    as `lengths` are torch's packed sequences. `direction="reverse"` goes from the last step to the first, with `y` in the order of
     `x` (ONNX); with `"backwards"` `y` has the last step of `x` first (Keras' `go_backwards`). Parameters are `weight_ih_l0`,
     `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal
     matrices and the variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden
     weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al.
     2016). With `learned_state` the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at first, from
-    which sequences start where no `state` is given. `reduce`, which is not saved with the layer, is for batches that are parted among
-    processes, as in `portnorm.batch_norm`: it sums an array over all of them, each of which calls with sequences of its own, padded to
-    the same number of steps.
+    which sequences start where no `state` is given.
+    `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
+    array over all of them, each of which calls with sequences of its own, perhaps none, padded to the same number of steps.
+    Where fewer than two sequences are left at a step, there is no variance: the step is normalized to the shift alone, and the running
+    statistics of the step, and its count of batches, stay as they were; so do all of them after an empty batch.
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
     """
 
@@ -85,6 +94,7 @@ class Recurrent(Layer):
 
     recurrent = True
     orders_axes = True
+    masks = True
 
     input_size: int
     hidden_size: int
@@ -266,7 +276,7 @@ class Recurrent(Layer):
     # -- forward and backward ------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
         self._check_input(x, training)
         if training and self.variant.zoneout:
@@ -275,10 +285,15 @@ class Recurrent(Layer):
                 "train with dataclasses.replace(variant, zoneout=0)"
             )
         if lengths is not None and self.variant.norm in ("layer", "rms") and self.variant.eps == 0:
-            raise UnsupportedError("`lengths` with eps = 0: padding has no spread that could be divided by; use a small `eps`")
+            raise UnsupportedError("`lengths` or `mask` with eps = 0: padding has no spread that could be divided by; use a small `eps`")
         xp = xp_of(x)
         if self.batch_first:
             x = xp.permute_dims(x, (1, 0, 2))
+        mask, packed = None, False
+        if isinstance(lengths, Mask):
+            mask = self._steps(x, lengths)
+            lengths, packed = _counted(mask), not are_in_front(mask)
+            x = pack_steps(x, mask) if packed else x
         states, time = state if isinstance(state, PlacedState) else self._placed(buffers, x, state)
         learned = params[_with(self.learned[0], "_l0")] if self.learned and states is None else None
         states = self._starts(params, x) if states is None else states
@@ -293,16 +308,18 @@ class Recurrent(Layer):
                 residuals.append(residual)
             last.append(after)
             new_buffers.update({_with(name, suffix): a for name, a in buffered.items()})
+            if mask is not None and k >= (self.num_layers - 1) * self.num_directions:
+                y = self._shown(y, mask, lengths)
             directions.append(y)
             if len(directions) == self.num_directions:
                 x = directions[0] if self.num_directions == 1 else xp.concat(directions, axis=-1)
                 directions = []
         y = xp.permute_dims(x, (1, 0, 2)) if self.batch_first and self.keeps_time else x
         out = tuple(xp.stack(parts) for parts in zip(*last, strict=True))
-        return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(residuals, out, learned)
+        return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(residuals, out, learned, mask, packed)
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
-        xp = xp_of(residuals.last[0])
+        xp, mask = xp_of(residuals.last[0]), residuals.mask
         if self.batch_first and self.keeps_time and dy is not None:
             dy = xp.permute_dims(dy, (1, 0, 2))
         dlast = self._checked_cotangents(residuals.last, dstate)
@@ -314,16 +331,54 @@ class Recurrent(Layer):
             for side in range(self.num_directions):
                 k, (suffix, _, direction) = places[layer * self.num_directions + side]
                 own = None if dy is None else dy[..., side * self.output_size : (side + 1) * self.output_size]
+                if mask is not None and own is not None and layer == self.num_layers - 1:
+                    own = self._shown_vjp(own, mask, _counted(mask))
                 d, dfirst[k], shares = direction.vjp(residuals.directions[k], own, tuple(s[k, ...] for s in dlast), training=training)
                 dx = d if dx is None else dx + d
                 grads.update({_with(name, suffix): g for name, g in shares.items()})
             dy = dx
         for k, (suffix, _, _) in places:
             for name, d in zip(self.learned, dfirst[k], strict=False):
-                total = xp.sum(d, axis=0)
+                total = total_like(d, (0,))
                 grads[_with(name, suffix)] = xp.zeros_like(total) if residuals.learned is None else total
+        if residuals.packed:
+            dy = pack_steps.vjp(mask, dy)[0]
         dx = xp.permute_dims(dy, (1, 0, 2)) if self.batch_first else dy
         return dx, tuple(xp.stack(parts) for parts in zip(*dfirst, strict=True)), {name: grads[name] for name in self.params}
+
+    def _steps(self, x: Array, counted: Mask) -> Array:
+        """A mask as (time, batch), that of `x` (time, batch, features)."""
+        xp, mask = xp_of(x), counted.values
+        if counted.axes != (0, 1):
+            raise ShapeError(
+                f"`mask` {tuple(mask.shape)} lies along the axes {counted.axes} of the input; expected the first two for a recurrent layer"
+            )
+        mask = xp.permute_dims(mask, (1, 0)) if self.batch_first else mask
+        return mask if tuple(mask.shape) == tuple(x.shape[:2]) else xp.broadcast_to(mask, x.shape[:2])
+
+    def _shown(self, y: Array, mask: Array, lengths: Array) -> Array:
+        """What one direction gives: as Keras has it, its last result once more where a step is left out, but 0 there beside another's."""
+        if not self.keeps_time:
+            return _where(xp_of(y).any(mask, axis=0)[:, None], y)
+        if self.num_directions == 2:
+            return _where(mask[:, :, None], unpack_steps(y, mask))
+        if self.direction == "forward":
+            return unpack_steps(y, mask)
+        xp = xp_of(y)
+        y = unpack_steps(y if self.direction == "backwards" else reverse_sequences(y, lengths), xp.flip(mask, axis=0))
+        return y if self.direction == "backwards" else xp.flip(y, axis=0)
+
+    def _shown_vjp(self, dy: Array, mask: Array, lengths: Array) -> Array:
+        if not self.keeps_time:
+            return _where(xp_of(dy).any(mask, axis=0)[:, None], dy)
+        if self.num_directions == 2:
+            return pack_steps(_where(mask[:, :, None], dy), mask)
+        xp = xp_of(dy)
+        if self.direction == "forward":
+            forward: Array = unpack_steps.vjp(mask, dy)[0]
+            return forward
+        dy = unpack_steps.vjp(xp.flip(mask, axis=0), dy if self.direction == "backwards" else xp.flip(dy, axis=0))[0]
+        return dy if self.direction == "backwards" else reverse_sequences(dy, lengths)
 
     @property
     def goes_back(self) -> bool:
@@ -417,18 +472,22 @@ class Recurrent(Layer):
             raise ShapeError(f"`x` {tuple(x.shape)} has {what}; batch normalization in training needs at least two")
 
     def _check_parts(self, x: Array, batch: int, steps: int, reduce: Reduce) -> None:
-        """Raise `ShapeError`, in every process, unless each has sequences, of as many steps: else they would wait for ever."""
+        """Raise `ShapeError`, in every process, unless all have as many steps, and two sequences in all: else some would wait for ever."""
         xp = xp_of(x)
-        told = reduce(xp.asarray([1, steps, steps * steps, int(batch == 0)], dtype=default_integer(xp), device=device_of(x)))
+        told = reduce(xp.asarray([1, steps, steps * steps, batch], dtype=default_integer(xp), device=device_of(x)))
         if not is_concrete(told):
             return
-        processes, total, squares, empty = (int(n) for n in told)
-        if empty:
-            raise ShapeError(f"`x` is empty in {empty} of {processes} processes; expected a sequence in each that `reduce` sums over")
+        processes, total, squares, sequences = (int(n) for n in told)
         if processes * squares != total * total:
             raise ShapeError(
                 f"`x` {tuple(x.shape)} has {steps} steps, but {total / processes:g} is the average of the {processes} processes that "
                 "`reduce` sums over; expected as many in each: pad `x`, and give `lengths`"
+            )
+        if sequences == 0 or (sequences == 1 and (self.timed or steps == 1)):
+            what = "no sequence" if sequences == 0 else "one sequence" if self.timed else "one frame"
+            raise ShapeError(
+                f"`x` {tuple(x.shape)} has {what} in all {processes} processes that `reduce` sums over; batch normalization in training "
+                "needs at least two"
             )
 
 
@@ -500,6 +559,16 @@ def checked_time(x: Array, time: Any) -> Array:
     if is_concrete(time) and int(time) < 0:
         raise UnsupportedError(f"`state` has time {int(time)}; expected the number of steps before, at least 0")
     return time
+
+
+def _counted(mask: Array) -> Array:
+    """(batch,): how many steps of each sequence a mask (time, batch) has."""
+    xp = xp_of(mask)
+    return xp.sum(xp.astype(mask, default_integer(xp)), axis=0)
+
+
+def _where(there: Array, y: Array) -> Array:
+    return xp_of(y).where(there, y, 0.0)
 
 
 def recurrent_parts(model: Layer) -> list[Recurrent]:

@@ -9,13 +9,14 @@ from portnorm.arrays import Array, DType, Namespace
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, Layer
+from portnorm.padding import Counted, Mask, steps_of
 
 
 class Sequential(Layer):
     """Layers one after the other; parameter names are those of the parts with the part's number in front, as in torch.
 
     With a recurrent part it is called as `y, state = model(x, state=None, lengths=None)`, where `state` is the tuple of the states of
-    the recurrent parts; else as `y = model(x)`. `lengths` reaches every part, up to one that leaves the time axis out.
+    the recurrent parts; else as `y = model(x)`. `lengths` or `mask` reaches every part, up to one that leaves the time axis out.
     A layer that is a part twice has one set of parameters, under the number of its first place; its gradients are the sum over both places.
 
     >>> import numpy as np, portnorm as pn
@@ -42,6 +43,7 @@ class Sequential(Layer):
                 )
         self.recurrent = any(part.recurrent for part in parts)
         self.takes_integers = first.takes_integers
+        self.masks_channels = first.masks_channels
         self._check_places()
 
     def _check_places(self) -> None:
@@ -65,6 +67,11 @@ class Sequential(Layer):
     def keeps_time(self) -> bool:  # type: ignore[override]
         """Whether the result still has the time axis that the input had."""
         return all(part.keeps_time for part in self.parts)
+
+    @property
+    def masks(self) -> bool:  # type: ignore[override]
+        """Whether the last part says itself what `y` is at padding."""
+        return self.parts[-1].masks
 
     @property
     def batch_first(self) -> bool:  # type: ignore[override]
@@ -102,21 +109,26 @@ class Sequential(Layer):
         return self.parts[int(place)]._shape_of(inner, array)
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
         if len({part.batch_first for part in self.parts if part.orders_axes}) > 1:
             self._check_places()
         states = iter(self._checked_states(state))
         out, residuals, buffers = [], [], dict(buffers)
+        # Parts without a state do not know that the batch comes first.
+        others = lengths
+        if self.batch_first and lengths is not None and not isinstance(lengths, Mask):
+            others = Mask(steps_of(x, lengths, True), (0, 1))
         for k, part in zip(self.homes, self.parts, strict=True):
             before = next(states) if part.recurrent else None
+            counted = lengths if part.recurrent else others
             trained = training and not part.evaluates
-            x, after, buffered, residual = part.forward(_of_part(params, k), _of_part(buffers, k), x, before, lengths, trained, keep)
+            x, after, buffered, residual = part.forward(_of_part(params, k), _of_part(buffers, k), x, before, counted, trained, keep)
             if part.recurrent:
                 out.append(after)
             residuals.append((residual, trained))
             buffers.update({f"{k}.{name}": a for name, a in buffered.items()})
-            lengths = lengths if part.keeps_time else None
+            lengths, others = (lengths, others) if part.keeps_time else (None, None)
         return x, tuple(out), buffers, residuals
 
     def _checked_states(self, state: Any) -> Sequence[Any]:
@@ -171,6 +183,9 @@ class Sequential(Layer):
         own = self.parts[0].input_dims()
         recurrent = next((part for part in self.parts if part.recurrent), None)
         return own if recurrent is None else (*recurrent.input_dims()[:-1], *(() if self.takes_integers else own[-1:]))
+
+    def feature_axes(self, ndim: int) -> tuple[int, ...]:
+        return self.parts[0].feature_axes(ndim)
 
     def layers(self) -> Iterator[Layer]:
         for _, part in self._places():

@@ -74,14 +74,17 @@ def check_affine(x: Array, axes: tuple[int, ...], **parameters: Array | None) ->
             raise ShapeError(f"`{name}` has shape {tuple(parameter.shape)} but {where}")
 
 
-def checked_mask(xp: Namespace, x: Array, mask: Array | None, channel_axis: int) -> Array | None:
-    """`mask` broadcastable to `x`: given either with as many axes as `x` (length 1 where it does not vary) or without the channel axis."""
+def checked_mask(xp: Namespace, x: Array, mask: Array | None, features: int | tuple[int, ...]) -> Array | None:
+    """`mask` broadcastable to `x`: given either with as many axes as `x` (length 1 where it does not vary) or without the feature axes."""
     if mask is None:
         return None
     if not xp.isdtype(mask.dtype, "bool"):
         raise DTypeError(f"`mask` has dtype {mask.dtype}; expected bool, True where a value counts")
-    full = xp.expand_dims(mask, axis=channel_axis) if mask.ndim == x.ndim - 1 else mask
+    away, full = (features,) if isinstance(features, int) else features, mask
+    if mask.ndim == x.ndim - len(away):
+        for axis in away:
+            full = xp.expand_dims(full, axis=axis)
     if full.ndim != x.ndim or any(m not in (1, n) for m, n in zip(full.shape, x.shape, strict=True)):
-        without = tuple(n for a, n in enumerate(x.shape) if a != channel_axis)
+        without = tuple(n for a, n in enumerate(x.shape) if a not in away)
         raise ShapeError(f"`mask` has shape {tuple(mask.shape)}; expected {without} or what broadcasts to `x` {tuple(x.shape)}")
     return full

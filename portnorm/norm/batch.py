@@ -5,9 +5,10 @@ y = (x − μ) / sqrt(σ² + ε) · weight + bias,   μ and σ² over batch and 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from portnorm.arrays import Array, require_floating, require_lengths
+from portnorm.arrays import Array, Namespace, default_integer, device_of, is_concrete, require_floating, require_lengths
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.norm.arguments import check_affine, check_out, checked_channel_axis, checked_eps, checked_mask, checked_namespace
 from portnorm.norm.normalize import Normalized, Reduce, given_statistics_vjp, normalize
@@ -40,6 +41,7 @@ def batch_norm(
     `reduce` is for batches that are parted among processes: a function that gives the sum of an array over all of them (MPI, NCCL, gloo).
     Every process calls with its part; counts, means and squares go through `reduce`, forward and backward, so that `y` and the
     cotangent of `x` are those of the whole batch. The cotangents of `weight` and `bias` are this part's, to be summed like all others.
+    A part may be empty; one that has no values in any process, or a single one, is an error in all of them.
 
     Raises `ShapeError` (also, as torch does, where the batch's own statistics would come from one value), `DTypeError`, `UnsupportedError`.
 
@@ -57,9 +59,9 @@ def batch_norm(
         given, absent = ("mean", "var") if var is None else ("var", "mean")
         raise UnsupportedError(f"`{given}` is given but `{absent}` is not; expected both, or none to use the batch's own")
     axes = _others(x, channel)
-    if reduce is not None and any(x.shape[a] == 0 for a in axes):
-        raise ShapeError(f"`x` {tuple(x.shape)} is empty; expected a value for each channel in every process that `reduce` sums over")
-    if mean is None and reduce is None and all(x.shape[a] == 1 for a in axes):
+    if mean is None and reduce is not None:
+        _check_parts(xp, x, axes, reduce)
+    elif mean is None and all(x.shape[a] == 1 for a in axes):
         raise ShapeError(f"`x` {tuple(x.shape)} has one value per channel; expected more to take statistics of, or `mean` and `var`")
     mask = checked_mask(xp, x, mask, channel)
     check_out(x, out)
@@ -93,6 +95,14 @@ def _(
 
     dtypes = mean.dtype, var.dtype
     return (*found, ByKeyword(mean=lambda: of_statistic(0, dtypes[0]), var=lambda: of_statistic(1, dtypes[1])))
+
+
+def _check_parts(xp: Namespace, x: Array, axes: tuple[int, ...], reduce: Reduce) -> None:
+    """Raise `ShapeError`, in every process, unless they have two values of a channel in all: one that raised alone would be waited for."""
+    told = reduce(xp.asarray([math.prod([x.shape[a] for a in axes])], dtype=default_integer(xp), device=device_of(x)))
+    if is_concrete(told) and int(told[0]) < 2:
+        what = "is empty in every process" if int(told[0]) == 0 else "is one value per channel in all processes"
+        raise ShapeError(f"`x` {tuple(x.shape)} {what} that `reduce` sums over; expected more to take statistics of")
 
 
 def _others(x: Array, channel: int) -> tuple[int, ...]:

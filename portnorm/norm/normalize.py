@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
-from portnorm.arrays import Array, Namespace, float32_value, statistics_dtype, xp_of
+from portnorm.arrays import Array, Namespace, device_of, float32_value, statistics_dtype, xp_of
 from portnorm.op import op
 from portnorm.sums import is_long, total
 
@@ -100,7 +100,7 @@ def normalize(
         z = xp.where(mask, z, 0.0)
     if mean is not None and var is not None:
         residuals = _with_given(xp, z, mean, var, eps, eps_place)
-    elif 0 in x.shape:
+    elif 0 in x.shape and reduce is None:
         empty = xp.sum(z, axis=axes, keepdims=True)
         residuals = Normalized(z, empty, None, empty, empty, None, None, None)
     else:
@@ -148,12 +148,13 @@ def _with_own(
         return _average(xp, a, axes, count, reduce)
 
     eps = eps if eps_place == "floor" else float32_value(eps)
+    exact = eps == 0
     scale = _row_scale(xp, z, axes, eps if eps_place == "variance" else eps * eps, reduce) if wide else None
     if scale is not None:
         z = z * scale
     if center:
         first = z[tuple(slice(1) if a in axes else slice(None) for a in range(z.ndim))]
-        first = first if reduce is None else reduce(first) / reduce(xp.ones_like(first))
+        first = first if reduce is None else _middle(xp, first, axes, reduce)
         beside = z - first
         if mask is not None:
             beside = xp.where(mask, beside, 0.0)
@@ -176,10 +177,19 @@ def _with_own(
         mean, scale = xp.where(var > 0, mean, mean / scale), xp.where(var > 0, scale, 1.0)
     if scale is not None:
         eps = eps * scale * scale if eps_place == "variance" else eps * scale
-    std = standard_deviation(xp, var, eps, eps_place)
+    # Where nothing counts there is no spread either: without ε the division would be by 0.
+    spread = xp.where(count > 0, var, 1.0) if exact and count is not None else var
+    std = standard_deviation(xp, spread, eps, eps_place)
     rstd = 1.0 / std if eps_place != "floor" else xp.where(std > 0, 1.0 / xp.where(std > 0, std, 1.0), 0.0)
     xhat = z * rstd
     return Normalized(xhat, rstd, scale, mean, var, count, None, None)
+
+
+def _middle(xp: Namespace, first: Array, axes: tuple[int, ...], reduce: Reduce) -> Array:
+    """The mean of one value of each process; a process without values has none."""
+    one = xp.full((1,) * first.ndim, float(0 not in first.shape), dtype=first.dtype, device=device_of(first))
+    some = reduce(one)
+    return reduce(xp.sum(first, axis=axes, keepdims=True)) / xp.where(some > 0, some, 1.0)
 
 
 def standard_deviation(xp: Namespace, var: Array, eps: Array | float, eps_place: str) -> Array:
@@ -224,7 +234,7 @@ def _average(xp: Namespace, a: Array, axes: tuple[int, ...], count: Array | None
 def _row_scale(xp: Namespace, z: Array, axes: tuple[int, ...], eps: float, reduce: Reduce | None) -> Array:
     """The power of two that brings each row's squares into range; 1 for all but extreme rows."""
     limits = _RANGE[xp.finfo(z.dtype).bits]
-    largest = xp.max(xp.abs(z), axis=axes, keepdims=True)
+    largest = xp.sum(z, axis=axes, keepdims=True) if 0 in z.shape else xp.max(xp.abs(z), axis=axes, keepdims=True)
     largest = largest if reduce is None else reduce(largest)  # a bound, the same in every process
     one = xp.ones_like(largest)
     scale = xp.where(largest > limits["big"], one * limits["down"], one)
@@ -267,7 +277,7 @@ def _(
     if bias is not None:
         dbias = xp.astype(xp.reshape(total(dy, others), bias.shape), bias.dtype, copy=False)
     g = dy if weight is None else dy * _along(xp, weight, dy, param_axes)
-    if mean is None and all(xhat.shape[a] != 0 for a in axes):
+    if mean is None and (reduce is not None or all(xhat.shape[a] != 0 for a in axes)):
         inner = xhat * _average(xp, g * xhat, axes, residuals.counted, reduce)
         if correction:
             inner = inner * bessel(residuals.var, residuals.counted, xhat.shape, axes)
