@@ -69,12 +69,9 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
         said.values["num_groups"] = module.num_groups
     inside = list(module.modules())
     _only(said, "eps", [(m, getattr(m, n)) for m in inside for n in _EPS if isinstance(getattr(m, n, None), int | float)])
-    _only(said, "momentum", [(m, m.momentum) for m in inside if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)])
-    if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
-        said.refused["track_running_stats"] = Refusal(
-            "track_running_stats=True; an InstanceNorm here has no running statistics. In evaluation it is a BatchNorm with them: "
-            "import its state_dict() with layer='BatchNorm'"
-        )
+    _only(
+        said, "momentum", [(m, m.momentum) for m in inside if isinstance(m, torch.nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    )
     return said
 
 

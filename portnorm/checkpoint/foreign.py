@@ -34,7 +34,7 @@ _VARIANT_FIELDS = {f.name for f in fields(Variant)}
 
 
 def import_checkpoint(
-    source: str | os.PathLike[str] | Mapping[str, Any],
+    source: str | os.PathLike[str] | Mapping[str, Any] | Any,
     format: str = "auto",  # noqa: A002  # the name that users look for
     *,
     prefix: str = "",
@@ -47,16 +47,20 @@ def import_checkpoint(
 ) -> Layer:
     """The layer whose weights another library stored: normalization layers, LSTM, GRU, RNN, plain or normalized.
 
-    `source` is a file (.safetensors, .npz, .h5 and .keras with h5py, .onnx with onnx) or a mapping of arrays, nested or not. `format` is
-    one of `portnorm.FORMATS`, or `"auto"` for the only one that fits; `layer.provenance` then says which it was, and why. `prefix` is the
-    beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros' `encoder_W`), where the file holds more.
-    `layer` names the class where arrays alone cannot tell, such as `"GroupNorm"`. Keys in `ignore` are neither asked for nor refused; what
-    they would have given is as in a new layer (statistics that `estimate_population` is to take, for example).
+    `source` is a file (.safetensors, .npz, .h5 and .keras with h5py, .onnx with onnx), a mapping of arrays, nested or not, or a
+    `torch.nn.Module`. `format` is one of `portnorm.FORMATS`, or `"auto"` for the only one that fits; `layer.provenance` then says which it
+    was, and why. `prefix` is the beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros'
+    `encoder_W`), where the file holds more; only what it names is read. `layer` names the class where arrays alone cannot tell, such as
+    `"GroupNorm"`, or the only layer of a class in a file of many. Keys in `ignore` are neither asked for nor refused; what they would have
+    given is as in a new layer (statistics that `estimate_population` is to take, for example). Settings of the file that a layer cannot
+    have are refused by name; that name in `ignore` leaves them out.
 
     `config` is what arrays do not say: arguments of the layer (`batch_first=True`, `num_groups=4`) or fields of its `Variant`
-    (`zoneout=0.1`, `eps=1e-3`). Without them the format's own defaults hold. Batch statistics that are stored per step set `t_max`.
-    Arrays keep their dtype unless `dtype` is given. Raises `CheckpointError`, which names the key, where keys are missing or unknown,
-    shapes do not fit, or several formats would; pickles (.pt) are refused.
+    (`zoneout=0.1`, `eps=1e-3`). It goes before what the file says (a Keras configuration, ONNX attributes, a module's own settings), and
+    that before the format's defaults, which `provenance` names. Batch statistics that are stored per step set `t_max`. Arrays keep their
+    dtype unless `dtype` is given; types of 8 bits become float32, and bfloat16 too where the library does not have it. Raises
+    `CheckpointError`, which names the key, where keys are missing or unknown, shapes do not fit, or several formats would; and
+    `UnsupportedError` for an argument that there is not. Pickles (.pt) are refused.
 
     >>> import numpy as np, portnorm as pn
     >>> keras = {"kernel": np.ones((4, 12)), "recurrent_kernel": np.ones((3, 12)), "bias": np.zeros(12)}
@@ -197,7 +201,9 @@ class _Reader:
             names += ["eps"] if layer.variant.norm not in (None, "weight") else []
         source = layer.variant if isinstance(layer, Recurrent) else layer
         unsaid = [f"{n}={getattr(source, n)!r}" for n in names if n not in self.stated and hasattr(source, n)]
-        found = list(self.said.notes)
+        said = [f"{name}={value!r}" for name, value in self.said.values.items() if name in self.stated]
+        found = [f"said beside the arrays: {', '.join(said)}"] if said else []
+        found += self.said.notes
         found += [f"not stored, taken as usual there: {', '.join(unsaid)}"] if unsaid else []
         found += [f"not stored, so {'1' if name == 'weight' else '0'}: {name}" for name in self.filled]
         return found

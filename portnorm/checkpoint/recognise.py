@@ -87,6 +87,7 @@ def _exact(fits: list[Fit], arrays: Arrays) -> tuple[list[Fit], list[Fit]]:
     # A row with a learned initial state or unused arrays explains more keys than one without.
     exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
     exact = [fit for fit in exact if _said_layer(fit, arrays) in (None, fit.row.layer)]
+    exact = [fit for fit in exact if not fit.row.asked or all(other.row.layer == fit.row.layer for other in exact)]
     # A stack of one layer is that layer under a longer name.
     # So is a norm with one of γ and β where the other was to be left out.
     plausible = {

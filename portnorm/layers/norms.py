@@ -149,8 +149,40 @@ class _ChannelNorm(_Norm):
         return {"channel_axis": self.channel_axis, "eps": self.eps, "mask": mask}
 
 
-class InstanceNorm(_ChannelNorm):
-    """Instance normalization of `num_features` channels. See `portnorm.instance_norm`; torch's default is `affine=False` as here."""
+class _Tracking(_ChannelNorm):
+    """A normalization that keeps running statistics of its channels."""
+
+    momentum: float | None
+
+    def _start_statistics(self) -> None:
+        self.buffers = {
+            "running_mean": self._new(numpy.zeros(self.num_features)),
+            "running_var": self._new(numpy.ones(self.num_features)),
+            "num_batches_tracked": self._new(0, integer=True),
+        }
+
+    def forget_statistics(self) -> None:
+        self.momentum = None
+        self._start_statistics()
+
+    def _followed(self, buffers: Arrays, mean: Array, var: Array, seen: Array | None) -> Arrays:
+        """The running statistics after a batch of these; a batch in which nothing counts (`seen`) has none, and changes none."""
+        xp, before = xp_of(mean), buffers["num_batches_tracked"]
+        seen = xp.ones_like(before) > 0 if seen is None else seen
+        tracked = before + xp.astype(seen, before.dtype)
+        new = {"num_batches_tracked": tracked}
+        for name, batch in {"running_mean": mean, "running_var": var}.items():
+            average = xp.astype(moving_average(buffers[name], batch, self.momentum, tracked), buffers[name].dtype)
+            new[name] = xp.where(seen, average, buffers[name])
+        return {name: new[name] for name in buffers}
+
+
+class InstanceNorm(_Tracking):
+    """Instance normalization of `num_features` channels. See `portnorm.instance_norm`; torch's default is `affine=False` as here.
+
+    With `track_running_stats` inference takes running statistics in place of each case's own, as torch does: the averages over the cases
+    of a batch of their means and of their unbiased variances, which training follows by `momentum`.
+    """
 
     op: Op[..., Any] = instance_norm
 
@@ -161,11 +193,58 @@ class InstanceNorm(_ChannelNorm):
         channel_axis: int = 1,
         eps: float = 1e-5,
         affine: bool = False,
+        track_running_stats: bool = False,
+        momentum: float | None = 0.1,
         xp: Namespace | str | None = None,
         device: Any = None,
         dtype: DType = "float32",
     ):
-        super().__init__({"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "affine": affine}, xp, device, dtype)
+        config = {"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "affine": affine}
+        config |= {"track_running_stats": True, "momentum": momentum} if track_running_stats else {}
+        super().__init__(config, xp, device, dtype)
+        self.track_running_stats, self.momentum = track_running_stats, momentum
+        check_momentum(momentum)
+        if track_running_stats:
+            self._start_statistics()
+
+    def forget_statistics(self) -> None:
+        if self.track_running_stats:
+            super().forget_statistics()
+
+    def operation(self, training: bool) -> Op[..., Any]:
+        return batch_norm if self.track_running_stats and not training else self.op
+
+    def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
+        given = self.track_running_stats and not training
+        running = {"mean": buffers["running_mean"], "var": buffers["running_var"]} if given else {}
+        return {**super().attributes(buffers, x, lengths, training), **running}
+
+    def forward(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Array | None, training: bool, keep: bool
+    ) -> tuple[Array, Any, Arrays, Any]:
+        y, state, buffers, residuals = super().forward(params, buffers, x, state, lengths, training, keep)
+        if training and self.track_running_stats:
+            buffers = self._after(buffers, x, None if lengths is None else _mask(x, lengths, self.channel_axis))
+        return y, state, buffers, residuals
+
+    def _after(self, buffers: Arrays, x: Array, mask: Array | None) -> Arrays:
+        """The running statistics after a batch: each channel of each case is a channel of its own to batch normalization."""
+        xp, channel, cases = xp_of(x), self.channel_axis % x.ndim, x.shape[0]
+        order = (*(a for a in range(1, x.ndim) if a != channel), 0, channel)
+        apart, seen = (
+            None if a is None else xp.reshape(xp.permute_dims(a, order), (-1, cases * self.num_features))
+            for a in (x, None if mask is None else xp.broadcast_to(mask, x.shape))
+        )
+        _, residuals = batch_norm.forward(apart, channel_axis=1, mask=seen)
+        mean, var = (xp.reshape(s, (cases, self.num_features)) for s in residuals.statistics())
+        count = None if residuals.counted is None else xp.reshape(residuals.counted, mean.shape)
+        var = var * bessel(var, count, residuals.shape, (0,))
+        if count is None:
+            return self._followed(buffers, xp.mean(mean, axis=0), xp.mean(var, axis=0), None)
+        counts = xp.astype(count > 0, mean.dtype)
+        found = xp.sum(counts, axis=0)
+        mean, var = (xp.sum(s * counts, axis=0) / xp.where(found > 0, found, 1.0) for s in (mean, var))
+        return self._followed(buffers, mean, var, xp.max(found) > 0)
 
 
 class GroupNorm(_ChannelNorm):
@@ -195,7 +274,7 @@ class GroupNorm(_ChannelNorm):
         return self.num_groups, params.get("weight"), params.get("bias")
 
 
-class BatchNorm(_ChannelNorm):
+class BatchNorm(_Tracking):
     """Batch normalization of `num_features` channels, with running statistics. See `portnorm.batch_norm`; as `torch.nn.BatchNorm1d…3d`.
 
     In training the batch's own statistics normalize, and the running ones follow: running + momentum · (batch − running), where
@@ -233,17 +312,6 @@ class BatchNorm(_ChannelNorm):
         check_momentum(momentum)
         self._start_statistics()
 
-    def _start_statistics(self) -> None:
-        self.buffers = {
-            "running_mean": self._new(numpy.zeros(self.num_features)),
-            "running_var": self._new(numpy.ones(self.num_features)),
-            "num_batches_tracked": self._new(0, integer=True),
-        }
-
-    def forget_statistics(self) -> None:
-        self.momentum = None
-        self._start_statistics()
-
     def attributes(self, buffers: Arrays, x: Array, lengths: Array | None, training: bool) -> dict[str, Any]:
         running = {"mean": buffers["running_mean"], "var": buffers["running_var"]}
         return {**super().attributes(buffers, x, lengths, training), **({"reduce": self.reduce} if training else running)}
@@ -258,15 +326,7 @@ class BatchNorm(_ChannelNorm):
             count = residuals.counted
             count = None if count is None else xp.reshape(xp.broadcast_to(count, residuals.mean.shape), var.shape)
             var = var * bessel(var, count, residuals.shape, axes)
-        # A batch in which nothing counts has no statistics, and changes none.
-        before = buffers["num_batches_tracked"]
-        seen = xp.ones_like(before) > 0 if residuals.counted is None else xp.max(residuals.counted) > 0
-        tracked = before + xp.astype(seen, before.dtype)
-        new = {"num_batches_tracked": tracked}
-        for name, batch in {"running_mean": mean, "running_var": var}.items():
-            average = xp.astype(moving_average(buffers[name], batch, self.momentum, tracked), buffers[name].dtype)
-            new[name] = xp.where(seen, average, buffers[name])
-        return {name: new[name] for name in buffers}
+        return self._followed(buffers, mean, var, None if residuals.counted is None else xp.max(residuals.counted) > 0)
 
 
 class BatchRenorm(BatchNorm):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy
 
@@ -20,6 +20,9 @@ from portnorm.layers.layer import Arrays, Layer
 from portnorm.norm.normalize import Reduce
 from portnorm.recurrent import Direction, RecurrentResiduals
 from portnorm.statistics import check_momentum
+
+Way = Literal["forward", "reverse", "backwards"]
+DIRECTIONS: tuple[str, ...] = get_args(Way)
 
 
 class PlacedState(NamedTuple):
@@ -76,7 +79,7 @@ class Recurrent(Layer):
         bidirectional: bool = False,
         batch_first: bool = False,
         return_sequences: bool = True,
-        direction: Literal["forward", "reverse", "backwards"] = "forward",
+        direction: Way = "forward",
         t_max: int = 100,
         momentum: float | None = 0.1,
         forget_bias: float | None = None,
@@ -88,7 +91,7 @@ class Recurrent(Layer):
         dtype: DType = "float32",
         rng: int | Generator | None = None,
     ):
-        if direction not in ("forward", "reverse", "backwards") or (bidirectional and direction != "forward"):
+        if direction not in DIRECTIONS or (bidirectional and direction != "forward"):
             expected = "'forward', since `bidirectional` has both" if bidirectional else "'forward', 'reverse' or 'backwards'"
             raise UnsupportedError(f"`direction` is {direction!r}; expected {expected}")
         for name, value in {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "t_max": t_max}.items():

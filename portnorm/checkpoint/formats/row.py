@@ -75,6 +75,8 @@ class Row:
     """Arguments of the layer that are the format's defaults, or functions that give them for a dtype."""
     unused: tuple[str, ...] = ()
     """Keys that belong to the format and that its computation does not use."""
+    asked: bool = False
+    """Whether it is only meant where its class is named: its arrays are those of a layer that is more common."""
     zero: tuple[str, ...] = ()
     """Keys of a learned initial state, which a layer of portnorm is given with the call."""
 
@@ -110,3 +112,9 @@ def norms(
         *(Row(library, "InstanceNorm", some, config={"eps": eps, "affine": True, **channels}) for some in (affine, gain, shift)),
         Row(library, "RMSNorm", {"weight": whole(scale)}, config={"eps": rms_eps}),
     ]
+
+
+def tracking(row: Row) -> Row:
+    """An InstanceNorm with running statistics, from the row of a BatchNorm."""
+    config = {name: value for name, value in row.config.items() if name != "unbiased"}
+    return replace(row, layer="InstanceNorm", config={"affine": True, **config, "track_running_stats": True}, asked=True)

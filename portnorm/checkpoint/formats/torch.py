@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy
 
-from portnorm.checkpoint.formats.row import OUR_GATES, Read, Row, norms, rows, whole, without
+from portnorm.checkpoint.formats.row import OUR_GATES, Read, Row, norms, rows, tracking, whole, without
 
 _TORCH_PLACES = (("_l{l}", "_l{l}_reverse"),)
 _TORCH = {f"{kind}_{side}": rows(f"{kind}_{side}{{p}}") for kind in ("weight", "bias") for side in ("ih", "hh")}
@@ -30,7 +30,9 @@ def torch_rows() -> list[Row]:
     linear = Row("torch", "Linear", {"weight": whole("weight"), "bias": whole("bias")})
     names = {"gain": "weight", "shift": "bias", "mean": "running_mean", "var": "running_var", "rms": "weight"}
     batch = {"eps": 1e-5, "momentum": 0.1, "unbiased": True}
-    return [*found, linear, without(linear, "bias"), *norms("torch", names, 1e-5, _rms_eps, batch, 1)]
+    normalizing = norms("torch", names, 1e-5, _rms_eps, batch, 1)
+    instance = [tracking(row) for row in normalizing if row.layer == "BatchNorm"]
+    return [*found, linear, without(linear, "bias"), *normalizing, *instance]
 
 
 def _rms_eps(dtype: str) -> float:
