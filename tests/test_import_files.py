@@ -259,6 +259,8 @@ def test_many_layers_of_a_kind_are_one_entry() -> None:
 def test_a_prefix_that_is_not_there_says_what_is() -> None:
     with pytest.raises(pn.CheckpointError, match=r"no key starts with 'lstm\.'; the keys begin with 'encoder\.', 'embedding\.', 'step'"):
         pn.import_checkpoint(MODEL, prefix="lstm.")
+    with pytest.raises(pn.CheckpointError, match=r"no key starts with 'encoder\.gru\.'; the keys begin with 'encoder\.lstm\.'$"):
+        pn.import_checkpoint(MODEL, prefix="encoder.gru.")
 
 
 @pytest.mark.parametrize(("first", "second"), [("i2h", "h2h"), ("x2h", "h2h"), ("weight_input", "weight_hidden"), ("w_ih", "w_hh")])

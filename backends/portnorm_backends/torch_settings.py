@@ -57,7 +57,7 @@ def _layer(module: torch.nn.Module) -> str | None:
 def said_of(module: torch.nn.Module, name: str) -> Said:
     """The settings of a module: torch's own by class, others by the norms inside them and by what they call their ε."""
     kind = type(module).__name__
-    said = Said(f"the module {name!r}, a {kind}," if name else f"the {kind}", layer=_layer(module))
+    said = Said(f"the module {name!r} of the class {kind}" if name else f"the module of the class {kind}", layer=_layer(module))
     if isinstance(module, torch.nn.RNNBase):
         said.values["batch_first"] = module.batch_first
         if isinstance(module, torch.nn.RNN):

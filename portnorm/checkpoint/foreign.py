@@ -72,7 +72,7 @@ def import_checkpoint(
     with containers.opened(source) as held:
         arrays = {key: a for key, a in held.arrays.items() if key.startswith(prefix)}
         if not arrays:
-            begin = list(itertools.islice(held.beginnings(), 9))
+            begin = held.beginnings(prefix) if held.arrays else []
             known = f"; the keys begin with {', '.join(map(repr, begin[:8]))}{', …' * (len(begin) > 8)}" if begin else ""
             raise CheckpointError(f"no key starts with {prefix!r}{known}" if prefix else "the checkpoint holds no arrays")
         wanted = held.format if format == "auto" and held.format is not None else format

@@ -44,7 +44,7 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     of_one = {id(a.said): a.said for a in arrays.values()}
     said = next(iter(of_one.values())) if len(of_one) == 1 else None
     if said is not None and "class_name" in said.refused:
-        raise CheckpointError(f"{said.title} is of {said.refused['class_name'].why}")
+        raise CheckpointError(f"{said.title} has {said.refused['class_name'].why}")
     nearest = sorted(
         (fit for fit in fits if fit.missing or fit.unknown), key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown))
     )

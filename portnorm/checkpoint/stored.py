@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -123,11 +123,9 @@ class Held:
     left_out: list[str] = field(default_factory=list)
     """Keys of what is no weight by its nature, such as keys of random generators."""
 
-    def beginnings(self) -> Iterator[str]:
-        """What the keys begin with, each once."""
-        seen = set()
-        for key in self.arrays:
-            end = next((k + 1 for k, letter in enumerate(key) if letter in "./"), len(key))
-            if key[:end] not in seen:
-                seen.add(key[:end])
-                yield key[:end]
+    def beginnings(self, prefix: str) -> list[str]:
+        """What the keys begin with, below as much of `prefix` as there is."""
+        ends = [0, *(k + 1 for k, letter in enumerate(prefix) if letter in "./")]
+        start = max(end for end in ends if any(key.startswith(prefix[:end]) for key in self.arrays))
+        below = (key for key in self.arrays if key.startswith(prefix[:start]))
+        return list(dict.fromkeys(key[: next((k + 1 for k in range(start, len(key)) if key[k] in "./"), len(key))] for key in below))

@@ -199,7 +199,7 @@ class InstanceNorm(_Tracking):
         device: Any = None,
         dtype: DType = "float32",
     ):
-        config = {"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "affine": affine}
+        config: dict[str, Any] = {"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "affine": affine}
         config |= {"track_running_stats": True, "momentum": momentum} if track_running_stats else {}
         super().__init__(config, xp, device, dtype)
         self.track_running_stats, self.momentum = track_running_stats, momentum
