@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -403,3 +404,14 @@ def test_containers_describe_what_they_hold(tmp_path: Path) -> None:
                 stored = held.arrays[f"lstm.{name}"]
                 assert (stored.shape, stored.dtype, stored.ndim) == (a.shape, "float32", a.ndim)
                 np.testing.assert_array_equal(np.asarray(stored), a)
+
+
+def test_damaged_bytes_of_npz_give_a_layer_or_one_family_of_errors(tmp_path: Path, rng: np.random.Generator) -> None:
+    np.savez(tmp_path / "w.npz", **ARRAYS)
+    whole = (tmp_path / "w.npz").read_bytes()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(damaged))] ^= rng.integers(1, 256)
+        (tmp_path / "w.npz").write_bytes(bytes(damaged))
+        with contextlib.suppress(pn.PortnormError):
+            assert isinstance(pn.import_checkpoint(tmp_path / "w.npz"), pn.Layer)

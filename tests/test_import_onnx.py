@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -387,3 +388,22 @@ def test_external_weights_outside_the_folder_are_not_read(tmp_path: Path, rng: n
     (tmp_path / "in" / "m.onnx").write_bytes(found.SerializeToString())
     with pytest.raises(pn.CheckpointError, match="cannot be read"):
         pn.import_checkpoint(tmp_path / "in" / "m.onnx")
+
+
+@pytest.mark.parametrize("kind", ["folded", "inside", "groups"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # of a constant whose bytes were damaged
+def test_damaged_bytes_give_a_layer_or_one_family_of_errors(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    if kind == "folded":
+        model = with_folded("LSTM", rng)[0]
+    elif kind == "inside":
+        model = inside("If", "GRU", rng)[0]
+    else:
+        arrays = {n: np.ones(6, "float32") for n in ("scale", "bias")}
+        model = onnx_model("GroupNormalization", arrays, ("x", "scale", "bias"), num_groups=2)
+    whole = model.SerializeToString()
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(damaged))] = rng.integers(256)
+        (tmp_path / "m.onnx").write_bytes(bytes(damaged))
+        with contextlib.suppress(pn.PortnormError):
+            assert isinstance(pn.import_checkpoint(tmp_path / "m.onnx"), pn.Layer)

@@ -22,6 +22,9 @@ _LAYERS: dict[type[torch.nn.Module], str] = {
     torch.nn.LSTM: "LSTM",
     torch.nn.GRU: "GRU",
     torch.nn.RNN: "RNN",
+    torch.nn.LSTMCell: "LSTM",
+    torch.nn.GRUCell: "GRU",
+    torch.nn.RNNCell: "RNN",
 }
 
 
@@ -58,10 +61,10 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
     """The settings of a module: torch's own by class, others by the norms inside them and by what they call their ε."""
     kind = type(module).__name__
     said = Said(f"the module {name!r} of the class {kind}" if name else f"the module of the class {kind}", layer=_layer(module))
+    if isinstance(module, torch.nn.RNN | torch.nn.RNNCell):
+        said.values["activation"] = module.nonlinearity
     if isinstance(module, torch.nn.RNNBase):
         said.values["batch_first"] = module.batch_first
-        if isinstance(module, torch.nn.RNN):
-            said.values["activation"] = module.nonlinearity
         if module.dropout and module.num_layers > 1:
             said.notes.append(f"dropout={module.dropout} between layers, which is for training, is left out")
         return said

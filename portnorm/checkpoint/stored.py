@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -73,8 +76,19 @@ class Stored:
 
     @cached_property
     def _described(self) -> tuple[tuple[int, ...], str]:
-        shape, name = self._describe()
+        with self._named():
+            shape, name = self._describe()
         return tuple(map(int, shape)), name
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of a file's own library as `CheckpointError`."""
+        try:
+            yield
+        except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{self.key!r} cannot be read: {error}") from error
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,7 +108,8 @@ class Stored:
         if self.problem is not None:
             raise CheckpointError(self.problem)
         name = self.dtype
-        array = numpy.asarray(self._load())
+        with self._named():
+            array = numpy.asarray(self._load())
         if name.startswith(_WIDENED) and array.dtype != numpy.float32:
             array = array.astype(numpy.float32)
         if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:

@@ -120,7 +120,8 @@ def _is_known(cell: Any) -> bool:
     if type(cell) not in _LOOPS or not set(cell.slots) <= set(_LOOPS[type(cell)].slots):
         return False
     v = cell.variant
-    plain = (v.zoneout, v.peepholes, v.clip, v.affine, *v.activations()) == (0.0, False, None, "shared", "sigmoid", "tanh", "tanh")
+    plain = (v.zoneout, v.peepholes, v.clip, v.affine, v.activation) == (0.0, False, None, "shared", "tanh")
+    plain = plain and v.gate_activation == "sigmoid" and v.output_activation in (None, "tanh")
     by_batch = v.norm == "batch" and any(slot.normalizes for slot in cell.slots.values())
     known = v.eps_place == "variance" and v.variance != "unbiased" and not (by_batch and ("norm_sum" in cell.slots or not v.timed))
     known = known and cell.reduce is None  # statistics over processes are the definition's
