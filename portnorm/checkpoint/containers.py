@@ -116,7 +116,7 @@ def _safetensors(path: Path, stack: contextlib.ExitStack) -> Held:
 
 
 def _npz(path: Path, stack: contextlib.ExitStack) -> Held:
-    file = numpy.load(path, allow_pickle=False)
+    file = numpy.load(stack.enter_context(path.open("rb")), allow_pickle=False)
     if not hasattr(file, "files"):
         raise CheckpointError(f"{os.fspath(path)!r} is a single array; expected an .npz file with names")
     stack.enter_context(file)
