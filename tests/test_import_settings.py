@@ -434,6 +434,22 @@ def test_the_norms_inside_a_cell_say_their_eps(rng: np.random.Generator) -> None
     assert "not stored, taken as usual there: eps=1e-05" in bare.provenance
 
 
+@pytest.mark.peers
+def test_what_a_module_of_somebody_says_by_its_attributes(rng: np.random.Generator) -> None:
+    import torch
+
+    class Haste(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.recurrent_kernel = (torch.nn.Parameter(torch.randn(n, 4 * H)) for n in (D, H))
+            self.bias = torch.nn.Parameter(torch.randn(4 * H))
+            self.zoneout, self.batch_first = 0.25, True
+
+    layer: Any = pn.import_checkpoint(Haste(), "haste")
+    assert (layer.variant.zoneout, layer.batch_first) == (0.25, True)
+    assert "zoneout=0.25, batch_first=True" in layer.provenance
+
+
 def test_a_bare_state_dict_says_which_eps_was_taken() -> None:
     for dtype, eps in (("float32", np.finfo("float32").eps), ("float64", np.finfo("float64").eps)):
         layer: Any = pn.import_checkpoint({"weight": np.ones(8, dtype)}, "torch", layer="RMSNorm")

@@ -71,6 +71,9 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
     if isinstance(module, torch.nn.GroupNorm):
         said.values["num_groups"] = module.num_groups
     inside = list(module.modules())
+    for name, of in (("zoneout", float), ("batch_first", bool)):
+        if said.layer is None and isinstance(getattr(module, name, None), of):
+            said.values[name] = getattr(module, name)
     _only(said, "eps", [(m, getattr(m, n)) for m in inside for n in _EPS if isinstance(getattr(m, n, None), int | float)])
     _only(
         said, "momentum", [(m, m.momentum) for m in inside if isinstance(m, torch.nn.modules.batchnorm._NormBase) and m.track_running_stats]

@@ -184,7 +184,8 @@ class _Reader:
     def _stated(self) -> dict[str, Any]:
         """What the file says, but for what this layer has no use for, such as the ε of a cell without a normalizer."""
         plain = self.cell is not None and self.row.norm in (None, "weight")
-        return {n: v for n, v in self.said.values.items() if not (n in ("eps", "momentum") and (plain or not self._takes(n)))}
+        useless = {n for n in ("eps", "momentum", "zoneout", "batch_first") if not self._takes(n) or (plain and n in ("eps", "momentum"))}
+        return {n: v for n, v in self.said.values.items() if n not in useless}
 
     def _takes(self, name: str) -> bool:
         """Whether an argument, or a field of a Variant, can be another one than the usual for this layer."""
@@ -326,6 +327,8 @@ def to_format(layer: Layer, format: str) -> dict[str, NumPyArray]:  # noqa: A002
     >>> {name: a.shape for name, a in pn.to_format(pn.LSTM(4, 3, rng=0), "torch").items()}
     {'weight_ih_l0': (12, 4), 'weight_hh_l0': (12, 3), 'bias_ih_l0': (12,), 'bias_hh_l0': (12,)}
     """
+    if format not in FORMATS:
+        raise UnsupportedError(f"`format` is {format!r}; expected one of {', '.join(map(repr, FORMATS))}")
     own = {name: to_numpy(a) for name, a in layer.state_dict().items()}
     layers, directions = (layer.num_layers, layer.num_directions) if isinstance(layer, Recurrent) else (1, 1)
     for row in ROWS:
