@@ -240,6 +240,26 @@ def test_constants_that_grow_are_not_followed(tmp_path: Path, rng: np.random.Gen
         imported(model, tmp_path)
 
 
+@pytest.mark.parametrize("operator", ["ConstantOfShape", "Expand", "Tile"])
+@pytest.mark.parametrize("size", [1, 2**40])
+def test_biases_that_a_node_fills(operator: str, size: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    shape = np.array([1, 2 * H * size])
+    arrays = {**weights("RNN", rng), "shape": shape, "one": np.full((1, 1), 0.25, "float32")}
+    value = numpy_helper.from_array(np.array([0.25], "float32"))
+    made = helper.make_node(operator, ["one", "shape"], ["filled"])
+    if operator == "ConstantOfShape":
+        made = helper.make_node(operator, ["shape"], ["filled"], value=value)
+    model = onnx_model("RNN", arrays, ("x", "W", "R", "B"), hidden_size=H)
+    model.graph.node[0].input[3] = "filled"
+    model.graph.node.insert(0, made)
+    if size > 1:
+        with pytest.raises(pn.CheckpointError, match="grow beyond what the file holds"):
+            imported(model, tmp_path)
+        return
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    np.testing.assert_allclose(imported(model, tmp_path)(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
 @pytest.mark.parametrize("operator", GATES)
 def test_weights_behind_dequantization(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
     arrays, scale = weights(operator, rng), np.float32(0.02)
