@@ -16,10 +16,11 @@ import numpy
 
 import portnorm
 from portnorm.arrays import require_extra
-from portnorm.cells.variants import IMPLEMENTATIONS, VARIANTS
+from portnorm.cells.variants import FUNCTIONS, IMPLEMENTATIONS, VARIANTS
 from portnorm.digits import Dataset
 from portnorm.errors import ConformanceError, PortnormError, UnsupportedError
 from portnorm.files import written_whole
+from portnorm.layers.recurrent import DIRECTIONS
 from portnorm.libraries import SUPPORT
 from portnorm.optimizers import OPTIMIZERS
 
@@ -190,9 +191,12 @@ def _import(options: argparse.Namespace) -> dict[str, Any]:
     for setting in options.set:
         name, _, value = setting.partition("=")
         try:
-            config[name] = json.loads(value)
+            config[name] = value if value in FUNCTIONS or value in DIRECTIONS else json.loads(value)
         except ValueError:
-            raise UnsupportedError(f"`--set` is {setting!r}; expected NAME=VALUE with a number, true, false or null") from None
+            raise UnsupportedError(
+                f"`--set` is {setting!r}; expected NAME=VALUE with a number, true, false, null, or one of "
+                f"{', '.join((*FUNCTIONS, *DIRECTIONS))}"
+            ) from None
     layer = portnorm.import_checkpoint(
         options.source, options.format, prefix=options.prefix, layer=options.layer, ignore=options.ignore, **config
     )

@@ -31,6 +31,8 @@ MODELS = [
     pn.BatchNorm(3, momentum=None, channel_axis=-1),
     pn.GroupNorm(2, 4),
     pn.InstanceNorm(4, affine=True),
+    pn.InstanceNorm(4, track_running_stats=True, momentum=None),
+    pn.LSTM(3, 4, direction="backwards", rng=0),
 ]
 
 

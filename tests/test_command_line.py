@@ -53,6 +53,10 @@ def test_import(tmp_path: Path, capsys: Any) -> None:
     assert found["provenance"].startswith("haste: LSTM(norm='haste')")
     loaded: Any = pn.load(checkpoint)
     assert (loaded.batch_first, loaded.variant.zoneout) == (True, 0.1)
+    told = ["--set", "gate_activation=hard_sigmoid_5", "--set", "direction=reverse"]
+    assert main(["import", weights, "-o", checkpoint, *told]) == 0
+    loaded = pn.load(checkpoint)
+    assert (loaded.variant.gate_activation, loaded.direction) == ("hard_sigmoid_5", "reverse")
     assert main(["import", weights, "-o", checkpoint]) == 0
     assert "recognised as haste" in capsys.readouterr().out
     for wrong in (["--set", "batch_first"], ["--set", "batch_first=yes"], ["--set", "unknown=1"], ["--format", "torch"], ["--prefix", "x"]):

@@ -95,6 +95,7 @@ LAYERS = [
     (pn.BatchNorm(3, channel_axis=-1), {"input_shape": ("batch", "space", 3)}, None),
     (pn.InstanceNorm(3, affine=True), {}, 1),
     (pn.InstanceNorm(3), {"input_shape": ("batch", 3, "height", "width")}, 1),
+    (pn.InstanceNorm(3, track_running_stats=True), {"input_shape": ("batch", 3, "height")}, 1),
     (pn.GroupNorm(2, 6), {"input_shape": ("batch", 6, 5)}, None),
     (pn.GroupNorm(2, 6), {"input_shape": ("batch", 6, "height", "width")}, None),
     (pn.GroupNorm(2, 6, channel_axis=-1), {}, None),

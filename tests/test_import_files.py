@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -259,6 +260,8 @@ def test_many_layers_of_a_kind_are_one_entry() -> None:
 def test_a_prefix_that_is_not_there_says_what_is() -> None:
     with pytest.raises(pn.CheckpointError, match=r"no key starts with 'lstm\.'; the keys begin with 'encoder\.', 'embedding\.', 'step'"):
         pn.import_checkpoint(MODEL, prefix="lstm.")
+    with pytest.raises(pn.CheckpointError, match=r"no key starts with 'encoder\.gru\.'; the keys begin with 'encoder\.lstm\.'$"):
+        pn.import_checkpoint(MODEL, prefix="encoder.gru.")
 
 
 @pytest.mark.parametrize(("first", "second"), [("i2h", "h2h"), ("x2h", "h2h"), ("weight_input", "weight_hidden"), ("w_ih", "w_hh")])
@@ -401,3 +404,14 @@ def test_containers_describe_what_they_hold(tmp_path: Path) -> None:
                 stored = held.arrays[f"lstm.{name}"]
                 assert (stored.shape, stored.dtype, stored.ndim) == (a.shape, "float32", a.ndim)
                 np.testing.assert_array_equal(np.asarray(stored), a)
+
+
+def test_damaged_bytes_of_npz_give_a_layer_or_one_family_of_errors(tmp_path: Path, rng: np.random.Generator) -> None:
+    np.savez(tmp_path / "w.npz", **ARRAYS)
+    whole = (tmp_path / "w.npz").read_bytes()
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(damaged))] ^= rng.integers(1, 256)
+        (tmp_path / "w.npz").write_bytes(bytes(damaged))
+        with contextlib.suppress(pn.PortnormError):
+            assert isinstance(pn.import_checkpoint(tmp_path / "w.npz"), pn.Layer)

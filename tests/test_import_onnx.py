@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,26 @@ def test_constants_that_grow_are_not_followed(tmp_path: Path, rng: np.random.Gen
         imported(model, tmp_path)
 
 
+@pytest.mark.parametrize("operator", ["ConstantOfShape", "Expand", "Tile"])
+@pytest.mark.parametrize("size", [1, 2**40])
+def test_biases_that_a_node_fills(operator: str, size: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    shape = np.array([1, 2 * H * size])
+    arrays = {**weights("RNN", rng), "shape": shape, "one": np.full((1, 1), 0.25, "float32")}
+    value = numpy_helper.from_array(np.array([0.25], "float32"))
+    made = helper.make_node(operator, ["one", "shape"], ["filled"])
+    if operator == "ConstantOfShape":
+        made = helper.make_node(operator, ["shape"], ["filled"], value=value)
+    model = onnx_model("RNN", arrays, ("x", "W", "R", "B"), hidden_size=H)
+    model.graph.node[0].input[3] = "filled"
+    model.graph.node.insert(0, made)
+    if size > 1:
+        with pytest.raises(pn.CheckpointError, match="grow beyond what the file holds"):
+            imported(model, tmp_path)
+        return
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    np.testing.assert_allclose(imported(model, tmp_path)(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
 @pytest.mark.parametrize("operator", GATES)
 def test_weights_behind_dequantization(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
     arrays, scale = weights(operator, rng), np.float32(0.02)
@@ -387,3 +408,22 @@ def test_external_weights_outside_the_folder_are_not_read(tmp_path: Path, rng: n
     (tmp_path / "in" / "m.onnx").write_bytes(found.SerializeToString())
     with pytest.raises(pn.CheckpointError, match="cannot be read"):
         pn.import_checkpoint(tmp_path / "in" / "m.onnx")
+
+
+@pytest.mark.parametrize("kind", ["folded", "inside", "groups"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # of a constant whose bytes were damaged
+def test_damaged_bytes_give_a_layer_or_one_family_of_errors(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    if kind == "folded":
+        model = with_folded("LSTM", rng)[0]
+    elif kind == "inside":
+        model = inside("If", "GRU", rng)[0]
+    else:
+        arrays = {n: np.ones(6, "float32") for n in ("scale", "bias")}
+        model = onnx_model("GroupNormalization", arrays, ("x", "scale", "bias"), num_groups=2)
+    whole = model.SerializeToString()
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(damaged))] = rng.integers(256)
+        (tmp_path / "m.onnx").write_bytes(bytes(damaged))
+        with contextlib.suppress(pn.PortnormError):
+            assert isinstance(pn.import_checkpoint(tmp_path / "m.onnx"), pn.Layer)

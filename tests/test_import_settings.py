@@ -64,7 +64,7 @@ REFUSED_OF_KERAS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "axis": (lambda k: k.LayerNormalization(axis=1), r"axis=.*1.*; expected the last axes"),
     "Dense with more": (lambda k: k.Dense(3, activation="softmax"), "activation='softmax'"),
-    "another class": (lambda k: k.Conv1D(3, 2), "the class Conv1D"),
+    "another class": (lambda k: k.Conv1D(3, 2), "of the class Conv1D has a class that is not read"),
 }
 
 
@@ -175,8 +175,8 @@ def test_weights_of_keras_without_a_configuration_say_what_was_taken(tmp_path: P
     layer: Any = pn.import_checkpoint(tmp_path / "b.weights.h5")
     assert isinstance(layer, pn.BatchNorm)
     assert not layer.params
-    keras_model(lambda k: k.BatchNormalization(scale=False), rng).save_weights(tmp_path / "c.weights.h5")
-    with pytest.raises(pn.CheckpointError, match=r"does not say whether it has gamma or beta; a \.keras file does"):
+    keras_model(lambda k: k.BatchNormalization(scale=False, name="named"), rng).save_weights(tmp_path / "c.weights.h5")
+    with pytest.raises(pn.CheckpointError, match=r"does not say whether it has gamma or beta; one with the configuration does"):
         pn.import_checkpoint(tmp_path / "c.weights.h5")
 
 
@@ -343,6 +343,8 @@ TORCH: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "GroupNorm": (("GroupNorm", 2, 8), {"eps": 1e-3}, "eps"),
     "GroupNorm without bias": (("GroupNorm", 2, 8), {"bias": False}, "num_groups"),
     "InstanceNorm": (("InstanceNorm1d", 8), {"affine": True, "eps": 1e-3}, "eps"),
+    "InstanceNorm with statistics": (("InstanceNorm1d", 8), {"affine": True, "track_running_stats": True, "momentum": 0.3}, "momentum"),
+    "InstanceNorm of statistics alone": (("InstanceNorm1d", 8), {"track_running_stats": True, "eps": 0.1}, "eps"),
     "Linear": (("Linear", 8, 3), {}, "in_features"),
 }
 
@@ -354,13 +356,49 @@ def test_a_live_module_says_its_settings(kind: str, inside: bool, rng: np.random
     import torch
 
     (name, *args), keywords, attribute = TORCH[kind]
-    theirs = torch_module(name, *args, **keywords).eval()
+    theirs = torch_module(name, *args, **keywords)
+    if keywords.get("track_running_stats"):
+        theirs(3.0 + 2.0 * torch.randn(4, 8, 5).double())
+    theirs.eval()
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8).double(), "b": theirs}) if inside else theirs
     layer: Any = pn.import_checkpoint(model, prefix="b." if inside else "")
     usual = torch.finfo(torch.float64).eps if kind == "RMSNorm without eps" else None
     assert getattr(layer, attribute, layer.config.get(attribute)) == (usual or getattr(theirs, attribute))
     x = 1e-4 * rng.standard_normal((4, 8, 5) if "Instance" in name or "Group" in name else (4, 8))
     np.testing.assert_allclose(layer(x), theirs(torch.asarray(x)).detach(), rtol=TORCH_FLOAT64, atol=1e-8)  # ε is rounded to float32
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("affine", [False, True])
+def test_running_statistics_of_instance_norm_follow_as_in_torch(affine: bool, rng: np.random.Generator) -> None:
+    import torch
+
+    theirs = torch_module("InstanceNorm1d", 8, affine=affine, track_running_stats=True, momentum=0.3)
+    layer: Any = pn.import_checkpoint(theirs)
+    assert isinstance(pn.import_checkpoint(theirs.state_dict(), "torch"), pn.BatchNorm)  # the arrays of the two are alike
+    assert isinstance(pn.import_checkpoint(theirs.state_dict(), "torch", layer="InstanceNorm"), pn.InstanceNorm)
+    for _ in range(3):
+        x = 3.0 + 2.0 * rng.standard_normal((4, 8, 5))
+        for training in (True, False):
+            expected = theirs.train(training)(torch.asarray(x)).detach()
+            np.testing.assert_allclose(layer(x, training=training), expected, rtol=TORCH_FLOAT64, atol=TORCH_FLOAT64)
+    for name, buffer in theirs.state_dict().items():
+        if "running" in name:
+            np.testing.assert_allclose(layer.state_dict()[name], buffer, rtol=PUBLISHED_FLOAT64)
+    model = torch.nn.Sequential(theirs.float())
+    assert pn.replace_modules(model, {torch.nn.InstanceNorm1d: "torch"}) == ["0"]
+
+
+def test_running_statistics_of_instance_norm_leave_out_what_does_not_count(rng: np.random.Generator) -> None:
+    """Values that are masked, and cases in which all are."""
+    x = rng.standard_normal((6, 2, 3))
+    kept = {name: pn.InstanceNorm(3, channel_axis=-1, track_running_stats=True, dtype="float64") for name in ("whole", "padded", "nothing")}
+    kept["whole"](x[:4], training=True)
+    kept["padded"](np.concatenate([x[:4], 1e3 * x[4:]]), lengths=[4, 4], training=True)
+    kept["nothing"](x, lengths=[0, 0], training=True)
+    for name in ("running_mean", "running_var"):
+        np.testing.assert_allclose(kept["padded"].buffers[name], kept["whole"].buffers[name], rtol=1e-12)
+        np.testing.assert_array_equal(kept["nothing"].buffers[name], float("var" in name))
 
 
 @pytest.mark.peers
@@ -394,6 +432,22 @@ def test_the_norms_inside_a_cell_say_their_eps(rng: np.random.Generator) -> None
         pn.import_checkpoint(Cell(0.1, 0.2), "torch-fastrnns")
     bare: Any = pn.import_checkpoint(Cell(0.1, 0.1).state_dict(), "torch-fastrnns")
     assert "not stored, taken as usual there: eps=1e-05" in bare.provenance
+
+
+@pytest.mark.peers
+def test_what_a_module_of_somebody_says_by_its_attributes(rng: np.random.Generator) -> None:
+    import torch
+
+    class Haste(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel, self.recurrent_kernel = (torch.nn.Parameter(torch.randn(n, 4 * H)) for n in (D, H))
+            self.bias = torch.nn.Parameter(torch.randn(4 * H))
+            self.zoneout, self.batch_first = 0.25, True
+
+    layer: Any = pn.import_checkpoint(Haste(), "haste")
+    assert (layer.variant.zoneout, layer.batch_first) == (0.25, True)
+    assert "zoneout=0.25, batch_first=True" in layer.provenance
 
 
 def test_a_bare_state_dict_says_which_eps_was_taken() -> None:

@@ -43,6 +43,11 @@ def test_two_biases_become_the_one_that_a_format_has(
     np.testing.assert_allclose(again(x)[0], layer(x)[0], rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
 
 
+def test_a_format_that_there_is_not() -> None:
+    with pytest.raises(pn.UnsupportedError, match="`format` is 'pytorch'; expected one of 'torch', 'keras'"):
+        pn.to_format(pn.Linear(2, 3, rng=0), "pytorch")
+
+
 @pytest.mark.parametrize(
     ("layer", "format_", "message"),
     [

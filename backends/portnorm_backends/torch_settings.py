@@ -22,6 +22,9 @@ _LAYERS: dict[type[torch.nn.Module], str] = {
     torch.nn.LSTM: "LSTM",
     torch.nn.GRU: "GRU",
     torch.nn.RNN: "RNN",
+    torch.nn.LSTMCell: "LSTM",
+    torch.nn.GRUCell: "GRU",
+    torch.nn.RNNCell: "RNN",
 }
 
 
@@ -57,24 +60,24 @@ def _layer(module: torch.nn.Module) -> str | None:
 def said_of(module: torch.nn.Module, name: str) -> Said:
     """The settings of a module: torch's own by class, others by the norms inside them and by what they call their ε."""
     kind = type(module).__name__
-    said = Said(f"the module {name!r}, a {kind}," if name else f"the {kind}", layer=_layer(module))
+    said = Said(f"the module {name!r} of the class {kind}" if name else f"the module of the class {kind}", layer=_layer(module))
+    if isinstance(module, torch.nn.RNN | torch.nn.RNNCell):
+        said.values["activation"] = module.nonlinearity
     if isinstance(module, torch.nn.RNNBase):
         said.values["batch_first"] = module.batch_first
-        if isinstance(module, torch.nn.RNN):
-            said.values["activation"] = module.nonlinearity
         if module.dropout and module.num_layers > 1:
             said.notes.append(f"dropout={module.dropout} between layers, which is for training, is left out")
         return said
     if isinstance(module, torch.nn.GroupNorm):
         said.values["num_groups"] = module.num_groups
     inside = list(module.modules())
+    for name, of in (("zoneout", float), ("batch_first", bool)):
+        if said.layer is None and isinstance(getattr(module, name, None), of):
+            said.values[name] = getattr(module, name)
     _only(said, "eps", [(m, getattr(m, n)) for m in inside for n in _EPS if isinstance(getattr(m, n, None), int | float)])
-    _only(said, "momentum", [(m, m.momentum) for m in inside if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)])
-    if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
-        said.refused["track_running_stats"] = Refusal(
-            "track_running_stats=True; an InstanceNorm here has no running statistics. In evaluation it is a BatchNorm with them: "
-            "import its state_dict() with layer='BatchNorm'"
-        )
+    _only(
+        said, "momentum", [(m, m.momentum) for m in inside if isinstance(m, torch.nn.modules.batchnorm._NormBase) and m.track_running_stats]
+    )
     return said
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from portnorm.errors import UnsupportedError
 
 Function = Literal["tanh", "relu", "sigmoid", "hard_sigmoid_5", "hard_sigmoid_6"]
+FUNCTIONS: tuple[str, ...] = get_args(Function)
 
 
 @dataclass(frozen=True, repr=False)
@@ -164,9 +165,9 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "biases": _BIASES,
     "eps_place": ("variance", "std"),
     "variance": ("biased", "running", "unbiased"),
-    "activation": get_args(Function),
-    "gate_activation": get_args(Function),
-    "output_activation": (None, *get_args(Function)),
+    "activation": FUNCTIONS,
+    "gate_activation": FUNCTIONS,
+    "output_activation": (None, *FUNCTIONS),
 }
 
 _TORCH_BIASES = ("bias_ih", "bias_hh")

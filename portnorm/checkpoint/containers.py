@@ -9,6 +9,7 @@ import contextlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def _named(path: Path) -> Iterator[None]:
     """Errors of a file's own library as `CheckpointError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{os.fspath(path)!r} cannot be read: {error}") from error
@@ -115,11 +116,11 @@ def _safetensors(path: Path, stack: contextlib.ExitStack) -> Held:
 
 
 def _npz(path: Path, stack: contextlib.ExitStack) -> Held:
-    file = numpy.load(path, allow_pickle=False)
+    file = numpy.load(stack.enter_context(path.open("rb")), allow_pickle=False)
     if not hasattr(file, "files"):
         raise CheckpointError(f"{os.fspath(path)!r} is a single array; expected an .npz file with names")
     stack.enter_context(file)
-    return Held({name: Stored(name, _header_of(file, name), _member(path, file, name)) for name in file.files})
+    return Held({name: Stored(name, _header_of(file, name), partial(file.__getitem__, name)) for name in file.files})
 
 
 def _header_of(file: Any, name: str) -> Callable[[], tuple[tuple[int, ...], str]]:
@@ -136,15 +137,6 @@ def _header_of(file: Any, name: str) -> Callable[[], tuple[tuple[int, ...], str]
         return shape, dtype.name
 
     return describe
-
-
-def _member(path: Path, file: Any, name: str) -> Callable[[], NumPyArray]:
-    def load() -> NumPyArray:
-        with _named(path):
-            array: NumPyArray = file[name]
-            return array
-
-    return load
 
 
 def _hdf5(path: Path, stack: contextlib.ExitStack) -> Held:

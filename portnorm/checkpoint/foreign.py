@@ -34,7 +34,7 @@ _VARIANT_FIELDS = {f.name for f in fields(Variant)}
 
 
 def import_checkpoint(
-    source: str | os.PathLike[str] | Mapping[str, Any],
+    source: str | os.PathLike[str] | Mapping[str, Any] | Any,
     format: str = "auto",  # noqa: A002  # the name that users look for
     *,
     prefix: str = "",
@@ -47,18 +47,21 @@ def import_checkpoint(
 ) -> Layer:
     """The layer whose weights another library stored: normalization layers, LSTM, GRU, RNN, plain or normalized.
 
-    `source` is a file (.safetensors, .npz, .h5 and .keras with h5py, .onnx with onnx) or a mapping of arrays, nested or not. `format` is
-    one of `portnorm.FORMATS`, or `"auto"` for the only one that fits; `layer.provenance` then says which it was, and why. `prefix` is the
-    beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros' `encoder_W`), where the file holds more.
-    `layer` names the class where arrays alone cannot tell, such as `"GroupNorm"`. Keys in `ignore` are neither asked for nor refused; what
-    they would have given is as in a new layer (statistics that `estimate_population` is to take, for example).
+    `source` is a file (.safetensors, .npz, .h5 and .keras with h5py, .onnx with onnx), a mapping of arrays, nested or not, or a
+    `torch.nn.Module`. `format` is one of `portnorm.FORMATS`, or `"auto"` for the only one that fits; `layer.provenance` then says which it
+    was, and why. `prefix` is the beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros'
+    `encoder_W`), where the file holds more; only what it names is read. `layer` names the class where arrays alone cannot tell, such as
+    `"GroupNorm"`, or the only layer of a class in a file of many. Keys in `ignore` are neither asked for nor refused; what they would have
+    given is as in a new layer (statistics that `estimate_population` is to take, for example). Settings of the file that a layer cannot
+    have are refused by name; that name in `ignore` leaves them out.
 
     `config` is what arrays do not say: arguments of the layer (`batch_first=True`, `num_groups=4`) or fields of its `Variant`
-    (`zoneout=0.1`, `eps=1e-3`). Without them the format's own defaults hold. Batch statistics that are stored per step set `t_max`, a
-    first state that is not 0 makes a layer with `learned_state`. speechbrain's directions share their weights: `bidirectional=True` says
-    that there are two, unless a second layer does.
-    Arrays keep their dtype unless `dtype` is given. Raises `CheckpointError`, which names the key, where keys are missing or unknown,
-    shapes do not fit, or several formats would; pickles (.pt) are refused.
+    (`zoneout=0.1`, `eps=1e-3`). It goes before what the file says (a Keras configuration, ONNX attributes, a module's own settings), and
+    that before the format's defaults, which `provenance` names. Batch statistics that are stored per step set `t_max`, a first state that
+    is not 0 makes a layer with `learned_state`. speechbrain's directions share their weights: `bidirectional=True` says that there are two,
+    unless a second layer does. Arrays keep their dtype unless `dtype` is given; types of 8 bits become float32, and bfloat16 too where the
+    library does not have it. Raises `CheckpointError`, which names the key, where keys are missing or unknown, shapes do not fit, or
+    several formats would; and `UnsupportedError` for an argument that there is not. Pickles (.pt) are refused.
 
     >>> import numpy as np, portnorm as pn
     >>> keras = {"kernel": np.ones((4, 12)), "recurrent_kernel": np.ones((3, 12)), "bias": np.zeros(12)}
@@ -70,7 +73,7 @@ def import_checkpoint(
     with containers.opened(source) as held:
         arrays = {key: a for key, a in held.arrays.items() if key.startswith(prefix)}
         if not arrays:
-            begin = list(itertools.islice(held.beginnings(), 9))
+            begin = held.beginnings(prefix) if held.arrays else []
             known = f"; the keys begin with {', '.join(map(repr, begin[:8]))}{', …' * (len(begin) > 8)}" if begin else ""
             raise CheckpointError(f"no key starts with {prefix!r}{known}" if prefix else "the checkpoint holds no arrays")
         for name, (take_apart, _) in PIECES.items():
@@ -203,7 +206,8 @@ class _Reader:
     def _stated(self) -> dict[str, Any]:
         """What the file says, but for what this layer has no use for, such as the ε of a cell without a normalizer."""
         plain = self.cell is not None and self.row.norm in (None, "weight")
-        return {n: v for n, v in self.said.values.items() if not (n in ("eps", "momentum") and (plain or not self._takes(n)))}
+        useless = {n for n in ("eps", "momentum", "zoneout", "batch_first") if not self._takes(n) or (plain and n in ("eps", "momentum"))}
+        return {n: v for n, v in self.said.values.items() if n not in useless}
 
     def _takes(self, name: str) -> bool:
         """Whether an argument, or a field of a Variant, can be another one than the usual for this layer."""
@@ -220,7 +224,9 @@ class _Reader:
             names += ["eps"] if layer.variant.norm not in (None, "weight") else []
         source = layer.variant if isinstance(layer, Recurrent) else layer
         unsaid = [f"{n}={getattr(source, n)!r}" for n in names if n not in self.stated and hasattr(source, n)]
-        found = list(self.said.notes)
+        said = [f"{name}={value!r}" for name, value in self.said.values.items() if name in self.stated]
+        found = [f"said beside the arrays: {', '.join(said)}"] if said else []
+        found += self.said.notes
         found += [f"not stored, taken as usual there: {', '.join(unsaid)}"] if unsaid else []
         found += [f"not stored, so {'1' if name == 'weight' else '0'}: {name}" for name in self.filled]
         return found
@@ -356,6 +362,8 @@ def to_format(layer: Layer, format: str) -> dict[str, NumPyArray]:  # noqa: A002
     >>> {name: a.shape for name, a in pn.to_format(pn.LSTM(4, 3, rng=0), "torch").items()}
     {'weight_ih_l0': (12, 4), 'weight_hh_l0': (12, 3), 'bias_ih_l0': (12,), 'bias_hh_l0': (12,)}
     """
+    if format not in FORMATS:
+        raise UnsupportedError(f"`format` is {format!r}; expected one of {', '.join(map(repr, FORMATS))}")
     own = {name: to_numpy(a) for name, a in layer.state_dict().items()}
     layers, directions = (layer.num_layers, layer.num_directions) if isinstance(layer, Recurrent) else (1, 1)
     for row in ROWS:

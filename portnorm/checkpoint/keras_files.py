@@ -63,7 +63,7 @@ def _held(file: Any, config: Any, version: Version, said: Said | None, path: str
                     known[id(layer)] = said_of(layer, version, f"{path!r}: the layer {_name(layer)!r}")
                 own = known[id(layer)]
         held.arrays[key] = _stored(key, dataset, own, path)
-    _call(held.arrays, layers)
+    _call(held.arrays, layers, names)
     keras = config is not None or said is not None or "keras_version" in file.attrs or "layer_names" in file.attrs
     held.format = "keras" if keras or any(re.search(r"(^|/)vars/\d+$", key) for key in held.arrays) else None
     return held
@@ -172,7 +172,7 @@ _VARIABLES = {
 """Variables of the layers that may have fewer of them, in their order."""
 
 
-def _call(arrays: dict[str, Stored], layers: Mapping[str, Mapping[str, Any]]) -> None:
+def _call(arrays: dict[str, Stored], layers: Mapping[str, Mapping[str, Any]], own: _Names) -> None:
     """Give the numbered variables of norms their names: by the configuration, or by how many there are."""
     groups: dict[str, list[int]] = {}
     for key in arrays:
@@ -183,7 +183,8 @@ def _call(arrays: dict[str, Stored], layers: Mapping[str, Mapping[str, Any]]) ->
         layer = layers.get(keys[0])
         while layer is not None and layer.get("class_name") == "TimeDistributed":
             layer = layer["config"]["layer"]
-        kind = _Numbered()(layer) if layer is not None else re.sub(r"_\d+$", "", parent.rpartition("/")[2])
+        said = [_Numbered()(layer)] if layer is not None else [own.of(keys[0])[-2], parent.rpartition("/")[2]]
+        kind = next((k for k in (re.sub(r"_\d+$", "", name) for name in said) if k in _VARIABLES), said[0])
         names = _VARIABLES.get(kind, ())
         if layer is not None:
             config = layer.get("config") or {}
@@ -198,7 +199,7 @@ def _call(arrays: dict[str, Stored], layers: Mapping[str, Mapping[str, Any]]) ->
             for key in keys:
                 arrays[key].problem = (
                     f"{key!r} is one of {len(keys)} arrays of a {kind}, and the file does not say whether it has {' or '.join(names[:2])}; "
-                    "a .keras file does, as model.save writes it"
+                    "one with the configuration does, as model.save writes it for sequential and functional models"
                 )
 
 

@@ -40,7 +40,7 @@ class Reader:
 def said_of(layer: Mapping[str, Any], version: Version, title: str) -> Said:
     """What the configuration of a layer, as Keras writes it, says."""
     kind, config = str(layer.get("class_name")), dict(layer.get("config") or {})
-    reader = Reader(f"{title}, a {kind},", version, (layer.get("build_config") or {}).get("input_shape"))
+    reader = Reader(f"{title} of the class {kind}", version, (layer.get("build_config") or {}).get("input_shape"))
     module = str(layer.get("module") or "keras")
     own = module.partition(".")[0] in ("keras", "keras_core", "tensorflow", "tf_keras")
     if own and kind == "TimeDistributed" and isinstance(config.get("layer"), Mapping):
@@ -57,7 +57,7 @@ def said_of(layer: Mapping[str, Any], version: Version, title: str) -> Said:
         reader.read(config, _DENSE)
     else:
         reader.refuse(
-            "class_name", f"the class {kind}, which is not one of {', '.join((*RECURRENT, 'RNN', 'Bidirectional', *NORMS, 'Dense'))}"
+            "class_name", f"a class that is not read; expected {', '.join((*RECURRENT, 'RNN', 'Bidirectional', *NORMS))} or Dense"
         )
     return reader.said
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ from portnorm.checkpoint.stored import NumPyArray
 from portnorm.errors import CheckpointError
 
 _RESHAPED = frozenset({"Identity", "Cast", "Unsqueeze", "Squeeze", "Slice", "Concat", "Reshape", "Transpose", "Split", "Gather", "Flatten"})
-FOLDED = _RESHAPED | {"DequantizeLinear", "QuantizeLinear", "Add", "Sub", "Mul", "Div", "Neg", "Sqrt"}
+_GROWING: dict[str, Callable[..., float]] = {
+    "ConstantOfShape": lambda shape: _product(shape),
+    "Expand": lambda x, shape: x.size * _product(shape),
+    "Tile": lambda x, repeats: x.size * _product(repeats),
+}
+"""Operators whose result may be larger than what they read, and how large."""
+FOLDED = _RESHAPED | {*_GROWING, "DequantizeLinear", "QuantizeLinear", "Add", "Sub", "Mul", "Div", "Neg", "Sqrt"}
 """Operators that are computed here when all that they read is constant."""
 _MOVED = _RESHAPED | {"Expand", "Tile"}
 """Operators whose result has the values of their first input, or of all where it is Concat."""
@@ -135,7 +141,8 @@ class File:
 
     def run(self, node: onnx.NodeProto, inputs: list[NumPyArray | None]) -> list[NumPyArray]:
         """What a node makes of constants."""
-        if sum(a.size for a in inputs if a is not None) > self.limit:
+        size = _GROWING[node.op_type](*inputs) if node.op_type in _GROWING else sum(a.size for a in inputs if a is not None)
+        if size > self.limit:
             raise CheckpointError(f"{str(self.path)!r}: constants of the node {node.name!r} grow beyond what the file holds")
         names = {n: a for n, a in zip(node.input, inputs, strict=True) if a is not None}
         values = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in names.items()]
@@ -145,6 +152,10 @@ class File:
             return list(ReferenceEvaluator(proto).run(None, names))
         except Exception as error:  # the evaluator raises what NumPy raises
             raise CheckpointError(f"{str(self.path)!r}: the node {node.name!r} ({node.op_type}) cannot be computed: {error}") from error
+
+
+def _product(lengths: NumPyArray) -> float:
+    return math.prod(abs(float(n)) for n in lengths.reshape(-1)[:64])
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

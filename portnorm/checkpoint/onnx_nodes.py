@@ -235,13 +235,14 @@ class _Node:
     def _normalization(self) -> Iterator[tuple[str, str, Callable[[], NumPyArray]]]:
         values = self.said.values
         values["eps"] = float(self.attributes.pop("epsilon", 1e-5))
-        for inert in ("stash_type", "consumed_inputs", "is_test"):
+        for inert in ("stash_type", "consumed_inputs"):
             self.attributes.pop(inert, None)
         groups = None
         if self.operator == "BatchNormalization":
             values["momentum"] = round(1.0 - float(self.attributes.pop("momentum", 0.9)), 7)
-            for name, usual in (("training_mode", 0), ("spatial", 1)):
-                value = self.attributes.pop(name, usual)
+            old = self._version() < 7  # where the batch's own statistics are usual
+            for name, usual in (("training_mode", 0), ("spatial", 1), ("is_test", 1)):
+                value = self.attributes.pop(name, 0 if name == "is_test" and old else usual)
                 if value != usual:
                     self._refuse(name, f"{name}={value}; expected {usual}")
         if self.operator in ("LayerNormalization", "RMSNormalization"):
@@ -254,8 +255,7 @@ class _Node:
 
     def _parameter(self, key: str, groups: int | None) -> Callable[[], NumPyArray]:
         """Before operator set 21 GroupNormalization has one gain for each group."""
-        version = next((o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")), 1)
-        if groups is None or version >= 21:
+        if groups is None or self._version() >= 21:
             return lambda: self._value(key)
         shape = self._shape()
         channels = shape[1] if shape is not None and len(shape) > 1 else None
@@ -263,6 +263,9 @@ class _Node:
             self._refuse("scale", f"one gain for each of {groups} groups, and an input of unknown shape; expected its channels to be known")
             return lambda: self._value(key)
         return lambda: numpy.repeat(self._value(key), channels // groups)
+
+    def _version(self) -> int:
+        return next((int(o.version) for o in self.model.opset_import if o.domain in ("", "ai.onnx")), 1)
 
     def _axis(self, axis: int) -> None:
         if axis >= 0:

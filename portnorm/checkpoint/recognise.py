@@ -45,7 +45,7 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     of_one = {id(a.said): a.said for a in arrays.values()}
     said = next(iter(of_one.values())) if len(of_one) == 1 else None
     if said is not None and "class_name" in said.refused:
-        raise CheckpointError(f"{said.title} is of {said.refused['class_name'].why}")
+        raise CheckpointError(f"{said.title} has {said.refused['class_name'].why}")
     nearest = sorted(
         (fit for fit in fits if fit.missing or fit.unknown), key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown))
     )
@@ -94,6 +94,7 @@ def _exact(fits: list[Fit], arrays: Arrays) -> tuple[list[Fit], list[Fit]]:
     # A row with a learned initial state or unused arrays explains more keys than one without.
     exact = [fit for fit in exact if fit.found == max(e.found for e in exact)]
     exact = [fit for fit in exact if _said_layer(fit, arrays) in (None, fit.row.layer)]
+    exact = [fit for fit in exact if not fit.row.asked or all(other.row.layer == fit.row.layer for other in exact)]
     plausible = [fit for fit in exact if _is_plausible(fit, arrays)]
     # A row that explains more of the names says more: `gru_cell/…` is a cell, where `…` alone could be anything.
     plausible = [fit for fit in plausible if fit.explained == max(p.explained for p in plausible)]

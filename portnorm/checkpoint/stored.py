@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -73,8 +76,19 @@ class Stored:
 
     @cached_property
     def _described(self) -> tuple[tuple[int, ...], str]:
-        shape, name = self._describe()
+        with self._named():
+            shape, name = self._describe()
         return tuple(map(int, shape)), name
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of a file's own library as `CheckpointError`."""
+        try:
+            yield
+        except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{self.key!r} cannot be read: {error}") from error
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,7 +108,8 @@ class Stored:
         if self.problem is not None:
             raise CheckpointError(self.problem)
         name = self.dtype
-        array = numpy.asarray(self._load())
+        with self._named():
+            array = numpy.asarray(self._load())
         if name.startswith(_WIDENED) and array.dtype != numpy.float32:
             array = array.astype(numpy.float32)
         if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
@@ -123,11 +138,9 @@ class Held:
     left_out: list[str] = field(default_factory=list)
     """Keys of what is no weight by its nature, such as keys of random generators."""
 
-    def beginnings(self) -> Iterator[str]:
-        """What the keys begin with, each once."""
-        seen = set()
-        for key in self.arrays:
-            end = next((k + 1 for k, letter in enumerate(key) if letter in "./"), len(key))
-            if key[:end] not in seen:
-                seen.add(key[:end])
-                yield key[:end]
+    def beginnings(self, prefix: str) -> list[str]:
+        """What the keys begin with, below as much of `prefix` as there is."""
+        ends = [0, *(k + 1 for k, letter in enumerate(prefix) if letter in "./")]
+        start = max(end for end in ends if any(key.startswith(prefix[:end]) for key in self.arrays))
+        below = (key for key in self.arrays if key.startswith(prefix[:start]))
+        return list(dict.fromkeys(key[: next((k + 1 for k in range(start, len(key)) if key[k] in "./"), len(key))] for key in below))

@@ -196,10 +196,52 @@ class _ChannelNorm(_Norm):
         return super().valid(x, counted)
 
 
-class InstanceNorm(_ChannelNorm):
-    """Instance normalization of `num_features` channels. See `portnorm.instance_norm`; torch's default is `affine=False` as here."""
+class _Tracking(_ChannelNorm):
+    """A normalization that keeps running statistics of its channels."""
+
+    momentum: float | None
+
+    def _start_statistics(self) -> None:
+        self.buffers = {
+            "running_mean": self._new(numpy.zeros(self.num_features), statistic=True),
+            "running_var": self._new(numpy.ones(self.num_features), statistic=True),
+            BATCHES: self._new(0, integer=True),
+        }
+
+    def forget_statistics(self) -> None:
+        self.momentum = None
+        self._start_statistics()
+
+    def _followed(self, buffers: Arrays, mean: Array, var: Array, values: Array, seen: Array) -> Arrays:
+        """The running statistics after a batch of these, of channels that were `seen`; the others have none, and change none.
+
+        `values` and `seen` are (channels,), or () where they are the same of all: how many each was taken of, and whether these are enough.
+        """
+        xp, before = xp_of(mean), buffers[BATCHES]
+        new = {BATCHES: before + xp.astype(xp.any(seen), before.dtype)}
+        part: Any = self.momentum
+        if VALUES in buffers:
+            values = xp.astype(values, var.dtype)
+            new[VALUES] = buffers[VALUES] + xp.where(seen, values, 0.0)
+            part = values / xp.where(new[VALUES] > 0, new[VALUES], 1.0)
+        elif part is None:
+            part = 1.0 / xp.astype(xp.where(new[BATCHES] > 0, new[BATCHES], 1), var.dtype)
+        for name, batch in {"running_mean": mean, "running_var": var}.items():
+            average = xp.astype(moved(buffers[name], batch, part), buffers[name].dtype, copy=False)
+            new[name] = xp.where(seen, average, buffers[name])
+        return {name: new[name] for name in buffers}
+
+
+class InstanceNorm(_Tracking):
+    """Instance normalization of `num_features` channels. See `portnorm.instance_norm`; torch's default is `affine=False` as here.
+
+    With `track_running_stats` inference takes running statistics in place of each case's own, as torch does: the averages over the cases
+    of a batch of their means and of their unbiased variances, which training follows by `momentum`.
+    """
 
     op: Op[..., Any] = instance_norm
+
+    track_running_stats: bool
 
     def __init__(
         self,
@@ -208,11 +250,59 @@ class InstanceNorm(_ChannelNorm):
         channel_axis: int = 1,
         eps: float = 1e-5,
         affine: bool = False,
+        track_running_stats: bool = False,
+        momentum: float | None = 0.1,
         xp: Namespace | str | None = None,
         device: Any = None,
         dtype: DType = "float32",
     ):
-        super().__init__({"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "affine": affine}, xp, device, dtype)
+        config: dict[str, Any] = {"num_features": num_features, "channel_axis": channel_axis, "eps": eps, "affine": affine}
+        tracking = {"track_running_stats": switch("track_running_stats", track_running_stats), "momentum": checked_momentum(momentum)}
+        super().__init__({**config, **tracking}, xp, device, dtype)
+        if self.track_running_stats:
+            self._start_statistics()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        found = super().config
+        return found if self.track_running_stats else {n: v for n, v in found.items() if n not in ("track_running_stats", "momentum")}
+
+    def forget_statistics(self) -> None:
+        if self.track_running_stats:
+            super().forget_statistics()
+
+    def operation(self, training: bool) -> Op[..., Any]:
+        return batch_norm if self.track_running_stats and not training else self.op
+
+    def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
+        given = self.track_running_stats and not training
+        running = {"mean": buffers["running_mean"], "var": buffers["running_var"]} if given else {}
+        return {**super().attributes(buffers, x, lengths, training), **running}
+
+    def forward(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
+    ) -> tuple[Array, Any, Arrays, Any]:
+        y, state, buffers, residuals = super().forward(params, buffers, x, state, lengths, training, keep)
+        if training and self.track_running_stats and 0 not in x.shape:
+            buffers = self._after(buffers, x, None if lengths is None else self.valid(x, lengths))
+        return y, state, buffers, residuals
+
+    def _after(self, buffers: Arrays, x: Array, mask: Array | None) -> Arrays:
+        """The running statistics after a batch: each channel of each case is a channel of its own to batch normalization."""
+        xp, channel, cases = xp_of(x), self.channel_axis % x.ndim, x.shape[0]
+        order = (*(a for a in range(1, x.ndim) if a != channel), 0, channel)
+        apart, there = (
+            None if a is None else xp.reshape(xp.permute_dims(a, order), (-1, cases * self.num_features))
+            for a in (x, None if mask is None else xp.broadcast_to(mask, x.shape))
+        )
+        _, residuals = batch_norm.forward(apart, channel_axis=1, mask=there)
+        mean, var = (xp.reshape(s, (cases, self.num_features)) for s in residuals.statistics())
+        count = None if residuals.counted is None else xp.reshape(residuals.counted, mean.shape)
+        var = var * bessel(var, count, residuals.shape, (0,))
+        counts = xp.ones_like(mean) if count is None else xp.astype(count > 1, mean.dtype)
+        found = xp.sum(counts, axis=0)
+        mean, var = (xp.sum(s * counts, axis=0) / xp.where(found > 0, found, 1.0) for s in (mean, var))
+        return self._followed(buffers, mean, var, found, found > 0)
 
 
 class GroupNorm(_ChannelNorm):
@@ -244,7 +334,7 @@ class GroupNorm(_ChannelNorm):
         return self.num_groups, params.get("weight"), params.get("bias")
 
 
-class BatchNorm(_ChannelNorm):
+class BatchNorm(_Tracking):
     """Batch normalization of `num_features` channels, with running statistics. See `portnorm.batch_norm`; as `torch.nn.BatchNorm1d…3d`.
 
     In training the batch's own statistics normalize, and the running ones, in at least float32, follow:
@@ -287,17 +377,6 @@ class BatchNorm(_ChannelNorm):
         self.reduce = reduce
         self._start_statistics()
 
-    def _start_statistics(self) -> None:
-        self.buffers = {
-            "running_mean": self._new(numpy.zeros(self.num_features), statistic=True),
-            "running_var": self._new(numpy.ones(self.num_features), statistic=True),
-            "num_batches_tracked": self._new(0, integer=True),
-        }
-
-    def forget_statistics(self) -> None:
-        self.momentum = None
-        self._start_statistics()
-
     def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
         running = {"mean": buffers["running_mean"], "var": buffers["running_var"]}
         return {**super().attributes(buffers, x, lengths, training), **({"reduce": self.reduce} if training else running)}
@@ -312,21 +391,8 @@ class BatchNorm(_ChannelNorm):
         count = None if count is None else xp.reshape(xp.broadcast_to(count, residuals.mean.shape), var.shape)
         if self.unbiased:
             var = var * bessel(var, count, residuals.shape, axes)
-        # Fewer than two values of a channel have no variance, and change nothing.
-        before, count = buffers[BATCHES], _count(residuals, axes)
-        seen, most = count > 1, xp.max(count) if count.ndim else count
-        new = {BATCHES: before + xp.astype(most > 1, before.dtype)}
-        part: Any = self.momentum
-        if VALUES in buffers:
-            values = xp.astype(count, var.dtype)
-            new[VALUES] = buffers[VALUES] + xp.where(seen, values, 0.0)
-            part = values / xp.where(new[VALUES] > 0, new[VALUES], 1.0)
-        elif part is None:
-            part = 1.0 / xp.astype(xp.where(new[BATCHES] > 0, new[BATCHES], 1), var.dtype)
-        for name, batch in {"running_mean": mean, "running_var": var}.items():
-            average = xp.astype(moved(buffers[name], batch, part), buffers[name].dtype, copy=False)
-            new[name] = xp.where(seen, average, buffers[name])
-        return {name: new[name] for name in buffers}
+        values = _count(residuals, axes)
+        return self._followed(buffers, mean, var, values, values > 1)
 
 
 class BatchRenorm(BatchNorm):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy
 
@@ -24,6 +24,9 @@ from portnorm.scalars import real_number, switch, whole_number
 from portnorm.scan import State, reverse_sequences
 from portnorm.statistics import checked_momentum
 from portnorm.sums import total_like
+
+Way = Literal["forward", "reverse", "backwards"]
+DIRECTIONS: tuple[str, ...] = get_args(Way)
 
 
 class PlacedState(NamedTuple):
@@ -117,7 +120,7 @@ class Recurrent(Layer):
         bidirectional: bool = False,
         batch_first: bool = False,
         return_sequences: bool = True,
-        direction: Literal["forward", "reverse", "backwards"] = "forward",
+        direction: Way = "forward",
         t_max: int = 100,
         momentum: float | None = 0.1,
         forget_bias: float | None = None,
@@ -130,7 +133,7 @@ class Recurrent(Layer):
         dtype: DType = "float32",
         rng: int | Generator | None = None,
     ):
-        if direction not in ("forward", "reverse", "backwards") or (bidirectional and direction != "forward"):
+        if direction not in DIRECTIONS or (bidirectional and direction != "forward"):
             expected = "'forward', since `bidirectional` has both" if bidirectional else "'forward', 'reverse' or 'backwards'"
             raise UnsupportedError(f"`direction` is {direction!r}; expected {expected}")
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "t_max": t_max}

@@ -108,6 +108,8 @@ class Row:
     """Letters after which the names that belong to a layer may begin."""
     shared: bool = False
     """Both directions of a bidirectional layer have the same weights, which are stored once."""
+    asked: bool = False
+    """Whether it is only meant where its class is named: its arrays are those of a layer that is more common."""
 
     @property
     def title(self) -> str:
@@ -141,3 +143,9 @@ def norms(
         *(Row(library, "InstanceNorm", some, config={"eps": eps, "affine": True, **channels}) for some in (affine, gain, shift)),
         Row(library, "RMSNorm", {"weight": whole(scale)}, config={"eps": rms_eps}),
     ]
+
+
+def tracking(row: Row) -> Row:
+    """An InstanceNorm with running statistics, from the row of a BatchNorm."""
+    config = {name: value for name, value in row.config.items() if name != "unbiased"}
+    return replace(row, layer="InstanceNorm", config={"affine": True, **config, "track_running_stats": True}, asked=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy
 
-from portnorm.checkpoint.formats.row import OUR_GATES, NumPyArray, Read, Row, norms, rows, unit_offset, whole, without
+from portnorm.checkpoint.formats.row import OUR_GATES, NumPyArray, Read, Row, norms, rows, tracking, unit_offset, whole, without
 
 _TORCH_PLACES = (("_l{l}", "_l{l}_reverse"), ("",))
 _SIDES = ("ih", "hh")
@@ -38,7 +38,9 @@ def torch_rows() -> list[Row]:
     names = {"gain": "weight", "shift": "bias", "mean": "running_mean", "var": "running_var", "rms": "weight"}
     batch = {"eps": 1e-5, "momentum": 0.1, "unbiased": True}
     found += [row for line in linears for row in (line, without(line, "bias"))]
-    return [*found, *norms("torch", names, 1e-5, _rms_eps, batch, 1)]
+    normalizing = norms("torch", names, 1e-5, _rms_eps, batch, 1)
+    instance = [tracking(row) for row in normalizing if row.layer == "BatchNorm"]
+    return [*found, *normalizing, *instance]
 
 
 def unit_offset_rows() -> list[Row]:
