@@ -225,6 +225,10 @@ class Recurrent(Layer):
         """Whether the result still has the time axis that the input had."""
         return self.return_sequences
 
+    @keeps_time.setter
+    def keeps_time(self, keeps_time: bool) -> None:
+        self.return_sequences = keeps_time
+
     @property
     def num_directions(self) -> int:
         """2 where it goes in both directions."""
