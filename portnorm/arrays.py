@@ -261,14 +261,9 @@ def require_lengths(**arrays: Array | None) -> None:
 
 def statistics_dtype(xp: Namespace, dtype: DType) -> DType:
     """The type in which statistics of `dtype` values are taken: at least float32."""
-    try:
-        wide = _is_wide[dtype]
-    except KeyError:
-        wide = _is_wide.setdefault(dtype, xp.finfo(dtype).bits >= 32)
-    return dtype if wide else xp.float32
+    return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
 
-_is_wide: dict[DType, bool] = {}
 _float32_values: dict[float, float] = {}
 
 
