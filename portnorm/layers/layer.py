@@ -176,7 +176,7 @@ class Layer:
         True for what counts, wherever that is: (time, batch), or (batch, time) with `batch_first`; for a normalization with another
         channel axis shaped like `x` without that; or what broadcasts to `x`. What does not count enters nothing, whatever stands there: no
         value, no statistic, no gradient. There `y` is 0, as torch has it for packed sequences. Only a recurrent layer does as Keras does
-        where a `mask` is given, and holds its state: a masked step repeats the result of the step before (0 if `bidirectional`), and what
+        where a `mask` is given, and holds its state: a masked step repeats the result of the step before, at first the state that came (0 if `bidirectional`), and what
         follows such a layer in a `Sequential` takes that for its input, unless it takes statistics over time. The cotangent of a repeated
         result counts; that of a 0 does not.
         """
