@@ -631,6 +631,34 @@ def test_a_graph_takes_a_mask(name: str, state: bool, target: str, tmp_path: Pat
     np.testing.assert_allclose(session.run(["y"], feed)[0], loaded(x, mask=mask)[0], **relative("float32", RECURRENT))
 
 
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize("given", ["lengths", "mask"])
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize(
+    "keywords",
+    [{}, {"return_sequences": False}, {"bidirectional": True}, {"direction": "reverse"}, {"learned_state": True}],
+    ids=lambda k: ", ".join(k) or "forward",
+)
+@pytest.mark.parametrize("cell", LAYERS)
+def test_a_graph_keeps_the_state_of_a_sequence_without_steps(
+    cell: str, keywords: dict[str, Any], norm: Any, given: str, target: Any, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Where no step counts the last state is the first, given or learned, and so is what is seen of it."""
+    import onnxruntime
+
+    layer = random_recurrent(cell, norm, rng, **keywords).to(dtype="float32")
+    learned, lengths = "learned_state" in keywords, np.array([STEPS, 0, 3, 1])
+    counted = {given: lengths if given == "lengths" else np.arange(STEPS)[:, None] < lengths}
+    pn.export(layer, tmp_path / "m.onnx", state=not learned, target=target, **{given: True})
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    x = rng.standard_normal((STEPS, 4, 4)).astype("float32")
+    state = None if learned else tuple(s.astype("float32") for s in random_state(layer, 4, rng))
+    names = [i.name for i in session.get_inputs()][2:]
+    found = session.run(None, {"x": x, **counted, **dict(zip(names, state or (), strict=True))})
+    for a, b in zip(found, leaves(layer(x, state, **counted)), strict=False):
+        np.testing.assert_allclose(a, b, **relative("float32", RECURRENT))
+
+
 @pytest.mark.runtime("openvino")
 @pytest.mark.runtime("tract")
 @pytest.mark.parametrize("name", GRAPHS)
