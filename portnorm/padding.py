@@ -136,7 +136,8 @@ def steps_so_far(mask: Array) -> tuple[Array, None]:
 def unpack_steps(y: Array, mask: Array, first: Array) -> tuple[Array, Array]:
     """What a sequence gives where its steps lie: y[t] is that of the last step at or before t where `mask` (time, batch) is True.
 
-    `y` (time, batch, features) has the steps in front, as `pack_steps` leaves them. Where there is none yet y[t] is `first` (batch, features).
+    `y` (time, batch, features) has the steps in front, as `pack_steps` leaves them. Where there is none yet y[t] is `first`, of
+    (batch, features).
     """
     xp = xp_of(y)
     place = steps_so_far(mask) - 1

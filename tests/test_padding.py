@@ -90,7 +90,7 @@ def test_a_mask_means_what_it_means_in_keras(
 def test_a_mask_in_every_direction_means_what_it_means_in_keras(
     cell: str, theirs: str, direction: Any, returns: bool, state: bool, rng: np.random.Generator
 ) -> None:
-    """`go_backwards` with a mask, of which a reversed layer gives the result in the order of `x`; from a state too. Values, and the states."""
+    """`go_backwards` with a mask, of which a reversed layer gives the result in the order of `x`; from a state too."""
     import keras
 
     one = getattr(keras.layers, theirs)
@@ -530,6 +530,27 @@ def test_an_empty_batch_is_what_it_is_in_torch() -> None:
     np.testing.assert_array_equal(y, theirs(torch.zeros(0, 3)).detach().numpy())
     for name in ("running_mean", "running_var"):
         np.testing.assert_array_equal(mine.buffers[name], getattr(theirs, name).numpy())
+
+
+@pytest.mark.parametrize(
+    ("made", "shape"),
+    [
+        (lambda: pn.BatchNorm(3), (0, 3)),
+        (lambda: pn.InstanceNorm(3, track_running_stats=True), (0, 3, 5)),
+        (lambda: pn.LSTM(3, 2, norm="batch", rng=0), (5, 0, 3)),
+        (lambda: pn.Sequential(pn.BatchNorm(3, channel_axis=-1), pn.GRU(3, 2, norm="batch-input", rng=0)), (5, 0, 3)),
+    ],
+    ids=["BatchNorm", "InstanceNorm", "LSTM", "Sequential"],
+)
+def test_population_statistics_are_not_taken_of_nothing(made: Any, shape: Any, rng: np.random.Generator) -> None:
+    """Batches of which none has statistics: an error, and the statistics that were there stay."""
+    layer = made()
+    layer(rng.standard_normal([max(n, 2) for n in shape]).astype("float32"), training=True)
+    before = dict(layer.buffers)
+    with pytest.raises(pn.UnsupportedError, match="`batches` gave 2 without statistics"):
+        layer.estimate_population([np.zeros(shape, "float32")] * 2)
+    for name, b in before.items():
+        np.testing.assert_array_equal(layer.buffers[name], b)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -68,14 +68,14 @@ class Recurrent(Layer):
     their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts each sequence's steps: what
     follows is padding, gives 0, and enters nothing. `mask` (time, batch), or (batch, time) with `batch_first`, is True for the steps that
     there are, wherever they lie. A masked step is none: it holds the state, gives the result of the step before once more, or the state
-    that came where there is none, but 0 with `bidirectional`, and is not counted among the steps that have statistics of their own. That is Keras' `Masking`,
-    as `lengths` are torch's packed sequences. `direction="reverse"` goes from the last step to the first, with `y` in the order of
-    `x` (ONNX); with `"backwards"` `y` has the last step of `x` first (Keras' `go_backwards`). Parameters are `weight_ih_l0`,
-    `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal
-    matrices and the variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden
-    weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al.
-    2016). With `learned_state` the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at first, from
-    which sequences start where no `state` is given.
+    that came where there is none, but 0 with `bidirectional`, and is not counted among the steps that have statistics of their own.
+    That is Keras' `Masking`, as `lengths` are torch's packed sequences. `direction="reverse"` goes from the last step to the first, with
+    `y` in the order of `x` (ONNX); with `"backwards"` `y` has the last step of `x` first (Keras' `go_backwards`). Parameters are
+    `weight_ih_l0`, `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain
+    cell; orthogonal matrices and the variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of
+    the hidden weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of
+    Cooijmans et al. 2016). With `learned_state` the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at
+    first, from which sequences start where no `state` is given.
     `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
     array over all of them, each of which calls with sequences of its own, perhaps none, padded to the same number of steps.
     Where fewer than two sequences are left at a step, there is no variance: the step is normalized to the shift alone, and the running
@@ -221,7 +221,7 @@ class Recurrent(Layer):
         return self._variant.timed
 
     @property
-    def keeps_time(self) -> bool:  # type: ignore[override]
+    def keeps_time(self) -> bool:
         """Whether the result still has the time axis that the input had."""
         return self.return_sequences
 
@@ -366,7 +366,7 @@ class Recurrent(Layer):
         return mask if tuple(mask.shape) == tuple(x.shape[:2]) else xp.broadcast_to(mask, x.shape[:2])
 
     def _shown(self, y: Array, mask: Array, lengths: Array, first: Array) -> Array:
-        """What one direction gives from `first` on: as Keras has it, its last result again where a step is left out, but 0 beside another's."""
+        """As Keras has it, the last result again where a step is left out, or `first`, and 0 beside another direction."""
         if not self.keeps_time:
             return y
         if self.num_directions == 2:
