@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -530,6 +531,12 @@ def test_an_empty_batch_is_what_it_is_in_torch() -> None:
     np.testing.assert_array_equal(y, theirs(torch.zeros(0, 3)).detach().numpy())
     for name in ("running_mean", "running_var"):
         np.testing.assert_array_equal(mine.buffers[name], getattr(theirs, name).numpy())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1), (4, 3, 1, 1)], ids=str)
+def test_running_statistics_of_single_values_are_refused_by_the_shape_that_came(shape: Any) -> None:
+    with pytest.raises(pn.ShapeError, match=rf"`x` {re.escape(str(shape))} has one value per channel of a case"):
+        pn.InstanceNorm(3, track_running_stats=True)(np.ones(shape, "float32"), training=True)
 
 
 @pytest.mark.parametrize(
