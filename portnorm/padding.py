@@ -120,7 +120,9 @@ def pack_steps(x: Array, mask: Array) -> tuple[Array, Array]:
 
 @pack_steps.backward
 def _(mask: Array, dy: Array) -> tuple[Array, None]:
-    return xp_of(dy).where(mask[:, :, None], unpack_steps(dy, mask), 0.0), None
+    xp = xp_of(dy)
+    none = xp.zeros(dy.shape[1:], dtype=dy.dtype, device=device_of(dy))
+    return xp.where(mask[:, :, None], unpack_steps(dy, mask, none), 0.0), None
 
 
 @op
@@ -131,22 +133,23 @@ def steps_so_far(mask: Array) -> tuple[Array, None]:
 
 
 @op
-def unpack_steps(y: Array, mask: Array) -> tuple[Array, Array]:
+def unpack_steps(y: Array, mask: Array, first: Array) -> tuple[Array, Array]:
     """What a sequence gives where its steps lie: y[t] is that of the last step at or before t where `mask` (time, batch) is True.
 
-    `y` (time, batch, features) has the steps in front, as `pack_steps` leaves them. Where there is none yet y[t] is 0.
+    `y` (time, batch, features) has the steps in front, as `pack_steps` leaves them. Where there is none yet y[t] is `first`, of
+    (batch, features).
     """
     xp = xp_of(y)
     place = steps_so_far(mask) - 1
     there = place >= 0
     index = xp.where(there, place, 0)
     found = xp.take_along_axis(y, xp.broadcast_to(index[:, :, None], y.shape), axis=0)
-    return xp.where(there[:, :, None], found, 0.0), mask
+    return xp.where(there[:, :, None], found, xp.expand_dims(first, axis=0)), mask
 
 
 @unpack_steps.backward
-def _(mask: Array, dy: Array) -> tuple[Array, None]:
-    """Each step has the sum of the cotangents of the places that repeat it."""
+def _(mask: Array, dy: Array) -> tuple[Array, None, Array]:
+    """Each step has the sum of the cotangents of the places that repeat it, and `first` that of the places before all steps."""
     xp = xp_of(dy)
     wide = xp.astype(dy, statistics_dtype(xp, dy.dtype), copy=False)
 
@@ -156,5 +159,6 @@ def _(mask: Array, dy: Array) -> tuple[Array, None]:
         return xp.where(here, 0.0, total), (xp.where(here, total, 0.0),), None
 
     start = xp.zeros(dy.shape[1:], dtype=wide.dtype, device=device_of(dy))
-    _, (sums,), _ = loop(start, (wide, mask[:, :, None]), body=body, reverse=True)
-    return pack_steps(xp.astype(sums, dy.dtype, copy=False), mask), None
+    before, (sums,), _ = loop(start, (wide, mask[:, :, None]), body=body, reverse=True)
+    sums, before = (xp.astype(a, dy.dtype, copy=False) for a in (sums, before))
+    return pack_steps(sums, mask), None, before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from portnorm.arrays import leaves
 from portnorm.layers.layer import Layer
 from tests.cases import LAYERS, PRESETS, random_recurrent, random_state
 from tests.conftest import LIBRARIES, Library
-from tests.tolerances import AUTODIFF_FLOAT64, LIBRARY_FLOAT32, RECURRENT, relative
+from tests.tolerances import AUTODIFF_FLOAT64, DIFFERENCES, LIBRARY_FLOAT32, RECURRENT, relative
 
 CLOSE = relative("float64", RECURRENT)
 
@@ -33,6 +34,7 @@ MASK = np.array(
     dtype=bool,
 )
 STEPS, BATCH = MASK.shape
+KERAS = [("LSTM", "LSTM"), ("GRU", "GRU"), ("RNN", "SimpleRNN")]
 
 
 def in_front(x: Any) -> Any:
@@ -57,7 +59,7 @@ def shown_at(both: bool, t: int, b: int) -> int | None:
 @pytest.mark.parametrize("returns", [True, False], ids=["sequences", "last"])
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("both", [False, True], ids=["forward", "both directions"])
-@pytest.mark.parametrize(("cell", "theirs"), [("LSTM", "LSTM"), ("GRU", "GRU"), ("RNN", "SimpleRNN")])
+@pytest.mark.parametrize(("cell", "theirs"), KERAS)
 def test_a_mask_means_what_it_means_in_keras(
     cell: str, theirs: str, both: bool, depth: int, returns: bool, rng: np.random.Generator
 ) -> None:
@@ -81,6 +83,86 @@ def test_a_mask_means_what_it_means_in_keras(
     np.testing.assert_allclose(mine(x, mask=MASK.T)[0], expected, **LIBRARY_FLOAT32)
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("state", [False, True], ids=["from zero", "with a state"])
+@pytest.mark.parametrize("returns", [True, False], ids=["sequences", "last"])
+@pytest.mark.parametrize("direction", ["forward", "backwards", "reverse", "both"])
+@pytest.mark.parametrize(("cell", "theirs"), KERAS)
+def test_a_mask_in_every_direction_means_what_it_means_in_keras(
+    cell: str, theirs: str, direction: Any, returns: bool, state: bool, rng: np.random.Generator
+) -> None:
+    """`go_backwards` with a mask, of which a reversed layer gives the result in the order of `x`; from a state too."""
+    import keras
+
+    one = getattr(keras.layers, theirs)
+    x, count = rng.standard_normal((BATCH, STEPS, 4)).astype("float32"), (2 if cell == "LSTM" else 1) * (2 if direction == "both" else 1)
+    keywords = {"return_sequences": returns, "return_state": True, "bias_initializer": "glorot_uniform"}
+    layer = one(3, go_backwards=direction in ("backwards", "reverse"), **keywords)
+    layer = keras.layers.Bidirectional(layer) if direction == "both" else layer
+    before = [rng.standard_normal((BATCH, 3)).astype("float32") for _ in range(count)]
+    expected, *last = (np.asarray(a) for a in layer(x, mask=MASK.T, initial_state=before if state else None))
+    arrays = {}
+    for side, suffix in zip(
+        (layer.forward_layer, layer.backward_layer) if direction == "both" else (layer,), ("", "_reverse"), strict=False
+    ):
+        found = pn.import_checkpoint({w.path.rpartition("/")[2]: np.asarray(w) for w in side.weights}, "keras", layer=cell)
+        arrays |= {f"{name}{suffix}": a for name, a in found.state_dict().items()}
+    way: Any = {"bidirectional": True} if direction == "both" else {"direction": direction}
+    mine = LAYERS[cell](4, 3, norm=found.variant, batch_first=True, return_sequences=returns, **way)
+    mine.load_state_dict(arrays)
+    size = len(mine.state_sizes())
+    given = tuple(np.stack(before[k::size]) for k in range(size))
+    y, after = mine(x, given if state else None, mask=MASK.T)
+    np.testing.assert_allclose(y[:, ::-1] if direction == "reverse" and returns else y, expected, **LIBRARY_FLOAT32)
+    for k, a in enumerate(after):
+        np.testing.assert_allclose(a, np.stack(last[k::size]), **LIBRARY_FLOAT32)
+
+
+@pytest.mark.parametrize("returns", [True, False], ids=["sequences", "last"])
+@pytest.mark.parametrize("learned", [False, True], ids=["given", "learned"])
+@pytest.mark.parametrize("direction", ["forward", "backwards", "reverse", "both"])
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_gradients_of_a_masked_layer(
+    cell: str, norm: str | None, direction: Any, learned: bool, returns: bool, rng: np.random.Generator
+) -> None:
+    """Against finite differences along a random direction, by the input, the first state and the parameters."""
+    way: Any = {"bidirectional": True} if direction == "both" else {"direction": direction}
+    layer = random_recurrent(cell, norm, rng, num_layers=2, return_sequences=returns, learned_state=learned, **way)
+    x = rng.standard_normal((STEPS, BATCH, 4))
+    state = None if learned else random_state(layer, BATCH, rng)
+    training = norm is not None and norm.startswith("batch")
+    y, last, pullback = layer.vjp(x, state, mask=MASK, training=training)
+    dy, dlast = rng.standard_normal(y.shape), tuple(rng.standard_normal(s.shape) for s in last if s.ndim)
+    dx, dstate, grads = pullback(dy, dlast)
+    first = () if state is None else tuple(s for s in state if s.ndim)
+    rest = () if state is None else state[len(first) :]
+    arrays, cotangents = [x, *first, *layer.params.values()], [dx, *dstate[: len(first)], *grads.values()]
+    along = [rng.standard_normal(a.shape) for a in arrays]
+
+    def value(by: float) -> float:
+        x, *others = (a + by * d for a, d in zip(arrays, along, strict=True))
+        here, params = others[: len(first)], dict(zip(layer.params, others[len(first) :], strict=True))
+        y, last, _ = layer.apply(params, layer.buffers, x, (*here, *rest) if state is not None else None, None, training, mask=MASK)
+        return float(np.sum(y * dy) + sum(np.sum(s * d) for s, d in zip(last, dlast, strict=False)))
+
+    step = 1e-6
+    slope = (value(step) - value(-step)) / (2 * step)
+    found = sum(float(np.sum(d * g)) for d, g in zip(along, cotangents, strict=True))
+    scale = max(1.0, float(np.sqrt(sum(np.sum(g**2) for g in cotangents))))
+    np.testing.assert_allclose(found, slope, rtol=DIFFERENCES, atol=DIFFERENCES * scale)
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_a_masked_sequence_in_parts_is_the_whole(cell: str, rng: np.random.Generator) -> None:
+    """With the state handed on, wherever it is cut: a part that starts with a masked step repeats the result of the part before."""
+    layer, x = random_recurrent(cell, "layer", rng, num_layers=2), rng.standard_normal((STEPS, BATCH, 4))
+    expected, _ = layer(x, mask=MASK)
+    for cut in range(STEPS + 1):
+        y, state = layer(x[:cut], mask=MASK[:cut])
+        rest, _ = layer(x[cut:], state, mask=MASK[cut:])
+        np.testing.assert_allclose(np.concatenate([y, rest]), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("returns", [True, False], ids=["sequences", "last"])
 @pytest.mark.parametrize("both", [False, True], ids=["forward", "both directions"])
@@ -95,14 +177,17 @@ def test_a_masked_step_is_no_step(cell: str, norm: str | None, both: bool, retur
 
     dy, inner_dy = rng.standard_normal(y.shape), np.zeros_like(inner)
     if returns:
-        expected = np.zeros_like(y)
+        expected, early = np.zeros_like(y), np.zeros_like(state[0][-1])
         for t, b in np.ndindex(STEPS, BATCH):
             place = shown_at(both, t, b)
             if place is not None:
                 expected[t, b] = inner[place, b]
                 inner_dy[place, b] += dy[t, b]
+            elif not both:
+                expected[t, b] = state[0][-1, b]
+                early[b] += dy[t, b]
     else:
-        expected, inner_dy = (np.where(MASK.any(0)[:, None], a, 0.0) for a in (inner, dy))
+        expected, inner_dy, early = inner, dy, 0.0
     np.testing.assert_allclose(y, expected, **CLOSE)
     for mine, theirs in zip(last, inner_last, strict=True):
         np.testing.assert_allclose(mine, theirs, **CLOSE)
@@ -110,6 +195,7 @@ def test_a_masked_step_is_no_step(cell: str, norm: str | None, both: bool, retur
 
     dlast = tuple(rng.standard_normal(s.shape) for s in last if s.ndim)
     (dx, dstate, grads), (inner_dx, inner_dstate, inner_grads) = pullback(dy, dlast), inner_pullback(inner_dy, dlast)
+    inner_dstate[0][-1] += early
     np.testing.assert_allclose(in_front(dx), inner_dx, **CLOSE)
     assert not np.any(dx[~MASK])
     for mine, theirs in zip((*dstate, *grads.values()), (*inner_dstate, *inner_grads.values()), strict=True):
@@ -447,6 +533,33 @@ def test_an_empty_batch_is_what_it_is_in_torch() -> None:
         np.testing.assert_array_equal(mine.buffers[name], getattr(theirs, name).numpy())
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 1), (4, 3, 1, 1)], ids=str)
+def test_running_statistics_of_single_values_are_refused_by_the_shape_that_came(shape: Any) -> None:
+    with pytest.raises(pn.ShapeError, match=rf"`x` {re.escape(str(shape))} has one value per channel of a case"):
+        pn.InstanceNorm(3, track_running_stats=True)(np.ones(shape, "float32"), training=True)
+
+
+@pytest.mark.parametrize(
+    ("made", "shape"),
+    [
+        (lambda: pn.BatchNorm(3), (0, 3)),
+        (lambda: pn.InstanceNorm(3, track_running_stats=True), (0, 3, 5)),
+        (lambda: pn.LSTM(3, 2, norm="batch", rng=0), (5, 0, 3)),
+        (lambda: pn.Sequential(pn.BatchNorm(3, channel_axis=-1), pn.GRU(3, 2, norm="batch-input", rng=0)), (5, 0, 3)),
+    ],
+    ids=["BatchNorm", "InstanceNorm", "LSTM", "Sequential"],
+)
+def test_population_statistics_are_not_taken_of_nothing(made: Any, shape: Any, rng: np.random.Generator) -> None:
+    """Batches of which none has statistics: an error, and the statistics that were there stay."""
+    layer = made()
+    layer(rng.standard_normal([max(n, 2) for n in shape]).astype("float32"), training=True)
+    before = dict(layer.buffers)
+    with pytest.raises(pn.UnsupportedError, match="`batches` gave 2 without statistics"):
+        layer.estimate_population([np.zeros(shape, "float32")] * 2)
+    for name, b in before.items():
+        np.testing.assert_array_equal(layer.buffers[name], b)
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("given", ["lengths", "mask"])
 @pytest.mark.parametrize("cell", LAYERS)
@@ -544,6 +657,34 @@ def test_a_graph_takes_a_mask(name: str, state: bool, target: str, tmp_path: Pat
         names, given = [i.name for i in session.get_inputs()][2:], [np.asarray(a) for a in leaves(model.initial_state(BATCH))]
         feed |= dict(zip(names, given, strict=True))
     np.testing.assert_allclose(session.run(["y"], feed)[0], loaded(x, mask=mask)[0], **relative("float32", RECURRENT))
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize("given", ["lengths", "mask"])
+@pytest.mark.parametrize("norm", [None, "layer"])
+@pytest.mark.parametrize(
+    "keywords",
+    [{}, {"return_sequences": False}, {"bidirectional": True}, {"direction": "reverse"}, {"learned_state": True}],
+    ids=lambda k: ", ".join(k) or "forward",
+)
+@pytest.mark.parametrize("cell", LAYERS)
+def test_a_graph_keeps_the_state_of_a_sequence_without_steps(
+    cell: str, keywords: dict[str, Any], norm: Any, given: str, target: Any, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Where no step counts the last state is the first, given or learned, and so is what is seen of it."""
+    import onnxruntime
+
+    layer = random_recurrent(cell, norm, rng, **keywords).to(dtype="float32")
+    learned, lengths = "learned_state" in keywords, np.array([STEPS, 0, 3, 1])
+    counted = {given: lengths if given == "lengths" else np.arange(STEPS)[:, None] < lengths}
+    pn.export(layer, tmp_path / "m.onnx", state=not learned, target=target, **{given: True})
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    x = rng.standard_normal((STEPS, 4, 4)).astype("float32")
+    state = None if learned else tuple(s.astype("float32") for s in random_state(layer, 4, rng))
+    names = [i.name for i in session.get_inputs()][2:]
+    found = session.run(None, {"x": x, **counted, **dict(zip(names, state or (), strict=True))})
+    for a, b in zip(found, leaves(layer(x, state, **counted)), strict=False):
+        np.testing.assert_allclose(a, b, **relative("float32", RECURRENT))
 
 
 @pytest.mark.runtime("openvino")

@@ -63,13 +63,14 @@ def _smallest(dtype: DType) -> Any:
 
 
 def _by_sequence(op: Op[..., Any]) -> Kernel:
-    """An Op of (time, batch, features) and a mask (time, batch), with each sequence in one piece."""
+    """An Op of (time, batch, features), a mask (time, batch) and perhaps (batch, features), with each sequence in one piece."""
 
-    def call(x: Array, mask: Array, **attrs: Any) -> Array:
+    def call(x: Array, mask: Array, *first: Array) -> Array:
         whole, steps = x.rechunk({0: -1}), mask.rechunk({0: -1})
-        return dask.array.blockwise(functools.partial(op, **attrs), "tbf", whole, "tbf", steps, "tb", dtype=x.dtype, meta=whole._meta)
+        others = [part for a in first for part in (a, "bf")]
+        return dask.array.blockwise(op, "tbf", whole, "tbf", steps, "tb", *others, dtype=x.dtype, meta=whole._meta)
 
-    return Kernel(call, lambda x, mask, **attrs: (call(x, mask, **attrs), mask))
+    return Kernel(call, lambda x, mask, *first: (call(x, mask, *first), mask))
 
 
 LIBRARY = Library(

@@ -145,7 +145,10 @@ def fused(
         inputs.append(constant(numpy.concatenate([i, o, f])[None].astype(dtype)))
     y, *last = nodes(operator.name, 1 + len(state), *inputs, **attributes)
     results = [xp.squeeze(y, axis=1), *(xp.squeeze(s, axis=0) for s in last)]
-    if lengths is not None and not by_operator:
+    if by_operator:  # onnxruntime gives 0 for the last state of a sequence without steps
+        some = (lengths > 0)[:, None]
+        results[1:] = [r if _is_zero(s) else xp.where(some, r, s) for r, s in zip(results[1:], state, strict=True)]
+    elif lengths is not None:
         every, at_end = results[0], lengths - 1
         index = xp.broadcast_to(xp.where(at_end > 0, at_end, 0)[None, :, None], (1, u.shape[1], hidden))
         ends = xp.squeeze(xp.take_along_axis(every, index, axis=0), axis=0)

@@ -186,6 +186,11 @@ class Graph:
         """The name of the input that says what counts."""
         return next((name for name in ("lengths", "mask") if name in self.inputs), None)
 
+    @property
+    def stated(self) -> bool:
+        """Whether it takes states."""
+        return any(name not in ("x", "lengths", "mask") for name in self.inputs)
+
     def feed(self, x: NumPyArray, counted: NumPyArray | None, state: Any) -> dict[str, NumPyArray]:
         """The inputs of the graph. Without `state` the states are those before the first step, without lengths or a mask all counts."""
         found = {"x": x if self.model.takes_integers else x.astype(self._element)}
@@ -194,7 +199,7 @@ class Graph:
             found["lengths"] = numpy.full(batch, steps) if counted is None else numpy.asarray(counted, dtype=numpy.int64)
         if "mask" in self.inputs:
             found["mask"] = numpy.ones(mask_dims(self.model, x.shape), bool) if counted is None else numpy.asarray(counted)
-        if any(name not in ("x", "lengths", "mask") for name in self.inputs):
+        if self.stated:
             state = self.model.initial_state(batch) if state is None else state
             found |= {name: self._own(a) for name, a in named_state(self.model, state, "_0").items()}
         return found
@@ -326,9 +331,7 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
             feed |= {name: graph._own(a) for name, a in _scan_states(model, before, "in").items()}
             feed |= {f"{name}_0": numpy.asarray(a) for name, a in named_state(model, before, "").items() if name.endswith(TIME)}
         result = session(feed)
-        if now is not None:  # an operator without lengths goes on; what it makes of a step that is left out, nobody reads
-            live = now.ravel()
-            result, expected, exact = ({n: d[n] if n == "y" else d[n][live] for n in expected} for d in (result, expected, exact))
+        result, expected, exact = ({n: _live(graph, n, d[n], now) for n in expected} for d in (result, expected, exact))
         for name, values in expected.items():
             difference, eager_difference = _distance(name, result[name], values), _distance(name, values, exact[name])
             allowed = STEP_ULP[dtype] * EPS[dtype] * max(1.0, _largest(values))
@@ -337,7 +340,7 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
                     _stepped(graph, model, nudged(step, seed, dtype), nudged(before, seed, dtype), now)[0][name]
                     for seed in range(ROUNDINGS)
                 ]
-                others = others if now is None or name == "y" else [a[live] for a in others]
+                others = [_live(graph, name, other, now) for other in others]
                 eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
                 allowed = max(allowed, STEP_FACTOR * eager_difference)
             if not difference <= allowed:
@@ -357,6 +360,18 @@ def _stepped(graph: Graph, model: Layer, x: NumPyArray, state: Any, mask: NumPyA
         y = numpy.squeeze(y, axis=1 if model.batch_first else 0) if model.keeps_time else y
         return {"y": y, **{n: numpy.asarray(a) for n, a in named_state(model, after, "_n").items() if not n.endswith(f"{TIME}_n")}}, after
     return {"y": y, **_scan_states(model, after, "out")}, after
+
+
+def _live(graph: Graph, name: str, values: NumPyArray, mask: NumPyArray | None) -> NumPyArray:
+    """What the graph has to give for the sequences that a step is there for; of the others too where these are seen to hold their state.
+
+    An operator without lengths goes on with a state that nobody reads; and a graph without states of its own repeats the one that it
+    starts from, and not what is put into its loops.
+    """
+    if mask is None or (name == "y" and graph.stated):
+        return values
+    axis = 1 if name == "y" and graph.model.keeps_time and not graph.model.batch_first else 0
+    return numpy.compress(mask.ravel(), values, axis=axis)
 
 
 def floats(change: Callable[[NumPyArray], NumPyArray], tree: Any) -> Any:

@@ -176,9 +176,9 @@ class Layer:
         True for what counts, wherever that is: (time, batch), or (batch, time) with `batch_first`; for a normalization with another
         channel axis shaped like `x` without that; or what broadcasts to `x`. What does not count enters nothing, whatever stands there: no
         value, no statistic, no gradient. There `y` is 0, as torch has it for packed sequences. Only a recurrent layer does as Keras does
-        where a `mask` is given, and holds its state: a masked step repeats the result of the step before (0 if `bidirectional`), and what
-        follows such a layer in a `Sequential` takes that for its input, unless it takes statistics over time. The cotangent of a repeated
-        result counts; that of a 0 does not.
+        where a `mask` is given, and holds its state: a masked step repeats the result of the step before, or at first the state that came
+        (0 if `bidirectional`), and what follows such a layer in a `Sequential` takes that for its input, unless it takes statistics over
+        time. The cotangent of a repeated result counts; that of a 0 does not.
         """
         lengths = self._checked(x, state, lengths, mask)
         y, state, buffers = self.apply(self.params, self.buffers, x, state, lengths, training)
@@ -363,6 +363,9 @@ class Layer:
             count += 1
         if not count:
             raise UnsupportedError("`batches` is empty; expected at least one batch to take statistics of")
+        counted = [b for n, b in buffers.items() if VALUES in n]
+        if counted and all(is_concrete(b) and not bool(xp_of(b).any(b > 0)) for b in counted):
+            raise UnsupportedError(f"`batches` gave {count} without statistics; expected one at least in which two values of a kind count")
         self.assign(self.params, {name: buffers[name] for name in self.buffers})
 
     def _counters(self) -> Arrays:

@@ -289,6 +289,8 @@ class InstanceNorm(_Tracking):
 
     def _after(self, buffers: Arrays, x: Array, mask: Array | None) -> Arrays:
         """The running statistics after a batch: each channel of each case is a channel of its own to batch normalization."""
+        if mask is None and math.prod([n for a, n in enumerate(x.shape) if a not in (0, self.channel_axis % x.ndim)]) == 1:
+            raise ShapeError(f"`x` {tuple(x.shape)} has one value per channel of a case; expected more to take running statistics of")
         xp, channel, cases = xp_of(x), self.channel_axis % x.ndim, x.shape[0]
         order = (*(a for a in range(1, x.ndim) if a != channel), 0, channel)
         apart, there = (

@@ -67,15 +67,15 @@ class Recurrent(Layer):
     where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have statistics of
     their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts each sequence's steps: what
     follows is padding, gives 0, and enters nothing. `mask` (time, batch), or (batch, time) with `batch_first`, is True for the steps that
-    there are, wherever they lie. A masked step is none: it holds the state, gives the result of the step before once more, or 0 where
-    there is none and with `bidirectional`, and is not counted among the steps that have statistics of their own. That is Keras' `Masking`,
-    as `lengths` are torch's packed sequences. `direction="reverse"` goes from the last step to the first, with `y` in the order of
-    `x` (ONNX); with `"backwards"` `y` has the last step of `x` first (Keras' `go_backwards`). Parameters are `weight_ih_l0`,
-    `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain cell; orthogonal
-    matrices and the variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of the hidden
-    weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of Cooijmans et al.
-    2016). With `learned_state` the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at first, from
-    which sequences start where no `state` is given.
+    there are, wherever they lie. A masked step is none: it holds the state, gives the result of the step before once more, or the state
+    that came where there is none, but 0 with `bidirectional`, and is not counted among the steps that have statistics of their own.
+    That is Keras' `Masking`, as `lengths` are torch's packed sequences. `direction="reverse"` goes from the last step to the first, with
+    `y` in the order of `x` (ONNX); with `"backwards"` `y` has the last step of `x` first (Keras' `go_backwards`). Parameters are
+    `weight_ih_l0`, `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain
+    cell; orthogonal matrices and the variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of
+    the hidden weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of
+    Cooijmans et al. 2016). With `learned_state` the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at
+    first, from which sequences start where no `state` is given.
     `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
     array over all of them, each of which calls with sequences of its own, perhaps none, padded to the same number of steps.
     Where fewer than two sequences are left at a step, there is no variance: the step is normalized to the shift alone, and the running
@@ -316,7 +316,7 @@ class Recurrent(Layer):
             last.append(after)
             new_buffers.update({_with(name, suffix): a for name, a in buffered.items()})
             if mask is not None and k >= (self.num_layers - 1) * self.num_directions:
-                y = self._shown(y, mask, lengths)
+                y = self._shown(y, mask, lengths, states[k][0])
             directions.append(y)
             if len(directions) == self.num_directions:
                 x = directions[0] if self.num_directions == 1 else xp.concat(directions, axis=-1)
@@ -338,9 +338,11 @@ class Recurrent(Layer):
             for side in range(self.num_directions):
                 k, (suffix, _, direction) = places[layer * self.num_directions + side]
                 own = None if dy is None else dy[..., side * self.output_size : (side + 1) * self.output_size]
+                before = None
                 if mask is not None and own is not None and layer == self.num_layers - 1:
-                    own = self._shown_vjp(own, mask, _counted(mask))
+                    own, before = self._shown_vjp(own, mask, _counted(mask))
                 d, dfirst[k], shares = direction.vjp(residuals.directions[k], own, tuple(s[k, ...] for s in dlast), training=training)
+                dfirst[k] = dfirst[k] if before is None else (dfirst[k][0] + before, *dfirst[k][1:])
                 dx = d if dx is None else dx + d
                 grads.update({_with(name, suffix): g for name, g in shares.items()})
             dy = dx
@@ -363,29 +365,29 @@ class Recurrent(Layer):
         mask = xp.permute_dims(mask, (1, 0)) if self.batch_first else mask
         return mask if tuple(mask.shape) == tuple(x.shape[:2]) else xp.broadcast_to(mask, x.shape[:2])
 
-    def _shown(self, y: Array, mask: Array, lengths: Array) -> Array:
-        """What one direction gives: as Keras has it, its last result once more where a step is left out, but 0 there beside another's."""
+    def _shown(self, y: Array, mask: Array, lengths: Array, first: Array) -> Array:
+        """As Keras has it, the last result again where a step is left out, or `first`, and 0 beside another direction."""
         if not self.keeps_time:
-            return _where(xp_of(y).any(mask, axis=0)[:, None], y)
+            return y
         if self.num_directions == 2:
-            return _where(mask[:, :, None], unpack_steps(y, mask))
+            return _where(mask[:, :, None], unpack_steps(y, mask, first))
         if self.direction == "forward":
-            return unpack_steps(y, mask)
+            return unpack_steps(y, mask, first)
         xp = xp_of(y)
-        y = unpack_steps(y if self.direction == "backwards" else reverse_sequences(y, lengths), xp.flip(mask, axis=0))
+        y = unpack_steps(y if self.direction == "backwards" else reverse_sequences(y, lengths), xp.flip(mask, axis=0), first)
         return y if self.direction == "backwards" else xp.flip(y, axis=0)
 
-    def _shown_vjp(self, dy: Array, mask: Array, lengths: Array) -> Array:
+    def _shown_vjp(self, dy: Array, mask: Array, lengths: Array) -> tuple[Array, Array | None]:
+        """The cotangents of what the direction computed, and of the state before its first step where that is seen."""
         if not self.keeps_time:
-            return _where(xp_of(dy).any(mask, axis=0)[:, None], dy)
+            return dy, None
         if self.num_directions == 2:
-            return pack_steps(_where(mask[:, :, None], dy), mask)
+            return pack_steps(_where(mask[:, :, None], dy), mask), None
         xp = xp_of(dy)
-        if self.direction == "forward":
-            forward: Array = unpack_steps.vjp(mask, dy)[0]
-            return forward
-        dy = unpack_steps.vjp(xp.flip(mask, axis=0), dy if self.direction == "backwards" else xp.flip(dy, axis=0))[0]
-        return dy if self.direction == "backwards" else reverse_sequences(dy, lengths)
+        if self.direction != "forward":
+            mask = xp.flip(mask, axis=0)
+        dy, _, before = unpack_steps.vjp(mask, xp.flip(dy, axis=0) if self.direction == "reverse" else dy)
+        return reverse_sequences(dy, lengths) if self.direction == "reverse" else dy, before
 
     @property
     def goes_back(self) -> bool:
