@@ -761,3 +761,17 @@ def test_a_graph_of_torch_has_the_mask_of_its_layers() -> None:
     ids = torch.tensor([[0, 3, 0, 4, 2], [1, 2, 0, 0, 0], [0, 0, 0, 0, 5]])
     report = pn.export_torch(Tagger(), ids, None, dynamic_shapes=({0: "batch", 1: "time"},))
     assert report.trajectories
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_statistics_behind_a_layer_that_turns_time_are_of_the_steps_that_count(batch_first: bool, rng: np.random.Generator) -> None:
+    """`direction="backwards"` gives the last step first; the mask of what takes statistics is turned with it."""
+    first = pn.GRU(3, 4, direction="backwards", batch_first=batch_first, dtype="float64", rng=0)
+    norm = pn.BatchNorm(4, channel_axis=-1, momentum=1.0, dtype="float64")
+    x, mask = rng.standard_normal((6, 5, 3)), rng.random((6, 5)) > 0.4
+    given = (x.transpose(1, 0, 2), mask.T) if batch_first else (x, mask)
+    pn.Sequential(first, norm)(given[0], mask=given[1], training=True)
+    y = first(given[0], mask=given[1])[0]
+    frames = (y.transpose(1, 0, 2) if batch_first else y)[::-1][mask]
+    np.testing.assert_allclose(norm.buffers["running_mean"], frames.mean(axis=0), **relative("float64"))
+    np.testing.assert_allclose(norm.buffers["running_var"], frames.var(axis=0, ddof=1), **relative("float64"))

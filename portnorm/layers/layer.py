@@ -59,6 +59,8 @@ class Layer:
     """Where the weights were imported from, and how that was recognised."""
     keeps_time: bool = True
     """Whether the result still has the time axis that the input had."""
+    turns_time: bool = False
+    """Whether the steps of the result are in the opposite order of those of the input."""
     evaluates: bool = False
     """Whether `eval` was called: the layer then computes as in evaluation, whatever the call around it says."""
     masks: bool = False

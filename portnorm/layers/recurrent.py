@@ -230,6 +230,11 @@ class Recurrent(Layer):
         self.return_sequences = keeps_time
 
     @property
+    def turns_time(self) -> bool:  # type: ignore[override]
+        """Whether the result has the last step of the input first."""
+        return self.direction == "backwards"
+
+    @property
     def num_directions(self) -> int:
         """2 where it goes in both directions."""
         return 2 if self.bidirectional else 1

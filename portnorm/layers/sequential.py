@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Self
 
-from portnorm.arrays import Array, DType, Namespace
+from portnorm.arrays import Array, DType, Namespace, xp_of
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, Layer
@@ -69,6 +69,11 @@ class Sequential(Layer):
         return all(part.keeps_time for part in self.parts)
 
     @property
+    def turns_time(self) -> bool:  # type: ignore[override]
+        """Whether the result has the last step of the input first."""
+        return sum(part.turns_time for part in self.parts) % 2 == 1
+
+    @property
     def masks(self) -> bool:  # type: ignore[override]
         """Whether the last part says itself what `y` is at padding."""
         return self.parts[-1].masks
@@ -129,6 +134,10 @@ class Sequential(Layer):
             residuals.append((residual, trained))
             buffers.update({f"{k}.{name}": a for name, a in buffered.items()})
             lengths, others = (lengths, others) if part.keeps_time else (None, None)
+            if part.turns_time and isinstance(others, Mask):
+                # Steps have changed their places. A recurrent part takes the mask as it came all the same, as Keras has it.
+                time = 1 if self.batch_first else 0
+                others = others._replace(values=xp_of(x).flip(others.values, axis=time))
         return x, tuple(out), buffers, residuals
 
     def _checked_states(self, state: Any) -> Sequence[Any]:
