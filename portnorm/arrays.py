@@ -369,6 +369,12 @@ def is_concrete(x: Array) -> bool:
     return library(x).is_concrete(x)
 
 
+def constant(x: Array) -> Array:
+    """The same array, through which no library differentiates."""
+    autodiff = library(x).autodiff
+    return x if autodiff is None else autodiff.constant(x)
+
+
 def require_extra(module: str, extra: str) -> Any:
     """Import an optional dependency, or say which extra brings it."""
     try:

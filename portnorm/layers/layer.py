@@ -14,6 +14,7 @@ from portnorm.arrays import (
     Array,
     DType,
     Namespace,
+    constant,
     default_integer,
     device_of,
     dtype_name,
@@ -44,7 +45,7 @@ class Layer:
     With `training=True` a call also updates the running statistics that the layer holds; without it a call changes nothing.
 
     What a layer was made with are its attributes, under the names of the arguments. One that is changed counts from then on, and is what
-    `portnorm.save` and `portnorm.export` write.
+    `portnorm.save` and `portnorm.export` write. It is checked as when the layer is made, and refused where the layer would have other arrays.
     """
 
     takes_integers: bool = False
@@ -65,9 +66,11 @@ class Layer:
     """Whether `forward` says itself what `y` is at padding; else it is made 0 there."""
     masks_channels: bool = False
     """Whether a mask may vary along the features."""
+    _settings: tuple[str, ...] = ()
+    _given: tuple[str, ...] = ()
 
     def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
-        self._settings = tuple(config)
+        self._settings = self._given = tuple(config)
         for name, value in config.items():
             setattr(self, name, value)
         self.xp = load_namespace(xp)
@@ -84,6 +87,29 @@ class Layer:
     def config(self) -> dict[str, Any]:
         """What another layer has to be made with to compute the same from the same arrays."""
         return {name: getattr(self, name) for name in self._settings}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        made = "params" in self.__dict__
+        super().__setattr__(name, self._setting(name, value) if made and (name in self._settings or name in self._given) else value)
+
+    def _setting(self, name: str, value: Any) -> Any:
+        """A changed `value` of an argument, as the layer takes it when it is made.
+
+        Raises as `__init__` does, and `UnsupportedError` where the layer would need other arrays than it has, or has no such argument.
+        """
+        if name not in self._settings:
+            raise UnsupportedError(f"`{name}` of {type(self).__name__} is always {getattr(self, name)!r}")
+        other, arrays = self._made_of({**self.config, name: value})
+        if arrays != self._made_of(self.config)[1]:
+            raise UnsupportedError(
+                f"`{name}` is {value!r}, with which {type(self).__name__} would have other arrays than it has; make a new one"
+            )
+        return getattr(other, name)
+
+    def _made_of(self, config: dict[str, Any]) -> tuple[Layer, dict[str, tuple[int, ...]]]:
+        """A layer with this configuration, and the shapes of its arrays."""
+        layer = type(self)(**config)
+        return layer, {name: tuple(a.shape) for name, a in layer.state_dict().items()}
 
     # -- the pure form -------------------------------------------------------------------------------------------------------------
 
@@ -268,6 +294,10 @@ class Layer:
             if given.keys() != own:
                 raise _misfit(what, self, sorted(own), given)
 
+    def check_fit(self) -> None:
+        """Raise `CheckpointError` unless the arrays fit the attributes, as those of a layer do that was just made."""
+        self._check_shapes(self.state_dict())
+
     def _check_shapes(self, arrays: Mapping[str, Array]) -> None:
         """Raise `CheckpointError` unless each array has the shape of the layer's of that name."""
         for name, own in self.state_dict().items():
@@ -410,11 +440,7 @@ def _misfit(what: str, layer: Layer, own: Iterable[str], given: Iterable[str]) -
 
 def _constant(arrays: Arrays) -> Arrays:
     """The same arrays, through which no library differentiates."""
-    constants = {}
-    for name, array in arrays.items():
-        autodiff = library(array).autodiff
-        constants[name] = array if autodiff is None else autodiff.constant(array)
-    return constants
+    return {name: constant(array) for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)
