@@ -59,9 +59,20 @@ def test_assign_and_apply_are_as_strict_as_a_state_dict(name: str, rng: np.rando
     first, before = next(iter(params)), layer.state_dict()
     lacking, more = {n: a for n, a in params.items() if n != first}, {**params, "nobody": np.ones(3)}
     wrong = {**params, first: np.ones((2, 7, 1))}
-    for given in (lacking, more, wrong):
-        with pytest.raises(pn.CheckpointError, match=f"{first}|nobody"):
-            layer.assign(given)
+    narrow = {**params, first: params[first][:1, ...]}  # which would be broadcast
+    pure: dict[str, Callable[[Any], Any]] = {
+        "assign": layer.assign,
+        "load_state_dict": lambda given: layer.load_state_dict({**given, **buffers} if isinstance(given, dict) else given),
+        "apply": lambda given: layer.apply(given, buffers, x),
+        "pure_vjp": lambda given: layer.pure_vjp(given, buffers, x),
+    }
+    for call in pure.values():
+        for given in (lacking, more, wrong, narrow, {**params, first: None}, {**params, first: [1.0]}):
+            with pytest.raises(pn.CheckpointError, match=f"{first}|nobody"):
+                call(given)
+        for none in (None, list(params)):
+            with pytest.raises(pn.CheckpointError, match="expected a mapping of the names"):
+                call(none)
     for given in (lacking, more):
         with pytest.raises(pn.CheckpointError, match=f"`params` does not fit .*({first}|nobody)"):
             layer.apply(given, buffers, x)

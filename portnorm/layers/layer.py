@@ -137,9 +137,9 @@ class Layer:
         """The layer as a pure function: `(y, state, buffers)`. JAX transforms and the exporter use this form.
 
         torch's autograd and JAX's differentiate it as one function, by `backward`; running statistics are constants to them.
-        Raises `CheckpointError` where `params` or `buffers` have not just the names of the layer's.
+        Raises `CheckpointError` where `params` or `buffers` have not just the names and shapes of the layer's.
         """
-        self._check_names(params, buffers)
+        self._check_given(params, buffers)
         if mask is not None:
             lengths = mask_of(x, mask, self.feature_axes(x.ndim))
         return self._applied(params, buffers, x, state, lengths, training)
@@ -163,6 +163,12 @@ class Layer:
         self, params: Arrays, buffers: Arrays, x: Array, state: Any = None, lengths: Counted = None, training: bool = False
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         """`(y, state, buffers, pullback)` with `dx, dstate, grads = pullback(dy, dstate)`: what `apply` computes, with its vjp."""
+        self._check_given(params, buffers)
+        return self._applied_vjp(params, buffers, x, state, lengths, training)
+
+    def _applied_vjp(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool
+    ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         training = training and not self.evaluates
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
@@ -207,7 +213,7 @@ class Layer:
         result counts; that of a 0 does not.
         """
         lengths = self._checked(x, state, lengths, mask)
-        y, state, buffers = self.apply(self.params, self.buffers, x, state, lengths, training)
+        y, state, buffers = self._applied(self.params, self.buffers, x, state, lengths, training)
         if training:
             self._keep(buffers)
         return (y, state) if self.recurrent else y
@@ -218,7 +224,7 @@ class Layer:
         Either cotangent of a recurrent layer may be `None` for zero. `grads` has the names of `parameters()`.
         """
         lengths = self._checked(x, state, lengths, mask)
-        y, out, buffers, pure = self.pure_vjp(self.params, self.buffers, x, state, lengths, training)
+        y, out, buffers, pure = self._applied_vjp(self.params, self.buffers, x, state, lengths, training)
         if training and not self.evaluates:
             self._keep(_constant(buffers))
 
@@ -278,8 +284,7 @@ class Layer:
 
         Raises `CheckpointError` for a missing or unknown name or a shape that does not fit; the layer is then as it was.
         """
-        self._check_names(params, self.buffers if buffers is None else buffers)
-        self._check_shapes({**params, **(buffers or {})})
+        self._check_given(params, self.buffers if buffers is None else buffers)
         self.params = dict(params)
         if buffers is not None:
             self.buffers = dict(buffers)
@@ -288,11 +293,11 @@ class Layer:
         """Those of the parameters and of the buffers."""
         return self.params.keys(), self.buffers.keys()
 
-    def _check_names(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> None:
-        """Raise `CheckpointError` unless both mappings have the names of the layer's, and no others."""
+    def _check_given(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> None:
+        """Raise `CheckpointError` unless both mappings have the names and shapes of the layer's, and no others."""
         for what, given, own in zip(("`params`", "`buffers`"), (params, buffers), self._names(), strict=True):
-            if given.keys() != own:
-                raise _misfit(what, self, sorted(own), given)
+            _check_names(what, self, own, given)
+        self._check_shapes({**params, **buffers})
 
     def check_fit(self) -> None:
         """Raise `CheckpointError` unless the arrays fit the attributes, as those of a layer do that was just made."""
@@ -302,8 +307,13 @@ class Layer:
         """Raise `CheckpointError` unless each array has the shape of the layer's of that name."""
         for name, own in self.state_dict().items():
             expected = self._shape_of(name, own)
-            if name in arrays and tuple(arrays[name].shape) != expected:
-                raise CheckpointError(f"`{name}` has shape {tuple(arrays[name].shape)}; expected {expected}")
+            if name not in arrays:
+                continue
+            shape = getattr(arrays[name], "shape", None)
+            if shape is None:
+                raise CheckpointError(f"`{name}` is {arrays[name]!r}; expected an array of shape {expected}")
+            if tuple(shape) != expected:
+                raise CheckpointError(f"`{name}` has shape {tuple(shape)}; expected {expected}")
 
     def _shape_of(self, name: str, array: Array) -> tuple[int, ...]:
         """The shape that `array` of this name has to have."""
@@ -314,9 +324,7 @@ class Layer:
 
         Raises `CheckpointError` for a missing or unknown name or a shape that does not fit; the layer is then as it was.
         """
-        own = self.state_dict()
-        if arrays.keys() != own.keys():
-            raise _misfit("the state dict", self, own, arrays)
+        _check_names("the state dict", self, self.state_dict().keys(), arrays)
         self._check_shapes(arrays)
         groups = ((self.params, False), (self.buffers, True))
         self.assign(*({n: self._converted(arrays[n], like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
@@ -433,9 +441,13 @@ class StatelessLayer(Layer):
         ) -> tuple[Array, Callable[[Array], tuple[Array | None, Arrays]]]: ...
 
 
-def _misfit(what: str, layer: Layer, own: Iterable[str], given: Iterable[str]) -> CheckpointError:
-    missing, unknown = [n for n in own if n not in given], [n for n in given if n not in own]
-    return CheckpointError(f"{what} does not fit {type(layer).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+def _check_names(what: str, layer: Layer, own: Set[str], given: Mapping[str, Array]) -> None:
+    """Raise `CheckpointError` unless `given` has these names, and no others."""
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"{what} is a {type(given).__name__}; expected a mapping of the names of {type(layer).__name__} to arrays")
+    if given.keys() != own:
+        missing, unknown = [n for n in sorted(own) if n not in given], [n for n in given if n not in own]
+        raise CheckpointError(f"{what} does not fit {type(layer).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
 
 def _constant(arrays: Arrays) -> Arrays:
