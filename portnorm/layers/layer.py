@@ -31,6 +31,7 @@ from portnorm.arrays import (
 )
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator
+from portnorm.op import require_cotangent
 from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of, valid, without_padding
 from portnorm.statistics import BATCHES, VALUES
 
@@ -45,7 +46,8 @@ class Layer:
     With `training=True` a call also updates the running statistics that the layer holds; without it a call changes nothing.
 
     What a layer was made with are its attributes, under the names of the arguments. One that is changed counts from then on, and is what
-    `portnorm.save` and `portnorm.export` write. It is checked as when the layer is made, and refused where the layer would have other arrays.
+    `portnorm.save` and `portnorm.export` write. It is checked as when the layer is made, and refused where the layer would have other
+    arrays.
     """
 
     takes_integers: bool = False
@@ -229,8 +231,12 @@ class Layer:
             self._keep(_constant(buffers))
 
         def pullback(dy: Array | None, dstate: Any = None) -> Any:
-            if dy is not None and is_concrete(y) and tuple(dy.shape) != tuple(y.shape):
-                raise ShapeError(f"the cotangent `dy` has shape {tuple(dy.shape)} but the result has shape {tuple(y.shape)}")
+            if dy is not None and (type(dy) is not type(y) or dy.dtype != y.dtype):
+                require_cotangent(y, dy)
+            if dy is not None and is_concrete(y) and tuple(getattr(dy, "shape", ())) != tuple(y.shape):
+                raise ShapeError(
+                    f"the cotangent `dy` has shape {tuple(getattr(dy, 'shape', ()))} but the result has shape {tuple(y.shape)}"
+                )
             if dy is None and not self.recurrent:
                 raise UnsupportedError(f"`dy` is None; expected a cotangent of the result of {type(self).__name__}, an array like it")
             dx, dstate, grads = pure(dy, dstate)
@@ -257,8 +263,8 @@ class Layer:
             autodiff = library(array).autodiff
             if autodiff is not None and autodiff.is_passing(array):
                 raise UnsupportedError(
-                    f"{type(self).__name__} was called with training=True inside a transformation (jit, vmap, scan, grad …), where it "
-                    "cannot keep new running statistics; use the pure form there, y, state, buffers = layer.apply(params, buffers, x, "
+                    f"{type(self).__name__} took statistics inside a transformation (jit, vmap, scan, grad …), where it cannot keep them "
+                    "as running statistics; use the pure form there, y, state, buffers = layer.apply(params, buffers, x, "
                     "training=True), return the buffers from the transformation, and hold them by layer.assign(params, buffers)"
                 )
         self.buffers = buffers
@@ -401,7 +407,7 @@ class Layer:
             count += 1
         if not count:
             raise UnsupportedError("`batches` is empty; expected at least one batch to take statistics of")
-        self.assign(self.params, {name: buffers[name] for name in self.buffers})
+        self._keep({name: buffers[name] for name in self.buffers})
 
     def _counters(self) -> Arrays:
         """Buffers that count values where there are some that count batches."""

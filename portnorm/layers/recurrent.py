@@ -453,7 +453,8 @@ class Recurrent(Layer):
         if state is None:
             return PlacedState(None, xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if self.timed else None)
         if not isinstance(state, tuple | list) or len(state) != len(names):
-            raise ShapeError(f"`state` is {type(state).__name__} of length {len(state)}; expected ({', '.join(names)})")
+            length = f" of length {len(state)}" if isinstance(state, tuple | list) else ""
+            raise ShapeError(f"`state` is {type(state).__name__}{length}; expected ({', '.join(names)})")
         for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
             expected = (places, batch, size)
             require_given(state=array)
@@ -464,6 +465,7 @@ class Recurrent(Layer):
                 )
             if array.dtype != x.dtype:
                 raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {x.dtype}, that of `x`")
+        require_given(state=state[-1])
         split = [tuple(s[k, ...] for s in state[: len(self.cell.states)]) for k in range(places)]
         return PlacedState(split, checked_time(x, state[-1]) if self.timed else None)
 
