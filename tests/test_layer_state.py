@@ -450,6 +450,7 @@ def test_a_transformation_leaves_nothing_behind_in_a_layer(name: str, rng: np.ra
         (of_jax, lambda: jax.jit(lambda a: first(of_jax(a, training=True)))(given)),
         (of_jax, lambda: jax.vmap(lambda a: first(of_jax(a, training=True)))(given[None])),
         (of_jax, lambda: jax.lax.scan(lambda c, a: (c, first(of_jax(a, training=True))), 0, given[None])),
+        (of_jax, lambda: jax.jit(lambda a: of_jax.estimate_population([a]))(given)),
         (of_torch, lambda: torch.func.vmap(lambda a: first(of_torch(a, training=True)))(tensor[None])),
         (of_torch, lambda: torch.func.grad(lambda a: first(of_torch(a, training=True)).sum())(tensor)),
     ]

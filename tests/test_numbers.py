@@ -13,7 +13,7 @@ from portnorm.arrays import dtype_name, to_numpy, xp_of
 from portnorm.op import Op
 from tests.cases import LAYERS, PRESETS
 from tests.conftest import LIBRARIES, Library
-from tests.tolerances import OPERATION
+from tests.tolerances import OPERATION, relative
 
 BEYOND = {"float16": (6e4,), "bfloat16": (2e15, 1e38), "float32": (2e15, 1e20, 1e38), "float64": (1e136, 1e150, 1e300)}
 """Values of a type whose squares, or those of a scaled row beside ε, leave its range."""
