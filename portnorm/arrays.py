@@ -243,6 +243,13 @@ def require_floating(xp: Namespace, **arrays: Array | None) -> None:
             raise DTypeError(f"`{name}` has dtype {x.dtype}; expected a real floating-point type such as float32{_elsewhere(x.dtype)}")
 
 
+def require_real(xp: Namespace, **arrays: Array | None) -> None:
+    """Raise `DTypeError` unless every named array holds real numbers or truth values."""
+    for name, a in arrays.items():
+        if a is not None and not xp.isdtype(a.dtype, ("real floating", "integral", "bool")):
+            raise DTypeError(f"`{name}` has dtype {a.dtype}; expected real numbers")
+
+
 def _is_floating(xp: Namespace, dtype: DType) -> bool:
     try:
         return bool(xp.isdtype(dtype, "real floating")) and getattr(dtype, "char", "") != "g"  # not NumPy's longdouble
@@ -367,6 +374,12 @@ def to_numpy(x: Array) -> Any:
 def is_concrete(x: Array) -> bool:
     """Whether the values of `x` can be looked at now."""
     return library(x).is_concrete(x)
+
+
+def constant(x: Array) -> Array:
+    """The same array, through which no library differentiates."""
+    autodiff = library(x).autodiff
+    return x if autodiff is None else autodiff.constant(x)
 
 
 def require_extra(module: str, extra: str) -> Any:

@@ -5,9 +5,21 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from portnorm.arrays import Array, Namespace, default_integer, device_of, is_concrete, namespace, require_floating, statistics_dtype
+from portnorm.arrays import (
+    Array,
+    Namespace,
+    default_integer,
+    device_of,
+    is_concrete,
+    namespace,
+    require_floating,
+    require_given,
+    require_real,
+    statistics_dtype,
+)
 from portnorm.errors import DTypeError, ShapeError
 from portnorm.op import op
+from portnorm.scalars import whole_number
 from portnorm.sums import total
 
 
@@ -42,8 +54,12 @@ def softmax_cross_entropy(
     >>> float(pn.softmax_cross_entropy(logits, np.array([0, -100])).round(4))
     0.6931
     """
+    require_given(labels=labels)
     xp = namespace(logits=logits, labels=labels, weights=weights)
     require_floating(xp, logits=logits)
+    require_real(xp, weights=weights)
+    if logits.ndim == 0:
+        raise ShapeError("`logits` has shape (); expected (…, classes)")
     cases, classes = tuple(logits.shape[:-1]), logits.shape[-1]
     if tuple(labels.shape) != cases:
         raise ShapeError(f"`labels` has shape {tuple(labels.shape)}; expected {cases} for `logits` {tuple(logits.shape)}")
@@ -107,7 +123,11 @@ def _checked_labels(xp: Namespace, labels: Array, ignore_index: int | None) -> t
         raise DTypeError(f"`labels` has dtype {labels.dtype}; expected integers")
     unsigned = xp.isdtype(labels.dtype, "unsigned integer")
     labels = xp.astype(labels, default_integer(xp), copy=False)
-    if ignore_index is None or (unsigned and ignore_index < 0):
+    if ignore_index is not None:
+        ignore_index, limits = whole_number("ignore_index", ignore_index), xp.iinfo(labels.dtype)
+        if not (0 if unsigned else limits.min) <= ignore_index <= limits.max:
+            ignore_index = None  # no label can be it
+    if ignore_index is None:
         return labels, xp.zeros_like(labels, dtype=xp.bool)
     return labels, xp.equal(labels, ignore_index)
 
@@ -161,8 +181,10 @@ def mean_squared_error(y: Array, target: Array, weights: Array | None = None) ->
     >>> float(pn.mean_squared_error(np.array([1.0, 2.0]), np.array([1.0, 5.0]), np.array([2.0, 1.0])))
     3.0
     """
+    require_given(target=target)
     xp = namespace(y=y, target=target, weights=weights)
     require_floating(xp, y=y)
+    require_real(xp, target=target, weights=weights)
     if tuple(target.shape) != tuple(y.shape):
         raise ShapeError(f"`target` has shape {tuple(target.shape)}; expected {tuple(y.shape)}, that of `y`")
     dtype = statistics_dtype(xp, y.dtype)

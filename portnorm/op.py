@@ -25,8 +25,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
-from portnorm.arrays import Array, Kernel, Library, is_concrete, leaves, library
-from portnorm.errors import ArgumentError, ShapeError, UnsupportedError
+from portnorm.arrays import Array, Kernel, Library, is_concrete, leaves, library, namespace, require_given
+from portnorm.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,6 +71,7 @@ class Op(Generic[P, R]):
         self._defaults = {p.name: p.default for p in own.parameters.values() if p.name not in by_keyword}
         self._least, self._most = sum(d is _NEEDED for d in self._defaults.values()), len(self._defaults)
         self._keywords = frozenset(by_keyword)
+        self._needed = frozenset(name for name in by_keyword if own.parameters[name].default is _NEEDED)
         OPS[self.name] = self
 
     def __get__(self, owner: Any, kind: Any = None) -> Op[P, R]:
@@ -80,7 +81,7 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **attrs: P.kwargs) -> R:
         bound: tuple[Any, ...] = args
         named: dict[str, Any] = attrs
-        if not self._least <= len(bound) <= self._most or (named and not named.keys() <= self._keywords):
+        if not self._least <= len(bound) <= self._most or (named and not named.keys() <= self._keywords) or self._needed:
             bound, named = self._bound(bound, named)
         own = _library_of(bound)
         if own.autodiff is not None and self.differentiable and own.autodiff.records((bound, named)):
@@ -124,7 +125,7 @@ class Op(Generic[P, R]):
 
         Raises `ArgumentError` for a name that the Op does not have, a value that is given twice, and one that is missing.
         """
-        if not self._least <= len(args) <= self._most or (attrs and not attrs.keys() <= self._keywords):
+        if not self._least <= len(args) <= self._most or (attrs and not attrs.keys() <= self._keywords) or self._needed:
             return self._bound(args, attrs)
         return args, attrs
 
@@ -137,6 +138,9 @@ class Op(Generic[P, R]):
                 raise ArgumentError(f"{self.name} has no argument `{name}`; {takes}")
             if name in places[: len(args)]:
                 raise ArgumentError(f"{self.name} got `{name}` twice, by its place and by its name")
+        for name in self.__signature__.parameters:
+            if name in self._needed and name not in attrs:
+                raise ArgumentError(f"{self.name} needs `{name}`; {takes}")
         rest = places[len(args) :]
         while rest and rest[-1] not in attrs and self._defaults[rest[-1]] is not _NEEDED:
             rest.pop()
@@ -210,7 +214,20 @@ def vjp(function: Op[..., Any], *args: Any, **attrs: Any) -> tuple[Any, Pullback
     return y, pullback
 
 
+def require_cotangent(y: Any, dy: Any) -> None:
+    """Raise `UnsupportedError` or `DTypeError` where `dy` is no array of real numbers of the library of `y`, and no number."""
+    if isinstance(dy, int | float):
+        return
+    require_given(dy=dy)
+    xp = namespace(y=y, dy=dy)
+    if not xp.isdtype(dy.dtype, ("real floating", "integral")):
+        raise DTypeError(f"the cotangent `dy` has dtype {dy.dtype}; expected {y.dtype}, that of the result")
+
+
 def _check_cotangent(y: Any, dy: Any) -> None:
+    """Raise unless `dy` is an array like `y`, or a number for one without axes: of real numbers, and of the same library."""
+    if type(dy) is not type(y) or dy.dtype != getattr(y, "dtype", None):
+        require_cotangent(y, dy)
     shape, expected = getattr(dy, "shape", None), getattr(y, "shape", None)
     if expected is not None and is_concrete(y) and tuple(shape or ()) != tuple(expected):
         raise ShapeError(f"the cotangent `dy` has shape {shape} but the result has shape {tuple(expected)}")

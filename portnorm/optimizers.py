@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from portnorm.arrays import Array, DType, default_integer, device_of, statistics_dtype, xp_of
+from portnorm.arrays import Array, DType, default_integer, device_of, namespace, require_floating, statistics_dtype, xp_of
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.scalars import real_number
 from portnorm.sums import total
@@ -41,7 +41,17 @@ def _first(name: str, arrays: Mapping[str, Array]) -> Array:
     raise UnsupportedError(f"`{name}` is empty; expected arrays by name")
 
 
+def _require_arrays(group: str, arrays: Mapping[str, Array]) -> None:
+    """Raise `UnsupportedError` or `DTypeError` where one of them is no array of real floating-point numbers."""
+    if not isinstance(arrays, Mapping):
+        raise UnsupportedError(f"`{group}` is a {type(arrays).__name__}; expected arrays by name")
+    for name, a in arrays.items():
+        label = f"{group}[{name!r}]"
+        require_floating(namespace(**{label: a}), **{label: a})
+
+
 def _zeros(params: Mapping[str, Array]) -> Arrays:
+    _require_arrays("params", params)
     return {name: xp_of(p).zeros_like(p, dtype=statistics_dtype(xp_of(p), p.dtype)) for name, p in params.items()}
 
 
@@ -75,15 +85,36 @@ def _check(params: Mapping[str, Array], **groups: Any) -> None:
                 f"`{group}` does not fit `params`: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}; expected the same names"
             )
         for name, p in params.items():
+            if type(arrays[name]) is not type(p) or arrays[name].dtype != p.dtype:
+                label = f"{group}[{name!r}]"
+                require_floating(namespace(**{label: arrays[name], "params": p}), **{label: arrays[name]})
             if tuple(arrays[name].shape) != tuple(p.shape):
                 raise ShapeError(
                     f"`{group}` has {name!r} of shape {tuple(arrays[name].shape)}; expected {tuple(p.shape)}, that of the parameter"
                 )
 
 
-def _check_rate(name: str, value: float, low: float, high: float) -> None:
-    if not real_number(name, value, low, high, f"a number from {low} to below {high}") < high:
-        raise UnsupportedError(f"`{name}` is {value}; expected a number from {low} to below {high}")
+def _set_rate(optimizer: Any, name: str, low: float, high: float) -> None:
+    """Keep a rate as a float; raises `UnsupportedError` for what is none, or does not lie from `low` to below `high`."""
+    expected = f"a number from {low} to below {high}"
+    value = real_number(name, getattr(optimizer, name), low, high, expected)
+    if not value < high:
+        raise UnsupportedError(f"`{name}` is {value}; expected {expected}")
+    object.__setattr__(optimizer, name, value)
+
+
+def _entry(state: Any, name: str) -> Any:
+    """What a state has under this name; raises `UnsupportedError` for what is no state of this optimizer."""
+    if not isinstance(state, Mapping) or state.get(name) is None:
+        what = f"has no {name!r}" if isinstance(state, Mapping) else f"is a {type(state).__name__}"
+        raise UnsupportedError(f"`state` {what}; expected what `init` or the last update gave")
+    return state[name]
+
+
+def _next(steps: Array) -> Array:
+    """The number of updates after one more; raises `UnsupportedError` for what is no array."""
+    namespace(**{"state['steps']": steps})
+    return steps + 1
 
 
 @dataclass(frozen=True)
@@ -94,14 +125,14 @@ class SGD:
     momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_rate("lr", self.lr, 0.0, float("inf"))
-        _check_rate("momentum", self.momentum, 0.0, 1.0)
+        _set_rate(self, "lr", 0.0, float("inf"))
+        _set_rate(self, "momentum", 0.0, 1.0)
 
     def init(self, params: Mapping[str, Array]) -> OptimizerState:
         return {"velocity": _zeros(params)} if self.momentum else {}
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
-        _check(params, grads=grads, **({"state['velocity']": state.get("velocity")} if self.momentum else {}))
+        _check(params, grads=grads, **({"state['velocity']": _entry(state, "velocity")} if self.momentum else {}))
         velocity = _wide(grads)
         if self.momentum:
             before = _wide(state["velocity"])
@@ -118,14 +149,15 @@ class RMSProp:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        _check_rate("lr", self.lr, 0.0, float("inf"))
-        _check_rate("decay", self.decay, 0.0, 1.0)
+        _set_rate(self, "lr", 0.0, float("inf"))
+        _set_rate(self, "decay", 0.0, 1.0)
+        _set_rate(self, "eps", 0.0, math.inf)
 
     def init(self, params: Mapping[str, Array]) -> OptimizerState:
         return {"square": _zeros(params)}
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
-        _check(params, grads=grads, **{"state['square']": state.get("square")})
+        _check(params, grads=grads, **{"state['square']": _entry(state, "square")})
         wide, before = _wide(grads), _wide(state["square"])
         square = {n: self.decay * before[n] + (1.0 - self.decay) * g * g for n, g in wide.items()}
         steps = {n: self.lr * wide[n] / (xp_of(p).sqrt(square[n]) + self.eps) for n, p in params.items()}
@@ -142,21 +174,21 @@ class Adam:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        _check_rate("lr", self.lr, 0.0, float("inf"))
-        _check_rate("beta1", self.beta1, 0.0, 1.0)
-        _check_rate("beta2", self.beta2, 0.0, 1.0)
+        _set_rate(self, "lr", 0.0, float("inf"))
+        _set_rate(self, "beta1", 0.0, 1.0)
+        _set_rate(self, "beta2", 0.0, 1.0)
+        _set_rate(self, "eps", 0.0, math.inf)
 
     def init(self, params: Mapping[str, Array]) -> OptimizerState:
+        _require_arrays("params", params)
         first = _first("params", params)
         xp = xp_of(first)
         steps = xp.asarray(0, dtype=default_integer(xp), device=device_of(first))
         return {"mean": _zeros(params), "square": _zeros(params), "steps": steps}
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
-        _check(params, grads=grads, **{f"state[{name!r}]": state.get(name) for name in ("mean", "square")})
-        if "steps" not in state:
-            raise UnsupportedError("`state` has no 'steps'; expected what `init` or the last update gave")
-        wide, means, squares, steps = _wide(grads), _wide(state["mean"]), _wide(state["square"]), state["steps"] + 1
+        _check(params, grads=grads, **{f"state[{name!r}]": _entry(state, name) for name in ("mean", "square")})
+        wide, means, squares, steps = _wide(grads), _wide(state["mean"]), _wide(state["square"]), _next(_entry(state, "steps"))
         mean = {n: self.beta1 * means[n] + (1.0 - self.beta1) * g for n, g in wide.items()}
         square = {n: self.beta2 * squares[n] + (1.0 - self.beta2) * g * g for n, g in wide.items()}
         counts = {m.dtype: xp_of(m).astype(steps, m.dtype) for m in mean.values()}
@@ -179,6 +211,7 @@ def clip_by_global_norm(grads: Mapping[str, Array], limit: float) -> tuple[Array
     The norm is taken, and given, in at least float32; gradients keep their dtype.
     """
     limit = real_number("limit", limit, 5e-324, math.inf, "a number > 0")
+    _require_arrays("grads", grads)
     first = _first("grads", grads)
     xp, wide = xp_of(first), _wide(grads)
     zero = xp.zeros((), dtype=statistics_dtype(xp, first.dtype), device=device_of(first))

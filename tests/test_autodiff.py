@@ -465,6 +465,27 @@ def test_torch_vmap_of_an_op(case: OpCase, rng: np.random.Generator) -> None:
             assert_same(one[k], other)
 
 
+@pytest.mark.parametrize("case", OPS, ids=lambda case: case.name)
+def test_torch_func_gives_the_cotangents_of_the_vjp(case: OpCase, rng: np.random.Generator) -> None:
+    """What is a constant to the vjp is one to who differentiates the definition too: r and d of batch renormalization."""
+    import torch
+
+    arguments, keywords, wanted = tensors_of(case, rng)
+    places = [k for k, a in enumerate(arguments) if any(a is w for w in wanted)]
+
+    def value(*changed: Any) -> Any:
+        given = list(arguments)
+        for k, a in zip(places, changed, strict=True):
+            given[k] = a
+        return case.op(*given, **keywords)
+
+    y, pullback = pn.vjp(case.op, *arguments, **keywords)
+    dy = torch.tensor(rng.standard_normal(tuple(y.shape)))
+    expected = pullback(dy)
+    for k, found in zip(places, torch.func.vjp(value, *wanted)[1](dy), strict=True):
+        assert_same(found, expected[k])
+
+
 def assert_compiled(layer: Any, backend: str, rng: np.random.Generator) -> None:
     """Values, statistics and gradients of a layer that torch compiles as one graph are those of the layer."""
     import torch

@@ -259,7 +259,7 @@ def test_eps_and_axes_are_numbers_of_any_kind(name: str, dtype: str) -> None:
         with pytest.raises(pn.UnsupportedError, match=r"`eps` is .*; expected a number ≥ 0"):
             FUNCTIONS[name](x, eps=eps)
     for wrong in (None, 1.0, "1"):
-        with pytest.raises(pn.UnsupportedError, match=rf"`{'axis'}` is .*; expected a whole number"):
+        with pytest.raises(pn.UnsupportedError, match=rf"`{axis}` is .*; expected a whole number"):
             FUNCTIONS[name](x, **{axis: wrong})
 
 

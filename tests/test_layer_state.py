@@ -59,9 +59,20 @@ def test_assign_and_apply_are_as_strict_as_a_state_dict(name: str, rng: np.rando
     first, before = next(iter(params)), layer.state_dict()
     lacking, more = {n: a for n, a in params.items() if n != first}, {**params, "nobody": np.ones(3)}
     wrong = {**params, first: np.ones((2, 7, 1))}
-    for given in (lacking, more, wrong):
-        with pytest.raises(pn.CheckpointError, match=f"{first}|nobody"):
-            layer.assign(given)
+    narrow = {**params, first: params[first][:1, ...]}  # which would be broadcast
+    pure: dict[str, Callable[[Any], Any]] = {
+        "assign": layer.assign,
+        "load_state_dict": lambda given: layer.load_state_dict({**given, **buffers} if isinstance(given, dict) else given),
+        "apply": lambda given: layer.apply(given, buffers, x),
+        "pure_vjp": lambda given: layer.pure_vjp(given, buffers, x),
+    }
+    for call in pure.values():
+        for given in (lacking, more, wrong, narrow, {**params, first: None}, {**params, first: [1.0]}):
+            with pytest.raises(pn.CheckpointError, match=f"{first}|nobody"):
+                call(given)
+        for none in (None, list(params)):
+            with pytest.raises(pn.CheckpointError, match="expected a mapping of the names"):
+                call(none)
     for given in (lacking, more):
         with pytest.raises(pn.CheckpointError, match=f"`params` does not fit .*({first}|nobody)"):
             layer.apply(given, buffers, x)
@@ -439,6 +450,7 @@ def test_a_transformation_leaves_nothing_behind_in_a_layer(name: str, rng: np.ra
         (of_jax, lambda: jax.jit(lambda a: first(of_jax(a, training=True)))(given)),
         (of_jax, lambda: jax.vmap(lambda a: first(of_jax(a, training=True)))(given[None])),
         (of_jax, lambda: jax.lax.scan(lambda c, a: (c, first(of_jax(a, training=True))), 0, given[None])),
+        (of_jax, lambda: jax.jit(lambda a: of_jax.estimate_population([a]))(given)),
         (of_torch, lambda: torch.func.vmap(lambda a: first(of_torch(a, training=True)))(tensor[None])),
         (of_torch, lambda: torch.func.grad(lambda a: first(of_torch(a, training=True)).sum())(tensor)),
     ]
@@ -507,3 +519,67 @@ def test_what_is_empty_or_no_number_is_named_by_optimizers() -> None:
     for lr in (None, "1", -0.1, float("nan"), float("inf")):
         with pytest.raises(pn.UnsupportedError, match="`lr` is "):
             pn.Adam(lr=lr)  # type: ignore[arg-type]
+
+
+REFUSED: dict[str, tuple[Callable[[], pn.Layer], str, Any]] = {
+    "gain of LayerNorm": (LAYERS["LayerNorm"], "affine", False),
+    "shift of LayerNorm": (LAYERS["LayerNorm"], "bias", False),
+    "shift of RMSNorm": (LAYERS["RMSNorm"], "bias", True),
+    "shape of LayerNorm": (LAYERS["LayerNorm"], "normalized_shape", (3, 4)),
+    "ε of LayerNorm": (LAYERS["LayerNorm"], "eps", "small"),
+    "statistics of InstanceNorm": (LAYERS["InstanceNorm"], "track_running_stats", True),
+    "axis of BatchNorm": (LAYERS["BatchNorm"], "channel_axis", 2.0),
+    "channels of BatchNorm": (LAYERS["BatchNorm"], "num_features", 3),
+    "momentum of BatchNorm": (LAYERS["BatchNorm"], "momentum", 2),
+    "estimator of BatchRenorm": (LAYERS["BatchRenorm"], "unbiased", True),
+    "bound of BatchRenorm": (LAYERS["BatchRenorm"], "r_max", 0.5),
+    "groups of GroupNorm": (LAYERS["GroupNorm"], "num_groups", 3),
+    "bias of Linear": (LAYERS["Linear"], "bias", False),
+    "directions of LSTM": (LAYERS["LSTM"], "bidirectional", True),
+    "layers of LSTM": (LAYERS["LSTM"], "num_layers", 2),
+    "hidden features of LSTM": (LAYERS["LSTM"], "hidden_size", 5),
+    "projection of LSTM": (LAYERS["LSTM"], "proj_size", 2),
+    "first state of LSTM": (LAYERS["LSTM"], "learned_state", True),
+    "direction of LSTM": (LAYERS["LSTM"], "direction", "backward"),
+    "order of LSTM": (LAYERS["LSTM"], "batch_first", "no"),
+    "momentum of BN-LSTM": (LAYERS["BN-LSTM"], "momentum", "fast"),
+    "steps of BN-LSTM": (LAYERS["BN-LSTM"], "t_max", 0),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_attribute_is_refused_that_could_not_be_loaded_again(name: str) -> None:
+    made, attribute, value = REFUSED[name]
+    layer = made()
+    before = getattr(layer, attribute)
+    with pytest.raises(pn.PortnormError, match=f"`{attribute}`"):
+        setattr(layer, attribute, value)
+    assert getattr(layer, attribute) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute", "value", "kept"),
+    [
+        ("LayerNorm", "eps", np.float32(0.5), 0.5),
+        ("LayerNorm", "normalized_shape", np.int64(4), (4,)),
+        ("BatchNorm", "momentum", np.float64(0.25), 0.25),
+        ("BatchNorm", "unbiased", np.bool_(False), False),
+        ("GroupNorm", "num_groups", np.int64(4), 4),
+        ("BN-LSTM", "batch_first", 1, True),
+    ],
+)
+def test_a_changed_attribute_is_kept_as_a_given_one_is(name: str, attribute: str, value: Any, kept: Any, tmp_path: Any) -> None:
+    layer = LAYERS[name]()
+    setattr(layer, attribute, value)
+    pn.save(layer, tmp_path / "m.safetensors")
+    for found in (getattr(layer, attribute), getattr(pn.load(tmp_path / "m.safetensors"), attribute)):
+        assert found == kept
+        assert type(found) is type(kept)
+
+
+def test_no_file_is_written_of_statistics_that_do_not_fit(tmp_path: Any) -> None:
+    layer = LAYERS["BN-LSTM"]()
+    layer.t_max = 3  # type: ignore[attr-defined]
+    with pytest.raises(pn.CheckpointError, match=r"expected \(3, 16\)"):
+        pn.save(layer, tmp_path / "m.safetensors")
+    assert not (tmp_path / "m.safetensors").exists()

@@ -29,6 +29,8 @@ _KEY = "portnorm"
 def save(layer: Layer, path: str | os.PathLike[str]) -> None:
     """Write a layer with its parameters, buffers and configuration as a safetensors file, complete or not at all.
 
+    Raises `CheckpointError` where its arrays do not fit its attributes, so that they could not be loaded again.
+
     >>> import portnorm as pn, tempfile, os
     >>> path = os.path.join(tempfile.mkdtemp(), "m.safetensors")
     >>> pn.save(pn.Linear(2, 3, rng=0), path)
@@ -57,7 +59,8 @@ def load(path: str | os.PathLike[str], *, xp: Namespace | str | None = None, dev
 
 
 def to_json(layer: Layer) -> str:
-    """The configuration of a layer, without its arrays."""
+    """The configuration of a layer, without its arrays. Raises `CheckpointError` where these would not fit a layer that is made of it."""
+    layer.check_fit()
     return json.dumps({"version": 1, "dtype": dtype_name(layer.xp, layer.dtype), "layer": _description(layer)})
 
 

@@ -14,6 +14,7 @@ from portnorm.arrays import (
     Array,
     DType,
     Namespace,
+    constant,
     default_integer,
     device_of,
     dtype_name,
@@ -30,6 +31,7 @@ from portnorm.arrays import (
 )
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator
+from portnorm.op import require_cotangent
 from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of, valid, without_padding
 from portnorm.statistics import BATCHES, VALUES
 
@@ -44,7 +46,8 @@ class Layer:
     With `training=True` a call also updates the running statistics that the layer holds; without it a call changes nothing.
 
     What a layer was made with are its attributes, under the names of the arguments. One that is changed counts from then on, and is what
-    `portnorm.save` and `portnorm.export` write.
+    `portnorm.save` and `portnorm.export` write. It is checked as when the layer is made, and refused where the layer would have other
+    arrays.
     """
 
     takes_integers: bool = False
@@ -67,9 +70,11 @@ class Layer:
     """Whether `forward` says itself what `y` is at padding; else it is made 0 there."""
     masks_channels: bool = False
     """Whether a mask may vary along the features."""
+    _settings: tuple[str, ...] = ()
+    _given: tuple[str, ...] = ()
 
     def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
-        self._settings = tuple(config)
+        self._settings = self._given = tuple(config)
         for name, value in config.items():
             setattr(self, name, value)
         self.xp = load_namespace(xp)
@@ -86,6 +91,29 @@ class Layer:
     def config(self) -> dict[str, Any]:
         """What another layer has to be made with to compute the same from the same arrays."""
         return {name: getattr(self, name) for name in self._settings}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        made = "params" in self.__dict__
+        super().__setattr__(name, self._setting(name, value) if made and (name in self._settings or name in self._given) else value)
+
+    def _setting(self, name: str, value: Any) -> Any:
+        """A changed `value` of an argument, as the layer takes it when it is made.
+
+        Raises as `__init__` does, and `UnsupportedError` where the layer would need other arrays than it has, or has no such argument.
+        """
+        if name not in self._settings:
+            raise UnsupportedError(f"`{name}` of {type(self).__name__} is always {getattr(self, name)!r}")
+        other, arrays = self._made_of({**self.config, name: value})
+        if arrays != self._made_of(self.config)[1]:
+            raise UnsupportedError(
+                f"`{name}` is {value!r}, with which {type(self).__name__} would have other arrays than it has; make a new one"
+            )
+        return getattr(other, name)
+
+    def _made_of(self, config: dict[str, Any]) -> tuple[Layer, dict[str, tuple[int, ...]]]:
+        """A layer with this configuration, and the shapes of its arrays."""
+        layer = type(self)(**config)
+        return layer, {name: tuple(a.shape) for name, a in layer.state_dict().items()}
 
     # -- the pure form -------------------------------------------------------------------------------------------------------------
 
@@ -113,9 +141,9 @@ class Layer:
         """The layer as a pure function: `(y, state, buffers)`. JAX transforms and the exporter use this form.
 
         torch's autograd and JAX's differentiate it as one function, by `backward`; running statistics are constants to them.
-        Raises `CheckpointError` where `params` or `buffers` have not just the names of the layer's.
+        Raises `CheckpointError` where `params` or `buffers` have not just the names and shapes of the layer's.
         """
-        self._check_names(params, buffers)
+        self._check_given(params, buffers)
         if mask is not None:
             lengths = mask_of(x, mask, self.feature_axes(x.ndim))
         return self._applied(params, buffers, x, state, lengths, training)
@@ -139,6 +167,12 @@ class Layer:
         self, params: Arrays, buffers: Arrays, x: Array, state: Any = None, lengths: Counted = None, training: bool = False
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         """`(y, state, buffers, pullback)` with `dx, dstate, grads = pullback(dy, dstate)`: what `apply` computes, with its vjp."""
+        self._check_given(params, buffers)
+        return self._applied_vjp(params, buffers, x, state, lengths, training)
+
+    def _applied_vjp(
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool
+    ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         training = training and not self.evaluates
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
@@ -183,7 +217,7 @@ class Layer:
         time. The cotangent of a repeated result counts; that of a 0 does not.
         """
         lengths = self._checked(x, state, lengths, mask)
-        y, state, buffers = self.apply(self.params, self.buffers, x, state, lengths, training)
+        y, state, buffers = self._applied(self.params, self.buffers, x, state, lengths, training)
         if training:
             self._keep(buffers)
         return (y, state) if self.recurrent else y
@@ -194,13 +228,17 @@ class Layer:
         Either cotangent of a recurrent layer may be `None` for zero. `grads` has the names of `parameters()`.
         """
         lengths = self._checked(x, state, lengths, mask)
-        y, out, buffers, pure = self.pure_vjp(self.params, self.buffers, x, state, lengths, training)
+        y, out, buffers, pure = self._applied_vjp(self.params, self.buffers, x, state, lengths, training)
         if training and not self.evaluates:
             self._keep(_constant(buffers))
 
         def pullback(dy: Array | None, dstate: Any = None) -> Any:
-            if dy is not None and is_concrete(y) and tuple(dy.shape) != tuple(y.shape):
-                raise ShapeError(f"the cotangent `dy` has shape {tuple(dy.shape)} but the result has shape {tuple(y.shape)}")
+            if dy is not None and (type(dy) is not type(y) or dy.dtype != y.dtype):
+                require_cotangent(y, dy)
+            if dy is not None and is_concrete(y) and tuple(getattr(dy, "shape", ())) != tuple(y.shape):
+                raise ShapeError(
+                    f"the cotangent `dy` has shape {tuple(getattr(dy, 'shape', ()))} but the result has shape {tuple(y.shape)}"
+                )
             if dy is None and not self.recurrent:
                 raise UnsupportedError(f"`dy` is None; expected a cotangent of the result of {type(self).__name__}, an array like it")
             dx, dstate, grads = pure(dy, dstate)
@@ -227,8 +265,8 @@ class Layer:
             autodiff = library(array).autodiff
             if autodiff is not None and autodiff.is_passing(array):
                 raise UnsupportedError(
-                    f"{type(self).__name__} was called with training=True inside a transformation (jit, vmap, scan, grad …), where it "
-                    "cannot keep new running statistics; use the pure form there, y, state, buffers = layer.apply(params, buffers, x, "
+                    f"{type(self).__name__} took statistics inside a transformation (jit, vmap, scan, grad …), where it cannot keep them "
+                    "as running statistics; use the pure form there, y, state, buffers = layer.apply(params, buffers, x, "
                     "training=True), return the buffers from the transformation, and hold them by layer.assign(params, buffers)"
                 )
         self.buffers = buffers
@@ -254,8 +292,7 @@ class Layer:
 
         Raises `CheckpointError` for a missing or unknown name or a shape that does not fit; the layer is then as it was.
         """
-        self._check_names(params, self.buffers if buffers is None else buffers)
-        self._check_shapes({**params, **(buffers or {})})
+        self._check_given(params, self.buffers if buffers is None else buffers)
         self.params = dict(params)
         if buffers is not None:
             self.buffers = dict(buffers)
@@ -264,18 +301,27 @@ class Layer:
         """Those of the parameters and of the buffers."""
         return self.params.keys(), self.buffers.keys()
 
-    def _check_names(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> None:
-        """Raise `CheckpointError` unless both mappings have the names of the layer's, and no others."""
+    def _check_given(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> None:
+        """Raise `CheckpointError` unless both mappings have the names and shapes of the layer's, and no others."""
         for what, given, own in zip(("`params`", "`buffers`"), (params, buffers), self._names(), strict=True):
-            if given.keys() != own:
-                raise _misfit(what, self, sorted(own), given)
+            _check_names(what, self, own, given)
+        self._check_shapes({**params, **buffers})
+
+    def check_fit(self) -> None:
+        """Raise `CheckpointError` unless the arrays fit the attributes, as those of a layer do that was just made."""
+        self._check_shapes(self.state_dict())
 
     def _check_shapes(self, arrays: Mapping[str, Array]) -> None:
         """Raise `CheckpointError` unless each array has the shape of the layer's of that name."""
         for name, own in self.state_dict().items():
             expected = self._shape_of(name, own)
-            if name in arrays and tuple(arrays[name].shape) != expected:
-                raise CheckpointError(f"`{name}` has shape {tuple(arrays[name].shape)}; expected {expected}")
+            if name not in arrays:
+                continue
+            shape = getattr(arrays[name], "shape", None)
+            if shape is None:
+                raise CheckpointError(f"`{name}` is {arrays[name]!r}; expected an array of shape {expected}")
+            if tuple(shape) != expected:
+                raise CheckpointError(f"`{name}` has shape {tuple(shape)}; expected {expected}")
 
     def _shape_of(self, name: str, array: Array) -> tuple[int, ...]:
         """The shape that `array` of this name has to have."""
@@ -286,9 +332,7 @@ class Layer:
 
         Raises `CheckpointError` for a missing or unknown name or a shape that does not fit; the layer is then as it was.
         """
-        own = self.state_dict()
-        if arrays.keys() != own.keys():
-            raise _misfit("the state dict", self, own, arrays)
+        _check_names("the state dict", self, self.state_dict().keys(), arrays)
         self._check_shapes(arrays)
         groups = ((self.params, False), (self.buffers, True))
         self.assign(*({n: self._converted(arrays[n], like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
@@ -368,7 +412,7 @@ class Layer:
         counted = [b for n, b in buffers.items() if VALUES in n]
         if counted and all(is_concrete(b) and not bool(xp_of(b).any(b > 0)) for b in counted):
             raise UnsupportedError(f"`batches` gave {count} without statistics; expected one at least in which two values of a kind count")
-        self.assign(self.params, {name: buffers[name] for name in self.buffers})
+        self._keep({name: buffers[name] for name in self.buffers})
 
     def _counters(self) -> Arrays:
         """Buffers that count values where there are some that count batches."""
@@ -408,18 +452,18 @@ class StatelessLayer(Layer):
         ) -> tuple[Array, Callable[[Array], tuple[Array | None, Arrays]]]: ...
 
 
-def _misfit(what: str, layer: Layer, own: Iterable[str], given: Iterable[str]) -> CheckpointError:
-    missing, unknown = [n for n in own if n not in given], [n for n in given if n not in own]
-    return CheckpointError(f"{what} does not fit {type(layer).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
+def _check_names(what: str, layer: Layer, own: Set[str], given: Mapping[str, Array]) -> None:
+    """Raise `CheckpointError` unless `given` has these names, and no others."""
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"{what} is a {type(given).__name__}; expected a mapping of the names of {type(layer).__name__} to arrays")
+    if given.keys() != own:
+        missing, unknown = [n for n in sorted(own) if n not in given], [n for n in given if n not in own]
+        raise CheckpointError(f"{what} does not fit {type(layer).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
 
 def _constant(arrays: Arrays) -> Arrays:
     """The same arrays, through which no library differentiates."""
-    constants = {}
-    for name, array in arrays.items():
-        autodiff = library(array).autodiff
-        constants[name] = array if autodiff is None else autodiff.constant(array)
-    return constants
+    return {name: constant(array) for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)

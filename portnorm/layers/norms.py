@@ -426,8 +426,8 @@ class BatchRenorm(BatchNorm):
     ):
         place = {"xp": xp, "device": device, "dtype": dtype}
         super().__init__(num_features, channel_axis=channel_axis, eps=eps, momentum=momentum, affine=affine, unbiased=False, **place)
-        self._settings = (*(name for name in self._settings if name != "unbiased"), "r_max", "d_max")
         self.r_max, self.d_max = checked_bounds(r_max, d_max)
+        self._settings = (*(name for name in self._settings if name != "unbiased"), "r_max", "d_max")
 
     def operation(self, training: bool) -> Op[..., Any]:
         return batch_renorm if training else self.op

@@ -210,6 +210,22 @@ class Recurrent(Layer):
                 f"{', '.join(gone) or 'nothing'}; make a new {type(self).__name__} of it"
             )
 
+    def _setting(self, name: str, value: Any) -> Any:
+        if name == "norm":  # which looks at it itself
+            return value
+        if name == "t_max":  # the statistics of so many steps may be assigned next
+            return whole_number(name, value, 1)
+        if name in ("input_size", "hidden_size", "proj_size") and whole_number(name, value) != getattr(self, name):
+            raise UnsupportedError(
+                f"`{name}` is {value!r}, but the arrays of the {type(self).__name__} are of {getattr(self, name)}; make a new one"
+            )
+        return super()._setting(name, value)
+
+    def _made_of(self, config: dict[str, Any]) -> tuple[Layer, dict[str, tuple[int, ...]]]:
+        """A small layer, since its sizes are not what is changed."""
+        small = {"input_size": 1, "hidden_size": 2, "proj_size": 1 if config["proj_size"] else 0, "t_max": 1, "norm": self._variant}
+        return super()._made_of({**config, **small})
+
     def _small(self, variant: Variant) -> dict[str, tuple[int, ...]]:
         """The shapes of a small layer's arrays."""
         layer = type(self)(1, 2, norm=variant, bidirectional=self.bidirectional, proj_size=1 if self.proj_size else 0)
@@ -444,7 +460,8 @@ class Recurrent(Layer):
         if state is None:
             return PlacedState(None, xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if self.timed else None)
         if not isinstance(state, tuple | list) or len(state) != len(names):
-            raise ShapeError(f"`state` is {type(state).__name__} of length {len(state)}; expected ({', '.join(names)})")
+            length = f" of length {len(state)}" if isinstance(state, tuple | list) else ""
+            raise ShapeError(f"`state` is {type(state).__name__}{length}; expected ({', '.join(names)})")
         for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
             expected = (places, batch, size)
             require_given(state=array)
@@ -455,6 +472,7 @@ class Recurrent(Layer):
                 )
             if array.dtype != x.dtype:
                 raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {x.dtype}, that of `x`")
+        require_given(state=state[-1])
         split = [tuple(s[k, ...] for s in state[: len(self.cell.states)]) for k in range(places)]
         return PlacedState(split, checked_time(x, state[-1]) if self.timed else None)
 

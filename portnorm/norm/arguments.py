@@ -44,8 +44,7 @@ def checked_channel_axis(x: Array, channel_axis: int, least_dimensions: int) -> 
     """`channel_axis` as a non-negative axis of `x`, which must have `least_dimensions`."""
     if x.ndim < least_dimensions:
         raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected at least {least_dimensions} dimensions")
-    (channel,) = checked_axes(x, channel_axis)
-    return channel
+    return checked_axes(x, whole_number("channel_axis", channel_axis))[0]
 
 
 def check_out(x: Array, out: Array | None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from portnorm.arrays import Array, float32_value, require_lengths, xp_of
+from portnorm.arrays import Array, constant, float32_value, require_lengths, xp_of
 from portnorm.norm.arguments import check_affine, checked_channel_axis, checked_eps, checked_namespace
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.normalize import Normalized
@@ -66,6 +66,7 @@ def batch_renorm(
     std = xp.sqrt(var + float32_value(eps))
     r = xp.clip(xp.sqrt(own_var + float32_value(eps)) / std, 1.0 / r_max, r_max)
     d = xp.clip((own_mean - mean) / std, -d_max, d_max)
+    r, d = constant(r), constant(d)  # as the paper has them, also to who differentiates these lines by itself
     gain, shift = (r, d) if weight is None else (xp.astype(weight, r.dtype, copy=False) * s for s in (r, d))
     shift = shift if bias is None else shift + xp.astype(bias, r.dtype, copy=False)
     y, normalized = batch_norm.forward(x, gain, shift, channel_axis=channel_axis, eps=eps, mask=mask)

@@ -11,9 +11,9 @@ import math
 from typing import Any
 
 from portnorm.affine import linear
-from portnorm.arrays import Array, device_of, statistics_dtype, xp_of
+from portnorm.arrays import Array, device_of, namespace, require_floating, require_given, statistics_dtype, xp_of
 from portnorm.errors import ShapeError
-from portnorm.norm.arguments import checked_axes, checked_eps, checked_namespace
+from portnorm.norm.arguments import checked_axes, checked_eps
 from portnorm.norm.normalize import Axes, Normalized, normalize
 from portnorm.op import op
 
@@ -34,7 +34,9 @@ def weight_norm(v: Array, g: Array, *, axis: int | tuple[int, ...] | None = 0, e
     array([[6., 8.],
            [0., 1.]])
     """
-    xp = checked_namespace(v, g, None)
+    require_given(g=g)
+    xp = namespace(v=v, g=g)
+    require_floating(xp, v=v, g=g)
     kept = () if axis is None else checked_axes(v, axis)
     expected = tuple(v.shape[a] for a in kept)
     as_torch = tuple(n if a in kept else 1 for a, n in enumerate(v.shape)) if kept else ()
@@ -73,7 +75,10 @@ def weight_norm_init(v: Array, x: Array, *, scale: float = 1.0) -> tuple[Array, 
     >>> bool(abs(y.mean(0)).max() < 1e-12), y.std(0).round(6)
     (True, array([1., 1.]))
     """
-    xp = checked_namespace(v, None, None)
+    xp = namespace(v=v, x=x)
+    require_floating(xp, v=v, x=x)
+    if v.ndim != 2:
+        raise ShapeError(f"`v` has shape {tuple(v.shape)}; expected (outputs, inputs)")
     t = linear(x, weight_norm(v, xp.ones(v.shape[0], dtype=v.dtype, device=device_of(v))))
     t = xp.astype(t, statistics_dtype(xp, t.dtype), copy=False)
     leading = tuple(range(t.ndim - 1))

@@ -1,0 +1,76 @@
+"""What is no number, no array or no state is named, wherever it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+
+X = np.random.default_rng(0).standard_normal((4, 6))
+LABELS = np.array([0, 1, 2, 0])
+PARAMS = {"a": X}
+
+NEEDED: dict[str, Callable[[Any], Any]] = {
+    "g": lambda a: pn.weight_norm(X, a),
+    "weight": lambda a: pn.linear(X, a),
+    "weight of embedding": lambda a: pn.embedding(LABELS, a),
+    "labels": lambda a: pn.softmax_cross_entropy(X, a),
+    "target": lambda a: pn.mean_squared_error(X, a),
+    "dy": lambda a: pn.vjp(pn.layer_norm, X)[1](a),
+    "grads": lambda a: pn.SGD().update(PARAMS, {"a": a}, {}),
+    "grads of clipping": lambda a: pn.clip_by_global_norm({"a": a}, 1.0),
+    "params": lambda a: pn.Adam().init({"a": a}),
+    "state": lambda a: pn.LSTM(6, 2, norm="batch", dtype="float64")(X[None], (np.zeros((1, 4, 2)), np.zeros((1, 4, 2)), a)),
+}
+
+
+@pytest.mark.parametrize("value", [None, "x", [1.0], X.astype(complex), np.ma.masked_array(X)], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize("name", NEEDED)
+def test_what_is_no_array_of_real_numbers_is_named(name: str, value: Any) -> None:
+    with pytest.raises(pn.PortnormError, match=f"`{name.partition(' ')[0]}"):
+        NEEDED[name](value)
+
+
+@pytest.mark.parametrize("op", [pn.batch_norm, pn.group_norm, pn.instance_norm, pn.batch_renorm], ids=lambda op: op.name)
+@pytest.mark.parametrize("axis", [[1], (0, 1), None, 1.0, "1"], ids=str)
+def test_a_channel_axis_is_one_number(op: Any, axis: Any) -> None:
+    more = {"mean": np.zeros(6), "var": np.ones(6)} if op is pn.batch_renorm else {}
+    given = {"num_groups": 2} if op is pn.group_norm else {}
+    with pytest.raises(pn.UnsupportedError, match="`channel_axis`"):
+        pn.vjp(op, X[..., None], channel_axis=axis, **more, **given)
+
+
+@pytest.mark.parametrize("given", [{}, {"mean": np.zeros(6)}, {"var": np.ones(6)}], ids=str)
+def test_what_can_only_be_named_is_asked_for_by_name(given: dict[str, Any]) -> None:
+    for call in (pn.batch_renorm, lambda x, **k: pn.vjp(pn.batch_renorm, x, **k)):
+        with pytest.raises(pn.ArgumentError, match=f"batch_renorm needs `{'var' if 'mean' in given else 'mean'}`"):
+            call(X, **given)
+
+
+@pytest.mark.parametrize("index", ["0", 1.5, True, np.array([1, 2])], ids=str)
+def test_an_ignored_label_is_a_whole_number(index: Any) -> None:
+    with pytest.raises(pn.UnsupportedError, match="`ignore_index`"):
+        pn.softmax_cross_entropy(X, LABELS, ignore_index=index)
+
+
+def test_an_ignored_label_that_no_label_can_be_ignores_none() -> None:
+    assert pn.softmax_cross_entropy(X, LABELS, ignore_index=2**70) == pn.softmax_cross_entropy(X, LABELS)
+
+
+@pytest.mark.parametrize("name", ["lr", "beta1", "beta2", "eps"])
+def test_rates_of_optimizers_are_numbers(name: str) -> None:
+    for value in (None, "x", -1.0, np.ones(2), float("nan")):
+        with pytest.raises(pn.UnsupportedError, match=f"`{name}`"):
+            pn.Adam(**{name: value})
+    assert type(getattr(pn.Adam(**{name: np.float64(0.5)}), name)) is float
+
+
+@pytest.mark.parametrize("optimizer", [pn.SGD(0.1, 0.9), pn.RMSProp(), pn.Adam()], ids=lambda o: type(o).__name__)
+def test_a_state_that_is_none_is_named(optimizer: Any) -> None:
+    for state in (None, [], {}, {"steps": 0}):
+        with pytest.raises(pn.UnsupportedError, match="`state"):
+            optimizer.update(PARAMS, PARAMS, state)
