@@ -244,6 +244,22 @@ def test_one_array_more_does_not_hide_the_list(extra: str) -> None:
         assert "encoder.lstm.weight_ih_l0" in layer.provenance
 
 
+BATCH_NORM = {"bn.weight": (4,), "bn.bias": (4,), "bn.running_mean": (4,), "bn.running_var": (4,), "bn.num_batches_tracked": ()}
+
+
+def test_the_counter_of_a_batch_norm_does_not_hide_it() -> None:
+    model = MODEL | {name: np.ones(shape, "float32" if shape else "int64") for name, shape in BATCH_NORM.items()}
+    with pytest.raises(pn.CheckpointError, match=r"prefix='bn\.' \(torch BatchNorm\)"):
+        pn.import_checkpoint(model)
+    assert isinstance(pn.import_checkpoint(model, layer="BatchNorm"), pn.BatchNorm)
+
+
+@pytest.mark.parametrize("name", ["GRU", "BatchNorm", "RNN"])
+def test_a_class_that_is_not_there_says_what_is(name: str) -> None:
+    with pytest.raises(pn.CheckpointError, match=rf"there is no {name}; .*prefix='encoder\.' \(torch LSTM\)"):
+        pn.import_checkpoint(MODEL, layer=name)
+
+
 def test_two_of_a_class_have_to_be_told_apart() -> None:
     two = MODEL | {f"decoder.{n}": a for n, a in ARRAYS.items()}
     with pytest.raises(pn.CheckpointError, match=r"prefix='decoder\.'.*prefix='encoder\.'"):

@@ -60,7 +60,11 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     if layer is not None and len(parts) == 1 and len(parts[0].fits) == 1:
         return parts[0].fits[0]
     if parts:
-        raise CheckpointError(_listed(parts, arrays, prefix))
+        raise CheckpointError(_listed(parts, arrays, prefix, layer))
+    if layer is not None and not almost:
+        others = parts_of([row for row in ROWS if (row.auto if format == "auto" else format == row.format)], arrays, prefix, ignore)
+        if others:
+            raise CheckpointError(f"there is no {layer}; {_listed(others, arrays, prefix, layer)}")
     problem = next((a.problem for a in arrays.values() if a.problem is not None), None)
     if problem is not None:
         raise CheckpointError(problem)
@@ -151,11 +155,16 @@ def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> 
         numbered = any(leaf.isdecimal() for leaf in leaves)
         possible = [row for row, first, most in quick if len(own) <= most and (numbered or any(first in leaf for leaf in leaves))]
         fits = _exact(_fits(possible, own, beginning, ignore)[0], own)[1] if possible else []
-        one_axis = all(a.ndim == 1 for a in own.values())
-        fits = [fit for fit in fits if fit.row.gates or fit.row.layer == "Linear" or one_axis]  # a matrix is rather an embedding than a γ
+        # A matrix is rather an embedding than a γ.
+        fits = [fit for fit in fits if fit.row.gates or fit.row.layer == "Linear" or _has_one_axis(fit, own)]
         if fits:
             found[beginning] = Part(beginning, fits)
     return list(found.values())
+
+
+def _has_one_axis(fit: Fit, arrays: Arrays) -> bool:
+    unused = {fit.keys.get(key) for key in fit.row.unused}
+    return all(a.ndim == 1 for key, a in arrays.items() if key not in unused)
 
 
 def _beginnings(key: str, start: int) -> list[str]:
@@ -171,7 +180,7 @@ def _signature(row: Row) -> tuple[str, float]:
     return first, 2 * (len(keys) + len(row.unused) + len(row.first)) if single else math.inf
 
 
-def _listed(parts: list[Part], arrays: Arrays, prefix: str) -> str:
+def _listed(parts: list[Part], arrays: Arrays, prefix: str, layer: str | None) -> str:
     """What a file holds, for somebody who has to name one part of it."""
     shown = sorted((part for part in parts if not part.is_linear), key=lambda part: not part.is_recurrent) or parts
     linear = len(parts) - len(shown) if shown is not parts else 0
@@ -187,7 +196,7 @@ def _listed(parts: list[Part], arrays: Arrays, prefix: str) -> str:
     also += [f"{len(rest)} other arrays, such as {rest[0]!r}"] if rest else []
     beside = f"; beside {' and '.join(also)}" if also else ""
     choice = " (with `layer` where there are several classes)" if any(len(part.fits) > 1 for part in shown) else ""
-    hint = own_cell({key: arrays[key] for key, recurrent in of_part.items() if not recurrent})
+    hint = own_cell({key: arrays[key] for key, recurrent in of_part.items() if not recurrent}) if layer is None else ""
     return f"the file holds more than one layer; name one{choice}: {said}{beside}{hint}"
 
 
