@@ -176,7 +176,7 @@ class _Reader:
             for n, places in enumerate(self.fit.places)
             for d, place in enumerate(places)
             for key, name in self.row.first.items()
-            if (original := self.fit.keys.get(placed(key, place))) is not None and original not in self.ignore
+            if (original := self.fit.keys.get(placed(key, place))) is not None and not {original, key} & self.ignore
         }
 
     # -- what the file says beside the arrays ------------------------------------------------------------------------------------------

@@ -111,6 +111,21 @@ class Scope:
             scope.starts[name] = scope._start_of(node, depth)
         return scope.starts[name]
 
+    def first(self, name: str) -> NumPyArray | None:
+        """The values of a first state that are in the file, before they are repeated for a batch; `None` where they cannot be known."""
+        if self.is_constant(name):
+            return self.value(name)
+        scope = self.home(name)
+        node = None if scope is None else scope.nodes.get(name)
+        if scope is None or node is None or node.op_type not in ("Expand", "Tile", "Identity", "Cast", "Slice"):
+            return None
+        inner = scope.first(node.input[0])
+        if inner is None or node.op_type in ("Expand", "Tile"):
+            return inner
+        if inner.ndim != 3 or not all(scope.is_constant(i) for i in node.input[1:] if i):
+            return None
+        return self.file.run(node, [inner, *(scope.value(i) if i else None for i in node.input[1:])])[0]
+
     def _start_of(self, node: onnx.NodeProto, depth: int) -> str:
         if node.op_type == "ConstantOfShape":
             fill = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
@@ -139,19 +154,28 @@ class File:
             raise CheckpointError(f"{str(self.path)!r}: the values of {tensor.name!r} cannot be read: {error}") from error
         return array
 
+    def version(self) -> int:
+        """That of ONNX' own operators."""
+        return next((int(o.version) for o in self.opsets if o.domain in ("", "ai.onnx")), 1)
+
     def run(self, node: onnx.NodeProto, inputs: list[NumPyArray | None]) -> list[NumPyArray]:
         """What a node makes of constants."""
         size = _GROWING[node.op_type](*inputs) if node.op_type in _GROWING else sum(a.size for a in inputs if a is not None)
         if size > self.limit:
             raise CheckpointError(f"{str(self.path)!r}: constants of the node {node.name!r} grow beyond what the file holds")
         names = {n: a for n, a in zip(node.input, inputs, strict=True) if a is not None}
+        opsets = _SINCE_19 if node.op_type == "DequantizeLinear" and self.version() < 19 else self.opsets
         values = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in names.items()]
         outputs = [onnx.ValueInfoProto(name=n) for n in node.output if n]
         try:
-            proto = helper.make_model(helper.make_graph([node], "constant", values, outputs), opset_imports=self.opsets)
+            proto = helper.make_model(helper.make_graph([node], "constant", values, outputs), opset_imports=opsets)
             return list(ReferenceEvaluator(proto).run(None, names))
         except Exception as error:  # the evaluator raises what NumPy raises
             raise CheckpointError(f"{str(self.path)!r}: the node {node.name!r} ({node.op_type}) cannot be computed: {error}") from error
+
+
+_SINCE_19 = [helper.make_opsetid("", 19)]
+"""For a node that the evaluator has since then, and that has meant the same since it is there."""
 
 
 def _product(lengths: NumPyArray) -> float:
