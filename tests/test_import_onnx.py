@@ -161,6 +161,33 @@ def test_first_states_that_need_nothing(operator: str, kind: str, tmp_path: Path
     assert ("initial_h is in the `state` of a call" in layer.provenance) == (kind == "input")
 
 
+@pytest.mark.parametrize("depends_on_x", [False, True])
+def test_first_states_that_the_graph_computes(depends_on_x: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Out of what is in the file they are not dropped; what comes with a call is in its state."""
+    model, _ = with_first("GRU", "expanded", rng)
+    start, *nodes = ("x_row" if depends_on_x else "initial_h_in"), helper.make_node("ReduceSum", ["x"], ["x_row"], keepdims=1)
+    for k in range(40):  # twice as many ways back with every node
+        nodes.append(helper.make_node("Mul", [start, start], [f"m{k}"]))
+        start = f"m{k}"
+    for node in reversed(nodes):
+        model.graph.node.insert(len(model.graph.node) - 1, node)
+    model.graph.node[-1].input[5] = start
+    if depends_on_x:
+        assert "initial_h is in the `state` of a call" in imported(model, tmp_path).provenance
+    else:
+        with pytest.raises(pn.CheckpointError, match=r"a first state that the graph computes \(initial_h\).*ignore=\('initial_h',\)"):
+            imported(model, tmp_path)
+
+
+@pytest.mark.parametrize("operator", GATES)
+def test_first_states_of_an_export_come_back(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    layer = getattr(pn, operator)(D, H, learned_state=True, rng=rng)
+    layer.load_state_dict({n: rng.standard_normal(a.shape).astype("float32") for n, a in layer.state_dict().items()})
+    pn.export(layer, tmp_path / "m.onnx")
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    np.testing.assert_allclose(pn.import_checkpoint(tmp_path / "m.onnx")(x)[0], layer(x)[0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
 @pytest.mark.parametrize("operator", GATES)
 def test_first_states_that_differ_within_the_batch_are_named(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
     model, values = with_first(operator, "each its own", rng)

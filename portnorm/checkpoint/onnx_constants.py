@@ -26,6 +26,8 @@ FOLDED = _RESHAPED | {*_GROWING, "DequantizeLinear", "QuantizeLinear", "Add", "S
 """Operators that are computed here when all that they read is constant."""
 _MOVED = _RESHAPED | {"Expand", "Tile"}
 """Operators whose result has the values of their first input, or of all where it is Concat."""
+_FOLLOWED = frozenset({"Expand", "Tile", "Identity", "Cast", "Slice", "Unsqueeze", "Add"})
+"""Operators that repeat the rows of a first state for a batch, or leave them as they are."""
 _DEPTH = 200
 _ROOM = 2**20
 
@@ -42,6 +44,7 @@ class Scope:
         self.known: dict[str, bool] = {}
         self.made_by: dict[str, frozenset[str]] = {}
         self.starts: dict[str, str] = {}
+        self.varying: dict[str, bool] = {}
 
     def home(self, name: str) -> Scope | None:
         """The scope that a name belongs to."""
@@ -100,7 +103,7 @@ class Scope:
         return scope.values[name]
 
     def start(self, name: str, depth: int = 0) -> str:
-        """What a first state is: "zeros", "learned" (values that are in the file), or "given" by whoever runs the graph."""
+        """What a first state is: "zeros", "learned" (values that are in the file), "given" by whoever runs the graph, or "computed"."""
         if self.is_constant(name):
             return "learned" if numpy.any(self.value(name)) else "zeros"
         scope = self.home(name)
@@ -117,12 +120,12 @@ class Scope:
             return self.value(name)
         scope = self.home(name)
         node = None if scope is None else scope.nodes.get(name)
-        if scope is None or node is None or node.op_type not in ("Expand", "Tile", "Identity", "Cast", "Slice"):
+        if scope is None or node is None or node.op_type not in _FOLLOWED:
             return None
-        inner = scope.first(node.input[0])
-        if inner is None or node.op_type in ("Expand", "Tile"):
+        inner = scope.first(next((i for i in node.input[:2] if self.start(i) == "learned"), node.input[0]))
+        if inner is None or node.op_type in ("Expand", "Tile", "Add") or (node.op_type == "Unsqueeze" and inner.ndim == 1):
             return inner
-        if inner.ndim != 3 or not all(scope.is_constant(i) for i in node.input[1:] if i):
+        if inner.ndim != (2 if node.op_type == "Unsqueeze" else 3) or not all(scope.is_constant(i) for i in node.input[1:] if i):
             return None
         return self.file.run(node, [inner, *(scope.value(i) if i else None for i in node.input[1:])])[0]
 
@@ -130,10 +133,31 @@ class Scope:
         if node.op_type == "ConstantOfShape":
             fill = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
             return "learned" if any(numpy.any(f) for f in fill) else "zeros"
+        if node.op_type == "Add":  # of zeros, which say how many rows there are
+            kinds = {self.start(i, depth + 1) for i in node.input}
+            if kinds <= {"learned", "zeros"} and "zeros" in kinds:
+                return "learned" if "learned" in kinds else "zeros"
         if node.op_type not in _MOVED:
-            return "given"
+            return "given" if self._varies(node, depth) else "computed"
         found = {self.start(i, depth + 1) for i in (node.input if node.op_type == "Concat" else node.input[:1])}
-        return next(kind for kind in ("learned", "given", "zeros") if kind in found)
+        return next(kind for kind in ("computed", "learned", "given", "zeros") if kind in found)
+
+    def _varies(self, node: onnx.NodeProto, depth: int) -> bool:
+        """Whether what a node computes depends on the values of a graph's inputs, and not on their shapes alone."""
+        if node.op_type in ("Shape", "Size"):
+            return False
+        if depth > _DEPTH or any(a.type == onnx.AttributeProto.GRAPH for a in node.attribute):
+            return True
+        return any(self._is_varying(i, depth + 1) for i in node.input if i and not self.is_constant(i))
+
+    def _is_varying(self, name: str, depth: int) -> bool:
+        scope = self.home(name)
+        node = None if scope is None else scope.nodes.get(name)
+        if scope is None or node is None:
+            return True
+        if name not in scope.varying:
+            scope.varying[name] = scope._varies(node, depth)
+        return scope.varying[name]
 
 
 class File:

@@ -231,6 +231,8 @@ class _Node:
         for key, kind in kinds.items():
             if kind == "given":
                 self._note(f"{key} is in the `state` of a call")
+            elif kind == "computed":
+                self._refuse(key, f"a first state that the graph computes ({key}); a call takes it as `state`")
             elif kind == "learned" and "given" in kinds.values():
                 self._refuse(key, f"a first state of its own ({key} is not zero) beside one that the call gives")
             elif kind == "learned":
