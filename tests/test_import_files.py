@@ -60,6 +60,48 @@ def test_weights_of_a_narrow_type_come_as_float32(code: str, source: str, tmp_pa
         np.testing.assert_array_equal(array, narrow[name].astype("float32"))
 
 
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int16", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("name", ["weight_ih_l0", "bias_hh_l0"])
+def test_what_is_quantized_or_the_bits_of_another_type_is_named(name: str, dtype: str) -> None:
+    with pytest.raises(pn.CheckpointError, match=f"'{name}' has the type {dtype}; expected floating-point numbers"):
+        pn.import_checkpoint(ARRAYS | {name: ARRAYS[name].astype(dtype)}, "torch")
+
+
+@pytest.mark.parametrize("value", [None, "text", [[1.0], [1.0, 2.0]]], ids=["None", "text", "ragged"])
+def test_what_is_no_array_is_named(value: Any) -> None:
+    with pytest.raises(pn.CheckpointError, match="`bias_hh_l0` is .*; expected an array of numbers"):
+        pn.import_checkpoint(ARRAYS | {"bias_hh_l0": value})
+
+
+def test_masks_are_not_dropped() -> None:
+    with pytest.raises(pn.CheckpointError, match="'bias_hh_l0' is a masked array"):
+        pn.import_checkpoint(ARRAYS | {"bias_hh_l0": np.ma.masked_less(ARRAYS["bias_hh_l0"], 0)})
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_tensors_of_eight_bits_come_as_float32(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.tensor(a).to(getattr(torch, dtype)) for name, a in ARRAYS.items()}
+    layer = pn.import_checkpoint(tensors)
+    for name, array in layer.params.items():
+        np.testing.assert_array_equal(array, tensors[name].float().numpy())
+
+
+@pytest.mark.peers
+def test_what_is_no_tensor_of_a_module_is_named() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Packed(torch.nn.LayerNorm):  # type: ignore[misc, name-defined]
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination[f"{prefix}packed"] = object()
+
+    with pytest.raises(pn.CheckpointError, match="`packed` is object; expected a tensor: modules that torch has quantized"):
+        pn.import_checkpoint(Packed(4))
+    assert isinstance(pn.import_checkpoint(Packed(4), ignore=("packed",)), pn.LayerNorm)
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("xp", ["torch", "jax.numpy"])
 def test_bfloat16_stays_where_the_library_has_it(xp: str, tmp_path: Path) -> None:

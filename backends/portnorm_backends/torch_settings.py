@@ -36,12 +36,17 @@ def held(module: torch.nn.Module) -> Held:
     for key, tensor in module.state_dict().items():
         if isinstance(tensor, torch.Tensor):
             found[key] = _stored(key, tensor, of_class.get(key.rpartition(".")[0]))
+        else:
+            found[key] = Stored.unreadable(key, f"`{key}` is {type(tensor).__name__}; expected a tensor{_PACKED}")
     return Held(found, said_of=lambda keys: said_of(*_around(modules, keys)))
+
+
+_PACKED = ": modules that torch has quantized hold packed weights, and those before quantization are to be read"
 
 
 def _stored(key: str, tensor: torch.Tensor, said: Said | None) -> Stored:
     described = tuple(tensor.shape), str(tensor.dtype).rpartition(".")[2]
-    return Stored(key, lambda: described, lambda: to_numpy(tensor), said=said)
+    return Stored(key, lambda: described, lambda: to_numpy(tensor.float() if described[1].startswith("float8") else tensor), said=said)
 
 
 def _around(modules: dict[str, torch.nn.Module], keys: Iterable[str]) -> tuple[torch.nn.Module, str]:

@@ -59,8 +59,8 @@ def import_checkpoint(
     (`zoneout=0.1`, `eps=1e-3`). It goes before what the file says (a Keras configuration, ONNX attributes, a module's own settings), and
     that before the format's defaults, which `provenance` names. Batch statistics that are stored per step set `t_max`, a first state that
     is not 0 makes a layer with `learned_state`. speechbrain's directions share their weights: `bidirectional=True` says that there are two,
-    unless a second layer does. Arrays keep their dtype unless `dtype` is given; types of 8 bits become float32, and bfloat16 too where the
-    library does not have it. Raises `CheckpointError`, which names the key, where keys are missing or unknown, shapes do not fit, or
+    unless a second layer does. Arrays keep their dtype unless `dtype` is given; float8 becomes float32, and bfloat16 too where the library
+    does not have it. Raises `CheckpointError`, which names the key, where keys are missing or unknown, shapes do not fit, or
     several formats would; and `UnsupportedError` for an argument that there is not. Pickles (.pt) are refused.
 
     >>> import numpy as np, portnorm as pn
@@ -292,7 +292,7 @@ class _Reader:
     def _array(self, name: str, read: Read, place: str) -> Any:
         """The array that a row's entry describes, in our layout."""
         keys = self._originals(read, place)
-        found = [self.arrays[key].read() for key in keys]
+        found = [self.arrays[key].weights() for key in keys]
         columns = sum(a.shape[1] for a in found if a.ndim == 2)
         pieces = [self._piece(a, key, read, columns // max(1, len(self.order))) for key, a in zip(keys, found, strict=True)]
         if read.join is not None:

@@ -68,6 +68,9 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     problem = next((a.problem for a in arrays.values() if a.problem is not None), None)
     if problem is not None:
         raise CheckpointError(problem)
+    for key, a in arrays.items():
+        if key not in ignore and a.ndim == 0 and not a.dtype.startswith(("float", "int", "uint", "bool", "bfloat", "complex")):
+            raise CheckpointError(f"`{key}` is {a.dtype}; expected an array of numbers; name what is meant by `prefix`, or `ignore` it")
     inside = [key for fit in exact for key in fit.keys.values() if _IN_A_CELL.search(key)]
     if inside and all(fit.row.layer == "Linear" for fit in exact):
         raise CheckpointError(
@@ -79,9 +82,6 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
         fitting = next((fit for fit in nearest if not fit.unknown and _is_plausible(fit, arrays)), None)
         other = f"; for {_titles([fitting])[0]} {fitting.missing} is missing" if fitting is not None else ""
         raise CheckpointError(f"the keys are those of {', '.join(_titles(exact))}, but no such layer has these shapes: {shapes}{other}")
-    for key, a in arrays.items():
-        if key not in ignore and a.ndim == 0 and not a.dtype.startswith(("float", "int", "uint", "bool", "bfloat")):
-            raise CheckpointError(f"`{key}` is {a.dtype}; expected an array of numbers; name what is meant by `prefix`, or `ignore` it")
     if near is None:
         raise CheckpointError(f"{clashes[0]}; name the one that is meant by `prefix`")
     hint = own_cell({key: arrays[key] for key in near.unknown})
