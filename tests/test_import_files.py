@@ -69,7 +69,7 @@ def test_what_is_quantized_or_the_bits_of_another_type_is_named(name: str, dtype
 
 @pytest.mark.parametrize("value", [None, "text", [[1.0], [1.0, 2.0]]], ids=["None", "text", "ragged"])
 def test_what_is_no_array_is_named(value: Any) -> None:
-    with pytest.raises(pn.CheckpointError, match="`bias_hh_l0` is .*; expected an array of numbers"):
+    with pytest.raises(pn.CheckpointError, match=r"`bias_hh_l0` is .*; expected an array of numbers"):
         pn.import_checkpoint(ARRAYS | {"bias_hh_l0": value})
 
 

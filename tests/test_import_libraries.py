@@ -88,6 +88,25 @@ def test_torch_weight_norm_of_one_matrix(name: str, dim: int | None, rng: np.ran
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("normed", ["ih", "hh", "hr", "ih hh", "ih hh hr"])
+@pytest.mark.parametrize("where", ["_l0", "_l0_reverse", "_l1", "everywhere"])
+def test_torch_weight_norm_of_some_matrices(where: str, normed: str, dim: int | None, rng: np.random.Generator) -> None:
+    """In one layer and direction or in all, with a projection where that is normalized."""
+    import torch
+    from torch.nn.utils.parametrizations import weight_norm
+
+    projection = 2 if "hr" in normed or dim == 0 else 0
+    theirs = torch.nn.LSTM(D, H, num_layers=2, bidirectional=True, proj_size=projection, dtype=torch.float64)
+    for place in ("_l0", "_l0_reverse", "_l1", "_l1_reverse") if where == "everywhere" else (where,):
+        for side in normed.split():
+            weight_norm(theirs, f"weight_{side}{place}", dim=dim)
+    for p in theirs.parameters():
+        p.data = torch.asarray(rng.standard_normal(p.shape))
+    arrays = {key: a.detach().numpy() for key, a in theirs.state_dict().items()}
+    compared(arrays, lambda x: theirs(torch.asarray(x))[0].detach().numpy(), rng.standard_normal((6, 3, D)), FLOAT64, "torch")
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
 @pytest.mark.parametrize("bias", [True, False])
 def test_torch_linear_with_weight_norm(bias: bool, dim: int | None, rng: np.random.Generator) -> None:
     import torch
