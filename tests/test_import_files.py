@@ -322,7 +322,10 @@ def test_a_prefix_that_is_not_there_says_what_is() -> None:
         pn.import_checkpoint(MODEL, prefix="encoder.gru.")
 
 
-@pytest.mark.parametrize(("first", "second"), [("i2h", "h2h"), ("x2h", "h2h"), ("weight_input", "weight_hidden"), ("w_ih", "w_hh")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("i2h", "h2h"), ("x2h", "h2h"), ("weight_input", "weight_hidden"), ("w_ih", "w_hh"), ("W_r", "U_r"), ("Wx.r", "Wh.r")],
+)
 def test_a_cell_of_somebody_is_told_what_works(first: str, second: str) -> None:
     keys = {f"cell.{first}.weight": np.ones((16, 5)), f"cell.{second}.weight": np.ones((16, 4)), "cell.ln_c.weight": np.ones(4)}
     with pytest.raises(pn.CheckpointError, match=r"a recurrent cell of your own.*pn\.Variant.*load_state_dict.*pn\.to_format"):

@@ -210,6 +210,13 @@ def test_mlx(kind: str, container: str, tmp_path: Path, rng: np.random.Generator
     is_written_alike(layer, "mlx", arrays)
 
 
+def test_mlx_arrays_of_bfloat16(rng: np.random.Generator) -> None:
+    nn, mx = pytest.importorskip("mlx.nn"), pytest.importorskip("mlx.core")
+    halves = {name: a.astype(mx.bfloat16) for name, a in nn.LSTM(D, H).parameters().items()}
+    layer = pn.import_checkpoint(halves)
+    np.testing.assert_array_equal(layer.params["weight_ih_l0"], np.array(halves["Wx"].astype(mx.float32)))
+
+
 def test_mlx_puts_other_channels_into_groups() -> None:
     """Channel c belongs to group c mod groups by default, and no file says whether it was made so."""
     with pytest.raises(pn.UnsupportedError, match="`layer` is 'GroupNorm', which format 'mlx' has not"):

@@ -109,8 +109,12 @@ def _description(value: Any) -> Callable[[], tuple[tuple[int, ...], str]]:
 
 def _values(value: Any) -> Callable[[], NumPyArray]:
     def values() -> NumPyArray:
-        of_torch = str(getattr(value, "dtype", "")).startswith("torch.float8")  # which only torch can widen
-        return to_numpy(value.float() if of_torch else value) if hasattr(value, "dtype") else numpy.asarray(value)
+        dtype = str(getattr(value, "dtype", ""))
+        if dtype.startswith("torch.float8"):  # which only torch can widen
+            return to_numpy(value.float())
+        if dtype == "mlx.core.bfloat16":
+            return to_numpy(value.astype(require_extra("mlx.core", "mlx").float32))
+        return to_numpy(value) if dtype else numpy.asarray(value)
 
     return values
 

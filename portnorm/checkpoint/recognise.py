@@ -47,7 +47,8 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     if said is not None and "class_name" in said.refused:
         raise CheckpointError(f"{said.title} has {said.refused['class_name'].why}")
     nearest = sorted(
-        (fit for fit in fits if fit.missing or fit.unknown), key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown))
+        (fit for fit in fits if fit.missing or fit.unknown),
+        key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown), -fit.explained),
     )
     near = nearest[0] if nearest else None
     wrong = next((fit for fit in fits if not fit.unknown and not fit.missing and fit not in exact and _said_layer(fit, arrays)), None)
@@ -212,9 +213,10 @@ def own_cell(arrays: Arrays) -> str:
             beside.setdefault((*path[:k], "", *path[k + 1 :]), []).append(key)
     for keys in beside.values():
         for key in keys if len(keys) <= _GATES else ():
-            hidden, shape = re.search(r"h2|hh|hidden|recurrent", key.lower()), arrays[key].shape
+            hidden, shape = _HIDDEN.search(key.lower()), arrays[key].shape
             axis = next((k for k in (0, 1) if shape[k] % max(shape[1 - k], 1) == 0), None)
-            other = next((o for o in keys if o != key and axis is not None and arrays[o].shape[axis] == shape[axis]), None)
+            others = [o for o in keys if o != key and not _HIDDEN.search(o.lower())]
+            other = next((o for o in others if axis is not None and arrays[o].shape[axis] == shape[axis]), None)
             if hidden and other is not None:
                 return (
                     f". Are {other!r} and {key!r} a recurrent cell of your own? Then make its layer, with a pn.Variant that says where its "
@@ -223,6 +225,10 @@ def own_cell(arrays: Arrays) -> str:
                     "pn.to_format(layer, format) calls them, and import that"
                 )
     return ""
+
+
+_HIDDEN = re.compile(r"h2|hh|hidden|recurrent|(^|[./_])(u|wh|w_h)(_?[a-z])?($|[./])")
+"""What people call matrices that the state is multiplied with."""
 
 
 def _meaning(fit: Fit) -> tuple[Any, ...]:
