@@ -58,6 +58,8 @@ def test_a_format_that_there_is_not() -> None:
         (pn.LSTM(3, 4, num_layers=2, rng=0), "haste", "no place for 2 layers"),
         (pn.LSTM(3, 4, num_layers=2, bidirectional=True, rng=0), "keras", "no place for 2 layers and 2 directions"),
         (pn.LSTM(3, 4, direction="reverse", rng=0), "torch", "direction='forward' where this has 'reverse'"),
+        (pn.LSTM(3, 4, learned_state=True, rng=0), "torch", "learned_state=False where this has True"),
+        (pn.LSTM(3, 4, learned_state=True, rng=0), "thinc", None),
         (pn.LSTM(3, 4, proj_size=2, rng=0), "keras", "no place for.*weight_hr_l0"),
         (pn.GRU(3, 4, norm=pn.Variant("", biases=TWO), rng=0), "flax", None),
         (pn.GRU(3, 4, norm=pn.Variant("", biases=("bias",)), rng=0), "keras", "where this has"),

@@ -411,6 +411,8 @@ def _differences(row: Row, layer: Layer) -> list[str]:
         return said
     if layer.direction != "forward":
         said.append(f"direction='forward' where this has {layer.direction!r}")
+    if layer.learned_state and not row.first:
+        said.append("learned_state=False where this has True")
     theirs = replace(variant_of(row.norm, row.layer, layer.cell.takes), **row.changes)
     for f in fields(Variant):
         other, own = getattr(theirs, f.name), getattr(layer.variant, f.name)
