@@ -302,6 +302,19 @@ def test_a_class_that_is_not_there_says_what_is(name: str) -> None:
         pn.import_checkpoint(MODEL, layer=name)
 
 
+def test_short_names_of_several_parts_are_listed() -> None:
+    short = {f"{part}_{n[0]}_{n[-5:-3]}": a for part in ("enc", "dec") for n, a in ARRAYS.items()}
+    with pytest.raises(pn.CheckpointError, match=r"prefix='dec_' \(torch LSTM\), prefix='enc_' \(torch LSTM\)"):
+        pn.import_checkpoint(short | {"enc_emb": np.ones((7, 3)), "fc_w": np.ones((4, 2)), "fc_b": np.ones(4)})
+
+
+@pytest.mark.parametrize("config", [{"num_layers": 3}, {"bidirectional": True}, {"peepholes": True}, {"norm": "layer"}])
+def test_parameters_that_only_an_argument_speaks_of_are_named(config: dict[str, Any]) -> None:
+    """They would be those of a new layer."""
+    with pytest.raises(pn.CheckpointError, match=r"LSTM.* has `.*for which LSTM has no arrays"):
+        pn.import_checkpoint(ARRAYS, **config)
+
+
 def test_two_of_a_class_have_to_be_told_apart() -> None:
     two = MODEL | {f"decoder.{n}": a for n, a in ARRAYS.items()}
     with pytest.raises(pn.CheckpointError, match=r"prefix='decoder\.'.*prefix='encoder\.'"):

@@ -153,12 +153,25 @@ class _Reader:
                 raise CheckpointError(
                     f"{keys} give `{full}` the shape {values[full].shape}; expected {own.get(full)} for {layer!r} of format {row.format!r}"
                 )
+        if recurrent:
+            self._check_fed(layer, found)
         for name, shape in own.items():
             if name.startswith("num_batches_tracked") and has_statistics:
                 values[name] = self._tracked(name, shape)
         self.filled = [name for name in layer.params if not recurrent and (0, 0, name) not in found]
         layer.load_state_dict(values)
         return layer
+
+    def _check_fed(self, layer: Layer, found: Collection[tuple[int, int, str]]) -> None:
+        """Raise where a parameter is in no key, such as those of layers that only an argument speaks of."""
+        places = [(n, d) for n, directions in enumerate(self.fit.places) for d in range(len(directions))]
+        fed = {in_direction(name, n, d) for n, d, name in found}
+        fed |= {in_direction(name, n, d) for n, d in places for name in self.row.reads}  # what is in `ignore` is as in a new layer
+        strange = [name for name in layer.params if name not in fed and not name.startswith(("h0", "c0"))]
+        if strange:
+            raise CheckpointError(
+                f"{layer!r} has {', '.join(f'`{n}`' for n in strange[:4])}, for which {self.row.title} has no arrays here"
+            )
 
     def _returns_both(self) -> bool:
         """Whether a second layer takes twice the hidden size, so that there are two directions."""

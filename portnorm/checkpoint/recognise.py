@@ -169,8 +169,12 @@ def _has_one_axis(fit: Fit, arrays: Arrays) -> bool:
 
 
 def _beginnings(key: str, start: int) -> list[str]:
-    """What a key begins with, up to each place where a name ends, from the shortest on."""
-    return [key[: k + 1] for k in range(start, len(key)) if key[k] in "./"]
+    """What a key begins with, up to each place where a name ends, from the shortest on; `enc_w_ih` begins with `enc_`."""
+    short = _SHORT.search(key, start)
+    return [key[: k + 1] for k in range(start, len(key)) if key[k] in "./" or (short is not None and k == short.start())]
+
+
+_SHORT = re.compile(r"_[wb]_(ih|hh)$")
 
 
 def _signature(row: Row) -> tuple[str, float]:
