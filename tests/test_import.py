@@ -547,7 +547,10 @@ def run_onnx(model: Any, x: Any) -> Any:
 
 
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("kind", ["LSTM", "LSTM with peepholes", "LSTM without bias", "GRU", "GRU, linear before reset", "RNN"])
+@pytest.mark.parametrize(
+    "kind",
+    ["LSTM", "LSTM with peepholes", "LSTM without bias", "LSTM with peepholes, without bias", "GRU", "GRU, linear before reset", "RNN"],
+)
 def test_onnx_recurrent(kind: str, directions: int, tmp_path: Path, rng: np.random.Generator) -> None:
     import onnx
 

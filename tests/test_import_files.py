@@ -60,6 +60,48 @@ def test_weights_of_a_narrow_type_come_as_float32(code: str, source: str, tmp_pa
         np.testing.assert_array_equal(array, narrow[name].astype("float32"))
 
 
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int16", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("name", ["weight_ih_l0", "bias_hh_l0"])
+def test_what_is_quantized_or_the_bits_of_another_type_is_named(name: str, dtype: str) -> None:
+    with pytest.raises(pn.CheckpointError, match=f"'{name}' has the type {dtype}; expected floating-point numbers"):
+        pn.import_checkpoint(ARRAYS | {name: ARRAYS[name].astype(dtype)}, "torch")
+
+
+@pytest.mark.parametrize("value", [None, "text", [[1.0], [1.0, 2.0]]], ids=["None", "text", "ragged"])
+def test_what_is_no_array_is_named(value: Any) -> None:
+    with pytest.raises(pn.CheckpointError, match=r"`bias_hh_l0` is .*; expected an array of numbers"):
+        pn.import_checkpoint(ARRAYS | {"bias_hh_l0": value})
+
+
+def test_masks_are_not_dropped() -> None:
+    with pytest.raises(pn.CheckpointError, match="'bias_hh_l0' is a masked array"):
+        pn.import_checkpoint(ARRAYS | {"bias_hh_l0": np.ma.masked_less(ARRAYS["bias_hh_l0"], 0)})
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_tensors_of_eight_bits_come_as_float32(dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    tensors = {name: torch.tensor(a).to(getattr(torch, dtype)) for name, a in ARRAYS.items()}
+    layer = pn.import_checkpoint(tensors)
+    for name, array in layer.params.items():
+        np.testing.assert_array_equal(array, tensors[name].float().numpy())
+
+
+@pytest.mark.peers
+def test_what_is_no_tensor_of_a_module_is_named() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Packed(torch.nn.LayerNorm):  # type: ignore[misc, name-defined]
+        def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            destination[f"{prefix}packed"] = object()
+
+    with pytest.raises(pn.CheckpointError, match="`packed` is object; expected a tensor: modules that torch has quantized"):
+        pn.import_checkpoint(Packed(4))
+    assert isinstance(pn.import_checkpoint(Packed(4), ignore=("packed",)), pn.LayerNorm)
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("xp", ["torch", "jax.numpy"])
 def test_bfloat16_stays_where_the_library_has_it(xp: str, tmp_path: Path) -> None:
@@ -244,6 +286,35 @@ def test_one_array_more_does_not_hide_the_list(extra: str) -> None:
         assert "encoder.lstm.weight_ih_l0" in layer.provenance
 
 
+BATCH_NORM = {"bn.weight": (4,), "bn.bias": (4,), "bn.running_mean": (4,), "bn.running_var": (4,), "bn.num_batches_tracked": ()}
+
+
+def test_the_counter_of_a_batch_norm_does_not_hide_it() -> None:
+    model = MODEL | {name: np.ones(shape, "float32" if shape else "int64") for name, shape in BATCH_NORM.items()}
+    with pytest.raises(pn.CheckpointError, match=r"prefix='bn\.' \(torch BatchNorm\)"):
+        pn.import_checkpoint(model)
+    assert isinstance(pn.import_checkpoint(model, layer="BatchNorm"), pn.BatchNorm)
+
+
+@pytest.mark.parametrize("name", ["GRU", "BatchNorm", "RNN"])
+def test_a_class_that_is_not_there_says_what_is(name: str) -> None:
+    with pytest.raises(pn.CheckpointError, match=rf"there is no {name}; .*prefix='encoder\.' \(torch LSTM\)"):
+        pn.import_checkpoint(MODEL, layer=name)
+
+
+def test_short_names_of_several_parts_are_listed() -> None:
+    short = {f"{part}_{n[0]}_{n[-5:-3]}": a for part in ("enc", "dec") for n, a in ARRAYS.items()}
+    with pytest.raises(pn.CheckpointError, match=r"prefix='dec_' \(torch LSTM\), prefix='enc_' \(torch LSTM\)"):
+        pn.import_checkpoint(short | {"enc_emb": np.ones((7, 3)), "fc_w": np.ones((4, 2)), "fc_b": np.ones(4)})
+
+
+@pytest.mark.parametrize("config", [{"num_layers": 3}, {"bidirectional": True}, {"peepholes": True}, {"norm": "layer"}])
+def test_parameters_that_only_an_argument_speaks_of_are_named(config: dict[str, Any]) -> None:
+    """They would be those of a new layer."""
+    with pytest.raises(pn.CheckpointError, match=r"LSTM.* has `.*for which LSTM has no arrays"):
+        pn.import_checkpoint(ARRAYS, **config)
+
+
 def test_two_of_a_class_have_to_be_told_apart() -> None:
     two = MODEL | {f"decoder.{n}": a for n, a in ARRAYS.items()}
     with pytest.raises(pn.CheckpointError, match=r"prefix='decoder\.'.*prefix='encoder\.'"):
@@ -264,7 +335,10 @@ def test_a_prefix_that_is_not_there_says_what_is() -> None:
         pn.import_checkpoint(MODEL, prefix="encoder.gru.")
 
 
-@pytest.mark.parametrize(("first", "second"), [("i2h", "h2h"), ("x2h", "h2h"), ("weight_input", "weight_hidden"), ("w_ih", "w_hh")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("i2h", "h2h"), ("x2h", "h2h"), ("weight_input", "weight_hidden"), ("w_ih", "w_hh"), ("W_r", "U_r"), ("Wx.r", "Wh.r")],
+)
 def test_a_cell_of_somebody_is_told_what_works(first: str, second: str) -> None:
     keys = {f"cell.{first}.weight": np.ones((16, 5)), f"cell.{second}.weight": np.ones((16, 4)), "cell.ln_c.weight": np.ones(4)}
     with pytest.raises(pn.CheckpointError, match=r"a recurrent cell of your own.*pn\.Variant.*load_state_dict.*pn\.to_format"):

@@ -88,6 +88,25 @@ def test_torch_weight_norm_of_one_matrix(name: str, dim: int | None, rng: np.ran
 
 
 @pytest.mark.parametrize("dim", [0, 1, None])
+@pytest.mark.parametrize("normed", ["ih", "hh", "hr", "ih hh", "ih hh hr"])
+@pytest.mark.parametrize("where", ["_l0", "_l0_reverse", "_l1", "everywhere"])
+def test_torch_weight_norm_of_some_matrices(where: str, normed: str, dim: int | None, rng: np.random.Generator) -> None:
+    """In one layer and direction or in all, with a projection where that is normalized."""
+    import torch
+    from torch.nn.utils.parametrizations import weight_norm
+
+    projection = 2 if "hr" in normed or dim == 0 else 0
+    theirs = torch.nn.LSTM(D, H, num_layers=2, bidirectional=True, proj_size=projection, dtype=torch.float64)
+    for place in ("_l0", "_l0_reverse", "_l1", "_l1_reverse") if where == "everywhere" else (where,):
+        for side in normed.split():
+            weight_norm(theirs, f"weight_{side}{place}", dim=dim)
+    for p in theirs.parameters():
+        p.data = torch.asarray(rng.standard_normal(p.shape))
+    arrays = {key: a.detach().numpy() for key, a in theirs.state_dict().items()}
+    compared(arrays, lambda x: theirs(torch.asarray(x))[0].detach().numpy(), rng.standard_normal((6, 3, D)), FLOAT64, "torch")
+
+
+@pytest.mark.parametrize("dim", [0, 1, None])
 @pytest.mark.parametrize("bias", [True, False])
 def test_torch_linear_with_weight_norm(bias: bool, dim: int | None, rng: np.random.Generator) -> None:
     import torch
@@ -189,6 +208,13 @@ def test_mlx(kind: str, container: str, tmp_path: Path, rng: np.random.Generator
     which: Any = {"layer": kind.split()[0]} if "Norm" in kind else {}
     layer = compared(source, forward, rng.standard_normal((6, 3, D)).astype("float32"), LIBRARY_FLOAT32, "mlx", **which)
     is_written_alike(layer, "mlx", arrays)
+
+
+def test_mlx_arrays_of_bfloat16(rng: np.random.Generator) -> None:
+    nn, mx = pytest.importorskip("mlx.nn"), pytest.importorskip("mlx.core")
+    halves = {name: a.astype(mx.bfloat16) for name, a in nn.LSTM(D, H).parameters().items()}
+    layer = pn.import_checkpoint(halves)
+    np.testing.assert_array_equal(layer.params["weight_ih_l0"], np.array(halves["Wx"].astype(mx.float32)))
 
 
 def test_mlx_puts_other_channels_into_groups() -> None:

@@ -68,6 +68,7 @@ def test_functions_and_directions(operator: str, functions: str | None, directio
         ("RNN", {"activations": ["Tanh", "Relu"], "direction": "bidirectional"}, "activations.*for every direction alike"),
         ("LSTM", {"clip": 0.5}, r"clip=0\.5"),
         ("GRU", {"clip": 0.5}, r"clip=0\.5"),
+        ("RNN", {"clip": 0.0}, r"clip=0\.0"),  # onnxruntime clips at 0
         ("LSTM", {"input_forget": 1}, "input_forget=1"),
     ],
 )
@@ -98,41 +99,104 @@ def test_layout(operator: str, tmp_path: Path, rng: np.random.Generator) -> None
     np.testing.assert_allclose(layer(x.transpose(1, 0, 2))[0], expected, rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
 
 
-@pytest.mark.parametrize("operator", GATES)
-@pytest.mark.parametrize("kind", ["zeros", "constant", "expanded", "input", "behind a Cast"])
-def test_first_states(operator: str, kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    """One that is in the file is not dropped; one that comes with the call, or is zero, needs nothing."""
-    states = STATES[operator]
-    arrays = weights(operator, rng)
-    values = {s: (rng.standard_normal((1, 3, H)) if kind != "zeros" else np.zeros((1, 3, H))).astype("float32") for s in states}
-    if kind == "expanded":
-        values = {s: v[:, :1] for s, v in values.items()}
-    names = ("x", "W", "R", "B", "", *(f"{s}_in" if kind in ("expanded", "behind a Cast") else s for s in states))
-    model = onnx_model(operator, {**arrays, **({} if kind == "input" else values)}, ("x",), hidden_size=H)
-    (node,) = model.graph.node
-    node.input[:] = names
-    if kind == "expanded":
-        model.graph.initializer.append(numpy_helper.from_array(np.array([1, 3, H]), "sizes"))
-    if kind in ("expanded", "behind a Cast"):
-        for s in states:
-            made = (
-                helper.make_node("Expand", [s, "sizes"], [f"{s}_in"])
-                if kind == "expanded"
-                else helper.make_node("Cast", [s], [f"{s}_in"], to=1)
-            )
-            model.graph.node.insert(0, made)
+def with_first(operator: str, kind: str, rng: np.random.Generator, directions: int = 1) -> tuple[Any, dict[str, Any]]:
+    """A model whose first states are of one kind, and what is in the file of them."""
+    states, names, nodes = STATES[operator], [], []
+    rows = 1 if kind in ("expanded", "repeated", "one of a stack") else 3
+    count = 2 * directions if kind == "one of a stack" else directions
+    values = {s: rng.standard_normal((count, 1, H)).astype("float32") for s in states}
+    if kind == "each its own":
+        values = {s: rng.standard_normal((directions, rows, H)).astype("float32") for s in states}
+    values = {s: np.repeat(v, rows // v.shape[1], 1) * np.float32(kind != "zeros") for s, v in values.items()}
+    numbers = {"batch": np.array([1, 3, 1]), "sizes": np.array([count, 3, H]), "start": np.array([directions]), "end": np.array([count])}
+    for s in states:
+        names.append(s if kind in ("zeros", "constant", "each its own", "input") else f"{s}_in")
+        if kind == "behind a Cast":
+            nodes.append(helper.make_node("Cast", [s], [f"{s}_in"], to=1))
+        elif kind == "expanded":
+            nodes.append(helper.make_node("Expand", [s, "shape"], [f"{s}_in"]))
+        elif kind == "repeated":
+            nodes.append(helper.make_node("Tile", [s, "batch"], [f"{s}_in"]))
+        elif kind == "one of a stack":
+            nodes += [
+                helper.make_node("Expand", [s, "shape"], [f"{s}_wide"]),
+                helper.make_node("Slice", [f"{s}_wide", "start", "end"], [f"{s}_in"]),
+            ]
+    arrays = {**weights(operator, rng, directions), **numbers, **({} if kind == "input" else values)}
+    direction = "bidirectional" if directions == 2 else "forward"
+    model = onnx_model(operator, arrays, ("x",), hidden_size=H, direction=direction)
+    model.graph.node[0].input[:] = ["x", "W", "R", "B", "", *names]
+    shape = [  # of as many rows as x has
+        helper.make_node("Shape", ["x"], ["rows"], start=1, end=2),
+        helper.make_node("Constant", [], ["first"], value_ints=[count]),
+        helper.make_node("Constant", [], ["last"], value_ints=[H]),
+        helper.make_node("Concat", ["first", "rows", "last"], ["shape"], axis=0),
+    ]
+    for node in reversed([*shape, *nodes]):
+        model.graph.node.insert(0, node)
     if kind == "input":
-        model.graph.input.extend(helper.make_tensor_value_info(s, TensorProto.FLOAT, [1, None, H]) for s in states)
-    if kind in ("zeros", "input"):
-        said = imported(model, tmp_path).provenance
-        assert ("initial_h is in the `state` of a call" in said) == (kind == "input")
-        return
-    with pytest.raises(pn.CheckpointError, match=r"a_node.*a first state of its own \(initial_h is not zero\).*ignore=\('initial_h',\)"):
-        imported(model, tmp_path)
-    layer = pn.import_checkpoint(tmp_path / "m.onnx", ignore=states)
+        model.graph.input.extend(helper.make_tensor_value_info(s, TensorProto.FLOAT, [directions, None, H]) for s in states)
+    return model, values
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("operator", GATES)
+@pytest.mark.parametrize("kind", ["constant", "expanded", "repeated", "one of a stack", "behind a Cast"])
+def test_first_states_in_the_file_are_learned(operator: str, kind: str, directions: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    model, _ = with_first(operator, kind, rng, directions)
+    layer, x = imported(model, tmp_path), rng.standard_normal((6, 3, D)).astype("float32")
+    assert layer.learned_state
+    assert "initial_h is not zero: the layer learns its first state" in layer.provenance
+    y = layer(x)[0].reshape(6, 3, directions, H).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(y, run_onnx(model, x), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+    plain = pn.import_checkpoint(tmp_path / "m.onnx", ignore=STATES[operator])
+    assert not plain.learned_state
+
+
+@pytest.mark.parametrize("operator", GATES)
+@pytest.mark.parametrize("kind", ["zeros", "input"])
+def test_first_states_that_need_nothing(operator: str, kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    layer = imported(with_first(operator, kind, rng)[0], tmp_path)
+    assert not layer.learned_state
+    assert ("initial_h is in the `state` of a call" in layer.provenance) == (kind == "input")
+
+
+@pytest.mark.parametrize("depends_on_x", [False, True])
+def test_first_states_that_the_graph_computes(depends_on_x: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Out of what is in the file they are not dropped; what comes with a call is in its state."""
+    model, _ = with_first("GRU", "expanded", rng)
+    start, *nodes = ("x_row" if depends_on_x else "initial_h_in"), helper.make_node("ReduceSum", ["x"], ["x_row"], keepdims=1)
+    for k in range(40):  # twice as many ways back with every node
+        nodes.append(helper.make_node("Mul", [start, start], [f"m{k}"]))
+        start = f"m{k}"
+    for node in reversed(nodes):
+        model.graph.node.insert(len(model.graph.node) - 1, node)
+    model.graph.node[-1].input[5] = start
+    if depends_on_x:
+        assert "initial_h is in the `state` of a call" in imported(model, tmp_path).provenance
+    else:
+        with pytest.raises(pn.CheckpointError, match=r"a first state that the graph computes \(initial_h\).*ignore=\('initial_h',\)"):
+            imported(model, tmp_path)
+
+
+@pytest.mark.parametrize("operator", GATES)
+def test_first_states_of_an_export_come_back(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    layer = getattr(pn, operator)(D, H, learned_state=True, rng=rng)
+    layer.load_state_dict({n: rng.standard_normal(a.shape).astype("float32") for n, a in layer.state_dict().items()})
+    pn.export(layer, tmp_path / "m.onnx")
     x = rng.standard_normal((6, 3, D)).astype("float32")
-    given = tuple(np.ascontiguousarray(np.broadcast_to(values[s], (1, 3, H))) for s in states)
-    np.testing.assert_allclose(layer(x, given)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+    np.testing.assert_allclose(pn.import_checkpoint(tmp_path / "m.onnx")(x)[0], layer(x)[0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+@pytest.mark.parametrize("operator", GATES)
+def test_first_states_that_differ_within_the_batch_are_named(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    model, values = with_first(operator, "each its own", rng)
+    with pytest.raises(
+        pn.CheckpointError, match=r"a_node.*first state of its own \(initial_h is not zero\), which differs.*ignore=\('initial_h',\)"
+    ):
+        imported(model, tmp_path)
+    layer, x = pn.import_checkpoint(tmp_path / "m.onnx", ignore=STATES[operator]), rng.standard_normal((6, 3, D)).astype("float32")
+    np.testing.assert_allclose(layer(x, tuple(values.values()))[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.75])
@@ -260,8 +324,9 @@ def test_biases_that_a_node_fills(operator: str, size: int, tmp_path: Path, rng:
     np.testing.assert_allclose(imported(model, tmp_path)(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
 
 
+@pytest.mark.parametrize("version", [10, 13, 17, 23])
 @pytest.mark.parametrize("operator", GATES)
-def test_weights_behind_dequantization(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_weights_behind_dequantization(operator: str, version: int, tmp_path: Path, rng: np.random.Generator) -> None:
     arrays, scale = weights(operator, rng), np.float32(0.02)
     whole = {n: np.clip(np.round(a / scale), -128, 127).astype("int8") for n, a in arrays.items() if n != "B"}
     initial = {f"{n}_q": a for n, a in whole.items()} | {"B": arrays["B"], "scale": scale, "zero": np.int8(3)}
@@ -269,6 +334,7 @@ def test_weights_behind_dequantization(operator: str, tmp_path: Path, rng: np.ra
     model.graph.node[0].input[:] = ["x", "W", "R", "B"]
     for n in whole:
         model.graph.node.insert(0, helper.make_node("DequantizeLinear", [f"{n}_q", "scale", "zero"], [n]))
+    model.opset_import[0].version = version
     layer, x = imported(model, tmp_path), rng.standard_normal((6, 3, D)).astype("float32")
     assert "W is dequantized" in layer.provenance
     assert "R is dequantized" in layer.provenance

@@ -485,3 +485,17 @@ def test_a_live_recurrent_module(ours: str, rng: np.random.Generator) -> None:
     assert "dropout=0.5 between layers, which is for training, is left out" in layer.provenance
     x = rng.standard_normal((3, 6, D))
     np.testing.assert_allclose(layer(x)[0], theirs(torch.asarray(x))[0].detach(), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("name", ["LayerNorm", "LSTM"])
+def test_a_forward_of_somebody_is_not_taken_for_that_of_torch(name: str, own: bool) -> None:
+    torch = pytest.importorskip("torch")
+    kind = getattr(torch.nn, name)
+    body = {"forward": lambda self, x: kind.forward(self, 2 * x)} if own else {}
+    module = type("Mine", (kind,), body)(*((4,) if name == "LayerNorm" else (4, 3)))
+    if own:
+        with pytest.raises(pn.CheckpointError, match=r"the class Mine has a forward of its own.*ignore=\('forward',\)"):
+            pn.import_checkpoint(module)
+    assert type(pn.import_checkpoint(module, ignore=("forward",))).__name__ == name

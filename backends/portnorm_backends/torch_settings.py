@@ -36,12 +36,17 @@ def held(module: torch.nn.Module) -> Held:
     for key, tensor in module.state_dict().items():
         if isinstance(tensor, torch.Tensor):
             found[key] = _stored(key, tensor, of_class.get(key.rpartition(".")[0]))
+        else:
+            found[key] = Stored.unreadable(key, f"`{key}` is {type(tensor).__name__}; expected a tensor{_PACKED}")
     return Held(found, said_of=lambda keys: said_of(*_around(modules, keys)))
+
+
+_PACKED = ": modules that torch has quantized hold packed weights, and those before quantization are to be read"
 
 
 def _stored(key: str, tensor: torch.Tensor, said: Said | None) -> Stored:
     described = tuple(tensor.shape), str(tensor.dtype).rpartition(".")[2]
-    return Stored(key, lambda: described, lambda: to_numpy(tensor), said=said)
+    return Stored(key, lambda: described, lambda: to_numpy(tensor.float() if described[1].startswith("float8") else tensor), said=said)
 
 
 def _around(modules: dict[str, torch.nn.Module], keys: Iterable[str]) -> tuple[torch.nn.Module, str]:
@@ -57,10 +62,17 @@ def _layer(module: torch.nn.Module) -> str | None:
     return next((name for kind, name in _LAYERS.items() if isinstance(module, kind)), None)
 
 
+def _forward_of(module: torch.nn.Module) -> str:
+    """Where what a module computes is defined."""
+    return next(kind.__module__ for kind in type(module).__mro__ if "forward" in vars(kind))
+
+
 def said_of(module: torch.nn.Module, name: str) -> Said:
     """The settings of a module: torch's own by class, others by the norms inside them and by what they call their ε."""
     kind = type(module).__name__
     said = Said(f"the module {name!r} of the class {kind}" if name else f"the module of the class {kind}", layer=_layer(module))
+    if said.layer is not None and not _forward_of(module).startswith("torch."):
+        said.refused["forward"] = Refusal("a forward of its own, which may compute something else than torch's class")
     if isinstance(module, torch.nn.RNN | torch.nn.RNNCell):
         said.values["activation"] = module.nonlinearity
     if isinstance(module, torch.nn.RNNBase):

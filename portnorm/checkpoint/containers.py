@@ -77,6 +77,9 @@ def _mapping(source: Mapping[Any, Any]) -> Held:
             held.left_out.append(key)
         elif key in held.arrays:
             raise CheckpointError(f"two entries have the name {key!r}, when nested names are joined by '/'; expected each once")
+        elif isinstance(value, numpy.ma.MaskedArray):
+            problem = f"{key!r} is a masked array, whose mask would be lost; expected an array of numbers: array.filled(0)"
+            held.arrays[key] = Stored.unreadable(key, problem)
         else:
             held.arrays[key] = Stored(key, _description(value), _values(value))
     return held
@@ -105,7 +108,15 @@ def _description(value: Any) -> Callable[[], tuple[tuple[int, ...], str]]:
 
 
 def _values(value: Any) -> Callable[[], NumPyArray]:
-    return lambda: to_numpy(value) if hasattr(value, "dtype") else numpy.asarray(value)
+    def values() -> NumPyArray:
+        dtype = str(getattr(value, "dtype", ""))
+        if dtype.startswith("torch.float8"):  # which only torch can widen
+            return to_numpy(value.float())
+        if dtype == "mlx.core.bfloat16":
+            return to_numpy(value.astype(require_extra("mlx.core", "mlx").float32))
+        return to_numpy(value) if dtype else numpy.asarray(value)
+
+    return values
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------------------------

@@ -59,8 +59,8 @@ def import_checkpoint(
     (`zoneout=0.1`, `eps=1e-3`). It goes before what the file says (a Keras configuration, ONNX attributes, a module's own settings), and
     that before the format's defaults, which `provenance` names. Batch statistics that are stored per step set `t_max`, a first state that
     is not 0 makes a layer with `learned_state`. speechbrain's directions share their weights: `bidirectional=True` says that there are two,
-    unless a second layer does. Arrays keep their dtype unless `dtype` is given; types of 8 bits become float32, and bfloat16 too where the
-    library does not have it. Raises `CheckpointError`, which names the key, where keys are missing or unknown, shapes do not fit, or
+    unless a second layer does. Arrays keep their dtype unless `dtype` is given; float8 becomes float32, and bfloat16 too where the library
+    does not have it. Raises `CheckpointError`, which names the key, where keys are missing or unknown, shapes do not fit, or
     several formats would; and `UnsupportedError` for an argument that there is not. Pickles (.pt) are refused.
 
     >>> import numpy as np, portnorm as pn
@@ -153,12 +153,25 @@ class _Reader:
                 raise CheckpointError(
                     f"{keys} give `{full}` the shape {values[full].shape}; expected {own.get(full)} for {layer!r} of format {row.format!r}"
                 )
+        if recurrent:
+            self._check_fed(layer, found)
         for name, shape in own.items():
             if name.startswith("num_batches_tracked") and has_statistics:
                 values[name] = self._tracked(name, shape)
         self.filled = [name for name in layer.params if not recurrent and (0, 0, name) not in found]
         layer.load_state_dict(values)
         return layer
+
+    def _check_fed(self, layer: Layer, found: Collection[tuple[int, int, str]]) -> None:
+        """Raise where a parameter is in no key, such as those of layers that only an argument speaks of."""
+        places = [(n, d) for n, directions in enumerate(self.fit.places) for d in range(len(directions))]
+        fed = {in_direction(name, n, d) for n, d, name in found}
+        fed |= {in_direction(name, n, d) for n, d in places for name in self.row.reads}  # what is in `ignore` is as in a new layer
+        strange = [name for name in layer.params if name not in fed and not name.startswith(("h0", "c0"))]
+        if strange:
+            raise CheckpointError(
+                f"{layer!r} has {', '.join(f'`{n}`' for n in strange[:4])}, for which {self.row.title} has no arrays here"
+            )
 
     def _returns_both(self) -> bool:
         """Whether a second layer takes twice the hidden size, so that there are two directions."""
@@ -176,7 +189,7 @@ class _Reader:
             for n, places in enumerate(self.fit.places)
             for d, place in enumerate(places)
             for key, name in self.row.first.items()
-            if (original := self.fit.keys.get(placed(key, place))) is not None and original not in self.ignore
+            if (original := self.fit.keys.get(placed(key, place))) is not None and not {original, key} & self.ignore
         }
 
     # -- what the file says beside the arrays ------------------------------------------------------------------------------------------
@@ -292,7 +305,7 @@ class _Reader:
     def _array(self, name: str, read: Read, place: str) -> Any:
         """The array that a row's entry describes, in our layout."""
         keys = self._originals(read, place)
-        found = [self.arrays[key].read() for key in keys]
+        found = [self.arrays[key].weights() for key in keys]
         columns = sum(a.shape[1] for a in found if a.ndim == 2)
         pieces = [self._piece(a, key, read, columns // max(1, len(self.order))) for key, a in zip(keys, found, strict=True)]
         if read.join is not None:
@@ -411,6 +424,8 @@ def _differences(row: Row, layer: Layer) -> list[str]:
         return said
     if layer.direction != "forward":
         said.append(f"direction='forward' where this has {layer.direction!r}")
+    if layer.learned_state and not row.first:
+        said.append("learned_state=False where this has True")
     theirs = replace(variant_of(row.norm, row.layer, layer.cell.takes), **row.changes)
     for f in fields(Variant):
         other, own = getattr(theirs, f.name), getattr(layer.variant, f.name)

@@ -26,6 +26,8 @@ FOLDED = _RESHAPED | {*_GROWING, "DequantizeLinear", "QuantizeLinear", "Add", "S
 """Operators that are computed here when all that they read is constant."""
 _MOVED = _RESHAPED | {"Expand", "Tile"}
 """Operators whose result has the values of their first input, or of all where it is Concat."""
+_FOLLOWED = frozenset({"Expand", "Tile", "Identity", "Cast", "Slice", "Unsqueeze", "Add"})
+"""Operators that repeat the rows of a first state for a batch, or leave them as they are."""
 _DEPTH = 200
 _ROOM = 2**20
 
@@ -42,6 +44,7 @@ class Scope:
         self.known: dict[str, bool] = {}
         self.made_by: dict[str, frozenset[str]] = {}
         self.starts: dict[str, str] = {}
+        self.varying: dict[str, bool] = {}
 
     def home(self, name: str) -> Scope | None:
         """The scope that a name belongs to."""
@@ -100,7 +103,7 @@ class Scope:
         return scope.values[name]
 
     def start(self, name: str, depth: int = 0) -> str:
-        """What a first state is: "zeros", "learned" (values that are in the file), or "given" by whoever runs the graph."""
+        """What a first state is: "zeros", "learned" (values that are in the file), "given" by whoever runs the graph, or "computed"."""
         if self.is_constant(name):
             return "learned" if numpy.any(self.value(name)) else "zeros"
         scope = self.home(name)
@@ -111,14 +114,50 @@ class Scope:
             scope.starts[name] = scope._start_of(node, depth)
         return scope.starts[name]
 
+    def first(self, name: str) -> NumPyArray | None:
+        """The values of a first state that are in the file, before they are repeated for a batch; `None` where they cannot be known."""
+        if self.is_constant(name):
+            return self.value(name)
+        scope = self.home(name)
+        node = None if scope is None else scope.nodes.get(name)
+        if scope is None or node is None or node.op_type not in _FOLLOWED:
+            return None
+        inner = scope.first(next((i for i in node.input[:2] if self.start(i) == "learned"), node.input[0]))
+        if inner is None or node.op_type in ("Expand", "Tile", "Add") or (node.op_type == "Unsqueeze" and inner.ndim == 1):
+            return inner
+        if inner.ndim != (2 if node.op_type == "Unsqueeze" else 3) or not all(scope.is_constant(i) for i in node.input[1:] if i):
+            return None
+        return self.file.run(node, [inner, *(scope.value(i) if i else None for i in node.input[1:])])[0]
+
     def _start_of(self, node: onnx.NodeProto, depth: int) -> str:
         if node.op_type == "ConstantOfShape":
             fill = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
             return "learned" if any(numpy.any(f) for f in fill) else "zeros"
+        if node.op_type == "Add":  # of zeros, which say how many rows there are
+            kinds = {self.start(i, depth + 1) for i in node.input}
+            if kinds <= {"learned", "zeros"} and "zeros" in kinds:
+                return "learned" if "learned" in kinds else "zeros"
         if node.op_type not in _MOVED:
-            return "given"
+            return "given" if self._varies(node, depth) else "computed"
         found = {self.start(i, depth + 1) for i in (node.input if node.op_type == "Concat" else node.input[:1])}
-        return next(kind for kind in ("learned", "given", "zeros") if kind in found)
+        return next(kind for kind in ("computed", "learned", "given", "zeros") if kind in found)
+
+    def _varies(self, node: onnx.NodeProto, depth: int) -> bool:
+        """Whether what a node computes depends on the values of a graph's inputs, and not on their shapes alone."""
+        if node.op_type in ("Shape", "Size"):
+            return False
+        if depth > _DEPTH or any(a.type == onnx.AttributeProto.GRAPH for a in node.attribute):
+            return True
+        return any(self._is_varying(i, depth + 1) for i in node.input if i and not self.is_constant(i))
+
+    def _is_varying(self, name: str, depth: int) -> bool:
+        scope = self.home(name)
+        node = None if scope is None else scope.nodes.get(name)
+        if scope is None or node is None:
+            return True
+        if name not in scope.varying:
+            scope.varying[name] = scope._varies(node, depth)
+        return scope.varying[name]
 
 
 class File:
@@ -139,19 +178,28 @@ class File:
             raise CheckpointError(f"{str(self.path)!r}: the values of {tensor.name!r} cannot be read: {error}") from error
         return array
 
+    def version(self) -> int:
+        """That of ONNX' own operators."""
+        return next((int(o.version) for o in self.opsets if o.domain in ("", "ai.onnx")), 1)
+
     def run(self, node: onnx.NodeProto, inputs: list[NumPyArray | None]) -> list[NumPyArray]:
         """What a node makes of constants."""
         size = _GROWING[node.op_type](*inputs) if node.op_type in _GROWING else sum(a.size for a in inputs if a is not None)
         if size > self.limit:
             raise CheckpointError(f"{str(self.path)!r}: constants of the node {node.name!r} grow beyond what the file holds")
         names = {n: a for n, a in zip(node.input, inputs, strict=True) if a is not None}
+        opsets = _SINCE_19 if node.op_type == "DequantizeLinear" and self.version() < 19 else self.opsets
         values = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in names.items()]
         outputs = [onnx.ValueInfoProto(name=n) for n in node.output if n]
         try:
-            proto = helper.make_model(helper.make_graph([node], "constant", values, outputs), opset_imports=self.opsets)
+            proto = helper.make_model(helper.make_graph([node], "constant", values, outputs), opset_imports=opsets)
             return list(ReferenceEvaluator(proto).run(None, names))
         except Exception as error:  # the evaluator raises what NumPy raises
             raise CheckpointError(f"{str(self.path)!r}: the node {node.name!r} ({node.op_type}) cannot be computed: {error}") from error
+
+
+_SINCE_19 = [helper.make_opsetid("", 19)]
+"""For a node that the evaluator has since then, and that has meant the same since it is there."""
 
 
 def _product(lengths: NumPyArray) -> float:

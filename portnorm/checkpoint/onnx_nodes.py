@@ -91,7 +91,7 @@ class _Node:
         self.inputs = {key: value for key, value in zip(INPUTS[node.op_type], node.input, strict=False) if value}
         self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         self.said = Said(f"the node {name!r} ({node.op_type})", layer=_LAYERS.get(node.op_type, node.op_type))
-        self.problem: str | None = None
+        self.first: dict[str, NumPyArray] = {}
 
     def arrays(self) -> dict[str, Stored]:
         extra = self.node.input[len(INPUTS[self.node.op_type]) :]
@@ -102,6 +102,9 @@ class _Node:
         for key, of, load in entries:
             full = f"{self.name}/{self.operator}/{key}"
             found[full] = self._stored(full, of, load)
+        for key, first in self.first.items():
+            full = f"{self.name}/{self.operator}/{key}"
+            found[full] = Stored.of(full, first, self.said)
         for name, value in self.attributes.items():
             self._refuse(name, f"{name}={_text(value)}, which is not known here")
         return found
@@ -141,16 +144,17 @@ class _Node:
         elif direction not in _DIRECTIONS:
             self._refuse("direction", f"direction={direction!r}; expected one of {', '.join(_DIRECTIONS)}", "direction")
         self._activations(count)
-        if self.attributes.pop("layout", 0):
+        batch_first = bool(self.attributes.pop("layout", 0))
+        if batch_first:
             self.said.values["batch_first"] = True
-        for name, usual in (("clip", 0.0), ("input_forget", 0)):
+        for name, usual in (("clip", None), ("input_forget", 0)):
             value = self.attributes.pop(name, usual)
             if value != usual:
                 self._refuse(name, f"{name}={value!r}, which no layer here has")
         for inert in ("hidden_size", "output_sequence"):  # the shapes say it
             self.attributes.pop(inert, None)
         before = self.operator == "GRU" and not self.attributes.pop("linear_before_reset", 0)
-        self._states()
+        self._states(count, batch_first)
         for d in range(count):
             for key in ("W", "R", "P"):
                 if key in self.inputs:
@@ -217,18 +221,37 @@ class _Node:
         else:
             self.said.values |= dict(zip(fields, sides[0], strict=True))
 
-    def _states(self) -> None:
+    def _states(self, directions: int, batch_first: bool) -> None:
         if "sequence_lens" in self.inputs:
             if self.scope.is_constant(self.inputs["sequence_lens"]):
                 self._refuse("sequence_lens", "a constant sequence_lens, which a call takes as `lengths`")
             else:
                 self._note("sequence_lens is `lengths` of a call")
-        for key in ("initial_h", "initial_c"):
-            start = self.scope.start(self.inputs[key]) if key in self.inputs else "zeros"
-            if start == "learned":
-                self._refuse(key, f"a first state of its own ({key} is not zero), which a call takes as `state`")
-            elif start == "given":
+        kinds = {key: self.scope.start(self.inputs[key]) for key in ("initial_h", "initial_c") if key in self.inputs}
+        for key, kind in kinds.items():
+            if kind == "given":
                 self._note(f"{key} is in the `state` of a call")
+            elif kind == "computed":
+                self._refuse(key, f"a first state that the graph computes ({key}); a call takes it as `state`")
+            elif kind == "learned" and "given" in kinds.values():
+                self._refuse(key, f"a first state of its own ({key} is not zero) beside one that the call gives")
+            elif kind == "learned":
+                self._learned(key, directions, batch_first)
+
+    def _learned(self, key: str, directions: int, batch_first: bool) -> None:
+        """A first state that is in the file, where it is the same for the whole batch."""
+        values = self.scope.first(self.inputs[key])
+        if values is not None and values.ndim <= 3:
+            values = values.reshape((1,) * (3 - values.ndim) + values.shape)
+            values = numpy.moveaxis(values, 0 if batch_first else 1, 0)
+        if values is None or values.ndim != 3 or values.shape[0] < 1 or values.shape[1] not in (1, directions):
+            self._refuse(key, f"a first state of its own ({key} is not zero), which the graph computes; a call takes it as `state`")
+        elif numpy.any(values != values[:1]):
+            self._refuse(key, f"a first state of its own ({key} is not zero), which differs within the batch; a call takes it as `state`")
+        else:
+            self._note(f"{key} is not zero: the layer learns its first state")
+            for d in range(directions):
+                self.first[f"{d}/{key}"] = numpy.ascontiguousarray(values[0, min(d, values.shape[1] - 1)])
 
     # -- normalization nodes -----------------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,8 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     if said is not None and "class_name" in said.refused:
         raise CheckpointError(f"{said.title} has {said.refused['class_name'].why}")
     nearest = sorted(
-        (fit for fit in fits if fit.missing or fit.unknown), key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown))
+        (fit for fit in fits if fit.missing or fit.unknown),
+        key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown), -fit.explained),
     )
     near = nearest[0] if nearest else None
     wrong = next((fit for fit in fits if not fit.unknown and not fit.missing and fit not in exact and _said_layer(fit, arrays)), None)
@@ -60,10 +61,17 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     if layer is not None and len(parts) == 1 and len(parts[0].fits) == 1:
         return parts[0].fits[0]
     if parts:
-        raise CheckpointError(_listed(parts, arrays, prefix))
+        raise CheckpointError(_listed(parts, arrays, prefix, layer))
+    if layer is not None and not almost:
+        others = parts_of([row for row in ROWS if (row.auto if format == "auto" else format == row.format)], arrays, prefix, ignore)
+        if others:
+            raise CheckpointError(f"there is no {layer}; {_listed(others, arrays, prefix, layer)}")
     problem = next((a.problem for a in arrays.values() if a.problem is not None), None)
     if problem is not None:
         raise CheckpointError(problem)
+    for key, a in arrays.items():
+        if key not in ignore and a.ndim == 0 and not a.dtype.startswith(("float", "int", "uint", "bool", "bfloat", "complex")):
+            raise CheckpointError(f"`{key}` is {a.dtype}; expected an array of numbers; name what is meant by `prefix`, or `ignore` it")
     inside = [key for fit in exact for key in fit.keys.values() if _IN_A_CELL.search(key)]
     if inside and all(fit.row.layer == "Linear" for fit in exact):
         raise CheckpointError(
@@ -75,9 +83,6 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
         fitting = next((fit for fit in nearest if not fit.unknown and _is_plausible(fit, arrays)), None)
         other = f"; for {_titles([fitting])[0]} {fitting.missing} is missing" if fitting is not None else ""
         raise CheckpointError(f"the keys are those of {', '.join(_titles(exact))}, but no such layer has these shapes: {shapes}{other}")
-    for key, a in arrays.items():
-        if key not in ignore and a.ndim == 0 and not a.dtype.startswith(("float", "int", "uint", "bool", "bfloat")):
-            raise CheckpointError(f"`{key}` is {a.dtype}; expected an array of numbers; name what is meant by `prefix`, or `ignore` it")
     if near is None:
         raise CheckpointError(f"{clashes[0]}; name the one that is meant by `prefix`")
     hint = own_cell({key: arrays[key] for key in near.unknown})
@@ -151,16 +156,25 @@ def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> 
         numbered = any(leaf.isdecimal() for leaf in leaves)
         possible = [row for row, first, most in quick if len(own) <= most and (numbered or any(first in leaf for leaf in leaves))]
         fits = _exact(_fits(possible, own, beginning, ignore)[0], own)[1] if possible else []
-        one_axis = all(a.ndim == 1 for a in own.values())
-        fits = [fit for fit in fits if fit.row.gates or fit.row.layer == "Linear" or one_axis]  # a matrix is rather an embedding than a γ
+        # A matrix is rather an embedding than a γ.
+        fits = [fit for fit in fits if fit.row.gates or fit.row.layer == "Linear" or _has_one_axis(fit, own)]
         if fits:
             found[beginning] = Part(beginning, fits)
     return list(found.values())
 
 
+def _has_one_axis(fit: Fit, arrays: Arrays) -> bool:
+    unused = {fit.keys.get(key) for key in fit.row.unused}
+    return all(a.ndim == 1 for key, a in arrays.items() if key not in unused)
+
+
 def _beginnings(key: str, start: int) -> list[str]:
-    """What a key begins with, up to each place where a name ends, from the shortest on."""
-    return [key[: k + 1] for k in range(start, len(key)) if key[k] in "./"]
+    """What a key begins with, up to each place where a name ends, from the shortest on; `enc_w_ih` begins with `enc_`."""
+    short = _SHORT.search(key, start)
+    return [key[: k + 1] for k in range(start, len(key)) if key[k] in "./" or (short is not None and k == short.start())]
+
+
+_SHORT = re.compile(r"_[wb]_(ih|hh)$")
 
 
 def _signature(row: Row) -> tuple[str, float]:
@@ -171,7 +185,7 @@ def _signature(row: Row) -> tuple[str, float]:
     return first, 2 * (len(keys) + len(row.unused) + len(row.first)) if single else math.inf
 
 
-def _listed(parts: list[Part], arrays: Arrays, prefix: str) -> str:
+def _listed(parts: list[Part], arrays: Arrays, prefix: str, layer: str | None) -> str:
     """What a file holds, for somebody who has to name one part of it."""
     shown = sorted((part for part in parts if not part.is_linear), key=lambda part: not part.is_recurrent) or parts
     linear = len(parts) - len(shown) if shown is not parts else 0
@@ -187,7 +201,7 @@ def _listed(parts: list[Part], arrays: Arrays, prefix: str) -> str:
     also += [f"{len(rest)} other arrays, such as {rest[0]!r}"] if rest else []
     beside = f"; beside {' and '.join(also)}" if also else ""
     choice = " (with `layer` where there are several classes)" if any(len(part.fits) > 1 for part in shown) else ""
-    hint = own_cell({key: arrays[key] for key, recurrent in of_part.items() if not recurrent})
+    hint = own_cell({key: arrays[key] for key, recurrent in of_part.items() if not recurrent}) if layer is None else ""
     return f"the file holds more than one layer; name one{choice}: {said}{beside}{hint}"
 
 
@@ -203,9 +217,10 @@ def own_cell(arrays: Arrays) -> str:
             beside.setdefault((*path[:k], "", *path[k + 1 :]), []).append(key)
     for keys in beside.values():
         for key in keys if len(keys) <= _GATES else ():
-            hidden, shape = re.search(r"h2|hh|hidden|recurrent", key.lower()), arrays[key].shape
+            hidden, shape = _HIDDEN.search(key.lower()), arrays[key].shape
             axis = next((k for k in (0, 1) if shape[k] % max(shape[1 - k], 1) == 0), None)
-            other = next((o for o in keys if o != key and axis is not None and arrays[o].shape[axis] == shape[axis]), None)
+            others = [o for o in keys if o != key and not _HIDDEN.search(o.lower())]
+            other = next((o for o in others if axis is not None and arrays[o].shape[axis] == shape[axis]), None)
             if hidden and other is not None:
                 return (
                     f". Are {other!r} and {key!r} a recurrent cell of your own? Then make its layer, with a pn.Variant that says where its "
@@ -214,6 +229,10 @@ def own_cell(arrays: Arrays) -> str:
                     "pn.to_format(layer, format) calls them, and import that"
                 )
     return ""
+
+
+_HIDDEN = re.compile(r"h2|hh|hidden|recurrent|(^|[./_])(u|wh|w_h)(_?[a-z])?($|[./])")
+"""What people call matrices that the state is multiplied with."""
 
 
 def _meaning(fit: Fit) -> tuple[Any, ...]:

@@ -116,10 +116,24 @@ class Stored:
             raise CheckpointError(f"{self.key!r} has the type {name}; expected real numbers of at most 64 bits{_WAY_OUT.get(name, '')}")
         return array.astype(array.dtype.newbyteorder("="), copy=False)
 
+    def weights(self) -> NumPyArray:
+        """The values of parameters: whole numbers of 32 or 64 bits are numbers, narrow ones are quantized, or the bits of another type."""
+        array = self.read()
+        if array.dtype.kind == "b" or (array.dtype.kind in "iu" and (array.dtype.kind == "u" or array.dtype.itemsize < 4)):
+            raise CheckpointError(
+                f"{self.key!r} has the type {self.dtype}; expected floating-point numbers{_MEANS.get(array.dtype.name, _QUANTIZED)}"
+            )
+        return array
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NumPyArray:
         return self.read() if dtype is None else self.read().astype(dtype)
 
 
+_QUANTIZED = ": quantized weights are to be multiplied by their scale first"
+_MEANS = {
+    "bool": "; a mask is no weight",
+    "uint16": ". If these are the bits of bfloat16 (paddle gives them so), array.view(ml_dtypes.bfloat16) says it",
+}
 _WAY_OUT = {
     "void16": ": numpy.save does not keep the type of ml_dtypes' bfloat16; save array.astype('float32')",
     "void8": ": numpy.save does not keep the types of ml_dtypes; save array.astype('float32')",

@@ -17,7 +17,7 @@ from portnorm.checkpoint.formats.row import NumPyArray, Row
 from portnorm.checkpoint.formats.speechbrain import speechbrain_rows
 from portnorm.checkpoint.formats.tensorflow import tensorflow_names, tensorflow_rows
 from portnorm.checkpoint.formats.thinc import thinc_pieces, thinc_rows, thinc_vector
-from portnorm.checkpoint.formats.torch import torch_rows, unit_offset_rows
+from portnorm.checkpoint.formats.torch import torch_pieces, torch_rows, unit_offset_rows
 from portnorm.checkpoint.stored import Stored
 
 ROWS: list[Row] = [
@@ -52,5 +52,5 @@ NAMES: dict[str, Callable[[Mapping[str, Any]], dict[str, str]]] = {
 
 PIECES: dict[
     str, tuple[Callable[[Mapping[str, Stored]], dict[str, Stored]], Callable[[Mapping[str, NumPyArray]], dict[str, NumPyArray]]]
-] = {"thinc": (thinc_pieces, thinc_vector)}
-"""Formats that keep several arrays in one: what takes them apart, and what puts them together."""
+] = {"thinc": (thinc_pieces, thinc_vector), "torch": (torch_pieces, dict)}
+"""Formats whose arrays are not those of a layer: what makes these of them, and what puts them together again."""

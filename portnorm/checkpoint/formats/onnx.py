@@ -13,10 +13,12 @@ def onnx_rows() -> list[Row]:
         hidden = "R before reset" if reset == "before" else "R"
         reads = {"weight_ih": rows("W"), "weight_hh": rows(hidden), "bias_ih": rows("Wb"), "bias_hh": rows("Rb")}
         row = Row("onnx", operator, reads, None, gates, ((f"{operator}/0/", f"{operator}/1/"),), {"reset": reset})
-        found += [row, without(row, "bias_ih", "bias_hh", biases=())]
+        row = replace(row, first={"initial_h": "h0", "initial_c": "c0"} if operator == "LSTM" else {"initial_h": "h0"})
+        kinds = [row]
         if operator == "LSTM":
             seen = {"peephole": whole("P", then=lambda p: p.reshape(3, -1)[[0, 2, 1]])}
-            found.append(replace(row, reads={**reads, **seen}, changes={"reset": reset, "peepholes": True}))
+            kinds.append(replace(row, reads={**reads, **seen}, changes={"reset": reset, "peepholes": True}))
+        found += [kind for one in kinds for kind in (one, without(one, "bias_ih", "bias_hh", biases=()))]
     affine = {"weight": whole("scale"), "bias": whole("bias")}
     statistics = {"running_mean": whole("mean"), "running_var": whole("var")}
     for operator, layer, norm_reads, config in (
