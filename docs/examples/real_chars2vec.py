@@ -8,10 +8,11 @@ numbers there than its authors had; the comparison says what was meant.
 from __future__ import annotations
 
 import pickletools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from side_by_side import Row, difference, exported, main, milliseconds, package_file
+from side_by_side import Case, exported, main, package_file
 
 import portnorm as pn
 
@@ -58,19 +59,18 @@ def original(size: int) -> Any:
     return lambda x: np.asarray(keras.ops.convert_to_numpy(model(x, training=False)))
 
 
-def compare(sizes: tuple[int, ...] = (50, 300)) -> list[Row]:
+def case(size: int) -> Case:
     import keras
 
-    rows = []
-    for size in sizes:
-        model, theirs, x = load(size), original(size), one_hot(WORD, alphabet(size))
-        graph, expected = exported(model, lengths=False), theirs(x)
-        ms = milliseconds({"NumPy": lambda: model(x), "ONNX": lambda: graph(x=x), "original": lambda: theirs(x)})
-        by = f"Keras {keras.__version__} on {keras.backend.backend()}"
-        differences = difference(model(x)[0], expected), difference(graph(x=x)[0], expected)
-        rows.append(Row("chars2vec", f"eng_{size}, {len(WORD)} letters", by, float(abs(expected).max()), *differences, ms))
-    return rows
+    model, theirs, x = load(size), original(size), one_hot(WORD, alphabet(size))
+    graph = exported(model, lengths=False)
+    by, part = f"Keras {keras.__version__} on {keras.backend.backend()}", f"eng_{size}, {len(WORD)} letters"
+    return Case("chars2vec", part, by, lambda: model(x)[0], lambda: graph(x=x)[0], lambda: theirs(x))
+
+
+def cases() -> Iterator[Case]:
+    yield from map(case, (50, 300))
 
 
 if __name__ == "__main__":
-    main(compare)
+    main(cases)

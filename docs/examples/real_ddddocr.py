@@ -7,6 +7,7 @@ with, step by step, so the quantized file is compared twice: with the LSTM of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -14,12 +15,13 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 from onnx.utils import Extractor
-from side_by_side import Row, difference, exported, main, milliseconds, package_file, session
+from side_by_side import Case, exported, main, package_file, session
 
 import portnorm as pn
 
 SEEN, SCORES = "227", "387"
 """What the files call the LSTM's input and the scores."""
+QUANTIZED = ", quantized as it is"
 
 
 @cache
@@ -74,20 +76,18 @@ def _in_float32(graph: onnx.GraphProto, arrays: dict[str, np.ndarray]) -> None:
     product.CopyFrom(helper.make_node("MatMul", ["380", "weight"], ["381_MatMul"]))
 
 
-def compare(names: tuple[str, ...] = ("common.onnx", "common_old.onnx")) -> list[Row]:
-    rows = []
-    for name in names:
-        model, x, theirs = load(name), seen(name), original(name)
-        graph = exported(model, lengths=False)
-        ms = milliseconds({"NumPy": lambda: model(x), "ONNX": lambda: graph(x=x), "original": lambda: theirs(x)})
-        ours = model(x)[0], graph(x=x)[0]
-        kinds = {"": theirs} if name == "common.onnx" else {"its numbers in float32": original(name, True), "as it is": theirs}
-        for kind, call in kinds.items():
-            expected = call(x).reshape(ours[0].shape)
-            part = ", ".join(filter(None, (name, kind, f"{len(x)} steps")))
-            rows.append(Row("ddddocr", part, "its file in onnxruntime", float(abs(expected).max()), *(difference(y, expected) for y in ours), ms))
-    return rows
+def case(name: str, kind: str = "", in_float32: bool = False) -> Case:
+    model, x, theirs = load(name), seen(name), original(name, in_float32)
+    graph = exported(model, lengths=False)
+    calls = (lambda: model(x)[0]), (lambda: graph(x=x)[0]), (lambda: theirs(x).reshape(len(x), 1, -1))
+    return Case("ddddocr", f"{name}{kind}, {len(x)} steps", "its file in onnxruntime", *calls)
+
+
+def cases() -> Iterator[Case]:
+    yield case("common.onnx")
+    yield case("common_old.onnx", ", its numbers in float32", in_float32=True)
+    yield case("common_old.onnx", QUANTIZED)
 
 
 if __name__ == "__main__":
-    main(compare)
+    main(cases)

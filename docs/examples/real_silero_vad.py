@@ -7,14 +7,15 @@ outside; portnorm reads it from there. The JIT file runs code when it is read: `
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import compose, helper, numpy_helper, parser
-from side_by_side import Row, difference, main, milliseconds, package_file, session
+from side_by_side import Case, main, package_file, session
 
 import portnorm as pn
 
@@ -114,7 +115,11 @@ def _model(text: str, arrays: dict[str, np.ndarray], like: onnx.ModelProto) -> o
 
 
 def original_onnx(rate: int) -> Step:
-    run, sr, zeros = session(package_file("silero-vad", "silero_vad/data/silero_vad.onnx")), np.array(rate), np.zeros((2, 1, 128), "float32")
+    run, sr, zeros = (
+        session(package_file("silero-vad", "silero_vad/data/silero_vad.onnx")),
+        np.array(rate),
+        np.zeros((2, 1, 128), "float32"),
+    )
 
     def step(x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
         y, state = run.run(None, {"input": x, "state": zeros if state is None else state, "sr": sr})
@@ -158,18 +163,17 @@ def sound(rate: int, chunks: int = 60) -> np.ndarray:
     return wave.astype("float32").reshape(chunks, -1)
 
 
-def compare(rates: tuple[int, ...] = (16000, 8000)) -> list[Row]:
-    rows = []
-    for rate in rates:
-        for file, load, theirs in (("ONNX", from_onnx, original_onnx(rate)), ("JIT", from_jit, original_jit(rate))):
-            chunks, loaded = sound(rate), load(rate)
-            ours, graph, expected = in_numpy(*loaded), in_onnx(*loaded), stream(theirs, chunks)
-            ms = milliseconds({"NumPy": lambda: stream(ours, chunks), "ONNX": lambda: stream(graph, chunks), "original": lambda: stream(theirs, chunks)})
-            differences = difference(stream(ours, chunks), expected), difference(stream(graph, chunks), expected)
-            by = "its file in onnxruntime" if file == "ONNX" else "its file in torch"
-            rows.append(Row("silero-vad", f"{file} file, {rate // 1000} kHz, {len(chunks)} chunks", by, float(expected.max()), *differences, ms))
-    return rows
+def case(file: str, rate: int) -> Case:
+    loaded = {"ONNX": from_onnx, "JIT": from_jit}[file](rate)
+    theirs, by = {"ONNX": (original_onnx, "its file in onnxruntime"), "JIT": (original_jit, "its file in torch")}[file]
+    chunks, steps = sound(rate), (in_numpy(*loaded), in_onnx(*loaded), theirs(rate))
+    part = f"{file} file, {rate // 1000} kHz, {len(chunks)} chunks one by one"
+    return Case("silero-vad", part, by, *(partial(stream, step, chunks) for step in steps))
+
+
+def cases() -> Iterator[Case]:
+    yield from (case(file, rate) for file in ("ONNX", "JIT") for rate in (16000, 8000))
 
 
 if __name__ == "__main__":
-    main(compare)
+    main(cases)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import Row, difference, main, milliseconds, package_file, session
+from side_by_side import Case, main, package_file, session
 
 import portnorm as pn
 
@@ -101,19 +102,17 @@ def night(epochs: int, batch: int = 1) -> np.ndarray:
     return x
 
 
-def compare(names: tuple[str, ...] = ("ws-gru-mesa", "wrn-gru-mesa"), epochs: int = 960) -> list[Row]:
+def case(name: str, epochs: int = 960, batch: int = 1) -> Case:
     import keras
 
-    rows = []
-    for name in names:
-        ours, graph, theirs, x = in_numpy(name), in_onnx(name), original(name), night(epochs)
-        expected = theirs(x)
-        ms = milliseconds({"NumPy": lambda: ours(x), "ONNX": lambda: graph(x), "original": lambda: theirs(x)})
-        by = f"Keras {keras.__version__} on {keras.backend.backend()}"
-        differences = difference(ours(x), expected), difference(graph(x), expected)
-        rows.append(Row("sleepecg", f"{name}, {epochs} epochs", by, float(expected.max()), *differences, ms))
-    return rows
+    x, sides = night(epochs, batch), (in_numpy(name), in_onnx(name), original(name))
+    by = f"Keras {keras.__version__} on {keras.backend.backend()}"
+    return Case("sleepecg", f"{name}, {epochs} epochs", by, *(partial(side, x) for side in sides))
+
+
+def cases() -> Iterator[Case]:
+    yield from map(case, ("ws-gru-mesa", "wrn-gru-mesa"))
 
 
 if __name__ == "__main__":
-    main(compare)
+    main(cases)

@@ -6,8 +6,8 @@ import argparse
 import importlib.metadata
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,36 @@ import numpy as np
 
 import portnorm as pn
 
+Call = Callable[[], np.ndarray]
+
 
 @dataclass
-class Row:
-    """One model: how far portnorm and its exported graph are from the original, and the milliseconds of one call at batch 1."""
+class Case:
+    """One model with an input: what portnorm gives on NumPy, what the graph gives that it exported, and what the original gives."""
 
     model: str
     part: str
-    original: str
-    largest: float
-    """The largest absolute value that the original gives."""
-    numpy: float
-    """The largest difference of portnorm on NumPy."""
-    onnx: float
-    """The largest difference of the graph that portnorm exported, in onnxruntime."""
-    ms: dict[str, float]
+    by: str
+    """What computes the original."""
+    numpy: Call
+    onnx: Call
+    original: Call
+    timed: Callable[[], Any] | None = None
+    """The original's own call, where `original` does more than it."""
 
-    def __str__(self) -> str:
-        times = ", ".join(f"{name} {t:.3f} ms" for name, t in self.ms.items())
-        return f"{self.model}, {self.part}: differs by {self.numpy:.1e} (as ONNX {self.onnx:.1e}) of {self.largest:.2g}; {times}"
+    def measured(self) -> dict[str, Any]:
+        """The largest differences, and the milliseconds of one call."""
+        expected = self.original()
+        ms = milliseconds({"NumPy": self.numpy, "ONNX": self.onnx, "original": self.timed or self.original})
+        differences = {"NumPy": difference(self.numpy(), expected), "ONNX": difference(self.onnx(), expected)}
+        return {
+            "model": self.model,
+            "part": self.part,
+            "by": self.by,
+            "largest": float(np.max(np.abs(expected))),
+            "differences": differences,
+            "ms": ms,
+        }
 
 
 def package_file(package: str, path: str) -> Path:
@@ -87,9 +98,17 @@ def milliseconds(calls: dict[str, Callable[[], Any]], turns: int = 9) -> dict[st
     return best
 
 
-def main(compare: Callable[[], list[Row]]) -> None:
-    """Print the rows, or with `--json` write them as JSON."""
+def main(cases: Callable[[], Iterator[Case]]) -> None:
+    """Print each case, with `--json` as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", action="store_true", help="print JSON")
-    rows = compare() if (arguments := parser.parse_args()) else []
-    print(json.dumps([asdict(row) for row in rows]) if arguments.json else "\n".join(map(str, rows)))
+    if parser.parse_args().json:
+        print(json.dumps([case.measured() for case in cases()]))
+        return
+    for row in (case.measured() for case in cases()):
+        differs, ms = row["differences"], row["ms"]
+        print(f"{row['model']}, {row['part']}, beside {row['by']}:")
+        print(
+            f"  differs by at most {differs['NumPy']:.1e}, as ONNX {differs['ONNX']:.1e}, where the largest value is {row['largest']:.2g}"
+        )
+        print(f"  {ms['NumPy']:.2f} ms, as ONNX {ms['ONNX']:.2f} ms, the original {ms['original']:.2f} ms")
