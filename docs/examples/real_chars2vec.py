@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import pickletools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from side_by_side import Case, exported, main, package_file
 
@@ -20,11 +22,18 @@ MODELS = "chars2vec/trained_models/eng_{size}/{name}"
 WORD = "normalization"
 
 
+def weights(size: int) -> tuple[Path, list[str]]:
+    """The file, and what it calls the two LSTMs: Keras numbered them on, model after model."""
+    path = package_file("chars2vec", MODELS.format(size=size, name="weights.h5"))
+    with h5py.File(path) as file:
+        return path, [name.decode() for name in file.attrs["layer_names"] if name.startswith(b"lstm")]
+
+
 def load(size: int) -> pn.Sequential:
     """The whole net: (batch, time, letters) to (batch, size)."""
-    weights = package_file("chars2vec", MODELS.format(size=size, name="weights.h5"))
-    first = pn.import_checkpoint(weights, prefix="lstm_1/", batch_first=True)
-    return pn.Sequential(first, pn.import_checkpoint(weights, prefix="lstm_2/", batch_first=True, return_sequences=False))
+    path, (first, second) = weights(size)
+    lstm = pn.import_checkpoint(path, prefix=f"{first}/", batch_first=True)
+    return pn.Sequential(lstm, pn.import_checkpoint(path, prefix=f"{second}/", batch_first=True, return_sequences=False))
 
 
 def alphabet(size: int) -> dict[str, int]:
@@ -45,17 +54,17 @@ def one_hot(word: str, letters: dict[str, int]) -> np.ndarray:
 
 def original(size: int) -> Any:
     """The package's model in Keras, with the gates that its version meant."""
-    import h5py
     import keras
 
     def gate(a: Any) -> Any:
         return keras.ops.clip(0.2 * a + 0.5, 0.0, 1.0)
 
-    layers = [keras.layers.LSTM(size, return_sequences=n == 1, recurrent_activation=gate) for n in (1, 2)]
+    path, names = weights(size)
+    layers = [keras.layers.LSTM(size, return_sequences=name == names[0], recurrent_activation=gate) for name in names]
     model = keras.Sequential([keras.Input((None, len(alphabet(size)))), *layers])
-    with h5py.File(package_file("chars2vec", MODELS.format(size=size, name="weights.h5"))) as file:
-        for n, layer in enumerate(layers, 1):
-            layer.set_weights([file[f"lstm_{n}/lstm_{n}/{name}:0"][()] for name in ("kernel", "recurrent_kernel", "bias")])
+    with h5py.File(path) as file:
+        for name, layer in zip(names, layers, strict=True):
+            layer.set_weights([file[f"{name}/{name}/{part}:0"][()] for part in ("kernel", "recurrent_kernel", "bias")])
     return lambda x: np.asarray(keras.ops.convert_to_numpy(model(x, training=False)))
 
 

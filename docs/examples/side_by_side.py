@@ -81,14 +81,14 @@ def difference(a: Any, b: Any) -> float:
     return float(np.max(np.abs(a - b)))
 
 
-def milliseconds(calls: dict[str, Callable[[], Any]], turns: int = 9) -> dict[str, float]:
+def milliseconds(calls: dict[str, Callable[[], Any]], turns: int = 30) -> dict[str, float]:
     """The least time of one call of each, measured in turns of some 30 ms; fewer turns where a call takes seconds."""
     best = dict.fromkeys(calls, float("inf"))
     for call in calls.values():
         call()
     began = time.perf_counter()
     for turn in range(turns):
-        if turn > 1 and time.perf_counter() - began > 5:
+        if turn > 1 and time.perf_counter() - began > 8:
             break
         for name, call in calls.items():
             end = time.perf_counter() + 0.03
