@@ -331,8 +331,9 @@ def models_in_short() -> str:
     packages = ", ".join(f"{name} {version}" for name, version in kept["packages"].items())
     ahead = {n: sum(c["ms"][n] <= c["ms"]["original"] for c in cases) for n in ("NumPy", "ONNX")}
     return (
-        f"{about['processor']}, one core ({versions}; {packages}).\n"
-        f"Of {len(cases)} cases the exported graph takes at most the original's time in {ahead['ONNX']}, portnorm on NumPy in {ahead['NumPy']}."
+        f"{about['processor']}, one core ({versions}).\nThe packages: {packages}.\n"
+        f"Of {len(cases)} cases the exported graph takes at most the time of the original in {ahead['ONNX']}, "
+        f"portnorm on NumPy in {ahead['NumPy']}."
     )
 
 

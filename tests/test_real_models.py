@@ -16,7 +16,6 @@ from tests.processes import output_of
 from tests.tolerances import REAL_MODEL, REAL_MODEL_QUANTIZED
 
 
-
 @pytest.fixture
 def examples(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports a script by its name."""
@@ -91,7 +90,11 @@ def test_voices(examples: Any) -> None:
 
 @pytest.mark.models
 def test_a_script_prints_what_it_measures() -> None:
-    printed = output_of('import runpy, sys; sys.path.insert(0, "docs/examples"); runpy.run_path("docs/examples/real_g2p_en.py", run_name="__main__")')
+    printed = output_of("""
+import runpy, sys
+sys.path.insert(0, "docs/examples")
+runpy.run_path("docs/examples/real_g2p_en.py", run_name="__main__")
+""")
     assert "g2p-en, scores of each phoneme of 'activationist'" in printed
     assert "the original " in printed
 
