@@ -103,6 +103,13 @@ def test_imported_layers_become_graphs(case: Published, rng: np.random.Generator
     assert report.worst_step is not None
 
 
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: f"{case.format}-{case.layer}")
+def test_imported_arrays_lie_as_those_of_a_new_layer(case: Published, rng: np.random.Generator) -> None:
+    """Many formats store matrices transposed; a view of one would make products on NumPy up to twice as slow."""
+    state = imported(case, case.arrays(rng)).state_dict()
+    assert not [name for name, a in state.items() if not a.flags.c_contiguous]
+
+
 # -- stacks, directions, prefixes, guesses -------------------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,7 @@ def dequantized(arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
 def load(name: str) -> pn.Sequential:
     """(time, batch, 512) to the scores of each letter at each step."""
     arrays = file(name)[1]
-    weight = arrays["135"] if "135" in arrays else dequantized(arrays, "135").T
+    weight = arrays["135"] if "135" in arrays else np.ascontiguousarray(dequantized(arrays, "135").T)
     scores = pn.Linear(weight.shape[1], weight.shape[0])
     scores.load_state_dict({"weight": weight, "bias": arrays["136"]})
     return pn.Sequential(pn.import_checkpoint(package_file("ddddocr", f"ddddocr/{name}")), scores)

@@ -69,8 +69,8 @@ def session(model: Any) -> Any:
 
 
 def exported(layer: pn.Layer, **options: Any) -> Callable[..., list[np.ndarray]]:
-    """The graph that `portnorm.export` writes, as a function of its inputs by name that gives its outputs."""
-    graph = session(pn.export(layer, None, **options).model)
+    """The graph that `portnorm.export` writes for onnxruntime, as a function of its inputs by name that gives its outputs."""
+    graph = session(pn.export(layer, None, target="onnxruntime", **options).model)
     return lambda **feed: graph.run(None, feed)
 
 
