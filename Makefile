@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest lint types readme clean
+.PHONY: demo test test-all test-lowest models lint types readme clean
 
 # One stamp per set of extras; made again when the dependencies change.
 $(VENV)/.%: pyproject.toml
@@ -27,14 +27,23 @@ $(VENV)/.peers: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps speechbrain
 	@touch $@
 
+# Packages with trained weights, and nothing that they ask for.
+$(VENV)/.models: $(VENV)/.peers docs/examples/real-models.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement docs/examples/real-models.txt
+	@touch $@
+
+# Each real model beside its own package.
+models: $(VENV)/.models
+	@for script in docs/examples/real_*.py; do $(BIN)/python $$script || exit 1; done
+
 # Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.
 $(VENV)/.runtimes: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[runtimes]"
 	@if command -v npm > /dev/null; then npm install --silent --prefix $(VENV)/web onnxruntime-web; else echo "no npm: onnxruntime-web is left out"; fi
 	@touch $@
 
-test-all: $(VENV)/.peers $(VENV)/.runtimes
-	$(BIN)/python -m pytest -n auto --peers --runtimes installed $(if $(MARKS),-m "$(MARKS)")
+test-all: $(VENV)/.models $(VENV)/.runtimes
+	$(BIN)/python -m pytest -n auto --peers --models --runtimes installed $(if $(MARKS),-m "$(MARKS)")
 
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 test-lowest: $(VENV)/.test

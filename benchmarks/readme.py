@@ -311,7 +311,35 @@ def growth_in_short() -> str:
     return f"From 1,000 steps to 10,000 a training step of LN-LSTM 1×64×128 takes so many more bytes per step: {', '.join(found)}."
 
 
+def models() -> str:
+    """Real models beside their packages: differences relative to the largest value, times, and ratios of times."""
+    rows = []
+    for r in (case for script in _kept("models")["scripts"] for case in script["cases"]):
+        differs = (f"{r['differences'][name] / r['largest']:.1e}" for name in ("NumPy", "ONNX"))
+        ms = r["ms"]
+        ratios = (f"{ms[name] / ms['original']:.2f}" if ms[name] * 50 > ms["original"] else "< 0.02" for name in ("NumPy", "ONNX"))
+        times = (_milliseconds(ms[name]) for name in ("NumPy", "ONNX", "original"))
+        rows.append((f"{r['model']}, {r['part']}", r["by"], *differs, *times, *ratios))
+    header = ("model", "original", "NumPy differs", "ONNX differs", "NumPy, ms", "ONNX, ms", "original, ms", "NumPy ×", "ONNX ×")
+    return table(header, rows)
+
+
+def models_in_short() -> str:
+    kept = _kept("models")
+    about, cases = kept["machine"], [case for script in kept["scripts"] for case in script["cases"]]
+    versions = ", ".join(f"{name} {about[name]}" for name in ("numpy", "numba", "torch", "onnxruntime") if name in about)
+    packages = ", ".join(f"{name} {version}" for name, version in kept["packages"].items())
+    ahead = {n: sum(c["ms"][n] <= c["ms"]["original"] for c in cases) for n in ("NumPy", "ONNX")}
+    return (
+        f"{about['processor']}, one core ({versions}).\nThe packages: {packages}.\n"
+        f"Of {len(cases)} cases the exported graph takes at most the time of the original in {ahead['ONNX']}, "
+        f"portnorm on NumPy in {ahead['NumPy']}."
+    )
+
+
 TABLES = {
+    "models": models,
+    "models_in_short": models_in_short,
     "speed": speed,
     "speed_in_short": speed_in_short,
     "speed_best": speed_best,
@@ -345,7 +373,7 @@ def filled(text: str) -> str:
     return text
 
 
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("variants.md", "runtimes.md", "speed.md")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("variants.md", "runtimes.md", "speed.md", "real-models.md")))
 """Pages with generated tables."""
 
 if __name__ == "__main__":

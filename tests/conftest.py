@@ -1,6 +1,7 @@
 """Array libraries as a test parameter, and what is left out unless it is asked for; what was asked for and is missing is an error.
 
 `--peers` adds torch, JAX and Dask, and CuPy, which is skipped by name where it finds no GPU.
+`--models` adds the real models of docs/real-models.md, and fails where a package of theirs is missing.
 `--runtimes openvino,tract` adds tests marked `runtime(name)`; `--runtimes installed` adds those that are there, and the head of the report
 names the others.
 `--registers 16` (or 32, 64) compiles the kernels for NumPy arrays for vector registers of so many bytes.
@@ -22,6 +23,7 @@ os.environ.setdefault("KERAS_BACKEND", "numpy")
 import numpy as np
 import pytest
 
+from benchmarks import models
 from portnorm.arrays import load_namespace, to_numpy
 from portnorm.errors import MissingExtraError
 from portnorm.libraries import SUPPORT, Support
@@ -85,6 +87,7 @@ LIBRARIES["numpy-readonly"] = Library("numpy-readonly", SUPPORT["numpy"], ("floa
 
 def pytest_addoption(parser: Any) -> None:
     parser.addoption("--peers", action="store_true", help="also run what needs torch, JAX and Dask; fails if they are not installed")
+    parser.addoption("--models", action="store_true", help="also run the real models; fails if their packages are not installed")
     parser.addoption("--runtimes", default="", help="also run what needs these inference runtimes, by commas, or all that are 'installed'")
     parser.addoption("--registers", type=int, choices=(16, 32, 64), help="compile the kernels for vector registers of so many bytes")
     parser.addoption("--update-golden", action="store_true", help="write tests/golden anew from what the exporter makes")
@@ -92,6 +95,7 @@ def pytest_addoption(parser: Any) -> None:
 
 def pytest_configure(config: Any) -> None:
     config.addinivalue_line("markers", "peers: needs torch, JAX or Dask; runs with --peers only")
+    config.addinivalue_line("markers", "models: needs the packages of docs/examples/real-models.txt; runs with --models only")
     config.addinivalue_line("markers", "runtime(name): needs an inference runtime besides onnxruntime; runs with --runtimes only")
     if config.getoption("--registers"):
         assert "portnorm_backends.cpu.vectors" not in sys.modules, "kernels are loaded already"
@@ -100,6 +104,8 @@ def pytest_configure(config: Any) -> None:
         for row in SUPPORT.values():
             if not row.gpu:
                 importlib.import_module(row.module)
+    if config.getoption("--models"):
+        models.packages()
     asked = config.getoption("--runtimes")
     config.missing_runtimes = [name for name in _OTHERS if not _is_installed(name)] if asked else []
     config.asked_runtimes = set(_OTHERS) - set(config.missing_runtimes) if asked == "installed" else set(filter(None, asked.split(",")))
@@ -128,7 +134,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         runtime = item.get_closest_marker("runtime")
         if runtime is not None and runtime.args[0] not in config.asked_runtimes:
             return False
-        return config.getoption("--peers") or not item.get_closest_marker("peers")
+        return all(config.getoption(f"--{name}") or not item.get_closest_marker(name) for name in ("peers", "models"))
 
     config.hook.pytest_deselected(items=[item for item in items if not asked(item)])
     items[:] = [item for item in items if asked(item)]

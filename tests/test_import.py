@@ -103,6 +103,13 @@ def test_imported_layers_become_graphs(case: Published, rng: np.random.Generator
     assert report.worst_step is not None
 
 
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda case: f"{case.format}-{case.layer}")
+def test_imported_arrays_lie_as_those_of_a_new_layer(case: Published, rng: np.random.Generator) -> None:
+    """Many formats store matrices transposed; a view of one would make products on NumPy up to twice as slow."""
+    state = imported(case, case.arrays(rng)).state_dict()
+    assert not [name for name, a in state.items() if not a.flags.c_contiguous]
+
+
 # -- stacks, directions, prefixes, guesses -------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +338,18 @@ def test_short_names(prefix: str, layer: str, rng: np.random.Generator) -> None:
         if source is arrays or prefix:
             made: Any = pn.import_checkpoint(source, prefix=how)
             np.testing.assert_allclose(made(x)[0], case.oracle(p, x, False), rtol=PUBLISHED_FLOAT64)
+
+
+@pytest.mark.parametrize(("layer", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+@pytest.mark.parametrize("short", [False, True])
+def test_the_nearest_layer_is_the_one_whose_shapes_fit(layer: str, gates: int, short: bool, rng: np.random.Generator) -> None:
+    """Those of torch have the same names; an embedding lies beside."""
+    names = ("w_ih", "w_hh", "b_ih", "b_hh") if short else ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+    shapes = ((gates * 5, 3), (gates * 5, 5), (gates * 5,), (gates * 5,))
+    arrays = {f"enc_{name}": rng.standard_normal(shape) for name, shape in zip(names, shapes, strict=True)}
+    with pytest.raises(pn.CheckpointError, match=rf"do not fit 'torch' {layer}, the nearest: .*unknown \['enc_emb'\]"):
+        pn.import_checkpoint({**arrays, "enc_emb": rng.standard_normal((7, 3))}, prefix="enc_")
+    assert type(pn.import_checkpoint({**arrays, "enc_emb": 0.0}, prefix="enc_", ignore=["enc_emb"])).__name__ == layer
 
 
 def test_haiku_does_not_tell_a_linear_module_from_an_lstm(rng: np.random.Generator) -> None:

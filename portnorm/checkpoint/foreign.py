@@ -303,7 +303,7 @@ class _Reader:
         return self.arrays[original].read() if original is not None else numpy.ones(shape, dtype=int)
 
     def _array(self, name: str, read: Read, place: str) -> Any:
-        """The array that a row's entry describes, in our layout."""
+        """The array that a row's entry describes, in our layout; rows lie one after the other, as matrix products read them fastest."""
         keys = self._originals(read, place)
         found = [self.arrays[key].weights() for key in keys]
         columns = sum(a.shape[1] for a in found if a.ndim == 2)
@@ -325,7 +325,7 @@ class _Reader:
         if read.candidate:
             array = numpy.concatenate([numpy.zeros((len(self.order) - 1) * array.shape[0], array.dtype), array])
         try:
-            return read.then(array) if read.then is not None else array
+            return numpy.asarray(read.then(array) if read.then is not None else array, order="C")
         except (ValueError, IndexError) as error:
             raise CheckpointError(f"{', '.join(map(repr, keys))} have a shape that does not fit: {error}") from error
 

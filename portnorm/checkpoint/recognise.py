@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from portnorm.checkpoint.containers import Arrays
@@ -46,10 +47,7 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     said = next(iter(of_one.values())) if len(of_one) == 1 else None
     if said is not None and "class_name" in said.refused:
         raise CheckpointError(f"{said.title} has {said.refused['class_name'].why}")
-    nearest = sorted(
-        (fit for fit in fits if fit.missing or fit.unknown),
-        key=lambda fit: (len(fit.missing) + len(fit.unknown), len(fit.unknown), -fit.explained),
-    )
+    nearest = sorted((fit for fit in fits if fit.missing or fit.unknown), key=partial(_distance, arrays))
     near = nearest[0] if nearest else None
     wrong = next((fit for fit in fits if not fit.unknown and not fit.missing and fit not in exact and _said_layer(fit, arrays)), None)
     if wrong is not None and not exact:
@@ -106,6 +104,11 @@ def _exact(fits: list[Fit], arrays: Arrays) -> tuple[list[Fit], list[Fit]]:
     # A norm with one of γ and β is that norm where the other was to be left out; rows that read the same arrays in the same way are one.
     norms = {(fit.row.format, fit.row.layer) if not fit.row.gates else id(fit): fit for fit in reversed(plausible)}
     return exact, list({_meaning(fit): fit for fit in norms.values()}.values())[::-1]
+
+
+def _distance(arrays: Arrays, fit: Fit) -> tuple[int, int, int, bool]:
+    """How far a fit is from all the keys; of layers that share their names, the one that the shapes speak for is nearer."""
+    return len(fit.missing) + len(fit.unknown), len(fit.unknown), -fit.explained, not _is_plausible(fit, arrays)
 
 
 def _said_layer(fit: Fit, arrays: Arrays) -> str | None:
