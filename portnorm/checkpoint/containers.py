@@ -108,7 +108,7 @@ def _description(value: Any) -> Callable[[], tuple[tuple[int, ...], str]]:
 
 
 def _values(value: Any) -> Callable[[], NumPyArray]:
-    def values() -> NumPyArray:
+    def values() -> Any:
         dtype = str(getattr(value, "dtype", ""))
         if dtype.startswith("torch.float8"):  # which only torch can widen
             return to_numpy(value.float())

@@ -249,7 +249,8 @@ class Layer:
     def eval(self) -> Self:
         """Compute as in evaluation from now on, in a training call too: the running statistics normalize, and stay as they are.
 
-        For one part of a model that is trained: `model.parts[1].eval()`. Gradients go through it, and its parameters have theirs.
+        For one part of a model that is trained: `model.parts[1].eval()`. Gradients go through it, and its parameters have theirs. Copies
+        keep it; files do not, as those of torch.
         """
         self.evaluates = True
         return self

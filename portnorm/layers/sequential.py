@@ -116,7 +116,7 @@ class Sequential(Layer):
     def forward(
         self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
     ) -> tuple[Array, Any, Arrays, Any]:
-        if len({part.batch_first for part in self.parts if part.orders_axes}) > 1:
+        if len({part.batch_first for part in self.parts if part.recurrent}) > 1:
             self._check_places()
         states = iter(self._checked_states(state))
         out, residuals, buffers = [], [], dict(buffers)
