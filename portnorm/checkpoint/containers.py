@@ -111,10 +111,11 @@ def _values(value: Any) -> Callable[[], NumPyArray]:
     def values() -> Any:
         dtype = str(getattr(value, "dtype", ""))
         if dtype.startswith("torch.float8"):  # which only torch can widen
-            return to_numpy(value.float())
-        if dtype == "mlx.core.bfloat16":
-            return to_numpy(value.astype(require_extra("mlx.core", "mlx").float32))
-        return to_numpy(value) if dtype else numpy.asarray(value)
+            value = value.float()
+        elif dtype == "mlx.core.bfloat16":
+            value = value.astype(require_extra("mlx.core", "mlx").float32)
+        array: NumPyArray = to_numpy(value) if dtype else numpy.asarray(value)
+        return array
 
     return values
 
