@@ -221,7 +221,7 @@ class Recurrent(Layer):
         return self._variant.timed
 
     @property
-    def keeps_time(self) -> bool:  # type: ignore[override]
+    def keeps_time(self) -> bool:
         """Whether the result still has the time axis that the input had."""
         return self.return_sequences
 
