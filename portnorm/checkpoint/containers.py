@@ -111,10 +111,12 @@ def _values(value: Any) -> Callable[[], NumPyArray]:
     def values() -> Any:
         dtype = str(getattr(value, "dtype", ""))
         if dtype.startswith("torch.float8"):  # which only torch can widen
-            value = value.float()
+            widened = value.float()
         elif dtype == "mlx.core.bfloat16":
-            value = value.astype(require_extra("mlx.core", "mlx").float32)
-        array: NumPyArray = to_numpy(value) if dtype else numpy.asarray(value)
+            widened = value.astype(require_extra("mlx.core", "mlx").float32)
+        else:
+            widened = value
+        array: NumPyArray = to_numpy(widened) if dtype else numpy.asarray(widened)
         return array
 
     return values
