@@ -10,6 +10,7 @@ names the others.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterable
@@ -105,7 +106,10 @@ def pytest_configure(config: Any) -> None:
             if not row.gpu:
                 importlib.import_module(row.module)
     if config.getoption("--models"):
-        models.packages()
+        try:
+            models.packages()
+        except importlib.metadata.PackageNotFoundError as error:
+            raise pytest.UsageError(f"--models: not installed here: {error.name}") from error
     asked = config.getoption("--runtimes")
     config.missing_runtimes = [name for name in _OTHERS if not _is_installed(name)] if asked else []
     config.asked_runtimes = set(_OTHERS) - set(config.missing_runtimes) if asked == "installed" else set(filter(None, asked.split(",")))

@@ -7,6 +7,7 @@ numbers there than its authors had; the comparison says what was meant.
 
 from __future__ import annotations
 
+import os
 import pickletools
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from side_by_side import Case, exported, main, package_file
 
 import portnorm as pn
 
+os.environ.setdefault("KERAS_BACKEND", "torch")
 MODELS = "chars2vec/trained_models/eng_{size}/{name}"
 WORD = "normalization"
 
