@@ -29,6 +29,9 @@ class SymbolicNamespace:
     def finfo(self, dtype: Any) -> Any:
         return ml_dtypes.finfo(dtype) if dtype == ml_dtypes.bfloat16 else known.finfo(dtype)  # type: ignore[no-untyped-call]
 
+    def iinfo(self, dtype: Any) -> Any:
+        return known.iinfo(dtype)
+
     def __getattr__(self, name: str) -> Any:
         if name in _DTYPES:
             return numpy.dtype(name)
