@@ -493,3 +493,13 @@ def test_damaged_bytes_give_a_layer_or_one_family_of_errors(kind: str, tmp_path:
         (tmp_path / "m.onnx").write_bytes(bytes(damaged))
         with contextlib.suppress(pn.PortnormError):
             assert isinstance(pn.import_checkpoint(tmp_path / "m.onnx"), pn.Layer)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "backwards"])
+def test_a_direction_that_our_graph_has_outside_of_its_node_is_not_lost(direction: Any, tmp_path: Any) -> None:
+    """The node itself goes forward; read alone it would be another layer, without a word."""
+    layer = pn.LSTM(3, 4, direction=direction, rng=0)
+    pn.export(layer, tmp_path / "m.onnx")
+    with pytest.raises(pn.CheckpointError, match=r"portnorm\.load gives the layer"):
+        pn.import_checkpoint(tmp_path / "m.onnx")
+    assert getattr(pn.load(tmp_path / "m.onnx"), "direction", None) == direction

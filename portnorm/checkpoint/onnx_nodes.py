@@ -54,6 +54,11 @@ def held(path: Path) -> Held:
         model = inliner.inline_local_functions(model) if model.functions else model
     except Exception as error:  # protobuf has its own errors
         raise CheckpointError(f"{name!r} is no ONNX model: {error}") from error
+    if any(f'"direction": "{way}"' in p.value for p in model.metadata_props for way in ("reverse", "backwards")):
+        raise CheckpointError(
+            f"{name!r} was written by portnorm.export of a layer that goes from the last step to the first, which its graph does outside of "
+            "the nodes that are read here; portnorm.load gives the layer"
+        )
     found, taken = Held({}, format="onnx"), set[str]()
     for k, (node, scope, way) in enumerate(_nodes(model, path)):
         own = f"{way}{node.name or f'node{k}'}"
