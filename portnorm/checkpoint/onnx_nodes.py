@@ -56,8 +56,8 @@ def held(path: Path) -> Held:
         raise CheckpointError(f"{name!r} is no ONNX model: {error}") from error
     if any(f'"direction": "{way}"' in p.value for p in model.metadata_props for way in ("reverse", "backwards")):
         raise CheckpointError(
-            f"{name!r} was written by portnorm.export of a layer that goes from the last step to the first, which its graph does outside of "
-            "the nodes that are read here; portnorm.load gives the layer"
+            f"{name!r} was written by portnorm.export of a layer that goes from the last step to the first, which its graph does outside "
+            "of the nodes that are read here; portnorm.load gives the layer"
         )
     found, taken = Held({}, format="onnx"), set[str]()
     for k, (node, scope, way) in enumerate(_nodes(model, path)):
