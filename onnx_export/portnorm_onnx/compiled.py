@@ -11,7 +11,7 @@ import numpy
 from portnorm.arrays import leaves, mapped, require_extra
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Layer
-from portnorm.layers.recurrent import checked_time
+from portnorm.layers.state import checked_time
 from portnorm.padding import Mask
 from portnorm_onnx.export import export
 from portnorm_onnx.signature import TIME, named_state

@@ -7,8 +7,9 @@ from typing import Any
 
 from portnorm.arrays import leaves, mapped
 from portnorm.layers.layer import Layer
-from portnorm.layers.recurrent import PlacedState, Recurrent
+from portnorm.layers.recurrent import Recurrent
 from portnorm.layers.sequential import Sequential
+from portnorm.layers.state import PlacedState
 from portnorm_onnx.symbolic import Opset, SymbolicArray, constant, graph_input
 
 TIME = "time"

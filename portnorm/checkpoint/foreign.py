@@ -27,7 +27,8 @@ from portnorm.checkpoint.recognise import Fit, expanded, fit_of, layers_of, plac
 from portnorm.checkpoint.stored import NumPyArray, Said
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
-from portnorm.layers.recurrent import Recurrent, in_direction
+from portnorm.layers.names import in_direction
+from portnorm.layers.recurrent import Recurrent
 
 _log = logging.getLogger("portnorm")
 _VARIANT_FIELDS = {f.name for f in fields(Variant)}

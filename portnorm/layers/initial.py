@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy
+
+from portnorm.cells.cell import RecurrentCell
 
 if TYPE_CHECKING:  # NumPy loads its random module on first use, which takes as long as all of portnorm
     from numpy.random import Generator as Generator
@@ -50,3 +52,46 @@ HIDDEN: dict[HiddenInit, Callable[[Generator, tuple[int, int], int, int], NumPyA
     "identity candidate": identity_candidate,
 }
 """Initial hidden weights (gates · hidden, outputs), from the shape of one gate's, the number of gates and the place of the candidate."""
+
+
+class Start(NamedTuple):
+    """Initial values that were asked for; `None` is the variant's own."""
+
+    forget_bias: float | None
+    hidden_init: HiddenInit | None
+    proj_size: int
+
+
+def initial_values(cell: RecurrentCell, inputs: int, hidden: int, t_max: int, start: Start, rng: Generator) -> Iterator[tuple[str, Any]]:
+    """Names inside the cell and initial values of one direction's parameters."""
+    variant, size, bound = cell.variant, cell.gates * hidden, 1.0 / math.sqrt(hidden)
+    plain = variant.norm in (None, "weight")
+    name_of_hidden = start.hidden_init or ("uniform" if plain else "orthogonal")
+    weights = {"weight_ih": uniform(rng, bound, size, inputs) if plain else orthogonal(rng, size, inputs)}
+    if variant.recurrence == "diagonal":
+        weights["weight_hh"] = uniform(rng, 1.0, hidden, 1)
+    else:
+        weights["weight_hh"] = HIDDEN[name_of_hidden](rng, (hidden, start.proj_size or hidden), cell.gates, cell.candidate)
+    for name, w in weights.items():
+        if variant.norm == "weight":
+            yield f"{name}.g", numpy.linalg.norm(w, axis=1, keepdims=True)
+            yield f"{name}.v", w
+        else:
+            yield name, w
+    if start.proj_size:
+        yield "weight_hr", uniform(rng, bound, start.proj_size, hidden) if plain else orthogonal(rng, start.proj_size, hidden)
+    wanted = variant.forget_bias or None if start.forget_bias is None else start.forget_bias
+    for k, name in enumerate(dict.fromkeys((*variant.biases, *variant.early))):
+        values = uniform(rng, bound, size) if plain else numpy.zeros(size)
+        if cell.forget_gate is not None and wanted is not None:
+            values[cell.forget_gate * hidden : (cell.forget_gate + 1) * hidden] = wanted if k == 0 else 0.0
+        yield name, values
+    if variant.peepholes:
+        yield "peephole", uniform(rng, bound, 3, hidden) if plain else numpy.zeros((3, hidden))
+    rows = (t_max,) if variant.affine == "step" else ()
+    for slot in cell.names():
+        width = cell.width(slot) * hidden
+        if cell.scales(slot):
+            yield f"{slot}.weight", numpy.full((*rows, width), variant.gain)
+        if cell.shifts(slot):
+            yield f"{slot}.bias", numpy.zeros((*rows, width))

@@ -15,8 +15,10 @@ from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
 from portnorm.cells.variants import NormName, Variant, variant_of
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
-from portnorm.layers.initial import HIDDEN, Generator, HiddenInit, generator, orthogonal, uniform
+from portnorm.layers.initial import HIDDEN, Generator, HiddenInit, Start, generator, initial_values
 from portnorm.layers.layer import Arrays, Layer
+from portnorm.layers.names import in_direction, with_suffix, without_suffix
+from portnorm.layers.state import PlacedState, checked_time
 from portnorm.norm.normalize import Reduce
 from portnorm.padding import Counted, Mask, are_in_front, pack_steps, unpack_steps
 from portnorm.recurrent import Direction, RecurrentResiduals
@@ -28,24 +30,8 @@ from portnorm.sums import total_like
 Way = Literal["forward", "reverse", "backwards"]
 DIRECTIONS: tuple[str, ...] = get_args(Way)
 
-
-class PlacedState(NamedTuple):
-    """A state as the directions take it: that of each layer and direction, and the number of steps that have gone before."""
-
-    places: list[tuple[Array, ...]] | None  # `None`: those that the layer starts from by itself
-    time: Array | None
-
-
 _SIZES = ("input_size", "hidden_size", "norm", "num_layers", "bidirectional")
 _SETTINGS = (*_SIZES, "batch_first", "return_sequences", "direction", "t_max", "momentum", "proj_size", "learned_state")
-
-
-class Start(NamedTuple):
-    """Initial values that were asked for; `None` is the variant's own."""
-
-    forget_bias: float | None
-    hidden_init: HiddenInit | None
-    proj_size: int
 
 
 class StackResiduals(NamedTuple):
@@ -160,10 +146,10 @@ class Recurrent(Layer):
         self._made: tuple[Any, tuple[tuple[str, int, Direction], ...]] | None = None
         for suffix, inputs, place in self._places():
             start = Start(forget_bias, hidden_init, self.proj_size)
-            values = _initial(place.cells[0], inputs, self.hidden_size, self.t_max, start, random)
-            self.params |= {_with(name, suffix): self._new(v) for name, v in values}
+            values = initial_values(place.cells[0], inputs, self.hidden_size, self.t_max, start, random)
+            self.params |= {with_suffix(name, suffix): self._new(v) for name, v in values}
             first = zip(self.learned, self.state_sizes(), strict=False)
-            self.params |= {_with(name, suffix): self._new(numpy.zeros(size)) for name, size in first}
+            self.params |= {with_suffix(name, suffix): self._new(numpy.zeros(size)) for name, size in first}
         self._start_statistics()
 
     @property
@@ -323,11 +309,11 @@ class Recurrent(Layer):
             lengths, packed = _counted(mask), not are_in_front(mask)
             x = pack_steps(x, mask) if packed else x
         states, time = state if isinstance(state, PlacedState) else self._placed(buffers, x, state)
-        learned = params[_with(self.learned[0], "_l0")] if self.learned and states is None else None
+        learned = params[with_suffix(self.learned[0], "_l0")] if self.learned and states is None else None
         states = self._starts(params, x) if states is None else states
         steps, residuals, last, new_buffers, directions = x.shape[0], [], [], {}, []
         for k, (suffix, _, direction) in enumerate(self._places()):
-            own, kept = _without(params, suffix), _without(buffers, suffix)
+            own, kept = without_suffix(params, suffix), without_suffix(buffers, suffix)
             own = {name: a for name, a in own.items() if name not in self.learned}
             y, after, buffered, residual = direction.forward(
                 own, kept, x, states[k], time=time, lengths=lengths, training=training, keep=keep, momentum=self.momentum
@@ -335,7 +321,7 @@ class Recurrent(Layer):
             if residual is not None:
                 residuals.append(residual)
             last.append(after)
-            new_buffers.update({_with(name, suffix): a for name, a in buffered.items()})
+            new_buffers.update({with_suffix(name, suffix): a for name, a in buffered.items()})
             if mask is not None and k >= (self.num_layers - 1) * self.num_directions:
                 y = self._shown(y, mask, lengths, states[k][0])
             directions.append(y)
@@ -365,12 +351,12 @@ class Recurrent(Layer):
                 d, dfirst[k], shares = direction.vjp(residuals.directions[k], own, tuple(s[k, ...] for s in dlast), training=training)
                 dfirst[k] = dfirst[k] if before is None else (dfirst[k][0] + before, *dfirst[k][1:])
                 dx = d if dx is None else dx + d
-                grads.update({_with(name, suffix): g for name, g in shares.items()})
+                grads.update({with_suffix(name, suffix): g for name, g in shares.items()})
             dy = dx
         for k, (suffix, _, _) in places:
             for name, d in zip(self.learned, dfirst[k], strict=False):
                 total = total_like(d, (0,))
-                grads[_with(name, suffix)] = xp.zeros_like(total) if residuals.learned is None else total
+                grads[with_suffix(name, suffix)] = xp.zeros_like(total) if residuals.learned is None else total
         if residuals.packed:
             dy = pack_steps.vjp(mask, dy)[0]
         dx = xp.permute_dims(dy, (1, 0, 2)) if self.batch_first else dy
@@ -446,7 +432,7 @@ class Recurrent(Layer):
         time = (self._new(0, integer=True),) if self.timed else ()
         states = (self._new(h), *(self._new(numpy.zeros(shape)) for shape in others))
         if self.learned:
-            learned = [self.xp.stack([self.params[_with(name, suffix)] for suffix, _, _ in self._places()]) for name in self.learned]
+            learned = [self.xp.stack([self.params[with_suffix(name, suffix)] for suffix, _, _ in self._places()]) for name in self.learned]
             states = tuple(state + start[:, None, :] for state, start in zip(states, learned, strict=True))
         return (*states, *time)
 
@@ -488,7 +474,7 @@ class Recurrent(Layer):
         if not self.learned:
             return [zeros] * len(places)
         return [
-            tuple(zero + params[_with(name, suffix)][None, :] for zero, name in zip(zeros, self.learned, strict=True))
+            tuple(zero + params[with_suffix(name, suffix)][None, :] for zero, name in zip(zeros, self.learned, strict=True))
             for suffix, _, _ in places
         ]
 
@@ -575,24 +561,6 @@ class RNN(Recurrent):
     cell = RNNCell
 
 
-def checked_time(x: Array, time: Any) -> Array:
-    """The number of steps that have gone before, one for all sequences, as an integer array without axes."""
-    xp = xp_of(x)
-    if isinstance(time, int):
-        time = xp.asarray(time, dtype=default_integer(xp), device=device_of(x))
-    namespace(x=x, state=time)
-    if not xp.isdtype(time.dtype, "integral"):
-        raise DTypeError(f"`state` has time of dtype {time.dtype}; expected an integer, the number of steps before")
-    if time.ndim:
-        raise ShapeError(
-            f"`state` has time of shape {tuple(time.shape)}; expected (), the number of steps before, which all sequences of a call "
-            "share: call once for the sequences of each time"
-        )
-    if is_concrete(time) and int(time) < 0:
-        raise UnsupportedError(f"`state` has time {int(time)}; expected the number of steps before, at least 0")
-    return time
-
-
 def _counted(mask: Array) -> Array:
     """(batch,): how many steps of each sequence a mask (time, batch) has."""
     xp = xp_of(mask)
@@ -606,59 +574,3 @@ def _where(there: Array, y: Array) -> Array:
 def recurrent_parts(model: Layer) -> list[Recurrent]:
     """The recurrent layers of a model, in order."""
     return [layer for layer in model.layers() if isinstance(layer, Recurrent)]
-
-
-def _initial(cell: RecurrentCell, inputs: int, hidden: int, t_max: int, start: Start, rng: Generator) -> Iterator[tuple[str, Any]]:
-    """Names inside the cell and initial values of one direction's parameters."""
-    variant, size, bound = cell.variant, cell.gates * hidden, 1.0 / math.sqrt(hidden)
-    plain = variant.norm in (None, "weight")
-    name_of_hidden = start.hidden_init or ("uniform" if plain else "orthogonal")
-    weights = {"weight_ih": uniform(rng, bound, size, inputs) if plain else orthogonal(rng, size, inputs)}
-    if variant.recurrence == "diagonal":
-        weights["weight_hh"] = uniform(rng, 1.0, hidden, 1)
-    else:
-        weights["weight_hh"] = HIDDEN[name_of_hidden](rng, (hidden, start.proj_size or hidden), cell.gates, cell.candidate)
-    for name, w in weights.items():
-        if variant.norm == "weight":
-            yield f"{name}.g", numpy.linalg.norm(w, axis=1, keepdims=True)
-            yield f"{name}.v", w
-        else:
-            yield name, w
-    if start.proj_size:
-        yield "weight_hr", uniform(rng, bound, start.proj_size, hidden) if plain else orthogonal(rng, start.proj_size, hidden)
-    wanted = variant.forget_bias or None if start.forget_bias is None else start.forget_bias
-    for k, name in enumerate(dict.fromkeys((*variant.biases, *variant.early))):
-        values = uniform(rng, bound, size) if plain else numpy.zeros(size)
-        if cell.forget_gate is not None and wanted is not None:
-            values[cell.forget_gate * hidden : (cell.forget_gate + 1) * hidden] = wanted if k == 0 else 0.0
-        yield name, values
-    if variant.peepholes:
-        yield "peephole", uniform(rng, bound, 3, hidden) if plain else numpy.zeros((3, hidden))
-    rows = (t_max,) if variant.affine == "step" else ()
-    for slot in cell.names():
-        width = cell.width(slot) * hidden
-        if cell.scales(slot):
-            yield f"{slot}.weight", numpy.full((*rows, width), variant.gain)
-        if cell.shifts(slot):
-            yield f"{slot}.bias", numpy.zeros((*rows, width))
-
-
-def in_direction(name: str, layer: int, direction: int) -> str:
-    """The full name of what is called `name` inside one direction: `norm_c.weight` of layer 0 to `norm_c_l0.weight`."""
-    return _with(name, f"_l{layer}" + "_reverse" * direction)
-
-
-def _with(name: str, suffix: str) -> str:
-    """`norm_c.weight` and `_l0` to `norm_c_l0.weight`."""
-    head, dot, tail = name.partition(".")
-    return head + suffix + dot + tail
-
-
-def _without(arrays: Arrays, suffix: str) -> Arrays:
-    """The arrays of one direction, by their names inside the cell."""
-    found = {}
-    for name, array in arrays.items():
-        head, dot, tail = name.partition(".")
-        if head.endswith(suffix):
-            found[head.removesuffix(suffix) + dot + tail] = array
-    return found

@@ -1,0 +1,33 @@
+"""The state of a recurrent layer, as it comes with a call and as its directions take it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from portnorm.arrays import Array, default_integer, device_of, is_concrete, namespace, xp_of
+from portnorm.errors import DTypeError, ShapeError, UnsupportedError
+
+
+class PlacedState(NamedTuple):
+    """A state as the directions take it: that of each layer and direction, and the number of steps that have gone before."""
+
+    places: list[tuple[Array, ...]] | None  # `None`: those that the layer starts from by itself
+    time: Array | None
+
+
+def checked_time(x: Array, time: Any) -> Array:
+    """The number of steps that have gone before, one for all sequences, as an integer array without axes."""
+    xp = xp_of(x)
+    if isinstance(time, int):
+        time = xp.asarray(time, dtype=default_integer(xp), device=device_of(x))
+    namespace(x=x, state=time)
+    if not xp.isdtype(time.dtype, "integral"):
+        raise DTypeError(f"`state` has time of dtype {time.dtype}; expected an integer, the number of steps before")
+    if time.ndim:
+        raise ShapeError(
+            f"`state` has time of shape {tuple(time.shape)}; expected (), the number of steps before, which all sequences of a call "
+            "share: call once for the sequences of each time"
+        )
+    if is_concrete(time) and int(time) < 0:
+        raise UnsupportedError(f"`state` has time {int(time)}; expected the number of steps before, at least 0")
+    return time
