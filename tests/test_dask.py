@@ -122,6 +122,8 @@ def with_an_empty_chunk(values: Any, axis: int, place: int) -> Any:
         return values
     if values.ndim <= axis:
         return DASK.array(values)
+    if values.shape[axis] < 2:  # nothing to part; Dask itself cannot broadcast one value in several chunks
+        return da.from_array(values, chunks=values.shape)
     half, rest = values.shape[axis] // 2, values.shape[axis] - values.shape[axis] // 2
     lengths = [half, rest]
     lengths.insert(place, 0)

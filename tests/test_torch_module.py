@@ -45,9 +45,11 @@ WITH_BUFFERS = {
 
 def drawn(layer: pn.Layer, rng: np.random.Generator) -> pn.Layer:
     """The layer with random gains, shifts and statistics."""
-    for group in (layer.params, layer.buffers):
-        values = {n: a + 0.3 * rng.uniform(size=a.shape).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in group.items()}
-        layer.assign(*((values, None) if group is layer.params else (layer.params, values)))
+    groups = [
+        {n: a + 0.3 * rng.uniform(size=a.shape).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in group.items()}
+        for group in (layer.params, layer.buffers)
+    ]
+    layer.assign(*groups)
     return layer
 
 
