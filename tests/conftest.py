@@ -29,7 +29,7 @@ from portnorm.arrays import load_namespace, to_numpy
 from portnorm.errors import MissingExtraError
 from portnorm.libraries import SUPPORT, Support
 from portnorm_backends.cpu import registers
-from portnorm_onnx.runtimes import RUNTIMES
+from portnorm_onnx.runtimes import RUNTIMES, _openvino_module
 
 collect_ignore = ["torch_cells.py"]  # has no tests, and imports torch
 
@@ -129,8 +129,7 @@ def _is_installed(runtime: str) -> bool:
 
 def _rounds_by_itself() -> bool:
     """Whether OpenVINO, left alone, computes in bfloat16 on this processor: then its results are not to be held to those of float32."""
-    openvino = importlib.import_module("openvino")
-    return str(openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT")) != "<Type: 'float32'>"
+    return str(_openvino_module().Core().get_property("CPU", "INFERENCE_PRECISION_HINT")) != "<Type: 'float32'>"
 
 
 def pytest_report_header(config: Any) -> str | None:
