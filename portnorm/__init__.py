@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from portnorm.affine import linear
 from portnorm.cells.variants import IMPLEMENTATIONS, VARIANTS, Variant
@@ -127,11 +128,25 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'portnorm' has no attribute {name!r}")
     module, packages = _LAZY[name]
-    for package in packages:
-        from portnorm.arrays import require_extra
+    try:
+        for package in packages:
+            from portnorm.arrays import require_extra
 
-        require_extra(package, "torch" if "torch" in packages else "onnx")
+            require_extra(package, "torch" if "torch" in packages else "onnx")
+    except MissingExtraError as error:
+        return _without_its_extra(name, str(error))
     return getattr(importlib.import_module(module), name)
+
+
+def _without_its_extra(name: str, problem: str) -> Callable[..., NoReturn]:
+    """What stands for a function whose packages are missing: `help(portnorm)` and `from portnorm import *` work, a call names the extra."""
+
+    def missing(*_: object, **__: object) -> NoReturn:
+        raise MissingExtraError(problem)
+
+    missing.__name__ = missing.__qualname__ = name
+    missing.__doc__ = problem
+    return missing
 
 
 def __dir__() -> list[str]:

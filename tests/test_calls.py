@@ -140,7 +140,8 @@ def test_the_signature_that_is_shown_is_the_one_of_a_call(op: Op[..., Any]) -> N
     assert shown.parameters == written.parameters
     assert shown.return_annotation == "Array"
     text = pydoc.render_doc(op, renderer=pydoc.plaintext)
-    assert f"{op.name}({', '.join(str(p) for p in list(shown.parameters.values())[:1])}" in text
+    first = next(iter(shown.parameters.values()))
+    assert f"{op.name}({first}" in text.replace("(\n    ", "(")  # newer Pythons break long lines
     assert str(op.__doc__).partition("\n")[0] in text
 
 

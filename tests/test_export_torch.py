@@ -538,7 +538,7 @@ sys.modules["onnxscript"] = None
 import portnorm
 portnorm.torch_module
 try:
-    portnorm.export_torch
+    portnorm.export_torch(None, ())
 except portnorm.MissingExtraError as error:
     print(error)
 """

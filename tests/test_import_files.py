@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import inspect
 import json
 import os
 import struct
@@ -406,11 +408,9 @@ def test_the_advice_for_pickles_works(form: str, tmp_path: Path) -> None:
 
 
 def test_the_help_of_a_variant_explains_every_field() -> None:
-    import dataclasses
-
-    text = pn.Variant.__doc__ or ""
+    text = inspect.getdoc(pn.Variant) or ""
     for field in dataclasses.fields(pn.Variant):
-        assert f"\n      {field.name}: " in text, field.name
+        assert f"\n  {field.name}: " in text, field.name
 
 
 # -- memory --------------------------------------------------------------------------------------------------------------------------------

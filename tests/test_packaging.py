@@ -52,14 +52,27 @@ def test_the_source_distribution_has_what_the_two_commands_need(distributions: P
 
 def test_all_is_what_there_is() -> None:
     assert sorted(pn.__all__, key=lambda n: (n.upper() != n, n.lower() == n, n)) == pn.__all__
-    assert all(getattr(pn, name) is not None for name in pn.__all__ if "torch" not in pn._LAZY.get(name, ("", ()))[1])
+    assert all(getattr(pn, name) is not None for name in pn.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pn.nothing
 
 
+def test_help_and_a_star_need_no_extra() -> None:
+    code = """
+import pydoc, sys
+sys.modules.update(dict.fromkeys(["torch", "onnx", "onnxruntime", "onnxscript"]))
+from portnorm import *
+import portnorm
+assert layer_norm is portnorm.layer_norm
+text = pydoc.render_doc(portnorm, renderer=pydoc.plaintext)
+print(all(name in text for name in portnorm.__all__))
+"""
+    assert output_of(code) == "True"
+
+
 @pytest.mark.peers
-def test_all_is_what_there_is_with_torch() -> None:
-    assert all(getattr(pn, name) is not None for name in pn.__all__)
+def test_no_name_is_missing_with_torch() -> None:
+    assert all(getattr(pn, name).__module__ != "portnorm" for name in pn._LAZY if name != "FORMATS")
 
 
 def test_import_brings_in_nothing_but_numpy_and_array_api_compat() -> None:
@@ -83,7 +96,7 @@ import sys
 sys.modules["onnx"] = None
 import portnorm
 try:
-    portnorm.export
+    portnorm.export(None, ())
 except portnorm.MissingExtraError as error:
     print(error)
 """

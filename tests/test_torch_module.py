@@ -68,7 +68,7 @@ import sys
 sys.modules["torch"] = None
 import portnorm
 try:
-    portnorm.{name}
+    portnorm.{name}(None)
 except portnorm.MissingExtraError as error:
     print(error)
 """
@@ -506,6 +506,7 @@ def test_torch_compile_follows_a_module(name: str, training: bool, rng: np.rando
     np.testing.assert_allclose(again, dx, atol=1e-10)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("kind", ["half", "bfloat16"])
 def test_running_statistics_stay_wide_in_a_narrow_module(kind: str, affine: bool) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -160,7 +162,10 @@ def _hdf5(path: Path, stack: contextlib.ExitStack) -> Held:
 def _keras(path: Path, stack: contextlib.ExitStack) -> Held:
     h5py = require_extra("h5py", "import")
     archive = stack.enter_context(zipfile.ZipFile(path))
-    weights = stack.enter_context(archive.open("model.weights.h5"))
+    # Copied out, in one pass: what seeks in a member gets wrong bytes from some Pythons (3.12.7 to 3.13.1) where it is stored as it is.
+    weights = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+    with archive.open("model.weights.h5") as member:
+        shutil.copyfileobj(member, weights, 1 << 20)
     return keras_files.archive(stack.enter_context(h5py.File(weights, "r")), archive, os.fspath(path))
 
 
