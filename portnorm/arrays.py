@@ -246,13 +246,25 @@ def require_floating(xp: Namespace, **arrays: Array | None) -> None:
 def require_real(xp: Namespace, **arrays: Array | None) -> None:
     """Raise `DTypeError` unless every named array holds real numbers or truth values."""
     for name, a in arrays.items():
-        if a is not None and not xp.isdtype(a.dtype, ("real floating", "integral", "bool")):
+        if a is not None and not is_kind(xp, a.dtype, "real floating", "integral", "bool"):
             raise DTypeError(f"`{name}` has dtype {a.dtype}; expected real numbers")
+
+
+_KINDS = {"real floating": "f", "integral": "iu", "signed integer": "i", "unsigned integer": "u", "bool": "b"}
+"""The standard's kinds of types as the letters of NumPy's own."""
+
+
+def is_kind(xp: Namespace, dtype: DType, *kinds: str) -> bool:
+    """Whether `dtype` is of one of these kinds of the standard: `xp.isdtype`, which in NumPy takes as long as a small kernel."""
+    letter = getattr(dtype, "kind", "V")
+    if letter == "V":
+        return any(bool(xp.isdtype(dtype, kind)) for kind in kinds)
+    return any(letter in _KINDS[kind] for kind in kinds)
 
 
 def _is_floating(xp: Namespace, dtype: DType) -> bool:
     try:
-        return bool(xp.isdtype(dtype, "real floating")) and getattr(dtype, "char", "") != "g"  # not NumPy's longdouble
+        return is_kind(xp, dtype, "real floating") and getattr(dtype, "char", "") != "g"  # not NumPy's longdouble
     except TypeError:  # a type that another package gave to NumPy
         return False
 
@@ -268,6 +280,8 @@ def require_lengths(**arrays: Array | None) -> None:
 
 def statistics_dtype(xp: Namespace, dtype: DType) -> DType:
     """The type in which statistics of `dtype` values are taken: at least float32."""
+    if getattr(dtype, "kind", "") == "f":  # one of NumPy's own, which know their size
+        return dtype if dtype.itemsize >= 4 else xp.float32
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
 

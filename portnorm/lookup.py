@@ -9,6 +9,7 @@ from portnorm.arrays import (
     default_integer,
     device_of,
     is_concrete,
+    is_kind,
     namespace,
     require_floating,
     require_given,
@@ -39,7 +40,7 @@ def embedding(ids: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
     require_lengths(ids=ids)
     if weight.ndim != 2:
         raise ShapeError(f"`weight` has shape {tuple(weight.shape)}; expected (entries, features)")
-    if not xp.isdtype(ids.dtype, "integral"):
+    if not is_kind(xp, ids.dtype, "integral"):
         raise DTypeError(f"`ids` has dtype {ids.dtype}; expected integers")
     if is_concrete(ids) and 0 not in ids.shape and (int(xp.min(ids)) < 0 or int(xp.max(ids)) >= weight.shape[0]):
         raise ShapeError(f"`ids` reach from {int(xp.min(ids))} to {int(xp.max(ids))}; expected 0 to {weight.shape[0] - 1}")

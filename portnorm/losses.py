@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from portnorm.arrays import (
     Array,
+    DType,
     Namespace,
     default_integer,
     device_of,
     is_concrete,
+    is_kind,
     namespace,
     require_floating,
     require_given,
@@ -65,32 +67,14 @@ def softmax_cross_entropy(
         raise ShapeError(f"`labels` has shape {tuple(labels.shape)}; expected {cases} for `logits` {tuple(logits.shape)}")
     if weights is not None and tuple(weights.shape) != cases:
         raise ShapeError(f"`weights` has shape {tuple(weights.shape)}; expected {cases}, one for each of `labels`")
-    labels, ignored = _checked_labels(xp, labels, ignore_index)
     z = xp.astype(logits, statistics_dtype(xp, logits.dtype), copy=False)
-    counts = xp.logical_not(ignored)
-    w = xp.astype(counts, z.dtype) if weights is None else xp.where(counts, xp.astype(weights, z.dtype), 0.0)
-    if weights is not None:
-        counts = _not_zero(xp, w)
-        w = xp.where(counts, w, 0.0)  # a constant to who differentiates this
-    share = _share(xp, w, _total(w if weights is None else xp.abs(w)))
-    seen = is_concrete(labels) and is_concrete(counts)
-    if seen and 0 not in cases:
-        that_count = xp.where(counts, labels, 0)
-        low, high = int(xp.min(that_count)), int(xp.max(that_count))
-        if low < 0 or high >= classes:
-            raise ShapeError(
-                f"`labels` reach from {low} to {high}; expected 0 to {classes - 1}, the classes of `logits` {tuple(logits.shape)}, or "
-                f"`ignore_index` ({ignore_index})"
-            )
-    elif not seen:
-        there = (labels >= 0) & (labels < classes)
-        share = xp.where(xp.logical_or(there, xp.logical_not(counts)), share, math.nan)
-    if not (seen and bool(xp.all(counts))):
-        z = xp.where(xp.expand_dims(counts, axis=-1), z, 0.0)
+    labels, share, counts = _shares(xp, labels, weights, ignore_index, z)
+    if counts is not None:
+        z = xp.where(counts[..., None], z, 0.0)
     shifted = z - xp.max(z, axis=-1, keepdims=True)
     log_sum = xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
-    chosen = xp.equal(xp.expand_dims(labels, axis=-1), xp.arange(classes, dtype=labels.dtype, device=device_of(logits)))
-    losses = xp.squeeze(log_sum, axis=-1) - xp.sum(xp.where(chosen, shifted, 0.0), axis=-1)
+    chosen = xp.equal(labels[..., None], xp.arange(classes, dtype=labels.dtype, device=device_of(logits)))
+    losses = log_sum[..., 0] - xp.sum(xp.where(chosen, shifted, 0.0), axis=-1)
     return xp.astype(_total(losses * share), logits.dtype, copy=False), Entropy(shifted - log_sum, chosen, share, logits, weights)
 
 
@@ -99,15 +83,16 @@ def _(residuals: Entropy, dy: Array, *, ignore_index: int | None = -100) -> tupl
     """dlogits = dy · (softmax − one-hot) · w / Σ w,  dw = dy · (loss of the case − loss) / Σ w"""
     log_probabilities, chosen, share, logits, weights = residuals
     xp = namespace(log_probabilities=log_probabilities)
-    d = (xp.exp(log_probabilities) - xp.astype(chosen, share.dtype)) * xp.expand_dims(share, axis=-1)
-    losses = -xp.sum(xp.where(chosen, log_probabilities, 0.0), axis=-1)
-    return xp.astype(d * _of(dy, d), logits.dtype, copy=False), None, _of_weights(xp, losses, share, weights, dy)
+    d = (xp.exp(log_probabilities) - xp.astype(chosen, share.dtype)) * (share[..., None] * _of(dy, share))
+    dweights = None
+    if weights is not None and is_kind(xp, weights.dtype, "real floating"):
+        losses = -xp.sum(xp.where(chosen, log_probabilities, 0.0), axis=-1)
+        dweights = _of_weights(xp, losses, share, weights, dy)
+    return xp.astype(d, logits.dtype, copy=False), None, dweights
 
 
-def _of_weights(xp: Namespace, losses: Array, share: Array, weights: Array | None, dy: Any) -> Array | None:
-    """dw = dy · (losses − loss) / Σ w where a case counts; `None` for weights that are no floating-point numbers."""
-    if weights is None or not xp.isdtype(weights.dtype, "real floating"):
-        return None
+def _of_weights(xp: Namespace, losses: Array, share: Array, weights: Array, dy: Any) -> Array:
+    """dw = dy · (losses − loss) / Σ w where a case counts."""
     counts = _not_zero(xp, share)
     loss = _total(xp.where(counts, losses * share, 0.0))
     along = xp.reshape(xp.astype(weights, share.dtype), (*weights.shape, *(1 for _ in range(share.ndim - weights.ndim))))
@@ -117,19 +102,53 @@ def _of_weights(xp: Namespace, losses: Array, share: Array, weights: Array | Non
     return xp.astype(d * _of(dy, d), weights.dtype, copy=False)
 
 
-def _checked_labels(xp: Namespace, labels: Array, ignore_index: int | None) -> tuple[Array, Array]:
-    """Labels as the default integer, which holds every class, and where they are to be ignored."""
-    if not xp.isdtype(labels.dtype, "integral"):
+def _shares(xp: Namespace, labels: Array, weights: Array | None, ignore_index: int | None, z: Array) -> tuple[Array, Array, Array | None]:
+    """Labels as the default integer, the share of each case in the mean, and which cases count: `None` where all are known to.
+
+    Raises `ShapeError` for a label that counts and is no class; where that cannot be seen, the share of its case is NaN.
+    """
+    labels, ignore_index = _checked_labels(xp, labels, ignore_index)
+    cases, classes = tuple(z.shape[:-1]), z.shape[-1]
+    there = (labels >= 0) & (labels < classes)
+    ignores_a_class = ignore_index is not None and 0 <= ignore_index < classes
+    if weights is None and not ignores_a_class and is_concrete(there) and bool(xp.all(there)):
+        return labels, xp.full(cases, 1.0 / max(1, math.prod(cases)), dtype=z.dtype, device=device_of(z)), None
+    counts = xp.ones_like(there) if ignore_index is None else xp.logical_not(xp.equal(labels, ignore_index))
+    if weights is None:
+        w = xp.astype(counts, z.dtype)
+    else:
+        w = xp.where(counts, xp.astype(weights, z.dtype), 0.0)
+        counts = _not_zero(xp, w)
+        w = xp.where(counts, w, 0.0)  # a constant to who differentiates this
+    share = _share(xp, w, _total(w if weights is None else xp.abs(w)))
+    wrong = xp.logical_and(counts, xp.logical_not(there))
+    if not (is_concrete(labels) and is_concrete(counts)):
+        return labels, xp.where(wrong, math.nan, share), counts
+    if bool(xp.any(wrong)):
+        that_count = xp.where(counts, labels, 0)
+        raise ShapeError(
+            f"`labels` reach from {int(xp.min(that_count))} to {int(xp.max(that_count))}; expected 0 to {classes - 1}, the classes of "
+            f"`logits` {tuple(z.shape)}, or `ignore_index` ({ignore_index})"
+        )
+    return labels, share, None if bool(xp.all(counts)) else counts
+
+
+def _checked_labels(xp: Namespace, labels: Array, ignore_index: int | None) -> tuple[Array, int | None]:
+    """Labels as the default integer, which holds every class, and the one to be ignored, `None` where no label can be it."""
+    if not is_kind(xp, labels.dtype, "integral"):
         raise DTypeError(f"`labels` has dtype {labels.dtype}; expected integers")
-    unsigned = xp.isdtype(labels.dtype, "unsigned integer")
+    unsigned = is_kind(xp, labels.dtype, "unsigned integer")
     labels = xp.astype(labels, default_integer(xp), copy=False)
     if ignore_index is not None:
-        ignore_index, limits = whole_number("ignore_index", ignore_index), xp.iinfo(labels.dtype)
-        if not (0 if unsigned else limits.min) <= ignore_index <= limits.max:
-            ignore_index = None  # no label can be it
-    if ignore_index is None:
-        return labels, xp.zeros_like(labels, dtype=xp.bool)
-    return labels, xp.equal(labels, ignore_index)
+        ignore_index = whole_number("ignore_index", ignore_index)
+        if (unsigned and ignore_index < 0) or (abs(ignore_index) >= 2**31 and not _holds(xp, labels.dtype, ignore_index)):
+            ignore_index = None
+    return labels, ignore_index
+
+
+def _holds(xp: Namespace, dtype: DType, number: int) -> bool:
+    limits = xp.iinfo(dtype)
+    return bool(limits.min <= number <= limits.max)
 
 
 def _share(xp: Namespace, w: Array, size: Array) -> Array:
@@ -209,6 +228,8 @@ def _(residuals: SquaredError, dy: Array) -> tuple[Array, Array | None, Array | 
     xp = namespace(error=error)
     d = 2.0 * error * _of(dy, error)
     d = d / _size(xp, error) if share is None else d * share
-    dtarget = xp.astype(-d, target.dtype, copy=False) if xp.isdtype(target.dtype, "real floating") else None
-    dweights = None if share is None else _of_weights(xp, error * error, share, weights, dy)
+    dtarget = xp.astype(-d, target.dtype, copy=False) if is_kind(xp, target.dtype, "real floating") else None
+    dweights = None
+    if weights is not None and share is not None and is_kind(xp, weights.dtype, "real floating"):
+        dweights = _of_weights(xp, error * error, share, weights, dy)
     return xp.astype(d, y.dtype, copy=False), dtarget, dweights

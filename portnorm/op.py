@@ -25,7 +25,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
-from portnorm.arrays import Array, Kernel, Library, is_concrete, leaves, library, namespace, require_given
+from portnorm.arrays import Array, Kernel, Library, is_concrete, is_kind, leaves, library, namespace, require_given
 from portnorm.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 
 P = ParamSpec("P")
@@ -69,9 +69,11 @@ class Op(Generic[P, R]):
         self.__signature__ = own.replace(return_annotation=_first_of(own.return_annotation))
         by_keyword = [p.name for p in own.parameters.values() if p.kind is p.KEYWORD_ONLY]
         self._defaults = {p.name: p.default for p in own.parameters.values() if p.name not in by_keyword}
+        self._places = tuple(self._defaults)
         self._least, self._most = sum(d is _NEEDED for d in self._defaults.values()), len(self._defaults)
         self._keywords = frozenset(by_keyword)
         self._needed = frozenset(name for name in by_keyword if own.parameters[name].default is _NEEDED)
+        self._complete = frozenset(() if self._needed else range(self._least, self._most + 1))
         OPS[self.name] = self
 
     def __get__(self, owner: Any, kind: Any = None) -> Op[P, R]:
@@ -81,8 +83,8 @@ class Op(Generic[P, R]):
     def __call__(self, *args: P.args, **attrs: P.kwargs) -> R:
         bound: tuple[Any, ...] = args
         named: dict[str, Any] = attrs
-        if not self._least <= len(bound) <= self._most or (named and not named.keys() <= self._keywords) or self._needed:
-            bound, named = self._bound(bound, named)
+        if named or len(bound) not in self._complete:
+            bound, named = self.bind(bound, named)
         own = _library_of(bound)
         if own.autodiff is not None and self.differentiable and own.autodiff.records((bound, named)):
             recorded: R = own.autodiff.call(self, bound, named)
@@ -125,30 +127,32 @@ class Op(Generic[P, R]):
 
         Raises `ArgumentError` for a name that the Op does not have, a value that is given twice, and one that is missing.
         """
-        if not self._least <= len(args) <= self._most or (attrs and not attrs.keys() <= self._keywords) or self._needed:
-            return self._bound(args, attrs)
-        return args, attrs
+        if self._least <= len(args) <= self._most and self._needed <= attrs.keys() <= self._keywords:
+            return args, attrs
+        named, placed = dict(attrs), list(args)
+        rest = self._places[len(args) :]
+        last = max((i for i, name in enumerate(rest) if name in named or self._defaults[name] is _NEEDED), default=-1)
+        placed += [named.pop(name, self._defaults[name]) for name in rest[: last + 1]]
+        if len(placed) > self._most or any(value is _NEEDED for value in placed) or not self._needed <= named.keys() <= self._keywords:
+            raise self._refusal(args, attrs)
+        return tuple(placed), named
 
-    def _bound(self, args: tuple[Any, ...], attrs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        places, takes = list(self._defaults), f"it takes {', '.join(self.__signature__.parameters)}"
+    def _refusal(self, args: tuple[Any, ...], attrs: dict[str, Any]) -> ArgumentError:
+        """Why these arguments are none of this Op."""
+        takes = f"it takes {', '.join(self.__signature__.parameters)}"
         if len(args) > self._most:
-            raise ArgumentError(f"{self.name} got {len(args)} arguments by place; expected at most {self._most}: {', '.join(places)}")
+            return ArgumentError(
+                f"{self.name} got {len(args)} arguments by place; expected at most {self._most}: {', '.join(self._places)}"
+            )
         for name in attrs:
             if name not in self._keywords and name not in self._defaults:
-                raise ArgumentError(f"{self.name} has no argument `{name}`; {takes}")
-            if name in places[: len(args)]:
-                raise ArgumentError(f"{self.name} got `{name}` twice, by its place and by its name")
-        for name in self.__signature__.parameters:
-            if name in self._needed and name not in attrs:
-                raise ArgumentError(f"{self.name} needs `{name}`; {takes}")
-        rest = places[len(args) :]
-        while rest and rest[-1] not in attrs and self._defaults[rest[-1]] is not _NEEDED:
-            rest.pop()
-        values = [attrs.get(name, self._defaults[name]) for name in rest]
-        for name, value in zip(rest, values, strict=True):
-            if value is _NEEDED:
-                raise ArgumentError(f"{self.name} needs `{name}`; {takes}")
-        return (*args, *values), {name: value for name, value in attrs.items() if name in self._keywords}
+                return ArgumentError(f"{self.name} has no argument `{name}`; {takes}")
+            if name in self._places[: len(args)]:
+                return ArgumentError(f"{self.name} got `{name}` twice, by its place and by its name")
+        given = {*self._places[: len(args)], *attrs}
+        needed = {*self._needed, *(name for name, default in self._defaults.items() if default is _NEEDED)}
+        missing = next(name for name in self.__signature__.parameters if name in needed and name not in given)
+        return ArgumentError(f"{self.name} needs `{missing}`; {takes}")
 
     def _kernel(self, own: Library, args: tuple[Any, ...], attrs: dict[str, Any]) -> Kernel | None:
         kernel = own.kernels.get(self.name) if own.kernels else None
@@ -220,7 +224,7 @@ def require_cotangent(y: Any, dy: Any) -> None:
         return
     require_given(dy=dy)
     xp = namespace(y=y, dy=dy)
-    if not xp.isdtype(dy.dtype, ("real floating", "integral")):
+    if not is_kind(xp, dy.dtype, "real floating", "integral"):
         raise DTypeError(f"the cotangent `dy` has dtype {dy.dtype}; expected {y.dtype}, that of the result")
 
 

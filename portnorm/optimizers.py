@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from portnorm.arrays import Array, DType, default_integer, device_of, namespace, require_floating, statistics_dtype, xp_of
+from portnorm.arrays import Array, default_integer, device_of, namespace, require_floating, statistics_dtype, xp_of
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.scalars import real_number
 from portnorm.sums import total
@@ -57,21 +57,24 @@ def _zeros(params: Mapping[str, Array]) -> Arrays:
 
 def _wide(arrays: Mapping[str, Array]) -> Arrays:
     """The arrays in at least float32, where narrower types would lose small changes, squares and ε."""
-    found, known = {}, dict[DType, DType]()
+    found = {}
     for name, a in arrays.items():
         xp, dtype = xp_of(a), a.dtype
-        if dtype not in known:
-            known[dtype] = statistics_dtype(xp, dtype)
-        found[name] = a if known[dtype] == dtype else xp.astype(a, known[dtype])
+        wide = statistics_dtype(xp, dtype)
+        found[name] = a if wide is dtype or wide == dtype else xp.astype(a, wide)
     return found
 
 
 def _moved(params: Mapping[str, Array], steps: Mapping[str, Array]) -> Arrays:
     """Parameters less a step each, in their own dtype."""
     found = {}
-    for name, p in _wide(params).items():
-        new, dtype = p - steps[name], params[name].dtype
-        found[name] = new if new.dtype == dtype else xp_of(new).astype(new, dtype)
+    for name, p in params.items():
+        step = steps[name]
+        if step.dtype == p.dtype:
+            found[name] = p - step
+        else:
+            xp = xp_of(p)
+            found[name] = xp.astype(xp.astype(p, step.dtype) - step, p.dtype)
     return found
 
 
@@ -79,19 +82,18 @@ def _check(params: Mapping[str, Array], **groups: Any) -> None:
     """Raise `UnsupportedError` for a group that lacks one of `params` or has one more, `ShapeError` where shapes differ."""
     for group, arrays in groups.items():
         names = arrays.keys() if isinstance(arrays, Mapping) else ()
-        missing, unknown = [n for n in params if n not in names], [n for n in names if n not in params]
-        if missing or unknown or not isinstance(arrays, Mapping):
+        if names != params.keys():
+            missing, unknown = [n for n in params if n not in names], [n for n in names if n not in params]
             raise UnsupportedError(
                 f"`{group}` does not fit `params`: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}; expected the same names"
             )
         for name, p in params.items():
-            if type(arrays[name]) is not type(p) or arrays[name].dtype != p.dtype:
+            a = arrays[name]
+            if type(a) is not type(p) or a.dtype != p.dtype:
                 label = f"{group}[{name!r}]"
-                require_floating(namespace(**{label: arrays[name], "params": p}), **{label: arrays[name]})
-            if tuple(arrays[name].shape) != tuple(p.shape):
-                raise ShapeError(
-                    f"`{group}` has {name!r} of shape {tuple(arrays[name].shape)}; expected {tuple(p.shape)}, that of the parameter"
-                )
+                require_floating(namespace(**{label: a, "params": p}), **{label: a})
+            if a.shape != p.shape and tuple(a.shape) != tuple(p.shape):
+                raise ShapeError(f"`{group}` has {name!r} of shape {tuple(a.shape)}; expected {tuple(p.shape)}, that of the parameter")
 
 
 def _set_rate(optimizer: Any, name: str, low: float, high: float) -> None:
@@ -135,8 +137,7 @@ class SGD:
         _check(params, grads=grads, **({"state['velocity']": _entry(state, "velocity")} if self.momentum else {}))
         velocity = _wide(grads)
         if self.momentum:
-            before = _wide(state["velocity"])
-            velocity = {n: self.momentum * before[n] + g for n, g in velocity.items()}
+            velocity = {n: self.momentum * state["velocity"][n] + g for n, g in velocity.items()}
         return _moved(params, {n: self.lr * velocity[n] for n in params}), {"velocity": velocity} if self.momentum else {}
 
 
@@ -158,8 +159,8 @@ class RMSProp:
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
         _check(params, grads=grads, **{"state['square']": _entry(state, "square")})
-        wide, before = _wide(grads), _wide(state["square"])
-        square = {n: self.decay * before[n] + (1.0 - self.decay) * g * g for n, g in wide.items()}
+        wide = _wide(grads)
+        square = {n: self.decay * state["square"][n] + (1.0 - self.decay) * g * g for n, g in wide.items()}
         steps = {n: self.lr * wide[n] / (xp_of(p).sqrt(square[n]) + self.eps) for n, p in params.items()}
         return _moved(params, steps), {"square": square}
 
@@ -188,15 +189,16 @@ class Adam:
 
     def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
         _check(params, grads=grads, **{f"state[{name!r}]": _entry(state, name) for name in ("mean", "square")})
-        wide, means, squares, steps = _wide(grads), _wide(state["mean"]), _wide(state["square"]), _next(_entry(state, "steps"))
-        mean = {n: self.beta1 * means[n] + (1.0 - self.beta1) * g for n, g in wide.items()}
-        square = {n: self.beta2 * squares[n] + (1.0 - self.beta2) * g * g for n, g in wide.items()}
-        counts = {m.dtype: xp_of(m).astype(steps, m.dtype) for m in mean.values()}
-        shares = {dtype: (1.0 - self.beta1**count, 1.0 - self.beta2**count) for dtype, count in counts.items()}
+        wide, steps = _wide(grads), _next(_entry(state, "steps"))
+        mean = {n: self.beta1 * state["mean"][n] + (1.0 - self.beta1) * g for n, g in wide.items()}
+        square = {n: self.beta2 * state["square"][n] + (1.0 - self.beta2) * g * g for n, g in wide.items()}
+        likes = {m.dtype: m for m in mean.values()}
+        counts = {dtype: xp_of(m).astype(steps, dtype) for dtype, m in likes.items()}
+        rates = {dtype: (self.lr / (1.0 - self.beta1**count), 1.0 - self.beta2**count) for dtype, count in counts.items()}
         changes = {}
-        for n, p in params.items():
-            mean_share, square_share = shares[mean[n].dtype]
-            changes[n] = self.lr * (mean[n] / mean_share) / (xp_of(p).sqrt(square[n] / square_share) + self.eps)
+        for n, m in mean.items():
+            rate, share = rates[m.dtype]
+            changes[n] = rate * m / (xp_of(m).sqrt(square[n] / share) + self.eps)
         return _moved(params, changes), {"mean": mean, "square": square, "steps": steps}
 
 

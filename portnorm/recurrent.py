@@ -79,7 +79,7 @@ def input_term(
     `params` has `weight_ih`; where there are early biases their sum `bias`; what `norm_ih` takes, and without a normalizer `norm_ih.bias`,
     each of all steps (features,) or with a row for each.
     """
-    u, slot = linear(x, params["weight_ih"], params.get("bias")), cell.input_slot()
+    u, slot = linear(x, params["weight_ih"], params.get("bias")), cell.input_slot
     if slot is not None:
         return slot(params, "norm_ih", u, mask)
     late = params.get("norm_ih.bias")
@@ -218,7 +218,7 @@ class Direction:
 
     def _input_params(self, cell: RecurrentCell, params: Params, given: Params, rows: Array | None) -> Params:
         """What `input_term` takes; `given` has the statistics of each step, `rows` say which row of a parameter it has."""
-        xp, slot = xp_of(params["weight_ih"]), cell.input_slot()
+        xp, slot = xp_of(params["weight_ih"]), cell.input_slot
         early, late = _sum([params[name] for name in cell.early_biases[0]]), self._late_bias(cell, params, "norm_ih")
         if slot is None and late is not None and late.ndim == 1:
             early, late = _sum([b for b in (early, late) if b is not None]), None
@@ -231,7 +231,7 @@ class Direction:
 
     def _input_term_vjp(self, cell: RecurrentCell, residuals: RecurrentResiduals, du: Array) -> tuple[Array, Params]:
         """(cotangent of x·W_ihᵀ, cotangents of gain and shift of `norm_ih`)"""
-        slot = cell.input_slot()
+        slot = cell.input_slot
         if slot is None:
             return du, {"norm_ih.bias": total_like(du, (1,) if residuals.rows is not None else (0, 1))}
         mask = None if residuals.lengths is None else sequence_mask(residuals.x, residuals.lengths)

@@ -26,6 +26,10 @@ class RecurrentCell:
     """By the slot whose shift their sum is: the parameters that are added to the gates after normalization."""
     slots: dict[str, Slot] = field(init=False, compare=False, repr=False)
     """The normalizers inside the loop, by the name of their slot."""
+    input_slot: Slot | None = field(init=False, compare=False, repr=False)
+    """The normalizer of the input term, which is outside the loop."""
+    early_biases: tuple[tuple[str, ...], tuple[str, ...]] = field(init=False, compare=False, repr=False)
+    """Biases that are added before normalization: to the input term, and to the hidden term inside the loop."""
 
     states: ClassVar[tuple[str, ...]]
     """Names of the states; the first is the output."""
@@ -41,6 +45,13 @@ class RecurrentCell:
     def __post_init__(self) -> None:
         object.__setattr__(self, "late_biases", self._late_biases())
         object.__setattr__(self, "slots", self._slots())
+        object.__setattr__(self, "input_slot", self._input_slot())
+        object.__setattr__(self, "early_biases", self._early_biases())
+        object.__setattr__(self, "_hash", hash((type(self), self.variant, self.training, self.reduce)))
+
+    def __hash__(self) -> int:
+        """Computed once: a cell is looked up in every call."""
+        return self._hash  # type: ignore[attr-defined, no-any-return]
 
     @property
     def gates(self) -> int:
@@ -88,8 +99,7 @@ class RecurrentCell:
         """Whether a slot has a bias of its own; one that is narrower than the gates leaves that to the input term."""
         return slot == "norm_c" or (self.variant.shift and not (slot == "norm_hh" and self.width(slot) < self.gates))
 
-    def input_slot(self) -> Slot | None:
-        """The normalizer of the input term, which is outside the loop."""
+    def _input_slot(self) -> Slot | None:
         if "norm_ih" not in self.names():
             return None
         scale, shift = self.variant.scale, self._is_shifted("norm_ih")
@@ -123,9 +133,7 @@ class RecurrentCell:
         """Which gates of a bias vector, from the first to before the last, shift a slot."""
         return (0, self.gates)
 
-    @property
-    def early_biases(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Biases that are added before normalization: to the input term, and to the hidden term inside the loop."""
+    def _early_biases(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         inside = self.hidden_apart or "norm_hh" in self.names()
         hidden = tuple(name for name in self.variant.early if name == "bias_hh" and inside)
         return tuple(name for name in self.variant.early if name not in hidden), hidden

@@ -19,6 +19,7 @@ from portnorm.arrays import (
     device_of,
     dtype_name,
     is_concrete,
+    is_kind,
     library,
     load_dtype,
     load_namespace,
@@ -80,7 +81,7 @@ class Layer:
         self.xp = load_namespace(xp)
         self.device = device
         self.dtype = load_dtype(self.xp, dtype)
-        if not self.xp.isdtype(self.dtype, "real floating"):
+        if not is_kind(self.xp, self.dtype, "real floating"):
             raise DTypeError(f"`dtype` is {dtype}; expected a real floating-point type such as float32")
         require_dtype(self.xp, self.dtype, device)
         dtype_name(self.xp, self.dtype)  # one that CuPy has from another package has no name there
@@ -368,7 +369,7 @@ class Layer:
         self.dtype = load_dtype(self.xp, state["dtype"])
 
     def _converted(self, array: Array, like: Array, statistic: bool) -> Array:
-        floating = xp_of(like).isdtype(like.dtype, "real floating")
+        floating = is_kind(xp_of(like), like.dtype, "real floating")
         dtype = self._dtype_of(statistic) if floating else default_integer(self.xp)
         if xp_of(array) is not self.xp:
             return self.xp.asarray(numpy.array(to_numpy(array)), dtype=dtype, device=self.device)
@@ -503,7 +504,7 @@ def checked_call(
     if layer.recurrent:
         require_lengths(x=x)
     if layer.takes_integers:
-        if not xp.isdtype(x.dtype, "integral"):
+        if not is_kind(xp, x.dtype, "integral"):
             raise DTypeError(f"`x` has dtype {x.dtype}; expected integers")
     elif dtype is not None and x.dtype != dtype:
         raise DTypeError(f"`x` has dtype {x.dtype} but the layer has {dtype}; convert `x`, or the layer with layer.to(dtype=...)")
@@ -529,7 +530,7 @@ def checked_lengths(xp: Namespace, x: Array, lengths: Any, batch_first: bool = F
     if not hasattr(lengths, "__array_namespace__") and not hasattr(lengths, "dtype"):
         lengths = xp.asarray(numpy.asarray(lengths, dtype=int if batch == 0 else None), device=device_of(x))
     namespace(x=x, lengths=lengths)
-    if not xp.isdtype(lengths.dtype, "integral"):
+    if not is_kind(xp, lengths.dtype, "integral"):
         raise DTypeError(f"`lengths` has dtype {lengths.dtype}; expected integers")
     if tuple(lengths.shape) != (batch,):
         raise ShapeError(f"`lengths` has shape {tuple(lengths.shape)}; expected ({batch},), one for each sequence of `x` {tuple(x.shape)}")

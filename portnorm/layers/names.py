@@ -16,11 +16,23 @@ def with_suffix(name: str, suffix: str) -> str:
     return head + suffix + dot + tail
 
 
+_inner: dict[tuple[str, str], str] = {}
+"""What `_without` has found: it is asked in every call, for every parameter."""
+
+
 def without_suffix(arrays: Arrays, suffix: str) -> Arrays:
     """The arrays of one direction, by their names inside the cell."""
     found = {}
     for name, array in arrays.items():
-        head, dot, tail = name.partition(".")
-        if head.endswith(suffix):
-            found[head.removesuffix(suffix) + dot + tail] = array
+        inner = _inner.get((name, suffix))
+        if inner is None:
+            inner = _inner.setdefault((name, suffix), _without(name, suffix))
+        if inner:
+            found[inner] = array
     return found
+
+
+def _without(name: str, suffix: str) -> str:
+    """`norm_c_l0.weight` and `_l0` to `norm_c.weight`; "" for the name of another direction."""
+    head, dot, tail = name.partition(".")
+    return head.removesuffix(suffix) + dot + tail if head.endswith(suffix) else ""

@@ -212,23 +212,25 @@ class _Tracking(_ChannelNorm):
         self.momentum = None
         self._start_statistics()
 
-    def _followed(self, buffers: Arrays, mean: Array, var: Array, values: Array, seen: Array) -> Arrays:
+    def _followed(self, buffers: Arrays, mean: Array, var: Array, values: Array | int, seen: Array | bool) -> Arrays:
         """The running statistics after a batch of these, of channels that were `seen`; the others have none, and change none.
 
-        `values` and `seen` are (channels,), or () where they are the same of all: how many each was taken of, and whether these are enough.
+        `values` and `seen` are (channels,), or one for all: how many each was taken of, and whether these are enough.
         """
+        if seen is False:
+            return buffers
         xp, before = xp_of(mean), buffers[BATCHES]
-        new = {BATCHES: before + xp.astype(xp.any(seen), before.dtype)}
+        new = {BATCHES: before + (1 if seen is True else xp.astype(xp.any(seen), before.dtype))}
         part: Any = self.momentum
         if VALUES in buffers:
-            values = xp.astype(values, var.dtype)
+            values = xp.asarray(values, dtype=var.dtype, device=device_of(var)) if isinstance(values, int) else xp.astype(values, var.dtype)
             new[VALUES] = buffers[VALUES] + xp.where(seen, values, 0.0)
             part = values / xp.where(new[VALUES] > 0, new[VALUES], 1.0)
         elif part is None:
             part = 1.0 / xp.astype(xp.where(new[BATCHES] > 0, new[BATCHES], 1), var.dtype)
         for name, batch in {"running_mean": mean, "running_var": var}.items():
             average = xp.astype(moved(buffers[name], batch, part), buffers[name].dtype, copy=False)
-            new[name] = xp.where(seen, average, buffers[name])
+            new[name] = average if seen is True else xp.where(seen, average, buffers[name])
         return {name: new[name] for name in buffers}
 
 
@@ -440,13 +442,13 @@ class BatchRenorm(BatchNorm):
         return super().new_buffers(buffers, residuals.normalized if training else residuals, training)
 
 
-def _count(residuals: Normalized, axes: tuple[int, ...]) -> Array:
-    """(channels,), or () where it is the same of all: how many values entered the statistics."""
+def _count(residuals: Normalized, axes: tuple[int, ...]) -> Array | int:
+    """(channels,), or one for all: how many values entered the statistics."""
     xp = xp_of(residuals.mean)
     if residuals.counted is not None:
         return xp.reshape(xp.broadcast_to(residuals.counted, residuals.mean.shape), (-1,))
-    count = math.prod([residuals.shape[a] for a in axes])
-    return xp.asarray(count, device=device_of(residuals.mean)) if isinstance(count, int) else count
+    count: Array | int = math.prod([residuals.shape[a] for a in axes])
+    return count
 
 
 def _shape(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -314,7 +314,8 @@ class Recurrent(Layer):
         steps, residuals, last, new_buffers, directions = x.shape[0], [], [], {}, []
         for k, (suffix, _, direction) in enumerate(self._places()):
             own, kept = without_suffix(params, suffix), without_suffix(buffers, suffix)
-            own = {name: a for name, a in own.items() if name not in self.learned}
+            for name in self.learned:
+                del own[name]
             y, after, buffered, residual = direction.forward(
                 own, kept, x, states[k], time=time, lengths=lengths, training=training, keep=keep, momentum=self.momentum
             )
@@ -329,7 +330,8 @@ class Recurrent(Layer):
                 x = directions[0] if self.num_directions == 1 else xp.concat(directions, axis=-1)
                 directions = []
         y = xp.permute_dims(x, (1, 0, 2)) if self.batch_first and self.keeps_time else x
-        out = tuple(xp.stack(parts) for parts in zip(*last, strict=True))
+        fresh = len(last) == 1 and self.keeps_time and isinstance(steps, int) and steps > 0  # else it may be `y`, or the state that came
+        out = tuple(parts[0][None, ...] if fresh else xp.stack(parts) for parts in zip(*last, strict=True))
         return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(residuals, out, learned, mask, packed)
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:

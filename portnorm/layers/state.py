@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from portnorm.arrays import Array, default_integer, device_of, is_concrete, namespace, xp_of
+from portnorm.arrays import Array, default_integer, device_of, is_concrete, is_kind, namespace, xp_of
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 
 
@@ -21,7 +21,7 @@ def checked_time(x: Array, time: Any) -> Array:
     if isinstance(time, int):
         time = xp.asarray(time, dtype=default_integer(xp), device=device_of(x))
     namespace(x=x, state=time)
-    if not xp.isdtype(time.dtype, "integral"):
+    if not is_kind(xp, time.dtype, "integral"):
         raise DTypeError(f"`state` has time of dtype {time.dtype}; expected an integer, the number of steps before")
     if time.ndim:
         raise ShapeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array_api_compat import is_writeable_array
 
-from portnorm.arrays import Array, Namespace, namespace, require_floating
+from portnorm.arrays import Array, Namespace, is_kind, namespace, require_floating
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.scalars import real_number, whole_number
 
@@ -77,7 +77,7 @@ def checked_mask(xp: Namespace, x: Array, mask: Array | None, features: int | tu
     """`mask` broadcastable to `x`: given either with as many axes as `x` (length 1 where it does not vary) or without the feature axes."""
     if mask is None:
         return None
-    if not xp.isdtype(mask.dtype, "bool"):
+    if not is_kind(xp, mask.dtype, "bool"):
         raise DTypeError(f"`mask` has dtype {mask.dtype}; expected bool, True where a value counts")
     away, full = (features,) if isinstance(features, int) else features, mask
     if mask.ndim == x.ndim - len(away):

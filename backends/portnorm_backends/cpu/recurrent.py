@@ -87,35 +87,53 @@ def _accepts_inputs(
     """The same with an input term that is normalized by rows or not at all."""
     if not _is_known(cell) or not _are_alike(x, *params.values(), *state, *loop.values()):
         return False
-    slot, weight = cell.input_slot(), params["weight_ih"]
-    if slot is not None and slot.is_batch:
+    weight, known = params["weight_ih"], _known_outside(cell)
+    if known is None or x.ndim != 3 or not x.size or weight.shape[1:] != x.shape[2:]:
         return False
-    own = {name: a.shape for name, a in params.items() if name != "weight_ih"}
-    known = {"bias", *(() if slot is None else (f"norm_ih.{p}" for p in slot.parameters()))}
-    fits = set(own) <= known and set(own.values()) <= {weight.shape[:1]} and x.ndim == 3 and weight.shape[1:] == x.shape[2:]
-    return bool(fits and x.size) and _fit((*x.shape[:2], weight.shape[0]), [], state, loop, cell, lengths)
+    if not all(name == "weight_ih" or (name in known and a.shape == weight.shape[:1]) for name, a in params.items()):
+        return False
+    return _fit((*x.shape[:2], weight.shape[0]), [], state, loop, cell, lengths)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_outside(cell: RecurrentCell) -> frozenset[str] | None:
+    """What an input term may have beside its weights; `None` where it is normalized over the batch."""
+    slot = cell.input_slot
+    if slot is not None and slot.is_batch:
+        return None
+    return frozenset({"bias", *(() if slot is None else (f"norm_ih.{p}" for p in slot.parameters()))})
 
 
 def _are_alike(first: Any, *others: Any) -> bool:
-    arrays = (first, *others)
-    return all(type(a) is numpy.ndarray and a.dtype == first.dtype for a in arrays) and first.dtype in RANGE
+    if type(first) is not numpy.ndarray or first.dtype not in RANGE:
+        return False
+    dtype = first.dtype
+    return all(type(a) is numpy.ndarray and a.dtype == dtype for a in others)
 
 
 def _fit(shape: tuple[int, ...], given: list[Array], state: State, params: Params, cell: RecurrentCell, lengths: Any) -> bool:
     """Whether all shapes are those that compiled code relies on; it does not look where it reads. `shape` is that of the input term."""
-    if len(shape) != 3 or 0 in shape or shape[2] % cell.gates or {"weight_hh", *cell.shared()} != set(params):
+    if len(shape) != 3 or 0 in shape or shape[2] % cell.gates:
         return False
-    (time, batch, features), size = shape, shape[2] // cell.gates
-    slots = {name: cell.width(name) * size for name in cell.slots}
+    time, batch, size = shape[0], shape[1], shape[2] // cell.gates
+    expected = _shapes(cell, size)
     return (
-        params["weight_hh"].shape == (features, size)
+        params.keys() == expected.keys()
+        and all(params[name].shape == own for name, own in expected.items())
         and all(s.shape == (batch, size) for s in state)
-        and all(params[f"{name}.{p}"].shape == (n,) for name, n in slots.items() for p in cell.slots[name].parameters())
-        and all(a.shape == (time, slots[name.partition(".")[0]]) for name, a in zip(cell.given(), given, strict=True))
+        and all(a.shape == (time, cell.width(name.partition(".")[0]) * size) for name, a in zip(cell.given(), given, strict=True))
         and (lengths is None or numpy.shape(lengths) == (batch,))
     )
 
 
+@functools.lru_cache(maxsize=64)
+def _shapes(cell: RecurrentCell, size: int) -> dict[str, tuple[int, ...]]:
+    """Of what a cell of this hidden size reads in every step."""
+    slots = {f"{name}.{p}": (cell.width(name) * size,) for name, slot in cell.slots.items() for p in slot.parameters()}
+    return {"weight_hh": (cell.gates * size, size), **{name: slots.get(name, ()) for name in cell.shared()}}
+
+
+@functools.lru_cache(maxsize=64)
 def _is_known(cell: Any) -> bool:
     if type(cell) not in _LOOPS or not set(cell.slots) <= set(_LOOPS[type(cell)].slots):
         return False
@@ -150,7 +168,7 @@ def _slot(cell: RecurrentCell, name: str, shape: tuple[int, ...], given: Any, pa
         kept = time if keep else 1
         room = memory.room((kept, batch, size), dtype)
         if not slot.is_batch:
-            ends, mode = _ends(slot, size), ROWS
+            ends, mode = _ends(slot.partition, size), ROWS
             rstd = numpy.empty((kept, batch, len(slot.partition)), dtype=dtype)
         else:
             rstd, mode = numpy.empty((kept, 1, size), dtype=dtype), OWN if slot.training else GIVEN
@@ -161,9 +179,10 @@ def _slot(cell: RecurrentCell, name: str, shape: tuple[int, ...], given: Any, pa
     return SlotArrays(mode, ends, weight, bias, room, rstd, mean, var, eps, center, *RANGE[dtype])
 
 
-def _ends(slot: Slot, size: int) -> NumPyArray:
-    """Where the parts of a row with statistics of their own begin and end."""
-    return numpy.cumsum((0, *slot.partition), dtype=numpy.int64) * (size // sum(slot.partition))
+@functools.lru_cache(maxsize=64)
+def _ends(partition: tuple[int, ...], size: int) -> NumPyArray:
+    """Where the parts of a row with statistics of their own begin and end. Nobody writes into it."""
+    return numpy.cumsum((0, *partition), dtype=numpy.int64) * (size // sum(partition))
 
 
 @functools.lru_cache(maxsize=64)
@@ -200,12 +219,12 @@ def _forward_of_inputs(
 
 def _input_terms(x: NumPyArray, params: Params, cell: RecurrentCell) -> Feed:
     """The terms of so many steps at a time that their product with the weights is a tall one."""
-    products, slot, weight = _compiled("products"), cell.input_slot(), params["weight_ih"]
+    products, slot, weight = _compiled("products"), cell.input_slot, params["weight_ih"]
     multiply, inputs, dtype = products.affine_map(weight.T, params.get("bias"), x.shape[0] * x.shape[1]), taken(x, x, x.shape), x.dtype
     if slot is not None:
         own = [taken(params.get(f"norm_ih.{p}"), x, (1, weight.shape[0])) for p in ("weight", "bias")]
         how = (float32_value(cell.variant.eps), cell.variant.norm != "rms", *RANGE[dtype])
-        normalize, parts = _compiled("rowwise").forward(dtype), list(itertools.pairwise(_ends(slot, weight.shape[0])))
+        normalize, parts = _compiled("rowwise").forward(dtype), list(itertools.pairwise(_ends(slot.partition, weight.shape[0])))
 
     def of_thread(first: int, last: int) -> tuple[int, Callable[[int, int], Terms | None]]:
         sequences, count = last - first, max(1, products.ROWS // (last - first))
