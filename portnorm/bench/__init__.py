@@ -4,7 +4,7 @@
 """
 
 from portnorm.bench.engines import ENGINES
-from portnorm.bench.runner import best_peer, laid_out, machine, measure, rate, ratio
+from portnorm.bench.runner import best_peer, engine, laid_out, machine, measure, packages_of, rate, ratio
 from portnorm.bench.works import GROWTH, WORKS, Work
 
-__all__ = ["ENGINES", "GROWTH", "WORKS", "Work", "best_peer", "laid_out", "machine", "measure", "rate", "ratio"]
+__all__ = ["ENGINES", "GROWTH", "WORKS", "Work", "best_peer", "engine", "laid_out", "machine", "measure", "packages_of", "rate", "ratio"]

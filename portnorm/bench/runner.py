@@ -49,7 +49,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     for part in [[work] for work in works] if alone else [works]:
         with ExitStack() as stack:
-            ask = {name: stack.enter_context(_engine(name, cores, seconds)) for name in names}
+            ask = {name: stack.enter_context(engine(name, cores, seconds)) for name in names}
             for work in part:
                 if progress is not None:
                     progress(f"{len(rows) + 1} of {len(works)}: {work.name}")
@@ -63,19 +63,28 @@ def measure(
     return rows
 
 
+def packages_of(tree: Path) -> dict[str, str]:
+    """What the environment of a process has that imports the packages of this tree."""
+    return {"PYTHONPATH": os.pathsep.join(map(str, (tree, tree / "backends", tree / "onnx_export")))}
+
+
 @contextmanager
-def _engine(name: str, cores: int, seconds: float) -> Iterator[Ask]:
-    """A process of one engine, and what asks it for a turn."""
+def engine(name: str, cores: int, seconds: float, tree: Path | None = None) -> Iterator[Ask]:
+    """A process of one engine, and what asks it for a turn; of the packages of another `tree` of this project where it is given."""
     environment = {**os.environ, **dict.fromkeys(_THREADS, str(cores)), "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
     if cores == 1:
         environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    if tree is not None:
+        environment |= packages_of(tree)
     command = [sys.executable, "-m", "portnorm.bench.worker", name, str(seconds), str(cores)]
     before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     with tempfile.TemporaryFile("w+") as errors:
         try:
             if before is not None:
                 os.sched_setaffinity(0, sorted(before)[:cores])  # the child has what its parent had when it started
-            process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+            process = subprocess.Popen(
+                command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
         finally:
             if before is not None:
                 os.sched_setaffinity(0, before)
