@@ -143,6 +143,27 @@ def test_a_call_without_training_puts_nothing_back(name: str, rng: np.random.Gen
     assert all(type(part.buffers) is Held for part in layer.layers())
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_training_is_true_or_false(name: str, rng: np.random.Generator) -> None:
+    """ "False" is a text, and true: it would train without a word."""
+    layer, x = LAYERS[name](), sequence(rng)
+    before = layer.state_dict()
+    calls: list[Callable[[Any], Any]] = [
+        lambda training: layer(x, training=training),
+        lambda training: layer.vjp(x, training=training),
+        lambda training: layer.apply(layer.params, layer.buffers, x, training=training),
+        lambda training: layer.pure_vjp(layer.params, layer.buffers, x, training=training),
+    ]
+    for call in calls:
+        for wrong in ("False", None, 2):
+            with pytest.raises(pn.UnsupportedError, match=f"`training` is {wrong!r}; expected True or False"):
+                call(wrong)
+        call(np.False_)
+    assert all(layer.state_dict()[name] is a for name, a in before.items())
+    layer(x, training=np.True_)
+    assert not layer.buffers or any(layer.buffers[name] is not before[name] for name in layer.buffers)
+
+
 @pytest.mark.parametrize("name", WITH_STATISTICS)
 def test_training_beside_evaluation_keeps_every_update(name: str, rng: np.random.Generator) -> None:
     layer, alone, x = LAYERS[name](), LAYERS[name](), sequence(rng)

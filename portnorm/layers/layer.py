@@ -34,6 +34,7 @@ from portnorm.errors import CheckpointError, DTypeError, ShapeError, Unsupported
 from portnorm.layers.initial import Generator
 from portnorm.op import require_cotangent
 from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of, valid, without_padding
+from portnorm.scalars import switch
 from portnorm.statistics import BATCHES, VALUES
 
 Arrays = dict[str, Array]
@@ -152,7 +153,7 @@ class Layer:
     def _applied(
         self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool
     ) -> tuple[Array, Any, Arrays]:
-        training = training and not self.evaluates
+        training = self._trains(training)
         autodiff = library(x).autodiff
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
@@ -174,7 +175,7 @@ class Layer:
     def _applied_vjp(
         self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
-        training = training and not self.evaluates
+        training = self._trains(training)
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
         y, out, new, residuals = self.forward(params, buffers, x, state, lengths, training, True)
@@ -187,6 +188,10 @@ class Layer:
             return self.backward(residuals, dy, dstate, training)
 
         return y, out, new, pullback
+
+    def _trains(self, training: Any) -> bool:
+        """Whether a call with this `training` computes as in training; raises `UnsupportedError` for what is neither true nor false."""
+        return (training if type(training) is bool else switch("training", training)) and not self.evaluates
 
     # -- padding -------------------------------------------------------------------------------------------------------------------
 
