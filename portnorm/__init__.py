@@ -40,6 +40,7 @@ from portnorm.optimizers import SGD, Adam, RMSProp, clip_by_global_norm
 if TYPE_CHECKING:
     from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
     from portnorm.checkpoint.layers import load, save
+    from portnorm_backends.cpu.warming import warm
     from portnorm_backends.torch_export import export_torch
     from portnorm_backends.torch_module import torch_module
     from portnorm_backends.torch_replace import replace_modules
@@ -64,6 +65,7 @@ _LAZY: dict[str, tuple[str, tuple[str, ...]]] = {
     "replace_modules": ("portnorm_backends.torch_replace", ("torch",)),
     "torch_module": ("portnorm_backends.torch_module", ("torch",)),
     "verify": ("portnorm_onnx.verify", ("onnx",)),
+    "warm": ("portnorm_backends.cpu.warming", ()),
 }
 
 __all__ = [
@@ -119,6 +121,7 @@ __all__ = [
     "torch_module",
     "verify",
     "vjp",
+    "warm",
     "weight_norm",
     "weight_norm_init",
 ]

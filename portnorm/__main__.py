@@ -1,8 +1,9 @@
-"""The command line, `portnorm demo | train | import | export | verify | conform | bench | info`: each a call of the library and a table."""
+"""The command line, `portnorm demo | train | import | export | verify | …`: each a call of the library and a table."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -126,7 +127,10 @@ def _parser() -> argparse.ArgumentParser:
         "--import", dest="modules", action="append", default=[], metavar="MODULE", help="import a module that adds cases or runtimes"
     )
 
-    info = command("info", _info, "what is installed, or what is in a checkpoint")
+    warm = command("warm", _warm, "compile the kernels for NumPy arrays now, for instance when a container is built")
+    warm.add_argument("--dtype", action="append", help="float32 (default) or float64; may be repeated")
+
+    info = command("info", _info, "what is installed and compiled, or what is in a checkpoint")
     info.add_argument("checkpoint", type=Path, nargs="?")
     return parser
 
@@ -324,10 +328,32 @@ def _info(options: argparse.Namespace) -> dict[str, Any]:
         return found
     versions: dict[str, str | None] = {"portnorm": portnorm.__version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in _PEERS}
+    kernels = _warming().state()
     if not options.json:
         for name, version in versions.items():
             print(f"{name:<18} {version or '- (not installed)'}")
-    return versions
+        print(f"{'numba':<18} {kernels['numba'] or '- (not installed: definitions alone on NumPy arrays)'}")
+        for kind, names in kernels.get("compiled", {}).items():
+            print(f"{'kernels ' + kind:<18} {', '.join(names) or '-'}")
+        if kernels["numba"]:
+            print(f"{'noted in':<18} {kernels['cache']}")
+    return {**versions, "kernels": kernels}
+
+
+def _warm(options: argparse.Namespace) -> dict[str, Any]:
+    there = {dtype: portnorm.warm(dtype=dtype) for dtype in options.dtype or ["float32"]}
+    if not options.json:
+        for dtype, names in there.items():
+            print(
+                f"{dtype}: {len(names)} families of kernels are compiled"
+                if names
+                else f"{dtype}: without numba there is nothing to compile"
+            )
+    return there
+
+
+def _warming() -> Any:
+    return importlib.import_module("portnorm_backends.cpu.warming")
 
 
 def _version(name: str) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("KERAS_BACKEND", "numpy")
+os.environ.setdefault("PORTNORM_KERNELS", "wait")
 
 import numpy as np
 import pytest

@@ -72,6 +72,7 @@ def packages_of(tree: Path) -> dict[str, str]:
 def engine(name: str, cores: int, seconds: float, tree: Path | None = None) -> Iterator[Ask]:
     """A process of one engine, and what asks it for a turn; of the packages of another `tree` of this project where it is given."""
     environment = {**os.environ, **dict.fromkeys(_THREADS, str(cores)), "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
+    environment["PORTNORM_KERNELS"] = "wait"
     if cores == 1:
         environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     if tree is not None:

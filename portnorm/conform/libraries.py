@@ -42,6 +42,11 @@ def _wide_jax() -> Any:
     return jax.enable_x64(True)
 
 
+def _kernels() -> Any:
+    """The kernels are what is measured, so each call waits for them."""
+    return importlib.import_module("portnorm_backends.cpu.warming").waiting()
+
+
 def _of(row: Support, **how: Any) -> Library:
     return Library(**{**vars(row), **how})
 
@@ -49,7 +54,7 @@ def _of(row: Support, **how: Any) -> Library:
 LIBRARIES: dict[str, Library] = {
     row.name: row
     for row in (
-        _of(SUPPORT["numpy"]),
+        _of(SUPPORT["numpy"], context=_kernels),
         _of(SUPPORT["numpy"], name="numpy-definitions", context=lambda: without_kernels(numpy.ndarray)),
         *(
             _of(row, **({"subnormals": False, "context": _wide_jax} if name == "jax" else {}))

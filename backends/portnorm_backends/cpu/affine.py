@@ -8,6 +8,7 @@ import numpy
 
 from portnorm.arrays import Kernel
 from portnorm_backends.cpu.layout import RANGE, NumPyArray, taken
+from portnorm_backends.cpu.warming import ready
 
 _WORTH = 2**18
 """Multiplications from which the kernel is worth its call and the packing of the weights."""
@@ -20,7 +21,7 @@ def _is_worth(x: Any, weight: Any, bias: Any = None) -> bool:
         return False
     outputs, inputs = weight.shape if weight.ndim == 2 else (0, 0)
     fits = 0 < inputs == x.shape[-1] and (bias is None or bias.shape == (outputs,)) if x.ndim > 1 else False
-    return fits and x.size * outputs >= _WORTH and x.size >= 8 * inputs
+    return bool(fits and x.size * outputs >= _WORTH and x.size >= 8 * inputs and ready("products", x.dtype))
 
 
 def _linear(x: NumPyArray, weight: NumPyArray, bias: NumPyArray | None = None) -> tuple[NumPyArray, Any]:

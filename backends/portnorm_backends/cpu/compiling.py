@@ -72,11 +72,21 @@ def compiled(*, signatures: Any = None) -> Callable[[F], F]:
             function.__qualname__ = f"{function.__qualname__}_{_MADE_OF}"
         try:
             made: F = numba.njit(signatures, cache=True, **options)(function)
+            _folders.add(made.stats.cache_path)  # type: ignore[attr-defined]
         except RuntimeError:  # no place on disk that can be written
             made = numba.njit(signatures, **options)(function)
+            _folders.add(None)
         return made
 
     return compile_
+
+
+_folders: set[str | None] = set()
+
+
+def folders() -> list[str]:
+    """Where numba keeps what was compiled; none where something could not be kept."""
+    return [] if None in _folders else sorted(filter(None, _folders))
 
 
 _entries: dict[Any, Callable[..., Any]] = {}

@@ -13,6 +13,7 @@ from portnorm.norm.arguments import LARGEST
 from portnorm.norm.normalize import normalize, written
 from portnorm_backends.cpu import memory, threads
 from portnorm_backends.cpu.layout import RANGE, NumPyArray, taken
+from portnorm_backends.cpu.warming import READY, ready
 
 
 class KernelResiduals(NamedTuple):
@@ -74,8 +75,10 @@ def _accepts(
     if _is_channel(x, axes, param_axes):
         shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
         statistics = () if mean is None and var is None else (mean, var)
-        return bool(x.flags.c_contiguous and all(type(s) is numpy.ndarray and s.shape == shape for s in statistics))
-    return mean is None and _are_rows(x, axes, param_axes) and _as_rows(x, axes[0]) is not None
+        fits = x.flags.c_contiguous and all(type(s) is numpy.ndarray and s.shape == shape for s in statistics)
+        return bool(fits and ready("channels", x.dtype))
+    fits = mean is None and _are_rows(x, axes, param_axes) and _as_rows(x, axes[0]) is not None
+    return fits and ready("rows", x.dtype)
 
 
 def _are_rows(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
@@ -272,6 +275,9 @@ def _vjp(residuals: KernelResiduals, dy: Array, **attrs: Any) -> tuple[Any, Any,
 # -- the last axis -------------------------------------------------------------------------------------------------------------------------
 
 
+_ROWS = READY["rows"]
+
+
 class LastAxisResiduals(KernelResiduals):
     """Residuals of a normalization of the last axis that was taken without detours."""
 
@@ -291,7 +297,7 @@ def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, e
     if type(x) is not numpy.ndarray or type(axis) is not int or axis != -1 or type(eps) is not float or not 0 <= eps <= LARGEST:
         return False
     dtype, shape, flags = x.dtype, x.shape, x.flags
-    if not (flags.c_contiguous and flags.aligned and x.size and shape and dtype in RANGE):
+    if not (flags.c_contiguous and flags.aligned and x.size and shape and (dtype in _ROWS or ready("rows", dtype))):
         return False
     for p in (weight, bias):
         if p is not None:

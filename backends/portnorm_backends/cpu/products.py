@@ -327,7 +327,7 @@ def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
 
 
 @functools.cache
-def _for(dtype: numpy.dtype[Any]) -> tuple[Any, ...]:
+def compiled_for(dtype: numpy.dtype[Any]) -> tuple[Any, ...]:
     """`_fill_panels`, `_product`, `_narrow` and `_direct` for one type of values."""
     t = numba.from_dtype(dtype)
     w, shift, x = (types.Array(t, ndim, layout, readonly=True) for ndim, layout in ((2, "A"), (1, "C"), (2, "C")))
@@ -348,7 +348,7 @@ def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     rows = w.T if turned else w
     if not rows.flags.aligned or rows.strides[1] != rows.itemsize:
         rows = rows.copy("C")
-    _for(dtype)[0](rows, turned, numpy.empty(0, dtype) if shift is None else numpy.require(shift, requirements=["C", "A"]), packed)
+    compiled_for(dtype)[0](rows, turned, numpy.empty(0, dtype) if shift is None else numpy.require(shift, requirements=["C", "A"]), packed)
     return packed
 
 
@@ -370,7 +370,7 @@ def near(rows: int, length: int, dtype: Any) -> NumPyArray:
 
 def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS) -> Callable[[NumPyArray, NumPyArray], None]:
     """What writes x · w + shift into y, for contiguous x (m, k) and y (m, n), of which there will be so many `rows` in all."""
-    _, multiply, narrow, direct = _for(w.dtype)
+    _, multiply, narrow, direct = compiled_for(w.dtype)
     lies = rows <= FEW and w.flags.aligned and (w.strides[0] == w.itemsize or w.shape[0] == 1)
     if lies or w.shape[0] <= _NARROW:
         added = numpy.zeros(w.shape[1], w.dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])

@@ -25,6 +25,7 @@ from portnorm.recurrent import linear_scan
 from portnorm.scan import Params, State, scan
 from portnorm_backends.cpu import memory, threads
 from portnorm_backends.cpu.layout import GIVEN, NONE, OWN, RANGE, ROWS, SHIFT, NumPyArray, Shares, SlotArrays, Terms, rooms, taken, writable
+from portnorm_backends.cpu.warming import ready
 
 _AT_ONCE = 2**31
 """Multiplications of hidden products in one compiled call, some tens of milliseconds, during which Python does not see an interrupt."""
@@ -43,15 +44,18 @@ Feed = Callable[[int, int], tuple[int, Callable[[int, int], Terms | None]]]
 class _Loop(NamedTuple):
     """The compiled loop of a cell."""
 
+    name: str
+    """Of its family of kernels; `training` that with the backward loop."""
+    training: str
     module: str
     slots: tuple[str, ...]
     """Those that it knows."""
 
 
 _LOOPS = {
-    LSTMCell: _Loop("lstm", ("norm_hh", "norm_sum", "norm_c")),
-    GRUCell: _Loop("gru", ("norm_hh",)),
-    RNNCell: _Loop("rnn", ("norm_hh", "norm_sum")),
+    LSTMCell: _Loop("LSTM", "LSTM training", "lstm", ("norm_hh", "norm_sum", "norm_c")),
+    GRUCell: _Loop("GRU", "GRU training", "gru", ("norm_hh",)),
+    RNNCell: _Loop("RNN", "RNN training", "rnn", ("norm_hh", "norm_sum")),
 }
 
 
@@ -78,7 +82,8 @@ def _accepts(
 ) -> bool:
     """A cell in its plain form or with normalizers of rows or of the batch, on arrays of one type, and at least one step."""
     u, *given = xs
-    return _is_known(cell) and _are_alike(u, *given, *state, *params.values()) and _fit(u.shape, given, state, params, cell, lengths)
+    alike = _is_known(cell) and _are_alike(u, *given, *state, *params.values())
+    return alike and _fit(u.shape, given, state, params, cell, lengths) and ready(_family(cell, keep), u.dtype)
 
 
 def _accepts_inputs(
@@ -92,7 +97,12 @@ def _accepts_inputs(
         return False
     if not all(name == "weight_ih" or (name in known and a.shape == weight.shape[:1]) for name, a in params.items()):
         return False
-    return _fit((*x.shape[:2], weight.shape[0]), [], state, loop, cell, lengths)
+    return _fit((*x.shape[:2], weight.shape[0]), [], state, loop, cell, lengths) and ready(_family(cell, False), x.dtype)
+
+
+def _family(cell: RecurrentCell, keep: bool) -> str:
+    """Of the kernels that this call, and where it keeps something its backward call, will take."""
+    return _LOOPS[type(cell)].training if keep else _LOOPS[type(cell)].name
 
 
 @functools.lru_cache(maxsize=64)

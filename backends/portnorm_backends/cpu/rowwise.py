@@ -228,18 +228,21 @@ def forward(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
     return compiled(signatures=signature)(_forward)
 
 
+_each = compiled()(_forward)
+
+
+def _along(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
+    """`_forward` with parameters (n,), or (0,) where there are none: what a call on a small array has no time to reshape."""
+    gains, shifts = weight.reshape((min(weight.size, 1), weight.size)), bias.reshape((min(bias.size, 1), bias.size))
+    return _each(x, gains, shifts, eps, center, smallest, largest, y, kept)
+
+
 @functools.cache
 def last_axis(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
-    """`_forward` with parameters (n,), or (0,) where there are none: what a call on a small array has no time to reshape."""
-    inner, t = forward(dtype), numba.from_dtype(dtype)
-    given, made, wide = numba.types.Array(t, 2, "C", readonly=True), t[:, ::1], numba.float64
-    parameter = numba.types.Array(t, 1, "C", readonly=True)
-
-    def along(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
-        gains, shifts = weight.reshape((min(weight.size, 1), weight.size)), bias.reshape((min(bias.size, 1), bias.size))
-        return inner(x, gains, shifts, eps, center, smallest, largest, y, kept)
-
-    return compiled(signatures=numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, made, made))(along)
+    """`_along` for one type of values. (Not a function inside of this one: numba finds those again in no other process.)"""
+    t, wide = numba.from_dtype(dtype), numba.float64
+    given, parameter, made = (*(numba.types.Array(t, ndim, "C", readonly=True) for ndim in (2, 1)), t[:, ::1])
+    return compiled(signatures=numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, made, made))(_along)
 
 
 @functools.cache
