@@ -2,7 +2,8 @@
 
 Wall time from the start of the process, import included, and the processor's time of it (a process that compiles in the background
 outlives it, and is not in that). The work is one training step (forward and backward) of an LSTM with layer normalization on (20, 4, 8),
-and a layer normalization forward and backward; onnxruntime makes a session of the same cell and runs it. Writes benchmarks/results/first_call.json.
+and a layer normalization forward and backward; onnxruntime makes a session of the same cell and runs it.
+Writes benchmarks/results/first_call.json.
 """
 
 from __future__ import annotations
