@@ -109,7 +109,8 @@ def entry(function: Any, key: Any, arguments: tuple[Any, ...]) -> Callable[..., 
 def bare(typing: Any, x: Any) -> Any:
     """An array, or the arrays of a tuple, without owner, for a call during which the owner lives.
 
-    Otherwise every slice counts a reference, atomically: it was half of the time of a recurrent step of 64 × 100.
+    Otherwise every slice counts a reference, atomically: it was half of the time of a recurrent step of 64 × 100. One that can only be read
+    becomes one of the type of the others, so that what it is given to is compiled once; that must not write to it.
     """
 
     def strip(context: Any, builder: Any, kind: Any, value: Any) -> Any:
@@ -122,7 +123,8 @@ def bare(typing: Any, x: Any) -> Any:
                 value = builder.insert_value(value, strip(context, builder, inner, builder.extract_value(value, i)), i)
         return value
 
-    return x(x), lambda context, builder, signature, args: strip(context, builder, x, args[0])
+    seen = x.copy(readonly=False) if isinstance(x, numba.types.Array) else x
+    return seen(x), lambda context, builder, signature, args: strip(context, builder, x, args[0])
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]

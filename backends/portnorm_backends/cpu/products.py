@@ -200,20 +200,21 @@ def _few_rows(x: Any, packed: Any, y: Any, i: int, first: int, last: int, start:
 def _block(x: Any, packed: Any, y: Any, start: int, stop: int, origin: int, adds: bool) -> None:
     """All rows and panels, of k in start … stop − 1."""
     panels, rows = packed.shape[0], x.shape[0]
+    highest = rows // _HIGHEST
+    high = (rows - highest * _HIGHEST) // _HIGH
+    fours = (rows - highest * _HIGHEST - high * _HIGH) // 4
+    to_high = highest * _HIGHEST
+    to_fours = to_high + high * _HIGH
     for first in range(0, panels, 4):
-        last, i = min(panels, first + 4), 0
+        last = min(panels, first + 4)
         for p in range(first, last if rows >= 4 else first):
-            i = tiles = 0
-            while i + _HIGHEST <= rows:
-                _highest(x, packed, y, i, p, start, stop, origin, _next(packed, p, start, stop, tiles), adds)
-                i, tiles = i + _HIGHEST, tiles + 1
-            while i + _HIGH <= rows:
-                _high(x, packed, y, i, p, start, stop, origin, _next(packed, p, start, stop, tiles), adds)
-                i, tiles = i + _HIGH, tiles + 1
-            while i + 4 <= rows:
-                _four(x, packed, y, i, p, start, stop, origin, _next(packed, p, start, stop, tiles), adds)
-                i, tiles = i + 4, tiles + 1
-        _few_rows(x, packed, y, i, first, last, start, stop, origin, adds)
+            for k in range(highest):
+                _highest(x, packed, y, k * _HIGHEST, p, start, stop, origin, _next(packed, p, start, stop, k), adds)
+            for k in range(high):
+                _high(x, packed, y, to_high + k * _HIGH, p, start, stop, origin, _next(packed, p, start, stop, highest + k), adds)
+            for k in range(fours):
+                _four(x, packed, y, to_fours + k * 4, p, start, stop, origin, _next(packed, p, start, stop, highest + high + k), adds)
+        _few_rows(x, packed, y, to_fours + fours * 4, first, last, start, stop, origin, adds)
 
 
 def _product(x: Any, packed: Any, y: Any, near: Any) -> None:
@@ -224,12 +225,12 @@ def _product(x: Any, packed: Any, y: Any, near: Any) -> None:
         rows, into = x[i : i + ROWS], y[i : i + ROWS]
         for start in range(0, max(length, 1), block):
             stop = min(length, start + block)
+            source, origin = rows, start - start
             if near.size:
                 for r in range(rows.shape[0]):
                     copy(rows[r, start:stop], near[r, : stop - start])
-                _block(near[: rows.shape[0]], packed, into, start, stop, start, start > 0)
-            else:
-                _block(rows, packed, into, start, stop, 0, start > 0)
+                source, origin = near[: rows.shape[0]], start
+            _block(source, packed, into, start, stop, origin, start > 0)
 
 
 product = compiled()(_product)
