@@ -90,7 +90,7 @@ class AsInTorch:
         """The function of an RNN."""
         if self._layer.cell.__name__ != "RNNCell":
             raise AttributeError(f"{type(self._layer).__name__} has no `nonlinearity`")
-        return self._layer.variant.activation
+        return str(self._layer.variant.activation)
 
     @property
     def mode(self) -> str:
