@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm_backends.torch_alone import check
 from portnorm_backends.torch_compare import SEEDS, Arrays, Call, Compared, Ran, changed, compare, nudged, ran, steady, unit
+from portnorm_backends.torch_module import RecurrentModule
 from portnorm_backends.torch_standin import stand_in
 from portnorm_backends.torch_twin import Twin
 
@@ -113,8 +115,10 @@ def _note(trial: _Trial | None, compared: list[Compared]) -> str:
         )
     if not trial.modes[-1]:
         return "no training step was run: training=False"
+    dropped = [twin.path for twin in trial.twins if getattr(twin.module, "dropout", 0.0) and isinstance(twin.made, RecurrentModule)]
     missing = [what for what in ("gradients", "statistics") if not any(c.what.startswith(what) for c in compared)]
-    return f"the model has no {' and no '.join(missing)} to compare" if missing else ""
+    notes = [f"the training step was run without the dropout of {', '.join(map(repr, dropped))}"] if dropped else []
+    return "\n".join([*notes, *([f"the model has no {' and no '.join(missing)} to compare"] if missing else [])])
 
 
 # -- what is swapped -----------------------------------------------------------------------------------------------------------------------
@@ -175,9 +179,6 @@ def _places(
 
 
 def _twin(path: str, module: torch.nn.Module, row: Replacement, config: dict[str, Any]) -> Twin:
-    if isinstance(row, str) and isinstance(module, torch.nn.RNNBase) and module.dropout:
-        raise UnsupportedError(f"{path!r} has dropout={module.dropout} between its layers, which portnorm's have not")
-
     def layer_of(module: torch.nn.Module) -> Layer:
         if isinstance(row, str):
             return import_checkpoint(module, row, **config)
@@ -190,6 +191,8 @@ def _twin(path: str, module: torch.nn.Module, row: Replacement, config: dict[str
         made = stand_in(layer_of(module), module)
     except CheckpointError as error:
         raise CheckpointError(f"{path!r}: {error}") from error
+    if isinstance(module, torch.nn.RNNBase) and module.num_layers > 1 and getattr(made, "dropout", 0.0) != module.dropout:
+        raise UnsupportedError(f"{path!r} has dropout={module.dropout} between its layers, which {made!r} has not")
     like = next((a for a in module.state_dict().values() if a.is_floating_point()), None)
     if like is not None:
         made = made.to(device=like.device, dtype=like.dtype)
@@ -261,7 +264,22 @@ class _Trial:
                 handle.remove()
 
     def _run(self, mode: bool, call: Call) -> Ran:
-        return ran(self.model, call, mode, self._statistics)
+        with self._without_dropout():
+            return ran(self.model, call, mode, self._statistics)
+
+    @contextlib.contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        """Without that of the modules and of what stands for them, which draw other numbers of one generator."""
+        found = [
+            (m, m.dropout) for twin in self.twins for m in (twin.module, twin.made) if isinstance(m, torch.nn.RNNBase | RecurrentModule)
+        ]
+        for m, _ in found:
+            m.dropout = 0.0
+        try:
+            yield
+        finally:
+            for m, dropout in found:
+                m.dropout = dropout
 
     def _statistics(self) -> Arrays:
         """The buffers of the model outside of the modules, and those that the layers of the modules have now."""
@@ -281,7 +299,8 @@ class _Trial:
             swapped = f"{', '.join(repr(twin.path) for twin in self.twins)} {'was' if len(self.twins) == 1 else 'were'} swapped"
             title = f"`model` before and after {swapped} ({_name(mode)})"
             try:
-                after = ran(self.model, self.call, mode, lambda: dict(self.model.named_buffers()))
+                with self._without_dropout():
+                    after = ran(self.model, self.call, mode, lambda: dict(self.model.named_buffers()))
             except Exception as error:  # whatever a model raises
                 raise UnsupportedError(
                     f"`model` does not run any more after {swapped}, and was left as it was ({_name(mode)}): {_said(error)}"

@@ -64,7 +64,8 @@ class Twin:
 
     def statistics(self) -> Arrays:
         """The layer's buffers, of what the module holds now, by their names in the model."""
-        names = [name for name, _ in self.made.named_buffers()]
+        counted = not isinstance(self.module, torch.nn.modules.instancenorm._InstanceNorm)  # torch's has a counter that never counts
+        names = [name for name, _ in self.made.named_buffers() if counted or name != "num_batches_tracked"]
         if not names:
             return {}
         buffers = self.layer_of(self.module).to(xp="torch").buffers
