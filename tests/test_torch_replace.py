@@ -513,7 +513,7 @@ def test_lengths_second_and_attributes_of_ones_own() -> None:
     pn.replace_modules(model, {Wrapper: lambda m: pn.import_checkpoint(m.inner)}, args=(torch.randn(3, 5, 3), torch.tensor([2, 5, 3])))
     assert model.rnn.name == "wrapper"
     model.rnn.hidden_dim = 4
-    with pytest.raises(pn.UnsupportedError, match="`hidden_dim` is 5, but .* computes as the module in whose place it stands"):
+    with pytest.raises(pn.UnsupportedError, match=r"`hidden_dim` is 5, but .* computes as the module in whose place it stands"):
         model.rnn.hidden_dim = 5
     with pytest.raises(TypeError, match="no argument `frame`"):
         model.rnn(frame=1)
