@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -283,6 +285,75 @@ def test_what_only_training_shows_is_seen() -> None:
     with pytest.raises(pn.ConformanceError, match=r"\(training step\) differ"):
         pn.replace_modules(model, table, args=torch.randn(5, 2, 3))
     assert pn.replace_modules(model, table, args=torch.randn(5, 2, 3), training=False) == ["0"]
+
+
+@pytest.mark.parametrize("cast_back", [False, True])
+def test_under_autocast_its_rounding_is_allowed(cast_back: bool) -> None:
+    class Model(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.front, self.rnn, self.norm = torch.nn.Linear(3, 3), torch.nn.LSTM(3, 4), torch.nn.LayerNorm(4)
+
+        def forward(self, x: Any) -> Any:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.norm(self.rnn(self.front(x))[0])
+            return y.float() if cast_back else y
+
+    swapped = pn.replace_modules(Model(), {"rnn": "torch", "norm": "torch"}, args=torch.randn(5, 2, 3))
+    assert [c.what for c in swapped.compared] == ["values", "values", "gradients"]
+    with pytest.raises(pn.ConformanceError):
+        pn.replace_modules(Model(), {"rnn": gradient_lost}, args=torch.randn(5, 2, 3))
+
+
+def test_graphs_and_states_of_earlier_calls_stay() -> None:
+    class Stateful(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.state, self.seen = torch.nn.LSTM(3, 4), None, {"states": []}
+
+        def forward(self, x: Any) -> Any:
+            y, self.state = self.rnn(x, self.state)
+            self.seen["states"].append(self.state[0])
+            return y
+
+    model, x = Stateful(), torch.randn(5, 2, 3)
+    loss, kept = model(x).sum(), None
+    theirs, kept = model.rnn, model.state
+    assert pn.replace_modules(model, {"rnn": "torch"}, args=x) == ["rnn"]
+    assert model.state is kept
+    assert len(model.seen["states"]) == 1
+    loss.backward()
+    assert theirs.weight_hh_l0.grad is not None
+
+
+@dataclasses.dataclass
+class Output:
+    y: Any
+    spread: Any
+
+
+def test_results_of_any_kind_are_looked_into() -> None:
+    class Model(Asks):
+        def forward(self, x: Any) -> Any:
+            y = super().forward(x)
+            return Output({"y": [y, 3]}, torch.distributions.Normal(y, y.exp()))
+
+    swapped = pn.replace_modules(Model(lambda rnn: 1.0), {"rnn": "torch"}, args=torch.randn(5, 2, 3))
+    assert swapped.compared[0].arrays >= 4
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["parametrized", "old"])
+def test_gradients_of_weight_norm(old: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.GRU(3, 4))
+    norm = torch.nn.utils.weight_norm if old else torch.nn.utils.parametrizations.weight_norm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            norm(model[0], name)
+    swapped = pn.replace_modules(model, {"0": "torch"}, args=torch.randn(5, 2, 3))
+    assert "training step: 2 gradients along random directions agree" in str(swapped)
+    assert model[0].to_layer().norm == "weight"
 
 
 # -- gradients of parameters in another form ---------------------------------------------------------------------------------------------

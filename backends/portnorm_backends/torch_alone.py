@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
@@ -23,7 +23,17 @@ _SPACES: dict[type[torch.nn.Module], int] = {
 """How many axes follow the channels where the class says it."""
 
 
-def check(twin: Twin, calls: list[tuple[Call, Any]] | None) -> None:
+class Recorded(NamedTuple):
+    """A call that a model made of a module."""
+
+    call: Call
+    result: Any
+    device: str
+    narrow: torch.dtype | None
+    """That of autocast there, where it was on."""
+
+
+def check(twin: Twin, calls: list[Recorded] | None) -> None:
     """Compare on the recorded calls, or on random ones; raises `ConformanceError` or `UnsupportedError`."""
     made, mode = twin.made, twin.made.training
     with as_it_was(twin.module), same_chance(twin.module), torch.no_grad():
@@ -34,8 +44,9 @@ def check(twin: Twin, calls: list[tuple[Call, Any]] | None) -> None:
                 return _check_random(twin)
             if not calls:
                 raise UnsupportedError(f"{twin.title} is not called while the model runs on `args`, so it cannot be compared")
-            for call, result in calls:
-                _compare(twin, call, result)
+            for call, result, device, narrow in calls:
+                with torch.autocast(device, dtype=narrow, enabled=narrow is not None):
+                    _compare(twin, call, result, torch.finfo(narrow).eps if narrow is not None else 0.0)
         finally:
             made.train(mode)
 
@@ -101,7 +112,7 @@ def _random_inputs(module: torch.nn.Module, made: StandIn) -> tuple[torch.Tensor
     return x, states
 
 
-def _compare(twin: Twin, call: Call, result: Any) -> None:
+def _compare(twin: Twin, call: Call, result: Any, least: float = 0.0) -> None:
     """Raise `ConformanceError` where the replacement gives another result, `UnsupportedError` where it gives one of another kind."""
     title, made = twin.title, twin.made
     try:
@@ -125,7 +136,7 @@ def _compare(twin: Twin, call: Call, result: Any) -> None:
         with nudged(twin.module, seed) as change:
             near.append(_named(twin.module(*(given := call.fresh(change)).args, **given.kwargs)))
     try:
-        compare("evaluation", "values", theirs, ours, near, unit(twin.module), f"{title} and {made!r}")
+        compare("evaluation", "values", theirs, ours, near, max(least, unit(twin.module)), f"{title} and {made!r}")
     except ConformanceError as error:
         raise ConformanceError(f"{error}. {_HINT}") from error
 

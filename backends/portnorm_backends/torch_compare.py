@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy
@@ -25,6 +27,8 @@ _CAP = 0.1
 """Never more than this part of the largest value: where rounding moves more, the comparison would say nothing."""
 _SMALL = 0.05
 """Sums that cancel, such as the gradient of a bias before a normalization, are as exact as their terms, taken to be this part of all."""
+_RECORDS = (SimpleNamespace, torch.distributions.Distribution)
+"""Results whose attributes are looked at, besides dataclasses."""
 _EPS = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps")
 
 
@@ -84,7 +88,7 @@ def changed(change: Callable[[Array], Array], tree: Any) -> Any:
 
 def arrays_in(tree: Any, name: str) -> Arrays:
     """The arrays and numbers of nested results, by where they are."""
-    found = {}
+    found: Arrays = {}
     for path, leaf in pytree.tree_flatten_with_path(tree, is_leaf=_is_packed)[0]:
         place = name + pytree.keystr(path)
         if isinstance(leaf, PackedSequence):
@@ -93,6 +97,8 @@ def arrays_in(tree: Any, name: str) -> Arrays:
                 found[f"{place}.sorted_indices"] = leaf.sorted_indices
         elif isinstance(leaf, torch.Tensor | bool | int | float | numpy.ndarray | numpy.number):
             found[place] = torch.as_tensor(leaf)
+        elif (dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)) or isinstance(leaf, _RECORDS):
+            found |= arrays_in(vars(leaf), place)
     return found
 
 
@@ -109,6 +115,7 @@ def ran(model: torch.nn.Module, call: Call, training: bool, statistics: Callable
             model.eval()
         elif not model.training:
             model.train()
+        _let_go(model)
         own = call.fresh(lambda a: a.clone().requires_grad_(training))
         given = changed(lambda a: a.clone() if a.requires_grad else a, tuple(own))
         values = arrays_in(model(*given[0], **given[1]), "result")
@@ -119,6 +126,18 @@ def ran(model: torch.nn.Module, call: Call, training: bool, statistics: Callable
             )
         kept = {name: a.detach().clone() for name, a in statistics().items()} if training else {}
         return Ran({name: a.detach().clone() for name, a in values.items()}, gradients, kept)
+
+
+def _let_go(model: torch.nn.Module) -> None:
+    """Part what the modules keep of an earlier call, such as a state, from the graph of that call, which may be gone."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if any(isinstance(a, torch.Tensor) and a.grad_fn is not None for a in _tensors(value)):
+                vars(module)[name] = pytree.tree_map(lambda a: a.detach() if isinstance(a, torch.Tensor) else a, value)
+
+
+def _tensors(value: Any) -> list[Any]:
+    return pytree.tree_leaves(value) if isinstance(value, dict | list | tuple | torch.Tensor) else []
 
 
 def _gradients(values: Arrays, of: Arrays) -> Arrays:
@@ -139,7 +158,7 @@ def as_it_was(model: torch.nn.Module) -> Iterator[None]:
     tensors: dict[int, tuple[Array, Array]] = {}
 
     def held(value: Any) -> Any:
-        for a in pytree.tree_leaves(value) if isinstance(value, dict | list | tuple | torch.Tensor) else ():
+        for a in _tensors(value):
             if isinstance(a, torch.Tensor) and id(a) not in tensors:
                 tensors[id(a)] = a, a.detach().clone()
         return copy.copy(value) if isinstance(value, dict | list | set | deque) else value
@@ -156,10 +175,9 @@ def as_it_was(model: torch.nn.Module) -> Iterator[None]:
                 own[name] = value
                 if content is not value:
                     _refill(value, content)
-        with torch.no_grad():
-            for a, content in tensors.values():
-                if not torch.equal(a, content):
-                    a.copy_(content)
+        for a, content in tensors.values():
+            if not torch.equal(a, content):
+                a.data.copy_(content)  # which a graph of an earlier call does not see
 
 
 def _refill(value: Any, content: Any) -> None:
@@ -199,10 +217,9 @@ def nudged(model: torch.nn.Module, seed: int) -> Iterator[Callable[[Array], Arra
         return a * (1 + torch.finfo(a.dtype).eps * moves)
 
     with as_it_was(model):
-        with torch.no_grad():
-            for a in (*model.parameters(), *model.buffers()):
-                if a.is_floating_point():
-                    a.copy_(near(a))
+        for a in (*model.parameters(), *model.buffers()):
+            if a.is_floating_point():
+                a.data.copy_(near(a.data))
         for module in model.modules():
             for name in _EPS:
                 if isinstance(vars(module).get(name), float):

@@ -13,8 +13,8 @@ import torch
 from portnorm.checkpoint.foreign import import_checkpoint
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
-from portnorm_backends.torch_alone import check
-from portnorm_backends.torch_compare import SEEDS, Arrays, Call, Compared, Ran, changed, compare, nudged, ran, steady, unit
+from portnorm_backends.torch_alone import Recorded, check
+from portnorm_backends.torch_compare import SEEDS, Arrays, Call, Compared, Ran, arrays_in, changed, compare, nudged, ran, steady, unit
 from portnorm_backends.torch_module import RecurrentModule
 from portnorm_backends.torch_standin import stand_in
 from portnorm_backends.torch_twin import Twin
@@ -115,7 +115,7 @@ def _note(trial: _Trial | None, compared: list[Compared]) -> str:
         )
     if not trial.modes[-1]:
         return "no training step was run: training=False"
-    dropped = [twin.path for twin in trial.twins if getattr(twin.module, "dropout", 0.0) and isinstance(twin.made, RecurrentModule)]
+    dropped = [twin.path for twin in trial.twins if getattr(twin.made, "dropout", 0.0)]
     missing = [what for what in ("gradients", "statistics") if not any(c.what.startswith(what) for c in compared)]
     notes = [f"the training step was run without the dropout of {', '.join(map(repr, dropped))}"] if dropped else []
     return "\n".join([*notes, *([f"the model has no {' and no '.join(missing)} to compare"] if missing else [])])
@@ -228,7 +228,7 @@ class _Trial:
         self.model, self.call, self.twins = model, call, twins
         self.modes = (False, True) if training else (False,)
         self.unit = unit(model)
-        self.calls: dict[int, list[tuple[Call, Any]]] = {id(twin.module): [] for twin in twins}
+        self.calls: dict[int, list[Recorded]] = {id(twin.module): [] for twin in twins}
         self._inside = {id(module) for twin in twins for module in twin.module.modules()}
         self.before: dict[bool, Ran] = {}
         self.near: dict[bool, list[Ran]] = {}
@@ -248,7 +248,12 @@ class _Trial:
         """The run that the others are compared with; in evaluation the calls of the modules are kept."""
 
         def hook(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any], result: Any) -> None:
-            self.calls[id(module)].append((Call(given, named).fresh(), changed(lambda a: a.detach().clone(), result)))
+            device = next((a.device.type for a in arrays_in((given, named), "").values()), "cpu")
+            narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            self.calls[id(module)].append(
+                Recorded(Call(given, named).fresh(), changed(lambda a: a.detach().clone(), result), device, narrow)
+            )
+            self.unit = max(self.unit, torch.finfo(narrow).eps if narrow is not None else 0.0)
 
         handles = [] if mode else [twin.module.register_forward_hook(hook, with_kwargs=True) for twin in self.twins]
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ import torch
 from portnorm.arrays import to_numpy
 from portnorm.errors import ConformanceError, UnsupportedError
 from portnorm.layers.layer import Layer
-from portnorm_backends.torch_compare import Arrays
+from portnorm_backends.torch_compare import Arrays, as_it_was
 from portnorm_backends.torch_standin import StandIn
 
 _DIRECTIONS = 2
@@ -92,8 +91,9 @@ class Twin:
         for seed in range(_DIRECTIONS):
             generator = torch.Generator().manual_seed(seed)
             way = {name: torch.randn(d.shape, generator=generator, dtype=torch.float64) for name, d in theirs.items()}
-            forward, back = (self._moved(way, sign * _STEP) for sign in (1, -1))
-            ours = {name: (forward[name] - back[name]) / (2 * _STEP) for name in forward}
+            (theirs_on, ours_on), (theirs_back, ours_back) = (self._moved(way, sign * _STEP) for sign in (1, -1))
+            way = {name: (theirs_on[name] - theirs_back[name]) / (2 * _STEP) for name in way}  # as far as the dtype lets them go
+            ours = {name: (ours_on[name] - ours_back[name]) / (2 * _STEP) for name in ours_on}
             expected = sum(float((d.double().cpu() * way[name]).sum()) for name, d in theirs.items())
             own = {name: after.get(f"{self.path}.{name}") for name in ours}
             found = sum(float((d.double().cpu() * ours[name]).sum()) for name, d in own.items() if d is not None)
@@ -103,11 +103,12 @@ class Twin:
                 )
         return _DIRECTIONS
 
-    def _moved(self, way: Arrays, step: float) -> Arrays:
-        """The layer's parameters, in float64, when the module's are moved."""
-        moved = copy.deepcopy(self.module).double()
-        with torch.no_grad():
-            for name, p in moved.named_parameters():
+    def _moved(self, way: Arrays, step: float) -> tuple[Arrays, Arrays]:
+        """The parameters of the module, moved, and those of the layer that is made of it then, in float64."""
+        with as_it_was(self.module):
+            for name, p in self.module.named_parameters():
                 if name in way:
-                    p.add_(step * way[name].to(p.device))
-        return {name: torch.as_tensor(to_numpy(a), dtype=torch.float64) for name, a in self.layer_of(moved).params.items()}
+                    p.data.add_((step * way[name]).to(device=p.device, dtype=p.dtype))
+            theirs = {name: p.detach().to(device="cpu", dtype=torch.float64, copy=True) for name, p in self.module.named_parameters()}
+            made = self.layer_of(self.module).params
+            return theirs, {name: torch.tensor(to_numpy(a), dtype=torch.float64) for name, a in made.items()}
