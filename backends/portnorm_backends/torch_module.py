@@ -7,14 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 from portnorm.arrays import Array, mapped, xp_of
 from portnorm.errors import UnsupportedError
 from portnorm.layers.layer import Arrays, Layer, checked_call
+from portnorm.layers.recurrent import Recurrent
+from portnorm_backends.torch_recurrent import AsInTorch, counts, packed_as, unpacked
 
 
 def torch_module(layer: Layer) -> TorchModule:
     """`layer` as a `torch.nn.Module`, called as the layer is: `y = m(x)`, or `y, state = m(x, state=None, lengths=None)`.
+
+    A recurrent layer takes a `PackedSequence` too, and then gives one, with states in the order in which the sequences were before they
+    were packed, as torch's do; `m(x, lengths)` is `m(x, lengths=lengths)`. It has the attributes and methods of torch.nn.LSTM
+    (`hidden_size`, `batch_first`, `flatten_parameters()`, …), and `h, state = m.step(x, state)` for one step, `x` (batch, features).
 
     Parameters and buffers are copies of the layer's, under its names; a state dict of the module is one of the layer. `train()` takes the
     batch's statistics and updates the running ones, `eval()` takes those. Gradients, `.to(...)`, `copy.deepcopy`, `torch.func` and
@@ -29,7 +36,7 @@ def torch_module(layer: Layer) -> TorchModule:
     >>> y.shape, y.requires_grad
     (torch.Size([7, 2, 4]), True)
     """
-    return TorchModule(layer)
+    return RecurrentModule(layer) if isinstance(layer, Recurrent) else TorchModule(layer)
 
 
 class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
@@ -77,6 +84,12 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
 
     def forward(self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None) -> Any:
         """`y`, or `(y, state)` for a recurrent layer; see `portnorm.Layer.__call__`. In training the running statistics are updated."""
+        if isinstance(x, PackedSequence):
+            padded, counted = unpacked(x, self._layer, lengths, mask)
+            y, state = TorchModule.forward(self, padded, state, counted)
+            return packed_as(y, x, counted, self._layer), state
+        if counts(state):
+            state, lengths = lengths, state
         if self.recorder is not None:
             return self.recorder(self, x, state, lengths, mask)
         params, buffers = self.arrays()
@@ -124,6 +137,19 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
 
     def __repr__(self) -> str:
         return f"torch_module({self._layer!r})"
+
+
+class RecurrentModule(TorchModule, AsInTorch):
+    """What `torch_module` gives for `LSTM`, `GRU` and `RNN`."""
+
+    _layer: Recurrent
+
+    def step(self, x: Array, state: Any = None) -> tuple[Array, Any]:
+        """One time step, for a loop of one's own: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
+        self._layer.check_goes_forward()
+        axis = 1 if self._layer.batch_first else 0
+        y, state = self(x.unsqueeze(axis), state)
+        return (y.squeeze(axis) if self._layer.keeps_time else y), state
 
 
 def _converted(array: Array, dtype: torch.dtype | None) -> Array:

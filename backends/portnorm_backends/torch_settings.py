@@ -82,6 +82,8 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
         return said
     if isinstance(module, torch.nn.GroupNorm):
         said.values["num_groups"] = module.num_groups
+    if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+        _tracking(said, module)
     inside = list(module.modules())
     for name, of in (("zoneout", float), ("batch_first", bool)):
         if said.layer is None and isinstance(getattr(module, name, None), of):
@@ -90,7 +92,41 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
     _only(
         said, "momentum", [(m, m.momentum) for m in inside if isinstance(m, torch.nn.modules.batchnorm._NormBase) and m.track_running_stats]
     )
+    if said.layer in _SIZES and not module.state_dict() and "track_running_stats" not in said.refused:
+        said.alone = {
+            **{ours: getattr(module, theirs) for ours, theirs in _SIZES[said.layer].items()},
+            **_but(said, "momentum"),
+            "affine": False,
+        }
     return said
+
+
+_SIZES = {
+    "LayerNorm": {"normalized_shape": "normalized_shape"},
+    "RMSNorm": {"normalized_shape": "normalized_shape", "eps": "eps"},
+    "GroupNorm": {"num_features": "num_channels"},
+    "InstanceNorm": {"num_features": "num_features"},
+}
+"""What gives a norm its size, and its ε where that may be `None`, by our names: asked of modules that have no arrays."""
+
+
+def _but(said: Said, name: str) -> dict[str, Any]:
+    return {n: value for n, value in said.values.items() if n != name}
+
+
+def _tracking(said: Said, module: torch.nn.modules.batchnorm._NormBase) -> None:
+    """Whose statistics normalize, which `track_running_stats` says together with whether there are running ones."""
+    has, tracks = module.running_mean is not None, module.track_running_stats
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not has:
+        why = f"track_running_stats={tracks} and no running statistics: it takes those of the batch in evaluation too"
+        said.refused["track_running_stats"] = Refusal(f"{why}, where {said.layer} here has its running ones; leave the module as it is")
+    elif has and module.momentum is None and said.layer == "InstanceNorm":
+        said.refused["momentum"] = Refusal(
+            "momentum=None, with which torch's InstanceNorm keeps its running statistics for ever", ("momentum",)
+        )
+    elif has != tracks:
+        why = f"track_running_stats={tracks}, but {'has' if has else 'no'} running statistics"
+        said.refused["track_running_stats"] = Refusal(f"{why}, so that training and evaluation differ from those of {said.layer} here")
 
 
 def _only(said: Said, name: str, found: list[tuple[torch.nn.Module, Any]]) -> None:

@@ -73,6 +73,9 @@ def import_checkpoint(
         raise UnsupportedError(f"`format` is {format!r}; expected 'auto' or one of {', '.join(map(repr, FORMATS))}")
     with containers.opened(source) as held:
         arrays = {key: a for key, a in held.arrays.items() if key.startswith(prefix)}
+        alone = held.said_of([prefix]) if held.said_of is not None and not arrays else None
+        if alone is not None and (alone.alone is not None or alone.refused):
+            return _without_arrays(alone, {"xp": xp, "device": device, "dtype": dtype or "float32"}, config, set(ignore))
         if not arrays:
             begin = held.beginnings(prefix) if held.arrays else []
             known = f"; the keys begin with {', '.join(map(repr, begin[:8]))}{', …' * (len(begin) > 8)}" if begin else ""
@@ -91,6 +94,22 @@ def import_checkpoint(
         made.provenance += f"; keys of random generators, which are no weights, were left out: {', '.join(held.left_out)}"
     _log.info("import_checkpoint took %s", made.provenance)
     return made
+
+
+def _without_arrays(said: Said, where: dict[str, Any], config: dict[str, Any], ignore: set[str]) -> Layer:
+    """The layer of a module that has neither parameters nor statistics."""
+    assert said.layer is not None
+    made: Any = LAYERS[said.layer]
+    for name, refusal in said.refused.items():
+        if said.alone is None or name not in ignore:
+            raise CheckpointError(f"{said.title} has {refusal.why}")
+    try:
+        layer: Layer = made(**{**(said.alone or {}), **config}, **where)
+    except TypeError as error:
+        raise UnsupportedError(f"{said.title}, which has no arrays, as {said.layer}: {error}") from error
+    layer.provenance = f"{said.title}, which has no arrays; said by it: {', '.join(f'{n}={v!r}' for n, v in (said.alone or {}).items())}"
+    _log.info("import_checkpoint took %s", layer.provenance)
+    return layer
 
 
 def _only_said(fit: Fit, arrays: Arrays) -> Said:

@@ -53,6 +53,8 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     if wrong is not None and not exact:
         said = arrays[next(iter(wrong.keys.values()))].said
         assert said is not None
+        for refusal in said.refused.values():
+            raise CheckpointError(f"{said.title} has {refusal.why}")
         raise CheckpointError(f"{said.title} has only the arrays {_some(arrays)}; expected those of a {said.layer} of portnorm")
     almost = exact or (near is not None and near.row.gates and near.found > 1 and near.found >= len(near.unknown))
     parts = [] if almost else parts_of(chosen, arrays, prefix, ignore)

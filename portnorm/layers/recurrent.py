@@ -416,12 +416,16 @@ class Recurrent(Layer):
 
     def step(self, x: Array, state: Any = None) -> tuple[Array, State]:
         """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
-        if self.goes_back:
-            who = "a bidirectional layer" if self.num_directions == 2 else f"a layer with direction={self.direction!r}"
-            raise UnsupportedError(f"{who} cannot go step by step; it starts at the end")
+        self.check_goes_forward()
         xp = xp_of(x)
         y, state = self(xp.expand_dims(x, axis=1 if self.batch_first else 0), state)
         return (xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y), state
+
+    def check_goes_forward(self) -> None:
+        """Raise `UnsupportedError` where it cannot go step by step."""
+        if self.goes_back:
+            who = "a bidirectional layer" if self.num_directions == 2 else f"a layer with direction={self.direction!r}"
+            raise UnsupportedError(f"{who} cannot go step by step; it starts at the end")
 
     def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> State:
         """The state before the first step for `batch` sequences: zeros, or what was learned; with `noise` h has N(0, noise²) added.

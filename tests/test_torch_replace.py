@@ -1,0 +1,683 @@
+"""Modules of a torch model swapped for layers: the model is run before and after, and is left as it was where that differs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.peers
+pack, pad = torch.nn.utils.rnn.pack_padded_sequence, torch.nn.utils.rnn.pad_packed_sequence
+
+CELLS = ["LSTM", "GRU", "RNN"]
+IDS, LENGTHS = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 1], [2, 4, 0, 0, 0], [3, 1, 2, 0, 0]]), torch.tensor([5, 4, 2, 3])
+
+
+class Tagger(torch.nn.Module):  # type: ignore[misc]
+    """As people write one: packed sequences, a first state of its own, attributes of the module, dropout, a norm with statistics."""
+
+    def __init__(self, cell: str = "LSTM", layers: int = 2, bidirectional: bool = True, batch_first: bool = True, ragged: bool = True):
+        super().__init__()
+        torch.manual_seed(0)
+        wide = 5 * (2 if bidirectional else 1)
+        self.embed, self.norm = torch.nn.Embedding(10, 6), torch.nn.LayerNorm(6, eps=1e-3)
+        self.rnn = getattr(torch.nn, cell)(6, 5, layers, bidirectional=bidirectional, batch_first=batch_first)
+        self.bn, self.drop, self.out = torch.nn.BatchNorm1d(wide, momentum=0.3), torch.nn.Dropout(0.3), torch.nn.Linear(wide, 3)
+        self.ragged, self.calls, self.last = ragged, [0], None
+
+    def forward(self, ids: Any, lengths: Any) -> Any:
+        self.rnn.flatten_parameters()
+        self.calls.append(len(self.calls))
+        x = self.norm(self.embed(ids))
+        x = x if self.rnn.batch_first else x.transpose(0, 1)
+        first = x.new_ones(self.rnn.num_layers * (2 if self.rnn.bidirectional else 1), ids.shape[0], self.rnn.hidden_size)
+        hx = (first, 0.5 * first) if self.rnn.mode == "LSTM" else first
+        given = pack(x, lengths, self.rnn.batch_first, enforce_sorted=False) if self.ragged else x
+        y, state = self.rnn(given, hx=hx)
+        y = pad(y, self.rnn.batch_first)[0] if self.ragged else y
+        self.last = y
+        pooled = y.sum(1 if self.rnn.batch_first else 0)
+        return {"scores": self.out(self.drop(self.bn(pooled))), "state": state}
+
+
+def what_it_is(model: Any) -> Any:
+    """All that a swap that fails must leave alone."""
+    attributes = [
+        (path, {n: repr(v) for n, v in vars(m).items() if n not in ("_parameters", "_buffers")}) for path, m in model.named_modules()
+    ]
+    arrays = {n: a.detach().clone() for n, a in model.state_dict().items()}
+    grads = {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+    return attributes, arrays, grads, [id(m) for m in model.modules()], [id(p) for p in model.parameters()]
+
+
+def assert_same(before: Any, after: Any) -> None:
+    assert before[0] == after[0]
+    assert before[3:] == after[3:]
+    for old, new in zip(before[1:3], after[1:3], strict=True):
+        assert old.keys() == new.keys()
+        for name, a in old.items():
+            assert (a is None and new[name] is None) or torch.equal(a, new[name]), name
+
+
+# -- what is run -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_model_is_run_before_and_after(cell: str, layers: int, bidirectional: bool, batch_first: bool, ragged: bool) -> None:
+    model = Tagger(cell, layers, bidirectional, batch_first, ragged)
+    other = copy.deepcopy(model)
+    table = {"rnn": "torch", torch.nn.LayerNorm: "torch", torch.nn.BatchNorm1d: "torch"}
+    swapped = pn.replace_modules(model, table, args=(IDS, LENGTHS))
+    assert swapped == ["norm", "rnn", "bn"]
+    assert [(c.mode, c.what) for c in swapped.compared] == [
+        ("evaluation", "values"),
+        ("training step", "values"),
+        ("training step", "gradients"),
+        ("training step", "statistics"),
+    ]
+    arrays = {c.what: c.arrays for c in swapped.compared}
+    assert arrays["gradients"] == sum(1 for _ in other.parameters())
+    assert arrays["statistics"] == 3
+    assert "training step: 3 statistics agree" in str(swapped)
+    assert f"swapped 'rnn' ({cell}) for {cell}" in str(swapped)
+    assert (model.calls, model.last) == ([0], None)  # the runs leave no trace
+    for training in (False, True):
+        found = []
+        for m in (model, other):
+            torch.manual_seed(3)
+            found.append(m.train(training)(ids=IDS, lengths=LENGTHS))
+        torch.testing.assert_close(*found)
+
+
+def test_without_inputs_it_is_said_that_nothing_was_run(caplog: pytest.LogCaptureFixture) -> None:
+    swapped = pn.replace_modules(Tagger(), {torch.nn.LSTM: "torch"})
+    assert swapped == ["rnn"]
+    assert swapped.compared == []
+    assert "nothing was run of the model, for want of `args`" in str(swapped)
+    assert "nothing was run of the model" in caplog.text
+    caplog.clear()
+    assert "nothing was run" not in str(pn.replace_modules(Tagger(), {torch.nn.LSTM: "torch"}, args=(IDS, LENGTHS)))
+    assert "nothing was run" not in caplog.text
+
+
+def test_inputs_come_by_name_too_and_one_packed_sequence_is_one() -> None:
+    by_name = pn.replace_modules(Tagger(), {"rnn": "torch"}, kwargs={"ids": IDS, "lengths": LENGTHS})
+    both = pn.replace_modules(Tagger(), {"rnn": "torch"}, args=IDS, kwargs={"lengths": LENGTHS})
+    assert len(by_name.compared) == len(both.compared) == 4
+
+    class Packed(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = torch.nn.GRU(3, 4)
+
+        def forward(self, x: Any) -> Any:
+            return self.rnn(x)[0]
+
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(2, 3), torch.randn(3, 3)], enforce_sorted=False)
+    swapped = pn.replace_modules(Packed(), {"rnn": "torch"}, args=packed)
+    assert [c.arrays for c in swapped.compared] == [3, 3, 5]  # data, sizes, order; four parameters and the input
+
+
+def test_a_training_step_can_be_left_out() -> None:
+    swapped = pn.replace_modules(Tagger(), {"rnn": "torch"}, args=(IDS, LENGTHS), training=False)
+    assert [c.mode for c in swapped.compared] == ["evaluation"]
+    assert "no training step was run: training=False" in str(swapped)
+    with pytest.raises(pn.UnsupportedError, match=r"does not run on `args` \(training step\).*more than 1 value.*training=False"):
+        pn.replace_modules(Tagger(), {"rnn": "torch"}, args=(IDS[:1], LENGTHS[:1]))
+    with pytest.raises(pn.UnsupportedError, match=r"does not run on `args` \(evaluation\), before anything was swapped: TypeError"):
+        pn.replace_modules(Tagger(), {"rnn": "torch"}, args=IDS)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_of_every_dtype(dtype: str) -> None:
+    class Model(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.rnn = torch.nn.LayerNorm(3), torch.nn.GRU(3, 4)
+
+        def forward(self, x: Any) -> Any:
+            return self.rnn(self.norm(x))
+
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    swapped = pn.replace_modules(Model().to(kind), {"norm": "torch", "rnn": "torch"}, args=torch.randn(5, 2, 3).to(kind))
+    assert [c.what for c in swapped.compared] == ["values", "values", "gradients"]
+
+
+# -- what differs ----------------------------------------------------------------------------------------------------------------------
+
+
+def gradient_lost(module: Any) -> pn.Layer:
+    """Right values, half of the gradients."""
+    layer = pn.import_checkpoint(module)
+
+    class Lost(type(layer)):  # type: ignore[misc]
+        def backward(self, residuals: Any, dy: Any, dstate: Any, training: bool) -> Any:
+            dx, dstate, grads = super().backward(residuals, dy, dstate, training)
+            return dx, dstate, {n: 0.5 * g if n == "weight_hh_l0" else g for n, g in grads.items()}
+
+    layer.__class__ = Lost
+    return layer
+
+
+def momentum_lost(module: Any) -> pn.Layer:
+    return pn.import_checkpoint(module, momentum=0.1)
+
+
+def eps_lost(module: Any) -> pn.Layer:
+    return pn.import_checkpoint(module, eps=1e-5)
+
+
+WRONG: dict[str, tuple[str, Callable[[Any], pn.Layer], str]] = {
+    "gradients": ("rnn", gradient_lost, r"'rnn' was swapped \(training step\) differ by .* in rnn\.weight_hh_l0"),
+    "statistics": ("bn", momentum_lost, r"'bn' was swapped \(training step\) differ by .* in bn\.running_mean"),
+    "values": ("norm", eps_lost, r"'norm' \(LayerNorm\) and torch_module.* differ by .* in y"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_differs_is_named_and_the_model_is_as_it_was(what: str) -> None:
+    model = Tagger()
+    model(IDS, LENGTHS)["scores"].sum().backward()
+    model.last = None
+    model.bn.eval()
+    model.bn.train()
+    name, row, message = WRONG[what]
+    before = what_it_is(model)
+    with pytest.raises(pn.ConformanceError, match=message):
+        pn.replace_modules(model, {name: row}, args=(IDS, LENGTHS))
+    assert_same(before, what_it_is(model))
+
+
+class Asks(torch.nn.Module):  # type: ignore[misc]
+    """A model that asks its module what only torch's knows."""
+
+    def __init__(self, ask: Callable[[Any], Any], training: bool = False):
+        super().__init__()
+        self.rnn, self.ask, self.only = torch.nn.GRU(3, 4), ask, training
+
+    def forward(self, x: Any) -> Any:
+        y, _ = self.rnn(x)
+        return y * (self.ask(self.rnn) if self.training or not self.only else 1.0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_that_fails_or_goes_another_way_after_the_swap(training: bool) -> None:
+    mode = "training step" if training else "evaluation"
+    x, model = torch.randn(5, 2, 3), Asks(lambda rnn: len(rnn._flat_weights_names), training)
+    before = what_it_is(model)
+    with pytest.raises(
+        pn.UnsupportedError, match=rf"does not run any more after 'rnn' was swapped, and was left as it was \({mode}\): Attr"
+    ):
+        pn.replace_modules(model, {"rnn": "torch"}, args=x)
+    assert_same(before, what_it_is(model))
+    model = Asks(lambda rnn: 2.0 if isinstance(rnn, torch.nn.GRU) else 1.0, training)
+    before = what_it_is(model)
+    with pytest.raises(pn.ConformanceError, match=rf"'rnn' was swapped \({mode}\) differ by .* in result; rounding allows"):
+        pn.replace_modules(model, {"rnn": "torch"}, args=x)
+    assert_same(before, what_it_is(model))
+
+
+def test_a_model_without_results_or_with_others_each_time() -> None:
+    generator = torch.Generator()
+    with pytest.raises(pn.UnsupportedError, match=r"gives something else each time that it is run on `args` \(evaluation\)"):
+        pn.replace_modules(Asks(lambda rnn: float(torch.rand((), generator=generator))), {"rnn": "torch"}, args=torch.randn(5, 2, 3))
+
+    class Silent(Asks):
+        def forward(self, x: Any) -> Any:
+            super().forward(x)
+
+    with pytest.raises(pn.UnsupportedError, match="gives nothing that can be compared"):
+        pn.replace_modules(Silent(lambda rnn: 1.0), {"rnn": "torch"}, args=torch.randn(5, 2, 3))
+
+
+def test_random_numbers_are_the_same_before_and_after_and_go_on() -> None:
+    """Of torch, NumPy and Python, as teacher forcing and dropout draw them."""
+    model = Asks(lambda rnn: random.random() + float(np.random.rand()) + float(torch.rand(())))
+    states = []
+    for swap in (False, True):
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
+        if swap:
+            pn.replace_modules(model, {"rnn": "torch"}, args=torch.ones(5, 2, 3))
+        states.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+    assert states[0] == states[1]
+
+
+def test_dropout_that_would_be_lost_is_refused() -> None:
+    for row in ("torch", lambda module: pn.import_checkpoint(copy.deepcopy(module).apply(lambda m: setattr(m, "dropout", 0.0)))):
+        with pytest.raises(pn.UnsupportedError, match=r"'0' has dropout=0\.5 between its layers"):
+            pn.replace_modules(torch.nn.ModuleList([torch.nn.LSTM(3, 4, 2, dropout=0.5)]), {"0": row})  # type: ignore[dict-item]
+
+
+class Forgetful(torch.nn.Module):  # type: ignore[misc]
+    """A recurrent module of somebody that drops in training, which no weight says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight_ih_l0, self.weight_hh_l0 = torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Any) -> Any:
+        h, ys = x.new_zeros(x.shape[1], 4), []
+        for one in torch.nn.functional.dropout(x, 0.5, self.training):
+            h = torch.tanh(one @ self.weight_ih_l0.T + h @ self.weight_hh_l0.T)
+            ys.append(h)
+        return torch.stack(ys)
+
+
+def test_what_only_training_shows_is_seen() -> None:
+    model = torch.nn.Sequential(Forgetful())
+    table: Any = {Forgetful: lambda m: pn.import_checkpoint(m, "torch", layer="RNN")}
+    with pytest.raises(pn.ConformanceError, match=r"\(training step\) differ"):
+        pn.replace_modules(model, table, args=torch.randn(5, 2, 3))
+    assert pn.replace_modules(model, table, args=torch.randn(5, 2, 3), training=False) == ["0"]
+
+
+@pytest.mark.parametrize("cast_back", [False, True])
+def test_under_autocast_its_rounding_is_allowed(cast_back: bool) -> None:
+    class Model(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.front, self.rnn, self.norm = torch.nn.Linear(3, 3), torch.nn.LSTM(3, 4), torch.nn.LayerNorm(4)
+
+        def forward(self, x: Any) -> Any:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.norm(self.rnn(self.front(x))[0])
+            return y.float() if cast_back else y
+
+    swapped = pn.replace_modules(Model(), {"rnn": "torch", "norm": "torch"}, args=torch.randn(5, 2, 3))
+    assert [c.what for c in swapped.compared] == ["values", "values", "gradients"]
+    with pytest.raises(pn.ConformanceError):
+        pn.replace_modules(Model(), {"rnn": gradient_lost}, args=torch.randn(5, 2, 3))
+
+
+def test_graphs_and_states_of_earlier_calls_stay() -> None:
+    class Stateful(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.state, self.seen = torch.nn.LSTM(3, 4), None, {"states": []}
+
+        def forward(self, x: Any) -> Any:
+            y, self.state = self.rnn(x, self.state)
+            self.seen["states"].append(self.state[0])
+            return y
+
+    model, x = Stateful(), torch.randn(5, 2, 3)
+    loss, kept = model(x).sum(), None
+    theirs, kept = model.rnn, model.state
+    assert pn.replace_modules(model, {"rnn": "torch"}, args=x) == ["rnn"]
+    assert model.state is kept
+    assert len(model.seen["states"]) == 1
+    loss.backward()
+    assert theirs.weight_hh_l0.grad is not None
+
+
+@dataclasses.dataclass
+class Output:
+    y: Any
+    spread: Any
+
+
+def test_results_of_any_kind_are_looked_into() -> None:
+    class Model(Asks):
+        def forward(self, x: Any) -> Any:
+            y = super().forward(x)
+            return Output({"y": [y, 3]}, torch.distributions.Normal(y, y.exp()))
+
+    swapped = pn.replace_modules(Model(lambda rnn: 1.0), {"rnn": "torch"}, args=torch.randn(5, 2, 3))
+    assert swapped.compared[0].arrays >= 4
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["parametrized", "old"])
+def test_gradients_of_weight_norm(old: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.GRU(3, 4))
+    norm = torch.nn.utils.weight_norm if old else torch.nn.utils.parametrizations.weight_norm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            norm(model[0], name)
+    swapped = pn.replace_modules(model, {"0": "torch"}, args=torch.randn(5, 2, 3))
+    assert "training step: 2 gradients along random directions agree" in str(swapped)
+    assert model[0].to_layer().norm == "weight"
+
+
+# -- gradients of parameters in another form ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_gradients_of_parameters_that_have_other_names(bidirectional: bool, wrong: bool) -> None:
+    from tests.torch_cells import StackedLSTM
+
+    class Model(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.front, self.rnn = torch.nn.Linear(3, 4), StackedLSTM(4, 5, 2, bidirectional)
+
+        def forward(self, x: Any) -> Any:
+            zeros = x.new_zeros(x.shape[1], 5)
+            one = [(zeros, zeros)] * 2 if bidirectional else (zeros, zeros)
+            return self.rnn(self.front(x), states=[one, one])
+
+    def halved(module: Any) -> pn.Layer:
+        layer = pn.import_checkpoint(module, "torch-fastrnns")
+
+        class Halved(type(layer)):  # type: ignore[misc]
+            def backward(self, residuals: Any, dy: Any, dstate: Any, training: bool) -> Any:
+                dx, dstate, grads = super().backward(residuals, dy, dstate, training)
+                return dx, dstate, {n: 0.5 * g if n == "weight_hh_l1" else g for n, g in grads.items()}
+
+        layer.__class__ = Halved
+        return layer
+
+    model, x = Model(), torch.randn(6, 3, 3)
+    if wrong:
+        with pytest.raises(pn.ConformanceError, match="differ in the gradients of 'rnn': along a random direction"):
+            pn.replace_modules(model, {StackedLSTM: halved}, args=x)
+        return
+    swapped = pn.replace_modules(model, {StackedLSTM: "torch-fastrnns"}, args=x)
+    found = {c.what: c.arrays for c in swapped.compared if c.mode == "training step"}
+    assert found["gradients along random directions"] == 2
+    assert found["gradients"] == 3  # of `front` and the input
+
+
+def test_what_is_frozen_stays_frozen_one_by_one() -> None:
+    from tests.torch_cells import StackedLSTM
+
+    model = torch.nn.ModuleDict({"rnn": torch.nn.LSTM(3, 4), "cell": torch.nn.GRUCell(3, 4), "norm": torch.nn.LayerNorm(4)})
+    model["rnn"].weight_ih_l0.requires_grad_(False)
+    model["cell"].bias_hh.requires_grad_(False)
+    model["norm"].bias.requires_grad_(False)
+    pn.replace_modules(model, {"rnn": "torch", "cell": "torch", "norm": "torch"})
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"rnn.weight_ih_l0", "cell.bias_hh_l0", "norm.bias"}
+    stack = torch.nn.ModuleDict({"rnn": StackedLSTM(3, 4)})
+    stack["rnn"].layers[0].cell.weight_ih.requires_grad_(False)
+    with pytest.raises(pn.UnsupportedError, match=r"'layers\.0\.cell\.weight_ih' frozen and the rest not"):
+        pn.replace_modules(stack, {"rnn": "torch-fastrnns"})
+
+
+def test_a_parameter_that_is_shared_is_not_parted() -> None:
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(5, 4), "out": torch.nn.Linear(4, 5)})
+    model["out"].weight = model["embed"].weight
+    with pytest.raises(pn.UnsupportedError, match=r"'embed\.weight' and 'out\.weight' are one parameter"):
+        pn.replace_modules(model, {torch.nn.Linear: "torch"})
+    model["out"].weight.requires_grad_(False)
+    assert pn.replace_modules(model, {torch.nn.Linear: "torch"}) == ["out"]
+
+
+# -- which modules ---------------------------------------------------------------------------------------------------------------------
+
+
+def nested() -> Any:
+    return torch.nn.ModuleDict(
+        {
+            "encoder": torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 4), "norm": torch.nn.LayerNorm(4)}),
+            "decoder": torch.nn.ModuleDict({"rnn": torch.nn.GRU(3, 4), "cell": torch.nn.LSTMCell(3, 4)}),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "paths"),
+    [
+        (["encoder.rnn"], ["encoder.rnn"]),
+        (["cell"], ["decoder.cell"]),
+        (["norm", torch.nn.GRU], ["encoder.rnn", "encoder.norm", "decoder.rnn"]),
+        (["decoder.rnn", torch.nn.LayerNorm], ["encoder.norm", "decoder.rnn"]),
+    ],
+)
+def test_names_are_keys_as_classes_are(keys: list[Any], paths: list[str]) -> None:
+    model = nested()
+    before = {path: type(model.get_submodule(path)) for path in ("encoder.rnn", "encoder.norm", "decoder.rnn", "decoder.cell")}
+    assert pn.replace_modules(model, dict.fromkeys(keys, "torch")) == paths
+    for path, kind in before.items():
+        assert (type(model.get_submodule(path)) is kind) == (path not in paths)
+
+
+def test_a_name_goes_before_a_class() -> None:
+    model = nested()
+    seen = []
+
+    def row(module: Any) -> pn.Layer:
+        seen.append(module)
+        return pn.import_checkpoint(module)
+
+    encoder = model["encoder"]["rnn"]
+    pn.replace_modules(model, {torch.nn.GRU: "torch", "encoder.rnn": row})
+    assert seen == [encoder]
+
+
+def test_names_that_are_not_there_or_not_one() -> None:
+    model = nested()
+    with pytest.raises(pn.UnsupportedError, match=r"has 'rnn', which is the end of decoder\.rnn, encoder\.rnn; expected one"):
+        pn.replace_modules(model, {"rnn": "torch"})
+    with pytest.raises(pn.UnsupportedError, match=r"no module of that name; it has .*encoder\.rnn"):
+        pn.replace_modules(model, {"encoder.rn": "torch"})
+    with pytest.raises(pn.UnsupportedError, match=r"'encoder\.rnn', which is inside a module that is swapped"):
+        pn.replace_modules(model, {"encoder": "torch", "encoder.rnn": "torch"})
+    with pytest.raises(pn.UnsupportedError, match=r"'cell' and 'decoder\.cell', which name one module"):
+        pn.replace_modules(model, {"cell": "torch", "decoder.cell": "torch"})
+    shared = torch.nn.ModuleDict({"a": torch.nn.GRU(3, 4)})
+    shared["b"] = shared["a"]
+    assert pn.replace_modules(shared, {"b": "torch"}) == ["a", "b"]
+    assert shared["a"] is shared["b"]
+
+
+# -- how replacements are called -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_replacement_is_called_in_every_way_of_torchs(cell: str, layers: int, bidirectional: bool, batch_first: bool) -> None:
+    theirs = getattr(torch.nn, cell)(3, 4, layers, bidirectional=bidirectional, batch_first=batch_first)
+    model = torch.nn.ModuleDict({"rnn": theirs})
+    pn.replace_modules(model, {"rnn": "torch"})
+    ours = model["rnn"]
+    places = layers * (2 if bidirectional else 1)
+    x, one = torch.randn(2, 2, 3), torch.randn(5, 3)
+    hx, h1 = (tuple(torch.randn(*shape) for _ in range(2)) for shape in ((places, 2, 4), (places, 4)))
+    hx, h1 = (hx, h1) if cell == "LSTM" else (hx[0], h1[0])
+    packed = pack(x, [1, 2], batch_first, enforce_sorted=False)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x,), {}),
+        ((x, hx), {}),
+        ((), {"input": x, "hx": hx}),
+        ((x,), {"hx": None}),
+        ((one,), {}),
+        ((one, h1), {}),
+        ((packed, hx), {}),
+        ((packed,), {}),
+    ]
+    for args, named in calls:
+        torch.testing.assert_close(ours(*args, **named), theirs(*args, **named), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["class", "name"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("cell", [*CELLS, "RNN with relu"])
+def test_cells_in_a_loop_of_ones_own(cell: str, bias: bool, by: str) -> None:
+    cell, _, function = cell.partition(" with ")
+
+    class Loop(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.cell = getattr(torch.nn, f"{cell}Cell")(3, 4, bias=bias, **({"nonlinearity": function} if function else {}))
+            self.out = torch.nn.Linear(4, 2)
+
+        def forward(self, x: Any) -> Any:
+            state, ys = self.cell(x[0]), []
+            for one in x[1:]:
+                state = self.cell(one, hx=state)
+                ys.append(state[0] if isinstance(state, tuple) else state)
+            scale = self.cell.hidden_size * self.cell.input_size * self.cell.weight_hh.shape[0]
+            return self.out(torch.stack(ys)) / scale, self.cell.bias, self.cell.bias_ih is None
+
+    model = Loop()
+    theirs = model.cell
+    swapped = pn.replace_modules(model, {type(theirs) if by == "class" else "cell": "torch"}, args=torch.randn(5, 2, 3))
+    assert [(c.mode, c.what, c.arrays) for c in swapped.compared][2] == ("training step", "gradients", 4 + 3 if bias else 2 + 3)
+    x, h, c = torch.randn(2, 3), torch.randn(2, 4), torch.randn(2, 4)
+    state = (h, c) if cell == "LSTM" else h
+    calls = [(x,), (x, state), (x[0],), (x[0], (h[0], c[0]) if cell == "LSTM" else h[0])]
+    for args in calls:
+        torch.testing.assert_close(model.cell(*args), theirs(*args), rtol=1e-5, atol=1e-6)
+    expected = theirs(x, state)
+    y, after = model.cell.step(x, state)
+    torch.testing.assert_close(after, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y, expected[0] if cell == "LSTM" else expected, rtol=1e-5, atol=1e-6)
+    whole, _ = pn.torch_module(model.cell.to_layer())(x[None])
+    torch.testing.assert_close(whole[0], model.cell.step(x)[0])
+    for name in [n for n in dir(theirs) if not n.startswith("_") and n not in dir(torch.nn.Module()) and not callable(getattr(theirs, n))]:
+        value = getattr(theirs, name)
+        assert torch.equal(getattr(model.cell, name), value) if isinstance(value, torch.Tensor) else getattr(model.cell, name) == value, (
+            name
+        )
+    with pytest.raises(pn.UnsupportedError, match="one step of"):
+        model.cell(x, lengths=[1, 1])
+
+
+class Wrapper(torch.nn.Module):  # type: ignore[misc]
+    """Takes lengths second, packs inside, and has attributes of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.LSTM(3, 4, batch_first=True)
+        self.hidden_dim, self.name, self.sizes, self.absent = 4, "wrapper", [3, 4], None
+
+    def forward(self, frames: Any, frame_lengths: Any, memory: Any = None) -> Any:
+        y, state = self.inner(pack(frames, frame_lengths, True, enforce_sorted=False), memory)
+        return pad(y, True)[0], state
+
+
+def test_lengths_second_and_attributes_of_ones_own() -> None:
+    class Model(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = Wrapper()
+
+        def forward(self, x: Any, lengths: Any) -> Any:
+            y, state = self.rnn(x, lengths)
+            z, _ = self.rnn(frames=y[..., :3], frame_lengths=lengths, memory=state)
+            return z.reshape(-1, self.rnn.hidden_dim), self.rnn.sizes, self.rnn.absent is None
+
+    model = Model()
+    pn.replace_modules(model, {Wrapper: lambda m: pn.import_checkpoint(m.inner)}, args=(torch.randn(3, 5, 3), torch.tensor([2, 5, 3])))
+    assert model.rnn.name == "wrapper"
+    model.rnn.hidden_dim = 4
+    with pytest.raises(pn.UnsupportedError, match=r"`hidden_dim` is 5, but .* computes as the module in whose place it stands"):
+        model.rnn.hidden_dim = 5
+    with pytest.raises(TypeError, match="no argument `frame`"):
+        model.rnn(frame=1)
+
+
+def test_settings_of_a_norm_that_are_assigned_count() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3, affine=False))
+    other = copy.deepcopy(model)
+    pn.replace_modules(model, {torch.nn.BatchNorm1d: "torch"})
+    assert (model[0].num_features, model[0].weight, model[0].track_running_stats) == (3, None, True)
+    x = torch.randn(8, 3)
+    for m in (model, other):
+        m[0].momentum, m[0].eps = 0.7, 0.1
+        m(x)
+    torch.testing.assert_close(model[0].running_mean, other[0].running_mean)
+    torch.testing.assert_close(model(x), other(x))
+
+
+# -- norms ---------------------------------------------------------------------------------------------------------------------------------
+
+NORMS: dict[str, tuple[tuple[Any, ...], tuple[int, ...]]] = {
+    "LayerNorm": ((4,), (5, 4)),
+    "LayerNorm over two axes": (((3, 4),), (5, 3, 4)),
+    "RMSNorm": ((4,), (5, 4)),
+    "GroupNorm": ((2, 4), (5, 4, 3)),
+    "BatchNorm1d": ((4,), (5, 4)),
+    "BatchNorm2d": ((4,), (5, 4, 3, 2)),
+    "BatchNorm3d": ((4,), (5, 4, 3, 2, 2)),
+    "InstanceNorm1d": ((4,), (5, 4, 7)),
+    "InstanceNorm2d": ((4,), (5, 4, 3, 2)),
+    "InstanceNorm3d": ((4,), (5, 4, 3, 2, 2)),
+}
+SAID: dict[str, dict[str, Any]] = {
+    "as usual": {},
+    "eps": {"eps": 1e-2},
+    "without elements": {"elementwise_affine": False},
+    "without affine": {"affine": False},
+    "affine": {"affine": True},
+    "without bias": {"bias": False},
+    "momentum": {"momentum": 0.3},
+    "of all batches": {"momentum": None},
+    "statistics": {"track_running_stats": True, "affine": True},
+    "statistics, not affine": {"track_running_stats": True, "affine": False, "eps": 1e-2},
+    "no statistics": {"track_running_stats": False},
+    "nothing": {"track_running_stats": False, "affine": False},
+}
+
+
+def norms() -> list[Any]:
+    found = []
+    for name, (args, shape) in NORMS.items():
+        for kind, said in SAID.items():
+            make = getattr(torch.nn, name.partition(" ")[0])
+            try:
+                make(*args, **said)
+            except TypeError:  # it has no such setting
+                continue
+            found.append(pytest.param(make, args, said, shape, id=f"{name}-{kind}"))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("example", [False, True], ids=["random", "example"])
+@pytest.mark.parametrize(("make", "args", "said", "shape"), norms())
+def test_a_norm_says_its_settings(make: Any, args: Any, said: dict[str, Any], shape: tuple[int, ...], example: bool, dtype: str) -> None:
+    """Swapped by its class, and as the module in training and evaluation; or refused by the setting that no layer here has."""
+    torch.manual_seed(0)
+    theirs = make(*args, **said).to(getattr(torch, dtype))
+    x = 2.0 + torch.randn(shape, dtype=getattr(torch, dtype))
+    theirs(x)
+    model = torch.nn.Sequential(copy.deepcopy(theirs))
+    table, given = {make: "torch"}, x if example else None
+    if "BatchNorm" in make.__name__ and not theirs.track_running_stats:
+        with pytest.raises(pn.CheckpointError, match=r"'0': .*track_running_stats=False and no running statistics"):
+            pn.replace_modules(model, table, args=given)
+        return
+    assert pn.replace_modules(model, table, args=given) == ["0"]
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 1e-7, "atol": 1e-7}
+    for training in (True, False):
+        torch.testing.assert_close(model.train(training)(x), theirs.train(training)(x), **tolerance)
+    layer = model[0].to_layer()
+    assert layer.eps == (theirs.eps or torch.finfo(getattr(torch, dtype)).eps if layer.eps is not None else None)
+    for name, buffer in theirs.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(getattr(model[0], name), buffer, **tolerance)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm1d", "InstanceNorm1d"])
+def test_statistics_that_are_there_and_not_followed_are_refused(name: str) -> None:
+    module = getattr(torch.nn, name)(4, track_running_stats=True)
+    module.track_running_stats = False
+    with pytest.raises(pn.CheckpointError, match=r"track_running_stats=False, but has running statistics"):
+        pn.replace_modules(torch.nn.Sequential(module), {type(module): "torch"})
+    for kind in (torch.nn.InstanceNorm1d, torch.nn.InstanceNorm2d):
+        with pytest.raises(pn.CheckpointError, match="momentum=None"):
+            pn.import_checkpoint(kind(4, track_running_stats=True, momentum=None))
