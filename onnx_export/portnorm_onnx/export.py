@@ -49,6 +49,7 @@ def export(
     prefix: str = "",
     function: bool = False,
     external_data: bool | None = None,
+    metadata: bool = True,
 ) -> Report:
     """Write `model` in inference mode as an ONNX file, after the graph was checked against the model in onnxruntime.
 
@@ -72,7 +73,10 @@ def export(
     The graph passes onnx's checker and strict shape inference and the two gates of `portnorm.verify`, on random input of several
     (time, batch) or on `inputs`; a streaming graph also gives, step by step, what the sequence graph gives. One in bfloat16, for which
     onnxruntime's CPU has hardly an operator, runs there in float32 with every result rounded. Only then the file appears; an existing
-    one is replaced whole. `path=None` writes nothing; the model is then `report.model`. `portnorm.load` reads the layer back.
+    one is replaced whole. `path=None` writes nothing; the model is then `report.model`.
+
+    `portnorm.load` reads the layer back from the file, bit by bit: beside the graph it has the configuration, and what folding changed. Of a
+    weight that the graph holds but for a factor or a mean these are two or three bits a number. `metadata=False` leaves all of it out.
     Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
 
     >>> import portnorm as pn
@@ -93,7 +97,18 @@ def export(
     model = rounded(model.to(xp="numpy", dtype="float32" if kind == "bfloat16" else kind), kind)
     named = Names(prefix, dict(names or {}))
     shape = Shape(
-        version, row, kind, fold and not accurate, accurate, lengths and not mask, state, input_shape, named, streaming, mask=mask
+        version,
+        row,
+        kind,
+        fold and not accurate,
+        accurate,
+        lengths and not mask,
+        state,
+        input_shape,
+        named,
+        streaming,
+        mask=mask,
+        metadata=metadata,
     )
     started = time.perf_counter()
     proto = trace(model, shape)
@@ -131,6 +146,8 @@ class Shape(NamedTuple):
     gives: tuple[str, ...] | None = None
     """The outputs that are wanted; by itself `y`, and the states where they are inputs."""
     mask: bool = False
+    metadata: bool = True
+    """Whether the file says what its layer is."""
 
 
 def checked_opset(opset: int | None, target: Target) -> int:
@@ -181,8 +198,9 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
         outputs = {name: outputs[name] for name in shape.gives}
     proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names, captures=shape.target.captures)
     check_types(proto, shape.target, shape.dtype)
-    names = {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}
-    described(proto, model, names=names, prefix=shape.names.prefix, dtype=shape.dtype, streaming=shape.streaming)
+    if shape.metadata:
+        names = {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}
+        described(proto, model, names=names, prefix=shape.names.prefix, dtype=shape.dtype, streaming=shape.streaming)
     return proto
 
 

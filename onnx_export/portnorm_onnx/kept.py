@@ -211,18 +211,24 @@ def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def _order(values: NumPyArray) -> NumPyArray:
-    """Numbers of floating point as integers in the same order, one unit in the last place apart."""
-    bits = values.view(f"i{values.dtype.itemsize}").astype(numpy.int64)
-    least = numpy.int64(-(2 ** (8 * values.dtype.itemsize - 1)))
-    found: NumPyArray = numpy.where(bits < 0, least - bits, bits)
+    """Numbers of floating point as integers in the same order, one unit in the last place apart; differences may wrap around."""
+    bits = values.view(f"i{values.dtype.itemsize}").astype(_wide(values.dtype))
+    found: NumPyArray = numpy.where(bits < 0, _least(values.dtype) - bits, bits)
     return found
 
 
 def _values(order: NumPyArray, step: Any) -> NumPyArray:
-    least = numpy.int64(-(2 ** (8 * step.itemsize - 1)))
-    bits = numpy.where(order < 0, least - order, order)
+    bits = numpy.where(order < 0, _least(step) - order, order)
     found: NumPyArray = bits.astype(f"i{step.itemsize}").view(step)
     return found
+
+
+def _wide(step: Any) -> Any:
+    return numpy.dtype(f"i{max(4, step.itemsize)}")
+
+
+def _least(step: Any) -> Any:
+    return _wide(step).type(-(2 ** (8 * step.itemsize - 1)))
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import onnx
+from onnx import helper
+
 from portnorm.arrays import leaves, mapped
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent
@@ -75,3 +78,22 @@ def first_states(model: Layer) -> Any:
         return PlacedState(None, time if layer.timed else None)
 
     return of(model)
+
+
+def by_place(proto: onnx.ModelProto, model: Layer) -> dict[str, Any]:
+    """What a graph without metadata shows by itself: names by their places, and whether it is one step."""
+    inputs, outputs = list(proto.graph.input), list(proto.graph.output)
+    states, kinds = state_names(model), {onnx.TensorProto.INT64: "lengths", onnx.TensorProto.BOOL: "mask"}
+    own = ["x"]
+    if len(inputs) > 1 and len(inputs) - 1 != len(states):
+        own.append(kinds.get(inputs[1].type.tensor_type.elem_type, ""))
+    own += [f"{name}_0" for name in states] if len(inputs) > len(own) else []
+    given = ["y", *(f"{name}_n" for name in states)]
+    rank = len(inputs[0].type.tensor_type.shape.dim) if inputs else 0
+    names = {name: v.name for found, known in ((inputs, own), (outputs, given)) for name, v in zip(known, found, strict=False)}
+    return {
+        "names": {name: there for name, there in names.items() if name != there},
+        "dtype": helper.tensor_dtype_to_np_dtype(outputs[0].type.tensor_type.elem_type).name if outputs else None,
+        "streaming": model.recurrent and rank == len(model.input_dims()) - 1,
+        "prefix": names.get("x", "").removesuffix("x"),
+    }

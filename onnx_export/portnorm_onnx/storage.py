@@ -14,6 +14,7 @@ from typing import Any, Self
 import onnx
 from onnx import external_data_helper, helper
 
+from portnorm.checkpoint.onnx_constants import graphs, tensors
 from portnorm.errors import ExportError
 from portnorm.files import written_whole
 
@@ -40,13 +41,13 @@ def is_large(proto: onnx.ModelProto) -> bool:
 
 def is_external(proto: onnx.ModelProto) -> bool:
     """Whether weights of the model are in a file of their own."""
-    return any(external_data_helper.uses_external_data(t) for t in proto.graph.initializer)
+    return any(external_data_helper.uses_external_data(t) for graph in graphs(proto.graph) for t in tensors(graph))
 
 
 def beside(path: str) -> list[str]:
     """Names of the files with weights that a model refers to."""
-    tensors = onnx.load(path, load_external_data=False).graph.initializer
-    return sorted({e.value for t in tensors for e in t.external_data if e.key == "location"})
+    whole = onnx.load(path, load_external_data=False).graph
+    return sorted({e.value for graph in graphs(whole) for t in tensors(graph) for e in t.external_data if e.key == "location"})
 
 
 class Draft:

@@ -22,6 +22,7 @@ from portnorm.optimizers import Optimizer, clip_by_global_norm
 from portnorm_onnx.build import build
 from portnorm_onnx.export import checked_opset, checked_path
 from portnorm_onnx.lowering import training_opset
+from portnorm_onnx.metadata import TRAINING, described
 from portnorm_onnx.report import Comparison, Report
 from portnorm_onnx.runtimes import session_of
 from portnorm_onnx.signature import first_states, named_state, state_inputs
@@ -46,6 +47,7 @@ def export_training_step(
     state: bool = False,
     lengths: bool = False,
     opset: int | None = None,
+    metadata: bool = True,
 ) -> Report:
     """Write one training update of `model` as an ONNX graph that runs in an inference runtime, after it was checked in onnxruntime.
 
@@ -55,7 +57,8 @@ def export_training_step(
     before the first step (`h_0`, …; the noise that a BN-LSTM trains with is given there), then every parameter and buffer by its name and
     the optimizer's state as `optimizer.<name>`; those are optional and start at the model's present values. Outputs: `loss`, with `clip`
     the norm of the gradient before clipping as `gradient_norm`, and `next.<name>` of everything that changes. Every loop over time is a
-    `Scan`, so time and batch are free.
+    `Scan`, so time and batch are free. `portnorm.load` reads the model from the file, with the values that are its defaults;
+    `metadata=False` leaves out what it says of that.
 
     The graph is checked by three updates on random data, relative to how far eager training is from float64; only then the file appears.
     The bodies of the loops read parameters from outside, which onnxruntime allows. Raises `ExportError`, `ConformanceError`,
@@ -84,6 +87,8 @@ def export_training_step(
     started = time.perf_counter()
     proto = _trace(step, version, state=state, lengths=lengths)
     seconds = time.perf_counter() - started
+    if metadata:
+        described(proto, model, dtype=numpy.dtype(model.dtype).name, holds=TRAINING)
     with Draft(proto, path) as draft:
         draft.check_form()
         report = Report.of(proto, draft.path)

@@ -24,10 +24,11 @@ from portnorm.arrays import leaves, mapped
 from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
-from portnorm_onnx.metadata import graph_facts, load_layer, rounded
+from portnorm_onnx.loops import BEFORE, OPERATORS, count_given, loops_of, state_type
+from portnorm_onnx.metadata import changes_of, graph_facts, read_layer, rounded
 from portnorm_onnx.report import Comparison, Outcome, Report
 from portnorm_onnx.runtimes import RUNTIMES, Session, runtime_of, session_of
-from portnorm_onnx.signature import TIME, mask_dims, named_state, recurrent_places, state_names
+from portnorm_onnx.signature import TIME, by_place, mask_dims, named_state, recurrent_places, state_names
 from portnorm_onnx.storage import Draft
 
 NumPyArray = numpy.ndarray[Any, Any]
@@ -63,31 +64,62 @@ def verify(
     *,
     runtimes: Sequence[str] | str = ("onnxruntime",),
     inputs: Iterable[Any] | None = None,
+    tolerance: float | None = None,
 ) -> Report:
     """Check the ONNX file at `path` against `model`, or the layer that the file says it holds, in the named runtimes.
 
     The file passes onnx's checker and strict shape inference; then it runs on random inputs of several (time, batch), ragged where it
     takes `lengths`, with gaps where it takes `mask`, or on `inputs`, each `x`, `(x, lengths)` or `(x, mask)`. See this module for the two
     gates. Returns a `Report`.
+
+    What a tool has changed in the file since it was exported stands in `report.changes`, and behind what an error says. A graph that was
+    made smaller on purpose, in float16 or with integers for weights, passes no gate for rounding: `tolerance` takes the place of both, the
+    largest difference of any output to the float64 run, and of any state after one step, relative to the largest number in it if that is
+    more than 1. A file that was exported with `metadata=False` says nothing of its layer and needs `model`.
+
     Raises `ConformanceError` with the first output and step that differs, `ExportError` where the file is no valid graph or a runtime does
     not run it, and `MissingExtraError` where a runtime is not installed. With `runtimes="all"` every runtime has its row in
     `report.outcomes`, those that are not installed named as such, and what failed is there instead of raised.
     """
+    if model is not None and not isinstance(model, Layer):
+        raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UnsupportedError(f"`tolerance` is {tolerance!r}; expected a number that is not negative")
     try:
         proto = onnx.load(os.fspath(path), load_external_data=False)
     except Exception as error:
         raise ExportError(f"cannot read {os.fspath(path)!r} as an ONNX model: {error}") from error
+    holds = graph_facts(proto)["holds"]
+    if holds:
+        raise UnsupportedError(f"{os.fspath(path)!r} holds {holds}, which was checked when it was exported; this checks graphs of layers")
     if model is None:
-        model = load_layer(path, xp=None, device=None, dtype=None)
+        model, _ = read_layer(path)
     cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
+    changed = changes_of(proto)
+    told = ""
+    if changed:
+        way = "" if tolerance is not None else "; `tolerance=` checks a graph that was made smaller on purpose"
+        told = f". A tool has changed the file: {'; '.join(changed)}{way}"
     with Draft(proto, path) as draft:
-        return check(draft, model, runtimes=runtimes, cases=cases)
+        try:
+            report = check(draft, model, runtimes=runtimes, cases=cases, tolerance=tolerance)
+        except (ConformanceError, ExportError) as error:
+            raise type(error)(f"{error}{told}") from error
+    report.changes = changed
+    return report
 
 
-def check(draft: Draft, model: Layer, *, runtimes: Sequence[str] | str, cases: Sequence[Inputs] | None = None) -> Report:
+def check(
+    draft: Draft,
+    model: Layer,
+    *,
+    runtimes: Sequence[str] | str,
+    cases: Sequence[Inputs] | None = None,
+    tolerance: float | None = None,
+) -> Report:
     """`verify`, of a model that may not be in its place yet."""
     draft.check_form()
-    graph = Graph.of(draft, model)
+    graph = Graph.of(draft, model, tolerance)
     made = cases if cases is not None else random_cases(graph)
     names = tuple(RUNTIMES) if runtimes == ALL else (runtimes,) if isinstance(runtimes, str) else tuple(runtimes)
     if not made or not names:
@@ -120,7 +152,7 @@ def _checked(graph: Graph, runtime: str, cases: Sequence[Inputs]) -> tuple[list[
         return [_trajectory(graph, graph.stepwise(session), runtime, longest)], [_one_step(graph, session, runtime, longest)]
     session = graph.session(runtime)
     trajectories = [_trajectory(graph, session, runtime, case) for case in cases]
-    if not graph.model.recurrent or not any(n.op_type in ("Scan", *_OPERATORS) for n in graph.proto.graph.node):
+    if not graph.model.recurrent or not any(n.op_type in ("Scan", *OPERATORS) for n in graph.proto.graph.node):
         return trajectories, []
     return trajectories, [_one_step(graph, graph.session(runtime, with_states(graph)), runtime, longest)]
 
@@ -160,10 +192,16 @@ class Graph:
     dtype: str
     prefix: str
     streaming: bool
+    tolerance: float | None = None
+    """What is allowed instead of the two gates."""
+    counts_from_zero: bool = False
+    """Whether the steps before cannot be given, since a tool has folded their count away."""
 
     @classmethod
-    def of(cls, draft: Draft, model: Layer) -> Graph:
+    def of(cls, draft: Draft, model: Layer, tolerance: float | None = None) -> Graph:
         facts = graph_facts(draft.proto)
+        if not facts["described"]:
+            facts |= by_place(draft.proto, model)
         proto = _renamed(draft.proto, {given: name for name, given in facts["names"].items()})
         dtype = facts["dtype"]
         eager = model.to(xp="numpy", dtype="float32" if dtype == "bfloat16" else dtype)
@@ -172,14 +210,27 @@ class Graph:
         states = [f"{name}_0" for name in state_names(eager)]
         if not given or given[0] != "x" or not set(given) <= {"x", "lengths", "mask", *states}:
             raise ExportError(f"the graph has inputs {given}; expected x, and perhaps lengths, mask or {', '.join(states)}")
-        return cls(draft, proto, rounded(eager, dtype), dtype, facts["prefix"], facts["streaming"])
+        return cls(draft, proto, rounded(eager, dtype), dtype, facts["prefix"], facts["streaming"], tolerance)
 
     @property
     def inputs(self) -> list[str]:
         return [i.name for i in self.proto.graph.input]
 
     def session(self, runtime: str, proto: onnx.ModelProto | None = None) -> Session:
-        return session_of(runtime, self.draft.loadable(self.proto if proto is None else proto))
+        """The graph in a runtime; numbers come in the types that its inputs have, and a count that no step asks for is not given."""
+        proto = self.proto if proto is None else proto
+        run = session_of(runtime, self.draft.loadable(proto))
+        types = {i.name: helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in proto.graph.input}
+
+        def typed(feed: Mapping[str, Any]) -> dict[str, Any]:
+            given = {n: a for n, a in feed.items() if n in types or not (n == BEFORE or n.endswith(f"{TIME}_0"))}
+            return run({n: a.astype(types[n], copy=False) if a.dtype.kind == "f" and n in types else a for n, a in given.items()})
+
+        return typed
+
+    def allowed(self, usual: float, largest: float) -> float:
+        """What a gate allows, or what was asked for."""
+        return usual if self.tolerance is None else self.tolerance * max(1.0, largest)
 
     @property
     def counts(self) -> str | None:
@@ -298,18 +349,18 @@ def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs) -> C
             continue
         difference, eager_difference = _distance(name, result, exact[name]), _distance(name, eager[name], exact[name])
         floor = FLOOR[dtype] * (max(1.0, _largest(exact[name])) if dtype in ("float64", "bfloat16") else 1.0)
-        if not difference <= FACTOR * eager_difference + floor:
+        if graph.tolerance is None and not difference <= FACTOR * eager_difference + floor:
             others = [_outputs(model, nudged(x, seed, dtype), given)[name] for seed in range(ROUNDINGS)]
             eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
-        allowed = FACTOR * eager_difference + floor
+        allowed = graph.allowed(FACTOR * eager_difference + floor, _largest(exact[name]))
         comparisons.append(Comparison(runtime, name, _case_name(model, case), _steps(model, x), difference, allowed, eager_difference))
         if not difference <= allowed:
             raise ConformanceError(
                 f"{runtime}: output {name!r} is {difference:.3g} from the float64 run at {comparisons[-1].case}; eager {dtype} is "
-                f"{eager_difference:.3g} from it, so at most {allowed:.3g} is allowed"
+                f"{eager_difference:.3g} from it, {'so' if graph.tolerance is None else 'and'} at most {allowed:.3g} is allowed"
                 f"{_first_difference(result, exact[name], allowed)}"
             )
-    return max(comparisons, key=lambda c: c.difference / c.allowed)
+    return max(comparisons, key=lambda c: c.share)
 
 
 def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Comparison:
@@ -318,10 +369,12 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
     axis, steps, batch = 1 if model.batch_first else 0, _steps(model, x), _batch(model, x)
     double, ones = model.to(dtype="float64"), numpy.ones(batch, dtype=numpy.int64)
     mask = counted if graph.counts == "mask" else None
-    before, worst = model.initial_state(batch), Comparison(runtime, "", f"one step at each of {steps}", steps, 0.0, math.inf, 0.0)
+    title = f"one step at each of {steps}" + (", counted as the first" if graph.counts_from_zero else "")
+    state, worst = model.initial_state(batch), Comparison(runtime, "", title, steps, 0.0, math.inf, 0.0)
     for t in range(steps):
         step = numpy.take(x, [t], axis=axis)
         now = None if mask is None else numpy.take(mask, [t], axis=axis)
+        before = first(state) if graph.counts_from_zero else state
         expected, after = _stepped(graph, model, step, before, now)
         exact, _ = _stepped(graph, double, floats(wide, step), floats(wide, before), now)
         feed = graph.feed(step, ones if now is None else now, before)
@@ -329,13 +382,13 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
             feed["x"] = numpy.take(feed["x"], 0, axis=axis)
         else:
             feed |= {name: graph._own(a) for name, a in _scan_states(model, before, "in").items()}
-            feed |= {f"{name}_0": numpy.asarray(a) for name, a in named_state(model, before, "").items() if name.endswith(TIME)}
+            feed |= {BEFORE: numpy.asarray(a) for name, a in named_state(model, before, "").items() if name.endswith(TIME)}
         result = session(feed)
         result, expected, exact = ({n: _live(graph, n, d[n], now) for n in expected} for d in (result, expected, exact))
         for name, values in expected.items():
             difference, eager_difference = _distance(name, result[name], values), _distance(name, values, exact[name])
-            allowed = STEP_ULP[dtype] * EPS[dtype] * max(1.0, _largest(values))
-            if not difference <= allowed:
+            allowed = graph.allowed(STEP_ULP[dtype] * EPS[dtype] * max(1.0, _largest(values)), _largest(values))
+            if graph.tolerance is None and not difference <= allowed:
                 others = [
                     _stepped(graph, model, nudged(step, seed, dtype), nudged(before, seed, dtype), now)[0][name]
                     for seed in range(ROUNDINGS)
@@ -347,9 +400,9 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
                 raise ConformanceError(
                     f"{runtime}: {name!r} differs by {difference:.3g} at step {t}, from the same state; allowed is {allowed:.3g}"
                 )
-            if difference / allowed >= worst.difference / worst.allowed:
-                worst = Comparison(runtime, name, worst.case, steps, difference, allowed, eager_difference)
-        before = after
+            found = Comparison(runtime, name, title, steps, difference, allowed, eager_difference)
+            worst = found if found.share >= worst.share else worst
+        state = _stepped(graph, model, step, state, now)[1] if graph.counts_from_zero else after
     return worst
 
 
@@ -372,6 +425,11 @@ def _live(graph: Graph, name: str, values: NumPyArray, mask: NumPyArray | None) 
         return values
     axis = 1 if name == "y" and graph.model.keeps_time and not graph.model.batch_first else 0
     return numpy.compress(mask.ravel(), values, axis=axis)
+
+
+def first(state: Any) -> Any:
+    """The same state before the first step."""
+    return mapped(lambda a: a if a.dtype.kind == "f" else a * 0, state)
 
 
 def floats(change: Callable[[NumPyArray], NumPyArray], tree: Any) -> Any:
@@ -399,7 +457,6 @@ def _largest(values: NumPyArray) -> float:
     return float(numpy.max(numpy.abs(values), initial=0.0))
 
 
-_OPERATORS = ("LSTM", "GRU", "RNN")
 _FIRST_STATE = 5
 """The place of the initial h among the inputs of these operators."""
 
@@ -409,10 +466,12 @@ def with_states(graph: Graph) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(graph.proto)
     inner, before, model = copy.graph, [], graph.model
-    element = inner.output[0].type.tensor_type.elem_type
-    loops = [n for n in inner.node if n.op_type in ("Scan", *_OPERATORS)]
-    for k, (loop, names) in enumerate(zip(loops, _state_names(model), strict=True)):
-        plain, found = loop.op_type in _OPERATORS, helper.get_node_attr_value
+    loops, expected = loops_of(inner), _state_names(model)
+    if len(loops) != len(expected):
+        raise ExportError(f"the graph has {len(loops)} loops; expected {len(expected)}, one for each direction of each layer")
+    for k, (loop, names) in enumerate(zip(loops, expected, strict=True)):
+        plain, found = loop.op_type in OPERATORS, helper.get_node_attr_value
+        element = state_type(copy, loop)
         states = 0 if plain else len(loop.input) - found(loop, "num_scan_inputs")
         for i, (name, size) in enumerate(names):
             given, last = f"{name}_in_{k}", f"{name}_out_{k}"
@@ -437,15 +496,9 @@ def with_states(graph: Graph) -> onnx.ModelProto:
         inner.initializer.append(numpy_helper.from_array(numpy.array([0]), "states_axis"))
         for n in reversed(before):
             inner.node.insert(0, n)
-    times = {f"{graph.prefix}{name}_0": f"{name}_0" for name in state_names(model) if name.endswith(TIME)}
-    for tensor in [t for t in inner.initializer if t.name in times]:
-        inner.initializer.remove(tensor)
-        for n in inner.node:
-            for place, name in enumerate(n.input):
-                n.input[place] = times[name] if name == tensor.name else name
-    # Where all steps share their statistics the count is an input that nothing reads.
-    unread = set(times.values()) - {i.name for i in inner.input}
-    inner.input.extend(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, []) for name in sorted(unread))
+    counts = [f"{name}_0" for name in state_names(model) if name.endswith(TIME)]
+    if counts and not set(counts) & set(graph.inputs):
+        graph.counts_from_zero = not count_given(copy)
     return copy
 
 
