@@ -62,6 +62,10 @@ EXPORTED_TORCH = 2e-5
 REAL_MODEL = 5e-6
 REAL_MODEL_QUANTIZED = 1e-2
 
+# A graph whose weights a tool has rounded to float16 (2⁻¹¹ of each) or to int8 (2⁻⁸ of the largest of a matrix), against the float64 run of
+# the layer as it was, 24 steps: normalization over eight values amplifies both. 0.016 and 0.078 measured.
+MADE_SMALLER = {"float16": 0.05, "int8": 0.2}
+
 # Sums over thousands of like sequences inside a cell, in units in the last place: the promise for cotangents.
 CELL_SUM_ULP = 32.0
 

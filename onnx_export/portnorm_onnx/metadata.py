@@ -136,7 +136,7 @@ def read_layer(
     except Exception as error:
         raise CheckpointError(f"cannot read {file!r} as an ONNX model: {error}") from error
     props = {p.key: p.value for p in proto.metadata_props}
-    prefix = _chosen(file, proto, props, prefix)
+    prefix = _chosen(file, props, prefix)
     layer = from_json(props[f"{prefix}{_LAYER}"], xp=xp, device=device, dtype=dtype)
     entries, weights = _object(props, f"{prefix}{_ARRAYS}"), _weights(proto, Path(path).resolve())
     arrays, missing, other = {}, [], []
@@ -164,19 +164,15 @@ def read_layer(
     return layer, f"{file!r} holds other numbers than were exported, and these are what is loaded: {', '.join(other)}{tool}" if other else ""
 
 
-def _chosen(file: str, proto: onnx.ModelProto, props: Mapping[str, str], asked: str | None) -> str:
+def _chosen(file: str, props: Mapping[str, str], asked: str | None) -> str:
     """The prefix of the layer that is meant."""
     prefixes = _prefixes(props)
-    if not prefixes:
-        ours = proto.producer_name == "portnorm"
+    if not prefixes and _TORCH not in props:
         raise CheckpointError(
-            f"{file!r} was written by portnorm without metadata (`metadata=False`), or a tool has removed them; it does not say what its "
-            "layer is: portnorm.save keeps one"
-            if ours
-            else f"{file!r} was not written by portnorm.export; "
+            f"{file!r} was not written by portnorm.export, or with `metadata=False`, or a tool has taken its metadata away; "
             "portnorm.import_checkpoint reads the LSTM, GRU, RNN and norm nodes of any model"
         )
-    named = ", ".join(map(repr, prefixes))
+    named = ", ".join(map(repr, prefixes)) or "none"
     if asked is not None:
         found = next((p for p in (asked, f"{asked}.") if p in prefixes), None)
         if found is None:
