@@ -58,7 +58,9 @@ def test_layers_are_loaded_back_by_the_path_of_their_module(tmp_path: Path) -> N
     for name, a in layer.state_dict().items():
         np.testing.assert_array_equal(back.state_dict()[name], a, err_msg=name)
     assert isinstance(pn.load(path, prefix="encoder.norm."), pn.LayerNorm)
-    with pytest.raises(pn.CheckpointError, match=r"written by portnorm.export_torch: it holds a torch model.*'encoder.rnn.', 'encoder.norm.'"):
+    with pytest.raises(
+        pn.CheckpointError, match=r"written by portnorm.export_torch: it holds a torch model.*'encoder.rnn.', 'encoder.norm.'"
+    ):
         pn.load(path)
     with pytest.raises(pn.UnsupportedError, match=r"holds a torch model"):
         pn.verify(path)

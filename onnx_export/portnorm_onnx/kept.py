@@ -38,8 +38,10 @@ _SMALL = 1024
 """Bytes of an array that is kept whole, whatever the graph holds."""
 _BLOCK = 2**18
 """Numbers that are looked at together, so that a large weight is not there once more in float64."""
-_UNITS = 2**15
-"""More units in the last place than this say that the array has nothing to do with W."""
+_UNITS = {2: 2**7, 4: 2**15, 8: 2**15}
+"""By the bytes of a number: so many units in the last place say that it has nothing to do with W."""
+_APART = 1 / 16
+"""The most numbers of an array like W that have nothing to do with it, such as a 0 that was centred; these are kept as they are."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def in_float32(values: NumPyArray) -> NumPyArray:
 
 
 def checksum(values: NumPyArray) -> str:
-    return f"{zlib.crc32(numpy.ascontiguousarray(values).reshape(-1).view(numpy.uint8)):08x}"
+    return f"{zlib.crc32(numpy.ascontiguousarray(values).tobytes()):08x}"
 
 
 def entry(values: NumPyArray, held: bool, weights: Mapping[str, Weight], order: tuple[int, ...], step: str) -> Entry:
@@ -112,9 +114,13 @@ def restored(kept: Entry, base: Callable[[str, str, str], NumPyArray | None]) ->
     units = _unpacked(kept["units"], numpy.dtype(kept["counted"]), shape)
     step = numpy.dtype(kept["step"])
     found = numpy.empty(shape, dtype)
-    for block in _blocks(shape):
-        guess = _order(rule.guess(values[block], rule.part(numbers, block)).astype(step))
-        found[block] = _values(guess + units[block], step)
+    with numpy.errstate(all="ignore"):
+        for block in _blocks(shape):
+            guess = _order(rule.guess(values[block], rule.part(numbers, block)).astype(step))
+            found[block] = _values(guess + units[block], step)
+    if "apart" in kept:
+        many = (int(kept["apart"]),)
+        found.reshape(-1)[_unpacked(kept["places"], numpy.dtype(numpy.int64), many)] = _unpacked(kept["values"], dtype, many)
     return found
 
 
@@ -158,14 +164,14 @@ _RULES = {
         lambda w, s: w.astype(numpy.float64) * s.reshape(-1, *(1,) * (w.ndim - 1)),
         lambda shape: shape[:1],
         lambda numbers, rows: numbers[rows],
-        lambda a: a[:4],
+        lambda a: a[:: -(-len(a) // 16)],
     ),
     "term": _Rule(
         _terms,
         lambda w, m: w.astype(numpy.float64) + m,
         lambda shape: shape[1:],
         lambda numbers, rows: numbers,
-        lambda a: a[:, :4],
+        lambda a: a[:, :: -(-a.shape[1] // 16)],
     ),
 }
 
@@ -178,30 +184,45 @@ def _of_another(v: NumPyArray, weights: Mapping[str, Weight], order: tuple[int, 
     for name, weight in weights.items():
         for suffix, w in forms(weight, v.shape, order):
             for title, rule in _RULES.items() if w.dtype.kind == "f" else ():
-                few, own = rule.sample(v), rule.sample(w)
-                if _units(few, own, rule, rule.numbers(few, own), kind) is None:
-                    continue
-                numbers = rule.numbers(v, w)
-                units = _units(v, w, rule, numbers, kind)
-                if units is None:
-                    continue
-                made: Entry = {"of": name, "form": suffix, "base": checksum(w), "rule": title, "step": step}
-                made |= {"numbers": _packed(numbers), "counted": str(units.dtype), "units": _packed(units)}
-                again = restored({"dtype": str(v.dtype), "shape": v.shape, **made}, lambda *_, w=w: w)
-                if again is not None and _same(again, v):  # a negative zero has no place among the units
-                    return made
+                found = _told(v, w, rule, kind)
+                if found is not None:
+                    return {"of": name, "form": suffix, "base": checksum(w), "rule": title, "step": step, **found}
     return None
 
 
-def _units(v: NumPyArray, w: NumPyArray, rule: _Rule, numbers: NumPyArray, step: Any) -> NumPyArray | None:
-    """How many units in the last place `v` is from what the rule says, in the narrowest type."""
-    found = numpy.empty(v.shape, numpy.int16)
-    for rows in _blocks(v.shape):
-        k = _order(v[rows].astype(step)) - _order(rule.guess(w[rows], rule.part(numbers, rows)).astype(step))
-        if numpy.max(numpy.abs(k), initial=0) >= _UNITS:
+def _told(v: NumPyArray, w: NumPyArray, rule: _Rule, step: Any) -> Entry | None:
+    """The numbers of a rule, the units, and what neither tells; `None` where a piece of the array already says that this is too much."""
+    with numpy.errstate(all="ignore"):  # an infinite weight is no number of a rule
+        few, own = rule.sample(v), rule.sample(w)
+        if _units(few, own, rule, rule.numbers(few, own), step) is None:
             return None
+        numbers = rule.numbers(v, w)
+        found = _units(v, w, rule, numbers, step)
+    if found is None:
+        return None
+    units, apart = found
+    made: Entry = {"numbers": _packed(numbers), "counted": str(units.dtype), "units": _packed(units)}
+    if apart.size:
+        made |= {"apart": apart.size, "places": _packed(apart), "values": _packed(v.reshape(-1)[apart])}
+    return made
+
+
+def _units(v: NumPyArray, w: NumPyArray, rule: _Rule, numbers: NumPyArray, step: Any) -> tuple[NumPyArray, NumPyArray] | None:
+    """(How many units in the last place `v` is from what the rule says, in the narrowest type; places where that is too many)"""
+    found, apart = numpy.empty(v.shape, numpy.int16), []
+    for rows in _blocks(v.shape):
+        narrow = numpy.ascontiguousarray(v[rows].astype(step))
+        guess = _order(rule.guess(w[rows], rule.part(numbers, rows)).astype(step))
+        k = _order(narrow) - guess
+        bits = f"i{step.itemsize}"  # two zeros and two NaNs are one number each
+        far = (numpy.abs(k) >= _UNITS[step.itemsize]) | (_values(guess + k, step).view(bits) != narrow.view(bits))
+        k[far] = 0
         found[rows] = k
-    return found.astype(numpy.int8) if numpy.max(numpy.abs(found), initial=0) < 2**7 else found
+        apart.append(numpy.flatnonzero(far) + rows.start * v[0].size)
+    places = numpy.concatenate(apart)
+    if places.size > _APART * v.size:
+        return None
+    return (found.astype(numpy.int8) if numpy.max(numpy.abs(found), initial=0) < 2**7 else found), places
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -235,7 +256,8 @@ def _least(step: Any) -> Any:
 
 
 def _same(a: NumPyArray, b: NumPyArray) -> bool:
-    return a.dtype == b.dtype and numpy.array_equal(*(numpy.ascontiguousarray(x).reshape(-1).view(numpy.uint8) for x in (a, b)))
+    first, second = (numpy.ascontiguousarray(x).reshape(-1).view(numpy.uint8) for x in (a, b))
+    return a.dtype == b.dtype and numpy.array_equal(first, second)
 
 
 def _packed(values: NumPyArray) -> str:

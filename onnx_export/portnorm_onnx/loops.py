@@ -57,13 +57,12 @@ def count_given(proto: onnx.ModelProto) -> bool:
     Returns whether there is such a number. Where there is none the graph has the same statistics at all steps, or a tool has read the
     tables.
     """
-    graph, k = proto.graph, 0
+    graph = proto.graph
     places = _clamped(graph)
-    for at, place in reversed(places):
+    for k, (at, place) in enumerate(reversed(places)):
         later = helper.make_node("Add", [graph.node[at].input[place], BEFORE], [f"{BEFORE}_{k}"])
         graph.node[at].input[place] = later.output[0]
         graph.node.insert(at, later)
-        k += 1
     graph.input.append(helper.make_tensor_value_info(BEFORE, onnx.TensorProto.INT64, []))
     return bool(places)
 
@@ -92,4 +91,3 @@ def _is_limit(tensor: onnx.TensorProto) -> bool:
 
 def _axis(n: onnx.NodeProto) -> int:
     return next((int(a.i) for a in n.attribute if a.name == "axis"), 0)
-

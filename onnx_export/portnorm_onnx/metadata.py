@@ -79,7 +79,7 @@ def graph_facts(proto: onnx.ModelProto) -> dict[str, Any]:
     props = {p.key: p.value for p in proto.metadata_props}
     prefix = next(iter(_prefixes(props)), "")
     found = _object(props, f"{prefix}{_GRAPH}")
-    usual = {"names": {}, "dtype": None, "streaming": False, "holds": "", "described": bool(found), "prefix": prefix}
+    usual: dict[str, Any] = {"names": {}, "dtype": None, "streaming": False, "holds": "", "described": bool(found), "prefix": prefix}
     return usual | {"holds": "a torch model"} | found if _TORCH in props else usual | found
 
 
@@ -161,7 +161,10 @@ def read_layer(
             f"{file!r} does not hold {', '.join(missing)} of the {type(layer).__name__} any more; load the file as it was exported{tool}"
         )
     layer.load_state_dict(arrays)
-    return layer, f"{file!r} holds other numbers than were exported, and these are what is loaded: {', '.join(other)}{tool}" if other else ""
+    return (
+        layer,
+        f"{file!r} holds other numbers than were exported, and these are what is loaded: {', '.join(other)}{tool}" if other else "",
+    )
 
 
 def _chosen(file: str, props: Mapping[str, str], asked: str | None) -> str:
@@ -257,7 +260,7 @@ class _Back:
 
 
 def _is(values: NumPyArray, kept: Entry) -> bool:
-    return checksum(values.astype(kept["dtype"])) == kept["sum"]
+    return checksum(values.astype(kept["dtype"])) == str(kept["sum"])
 
 
 def _order(model: Layer, name: str) -> tuple[int, ...]:

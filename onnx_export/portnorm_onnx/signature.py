@@ -83,13 +83,11 @@ def first_states(model: Layer) -> Any:
 def by_place(proto: onnx.ModelProto, model: Layer) -> dict[str, Any]:
     """What a graph without metadata shows by itself: names by their places, and whether it is one step."""
     inputs, outputs = list(proto.graph.input), list(proto.graph.output)
-    states, kinds = state_names(model), {onnx.TensorProto.INT64: "lengths", onnx.TensorProto.BOOL: "mask"}
-    own = ["x"]
-    if len(inputs) > 1 and len(inputs) - 1 != len(states):
-        own.append(kinds.get(inputs[1].type.tensor_type.elem_type, ""))
-    own += [f"{name}_0" for name in states] if len(inputs) > len(own) else []
-    given = ["y", *(f"{name}_n" for name in states)]
-    rank = len(inputs[0].type.tensor_type.shape.dim) if inputs else 0
+    types = [(v.type.tensor_type.elem_type, len(v.type.tensor_type.shape.dim)) for v in inputs]
+    counted = ["lengths"] if (onnx.TensorProto.INT64, 1) in types[1:2] else ["mask"] if onnx.TensorProto.BOOL in dict(types[1:2]) else []
+    own = ["x", *counted, *(f"{name}_0" for name in state_names(model))]
+    given = ["y", *(f"{name}_n" for name in state_names(model))]
+    rank = types[0][1] if types else 0
     names = {name: v.name for found, known in ((inputs, own), (outputs, given)) for name, v in zip(known, found, strict=False)}
     return {
         "names": {name: there for name, there in names.items() if name != there},

@@ -382,7 +382,8 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
             feed["x"] = numpy.take(feed["x"], 0, axis=axis)
         else:
             feed |= {name: graph._own(a) for name, a in _scan_states(model, before, "in").items()}
-            feed |= {BEFORE: numpy.asarray(a) for name, a in named_state(model, before, "").items() if name.endswith(TIME)}
+            counts = [a for name, a in named_state(model, before, "").items() if name.endswith(TIME)]
+            feed |= {BEFORE: numpy.asarray(counts[0])} if counts else {}
         result = session(feed)
         result, expected, exact = ({n: _live(graph, n, d[n], now) for n in expected} for d in (result, expected, exact))
         for name, values in expected.items():
