@@ -39,5 +39,5 @@ class MissingExtraError(PortnormError, ImportError):
     """An optional dependency is needed and not installed."""
 
 
-class ChangedFileWarning(UserWarning):
+class ChangedFileWarning(PortnormError, UserWarning):  # noqa: N818
     """A file holds other numbers than were written into it, since a tool has changed them; what is loaded is what it holds now."""

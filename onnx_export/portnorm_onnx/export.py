@@ -75,8 +75,8 @@ def export(
     onnxruntime's CPU has hardly an operator, runs there in float32 with every result rounded. Only then the file appears; an existing
     one is replaced whole. `path=None` writes nothing; the model is then `report.model`.
 
-    `portnorm.load` reads the layer back from the file, bit by bit: beside the graph it has the configuration, and what folding changed. Of a
-    weight that the graph holds but for a factor or a mean these are two or three bits a number. `metadata=False` leaves all of it out.
+    `portnorm.load` reads the layer back from the file, bit by bit: beside the graph it has the configuration, and what folding changed. Of
+    a weight that the graph holds but for a factor or a mean that is two or three bits a number. `metadata=False` leaves all of it out.
     Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
 
     >>> import portnorm as pn

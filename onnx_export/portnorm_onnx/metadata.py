@@ -79,7 +79,7 @@ def graph_facts(proto: onnx.ModelProto) -> dict[str, Any]:
     props = {p.key: p.value for p in proto.metadata_props}
     prefix = next(iter(_prefixes(props)), "")
     found = _object(props, f"{prefix}{_GRAPH}")
-    usual: dict[str, Any] = {"names": {}, "dtype": None, "streaming": False, "holds": "", "described": bool(found), "prefix": prefix}
+    usual: dict[str, Any] = {"names": {}, "dtype": None, "streaming": False, "holds": "", "described": bool(found)}
     return usual | {"holds": "a torch model"} | found if _TORCH in props else usual | found
 
 

@@ -93,5 +93,4 @@ def by_place(proto: onnx.ModelProto, model: Layer) -> dict[str, Any]:
         "names": {name: there for name, there in names.items() if name != there},
         "dtype": helper.tensor_dtype_to_np_dtype(outputs[0].type.tensor_type.elem_type).name if outputs else None,
         "streaming": model.recurrent and rank == len(model.input_dims()) - 1,
-        "prefix": names.get("x", "").removesuffix("x"),
     }

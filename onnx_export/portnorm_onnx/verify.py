@@ -190,7 +190,6 @@ class Graph:
     proto: onnx.ModelProto
     model: Layer
     dtype: str
-    prefix: str
     streaming: bool
     tolerance: float | None = None
     """What is allowed instead of the two gates."""
@@ -210,7 +209,7 @@ class Graph:
         states = [f"{name}_0" for name in state_names(eager)]
         if not given or given[0] != "x" or not set(given) <= {"x", "lengths", "mask", *states}:
             raise ExportError(f"the graph has inputs {given}; expected x, and perhaps lengths, mask or {', '.join(states)}")
-        return cls(draft, proto, rounded(eager, dtype), dtype, facts["prefix"], facts["streaming"], tolerance)
+        return cls(draft, proto, rounded(eager, dtype), dtype, facts["streaming"], tolerance)
 
     @property
     def inputs(self) -> list[str]:
