@@ -141,7 +141,12 @@ def read_layer(
     entries, weights = _object(props, f"{prefix}{_ARRAYS}"), _weights(proto, Path(path).resolve())
     arrays, missing, other = {}, [], []
     for name, a in layer.state_dict().items():
-        kept = entries.get(name, {})
+        kept = entries.get(name)
+        if kept is None:
+            raise CheckpointError(
+                f"the metadata {f'{prefix}{_ARRAYS}'!r} says nothing of {name}; the file was damaged, or another version of "
+                "portnorm wrote it"
+            )
         try:
             values, sound = _Back(weights, layer, prefix).array(name, tuple(a.shape), kept)
         except (AttributeError, KeyError, TypeError, ValueError, zlib.error) as error:
@@ -236,15 +241,14 @@ class _Back:
 
     def array(self, name: str, shape: tuple[int, ...], kept: Entry) -> tuple[NumPyArray | None, bool]:
         """An array, or `None` where the file does not hold it, and whether it is the one that was exported."""
-        order, total = _order(self.layer, name), kept.get("sum")
+        order = _order(self.layer, name)
         values = restored(kept, lambda of, form, base: self._base(of, form, base, shape, order))
-        if values is None and not ("of" in kept or "data" in kept):
+        if values is None and "of" not in kept:
             values = _named(self.weights, self.layer, self.prefix, name, shape)
-        if values is not None and total is not None and not _is(values, kept):
-            values = next((v for v in self._like(shape, order) if _is(v, kept)), values)
-        elif values is None and total is not None:
-            values = next((v for v in self._like(shape, order) if _is(v, kept)), None)
-        return values, values is None or total is None or _is(values, kept)
+        if values is not None and _is(values, kept):
+            return values, True
+        same = next((v for v in self._like(shape, order) if _is(v, kept)), None)
+        return (values, False) if same is None else (same, True)
 
     def _base(self, of: str, form: str, total: str, shape: tuple[int, ...], order: tuple[int, ...]) -> NumPyArray | None:
         """The weight that an array is made of: under its name, under another, or as it is now."""
