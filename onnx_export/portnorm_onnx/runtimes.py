@@ -44,6 +44,10 @@ class Runtime:
     version: Callable[[], str]
     """Its version; raises `MissingExtraError` where it is not installed."""
     note: str = ""
+    no_steps: frozenset[str] = frozenset()
+    """Operators that a sequence of no steps gets no answer from: an error, a wrong shape, or the end of the process."""
+    no_sequences: frozenset[str] = frozenset()
+    """The same for a batch of no sequences."""
 
 
 def _package(name: str, extra: str) -> Callable[[], str]:
@@ -325,26 +329,34 @@ def _page(model: Loadable) -> Session:
     return Page.of(web_package(), str(chromium())).load(model)
 
 
+_ORT: dict[str, frozenset[str]] = {"no_steps": frozenset({"Scan", "GRU"}), "no_sequences": frozenset({"LSTM", "GRU"})}
+_LOOPS = frozenset({"Scan"})
+_RECURRENT = frozenset({"Scan", "LSTM", "GRU", "RNN"})
+
 RUNTIMES: dict[str, Runtime] = {
     row.name: row
     for row in (
-        Runtime("onnxruntime", _onnxruntime("CPUExecutionProvider"), _package("onnxruntime", "onnx"), "CPU"),
-        Runtime("onnxruntime-cuda", _onnxruntime("CUDAExecutionProvider"), _cuda_version, "CUDA provider"),
-        Runtime("openvino", _openvino({"INFERENCE_PRECISION_HINT": "f32"}), _package("openvino", "runtimes"), "CPU, float32 hint"),
-        Runtime("openvino-default", _openvino({}), _package("openvino", "runtimes"), "CPU, its own choice of precision"),
-        Runtime("tract", _tract, _package("tract", "runtimes"), "CPU, in a process of its own"),
-        Runtime("web", _web, _web_version, "WebAssembly in Node.js"),
-        Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium"),
-        Runtime("reference", _reference, _package("onnx", "onnx"), "onnx's own evaluator"),
+        Runtime("onnxruntime", _onnxruntime("CPUExecutionProvider"), _package("onnxruntime", "onnx"), "CPU", **_ORT),
+        Runtime("onnxruntime-cuda", _onnxruntime("CUDAExecutionProvider"), _cuda_version, "CUDA provider", _RECURRENT, _RECURRENT),
+        Runtime("openvino", _openvino({"INFERENCE_PRECISION_HINT": "f32"}), _package("openvino", "runtimes"), "CPU, float32 hint", _LOOPS),
+        Runtime("openvino-default", _openvino({}), _package("openvino", "runtimes"), "CPU, its own choice of precision", _LOOPS),
+        Runtime("tract", _tract, _package("tract", "runtimes"), "CPU, in a process of its own", _RECURRENT),
+        Runtime("web", _web, _web_version, "WebAssembly in Node.js", **_ORT),
+        Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium", **_ORT),
+        Runtime("reference", _reference, _package("onnx", "onnx"), "onnx's own evaluator", _RECURRENT),
     )
 }
-"""Runtimes by name."""
+"""Runtimes by name. What CUDA does with nothing was not tried; so it is not asked."""
 
 STAND_INS: dict[str, Runtime] = {
     row.name: row
     for row in (
-        Runtime("rounded", _in_float32(True), _package("onnxruntime", "onnx"), "onnxruntime's CPU in float32, bfloat16 by rounding"),
-        Runtime("unrounded", _in_float32(False), _package("onnxruntime", "onnx"), "onnxruntime's CPU with float32 in place of bfloat16"),
+        Runtime(
+            "rounded", _in_float32(True), _package("onnxruntime", "onnx"), "onnxruntime's CPU in float32, bfloat16 by rounding", **_ORT
+        ),
+        Runtime(
+            "unrounded", _in_float32(False), _package("onnxruntime", "onnx"), "onnxruntime's CPU with float32 in place of bfloat16", **_ORT
+        ),
     )
 }
 """What a graph in bfloat16 is checked by, since no runtime here has the operators: onnxruntime on the same graph in float32."""

@@ -56,6 +56,16 @@ def state_inputs(model: Layer, opset: Opset, dtype: Any) -> tuple[list[SymbolicA
     return inputs, mapped(lambda _: next(flat), model.initial_state(1))
 
 
+def batch_axis(model: Layer) -> int:
+    """The axis of `x` that is the batch."""
+    return 1 if model.recurrent and not model.batch_first else 0
+
+
+def time_axis(model: Layer) -> int | None:
+    """The axis of `x` that is time; `None` for a model without."""
+    return (1 if model.batch_first else 0) if model.recurrent else None
+
+
 def mask_dims(model: Layer, dims: Sequence[int | str]) -> tuple[int | str, ...]:
     """The shape of the mask for an input of this shape: without its features."""
     features = model.feature_axes(len(dims))

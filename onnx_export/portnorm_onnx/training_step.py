@@ -22,13 +22,14 @@ from portnorm.optimizers import Optimizer, clip_by_global_norm
 from portnorm_onnx.build import build
 from portnorm_onnx.export import checked_opset, checked_path
 from portnorm_onnx.lowering import training_opset
+from portnorm_onnx.nothing import floats
 from portnorm_onnx.report import Comparison, Report
 from portnorm_onnx.runtimes import session_of
 from portnorm_onnx.signature import first_states, named_state, state_inputs
 from portnorm_onnx.storage import Draft
 from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, graph_input
 from portnorm_onnx.targets import TARGETS
-from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, floats, nudged, random_inputs, wide
+from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, nudged, random_inputs, wide
 
 OUT = "next."
 """What stands before the name of an input in the name of its new value."""

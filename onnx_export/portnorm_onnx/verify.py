@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,15 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.inliner import inline_local_functions
 
-from portnorm.arrays import leaves, mapped
+from portnorm.arrays import leaves
 from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
 from portnorm_onnx.metadata import graph_facts, load_layer, rounded
+from portnorm_onnx.nothing import empty_cases, floats, guarded, unanswered
 from portnorm_onnx.report import Comparison, Outcome, Report
 from portnorm_onnx.runtimes import RUNTIMES, Session, runtime_of, session_of
-from portnorm_onnx.signature import TIME, mask_dims, named_state, recurrent_places, state_names
+from portnorm_onnx.signature import TIME, batch_axis, mask_dims, named_state, recurrent_places, state_names, time_axis
 from portnorm_onnx.storage import Draft
 
 NumPyArray = numpy.ndarray[Any, Any]
@@ -97,9 +98,10 @@ def check(draft: Draft, model: Layer, *, runtimes: Sequence[str] | str, cases: S
         row = runtime_of(name)
         try:
             version = row.version()
-            trajectories, steps = _checked(graph, name, made)
+            trajectories, steps, empty = _checked(graph, name, made, with_empty=cases is None)
             report.trajectories += trajectories
             report.steps += steps
+            report.empty += empty
             report.outcomes.append(Outcome(name, version, "passed", row.note))
         except MissingExtraError as error:
             if runtimes != ALL:
@@ -113,16 +115,29 @@ def check(draft: Draft, model: Layer, *, runtimes: Sequence[str] | str, cases: S
     return report
 
 
-def _checked(graph: Graph, runtime: str, cases: Sequence[Inputs]) -> tuple[list[Comparison], list[Comparison]]:
+def _checked(graph: Graph, runtime: str, cases: Sequence[Inputs], *, with_empty: bool) -> tuple[list[Comparison], ...]:
+    """(trajectories, steps, cases with nothing to compute)"""
     longest = max(cases, key=lambda case: _steps(graph.model, case[0]))
-    if graph.streaming:
-        session = graph.session(runtime)
-        return [_trajectory(graph, graph.stepwise(session), runtime, longest)], [_one_step(graph, session, runtime, longest)]
     session = graph.session(runtime)
+    run = graph.stepwise(session) if graph.streaming else session
+    empty = _empty(graph, run, runtime, longest[0]) if with_empty else []
+    if graph.streaming:
+        return [_trajectory(graph, run, runtime, longest)], [_one_step(graph, session, runtime, longest)], empty
     trajectories = [_trajectory(graph, session, runtime, case) for case in cases]
     if not graph.model.recurrent or not any(n.op_type in ("Scan", *_OPERATORS) for n in graph.proto.graph.node):
-        return trajectories, []
-    return trajectories, [_one_step(graph, graph.session(runtime, with_states(graph)), runtime, longest)]
+        return trajectories, [], empty
+    stepped = graph.session(runtime, with_states(graph))
+    return trajectories, [_one_step(graph, stepped, runtime, longest)], empty
+
+
+def _empty(graph: Graph, session: Session, runtime: str, like: NumPyArray) -> list[Comparison]:
+    """Sequences without steps that come with a state, a batch of none, no steps: wherever the runtime has an answer."""
+    found = []
+    for x, counted, state in empty_cases(graph.model, graph.dims, like, graph.counts, streaming=graph.streaming):
+        given = numpy.take(x, 0, axis=time_axis(graph.model)) if graph.streaming else x
+        if not unanswered(runtime, graph.proto, graph.model, given.shape, streaming=graph.streaming):
+            found.append(_trajectory(graph, session, runtime, (x, counted), state if graph.stated else None))
+    return found
 
 
 def streaming_trajectory(draft: Draft, whole: onnx.ModelProto, model: Layer, runtime: str) -> list[Comparison]:
@@ -179,7 +194,16 @@ class Graph:
         return [i.name for i in self.proto.graph.input]
 
     def session(self, runtime: str, proto: onnx.ModelProto | None = None) -> Session:
-        return session_of(runtime, self.draft.loadable(self.proto if proto is None else proto))
+        proto = self.proto if proto is None else proto
+        return guarded(session_of(runtime, self.draft.loadable(proto)), runtime, proto, self.model, streaming=self.streaming)
+
+    @property
+    def dims(self) -> list[int | str]:
+        """The shape of `x` with time, and with names for the lengths that are open."""
+        dims = [d.dim_value or d.dim_param for d in self.proto.graph.input[0].type.tensor_type.shape.dim]
+        if self.streaming:
+            dims.insert(1 if self.model.batch_first else 0, "time")
+        return dims
 
     @property
     def counts(self) -> str | None:
@@ -194,7 +218,7 @@ class Graph:
     def feed(self, x: NumPyArray, counted: NumPyArray | None, state: Any) -> dict[str, NumPyArray]:
         """The inputs of the graph. Without `state` the states are those before the first step, without lengths or a mask all counts."""
         found = {"x": x if self.model.takes_integers else x.astype(self._element)}
-        batch, steps = _batch(self.model, x), _steps(self.model, x)
+        batch, steps = x.shape[batch_axis(self.model)], _steps(self.model, x)
         if "lengths" in self.inputs:
             found["lengths"] = numpy.full(batch, steps) if counted is None else numpy.asarray(counted, dtype=numpy.int64)
         if "mask" in self.inputs:
@@ -241,16 +265,9 @@ def _renamed(proto: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProt
     return copy
 
 
-def _batch(model: Layer, x: NumPyArray) -> int:
-    return int(x.shape[1 if model.recurrent and not model.batch_first else 0])
-
-
 def random_cases(graph: Graph) -> list[Inputs]:
     """Standard normal inputs for the named lengths of the graph's `x`, with ragged lengths or a mask if it takes them."""
-    dims = [d.dim_value or d.dim_param for d in graph.proto.graph.input[0].type.tensor_type.shape.dim]
-    if graph.streaming:
-        dims.insert(1 if graph.model.batch_first else 0, "time")
-    return random_inputs(graph.model, dims, graph.counts)
+    return random_inputs(graph.model, graph.dims, graph.counts)
 
 
 def random_inputs(model: Layer, dims: Sequence[int | str], counts: str | None) -> list[Inputs]:
@@ -285,13 +302,14 @@ def _entries(model: Layer) -> int:
     return next(layer.num_embeddings for layer in model.layers() if isinstance(layer, Embedding))
 
 
-def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs) -> Comparison:
-    """The graph's distance to the float64 run against the eager run's distance to it, over the whole input."""
+def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs, state: Any = None) -> Comparison:
+    """The graph's distance to the float64 run against the eager run's distance to it, over the whole input, from `state`."""
     model, dtype, (x, counted) = graph.model, graph.dtype, case
-    given = {} if counted is None or graph.counts is None else {graph.counts: counted}
-    outputs = session(graph.feed(x, counted, None))
+    given: dict[str, Any] = {} if counted is None or graph.counts is None else {graph.counts: counted}
+    given |= {} if state is None else {"state": state}
+    outputs = session(graph.feed(x, counted, state))
     eager = _outputs(model, x, given)
-    exact = _outputs(model.to(dtype="float64"), floats(wide, x), given)
+    exact = _outputs(model.to(dtype="float64"), floats(wide, x), floats(wide, given))
     comparisons = []
     for name, result in outputs.items():
         if name.endswith("time_n"):
@@ -315,7 +333,7 @@ def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs) -> C
 def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Comparison:
     """From the eager states before every step: one step of the graph against one eager step, left out where a mask says so."""
     model, dtype, (x, counted) = graph.model, graph.dtype, case
-    axis, steps, batch = 1 if model.batch_first else 0, _steps(model, x), _batch(model, x)
+    axis, steps, batch = 1 if model.batch_first else 0, _steps(model, x), x.shape[batch_axis(model)]
     double, ones = model.to(dtype="float64"), numpy.ones(batch, dtype=numpy.int64)
     mask = counted if graph.counts == "mask" else None
     before, worst = model.initial_state(batch), Comparison(runtime, "", f"one step at each of {steps}", steps, 0.0, math.inf, 0.0)
@@ -372,11 +390,6 @@ def _live(graph: Graph, name: str, values: NumPyArray, mask: NumPyArray | None) 
         return values
     axis = 1 if name == "y" and graph.model.keeps_time and not graph.model.batch_first else 0
     return numpy.compress(mask.ravel(), values, axis=axis)
-
-
-def floats(change: Callable[[NumPyArray], NumPyArray], tree: Any) -> Any:
-    """A state, or an array, with every floating-point array changed; counts stay as they are."""
-    return mapped(lambda a: change(a) if a.dtype.kind == "f" else a, tree)
 
 
 def wide(a: NumPyArray) -> NumPyArray:
@@ -472,7 +485,7 @@ def _scan_states(model: Layer, state: Any, side: str) -> dict[str, NumPyArray]:
 
 
 def _outputs(model: Layer, x: NumPyArray, given: Mapping[str, Any]) -> dict[str, NumPyArray]:
-    """The eager results under the names of the graph's outputs; `given` are the lengths or the mask by name."""
+    """The eager results under the names of the graph's outputs; `given` are the lengths or the mask, and the state, by name."""
     if not model.recurrent:
         return {"y": model(x, **given)}
     y, state = model(x, **given)
@@ -494,7 +507,8 @@ def _first_difference(result: NumPyArray, expected: NumPyArray, allowed: float) 
 
 
 def _steps(model: Layer, x: NumPyArray) -> int:
-    return x.shape[1 if model.batch_first else 0] if model.recurrent else 1
+    axis = time_axis(model)
+    return 1 if axis is None else int(x.shape[axis])
 
 
 def _case_name(model: Layer, case: Inputs) -> str:
