@@ -14,6 +14,8 @@ from onnx import compose, helper
 
 import portnorm as pn
 from portnorm.layers.recurrent import Recurrent
+from portnorm_onnx.keys import props_of, set_props
+from portnorm_onnx.lowering import OPSETS
 from portnorm_onnx.storage import LIMIT, weights_of
 from portnorm_onnx.targets import TARGETS
 from tests.cases import HEAVY_PRESETS, IMPLEMENTATIONS, random_recurrent
@@ -259,6 +261,53 @@ def test_names_and_prefix_merge_with_another_model(tmp_path: Path) -> None:
     np.testing.assert_allclose(found["out1"], layers[1](-x)[0], atol=2e-5)
 
 
+@pytest.mark.parametrize("opset", sorted(OPSETS))
+@pytest.mark.parametrize("keywords", [{}, {"streaming": True}, {"function": True}, {"dtype": "float16"}], ids=str)
+def test_the_ir_version_is_the_one_of_the_opset(opset: int, keywords: dict[str, Any]) -> None:
+    ids = [helper.make_opsetid("", opset)]
+    report = pn.export(lstm("layer"), None, opset=opset, target="portable" if opset <= 26 else "onnxruntime", **keywords)
+    assert report.model.ir_version == helper.find_min_ir_version_for(ids)
+
+
+@pytest.mark.parametrize(
+    ("norm", "prefixes", "by_compose"),
+    [
+        (None, ("", ""), {"prefix1": "a/", "prefix2": "b/"}),  # which does not reach what the body of a loop holds
+        (None, ("a/", "b/"), {}),
+        ("layer", ("a/", "b/"), {}),
+    ],
+    ids=["prefixes of compose", "prefixes of export", "loops"],
+)
+@pytest.mark.parametrize("opset", [18, 23])
+def test_two_graphs_merge_one_behind_the_other(norm: Any, prefixes: Any, by_compose: dict[str, str], opset: int, tmp_path: Path) -> None:
+    """Different layers, and so different metadata."""
+    rng, path = np.random.default_rng(0), tmp_path / "m.onnx"
+    layers = [recurrent("GRU", norm), random_recurrent("LSTM", norm, rng, inputs=8, hidden=4).to(dtype="float32")]
+    first, second = (
+        pn.export(layer, None, prefix=prefix, names={"x": f"x{k}", "y": f"y{k}"}, lengths=False, opset=opset).model
+        for k, (layer, prefix) in enumerate(zip(layers, prefixes, strict=True))
+    )
+    merged = compose.merge_models(first, second, [("y0", "x1")], **by_compose)
+    onnx.checker.check_model(merged, full_check=True)
+    x = np.random.default_rng(0).standard_normal((6, 3, 5)).astype(np.float32)
+    (y,) = run(merged, **{merged.graph.input[0].name: x}).values()
+    np.testing.assert_allclose(y, layers[1](layers[0](x)[0])[0], atol=2e-5)
+    onnx.save(merged, path)
+    with pytest.raises(pn.CheckpointError, match="was merged of graphs"):
+        pn.load(path)
+
+
+def test_merges_with_a_new_graph_of_the_same_opset() -> None:
+    """The IR version that `make_model` takes for an opset, where it is asked for the one that belongs to it."""
+    report = pn.export(recurrent("LSTM", None), None, names={"x": "inside"}, lengths=False, opset=23)
+    info = [helper.make_tensor_value_info(n, 1, ["time", "batch", 5]) for n in ("x", "z")]
+    front = helper.make_graph([helper.make_node("Neg", ["x"], ["z"])], "front", info[:1], info[1:])
+    start = helper.make_model_gen_version(front, opset_imports=[helper.make_opsetid("", 23)])
+    merged = compose.merge_models(start, report.model, [("z", "inside")])
+    x = np.ones((2, 3, 5), np.float32)
+    np.testing.assert_allclose(run(merged, x=x)["y"], recurrent("LSTM", None)(-x)[0], atol=2e-6)
+
+
 @pytest.mark.parametrize("names", [{"z": "a"}, {"x": "same", "y": "same"}])
 def test_names_that_do_not_fit(names: dict[str, str]) -> None:
     with pytest.raises(pn.UnsupportedError, match="`names` has"):
@@ -336,8 +385,7 @@ def test_damaged_metadata(key: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     pn.export(lstm("layer"), path)
     model = onnx.load(path)
-    props = {p.key: p.value for p in model.metadata_props} | {key: text}
-    helper.set_model_props(model, props)
+    set_props(model, props_of(model) | {key: text})
     onnx.save(model, path)
     with contextlib.suppress(pn.CheckpointError):  # and nothing else
         pn.load(path)

@@ -21,12 +21,14 @@ from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.metadata import described, rounded
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report
+from portnorm_onnx.runtimes import loads_opset
 from portnorm_onnx.signature import first_states, mask_dims, named_state, state_inputs
 from portnorm_onnx.storage import Draft, as_function, is_large
 from portnorm_onnx.symbolic import constant, graph_input
-from portnorm_onnx.targets import Target, TargetName, check_dtype, check_types, checker, target_of
+from portnorm_onnx.targets import TARGETS, Target, TargetName, check_dtype, check_types, checker, target_of
 from portnorm_onnx.verify import check, streaming_trajectory
 
+_EVERYWHERE = TARGETS["portable"].last_opset
 TYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -60,9 +62,10 @@ def export(
     `lengths` and no `mask`.
 
     `target` names who will run the graph: "portable" (all of them), "onnxruntime", "openvino", "tract", "web" or "tensorrt"; any opset from
-    18 to 26 (18 unless stated, for onnxruntime 23). `dtype` converts first: float16, bfloat16, float32 or float64. `fold` writes batch
-    normalization with fixed statistics into weights and tables, and plain cells as the operators LSTM, GRU and RNN; `fold=False` keeps each
-    visible. `accurate=True` centres before operators that cancel where |mean| ≫ std, at the cost of two nodes each.
+    18 to 26 (18 unless stated, for onnxruntime 23), and up to 28 where the target and the installed onnxruntime read it. `dtype` converts
+    first: float16, bfloat16, float32 or float64. `fold` writes batch normalization with fixed statistics into weights and tables, and plain
+    cells as the operators LSTM, GRU and RNN; `fold=False` keeps each visible. `accurate=True` centres before operators that cancel where
+    |mean| ≫ std, at the cost of two nodes each.
 
     `names` gives inputs and outputs other names ({"x": "features"}), `prefix` stands before every name inside, so that the graph merges
     into another with `onnx.compose`; `function=True` makes it one model-local function. `external_data` puts weights into a file of their
@@ -134,10 +137,15 @@ class Shape(NamedTuple):
 
 
 def checked_opset(opset: int | None, target: Target) -> int:
-    """`opset`, or the default; raises `UnsupportedError` for one that there are no rows for, or that the target does not read."""
+    """`opset`, or the default; raises `UnsupportedError` for one that the table, the target or onnxruntime lacks."""
     version = target.opset if opset is None else opset
-    if version not in OPSETS or version > target.last_opset:
-        raise UnsupportedError(f"`opset` is {opset!r}; expected a number from {min(OPSETS)} to {target.last_opset}")
+    last = min(target.last_opset, max(OPSETS))
+    if version not in OPSETS or version > last:
+        others = [f"target={row.name!r}" for row in TARGETS.values() if version in OPSETS and version <= row.last_opset]
+        way_out = f"; {' or '.join(others)} takes it" if others else ""
+        raise UnsupportedError(f"`opset` is {opset!r}; expected a number from {min(OPSETS)} to {last} for target {target.name!r}{way_out}")
+    if version > _EVERYWHERE and not loads_opset(version):
+        raise UnsupportedError(f"`opset` is {opset!r}, which the installed onnxruntime does not load; expected at most {_EVERYWHERE}")
     return version
 
 

@@ -3,7 +3,7 @@
 An array that the graph holds under its own name, transposed (`.T`) or with the gates in ONNX's order (`.gates`) is read from there; one
 that folding changed is kept beside, so that the layer that comes back is the one that was exported, bit by bit.
 
-The keys begin with the prefix of the graph's names, so that two graphs with different ones can be merged.
+The keys begin with the prefix of the graph's names (see `keys.py`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 import ml_dtypes
 import numpy
 import onnx
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from portnorm.arrays import DType, Namespace, to_numpy
 from portnorm.checkpoint.layers import from_json, to_json
 from portnorm.errors import CheckpointError
 from portnorm.layers.layer import Layer
 from portnorm_onnx.fused import OPERATORS
+from portnorm_onnx.keys import props_of, set_props
 from portnorm_onnx.signature import places
 from portnorm_onnx.storage import weights_of
 from portnorm_onnx.symbolic import NumPyArray
@@ -44,12 +45,12 @@ def described(proto: onnx.ModelProto, model: Layer, *, names: dict[str, str], pr
             beside[name] = {"dtype": str(values.dtype), "shape": list(values.shape), "data": _packed(values)}
     if beside:
         props[f"{prefix}{_ARRAYS}"] = json.dumps(beside)
-    helper.set_model_props(proto, props)
+    set_props(proto, props)
 
 
 def graph_facts(proto: onnx.ModelProto) -> dict[str, Any]:
     """What `described` wrote of the graph; the defaults for one that it did not write."""
-    props = {p.key: p.value for p in proto.metadata_props}
+    props = props_of(proto)
     prefix = next((key.removesuffix(_LAYER) for key in props if key.endswith(_LAYER)), "")
     found = _object(props, f"{prefix}{_GRAPH}")
     return {"names": {}, "dtype": None, "streaming": False, **found, "prefix": prefix}
@@ -71,7 +72,7 @@ def load_layer(path: str | os.PathLike[str], *, xp: Namespace | str | None, devi
         proto = onnx.load(os.fspath(path), load_external_data=False)
     except Exception as error:
         raise CheckpointError(f"cannot read {os.fspath(path)!r} as an ONNX model: {error}") from error
-    props = {p.key: p.value for p in proto.metadata_props}
+    props = props_of(proto)
     prefixes = [key.removesuffix(_LAYER) for key in props if key.endswith(_LAYER)]
     if not prefixes:
         raise CheckpointError(

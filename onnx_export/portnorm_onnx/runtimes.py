@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import json
 import shutil
@@ -87,6 +88,20 @@ def _onnxruntime(provider: str) -> Callable[[Loadable], Session]:
         return run
 
     return load
+
+
+@functools.cache
+def loads_opset(version: int) -> bool:
+    """Whether the installed onnxruntime loads models of this operator set; it names those that it is not made for only by its error."""
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "one", values[:1], values[1:])
+    try:
+        _onnxruntime("CPUExecutionProvider")(
+            helper.make_model_gen_version(graph, opset_imports=[helper.make_opsetid("", version)]).SerializeToString()
+        )
+    except ExportError:
+        return False
+    return True
 
 
 def _typed(a: Any) -> tuple[Any, int]:
