@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -18,12 +20,12 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import recurrent_parts
 from portnorm_onnx.build import Names, build, put_inside
 from portnorm_onnx.lowering import OPSETS, opset
-from portnorm_onnx.metadata import described, rounded
+from portnorm_onnx.metadata import described, on_numpy, rounded
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report
 from portnorm_onnx.runtimes import loads_opset
 from portnorm_onnx.signature import first_states, mask_dims, named_state, state_inputs
-from portnorm_onnx.storage import Draft, as_function, is_large
+from portnorm_onnx.storage import WIDE, Draft, as_function, file_size, is_large, size_of
 from portnorm_onnx.symbolic import constant, graph_input
 from portnorm_onnx.targets import TARGETS, Target, TargetName, check_dtype, check_types, checker, target_of
 from portnorm_onnx.verify import check, streaming_trajectory
@@ -93,7 +95,7 @@ def export(
     if streaming and (not model.recurrent or any(part.goes_back for part in recurrent_parts(model))):
         raise UnsupportedError("`streaming` needs a recurrent model that goes forward only; a reverse direction starts at the end")
     kind = _dtype_of(model, dtype, row)
-    model = rounded(model.to(xp="numpy", dtype="float32" if kind == "bfloat16" else kind), kind)
+    model = rounded(on_numpy(model, "float32" if kind == "bfloat16" else kind), kind)
     named = Names(prefix, dict(names or {}))
     shape = Shape(
         version, row, kind, fold and not accurate, accurate, lengths and not mask, state, input_shape, named, streaming, mask=mask
@@ -103,19 +105,22 @@ def export(
     seconds = time.perf_counter() - started
     check_names(proto, named)
     external = is_large(proto) if external_data is None else external_data
-    if function:
-        proto = as_function(proto, prefix or type(model).__name__)
-    elif not external:
-        put_inside(proto)
     cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
-    with Draft(proto, path, external) as draft:
-        report = check(draft, model, runtimes=(checker(proto, kind),), cases=cases)
+    with Draft(proto, path, external, aside=size_of(proto) > WIDE) as draft:
+        del proto
+        if function:
+            draft.proto = as_function(draft.proto, prefix or type(model).__name__)
+        elif not external:
+            put_inside(draft.proto)
+        runtime = checker(draft.proto, kind)
+        report = check(draft, model, runtimes=(runtime,), cases=cases)
         if streaming:
             whole = trace(model, shape._replace(streaming=False, state=True, lengths=False, names=Names()))
-            report.trajectories += streaming_trajectory(draft, whole, model, checker(proto, kind))
-        report.seconds = seconds
+            with Draft(whole, None, aside=size_of(whole) > WIDE) as sequence:
+                del whole
+                report.trajectories += streaming_trajectory(draft, sequence, model, runtime)
         draft.publish()
-    return report
+    return dataclasses.replace(report, model=draft.proto, size=file_size(draft.proto), seconds=seconds)
 
 
 class Shape(NamedTuple):
@@ -157,6 +162,15 @@ def checked_path(path: str | os.PathLike[str] | None) -> None:
 
 def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     """The ONNX model of a layer on NumPy, not checked yet."""
+    proto, names = _traced(model, shape)
+    if size_of(proto) > WIDE:
+        gc.collect()  # symbolic arrays and nodes know each other, and hold what is in the model now
+    described(proto, model, names=names, prefix=shape.names.prefix, dtype=shape.dtype, streaming=shape.streaming)
+    return proto
+
+
+def _traced(model: Layer, shape: Shape) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The model without metadata, and the names that were given."""
     dtype: Any = numpy.dtype(ml_dtypes.bfloat16 if shape.dtype == "bfloat16" else shape.dtype)
     stateful = shape.state or shape.streaming
     last = stateful if shape.gives is None else any(name != "y" for name in shape.gives)
@@ -189,13 +203,11 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
         outputs = {name: outputs[name] for name in shape.gives}
     proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names, captures=shape.target.captures)
     check_types(proto, shape.target, shape.dtype)
-    names = {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}
-    described(proto, model, names=names, prefix=shape.names.prefix, dtype=shape.dtype, streaming=shape.streaming)
-    return proto
+    return proto, {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}
 
 
 def _cast(values: Any, dtype: Any) -> Any:
-    return values.astype(dtype) if values.dtype.kind == "f" else values
+    return values.astype(dtype, copy=False) if values.dtype.kind == "f" else values
 
 
 def _dtype_of(model: Layer, dtype: DType | None, target: Target) -> str:

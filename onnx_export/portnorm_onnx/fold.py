@@ -21,12 +21,21 @@ from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, node, op
 
 
 class Affine(NamedTuple):
-    """An array as x·matrix + shift; the constants in float64."""
+    """An array as x·(weight ⊙ scale) + shift; scale and shift in float64. The weight stays what was given: wide ones are not held twice."""
 
     x: SymbolicArray
-    matrix: NumPyArray
+    weight: NumPyArray
+    scale: NumPyArray | None
     shift: NumPyArray
     name: str
+
+    def matrix(self, dtype: Any) -> NumPyArray:
+        """weight ⊙ scale, rounded once."""
+        if self.scale is None:
+            return self.weight.astype(dtype, copy=False)
+        exact: NumPyArray = self.weight.astype(numpy.float64)
+        exact *= self.scale
+        return exact.astype(dtype, copy=False)
 
 
 def product(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None) -> SymbolicArray | None:
@@ -34,13 +43,13 @@ def product(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None)
     opset = opset_of(x)
     if opset is None or not opset.fold or weight.constant is None or (bias is not None and bias.constant is None):
         return None
-    matrix = weight.constant.astype(numpy.float64).T
+    matrix = weight.constant.T
     shift = numpy.zeros(matrix.shape[1]) if bias is None or bias.constant is None else bias.constant.astype(numpy.float64)
-    return _made(Affine(x, matrix, shift, f"{weight.name or 'weight'}.T"), x.dtype)
+    return _made(Affine(x, matrix, None, shift, f"{weight.name or 'weight'}.T"), x.dtype)
 
 
 def _made(a: Affine, dtype: Any) -> SymbolicArray:
-    y = node("MatMul", a.x, constant(a.matrix.astype(dtype), a.name))
+    y = node("MatMul", a.x, constant(a.matrix(dtype), a.name))
     if a.shift.any():
         y = node("Add", y, constant(a.shift.astype(dtype)))
     y.affine = a
@@ -52,7 +61,7 @@ def scaled(y: SymbolicArray, scale: NumPyArray, shift: NumPyArray) -> SymbolicAr
     a = y.affine
     scale, shift = (numpy.asarray(v, dtype=numpy.float64).reshape(-1) for v in (scale, shift))
     name = a.name if a.name.endswith(".folded") else f"{a.name}.folded"
-    return _made(Affine(a.x, a.matrix * scale, a.shift * scale + shift, name), y.dtype)
+    return _made(Affine(a.x, a.weight, scale if a.scale is None else a.scale * scale, a.shift * scale + shift, name), y.dtype)
 
 
 def folded(op_type: str, args: tuple[SymbolicArray, ...], function: Callable[..., Any], row: Callable[..., SymbolicArray]) -> Any:

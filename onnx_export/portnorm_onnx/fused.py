@@ -83,7 +83,7 @@ def _has_usual_functions(cell: RecurrentCell) -> bool:
 def _hidden(xs: Any, params: Any, cell: RecurrentCell) -> tuple[NumPyArray, NumPyArray] | None:
     """(weights, bias) of the hidden term, statistics that are the same at every step folded in; `None` where they are not known."""
     given = dict(zip(cell.given(), xs[1:], strict=True))
-    weight = params["weight_hh"].constant.astype(numpy.float64)
+    weight = params["weight_hh"].constant
     bias = numpy.zeros(weight.shape[0])
     if "bias_hh" in params:
         bias = bias + params["bias_hh"].constant
@@ -95,7 +95,7 @@ def _hidden(xs: Any, params: Any, cell: RecurrentCell) -> tuple[NumPyArray, NumP
         scale = 1.0 / standard_deviation(numpy, var, float32_value(cell.variant.eps), cell.variant.eps_place)
         if "norm_hh.weight" in params:
             scale = scale * params["norm_hh.weight"].constant
-        weight, bias = weight * scale[:, None], (bias - mean) * scale
+        weight, bias = weight.astype(numpy.float64) * scale[:, None], (bias - mean) * scale
     if "norm_hh.bias" in params:
         bias = bias + params["norm_hh.bias"].constant
     return weight, bias
@@ -125,8 +125,8 @@ def fused(
     slot = cell.slots.get("norm_hh")
     changed = ".folded" if slot is not None and slot.normalizes else ""
     w, r = (
-        constant(ordered(m)[None].astype(dtype), f"{name}.gates")
-        for m, name in ((u.affine.matrix.T, u.affine.name.replace(".T", "")), (weights[0], f"{params['weight_hh'].name}{changed}"))
+        constant(ordered(m.astype(dtype, copy=False))[None], f"{name}.gates")
+        for m, name in ((u.affine.matrix(dtype).T, u.affine.name.replace(".T", "")), (weights[0], f"{params['weight_hh'].name}{changed}"))
     )
     b = constant(numpy.concatenate([ordered(u.affine.shift), ordered(weights[1])])[None].astype(dtype))
     by_operator = lengths is not None and u.opset.target.fused_lengths

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import numpy
 import onnx
 from onnx import numpy_helper
 
-from portnorm.arrays import DType, Namespace, to_numpy
+from portnorm.arrays import DType, Namespace, load_dtype, load_namespace, to_numpy
 from portnorm.checkpoint.layers import from_json, to_json
 from portnorm.errors import CheckpointError
 from portnorm.layers.layer import Layer
@@ -36,12 +37,15 @@ def described(proto: onnx.ModelProto, model: Layer, *, names: dict[str, str], pr
     """Write into the model what it takes to check it and to read the layer back."""
     graph = {"names": names, "dtype": dtype, "streaming": streaming}
     props = {f"{prefix}{_LAYER}": to_json(model), f"{prefix}{_GRAPH}": json.dumps(graph)}
-    found = _found(_initializers(proto, None), model, prefix)
+    held = {
+        name
+        for name, own in _found(_initializers(proto, None), model, prefix)
+        if numpy.array_equal(own, to_numpy(model.state_dict()[name]))
+    }
     beside = {}
     for name, a in model.state_dict().items():
-        values = to_numpy(a)
-        own = found.get(name)
-        if own is None or own.shape != values.shape or not numpy.array_equal(own, values):
+        if name not in held:
+            values = to_numpy(a)
             beside[name] = {"dtype": str(values.dtype), "shape": list(values.shape), "data": _packed(values)}
     if beside:
         props[f"{prefix}{_ARRAYS}"] = json.dumps(beside)
@@ -99,9 +103,8 @@ def _initializers(proto: onnx.ModelProto, folder: Path | None) -> dict[str, Any]
     return {t.name: (lambda t=t: numpy_helper.to_array(t, base)) for t in weights_of(proto.graph)}
 
 
-def _found(weights: dict[str, Any], model: Layer, prefix: str) -> dict[str, NumPyArray]:
-    """The arrays of a layer that the graph holds, by name."""
-    found = {}
+def _found(weights: dict[str, Any], model: Layer, prefix: str) -> Iterator[tuple[str, NumPyArray]]:
+    """The arrays of a layer that the graph holds, by name, one at a time."""
     for name, a in model.state_dict().items():
         for suffix, back in _BACK.items():
             if f"{prefix}{name}{suffix}" not in weights:
@@ -111,9 +114,8 @@ def _found(weights: dict[str, Any], model: Layer, prefix: str) -> dict[str, NumP
                 values = values.astype(numpy.float32)
             values = back(values, _order(model, name))
             if values.shape == tuple(a.shape):
-                found[name] = values
+                yield name, values
             break
-    return found
 
 
 def _order(model: Layer, name: str) -> tuple[int, ...]:
@@ -140,6 +142,13 @@ def _unpacked(entry: dict[str, Any]) -> NumPyArray:
     values: NumPyArray = numpy.frombuffer(base64.b64decode(entry["data"]), dtype=entry["dtype"])
     found: NumPyArray = values.reshape(entry["shape"])
     return found
+
+
+def on_numpy(model: Layer, dtype: DType | None) -> Layer:
+    """The model on NumPy in this type: itself where it is so already, since a copy of wide weights is not for nothing."""
+    xp = load_namespace("numpy")
+    same = model.xp is xp and (dtype is None or load_dtype(xp, dtype) == model.dtype)
+    return model if same else model.to(xp="numpy", dtype=dtype)
 
 
 def rounded(model: Layer, kind: str) -> Layer:
