@@ -130,6 +130,20 @@ def test_layers_without_time_of_an_empty_batch(layer: pn.Layer, keywords: dict[s
     assert [c.case.split(",")[0] for c in report.empty] == ["x (0"]
 
 
+@pytest.mark.parametrize("runtime", RUNTIME_NAMES)
+def test_groups_of_one_open_length_have_no_answer_where_the_shape_is_fitted(runtime: str) -> None:
+    """To tell the length otherwise does not help: onnxruntime makes a −1 of it."""
+    layer = pn.GroupNorm(2, 6)
+    proto = pn.export(layer, None).model
+    assert proto is not None
+    (outcome,) = (report := check(Draft(proto), layer, runtimes=(runtime,))).outcomes
+    assert outcome.status == "passed"
+    answered = runtime.startswith(("openvino", "tract"))
+    assert [c.case for c in report.empty] == ["x (0, 6, 28)"] * answered
+    refused = unanswered(runtime, proto, layer, (0, 6, 5))
+    assert refused == ("" if answered else "no sequences in Reshape to (0, …, −1)")
+
+
 # -- the gate ----------------------------------------------------------------------------------------------------------------------------
 
 

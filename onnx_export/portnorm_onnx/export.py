@@ -24,7 +24,7 @@ from portnorm_onnx.metadata import described, on_numpy, rounded
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report
 from portnorm_onnx.runtimes import loads_opset
-from portnorm_onnx.signature import first_states, mask_dims, named_state, state_inputs
+from portnorm_onnx.signature import batch_axis, checked_dims, first_states, mask_dims, named_state, state_inputs
 from portnorm_onnx.storage import WIDE, Draft, as_function, file_size, is_large, size_of
 from portnorm_onnx.symbolic import constant, graph_input
 from portnorm_onnx.targets import TARGETS, Target, TargetName, check_dtype, check_types, checker, target_of
@@ -72,7 +72,8 @@ def export(
     `names` gives inputs and outputs other names ({"x": "features"}), `prefix` stands before every name inside, so that the graph merges
     into another with `onnx.compose`; `function=True` makes it one model-local function. `external_data` puts weights into a file of their
     own beside the model; by itself only where they exceed what one file can hold (2 GB). `input_shape` states the shape of `x` where the
-    model leaves it open, with strings for lengths that vary.
+    model leaves it open, such as the space of feature maps, or where lengths are fixed; strings name those that vary. Where it is left out,
+    `x` has as many axes as the first of `inputs`. That of a streaming graph has no time: (1, 8).
 
     The graph passes onnx's checker and strict shape inference and the two gates of `portnorm.verify`, on random input of several
     (time, batch) or on `inputs`; a streaming graph also gives, step by step, what the sequence graph gives. One in bfloat16, for which
@@ -97,15 +98,14 @@ def export(
     kind = _dtype_of(model, dtype, row)
     model = rounded(on_numpy(model, "float32" if kind == "bfloat16" else kind), kind)
     named = Names(prefix, dict(names or {}))
-    shape = Shape(
-        version, row, kind, fold and not accurate, accurate, lengths and not mask, state, input_shape, named, streaming, mask=mask
-    )
+    cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
+    dims = checked_dims(model, input_shape, streaming=streaming, like=cases[0][0] if cases else None)
+    shape = Shape(version, row, kind, fold and not accurate, accurate, lengths and not mask, state, dims, named, streaming, mask=mask)
     started = time.perf_counter()
     proto = trace(model, shape)
     seconds = time.perf_counter() - started
     check_names(proto, named)
     external = is_large(proto) if external_data is None else external_data
-    cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
     with Draft(proto, path, external, aside=size_of(proto) > WIDE) as draft:
         del proto
         if function:
@@ -175,15 +175,15 @@ def _traced(model: Layer, shape: Shape) -> tuple[onnx.ModelProto, dict[str, str]
     stateful = shape.state or shape.streaming
     last = stateful if shape.gives is None else any(name != "y" for name in shape.gives)
     rows = opset(shape.version, shape.target, fold=shape.fold, final_state=last, accurate=shape.accurate)
-    dims = tuple(shape.input_shape) if shape.input_shape is not None else model.input_dims()
-    axis = 1 if model.batch_first else 0
+    dims = checked_dims(model, shape.input_shape, streaming=shape.streaming)
+    axis, batch = 1 if model.batch_first else 0, dims[batch_axis(model)]
     if shape.streaming:
         dims = (*dims[:axis], *dims[axis + 1 :])
     given = graph_input("x", "int64" if model.takes_integers else dtype, dims, rows)
     x = NAMESPACE.expand_dims(given, axis=axis) if shape.streaming else given
     inputs, lengths = [given], None
     if shape.lengths and model.recurrent and not shape.streaming:
-        lengths = graph_input("lengths", "int64", ("batch",), rows)
+        lengths = graph_input("lengths", "int64", (batch,), rows)
         inputs.append(lengths)
     mask = graph_input("mask", "bool", mask_dims(model, dims), rows) if shape.mask else None
     if mask is not None:
@@ -193,7 +193,7 @@ def _traced(model: Layer, shape: Shape) -> tuple[onnx.ModelProto, dict[str, str]
     params, buffers = ({n: constant(_cast(to_numpy(a), t), n) for n, a in group.items()} for group, t in groups)
     before: Any = first_states(model)
     if stateful:
-        states, before = state_inputs(model, rows, dtype)
+        states, before = state_inputs(model, rows, dtype, batch)
         inputs += states
     y, after, _ = model.apply(params, buffers, x, before, lengths, mask=mask)
     outputs = {"y": NAMESPACE.squeeze(y, axis=axis) if shape.streaming and model.keeps_time else y}

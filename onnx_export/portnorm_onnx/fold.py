@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, node, opset_of
+from portnorm_onnx.symbolic import NumPyArray, Opset, SymbolicArray, constant, node, opset_of
 
 
 class Affine(NamedTuple):
@@ -69,7 +69,7 @@ def folded(op_type: str, args: tuple[SymbolicArray, ...], function: Callable[...
     opset = opset_of(*args)
     if opset is None or not opset.fold:
         return None
-    for found in (_into_product(op_type, args), _into_table(args, function), _before_loop(args, row)):
+    for found in (_into_product(op_type, args), _into_table(args, function), _before_loop(args, function, row)):
         if found is not None:
             return found
     return None
@@ -124,7 +124,8 @@ def one_row(a: SymbolicArray) -> SymbolicArray:
 class Frame:
     """The loop whose body is being traced: its scanned inputs, of which there can be more than were given."""
 
-    def __init__(self) -> None:
+    def __init__(self, opset: Opset) -> None:
+        self.opset = opset
         self.scanned: list[SymbolicArray] = []
         self.steps: list[SymbolicArray] = []
 
@@ -138,7 +139,7 @@ class Frame:
                 return symbol
         if (inside := self._normalized(outer)) is not None:
             return inside
-        symbol = SymbolicArray(outer.dtype, outer.dims[1:], outer.opset)
+        symbol = SymbolicArray(outer.dtype, outer.dims[1:], self.opset)
         symbol.step_of = (self, outer)
         self.scanned.append(outer)
         self.steps.append(symbol)
@@ -155,7 +156,7 @@ class Frame:
         return node(n.op_type, self.step(x), *others, **{**n.attributes, "axis": len(outer.dims) - 2})
 
 
-def _before_loop(args: tuple[SymbolicArray, ...], row: Callable[..., SymbolicArray]) -> SymbolicArray | None:
+def _before_loop(args: tuple[SymbolicArray, ...], function: Callable[..., Any], row: Callable[..., SymbolicArray]) -> SymbolicArray | None:
     steps = [a for a in args if a.step_of is not None]
     if not steps or any(a.step_of is None and a.constant is None for a in args):
         return None
@@ -164,5 +165,7 @@ def _before_loop(args: tuple[SymbolicArray, ...], row: Callable[..., SymbolicArr
         return None
     if any(a.constant is not None and a.constant.ndim > 1 for a in args):
         return None
-    result: SymbolicArray = frame.step(row(*(a if a.step_of is None else a.step_of[1] for a in args)))
+    whole = [a if a.step_of is None else a.step_of[1] for a in args]
+    known = all(a.constant is not None for a in whole)
+    result: SymbolicArray = frame.step(constant(function(*(a.constant for a in whole))) if known else row(*whole))
     return result

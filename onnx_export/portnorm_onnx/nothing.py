@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy
 import onnx
+from onnx import numpy_helper
 
 from portnorm.arrays import mapped
 from portnorm.errors import ExportError
 from portnorm.layers.layer import Layer
-from portnorm_onnx.runtimes import Session, runtime_of
+from portnorm_onnx.runtimes import FITTED, Session, runtime_of
 from portnorm_onnx.signature import batch_axis, mask_dims, time_axis
 from portnorm_onnx.symbolic import NumPyArray
 
@@ -23,9 +24,15 @@ _STEPS, _SEQUENCES = 3, 3
 
 
 def guarded(session: Session, runtime: str, proto: onnx.ModelProto, model: Layer, *, streaming: bool) -> Session:
-    """`session`, which raises `ExportError` itself where the runtime has no answer."""
+    """`session`, which raises `ExportError` itself where the runtime has no answer, and where `x` has not the axes of the graph."""
+    rank = len(proto.graph.input[0].type.tensor_type.shape.dim)
 
     def run(feed: Mapping[str, Any]) -> dict[str, Any]:
+        if feed["x"].ndim != rank:
+            raise ExportError(
+                f"`x` of shape {feed['x'].shape} has {feed['x'].ndim} axes, the graph takes {rank}; export it with `inputs=[x]`, or with "
+                "`input_shape`, which names the lengths that vary: ('batch', 8, 'height', 'width')"
+            )
         lacking = unanswered(runtime, proto, model, feed["x"].shape, streaming=streaming)
         if lacking:
             raise ExportError(
@@ -39,13 +46,20 @@ def guarded(session: Session, runtime: str, proto: onnx.ModelProto, model: Layer
 
 def unanswered(runtime: str, proto: onnx.ModelProto, model: Layer, shape: Sequence[int], *, streaming: bool = False) -> str:
     """What the runtime has no answer for in this graph with an `x` of this shape: "no steps in a Scan", or nothing."""
-    row, used = runtime_of(runtime), {n.op_type for n in proto.graph.node}
+    row, used = runtime_of(runtime), {n.op_type for n in proto.graph.node} | ({FITTED} if _is_fitted(proto.graph) else set())
     steps, sequences = (None, 0) if streaming else (time_axis(model), batch_axis(model))
     for what, axis, operators in (("no steps", steps, row.no_steps), ("no sequences", sequences, row.no_sequences)):
         found = sorted(operators & used)
         if axis is not None and shape[axis] == 0 and found:
             return f"{what} in {found[0]}"
     return ""
+
+
+def _is_fitted(graph: onnx.GraphProto) -> bool:
+    """Whether a Reshape takes one length over and finds out another."""
+    shapes = {n.input[1] for n in graph.node if n.op_type == "Reshape"}
+    found = [numpy_helper.to_array(t).tolist() for t in graph.initializer if t.name in shapes and not t.external_data]
+    return any(0 in shape and -1 in shape for shape in found)
 
 
 def empty_cases(

@@ -344,7 +344,9 @@ def _page(model: Loadable) -> Session:
     return Page.of(web_package(), str(chromium())).load(model)
 
 
-_ORT: dict[str, frozenset[str]] = {"no_steps": frozenset({"Scan", "GRU"}), "no_sequences": frozenset({"LSTM", "GRU"})}
+FITTED = "Reshape to (0, …, −1)"
+"""A Reshape that takes one length over, and finds out another by it."""
+_ORT: dict[str, frozenset[str]] = {"no_steps": frozenset({"Scan", "GRU"}), "no_sequences": frozenset({"LSTM", "GRU", FITTED})}
 _LOOPS = frozenset({"Scan"})
 _RECURRENT = frozenset({"Scan", "LSTM", "GRU", "RNN"})
 
@@ -358,7 +360,7 @@ RUNTIMES: dict[str, Runtime] = {
         Runtime("tract", _tract, _package("tract", "runtimes"), "CPU, in a process of its own", _RECURRENT),
         Runtime("web", _web, _web_version, "WebAssembly in Node.js", **_ORT),
         Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium", **_ORT),
-        Runtime("reference", _reference, _package("onnx", "onnx"), "onnx's own evaluator", _RECURRENT),
+        Runtime("reference", _reference, _package("onnx", "onnx"), "onnx's own evaluator", _RECURRENT, frozenset({FITTED})),
     )
 }
 """Runtimes by name. What CUDA does with nothing was not tried; so it is not asked."""

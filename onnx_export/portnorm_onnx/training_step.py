@@ -141,7 +141,7 @@ def _trace(step: _Step, version: int, *, state: bool, lengths: bool) -> Any:
     initial = step.initial()
     given = {name: graph_input(name, a.dtype, a.shape, target) for name, a in initial.items()}
     lens = graph_input("lengths", "int64", ("batch",), target) if lengths and model.recurrent else None
-    states, before = state_inputs(model, target, model.dtype) if state else ([], first_states(model))
+    states, before = state_inputs(model, target, model.dtype, "batch") if state else ([], first_states(model))
     y = model.apply({n: constant(a) for n, a in model.params.items()}, {n: constant(a) for n, a in model.buffers.items()}, x, before)[0]
     labels = _target(step.loss, y, target)
     batch += [labels, *([] if lens is None else [lens]), *states]

@@ -21,7 +21,7 @@ import onnx
 from onnx import helper, numpy_helper
 from onnx.inliner import inline_local_functions
 
-from portnorm.arrays import leaves
+from portnorm.arrays import leaves, mapped
 from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
@@ -46,6 +46,8 @@ STEP_FACTOR = 4.0
 # How far eager float32 is from float64 is a matter of luck in a net that amplifies rounding: a graph that looks wrong gets a second look
 # at the worst of this many eager runs, each with inputs moved by at most one unit in the last place.
 ROUNDINGS = 8
+# A graph of a fixed number of steps: the states that they are tried from.
+ROUNDS = 3
 # Trajectory: a multiple of the eager run's own distance to float64, and a floor for where that is zero by chance. Nothing more exact than
 # a float64 run is at hand, so there the floor is relative.
 FACTOR = 10.0
@@ -74,7 +76,8 @@ def verify(
 
     The file passes onnx's checker and strict shape inference; then it runs on random inputs of several (time, batch), ragged where it
     takes `lengths`, with gaps where it takes `mask`, or on `inputs`, each `x`, `(x, lengths)` or `(x, mask)`. See this module for the two
-    gates. Returns a `Report`.
+    gates. Random input also has nothing to compute: sequences without steps that come with a state, a batch of none, no steps, wherever the
+    runtime has an answer (`report.empty`); of `inputs` such a case is refused where it has none. Returns a `Report`.
     Raises `ConformanceError` with the first output and step that differs, `ExportError` where the file is no valid graph or a runtime does
     not run it, and `MissingExtraError` where a runtime is not installed. With `runtimes="all"` every runtime has its row in
     `report.outcomes`, those that are not installed named as such, and what failed is there instead of raised.
@@ -202,6 +205,13 @@ class Graph:
         return size_of(self.draft.proto) > WIDE
 
     @property
+    def steps(self) -> int | None:
+        """How many steps it takes, where that is fixed and more than one."""
+        axis = time_axis(self.model)
+        length = None if axis is None or self.streaming else self.dims[axis]
+        return length if isinstance(length, int) and length > 1 else None
+
+    @property
     def roundings(self) -> range:
         """Seeds of the runs that show what rounding does."""
         return range(WIDE_ROUNDINGS if self.wide else ROUNDINGS)
@@ -298,8 +308,10 @@ def random_inputs(model: Layer, dims: Sequence[int | str], counts: str | None, s
     cases: list[Inputs] = []
     for steps, batch in sizes:
         # Without time the second length is space: more than one value, or the variance of every channel would be 0.
-        free = iter((batch, steps + 4) if not model.recurrent else (batch, steps) if model.batch_first else (steps, batch))
-        shape = [d if isinstance(d, int) else next(free, 5) for d in dims]
+        usual = {batch_axis(model): batch} | ({time_axis(model): steps} if model.recurrent else {1: steps + 4})
+        shape = [d if isinstance(d, int) else usual.get(axis, 5) for axis, d in enumerate(dims)]
+        if model.recurrent:  # some may be fixed
+            steps, batch = (shape[axis] for axis in (1 if model.batch_first else 0, batch_axis(model)))
         x = rng.standard_normal(shape).astype(model.dtype) if not model.takes_integers else rng.integers(0, _entries(model), shape)
         ragged = rng.integers(1, steps + 1, size=batch)
         ragged[0] = steps
@@ -354,18 +366,23 @@ def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs, stat
 
 
 def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Comparison:
-    """From the eager states before every step: one step of the graph against one eager step, left out where a mask says so."""
+    """From the eager states before every step: one step of the graph against one eager step, left out where a mask says so.
+
+    Where the graph takes so many steps and no other number, all of them take the place of one, from three states.
+    """
     model, dtype, (x, counted) = graph.model, graph.dtype, case
-    axis, steps, batch = 1 if model.batch_first else 0, _steps(model, x), x.shape[batch_axis(model)]
-    ones = numpy.ones(batch, dtype=numpy.int64)
-    mask = counted if graph.counts == "mask" else None
-    before, worst = model.initial_state(batch), Comparison(runtime, "", f"one step at each of {steps}", steps, 0.0, math.inf, 0.0)
+    axis, batch, fixed = 1 if model.batch_first else 0, x.shape[batch_axis(model)], graph.steps
+    steps = ROUNDS if fixed else _steps(model, x)
+    ones = numpy.full(batch, fixed or 1)
+    mask = counted if graph.counts == "mask" and not fixed else None
+    title = f"{fixed} steps from each of {ROUNDS} states" if fixed else f"one step at each of {steps}"
+    before, worst = model.initial_state(batch), Comparison(runtime, "", title, fixed or steps, 0.0, math.inf, 0.0)
     for t in range(steps):
-        step = numpy.take(x, [t], axis=axis)
+        step = x if fixed else numpy.take(x, [t], axis=axis)
         now = None if mask is None else numpy.take(mask, [t], axis=axis)
         expected, after = _stepped(graph, model, step, before, now)
         exact = expected if graph.wide else _stepped(graph, graph.exact, floats(wide, step), floats(wide, before), now)[0]
-        feed = graph.feed(step, ones if now is None else now, before)
+        feed = graph.feed(step, now if now is not None else ones if graph.counts == "lengths" else None, before)
         if graph.streaming:
             feed["x"] = numpy.take(feed["x"], 0, axis=axis)
         else:
@@ -388,8 +405,8 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
                     f"{runtime}: {name!r} differs by {difference:.3g} at step {t}, from the same state; allowed is {allowed:.3g}"
                 )
             if difference / allowed >= worst.difference / worst.allowed:
-                worst = Comparison(runtime, name, worst.case, steps, difference, allowed, eager_difference)
-        before = after
+                worst = Comparison(runtime, name, title, worst.steps, difference, allowed, eager_difference)
+        before = mapped(lambda a: a if a.dtype.kind == "f" else a * 0, after) if fixed else after  # steps are counted in the graph
     return worst
 
 
@@ -451,7 +468,7 @@ def with_states(graph: Graph) -> onnx.ModelProto:
         states = 0 if plain else len(loop.input) - found(loop, "num_scan_inputs")
         for i, (name, size) in enumerate(names):
             given, last = f"{name}_in_{k}", f"{name}_out_{k}"
-            entry = [helper.make_tensor_value_info(v, element, ["batch", size]) for v in (given, last)]
+            entry = [helper.make_tensor_value_info(v, element, [graph.dims[batch_axis(model)], size]) for v in (given, last)]
             inner.input.append(entry[0])
             inner.output.append(entry[1])
             if plain:  # the operator's state has an axis for the direction
