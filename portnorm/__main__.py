@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "write a checkpoint as an ONNX file, checked in onnxruntime first")
     export.add_argument("checkpoint", type=Path)
     export.add_argument("-o", "--output", type=Path, required=True, help="file to write (.onnx)")
-    export.add_argument("--opset", type=int, help="18 to 26 (default: 18; 23 for onnxruntime)")
+    export.add_argument("--opset", type=int, help="18 to 26, for some targets 28 (default: 18; 23 for onnxruntime)")
     export.add_argument("--target", default="portable", help="who will run it (default: portable, which is all of them)")
     export.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
     export.add_argument("--streaming", action="store_true", help="one step with explicit states instead of a sequence")

@@ -4,7 +4,7 @@ An array that the graph holds under its own name, transposed (`.T`) or with the 
 one that folding changed, `kept.py` keeps the rest beside. So the layer that comes back is the one that was exported, bit by bit; where a
 tool has changed the file so that it is not, that is said.
 
-The keys begin with the prefix of the graph's names, so that two graphs with different ones can be merged.
+The keys begin with the prefix of the graph's names (see `keys.py`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from typing import Any
 import ml_dtypes
 import numpy
 import onnx
-from onnx import helper
 
-from portnorm.arrays import DType, Namespace, to_numpy
+from portnorm.arrays import DType, Namespace, load_dtype, load_namespace, to_numpy
 from portnorm.checkpoint.layers import from_json, to_json
 from portnorm.checkpoint.onnx_constants import File, graphs
 from portnorm.errors import ChangedFileWarning, CheckpointError
@@ -31,6 +30,7 @@ from portnorm.layers.layer import Layer
 from portnorm_onnx.changed import changes, facts
 from portnorm_onnx.fused import OPERATORS
 from portnorm_onnx.kept import FORMS, Entry, checksum, entry, forms, restored
+from portnorm_onnx.keys import props_of, set_props
 from portnorm_onnx.signature import places
 from portnorm_onnx.symbolic import NumPyArray
 
@@ -52,7 +52,7 @@ def described(
     """Write into the model what it takes to check it and to read the layer back."""
     graph = {"names": names or {}, "dtype": dtype, "streaming": streaming, "holds": holds, "written": facts(proto)}
     props = _props(_weights(proto, None), model, prefix, dtype) | {f"{prefix}{_GRAPH}": json.dumps(graph)}
-    helper.set_model_props(proto, props)
+    set_props(proto, props)
 
 
 def layers_described(proto: onnx.ModelProto, layers: Mapping[str, tuple[Layer, str]]) -> None:
@@ -60,7 +60,7 @@ def layers_described(proto: onnx.ModelProto, layers: Mapping[str, tuple[Layer, s
     weights, props = _weights(proto, None), {_TORCH: json.dumps({"written": facts(proto)})}
     for prefix, (layer, dtype) in layers.items():
         props |= _props(weights, layer, prefix, dtype)
-    helper.set_model_props(proto, props)
+    set_props(proto, props)
 
 
 def _props(weights: dict[str, _Tensor], model: Layer, prefix: str, dtype: str) -> dict[str, str]:
@@ -76,7 +76,7 @@ def _props(weights: dict[str, _Tensor], model: Layer, prefix: str, dtype: str) -
 
 def graph_facts(proto: onnx.ModelProto) -> dict[str, Any]:
     """What `described` wrote of the graph; the defaults for one that it did not write, with `described` False."""
-    props = {p.key: p.value for p in proto.metadata_props}
+    props = props_of(proto)
     prefix = next(iter(_prefixes(props)), "")
     found = _object(props, f"{prefix}{_GRAPH}")
     usual: dict[str, Any] = {"names": {}, "dtype": None, "streaming": False, "holds": "", "described": bool(found)}
@@ -85,7 +85,7 @@ def graph_facts(proto: onnx.ModelProto) -> dict[str, Any]:
 
 def changes_of(proto: onnx.ModelProto) -> tuple[str, ...]:
     """What a tool has changed since the model was exported; nothing where it was not, or does not say how it was."""
-    props = {p.key: p.value for p in proto.metadata_props}
+    props = props_of(proto)
     prefix = next(iter(_prefixes(props)), "")
     recorded = _object(props, _TORCH if _TORCH in props else f"{prefix}{_GRAPH}").get("written")
     return () if recorded is None else changes(recorded, facts(proto))
@@ -135,7 +135,7 @@ def read_layer(
         proto = onnx.load(file, load_external_data=False)
     except Exception as error:
         raise CheckpointError(f"cannot read {file!r} as an ONNX model: {error}") from error
-    props = {p.key: p.value for p in proto.metadata_props}
+    props = props_of(proto)
     prefix = _chosen(file, props, prefix)
     layer = from_json(props[f"{prefix}{_LAYER}"], xp=xp, device=device, dtype=dtype)
     entries, weights = _object(props, f"{prefix}{_ARRAYS}"), _weights(proto, Path(path).resolve())
@@ -271,6 +271,13 @@ def _order(model: Layer, name: str) -> tuple[int, ...]:
     """Where the gates of ONNX's operator are among ours, for a parameter of a recurrent layer."""
     layers = [(prefix, layer) for prefix, layer in places(model) if name.startswith(prefix)]
     return OPERATORS[layers[-1][1].cell].gates if layers and layers[-1][1].cell in OPERATORS else ()
+
+
+def on_numpy(model: Layer, dtype: DType | None) -> Layer:
+    """The model on NumPy in this type: itself where it is so already, since a copy of wide weights is not for nothing."""
+    xp = load_namespace("numpy")
+    same = model.xp is xp and (dtype is None or load_dtype(xp, dtype) == model.dtype)
+    return model if same else model.to(xp="numpy", dtype=dtype)
 
 
 def rounded(model: Layer, kind: str) -> Layer:

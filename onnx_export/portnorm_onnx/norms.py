@@ -114,10 +114,8 @@ def _instance(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) 
 
 
 def _grouped(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
-    """Groups of channels over space of unknown size: instance normalization of (batch, groups, all of a group)."""
-    flat = NAMESPACE.reshape(x, (x.shape[0], x.dims[1], -1))
-    own = {"axes": (2,), "param_axes": (1,)}
-    y: SymbolicArray = NAMESPACE.reshape(_instance(flat, None, None, eps, own), x.shape)
+    """Groups of channels over space of unknown size: instance normalization of (batch, groups, channels of a group, space)."""
+    y = _instance(x, None, None, eps, {"axes": tuple(range(2, x.ndim))})
     along = (1, *x.dims[1:3], *(1 for _ in x.dims[3:]))
     y = y if weight is None else y * NAMESPACE.reshape(weight, along)
     return y if bias is None else y + NAMESPACE.reshape(bias, along)

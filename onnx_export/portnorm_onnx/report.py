@@ -59,6 +59,8 @@ class Report:
     """Time that making the graph took, without the checks."""
     trajectories: list[Comparison] = field(default_factory=list)
     steps: list[Comparison] = field(default_factory=list)
+    empty: list[Comparison] = field(default_factory=list)
+    """Sequences without steps, a batch of none, no steps: where the runtime has an answer."""
     outcomes: list[Outcome] = field(default_factory=list)
     changes: tuple[str, ...] = ()
     """What a tool has changed in the file since it was exported."""
@@ -96,6 +98,7 @@ class Report:
         found["horizon"] = self.horizon
         found["trajectories"] = [dataclasses.asdict(c) for c in self.trajectories]
         found["outcomes"] = [dataclasses.asdict(o) for o in self.outcomes]
+        found["empty"] = [dataclasses.asdict(c) for c in self.empty]
         found["steps"] = [dataclasses.asdict(c) for c in self.steps]
         return found
 
@@ -115,7 +118,7 @@ class Report:
             lines += [f"  {o.runtime:<17} {o.version:<10} {o.status:<14} {self._of(o)}" for o in self.outcomes]
             return "\n".join(lines)
         lines += [f"  {'runtime':<17} {'gate':<34} {'output':<8} {'difference':>10} {'allowed':>10} {'eager':>10}"]
-        for c in (*self.steps, *self.trajectories):
+        for c in (*self.steps, *self.trajectories, *self.empty):
             numbers = f"{c.difference:>10.2e} {c.allowed:>10.2e} {c.eager_difference:>10.2e}"
             lines.append(f"  {c.runtime:<17} {c.case:<34} {c.output:<8} {numbers}")
         return "\n".join(lines)

@@ -23,13 +23,14 @@ from portnorm_onnx.build import build
 from portnorm_onnx.export import checked_opset, checked_path
 from portnorm_onnx.lowering import training_opset
 from portnorm_onnx.metadata import TRAINING, described
+from portnorm_onnx.nothing import floats
 from portnorm_onnx.report import Comparison, Report
 from portnorm_onnx.runtimes import session_of
 from portnorm_onnx.signature import first_states, named_state, state_inputs
 from portnorm_onnx.storage import Draft
 from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, graph_input
 from portnorm_onnx.targets import TARGETS
-from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, floats, nudged, random_inputs, wide
+from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, nudged, random_inputs, wide
 
 OUT = "next."
 """What stands before the name of an input in the name of its new value."""
@@ -145,7 +146,7 @@ def _trace(step: _Step, version: int, *, state: bool, lengths: bool) -> Any:
     initial = step.initial()
     given = {name: graph_input(name, a.dtype, a.shape, target) for name, a in initial.items()}
     lens = graph_input("lengths", "int64", ("batch",), target) if lengths and model.recurrent else None
-    states, before = state_inputs(model, target, model.dtype) if state else ([], first_states(model))
+    states, before = state_inputs(model, target, model.dtype, "batch") if state else ([], first_states(model))
     y = model.apply({n: constant(a) for n, a in model.params.items()}, {n: constant(a) for n, a in model.buffers.items()}, x, before)[0]
     labels = _target(step.loss, y, target)
     batch += [labels, *([] if lens is None else [lens]), *states]
