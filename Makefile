@@ -22,7 +22,7 @@ test: $(VENV)/.test
 # nothing of what the package asks for.
 $(VENV)/.peers: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check dask distributed jax flax keras onnxscript
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check dask distributed jax flax keras onnxscript onnxslim
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check dm-haiku equinox "mlx[cpu]" orbax-checkpoint paddlepaddle thinc
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps speechbrain
 	@touch $@

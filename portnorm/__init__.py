@@ -10,6 +10,7 @@ from portnorm.affine import linear
 from portnorm.cells.variants import IMPLEMENTATIONS, VARIANTS, Variant
 from portnorm.errors import (
     ArgumentError,
+    ChangedFileWarning,
     CheckpointError,
     ConformanceError,
     DTypeError,
@@ -80,6 +81,7 @@ __all__ = [
     "ArgumentError",
     "BatchNorm",
     "BatchRenorm",
+    "ChangedFileWarning",
     "CheckpointError",
     "ConformanceError",
     "DTypeError",

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "write a checkpoint as an ONNX file, checked in onnxruntime first")
     export.add_argument("checkpoint", type=Path)
     export.add_argument("-o", "--output", type=Path, required=True, help="file to write (.onnx)")
-    export.add_argument("--opset", type=int, help="18 to 26 (default: 18; 23 for onnxruntime)")
+    export.add_argument("--opset", type=int, help="18 to 26, for some targets 28 (default: 18; 23 for onnxruntime)")
     export.add_argument("--target", default="portable", help="who will run it (default: portable, which is all of them)")
     export.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
     export.add_argument("--streaming", action="store_true", help="one step with explicit states instead of a sequence")
@@ -99,11 +99,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--no-lengths", action="store_true", help="leave the input `lengths` out")
     export.add_argument("--mask", action="store_true", help="take the input `mask` in place of `lengths`: padding in front, and gaps")
     export.add_argument("--state", action="store_true", help="take the state as an input and give it out")
+    export.add_argument("--external-data", action="store_true", help="put the weights into a file of their own beside the model")
+    export.add_argument("--no-metadata", action="store_true", help="write the graph alone: smaller, and `load` cannot read it")
 
     verify = command("verify", _verify, "check an ONNX file against a checkpoint, or against the layer that it says it holds")
     verify.add_argument("model", type=Path)
     verify.add_argument("--against", type=Path, help="checkpoint that the graph should compute (default: what the file says)")
     verify.add_argument("--runtime", action="append", help="runtime to check in, or `all` of them, a row each (default: onnxruntime)")
+    verify.add_argument(
+        "--tolerance", type=float, metavar="D", help="allow this difference instead, for a graph that was made smaller on purpose"
+    )
 
     bench = command("bench", _bench, "time this library and its peers, each in a process of its own, checked against float64 first")
     bench.add_argument("engines", nargs="*", help="only these engines (default: all that are installed)")
@@ -226,6 +231,8 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
         state=options.state,
         prefix=options.prefix,
         function=options.function,
+        external_data=options.external_data or None,
+        metadata=not options.no_metadata,
     )
     return _shown(report, options)
 
@@ -233,7 +240,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
 def _verify(options: argparse.Namespace) -> dict[str, Any]:
     model = None if options.against is None else portnorm.load(options.against)
     runtimes = options.runtime or ["onnxruntime"]
-    report = portnorm.verify(options.model, model, runtimes="all" if "all" in runtimes else runtimes)
+    report = portnorm.verify(options.model, model, runtimes="all" if "all" in runtimes else runtimes, tolerance=options.tolerance)
     found = _shown(report, options)
     if report.failures:
         raise ConformanceError("; ".join(f"{o.runtime}: {o.status}" for o in report.failures))

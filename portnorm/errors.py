@@ -1,4 +1,4 @@
-"""The one family of errors that portnorm raises for what a caller can mend."""
+"""The one family of errors that portnorm raises for what a caller can mend, and its one warning."""
 
 from __future__ import annotations
 
@@ -37,3 +37,7 @@ class ExportError(PortnormError, RuntimeError):
 
 class MissingExtraError(PortnormError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+class ChangedFileWarning(PortnormError, UserWarning):  # noqa: N818
+    """A file holds other numbers than were written into it, since a tool has changed them; what is loaded is what it holds now."""

@@ -42,7 +42,7 @@ FUSED = (None, "weight", "batch-input")
 @pytest.mark.parametrize("opset", sorted(OPSETS))
 @pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
 def test_every_preset_at_every_opset(cell: str, norm: str | None, opset: int) -> None:
-    report = pn.export(recurrent(cell, norm), None, opset=opset)
+    report = pn.export(recurrent(cell, norm), None, opset=opset, target="portable" if opset <= 26 else "onnxruntime")
     assert report.opset == opset
     assert len(report.body_nodes) == (norm not in FUSED)  # a plain cell, or one whose norms fold away, is an operator instead of a loop
     assert report.worst_step is not None
@@ -291,10 +291,34 @@ def test_an_interrupted_write_leaves_what_was_there(error: Any, seen: Any, tmp_p
     assert path.read_bytes() == b"before"
 
 
-@pytest.mark.parametrize("opset", [-1, 0, 17, 27, 28, "18"])
+@pytest.mark.parametrize("opset", [-1, 0, 17, 29, "18", True])
 def test_unknown_opset(opset: Any) -> None:
-    with pytest.raises(pn.UnsupportedError, match=r"`opset` is .*expected a number from 18 to 26"):
+    with pytest.raises(pn.UnsupportedError, match=r"`opset` is .*expected a number from 18 to 26 for target 'portable'$"):
         pn.export(lstm(None), None, opset=opset)
+
+
+NEWEST = [v for v in OPSETS if v > 26]
+
+
+@pytest.mark.parametrize("opset", NEWEST)
+@pytest.mark.parametrize("target", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.runtime("openvino")),
+                                    pytest.param("tract", marks=pytest.mark.runtime("tract"))])  # fmt: skip
+@pytest.mark.parametrize("norm", [None, "layer", "batch"])
+def test_the_newest_opsets_where_they_are_read(norm: str | None, target: Any, opset: int, tmp_path: Path) -> None:
+    path, layer = tmp_path / "m.onnx", lstm(norm)
+    assert pn.export(layer, path, opset=opset, target=target).opset == opset
+    assert pn.verify(path, layer, runtimes=target).outcomes[0].status == "passed"
+
+
+@pytest.mark.parametrize("opset", NEWEST)
+@pytest.mark.parametrize("target", ["portable", "web", "tensorrt"])
+def test_the_newest_opsets_where_they_are_not_read(target: Any, opset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = 22 if target == "tensorrt" else 26
+    with pytest.raises(pn.UnsupportedError, match=rf"`opset` is {opset}; expected .* 18 to {last} for .*target='onnxruntime' or"):
+        pn.export(lstm(None), None, opset=opset, target=target)
+    monkeypatch.setattr(export_module, "loads_opset", lambda version: False)
+    with pytest.raises(pn.UnsupportedError, match=rf"`opset` is {opset}, which the installed onnxruntime does not load; expected .* 26"):
+        pn.export(lstm(None), None, opset=opset, target="onnxruntime")
 
 
 def test_verify_of_what_is_no_model(tmp_path: Path) -> None:

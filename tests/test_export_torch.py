@@ -46,6 +46,43 @@ def speech(layer: pn.Layer, features: int) -> Any:
     return Model()
 
 
+def test_layers_are_loaded_back_by_the_path_of_their_module(tmp_path: Path) -> None:
+    """The file says who wrote it and which layers are in it; a layer comes back bit by bit, and the whole is no layer."""
+    import torch
+
+    layer, path = pn.LSTM(4, 5, norm="weight", num_layers=2, rng=0), tmp_path / "m.onnx"
+    args, dynamic = (torch.randn(6, 2, 3), torch.tensor([6, 4])), {"x": {0: "time", 1: "batch"}, "lengths": {0: "batch"}}
+    report = pn.export_torch(speech(layer, 5), args, path, dynamic_shapes=dynamic)
+    back = pn.load(path, prefix="encoder.rnn")
+    assert back.state_dict().keys() == layer.state_dict().keys()
+    for name, a in layer.state_dict().items():
+        np.testing.assert_array_equal(back.state_dict()[name], a, err_msg=name)
+    assert isinstance(pn.load(path, prefix="encoder.norm."), pn.LayerNorm)
+    with pytest.raises(
+        pn.CheckpointError, match=r"written by portnorm.export_torch: it holds a torch model.*'encoder.rnn.', 'encoder.norm.'"
+    ):
+        pn.load(path)
+    with pytest.raises(pn.UnsupportedError, match=r"holds a torch model"):
+        pn.verify(path)
+    alone = pn.export_torch(speech(layer, 5), args, None, dynamic_shapes=dynamic, metadata=False)
+    assert alone.model is not None
+    assert not alone.model.metadata_props
+    assert alone.size < report.size
+
+
+def test_a_layer_that_is_the_whole_model_is_loaded_without_its_path(tmp_path: Path) -> None:
+    import torch
+
+    layer = pn.GRU(4, 5, norm="layer", rng=0)
+    pn.export_torch(pn.torch_module(layer), torch.randn(6, 2, 4), tmp_path / "m.onnx", dynamic_shapes=({0: "time", 1: "batch"},))
+    back = pn.load(tmp_path / "m.onnx")
+    for name, a in layer.state_dict().items():
+        np.testing.assert_array_equal(back.state_dict()[name], a, err_msg=name)
+    pn.export_torch(torch.nn.Linear(3, 2), torch.ones(1, 3), tmp_path / "m.onnx")
+    with pytest.raises(pn.CheckpointError, match="layers in it: none"):
+        pn.load(tmp_path / "m.onnx")
+
+
 LAYERS: dict[str, tuple[Any, int]] = {
     "LSTM, layer norm": (lambda: pn.LSTM(4, 5, norm="layer", rng=0), 5),
     "LSTM, plain, projected": (lambda: pn.LSTM(4, 5, proj_size=3, rng=0), 3),

@@ -14,11 +14,15 @@ from onnx import compose, helper
 
 import portnorm as pn
 from portnorm.layers.recurrent import Recurrent
+from portnorm_onnx.keys import props_of, set_props
+from portnorm_onnx.lowering import OPSETS
+from portnorm_onnx.signature import named_state
 from portnorm_onnx.storage import LIMIT, weights_of
 from portnorm_onnx.targets import TARGETS
 from tests.cases import HEAVY_PRESETS, IMPLEMENTATIONS, random_recurrent
 from tests.processes import output_of
 from tests.test_export import FUSED, LAYERS, lstm, recurrent
+from tests.tolerances import ONNX_STEPS
 
 
 def run(model: onnx.ModelProto, **inputs: Any) -> dict[str, Any]:
@@ -230,6 +234,108 @@ def test_streaming_of_what_cannot_stream(layer: pn.Layer) -> None:
         pn.export(layer, None, streaming=True)
 
 
+# -- fixed shapes ------------------------------------------------------------------------------------------------------------------------
+
+
+def lengths_of(report: Any) -> dict[str, list[Any]]:
+    values = (*report.model.graph.input, *report.model.graph.output)
+    return {v.name: [d.dim_value or d.dim_param for d in v.type.tensor_type.shape.dim] for v in values}
+
+
+FIXED: list[tuple[dict[str, Any], tuple[int | str, int | str]]] = [
+    ({"lengths": False}, (5, 1)),
+    ({"lengths": True}, (5, 1)),
+    ({"lengths": True, "state": True}, (5, 2)),
+    ({"mask": True, "state": True}, (5, 2)),
+    ({"lengths": False}, (1, 1)),
+    ({"lengths": False, "state": True}, (1, 3)),
+    ({"lengths": True, "state": True}, ("t", 2)),
+    ({"lengths": True, "state": True}, (4, "n")),
+]
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+@pytest.mark.parametrize(("keywords", "sizes"), FIXED, ids=str)
+@pytest.mark.parametrize("arrangement", [{}, {"bidirectional": True, "num_layers": 2}, {"batch_first": True}], ids=str)
+@pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
+def test_lengths_of_sequences_can_be_fixed(
+    cell: str, norm: Any, arrangement: dict[str, Any], keywords: dict[str, Any], sizes: tuple[Any, Any], target: Any
+) -> None:
+    layer, (time, batch) = recurrent(cell, norm, **arrangement), sizes
+    shape = (batch, time, 5) if layer.batch_first else (time, batch, 5)
+    report = pn.export(layer, None, input_shape=shape, target=target, **keywords)
+    found = lengths_of(report)
+    assert found["x"] == list(shape)
+    assert all(found[name][1] == batch for name in found if name in ("h_0", "c_0", "h_n", "c_n"))
+    assert found.get("lengths", [batch]) == [batch]
+    if time != 1:
+        assert report.steps[0].case == (f"{time} steps from each of 3 states" if isinstance(time, int) else "one step at each of 24")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal([d if isinstance(d, int) else 3 for d in shape]).astype(np.float32)
+    steps, many = (x.shape[1], x.shape[0]) if layer.batch_first else x.shape[:2]
+    given: dict[str, Any] = {"mask": np.ones(x.shape[:2], bool)} if keywords.get("mask") else {}
+    given |= {"lengths": rng.integers(0, steps + 1, many)} if keywords.get("lengths") and "mask" not in given else {}
+    feed = {"x": x, **given}
+    if keywords.get("state"):
+        given["state"] = layer.initial_state(many, noise=1.0, rng=1)
+        feed |= {n: np.asarray(a) for n, a in named_state(layer, given["state"], "_0").items()}
+    np.testing.assert_allclose(run(report.model, **feed)["y"], layer(x, **given)[0], rtol=0, atol=ONNX_STEPS)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), ("n", 5), (7, 1, 5)], ids=str)
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
+def test_the_batch_of_a_streaming_graph_can_be_fixed(cell: str, norm: Any, batch_first: bool, shape: tuple[Any, ...]) -> None:
+    layer = recurrent(cell, norm, batch_first=batch_first)
+    full = (1, 7, 5) if batch_first and len(shape) == 3 else shape
+    report = pn.export(layer, None, streaming=True, input_shape=full)
+    found, batch = lengths_of(report), shape[-2]
+    assert found["x"] == [batch, 5]
+    assert found["h_0"] == found["h_n"] == [1, batch, 8]
+    assert report.trajectories[-1].case == "step by step against the sequence"
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"input_shape": (1, 5)}, r"`input_shape` is \(1, 5\); expected \(time, batch, 5\)"),
+        ({"input_shape": (5,), "streaming": True}, r"`input_shape` is \(5,\); expected \(batch, 5\)"),
+        ({"input_shape": (0, 1, 5)}, r"`input_shape` is .*expected numbers from 1 on, and strings for lengths that vary, not 0"),
+        ({"input_shape": (None, 1, 5)}, r"`input_shape` is .*not None"),
+        ({"input_shape": (3, 1, 6)}, r"`x` has shape \(3, 1, 6\)"),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit(keywords: dict[str, Any], message: str) -> None:
+    with pytest.raises((pn.ShapeError, pn.UnsupportedError), match=message):
+        pn.export(lstm("layer"), None, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "dims"),
+    [
+        (pn.BatchNorm(8), (2, 8, 3, 4), ["batch", 8, "space_2", "space_3"]),
+        (pn.BatchNorm(8, channel_axis=-1), (2, 3, 4, 8), ["batch", "space_1", "space_2", 8]),
+        (pn.InstanceNorm(8), (2, 8, 3, 4), ["batch", 8, "space_2", "space_3"]),
+        (pn.GroupNorm(2, 8), (2, 8, 3, 4, 2), ["batch", 8, "space_2", "space_3", "space_4"]),
+        (pn.LayerNorm(8), (2, 3, 8), ["batch", "space_1", 8]),
+        (pn.LayerNorm((3, 8)), (2, 4, 3, 8), ["batch", "space_1", 3, 8]),
+        (pn.RMSNorm(8), (2, 3, 4, 8), ["batch", "space_1", "space_2", 8]),
+        (pn.BatchNorm(8), (2, 8), ["batch", 8]),
+    ],
+    ids=lambda v: repr(v) if isinstance(v, pn.Layer) else "",
+)
+def test_the_first_input_says_how_many_axes_there_are(layer: pn.Layer, shape: Any, dims: list[Any], tmp_path: Path) -> None:
+    path, x = tmp_path / "m.onnx", np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    report = pn.export(layer, path, inputs=[x])
+    assert lengths_of(report)["x"] == dims
+    assert pn.verify(path, layer).outcomes[0].status == "passed"
+    if len(shape) > 2:
+        pn.export(layer, path, input_shape=tuple(dims[:1] + dims[2:]) if dims[1] == "space_1" else tuple(dims[:-1]))
+        with pytest.raises(pn.ExportError, match=r"`x` of shape .* axes, the graph takes .; export it with `inputs=\[x\]`, or"):
+            pn.verify(path, layer, inputs=[x])
+
+
 # -- into somebody's model ---------------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +363,53 @@ def test_names_and_prefix_merge_with_another_model(tmp_path: Path) -> None:
     found = run(merged, x=x)
     np.testing.assert_allclose(found["out0"], layers[0](x * x)[0], atol=2e-5)
     np.testing.assert_allclose(found["out1"], layers[1](-x)[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("opset", sorted(OPSETS))
+@pytest.mark.parametrize("keywords", [{}, {"streaming": True}, {"function": True}, {"dtype": "float16"}], ids=str)
+def test_the_ir_version_is_the_one_of_the_opset(opset: int, keywords: dict[str, Any]) -> None:
+    ids = [helper.make_opsetid("", opset)]
+    report = pn.export(lstm("layer"), None, opset=opset, target="portable" if opset <= 26 else "onnxruntime", **keywords)
+    assert report.model.ir_version == helper.find_min_ir_version_for(ids)
+
+
+@pytest.mark.parametrize(
+    ("norm", "prefixes", "by_compose"),
+    [
+        (None, ("", ""), {"prefix1": "a/", "prefix2": "b/"}),  # which does not reach what the body of a loop holds
+        (None, ("a/", "b/"), {}),
+        ("layer", ("a/", "b/"), {}),
+    ],
+    ids=["prefixes of compose", "prefixes of export", "loops"],
+)
+@pytest.mark.parametrize("opset", [18, 23])
+def test_two_graphs_merge_one_behind_the_other(norm: Any, prefixes: Any, by_compose: dict[str, str], opset: int, tmp_path: Path) -> None:
+    """Different layers, and so different metadata."""
+    rng, path = np.random.default_rng(0), tmp_path / "m.onnx"
+    layers = [recurrent("GRU", norm), random_recurrent("LSTM", norm, rng, inputs=8, hidden=4).to(dtype="float32")]
+    first, second = (
+        pn.export(layer, None, prefix=prefix, names={"x": f"x{k}", "y": f"y{k}"}, lengths=False, opset=opset).model
+        for k, (layer, prefix) in enumerate(zip(layers, prefixes, strict=True))
+    )
+    merged = compose.merge_models(first, second, [("y0", "x1")], **by_compose)
+    onnx.checker.check_model(merged, full_check=True)
+    x = np.random.default_rng(0).standard_normal((6, 3, 5)).astype(np.float32)
+    (y,) = run(merged, **{merged.graph.input[0].name: x}).values()
+    np.testing.assert_allclose(y, layers[1](layers[0](x)[0])[0], atol=2e-5)
+    onnx.save(merged, path)
+    with pytest.raises(pn.CheckpointError, match="was merged of graphs"):
+        pn.load(path)
+
+
+def test_merges_with_a_new_graph_of_the_same_opset() -> None:
+    """The IR version that `make_model` takes for an opset, where it is asked for the one that belongs to it."""
+    report = pn.export(recurrent("LSTM", None), None, names={"x": "inside"}, lengths=False, opset=23)
+    info = [helper.make_tensor_value_info(n, 1, ["time", "batch", 5]) for n in ("x", "z")]
+    front = helper.make_graph([helper.make_node("Neg", ["x"], ["z"])], "front", info[:1], info[1:])
+    start = helper.make_model_gen_version(front, opset_imports=[helper.make_opsetid("", 23)])
+    merged = compose.merge_models(start, report.model, [("z", "inside")])
+    x = np.ones((2, 3, 5), np.float32)
+    np.testing.assert_allclose(run(merged, x=x)["y"], recurrent("LSTM", None)(-x)[0], atol=2e-6)
 
 
 @pytest.mark.parametrize("names", [{"z": "a"}, {"x": "same", "y": "same"}])
@@ -336,8 +489,7 @@ def test_damaged_metadata(key: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     pn.export(lstm("layer"), path)
     model = onnx.load(path)
-    props = {p.key: p.value for p in model.metadata_props} | {key: text}
-    helper.set_model_props(model, props)
+    set_props(model, props_of(model) | {key: text})
     onnx.save(model, path)
     with contextlib.suppress(pn.CheckpointError):  # and nothing else
         pn.load(path)

@@ -29,6 +29,7 @@ from portnorm_backends.torch_module import TorchModule
 from portnorm_onnx.bfloat16 import holds_bfloat16
 from portnorm_onnx.build import Names, keep_transposed
 from portnorm_onnx.export import Shape, checked_opset, checked_path, trace
+from portnorm_onnx.metadata import layers_described
 from portnorm_onnx.report import Comparison, Outcome, Report
 from portnorm_onnx.runtimes import Session, runtime_of, session_of
 from portnorm_onnx.signature import state_names
@@ -61,6 +62,7 @@ def export_torch(
     output_names: Sequence[str] | None = None,
     inputs: Iterable[Any] | None = None,
     external_data: bool | None = None,
+    metadata: bool = True,
 ) -> Report:
     """Write a whole torch model, with layers of portnorm in it, as an ONNX file, after the graph was checked against it in onnxruntime.
 
@@ -79,7 +81,8 @@ def export_torch(
     tuple like `args`, or with `kwargs` a pair `(args, kwargs)`. Where those are not given, numbers are drawn from the example's, integers
     (batch,) that become a layer's `lengths` follow the time axis, and what the model itself refuses is left out. The graph's distance to a
     float64 run of the model may be a small multiple of torch's own. Only then the file appears; an existing one is replaced whole. Returns
-    a `Report`; `path=None` writes nothing, and the model is `report.model`. Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
+    a `Report`; `path=None` writes nothing, and the model is `report.model`. `portnorm.load(path, prefix="encoder.rnn")` reads a layer back;
+    `metadata=False` leaves out what the file says of that. Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
 
     A model that computes in bfloat16, all of it or a part, needs `target="openvino"` or `"tensorrt"`. onnxruntime's CPU has hardly an
     operator in bfloat16, so the graph runs there in float32 twice: with every result rounded to bfloat16, within the tolerances of that
@@ -107,7 +110,7 @@ def export_torch(
     try:
         eager = _Eager(model)
         eager(example)
-        shape = Shape(version, row, "", fold and not accurate, accurate, False, False, None, Names())
+        shape = Shape(version, row, "", fold and not accurate, accurate, False, False, None, Names(), metadata=False)
         recorder = _Recorder(model, shape)
         started = time.perf_counter()
         program, proto = _translated(model, example, dynamic_shapes, recorder, version, input_names, output_names)
@@ -115,6 +118,9 @@ def export_torch(
         proto = spliced(proto, DOMAIN, parts, inside=external_data is not True)
         without_traces(proto)
         keep_transposed(proto)
+        if metadata:
+            layers = {call.path: (call.layer, call.shape.dtype) for call in recorder.calls}
+            layers_described(proto, {f"{path}." if path else "": layer for path, layer in layers.items()})
         seconds = time.perf_counter() - started
         external = is_large(proto) if external_data is None else external_data
         narrow = holds_bfloat16(proto)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 from portnorm.errors import ExportError
 from portnorm_onnx.symbolic import Body, Node, NumPyArray, SymbolicArray, type_of
@@ -44,8 +45,11 @@ def build(
     )
     opsets = [helper.make_opsetid("", opset)]
     model = helper.make_model(proto, opset_imports=opsets, producer_name="portnorm", ir_version=helper.find_min_ir_version_for(opsets))
-    for label, values in {**graph.initializers, **(defaults or {})}.items():
-        _put(model.graph.initializer.add(), label, values)
+    weights = {**graph.initializers, **(defaults or {})}
+    del graph
+    while weights:
+        label = next(iter(weights))
+        _put(model.graph.initializer.add(), label, weights.pop(label))
     keep_transposed(model)
     return model
 
@@ -79,9 +83,9 @@ def keep_transposed(proto: onnx.ModelProto) -> None:
 
 def _put(tensor: onnx.TensorProto, name: str, values: NumPyArray) -> None:
     """Fill a tensor in its place: to copy a message of protocol buffers is to serialize it, which ends at 2 GB."""
-    made = numpy_helper.from_array(values, name)
-    tensor.name, tensor.data_type, tensor.raw_data = name, made.data_type, made.raw_data
-    tensor.dims.extend(made.dims)
+    tensor.name, tensor.data_type = name, int(helper.np_dtype_to_tensor_dtype(values.dtype))
+    tensor.dims.extend(values.shape)
+    tensor.raw_data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 def put_inside(proto: onnx.ModelProto) -> None:
@@ -180,7 +184,8 @@ class _Graph:
 
     def _initializer(self, a: SymbolicArray) -> str:
         assert a.constant is not None
-        key = (str(a.dtype), a.constant.shape, a.constant.tobytes(), a.name)
+        turned = a.constant.flags.f_contiguous
+        key = (str(a.dtype), a.constant.shape, turned, hashlib.sha256(a.constant.tobytes("F" if turned else "C")).digest(), a.name)
         if key not in self._by_content:
             name = self._by_content[key] = self._unique(a.name) if a.name else self._numbered("constant")
             self.initializers[name] = a.constant

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -18,15 +20,17 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import recurrent_parts
 from portnorm_onnx.build import Names, build, put_inside
 from portnorm_onnx.lowering import OPSETS, opset
-from portnorm_onnx.metadata import described, rounded
+from portnorm_onnx.metadata import described, on_numpy, rounded
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report
-from portnorm_onnx.signature import first_states, mask_dims, named_state, state_inputs
-from portnorm_onnx.storage import Draft, as_function, is_large
+from portnorm_onnx.runtimes import loads_opset
+from portnorm_onnx.signature import batch_axis, checked_dims, first_states, mask_dims, named_state, state_inputs
+from portnorm_onnx.storage import WIDE, Draft, as_function, file_size, is_large, size_of
 from portnorm_onnx.symbolic import constant, graph_input
-from portnorm_onnx.targets import Target, TargetName, check_dtype, check_types, checker, target_of
+from portnorm_onnx.targets import TARGETS, Target, TargetName, check_dtype, check_types, checker, target_of
 from portnorm_onnx.verify import check, streaming_trajectory
 
+_EVERYWHERE = TARGETS["portable"].last_opset
 TYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -49,6 +53,7 @@ def export(
     prefix: str = "",
     function: bool = False,
     external_data: bool | None = None,
+    metadata: bool = True,
 ) -> Report:
     """Write `model` in inference mode as an ONNX file, after the graph was checked against the model in onnxruntime.
 
@@ -60,19 +65,24 @@ def export(
     `lengths` and no `mask`.
 
     `target` names who will run the graph: "portable" (all of them), "onnxruntime", "openvino", "tract", "web" or "tensorrt"; any opset from
-    18 to 26 (18 unless stated, for onnxruntime 23). `dtype` converts first: float16, bfloat16, float32 or float64. `fold` writes batch
-    normalization with fixed statistics into weights and tables, and plain cells as the operators LSTM, GRU and RNN; `fold=False` keeps each
-    visible. `accurate=True` centres before operators that cancel where |mean| ≫ std, at the cost of two nodes each.
+    18 to 26 (18 unless stated, for onnxruntime 23), and up to 28 where the target and the installed onnxruntime read it. `dtype` converts
+    first: float16, bfloat16, float32 or float64. `fold` writes batch normalization with fixed statistics into weights and tables, and plain
+    cells as the operators LSTM, GRU and RNN; `fold=False` keeps each visible. `accurate=True` centres before operators that cancel where
+    |mean| ≫ std, at the cost of two nodes each.
 
     `names` gives inputs and outputs other names ({"x": "features"}), `prefix` stands before every name inside, so that the graph merges
     into another with `onnx.compose`; `function=True` makes it one model-local function. `external_data` puts weights into a file of their
     own beside the model; by itself only where they exceed what one file can hold (2 GB). `input_shape` states the shape of `x` where the
-    model leaves it open, with strings for lengths that vary.
+    model leaves it open, such as the space of feature maps, or where lengths are fixed; strings name those that vary. Where it is left out,
+    `x` has as many axes as the first of `inputs`. That of a streaming graph has no time: (1, 8).
 
     The graph passes onnx's checker and strict shape inference and the two gates of `portnorm.verify`, on random input of several
     (time, batch) or on `inputs`; a streaming graph also gives, step by step, what the sequence graph gives. One in bfloat16, for which
     onnxruntime's CPU has hardly an operator, runs there in float32 with every result rounded. Only then the file appears; an existing
-    one is replaced whole. `path=None` writes nothing; the model is then `report.model`. `portnorm.load` reads the layer back.
+    one is replaced whole. `path=None` writes nothing; the model is then `report.model`.
+
+    `portnorm.load` reads the layer back from the file, bit by bit: beside the graph it has the configuration, and what folding changed. Of
+    a weight that the graph holds but for a factor or a mean that is two or three bits a number. `metadata=False` leaves all of it out.
     Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
 
     >>> import portnorm as pn
@@ -90,29 +100,44 @@ def export(
     if streaming and (not model.recurrent or any(part.goes_back for part in recurrent_parts(model))):
         raise UnsupportedError("`streaming` needs a recurrent model that goes forward only; a reverse direction starts at the end")
     kind = _dtype_of(model, dtype, row)
-    model = rounded(model.to(xp="numpy", dtype="float32" if kind == "bfloat16" else kind), kind)
+    model = rounded(on_numpy(model, "float32" if kind == "bfloat16" else kind), kind)
     named = Names(prefix, dict(names or {}))
+    cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
+    dims = checked_dims(model, input_shape, streaming=streaming, like=cases[0][0] if cases else None)
     shape = Shape(
-        version, row, kind, fold and not accurate, accurate, lengths and not mask, state, input_shape, named, streaming, mask=mask
+        version,
+        row,
+        kind,
+        fold and not accurate,
+        accurate,
+        lengths and not mask,
+        state,
+        dims,
+        named,
+        streaming,
+        mask=mask,
+        metadata=metadata,
     )
     started = time.perf_counter()
     proto = trace(model, shape)
     seconds = time.perf_counter() - started
     check_names(proto, named)
     external = is_large(proto) if external_data is None else external_data
-    if function:
-        proto = as_function(proto, prefix or type(model).__name__)
-    elif not external:
-        put_inside(proto)
-    cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
-    with Draft(proto, path, external) as draft:
-        report = check(draft, model, runtimes=(checker(proto, kind),), cases=cases)
+    with Draft(proto, path, external, aside=size_of(proto) > WIDE) as draft:
+        del proto
+        if function:
+            draft.proto = as_function(draft.proto, prefix or type(model).__name__)
+        elif not external:
+            put_inside(draft.proto)
+        runtime = checker(draft.proto, kind)
+        report = check(draft, model, runtimes=(runtime,), cases=cases)
         if streaming:
             whole = trace(model, shape._replace(streaming=False, state=True, lengths=False, names=Names()))
-            report.trajectories += streaming_trajectory(draft, whole, model, checker(proto, kind))
-        report.seconds = seconds
+            with Draft(whole, None, aside=size_of(whole) > WIDE) as sequence:
+                del whole
+                report.trajectories += streaming_trajectory(draft, sequence, model, runtime)
         draft.publish()
-    return report
+    return dataclasses.replace(report, model=draft.proto, size=file_size(draft.proto), seconds=seconds)
 
 
 class Shape(NamedTuple):
@@ -131,13 +156,20 @@ class Shape(NamedTuple):
     gives: tuple[str, ...] | None = None
     """The outputs that are wanted; by itself `y`, and the states where they are inputs."""
     mask: bool = False
+    metadata: bool = True
+    """Whether the file says what its layer is."""
 
 
 def checked_opset(opset: int | None, target: Target) -> int:
-    """`opset`, or the default; raises `UnsupportedError` for one that there are no rows for, or that the target does not read."""
+    """`opset`, or the default; raises `UnsupportedError` for one that the table, the target or onnxruntime lacks."""
     version = target.opset if opset is None else opset
-    if version not in OPSETS or version > target.last_opset:
-        raise UnsupportedError(f"`opset` is {opset!r}; expected a number from {min(OPSETS)} to {target.last_opset}")
+    last = min(target.last_opset, max(OPSETS))
+    if version not in OPSETS or version > last:
+        others = [f"target={row.name!r}" for row in TARGETS.values() if version in OPSETS and version <= row.last_opset]
+        way_out = f"; {' or '.join(others)} takes it" if others else ""
+        raise UnsupportedError(f"`opset` is {opset!r}; expected a number from {min(OPSETS)} to {last} for target {target.name!r}{way_out}")
+    if version > _EVERYWHERE and not loads_opset(version):
+        raise UnsupportedError(f"`opset` is {opset!r}, which the installed onnxruntime does not load; expected at most {_EVERYWHERE}")
     return version
 
 
@@ -149,19 +181,29 @@ def checked_path(path: str | os.PathLike[str] | None) -> None:
 
 def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     """The ONNX model of a layer on NumPy, not checked yet."""
+    proto, names = _traced(model, shape)
+    if size_of(proto) > WIDE:
+        gc.collect()  # symbolic arrays and nodes know each other, and hold what is in the model now
+    if shape.metadata:
+        described(proto, model, names=names, prefix=shape.names.prefix, dtype=shape.dtype, streaming=shape.streaming)
+    return proto
+
+
+def _traced(model: Layer, shape: Shape) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The model without metadata, and the names that were given."""
     dtype: Any = numpy.dtype(ml_dtypes.bfloat16 if shape.dtype == "bfloat16" else shape.dtype)
     stateful = shape.state or shape.streaming
     last = stateful if shape.gives is None else any(name != "y" for name in shape.gives)
     rows = opset(shape.version, shape.target, fold=shape.fold, final_state=last, accurate=shape.accurate)
-    dims = tuple(shape.input_shape) if shape.input_shape is not None else model.input_dims()
-    axis = 1 if model.batch_first else 0
+    dims = checked_dims(model, shape.input_shape, streaming=shape.streaming)
+    axis, batch = 1 if model.batch_first else 0, dims[batch_axis(model)]
     if shape.streaming:
         dims = (*dims[:axis], *dims[axis + 1 :])
     given = graph_input("x", "int64" if model.takes_integers else dtype, dims, rows)
     x = NAMESPACE.expand_dims(given, axis=axis) if shape.streaming else given
     inputs, lengths = [given], None
     if shape.lengths and model.recurrent and not shape.streaming:
-        lengths = graph_input("lengths", "int64", ("batch",), rows)
+        lengths = graph_input("lengths", "int64", (batch,), rows)
         inputs.append(lengths)
     mask = graph_input("mask", "bool", mask_dims(model, dims), rows) if shape.mask else None
     if mask is not None:
@@ -171,7 +213,7 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     params, buffers = ({n: constant(_cast(to_numpy(a), t), n) for n, a in group.items()} for group, t in groups)
     before: Any = first_states(model)
     if stateful:
-        states, before = state_inputs(model, rows, dtype)
+        states, before = state_inputs(model, rows, dtype, batch)
         inputs += states
     y, after, _ = model.apply(params, buffers, x, before, lengths, mask=mask)
     outputs = {"y": NAMESPACE.squeeze(y, axis=axis) if shape.streaming and model.keeps_time else y}
@@ -181,13 +223,11 @@ def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
         outputs = {name: outputs[name] for name in shape.gives}
     proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names, captures=shape.target.captures)
     check_types(proto, shape.target, shape.dtype)
-    names = {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}
-    described(proto, model, names=names, prefix=shape.names.prefix, dtype=shape.dtype, streaming=shape.streaming)
-    return proto
+    return proto, {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}
 
 
 def _cast(values: Any, dtype: Any) -> Any:
-    return values.astype(dtype) if values.dtype.kind == "f" else values
+    return values.astype(dtype, copy=False) if values.dtype.kind == "f" else values
 
 
 def _dtype_of(model: Layer, dtype: DType | None, target: Target) -> str:

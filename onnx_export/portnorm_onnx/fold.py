@@ -17,16 +17,25 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, node, opset_of
+from portnorm_onnx.symbolic import NumPyArray, Opset, SymbolicArray, constant, node, opset_of
 
 
 class Affine(NamedTuple):
-    """An array as x·matrix + shift; the constants in float64."""
+    """An array as x·(weight ⊙ scale) + shift; scale and shift in float64. The weight stays what was given: wide ones are not held twice."""
 
     x: SymbolicArray
-    matrix: NumPyArray
+    weight: NumPyArray
+    scale: NumPyArray | None
     shift: NumPyArray
     name: str
+
+    def matrix(self, dtype: Any) -> NumPyArray:
+        """weight ⊙ scale, rounded once."""
+        if self.scale is None:
+            return self.weight.astype(dtype, copy=False)
+        exact: NumPyArray = self.weight.astype(numpy.float64)
+        exact *= self.scale
+        return exact.astype(dtype, copy=False)
 
 
 def product(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None) -> SymbolicArray | None:
@@ -34,13 +43,13 @@ def product(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None)
     opset = opset_of(x)
     if opset is None or not opset.fold or weight.constant is None or (bias is not None and bias.constant is None):
         return None
-    matrix = weight.constant.astype(numpy.float64).T
+    matrix = weight.constant.T
     shift = numpy.zeros(matrix.shape[1]) if bias is None or bias.constant is None else bias.constant.astype(numpy.float64)
-    return _made(Affine(x, matrix, shift, f"{weight.name or 'weight'}.T"), x.dtype)
+    return _made(Affine(x, matrix, None, shift, f"{weight.name or 'weight'}.T"), x.dtype)
 
 
 def _made(a: Affine, dtype: Any) -> SymbolicArray:
-    y = node("MatMul", a.x, constant(a.matrix.astype(dtype), a.name))
+    y = node("MatMul", a.x, constant(a.matrix(dtype), a.name))
     if a.shift.any():
         y = node("Add", y, constant(a.shift.astype(dtype)))
     y.affine = a
@@ -52,7 +61,7 @@ def scaled(y: SymbolicArray, scale: NumPyArray, shift: NumPyArray) -> SymbolicAr
     a = y.affine
     scale, shift = (numpy.asarray(v, dtype=numpy.float64).reshape(-1) for v in (scale, shift))
     name = a.name if a.name.endswith(".folded") else f"{a.name}.folded"
-    return _made(Affine(a.x, a.matrix * scale, a.shift * scale + shift, name), y.dtype)
+    return _made(Affine(a.x, a.weight, scale if a.scale is None else a.scale * scale, a.shift * scale + shift, name), y.dtype)
 
 
 def folded(op_type: str, args: tuple[SymbolicArray, ...], function: Callable[..., Any], row: Callable[..., SymbolicArray]) -> Any:
@@ -60,7 +69,7 @@ def folded(op_type: str, args: tuple[SymbolicArray, ...], function: Callable[...
     opset = opset_of(*args)
     if opset is None or not opset.fold:
         return None
-    for found in (_into_product(op_type, args), _into_table(args, function), _before_loop(args, row)):
+    for found in (_into_product(op_type, args), _into_table(args, function), _before_loop(args, function, row)):
         if found is not None:
             return found
     return None
@@ -115,7 +124,8 @@ def one_row(a: SymbolicArray) -> SymbolicArray:
 class Frame:
     """The loop whose body is being traced: its scanned inputs, of which there can be more than were given."""
 
-    def __init__(self) -> None:
+    def __init__(self, opset: Opset) -> None:
+        self.opset = opset
         self.scanned: list[SymbolicArray] = []
         self.steps: list[SymbolicArray] = []
 
@@ -129,7 +139,7 @@ class Frame:
                 return symbol
         if (inside := self._normalized(outer)) is not None:
             return inside
-        symbol = SymbolicArray(outer.dtype, outer.dims[1:], outer.opset)
+        symbol = SymbolicArray(outer.dtype, outer.dims[1:], self.opset)
         symbol.step_of = (self, outer)
         self.scanned.append(outer)
         self.steps.append(symbol)
@@ -146,7 +156,7 @@ class Frame:
         return node(n.op_type, self.step(x), *others, **{**n.attributes, "axis": len(outer.dims) - 2})
 
 
-def _before_loop(args: tuple[SymbolicArray, ...], row: Callable[..., SymbolicArray]) -> SymbolicArray | None:
+def _before_loop(args: tuple[SymbolicArray, ...], function: Callable[..., Any], row: Callable[..., SymbolicArray]) -> SymbolicArray | None:
     steps = [a for a in args if a.step_of is not None]
     if not steps or any(a.step_of is None and a.constant is None for a in args):
         return None
@@ -155,5 +165,7 @@ def _before_loop(args: tuple[SymbolicArray, ...], row: Callable[..., SymbolicArr
         return None
     if any(a.constant is not None and a.constant.ndim > 1 for a in args):
         return None
-    result: SymbolicArray = frame.step(row(*(a if a.step_of is None else a.step_of[1] for a in args)))
+    whole = [a if a.step_of is None else a.step_of[1] for a in args]
+    known = all(a.constant is not None for a in whole)
+    result: SymbolicArray = frame.step(constant(function(*(a.constant for a in whole))) if known else row(*whole))
     return result

@@ -83,7 +83,7 @@ def _has_usual_functions(cell: RecurrentCell) -> bool:
 def _hidden(xs: Any, params: Any, cell: RecurrentCell) -> tuple[NumPyArray, NumPyArray] | None:
     """(weights, bias) of the hidden term, statistics that are the same at every step folded in; `None` where they are not known."""
     given = dict(zip(cell.given(), xs[1:], strict=True))
-    weight = params["weight_hh"].constant.astype(numpy.float64)
+    weight = params["weight_hh"].constant
     bias = numpy.zeros(weight.shape[0])
     if "bias_hh" in params:
         bias = bias + params["bias_hh"].constant
@@ -95,7 +95,7 @@ def _hidden(xs: Any, params: Any, cell: RecurrentCell) -> tuple[NumPyArray, NumP
         scale = 1.0 / standard_deviation(numpy, var, float32_value(cell.variant.eps), cell.variant.eps_place)
         if "norm_hh.weight" in params:
             scale = scale * params["norm_hh.weight"].constant
-        weight, bias = weight * scale[:, None], (bias - mean) * scale
+        weight, bias = weight.astype(numpy.float64) * scale[:, None], (bias - mean) * scale
     if "norm_hh.bias" in params:
         bias = bias + params["norm_hh.bias"].constant
     return weight, bias
@@ -125,8 +125,8 @@ def fused(
     slot = cell.slots.get("norm_hh")
     changed = ".folded" if slot is not None and slot.normalizes else ""
     w, r = (
-        constant(ordered(m)[None].astype(dtype), f"{name}.gates")
-        for m, name in ((u.affine.matrix.T, u.affine.name.replace(".T", "")), (weights[0], f"{params['weight_hh'].name}{changed}"))
+        constant(ordered(m.astype(dtype, copy=False))[None], f"{name}.gates")
+        for m, name in ((u.affine.matrix(dtype).T, u.affine.name.replace(".T", "")), (weights[0], f"{params['weight_hh'].name}{changed}"))
     )
     b = constant(numpy.concatenate([ordered(u.affine.shift), ordered(weights[1])])[None].astype(dtype))
     by_operator = lengths is not None and u.opset.target.fused_lengths
@@ -144,17 +144,31 @@ def fused(
         i, f, o = params["peephole"].constant
         inputs.append(constant(numpy.concatenate([i, o, f])[None].astype(dtype)))
     y, *last = nodes(operator.name, 1 + len(state), *inputs, **attributes)
-    results = [xp.squeeze(y, axis=1), *(xp.squeeze(s, axis=0) for s in last)]
-    if by_operator:  # onnxruntime gives 0 for the last state of a sequence without steps
-        some = (lengths > 0)[:, None]
-        results[1:] = [r if _is_zero(s) else xp.where(some, r, s) for r, s in zip(results[1:], state, strict=True)]
-    elif lengths is not None:
-        every, at_end = results[0], lengths - 1
-        index = xp.broadcast_to(xp.where(at_end > 0, at_end, 0)[None, :, None], (1, u.shape[1], hidden))
-        ends = xp.squeeze(xp.take_along_axis(every, index, axis=0), axis=0)
-        results[1] = xp.where((lengths > 0)[:, None], ends, state[0])
-        results[0] = xp.where(sequence_mask(every, lengths), every, 0.0)
-    return tuple(results[1:]), (results[0],) if sequences else ()
+    every, *ends = xp.squeeze(y, axis=1), *(xp.squeeze(s, axis=0) for s in last)
+    if lengths is not None and not by_operator:
+        ends, every = [_at_end(every, state[0], lengths)], xp.where(sequence_mask(every, lengths), every, 0.0)
+    else:  # runtimes give 0, or anything, for the last state of a sequence without steps
+        some = xp.expand_dims(lengths > 0, axis=1) if by_operator else _has_steps(x)
+        ends = ends if some is None else [xp.where(some, e, s) for e, s in zip(ends, state, strict=True)]
+    return tuple(ends), (every,) if sequences else ()
+
+
+def _at_end(every: SymbolicArray, before: SymbolicArray, lengths: SymbolicArray) -> SymbolicArray:
+    """h (batch, hidden) after each sequence's last step, of those after every step; of a sequence without steps, that before."""
+    xp = NAMESPACE
+    states = xp.concat([xp.expand_dims(before, axis=0), every], axis=0)
+    index = xp.broadcast_to(lengths[None, :, None], (1, *every.shape[1:]))
+    ends: SymbolicArray = xp.squeeze(xp.take_along_axis(states, index, axis=0), axis=0)
+    return ends
+
+
+def _has_steps(x: SymbolicArray) -> SymbolicArray | None:
+    """Whether there are any steps, (1,); `None` where it is known that there are."""
+    steps = x.shape[0]
+    if isinstance(steps, int):
+        return None
+    some: SymbolicArray = NAMESPACE.expand_dims(steps.number(), axis=0) > 0
+    return some
 
 
 def _is_zero(state: SymbolicArray) -> bool:

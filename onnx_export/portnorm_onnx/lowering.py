@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import array_api_compat.numpy as known
 import ml_dtypes
 import numpy
+import onnx
 from onnx import TensorProto, helper
 
 from portnorm.arrays import statistics_dtype
@@ -285,8 +286,10 @@ _OPS: dict[str, Row] = {
 _OPSET_18 = {**_ARRAY_API, **_OPS}
 _OPSET_23 = {**_OPSET_18, "normalize": normalize_with_rms}
 
-OPSETS: dict[int, dict[str, Row]] = {version: _OPSET_18 if version < 23 else _OPSET_23 for version in range(18, 27)}
-"""Rows by operator set. onnxruntime refuses those above the last; `Split` and the reductions take their present form at the first."""
+_LAST = min(28, onnx.defs.onnx_opset_version())
+
+OPSETS: dict[int, dict[str, Row]] = {version: _OPSET_18 if version < 23 else _OPSET_23 for version in range(18, _LAST + 1)}
+"""Rows by operator set, as far as the installed onnx knows them. `Split` and the reductions take their present form at the first."""
 
 
 def opset(version: int, target: Target, *, fold: bool, final_state: bool, accurate: bool) -> Opset:

@@ -1,61 +1,101 @@
 """What a graph says of the layer in it, and the way back: configuration as JSON, arrays from the graph's own weights.
 
-An array that the graph holds under its own name, transposed (`.T`) or with the gates in ONNX's order (`.gates`) is read from there; one
-that folding changed is kept beside, so that the layer that comes back is the one that was exported, bit by bit.
+An array that the graph holds under its own name, transposed (`.T`) or with the gates in ONNX's order (`.gates`) is read from there; of
+one that folding changed, `kept.py` keeps the rest beside. So the layer that comes back is the one that was exported, bit by bit; where a
+tool has changed the file so that it is not, that is said.
 
-The keys begin with the prefix of the graph's names, so that two graphs with different ones can be merged.
+The keys begin with the prefix of the graph's names (see `keys.py`).
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy
 import onnx
-from onnx import helper, numpy_helper
 
-from portnorm.arrays import DType, Namespace, to_numpy
+from portnorm.arrays import DType, Namespace, load_dtype, load_namespace, to_numpy
 from portnorm.checkpoint.layers import from_json, to_json
-from portnorm.errors import CheckpointError
+from portnorm.checkpoint.onnx_constants import File, graphs
+from portnorm.errors import ChangedFileWarning, CheckpointError
 from portnorm.layers.layer import Layer
+from portnorm_onnx.changed import changes, facts
 from portnorm_onnx.fused import OPERATORS
+from portnorm_onnx.kept import FORMS, Entry, checksum, entry, forms, restored
+from portnorm_onnx.keys import props_of, set_props
 from portnorm_onnx.signature import places
-from portnorm_onnx.storage import weights_of
 from portnorm_onnx.symbolic import NumPyArray
 
-_LAYER, _GRAPH, _ARRAYS = "portnorm", "portnorm.graph", "portnorm.arrays"
+_LAYER, _GRAPH, _ARRAYS, _TORCH = "portnorm", "portnorm.graph", "portnorm.arrays", "portnorm.torch"
+TRAINING = "one update of training"
+"""What a graph is that is not its layer alone."""
 
 
-def described(proto: onnx.ModelProto, model: Layer, *, names: dict[str, str], prefix: str, dtype: str, streaming: bool) -> None:
+def described(
+    proto: onnx.ModelProto,
+    model: Layer,
+    *,
+    names: Mapping[str, str] | None = None,
+    prefix: str = "",
+    dtype: str,
+    streaming: bool = False,
+    holds: str = "",
+) -> None:
     """Write into the model what it takes to check it and to read the layer back."""
-    graph = {"names": names, "dtype": dtype, "streaming": streaming}
-    props = {f"{prefix}{_LAYER}": to_json(model), f"{prefix}{_GRAPH}": json.dumps(graph)}
-    found = _found(_initializers(proto, None), model, prefix)
-    beside = {}
+    graph = {"names": names or {}, "dtype": dtype, "streaming": streaming, "holds": holds, "written": facts(proto)}
+    props = _props(_weights(proto, None), model, prefix, dtype) | {f"{prefix}{_GRAPH}": json.dumps(graph)}
+    set_props(proto, props)
+
+
+def layers_described(proto: onnx.ModelProto, layers: Mapping[str, tuple[Layer, str]]) -> None:
+    """The same for the layers, each with its dtype, in a model that another exporter made around them, by the prefix of their names."""
+    weights, props = _weights(proto, None), {_TORCH: json.dumps({"written": facts(proto)})}
+    for prefix, (layer, dtype) in layers.items():
+        props |= _props(weights, layer, prefix, dtype)
+    set_props(proto, props)
+
+
+def _props(weights: dict[str, _Tensor], model: Layer, prefix: str, dtype: str) -> dict[str, str]:
+    arrays = {}
     for name, a in model.state_dict().items():
         values = to_numpy(a)
-        own = found.get(name)
-        if own is None or own.shape != values.shape or not numpy.array_equal(own, values):
-            beside[name] = {"dtype": str(values.dtype), "shape": list(values.shape), "data": _packed(values)}
-    if beside:
-        props[f"{prefix}{_ARRAYS}"] = json.dumps(beside)
-    helper.set_model_props(proto, props)
+        own = _named(weights, model, prefix, name, values.shape)
+        held = own is not None and numpy.array_equal(own, values)
+        step = "bfloat16" if dtype == "bfloat16" else values.dtype.name
+        arrays[name] = entry(values, held, weights, _order(model, name), step)
+    return {f"{prefix}{_LAYER}": to_json(model), f"{prefix}{_ARRAYS}": json.dumps(arrays)}
 
 
 def graph_facts(proto: onnx.ModelProto) -> dict[str, Any]:
-    """What `described` wrote of the graph; the defaults for one that it did not write."""
-    props = {p.key: p.value for p in proto.metadata_props}
-    prefix = next((key.removesuffix(_LAYER) for key in props if key.endswith(_LAYER)), "")
+    """What `described` wrote of the graph; the defaults for one that it did not write, with `described` False."""
+    props = props_of(proto)
+    prefix = next(iter(_prefixes(props)), "")
     found = _object(props, f"{prefix}{_GRAPH}")
-    return {"names": {}, "dtype": None, "streaming": False, **found, "prefix": prefix}
+    usual: dict[str, Any] = {"names": {}, "dtype": None, "streaming": False, "holds": "", "described": bool(found)}
+    return usual | {"holds": "a torch model"} | found if _TORCH in props else usual | found
 
 
-def _object(props: dict[str, str], key: str) -> dict[str, Any]:
+def changes_of(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """What a tool has changed since the model was exported; nothing where it was not, or does not say how it was."""
+    props = props_of(proto)
+    prefix = next(iter(_prefixes(props)), "")
+    recorded = _object(props, _TORCH if _TORCH in props else f"{prefix}{_GRAPH}").get("written")
+    return () if recorded is None else changes(recorded, facts(proto))
+
+
+def _prefixes(props: Mapping[str, str]) -> list[str]:
+    return [key.removesuffix(_LAYER) for key in props if key.endswith(_LAYER)]
+
+
+def _object(props: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(props.get(key, "{}"))
     except ValueError as error:
@@ -65,54 +105,166 @@ def _object(props: dict[str, str], key: str) -> dict[str, Any]:
     return found
 
 
-def load_layer(path: str | os.PathLike[str], *, xp: Namespace | str | None, device: Any, dtype: DType | None) -> Layer:
-    """The layer that `portnorm.export` wrote as `path`; raises `CheckpointError` for any other model."""
-    try:
-        proto = onnx.load(os.fspath(path), load_external_data=False)
-    except Exception as error:
-        raise CheckpointError(f"cannot read {os.fspath(path)!r} as an ONNX model: {error}") from error
-    props = {p.key: p.value for p in proto.metadata_props}
-    prefixes = [key.removesuffix(_LAYER) for key in props if key.endswith(_LAYER)]
-    if not prefixes:
-        raise CheckpointError(
-            f"{os.fspath(path)!r} was not written by portnorm.export; "
-            "portnorm.import_checkpoint reads the LSTM, GRU, RNN and norm nodes of any model"
-        )
-    if len(prefixes) > 1:
-        raise CheckpointError(f"{os.fspath(path)!r} was merged of graphs with the prefixes {prefixes}; load them before they are merged")
-    prefix, key = prefixes[0], f"{prefixes[0]}{_ARRAYS}"
-    layer = from_json(props[f"{prefix}{_LAYER}"], xp=xp, device=device, dtype=dtype)
-    arrays: dict[str, Any] = dict(_found(_initializers(proto, Path(path).resolve().parent), layer, prefix))
-    try:
-        arrays |= {name: _unpacked(entry) for name, entry in _object(props, key).items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the metadata {key!r} is not understood: {error!r}") from error
-    own = layer.state_dict()
-    layer.load_state_dict({name: a for name, a in arrays.items() if name in own})
+# -- and back ---------------------------------------------------------------------------------------------------------------------------
+
+
+def load_layer(
+    path: str | os.PathLike[str], *, xp: Namespace | str | None, device: Any, dtype: DType | None, prefix: str | None = None
+) -> Layer:
+    """The layer that `portnorm.export` wrote as `path`; raises `CheckpointError` for any other model.
+
+    Warns with `ChangedFileWarning` where a tool has changed the numbers.
+    """
+    layer, told = read_layer(path, xp=xp, device=device, dtype=dtype, prefix=prefix)
+    if told:
+        warnings.warn(told, ChangedFileWarning, stacklevel=3)
     return layer
 
 
-def _initializers(proto: onnx.ModelProto, folder: Path | None) -> dict[str, Any]:
-    """Weights by name, to be read when they are asked for."""
-    base = "" if folder is None else str(folder)
-    return {t.name: (lambda t=t: numpy_helper.to_array(t, base)) for t in weights_of(proto.graph)}
+def read_layer(
+    path: str | os.PathLike[str],
+    *,
+    xp: Namespace | str | None = None,
+    device: Any = None,
+    dtype: DType | None = None,
+    prefix: str | None = None,
+) -> tuple[Layer, str]:
+    """`load_layer`, and what there is to say of the numbers."""
+    file = os.fspath(path)
+    try:
+        proto = onnx.load(file, load_external_data=False)
+    except Exception as error:
+        raise CheckpointError(f"cannot read {file!r} as an ONNX model: {error}") from error
+    props = props_of(proto)
+    prefix = _chosen(file, props, prefix)
+    layer = from_json(props[f"{prefix}{_LAYER}"], xp=xp, device=device, dtype=dtype)
+    entries, weights = _object(props, f"{prefix}{_ARRAYS}"), _weights(proto, Path(path).resolve())
+    arrays, missing, other = {}, [], []
+    for name, a in layer.state_dict().items():
+        kept = entries.get(name)
+        if kept is None:
+            raise CheckpointError(
+                f"the metadata {f'{prefix}{_ARRAYS}'!r} says nothing of {name}; the file was damaged, or another version of "
+                "portnorm wrote it"
+            )
+        try:
+            values, sound = _Back(weights, layer, prefix).array(name, tuple(a.shape), kept)
+        except (AttributeError, KeyError, TypeError, ValueError, zlib.error) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"the metadata {f'{prefix}{_ARRAYS}'!r} is not understood: {name}: {error!r}") from error
+        if values is None:
+            missing.append(name)
+            continue
+        arrays[name] = values
+        if not sound:
+            other.append(f"{name} ({values.dtype})")
+    what = "; ".join(changes_of(proto)) if missing or other else ""
+    tool = f". A tool has changed the file: {what}" if what else ""
+    if missing:
+        raise CheckpointError(
+            f"{file!r} does not hold {', '.join(missing)} of the {type(layer).__name__} any more; load the file as it was exported{tool}"
+        )
+    layer.load_state_dict(arrays)
+    return (
+        layer,
+        f"{file!r} holds other numbers than were exported, and these are what is loaded: {', '.join(other)}{tool}" if other else "",
+    )
 
 
-def _found(weights: dict[str, Any], model: Layer, prefix: str) -> dict[str, NumPyArray]:
-    """The arrays of a layer that the graph holds, by name."""
-    found = {}
-    for name, a in model.state_dict().items():
-        for suffix, back in _BACK.items():
-            if f"{prefix}{name}{suffix}" not in weights:
-                continue
-            values: NumPyArray = weights[f"{prefix}{name}{suffix}"]()
-            if values.dtype == ml_dtypes.bfloat16:
-                values = values.astype(numpy.float32)
-            values = back(values, _order(model, name))
-            if values.shape == tuple(a.shape):
-                found[name] = values
-            break
-    return found
+def _chosen(file: str, props: Mapping[str, str], asked: str | None) -> str:
+    """The prefix of the layer that is meant."""
+    prefixes = _prefixes(props)
+    if not prefixes and _TORCH not in props:
+        raise CheckpointError(
+            f"{file!r} was not written by portnorm.export, or with `metadata=False`, or a tool has taken its metadata away; "
+            "portnorm.import_checkpoint reads the LSTM, GRU, RNN and norm nodes of any model"
+        )
+    named = ", ".join(map(repr, prefixes)) or "none"
+    if asked is not None:
+        found = next((p for p in (asked, f"{asked}.") if p in prefixes), None)
+        if found is None:
+            raise CheckpointError(f"`prefix` is {asked!r}; {file!r} has {named}")
+        return found
+    if _TORCH in props and prefixes != [""]:
+        raise CheckpointError(
+            f"{file!r} was written by portnorm.export_torch: it holds a torch model, which is no layer of portnorm; "
+            f"`prefix=` loads one of the layers in it: {named}"
+        )
+    if len(prefixes) > 1:
+        raise CheckpointError(f"{file!r} was merged of graphs with the prefixes {prefixes}; `prefix=` says which one to load")
+    return prefixes[0]
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A weight of the graph in its file, or in memory."""
+
+    proto: onnx.TensorProto
+    file: File
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.proto.dims)
+
+    def read(self) -> NumPyArray:
+        return self.file.read(self.proto)
+
+
+def _weights(proto: onnx.ModelProto, path: Path | None) -> dict[str, _Tensor]:
+    """Initializers and constants by name, those in the bodies of loops too."""
+    file = File(path or Path(), proto)
+    return {name: _Tensor(t, file) for graph in graphs(proto.graph) for name, t in _constants(graph)}
+
+
+def _constants(graph: onnx.GraphProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    yield from ((t.name, t) for t in graph.initializer)
+    yield from ((n.output[0], a.t) for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value")
+
+
+def _named(weights: Mapping[str, _Tensor], model: Layer, prefix: str, name: str, shape: tuple[int, ...]) -> NumPyArray | None:
+    """An array of a layer that the graph holds under the name that the exporter gives it."""
+    for suffix in FORMS:
+        weight = weights.get(f"{prefix}{name}{suffix}")
+        if weight is not None:
+            return next((values for form, values in forms(weight, shape, _order(model, name)) if form == suffix), None)
+    return None
+
+
+@dataclass(frozen=True)
+class _Back:
+    """Reads the arrays of a layer."""
+
+    weights: Mapping[str, _Tensor]
+    layer: Layer
+    prefix: str
+
+    def array(self, name: str, shape: tuple[int, ...], kept: Entry) -> tuple[NumPyArray | None, bool]:
+        """An array, or `None` where the file does not hold it, and whether it is the one that was exported."""
+        order = _order(self.layer, name)
+        values = restored(kept, lambda of, form, base: self._base(of, form, base, shape, order))
+        if values is None and "of" not in kept:
+            values = _named(self.weights, self.layer, self.prefix, name, shape)
+        if values is not None and _is(values, kept):
+            return values, True
+        same = next((v for v in self._like(shape, order) if _is(v, kept)), None)
+        return (values, False) if same is None else (same, True)
+
+    def _base(self, of: str, form: str, total: str, shape: tuple[int, ...], order: tuple[int, ...]) -> NumPyArray | None:
+        """The weight that an array is made of: under its name, under another, or as it is now."""
+        named = [v for f, v in forms(self.weights[of], shape, order) if f == form] if of in self.weights else []
+        if named and checksum(named[0]) == total:
+            return named[0]
+        return next((v for v in self._like(shape, order) if checksum(v) == total), named[0] if named else None)
+
+    def _like(self, shape: tuple[int, ...], order: tuple[int, ...]) -> Iterator[NumPyArray]:
+        """Everything that could be an array of this shape: a tool may rename weights, and make one of two that are equal."""
+        for weight in self.weights.values():
+            yield from (values for _, values in forms(weight, shape, order))
+
+
+def _is(values: NumPyArray, kept: Entry) -> bool:
+    return checksum(values.astype(kept["dtype"])) == str(kept["sum"])
 
 
 def _order(model: Layer, name: str) -> tuple[int, ...]:
@@ -121,24 +273,11 @@ def _order(model: Layer, name: str) -> tuple[int, ...]:
     return OPERATORS[layers[-1][1].cell].gates if layers and layers[-1][1].cell in OPERATORS else ()
 
 
-def _in_our_order(values: NumPyArray, order: tuple[int, ...]) -> NumPyArray:
-    blocks = values[0].reshape(len(order), -1, *values.shape[2:])
-    found: NumPyArray = blocks[numpy.argsort(order)].reshape(values.shape[1:])
-    return found
-
-
-_BACK: dict[str, Any] = {"": lambda v, _: v, ".T": lambda v, _: v.T, ".gates": _in_our_order}
-"""What undoes the change that the end of a weight's name tells of."""
-
-
-def _packed(values: NumPyArray) -> str:
-    return base64.b64encode(numpy.ascontiguousarray(values).tobytes()).decode()
-
-
-def _unpacked(entry: dict[str, Any]) -> NumPyArray:
-    values: NumPyArray = numpy.frombuffer(base64.b64decode(entry["data"]), dtype=entry["dtype"])
-    found: NumPyArray = values.reshape(entry["shape"])
-    return found
+def on_numpy(model: Layer, dtype: DType | None) -> Layer:
+    """The model on NumPy in this type: itself where it is so already, since a copy of wide weights is not for nothing."""
+    xp = load_namespace("numpy")
+    same = model.xp is xp and (dtype is None or load_dtype(xp, dtype) == model.dtype)
+    return model if same else model.to(xp="numpy", dtype=dtype)
 
 
 def rounded(model: Layer, kind: str) -> Layer:

@@ -114,10 +114,8 @@ def _instance(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) 
 
 
 def _grouped(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
-    """Groups of channels over space of unknown size: instance normalization of (batch, groups, all of a group)."""
-    flat = NAMESPACE.reshape(x, (x.shape[0], x.dims[1], -1))
-    own = {"axes": (2,), "param_axes": (1,)}
-    y: SymbolicArray = NAMESPACE.reshape(_instance(flat, None, None, eps, own), x.shape)
+    """Groups of channels over space of unknown size: instance normalization of (batch, groups, channels of a group, space)."""
+    y = _instance(x, None, None, eps, {"axes": tuple(range(2, x.ndim))})
     along = (1, *x.dims[1:3], *(1 for _ in x.dims[3:]))
     y = y if weight is None else y * NAMESPACE.reshape(weight, along)
     return y if bias is None else y + NAMESPACE.reshape(bias, along)
@@ -132,15 +130,16 @@ def _centred(x: SymbolicArray, axes: tuple[int, ...]) -> SymbolicArray:
 
 
 def _centred_product(x: SymbolicArray, axes: tuple[int, ...]) -> SymbolicArray | None:
-    """h·W less the mean of each row, as the product with W less the mean of its rows, which is computed once, before the loop."""
+    """h·W less the mean of each row, as the product with W less the mean of its rows."""
     n, opset = x.producer, x.opset
     if n is None or n.op_type != "MatMul" or opset is None or not (opset.fold and opset.target.captures and opset.version >= 23):
         return None
     h, weights = n.inputs
     if h is None or weights is None or weights.constant is None or axes != (x.ndim - 1,) or numpy.dtype(x.dtype).itemsize < 4:
         return None
-    w = SymbolicArray(weights.dtype, weights.dims, opset, constant=weights.constant, name=weights.name)
-    return node("MatMul", h, node("Sub", w, node("ReduceMean", w, constant(numpy.array([1])))))
+    w = weights.constant.astype(numpy.float64)
+    centred = (w - w.mean(axis=1, keepdims=True)).astype(weights.constant.dtype)
+    return node("MatMul", h, constant(centred, None if weights.name is None else f"{weights.name}.centred"))
 
 
 def _batch(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:

@@ -26,6 +26,11 @@ class Comparison:
     eager_difference: float
     """The eager run's own distance to the float64 run, over the same steps."""
 
+    @property
+    def share(self) -> float:
+        """How much of what is allowed was needed."""
+        return self.difference / self.allowed if self.allowed else float(self.difference > 0)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -54,7 +59,11 @@ class Report:
     """Time that making the graph took, without the checks."""
     trajectories: list[Comparison] = field(default_factory=list)
     steps: list[Comparison] = field(default_factory=list)
+    empty: list[Comparison] = field(default_factory=list)
+    """Sequences without steps, a batch of none, no steps: where the runtime has an answer."""
     outcomes: list[Outcome] = field(default_factory=list)
+    changes: tuple[str, ...] = ()
+    """What a tool has changed in the file since it was exported."""
     model: onnx.ModelProto | None = field(default=None, repr=False)
 
     @classmethod
@@ -89,6 +98,7 @@ class Report:
         found["horizon"] = self.horizon
         found["trajectories"] = [dataclasses.asdict(c) for c in self.trajectories]
         found["outcomes"] = [dataclasses.asdict(o) for o in self.outcomes]
+        found["empty"] = [dataclasses.asdict(c) for c in self.empty]
         found["steps"] = [dataclasses.asdict(c) for c in self.steps]
         return found
 
@@ -97,17 +107,18 @@ class Report:
         found = [c for c in (*self.steps, *self.trajectories) if c.runtime == outcome.runtime]
         if outcome.status != "passed" or not found:
             return outcome.detail
-        worst = max(found, key=lambda c: c.difference / c.allowed)
+        worst = max(found, key=lambda c: c.share)
         return f"{worst.difference:.2e} of {worst.allowed:.2e} at {worst.case} ({outcome.detail})"
 
     def __str__(self) -> str:
         inside = "".join(f" + {n} in a Scan" for n in self.body_nodes)
         lines = [f"{self.path or 'model in memory'}: opset {self.opset}, {self.nodes} nodes{inside}, {self.size:,} bytes"]
+        lines += [f"  changed by a tool: {change}" for change in self.changes]
         if len(self.outcomes) > 1:
             lines += [f"  {o.runtime:<17} {o.version:<10} {o.status:<14} {self._of(o)}" for o in self.outcomes]
             return "\n".join(lines)
         lines += [f"  {'runtime':<17} {'gate':<34} {'output':<8} {'difference':>10} {'allowed':>10} {'eager':>10}"]
-        for c in (*self.steps, *self.trajectories):
+        for c in (*self.steps, *self.trajectories, *self.empty):
             numbers = f"{c.difference:>10.2e} {c.allowed:>10.2e} {c.eager_difference:>10.2e}"
             lines.append(f"  {c.runtime:<17} {c.case:<34} {c.output:<8} {numbers}")
         return "\n".join(lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import json
 import shutil
@@ -44,6 +45,10 @@ class Runtime:
     version: Callable[[], str]
     """Its version; raises `MissingExtraError` where it is not installed."""
     note: str = ""
+    no_steps: frozenset[str] = frozenset()
+    """Operators that a sequence of no steps gets no answer from: an error, a wrong shape, or the end of the process."""
+    no_sequences: frozenset[str] = frozenset()
+    """The same for a batch of no sequences."""
 
 
 def _package(name: str, extra: str) -> Callable[[], str]:
@@ -83,6 +88,20 @@ def _onnxruntime(provider: str) -> Callable[[Loadable], Session]:
         return run
 
     return load
+
+
+@functools.cache
+def loads_opset(version: int) -> bool:
+    """Whether the installed onnxruntime loads models of this operator set; it names those that it is not made for only by its error."""
+    values = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "one", values[:1], values[1:])
+    try:
+        _onnxruntime("CPUExecutionProvider")(
+            helper.make_model_gen_version(graph, opset_imports=[helper.make_opsetid("", version)]).SerializeToString()
+        )
+    except ExportError:
+        return False
+    return True
 
 
 def _typed(a: Any) -> tuple[Any, int]:
@@ -325,26 +344,36 @@ def _page(model: Loadable) -> Session:
     return Page.of(web_package(), str(chromium())).load(model)
 
 
+FITTED = "Reshape to (0, …, −1)"
+"""A Reshape that takes one length over, and finds out another by it."""
+_ORT: dict[str, frozenset[str]] = {"no_steps": frozenset({"Scan", "GRU"}), "no_sequences": frozenset({"LSTM", "GRU", FITTED})}
+_LOOPS = frozenset({"Scan"})
+_RECURRENT = frozenset({"Scan", "LSTM", "GRU", "RNN"})
+
 RUNTIMES: dict[str, Runtime] = {
     row.name: row
     for row in (
-        Runtime("onnxruntime", _onnxruntime("CPUExecutionProvider"), _package("onnxruntime", "onnx"), "CPU"),
-        Runtime("onnxruntime-cuda", _onnxruntime("CUDAExecutionProvider"), _cuda_version, "CUDA provider"),
-        Runtime("openvino", _openvino({"INFERENCE_PRECISION_HINT": "f32"}), _package("openvino", "runtimes"), "CPU, float32 hint"),
-        Runtime("openvino-default", _openvino({}), _package("openvino", "runtimes"), "CPU, its own choice of precision"),
-        Runtime("tract", _tract, _package("tract", "runtimes"), "CPU, in a process of its own"),
-        Runtime("web", _web, _web_version, "WebAssembly in Node.js"),
-        Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium"),
-        Runtime("reference", _reference, _package("onnx", "onnx"), "onnx's own evaluator"),
+        Runtime("onnxruntime", _onnxruntime("CPUExecutionProvider"), _package("onnxruntime", "onnx"), "CPU", **_ORT),
+        Runtime("onnxruntime-cuda", _onnxruntime("CUDAExecutionProvider"), _cuda_version, "CUDA provider", _RECURRENT, _RECURRENT),
+        Runtime("openvino", _openvino({"INFERENCE_PRECISION_HINT": "f32"}), _package("openvino", "runtimes"), "CPU, float32 hint", _LOOPS),
+        Runtime("openvino-default", _openvino({}), _package("openvino", "runtimes"), "CPU, its own choice of precision", _LOOPS),
+        Runtime("tract", _tract, _package("tract", "runtimes"), "CPU, in a process of its own", _RECURRENT),
+        Runtime("web", _web, _web_version, "WebAssembly in Node.js", **_ORT),
+        Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium", **_ORT),
+        Runtime("reference", _reference, _package("onnx", "onnx"), "onnx's own evaluator", _RECURRENT, frozenset({FITTED})),
     )
 }
-"""Runtimes by name."""
+"""Runtimes by name. What CUDA does with nothing was not tried; so it is not asked."""
 
 STAND_INS: dict[str, Runtime] = {
     row.name: row
     for row in (
-        Runtime("rounded", _in_float32(True), _package("onnxruntime", "onnx"), "onnxruntime's CPU in float32, bfloat16 by rounding"),
-        Runtime("unrounded", _in_float32(False), _package("onnxruntime", "onnx"), "onnxruntime's CPU with float32 in place of bfloat16"),
+        Runtime(
+            "rounded", _in_float32(True), _package("onnxruntime", "onnx"), "onnxruntime's CPU in float32, bfloat16 by rounding", **_ORT
+        ),
+        Runtime(
+            "unrounded", _in_float32(False), _package("onnxruntime", "onnx"), "onnxruntime's CPU with float32 in place of bfloat16", **_ORT
+        ),
     )
 }
 """What a graph in bfloat16 is checked by, since no runtime here has the operators: onnxruntime on the same graph in float32."""

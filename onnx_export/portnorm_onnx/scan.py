@@ -32,7 +32,7 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Any, reverse: bool = Fa
     if scanned[0].dims[0] == 1:
         return _one_step(carry, xs, kept, body)
     inner = [graph_input("", a.dtype, a.dims, opset) for a in initial]
-    frame = Frame()
+    frame = Frame(opset)
     first_serial = min((a.serial for a in inner), default=0)
     step = [frame.step(a) for a in scanned]
     steps = iter(step)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy
+import onnx
+from onnx import helper
+
 from portnorm.arrays import leaves, mapped
+from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent
 from portnorm.layers.sequential import Sequential
@@ -43,17 +48,59 @@ def named_state(model: Layer, state: Any, suffix: str) -> dict[str, Any]:
     return {f"{name}{suffix}": a for name, a in zip(state_names(model), leaves(state), strict=True)}
 
 
-def state_inputs(model: Layer, opset: Opset, dtype: Any) -> tuple[list[SymbolicArray], Any]:
-    """Inputs of a graph for the states, and the same as the state that the model takes."""
+def state_inputs(model: Layer, opset: Opset, dtype: Any, batch: int | str) -> tuple[list[SymbolicArray], Any]:
+    """Inputs of a graph for the states of `batch` sequences, and the same as the state that the model takes."""
     inputs = []
     for prefix, layer in recurrent_places(model):
         places = layer.num_layers * layer.num_directions
         for name, size in zip(layer.cell.states, layer.state_sizes(), strict=True):
-            inputs.append(graph_input(f"{prefix}{name}_0", dtype, (places, "batch", size), opset))
+            inputs.append(graph_input(f"{prefix}{name}_0", dtype, (places, batch, size), opset))
         if layer.timed:
             inputs.append(graph_input(f"{prefix}{TIME}_0", "int64", (), opset))
     flat = iter(inputs)
     return inputs, mapped(lambda _: next(flat), model.initial_state(1))
+
+
+def batch_axis(model: Layer) -> int:
+    """The axis of `x` that is the batch."""
+    return 1 if model.recurrent and not model.batch_first else 0
+
+
+def time_axis(model: Layer) -> int | None:
+    """The axis of `x` that is time; `None` for a model without."""
+    return (1 if model.batch_first else 0) if model.recurrent else None
+
+
+def checked_dims(model: Layer, given: Sequence[int | str] | None, *, streaming: bool, like: Any = None) -> tuple[int | str, ...]:
+    """The shape of `x` with time, from `input_shape`, from an `x` that the graph shall take, or as the model says.
+
+    A step has no time: for a streaming graph `given` may leave it out, and the sequences that it is held against are of any length.
+    """
+    dims, time = model.input_dims(), time_axis(model)
+    if given is None:
+        return dims if like is None or len(numpy.shape(like)) == len(dims) or time is not None else _of_rank(model, numpy.ndim(like))
+    given = tuple(given)
+    wrong = [d for d in given if isinstance(d, bool) or not (isinstance(d, str) or (isinstance(d, int) and d >= 1))]
+    if wrong:
+        raise UnsupportedError(f"`input_shape` is {given}; expected numbers from 1 on, and strings for lengths that vary, not {wrong[0]!r}")
+    if time is None:
+        return given
+    if len(given) not in ((len(dims) - 1, len(dims)) if streaming else (len(dims),)):
+        expected = (*dims[:time], *dims[time + 1 :]) if streaming else dims
+        raise ShapeError(f"`input_shape` is {given}; expected ({', '.join(map(str, expected))}), with numbers for lengths that are fixed")
+    if streaming:
+        without = given if len(given) < len(dims) else (*given[:time], *given[time + 1 :])
+        return (*without[:time], "time", *without[time:])
+    return given
+
+
+def _of_rank(model: Layer, ndim: int) -> tuple[int | str, ...]:
+    """The shape of feature maps: the lengths of features as the model says, space open."""
+    features, lengths = model.feature_axes(ndim), [d for d in model.input_dims() if isinstance(d, int)]
+    if len(features) != len(lengths):
+        return model.input_dims()
+    known = dict(zip(sorted(features), lengths, strict=True))
+    return tuple(known.get(axis, "batch" if axis == 0 else f"space_{axis}") for axis in range(ndim))
 
 
 def mask_dims(model: Layer, dims: Sequence[int | str]) -> tuple[int | str, ...]:
@@ -75,3 +122,19 @@ def first_states(model: Layer) -> Any:
         return PlacedState(None, time if layer.timed else None)
 
     return of(model)
+
+
+def by_place(proto: onnx.ModelProto, model: Layer) -> dict[str, Any]:
+    """What a graph without metadata shows by itself: names by their places, and whether it is one step."""
+    inputs, outputs = list(proto.graph.input), list(proto.graph.output)
+    types = [(v.type.tensor_type.elem_type, len(v.type.tensor_type.shape.dim)) for v in inputs]
+    counted = ["lengths"] if (onnx.TensorProto.INT64, 1) in types[1:2] else ["mask"] if onnx.TensorProto.BOOL in dict(types[1:2]) else []
+    own = ["x", *counted, *(f"{name}_0" for name in state_names(model))]
+    given = ["y", *(f"{name}_n" for name in state_names(model))]
+    rank = types[0][1] if types else 0
+    names = {name: v.name for found, known in ((inputs, own), (outputs, given)) for name, v in zip(known, found, strict=False)}
+    return {
+        "names": {name: there for name, there in names.items() if name != there},
+        "dtype": helper.tensor_dtype_to_np_dtype(outputs[0].type.tensor_type.elem_type).name if outputs else None,
+        "streaming": model.recurrent and rank == len(model.input_dims()) - 1,
+    }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,11 +15,14 @@ from typing import Any, Self
 import onnx
 from onnx import external_data_helper, helper
 
+from portnorm.checkpoint.onnx_constants import graphs, tensors
 from portnorm.errors import ExportError
 from portnorm.files import written_whole
 
 LIMIT = 2**31 - 2**24
 """Bytes of weights that one file can hold, with room for the graph: a message of protocol buffers ends at 2 GB."""
+WIDE = 2**24
+"""Bytes of weights from which on a model is checked with them in a file of their own: who runs it then maps one copy, and parses none."""
 _SMALL = 1024
 """Bytes of a tensor that stays in the file in any case."""
 
@@ -33,35 +37,50 @@ def weights_of(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
         yield from weights_of(a.g)
 
 
+def size_of(proto: onnx.ModelProto) -> int:
+    """Bytes of the weights, wherever they are."""
+    return sum(_size(t) for t in weights_of(proto.graph))
+
+
+def _size(tensor: onnx.TensorProto) -> int:
+    size: int = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return size
+
+
 def is_large(proto: onnx.ModelProto) -> bool:
     """Whether the weights are more than one file can hold."""
-    return sum(len(t.raw_data) for t in weights_of(proto.graph)) > LIMIT
+    return size_of(proto) > LIMIT
 
 
 def is_external(proto: onnx.ModelProto) -> bool:
     """Whether weights of the model are in a file of their own."""
-    return any(external_data_helper.uses_external_data(t) for t in proto.graph.initializer)
+    return any(external_data_helper.uses_external_data(t) for graph in graphs(proto.graph) for t in tensors(graph))
 
 
 def beside(path: str) -> list[str]:
     """Names of the files with weights that a model refers to."""
-    tensors = onnx.load(path, load_external_data=False).graph.initializer
-    return sorted({e.value for t in tensors for e in t.external_data if e.key == "location"})
+    whole = onnx.load(path, load_external_data=False).graph
+    return sorted({e.value for graph in graphs(whole) for t in tensors(graph) for e in t.external_data if e.key == "location"})
 
 
 class Draft:
-    """A model that is checked before anybody sees it. As a context it removes what it wrote, but for what it published."""
+    """A model that is checked before anybody sees it. As a context it removes what it wrote, but for what it published.
 
-    def __init__(self, proto: onnx.ModelProto, path: str | os.PathLike[str] | None = None, external: bool = False):
+    With `external` large weights go into a file beside the model, with `aside` only until it is published; either way `proto` is then a
+    copy without them, and the model that was given is not held.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, path: str | os.PathLike[str] | None = None, external: bool = False, *, aside: bool = False):
         self.proto = proto
         self.path = None if path is None else Path(path)
         self._folder: Path | None = None
         self._own: list[Path] = []
         self._data: Path | None = None
+        self._aside = aside and not external and not is_external(proto)
         if is_external(proto):
             assert self.path is not None
             self._folder = self.path.parent
-        elif external:
+        elif external or self._aside:
             self._put_outside()
 
     def __enter__(self) -> Self:
@@ -74,30 +93,52 @@ class Draft:
             shutil.rmtree(self._data.parent, ignore_errors=True)
 
     def _put_outside(self) -> None:
-        """Move large weights into a file beside the model, named after their content, so that an old model keeps its own."""
-        if self.path is None:
+        """Write large weights into a file, named after their content, so that an old model keeps its own."""
+        if self.path is None and not self._aside:
             raise ExportError("the weights need a file of their own; give a `path`")
-        self._folder = Path(tempfile.mkdtemp(dir=self.path.resolve().parent, prefix=f".{self.path.name}."))
+        beside = None if self.path is None else self.path.resolve().parent
+        name = "model" if self.path is None else self.path.name
+        self._folder = Path(tempfile.mkdtemp(dir=beside, prefix=f".{name}."))
         self._data = self._folder / "weights"
-        digest, place = hashlib.sha256(), 0
+        digest, place, moved = hashlib.sha256(), 0, []
         with self._data.open("wb") as file:
-            for tensor in self.proto.graph.initializer:
+
+            def move(tensor: onnx.TensorProto, left: onnx.TensorProto) -> None:
+                nonlocal place
                 values = tensor.raw_data
-                if len(values) < _SMALL:
-                    continue
                 gap = -place % 4096
                 file.write(b"\0" * gap)
                 file.write(values)
                 digest.update(values)
-                external_data_helper.set_external_data(tensor, "", place + gap, len(values))
-                tensor.ClearField("raw_data")
+                left.name, left.data_type, left.raw_data = tensor.name, tensor.data_type, b"-"
+                left.dims.extend(tensor.dims)
+                external_data_helper.set_external_data(left, "", place + gap, len(values))
+                left.ClearField("raw_data")
                 place += gap + len(values)
-        name = f"{self.path.name}.{digest.hexdigest()[:12]}.data"
-        self._data = self._data.rename(self._folder / name)
-        for tensor in self.proto.graph.initializer:
-            for entry in tensor.external_data:
+                moved.append(left)
+
+            self.proto = _without_weights(self.proto, move)
+        own = f"{name}.{digest.hexdigest()[:12]}.data"
+        self._data = self._data.rename(self._folder / own)
+        for left in moved:
+            for entry in left.external_data:
                 if entry.key == "location":
-                    entry.value = name
+                    entry.value = own
+
+    def put_back(self) -> None:
+        """Weights that were only put aside are in the model again."""
+        if not self._aside or self._data is None:
+            return
+        with self._data.open("rb") as file:
+            for tensor in weights_of(self.proto.graph):
+                if external_data_helper.uses_external_data(tensor):
+                    at = external_data_helper.ExternalDataInfo(tensor)
+                    file.seek(at.offset or 0)
+                    tensor.raw_data = file.read(at.length)
+                    tensor.ClearField("external_data")
+                    tensor.ClearField("data_location")
+        shutil.rmtree(self._data.parent, ignore_errors=True)
+        self._data = self._folder = None
 
     def loadable(self, proto: onnx.ModelProto | None = None) -> Loadable:
         """The model, or one with the same weights, as a runtime loads it."""
@@ -127,12 +168,98 @@ class Draft:
 
     def publish(self) -> None:
         """Put the model in its place: weights first, then the model, each whole."""
+        self.put_back()
         if self.path is None:
             return
         if self._data is not None:
             os.replace(self._data, self.path.resolve().parent / self._data.name)
         with written_whole(self.path) as file:
-            file.write(self.proto.SerializeToString())
+            for part in _serialized(self.proto)[0]:
+                file.write(part.raw_data if isinstance(part, onnx.TensorProto) else part)
+
+
+def _without_weights(proto: onnx.ModelProto, move: Callable[[onnx.TensorProto, onnx.TensorProto], None]) -> onnx.ModelProto:
+    """A copy but for large weights, of which `move` makes what is left: cleared in their place they would keep their room."""
+    copy = onnx.ModelProto()
+    _copy_fields(proto, copy, ("graph",))
+    _copy_graph(proto.graph, copy.graph, move)
+    return copy
+
+
+def _copy_graph(source: onnx.GraphProto, copy: onnx.GraphProto, move: Callable[[onnx.TensorProto, onnx.TensorProto], None]) -> None:
+    _copy_fields(source, copy, ("node", "initializer"))
+    for n in source.node:
+        left = copy.node.add()
+        _copy_fields(n, left, ("attribute",))
+        for a in n.attribute:
+            if a.type == onnx.AttributeProto.GRAPH:
+                inner = left.attribute.add(name=a.name, type=a.type)
+                _copy_graph(a.g, inner.g, move)
+            else:
+                left.attribute.add().CopyFrom(a)
+    for tensor in source.initializer:
+        if _size(tensor) < _SMALL:
+            copy.initializer.add().CopyFrom(tensor)
+        else:
+            move(tensor, copy.initializer.add())
+
+
+def _copy_fields(source: Any, copy: Any, without: tuple[str, ...]) -> None:
+    for field, value in source.ListFields():
+        if field.name in without:
+            continue
+        if hasattr(value, "extend"):
+            getattr(copy, field.name).extend(value)
+        elif hasattr(value, "CopyFrom"):
+            getattr(copy, field.name).CopyFrom(value)
+        else:
+            setattr(copy, field.name, value)
+
+
+_INSIDE = {
+    "ModelProto": ("graph",),
+    "GraphProto": ("node", "initializer"),
+    "NodeProto": ("attribute",),
+    "AttributeProto": ("g",),
+    "TensorProto": ("raw_data",),
+}
+"""Fields on the way to the numbers of a tensor."""
+
+
+def file_size(proto: onnx.ModelProto) -> int:
+    """Bytes of the model as a file."""
+    return _serialized(proto)[1]
+
+
+def _serialized(message: Any) -> tuple[list[bytes | onnx.TensorProto], int]:
+    """A message as it is written, and its length; a tensor stands for its numbers, since protocol buffers would copy them three times."""
+    inside = _INSIDE[message.DESCRIPTOR.name]
+    rest = type(message)()
+    _copy_fields(message, rest, inside)
+    parts: list[bytes | onnx.TensorProto] = [rest.SerializeToString()]
+    length = len(parts[0])
+    for field in (f for f in message.DESCRIPTOR.fields if f.name in inside):
+        if field.name == "raw_data":
+            children: Any = [message] if message.HasField("raw_data") else []
+        elif hasattr(getattr(message, field.name), "extend"):
+            children = getattr(message, field.name)
+        else:
+            children = [getattr(message, field.name)] if message.HasField(field.name) else []
+        for child in children:
+            inner, size = ([child], _size(child)) if field.name == "raw_data" else _serialized(child)
+            head = _varint(field.number << 3 | 2) + _varint(size)
+            parts += [head, *inner]
+            length += len(head) + size
+    return parts, length
+
+
+def _varint(number: int) -> bytes:
+    """As protocol buffers write it: seven bits a byte, the lowest first."""
+    found = bytearray()
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
 
 
 def as_function(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:

@@ -22,13 +22,15 @@ from portnorm.optimizers import Optimizer, clip_by_global_norm
 from portnorm_onnx.build import build
 from portnorm_onnx.export import checked_opset, checked_path
 from portnorm_onnx.lowering import training_opset
+from portnorm_onnx.metadata import TRAINING, described
+from portnorm_onnx.nothing import floats
 from portnorm_onnx.report import Comparison, Report
 from portnorm_onnx.runtimes import session_of
 from portnorm_onnx.signature import first_states, named_state, state_inputs
 from portnorm_onnx.storage import Draft
 from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, graph_input
 from portnorm_onnx.targets import TARGETS
-from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, floats, nudged, random_inputs, wide
+from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, nudged, random_inputs, wide
 
 OUT = "next."
 """What stands before the name of an input in the name of its new value."""
@@ -46,6 +48,7 @@ def export_training_step(
     state: bool = False,
     lengths: bool = False,
     opset: int | None = None,
+    metadata: bool = True,
 ) -> Report:
     """Write one training update of `model` as an ONNX graph that runs in an inference runtime, after it was checked in onnxruntime.
 
@@ -55,7 +58,8 @@ def export_training_step(
     before the first step (`h_0`, …; the noise that a BN-LSTM trains with is given there), then every parameter and buffer by its name and
     the optimizer's state as `optimizer.<name>`; those are optional and start at the model's present values. Outputs: `loss`, with `clip`
     the norm of the gradient before clipping as `gradient_norm`, and `next.<name>` of everything that changes. Every loop over time is a
-    `Scan`, so time and batch are free.
+    `Scan`, so time and batch are free. `portnorm.load` reads the model from the file, with the values that are its defaults;
+    `metadata=False` leaves out what it says of that.
 
     The graph is checked by three updates on random data, relative to how far eager training is from float64; only then the file appears.
     The bodies of the loops read parameters from outside, which onnxruntime allows. Raises `ExportError`, `ConformanceError`,
@@ -84,6 +88,8 @@ def export_training_step(
     started = time.perf_counter()
     proto = _trace(step, version, state=state, lengths=lengths)
     seconds = time.perf_counter() - started
+    if metadata:
+        described(proto, model, dtype=numpy.dtype(model.dtype).name, holds=TRAINING)
     with Draft(proto, path) as draft:
         draft.check_form()
         report = Report.of(proto, draft.path)
@@ -140,7 +146,7 @@ def _trace(step: _Step, version: int, *, state: bool, lengths: bool) -> Any:
     initial = step.initial()
     given = {name: graph_input(name, a.dtype, a.shape, target) for name, a in initial.items()}
     lens = graph_input("lengths", "int64", ("batch",), target) if lengths and model.recurrent else None
-    states, before = state_inputs(model, target, model.dtype) if state else ([], first_states(model))
+    states, before = state_inputs(model, target, model.dtype, "batch") if state else ([], first_states(model))
     y = model.apply({n: constant(a) for n, a in model.params.items()}, {n: constant(a) for n, a in model.buffers.items()}, x, before)[0]
     labels = _target(step.loss, y, target)
     batch += [labels, *([] if lens is None else [lens]), *states]

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -24,11 +25,13 @@ from portnorm.arrays import leaves, mapped
 from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
-from portnorm_onnx.metadata import graph_facts, load_layer, rounded
+from portnorm_onnx.loops import BEFORE, OPERATORS, count_given, loops_of, state_type
+from portnorm_onnx.metadata import changes_of, graph_facts, on_numpy, read_layer, rounded
+from portnorm_onnx.nothing import empty_cases, floats, guarded, unanswered
 from portnorm_onnx.report import Comparison, Outcome, Report
 from portnorm_onnx.runtimes import RUNTIMES, Session, runtime_of, session_of
-from portnorm_onnx.signature import TIME, mask_dims, named_state, recurrent_places, state_names
-from portnorm_onnx.storage import Draft
+from portnorm_onnx.signature import TIME, batch_axis, by_place, mask_dims, named_state, recurrent_places, state_names, time_axis
+from portnorm_onnx.storage import WIDE, Draft, size_of
 
 NumPyArray = numpy.ndarray[Any, Any]
 Inputs = tuple[NumPyArray, NumPyArray | None]
@@ -44,6 +47,8 @@ STEP_FACTOR = 4.0
 # How far eager float32 is from float64 is a matter of luck in a net that amplifies rounding: a graph that looks wrong gets a second look
 # at the worst of this many eager runs, each with inputs moved by at most one unit in the last place.
 ROUNDINGS = 8
+# A graph of a fixed number of steps: the states that they are tried from.
+ROUNDS = 3
 # Trajectory: a multiple of the eager run's own distance to float64, and a floor for where that is zero by chance. Nothing more exact than
 # a float64 run is at hand, so there the floor is relative.
 FACTOR = 10.0
@@ -51,6 +56,10 @@ FLOOR = {"float16": 4e-3, "bfloat16": 4e-2, "float32": 1e-6, "float64": 1e-11}
 
 # (time, batch) of the cases; with `lengths`, every case but the first is ragged, with `mask` it has gaps.
 CASES = ((1, 1), (1, 3), (5, 2), (24, 7))
+# Of weights from `WIDE` bytes on, where each step reads all of them. There the eager run is held against runs of inputs moved by a unit in
+# the last place instead of a float64 run, whose weights alone were twice what the model has.
+WIDE_CASES = ((1, 1), (3, 2))
+WIDE_ROUNDINGS = 2
 
 
 ALL = "all"
@@ -63,31 +72,63 @@ def verify(
     *,
     runtimes: Sequence[str] | str = ("onnxruntime",),
     inputs: Iterable[Any] | None = None,
+    tolerance: float | None = None,
 ) -> Report:
     """Check the ONNX file at `path` against `model`, or the layer that the file says it holds, in the named runtimes.
 
     The file passes onnx's checker and strict shape inference; then it runs on random inputs of several (time, batch), ragged where it
     takes `lengths`, with gaps where it takes `mask`, or on `inputs`, each `x`, `(x, lengths)` or `(x, mask)`. See this module for the two
-    gates. Returns a `Report`.
+    gates. Random input also has nothing to compute: sequences without steps that come with a state, a batch of none, no steps, wherever the
+    runtime has an answer (`report.empty`); of `inputs` such a case is refused where it has none. Returns a `Report`.
+
+    What a tool has changed in the file since it was exported stands in `report.changes`, and behind what an error says. A graph that was
+    made smaller on purpose, in float16 or with integers for weights, passes no gate for rounding: `tolerance` takes the place of both, the
+    largest difference of any output to the float64 run, and of any state after one step, relative to the largest number in it if that is
+    more than 1. A file that was exported with `metadata=False` says nothing of its layer and needs `model`.
+
     Raises `ConformanceError` with the first output and step that differs, `ExportError` where the file is no valid graph or a runtime does
     not run it, and `MissingExtraError` where a runtime is not installed. With `runtimes="all"` every runtime has its row in
     `report.outcomes`, those that are not installed named as such, and what failed is there instead of raised.
     """
+    if model is not None and not isinstance(model, Layer):
+        raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UnsupportedError(f"`tolerance` is {tolerance!r}; expected a number that is not negative")
     try:
         proto = onnx.load(os.fspath(path), load_external_data=False)
     except Exception as error:
         raise ExportError(f"cannot read {os.fspath(path)!r} as an ONNX model: {error}") from error
+    holds = graph_facts(proto)["holds"]
+    if holds:
+        raise UnsupportedError(f"{os.fspath(path)!r} holds {holds}, which was checked when it was exported; this checks graphs of layers")
     if model is None:
-        model = load_layer(path, xp=None, device=None, dtype=None)
+        model, _ = read_layer(path)
     cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
+    changed = changes_of(proto)
+    told = ""
+    if changed:
+        way = "" if tolerance is not None else "; `tolerance=` checks a graph that was made smaller on purpose"
+        told = f". A tool has changed the file: {'; '.join(changed)}{way}"
     with Draft(proto, path) as draft:
-        return check(draft, model, runtimes=runtimes, cases=cases)
+        try:
+            report = check(draft, model, runtimes=runtimes, cases=cases, tolerance=tolerance)
+        except (ConformanceError, ExportError) as error:
+            raise type(error)(f"{error}{told}") from error
+    report.changes = changed
+    return report
 
 
-def check(draft: Draft, model: Layer, *, runtimes: Sequence[str] | str, cases: Sequence[Inputs] | None = None) -> Report:
+def check(
+    draft: Draft,
+    model: Layer,
+    *,
+    runtimes: Sequence[str] | str,
+    cases: Sequence[Inputs] | None = None,
+    tolerance: float | None = None,
+) -> Report:
     """`verify`, of a model that may not be in its place yet."""
     draft.check_form()
-    graph = Graph.of(draft, model)
+    graph = Graph.of(draft, model, tolerance)
     made = cases if cases is not None else random_cases(graph)
     names = tuple(RUNTIMES) if runtimes == ALL else (runtimes,) if isinstance(runtimes, str) else tuple(runtimes)
     if not made or not names:
@@ -97,9 +138,10 @@ def check(draft: Draft, model: Layer, *, runtimes: Sequence[str] | str, cases: S
         row = runtime_of(name)
         try:
             version = row.version()
-            trajectories, steps = _checked(graph, name, made)
+            trajectories, steps, empty = _checked(graph, name, made, with_empty=cases is None)
             report.trajectories += trajectories
             report.steps += steps
+            report.empty += empty
             report.outcomes.append(Outcome(name, version, "passed", row.note))
         except MissingExtraError as error:
             if runtimes != ALL:
@@ -113,23 +155,38 @@ def check(draft: Draft, model: Layer, *, runtimes: Sequence[str] | str, cases: S
     return report
 
 
-def _checked(graph: Graph, runtime: str, cases: Sequence[Inputs]) -> tuple[list[Comparison], list[Comparison]]:
+def _checked(graph: Graph, runtime: str, cases: Sequence[Inputs], *, with_empty: bool) -> tuple[list[Comparison], ...]:
+    """(trajectories, steps, cases with nothing to compute), one session after the other."""
     longest = max(cases, key=lambda case: _steps(graph.model, case[0]))
-    if graph.streaming:
-        session = graph.session(runtime)
-        return [_trajectory(graph, graph.stepwise(session), runtime, longest)], [_one_step(graph, session, runtime, longest)]
     session = graph.session(runtime)
-    trajectories = [_trajectory(graph, session, runtime, case) for case in cases]
-    if not graph.model.recurrent or not any(n.op_type in ("Scan", *_OPERATORS) for n in graph.proto.graph.node):
-        return trajectories, []
-    return trajectories, [_one_step(graph, graph.session(runtime, with_states(graph)), runtime, longest)]
+    run = graph.stepwise(session) if graph.streaming else session
+    empty = _empty(graph, run, runtime, longest[0]) if with_empty else []
+    if graph.streaming:
+        return [_trajectory(graph, run, runtime, longest)], [_one_step(graph, session, runtime, longest)], empty
+    trajectories = [_trajectory(graph, run, runtime, case) for case in cases]
+    del session, run
+    if not graph.model.recurrent or not any(n.op_type in ("Scan", *OPERATORS) for n in graph.proto.graph.node):
+        return trajectories, [], empty
+    return trajectories, [_one_step(graph, graph.session(runtime, with_states(graph)), runtime, longest)], empty
 
 
-def streaming_trajectory(draft: Draft, whole: onnx.ModelProto, model: Layer, runtime: str) -> list[Comparison]:
+def _empty(graph: Graph, session: Session, runtime: str, like: NumPyArray) -> list[Comparison]:
+    """Sequences without steps that come with a state, a batch of none, no steps: wherever the runtime has an answer."""
+    found = []
+    for x, counted, state in empty_cases(graph.model, graph.dims, like, graph.counts, streaming=graph.streaming):
+        given = numpy.take(x, 0, axis=time_axis(graph.model)) if graph.streaming else x
+        if not unanswered(runtime, graph.proto, graph.model, given.shape, streaming=graph.streaming):
+            found.append(_trajectory(graph, session, runtime, (x, counted), state if graph.stated else None))
+    return found
+
+
+def streaming_trajectory(draft: Draft, whole: Draft, model: Layer, runtime: str) -> list[Comparison]:
     """Step by step through the streaming graph against the sequence graph of the same weights, both in the runtime."""
-    graph, sequence = Graph.of(draft, model), Graph.of(Draft(whole), model)
+    graph, sequence = Graph.of(draft, model), Graph.of(whole, model)
     case = random_cases(graph)[-1]
-    stepped, found = (g(graph.feed(case[0], None, None)) for g in (graph.stepwise(graph.session(runtime)), sequence.session(runtime)))
+    feed = graph.feed(case[0], None, None)
+    stepped = graph.stepwise(graph.session(runtime))(feed)
+    found = sequence.session(runtime)(feed)
     own = _trajectory(graph, lambda _: stepped, runtime, case)
     comparisons = [
         Comparison(
@@ -158,28 +215,76 @@ class Graph:
     proto: onnx.ModelProto
     model: Layer
     dtype: str
-    prefix: str
     streaming: bool
+    tolerance: float | None = None
+    """What is allowed instead of the two gates."""
+    counts_from_zero: bool = False
+    """Whether the steps before cannot be given, since a tool has folded their count away."""
 
     @classmethod
-    def of(cls, draft: Draft, model: Layer) -> Graph:
+    def of(cls, draft: Draft, model: Layer, tolerance: float | None = None) -> Graph:
         facts = graph_facts(draft.proto)
+        if not facts["described"]:
+            facts |= by_place(draft.proto, model)
         proto = _renamed(draft.proto, {given: name for name, given in facts["names"].items()})
         dtype = facts["dtype"]
-        eager = model.to(xp="numpy", dtype="float32" if dtype == "bfloat16" else dtype)
+        eager = on_numpy(model, "float32" if dtype == "bfloat16" else dtype)
         dtype = dtype or numpy.dtype(eager.dtype).name
         given = [i.name for i in proto.graph.input]
         states = [f"{name}_0" for name in state_names(eager)]
         if not given or given[0] != "x" or not set(given) <= {"x", "lengths", "mask", *states}:
             raise ExportError(f"the graph has inputs {given}; expected x, and perhaps lengths, mask or {', '.join(states)}")
-        return cls(draft, proto, rounded(eager, dtype), dtype, facts["prefix"], facts["streaming"])
+        return cls(draft, proto, rounded(eager, dtype), dtype, facts["streaming"], tolerance)
+
+    @cached_property
+    def wide(self) -> bool:
+        """Whether its weights are so large that checks are counted."""
+        return size_of(self.draft.proto) > WIDE
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps it takes, where that is fixed and more than one."""
+        axis = time_axis(self.model)
+        length = None if axis is None or self.streaming else self.dims[axis]
+        return length if isinstance(length, int) and length > 1 else None
+
+    @property
+    def roundings(self) -> range:
+        """Seeds of the runs that show what rounding does."""
+        return range(WIDE_ROUNDINGS if self.wide else ROUNDINGS)
+
+    @cached_property
+    def exact(self) -> Layer:
+        """The model that runs are held against: in float64 unless it is wide."""
+        return self.model if self.wide else on_numpy(self.model, "float64")
 
     @property
     def inputs(self) -> list[str]:
         return [i.name for i in self.proto.graph.input]
 
     def session(self, runtime: str, proto: onnx.ModelProto | None = None) -> Session:
-        return session_of(runtime, self.draft.loadable(self.proto if proto is None else proto))
+        """The graph in a runtime; numbers come in the types that its inputs have, and a count that no step asks for is not given."""
+        proto = self.proto if proto is None else proto
+        run = guarded(session_of(runtime, self.draft.loadable(proto)), runtime, proto, self.model, streaming=self.streaming)
+        types = {i.name: helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in proto.graph.input}
+
+        def typed(feed: Mapping[str, Any]) -> dict[str, Any]:
+            given = {n: a for n, a in feed.items() if n in types or not (n == BEFORE or n.endswith(f"{TIME}_0"))}
+            return run({n: a.astype(types[n], copy=False) if a.dtype.kind == "f" and n in types else a for n, a in given.items()})
+
+        return typed
+
+    def allowed(self, usual: float, largest: float) -> float:
+        """What a gate allows, or what was asked for."""
+        return usual if self.tolerance is None else self.tolerance * max(1.0, largest)
+
+    @property
+    def dims(self) -> list[int | str]:
+        """The shape of `x` with time, and with names for the lengths that are open."""
+        dims = [d.dim_value or d.dim_param for d in self.proto.graph.input[0].type.tensor_type.shape.dim]
+        if self.streaming:
+            dims.insert(1 if self.model.batch_first else 0, "time")
+        return dims
 
     @property
     def counts(self) -> str | None:
@@ -194,7 +299,7 @@ class Graph:
     def feed(self, x: NumPyArray, counted: NumPyArray | None, state: Any) -> dict[str, NumPyArray]:
         """The inputs of the graph. Without `state` the states are those before the first step, without lengths or a mask all counts."""
         found = {"x": x if self.model.takes_integers else x.astype(self._element)}
-        batch, steps = _batch(self.model, x), _steps(self.model, x)
+        batch, steps = x.shape[batch_axis(self.model)], _steps(self.model, x)
         if "lengths" in self.inputs:
             found["lengths"] = numpy.full(batch, steps) if counted is None else numpy.asarray(counted, dtype=numpy.int64)
         if "mask" in self.inputs:
@@ -241,26 +346,21 @@ def _renamed(proto: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProt
     return copy
 
 
-def _batch(model: Layer, x: NumPyArray) -> int:
-    return int(x.shape[1 if model.recurrent and not model.batch_first else 0])
-
-
 def random_cases(graph: Graph) -> list[Inputs]:
     """Standard normal inputs for the named lengths of the graph's `x`, with ragged lengths or a mask if it takes them."""
-    dims = [d.dim_value or d.dim_param for d in graph.proto.graph.input[0].type.tensor_type.shape.dim]
-    if graph.streaming:
-        dims.insert(1 if graph.model.batch_first else 0, "time")
-    return random_inputs(graph.model, dims, graph.counts)
+    return random_inputs(graph.model, graph.dims, graph.counts, WIDE_CASES if graph.wide else CASES)
 
 
-def random_inputs(model: Layer, dims: Sequence[int | str], counts: str | None) -> list[Inputs]:
+def random_inputs(model: Layer, dims: Sequence[int | str], counts: str | None, sizes: Sequence[tuple[int, int]] = CASES) -> list[Inputs]:
     """The same for a model and the shape of its `x`."""
     rng = numpy.random.default_rng(0)
     cases: list[Inputs] = []
-    for steps, batch in CASES:
+    for steps, batch in sizes:
         # Without time the second length is space: more than one value, or the variance of every channel would be 0.
-        free = iter((batch, steps + 4) if not model.recurrent else (batch, steps) if model.batch_first else (steps, batch))
-        shape = [d if isinstance(d, int) else next(free, 5) for d in dims]
+        usual = {batch_axis(model): batch} | ({time_axis(model): steps} if model.recurrent else {1: steps + 4})
+        shape = [d if isinstance(d, int) else usual.get(axis, 5) for axis, d in enumerate(dims)]
+        if model.recurrent:  # some may be fixed
+            steps, batch = (shape[axis] for axis in (1 if model.batch_first else 0, batch_axis(model)))
         x = rng.standard_normal(shape).astype(model.dtype) if not model.takes_integers else rng.integers(0, _entries(model), shape)
         ragged = rng.integers(1, steps + 1, size=batch)
         ragged[0] = steps
@@ -285,60 +385,70 @@ def _entries(model: Layer) -> int:
     return next(layer.num_embeddings for layer in model.layers() if isinstance(layer, Embedding))
 
 
-def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs) -> Comparison:
-    """The graph's distance to the float64 run against the eager run's distance to it, over the whole input."""
+def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs, state: Any = None) -> Comparison:
+    """The graph's distance to the float64 run against the eager run's distance to it, over the whole input, from `state`."""
     model, dtype, (x, counted) = graph.model, graph.dtype, case
-    given = {} if counted is None or graph.counts is None else {graph.counts: counted}
-    outputs = session(graph.feed(x, counted, None))
+    given: dict[str, Any] = {} if counted is None or graph.counts is None else {graph.counts: counted}
+    given |= {} if state is None else {"state": state}
+    outputs = session(graph.feed(x, counted, state))
     eager = _outputs(model, x, given)
-    exact = _outputs(model.to(dtype="float64"), floats(wide, x), given)
+    exact = eager if graph.wide else _outputs(graph.exact, floats(wide, x), floats(wide, given))
+    others: list[dict[str, NumPyArray]] = []
     comparisons = []
     for name, result in outputs.items():
         if name.endswith("time_n"):
             continue
         difference, eager_difference = _distance(name, result, exact[name]), _distance(name, eager[name], exact[name])
         floor = FLOOR[dtype] * (max(1.0, _largest(exact[name])) if dtype in ("float64", "bfloat16") else 1.0)
-        if not difference <= FACTOR * eager_difference + floor:
-            others = [_outputs(model, nudged(x, seed, dtype), given)[name] for seed in range(ROUNDINGS)]
-            eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
-        allowed = FACTOR * eager_difference + floor
+        if graph.tolerance is None and not difference <= FACTOR * eager_difference + floor:
+            others = others or [_outputs(model, nudged(x, seed, dtype), given) for seed in graph.roundings]
+            eager_difference = max(eager_difference, *(_distance(name, other[name], exact[name]) for other in others))
+        allowed = graph.allowed(FACTOR * eager_difference + floor, _largest(exact[name]))
         comparisons.append(Comparison(runtime, name, _case_name(model, case), _steps(model, x), difference, allowed, eager_difference))
         if not difference <= allowed:
             raise ConformanceError(
-                f"{runtime}: output {name!r} is {difference:.3g} from the float64 run at {comparisons[-1].case}; eager {dtype} is "
-                f"{eager_difference:.3g} from it, so at most {allowed:.3g} is allowed"
+                f"{runtime}: output {name!r} is {difference:.3g} from the {'eager' if graph.wide else 'float64'} run at "
+                f"{comparisons[-1].case}; eager {dtype} is {eager_difference:.3g} from it, "
+                f"{'so' if graph.tolerance is None else 'and'} at most {allowed:.3g} is allowed"
                 f"{_first_difference(result, exact[name], allowed)}"
             )
-    return max(comparisons, key=lambda c: c.difference / c.allowed)
+    return max(comparisons, key=lambda c: c.share)
 
 
 def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Comparison:
-    """From the eager states before every step: one step of the graph against one eager step, left out where a mask says so."""
+    """From the eager states before every step: one step of the graph against one eager step, left out where a mask says so.
+
+    Where the graph takes so many steps and no other number, all of them take the place of one, from three states.
+    """
     model, dtype, (x, counted) = graph.model, graph.dtype, case
-    axis, steps, batch = 1 if model.batch_first else 0, _steps(model, x), _batch(model, x)
-    double, ones = model.to(dtype="float64"), numpy.ones(batch, dtype=numpy.int64)
-    mask = counted if graph.counts == "mask" else None
-    before, worst = model.initial_state(batch), Comparison(runtime, "", f"one step at each of {steps}", steps, 0.0, math.inf, 0.0)
+    axis, batch, fixed = 1 if model.batch_first else 0, x.shape[batch_axis(model)], graph.steps
+    steps = ROUNDS if fixed else _steps(model, x)
+    ones = numpy.full(batch, fixed or 1)
+    mask = counted if graph.counts == "mask" and not fixed else None
+    title = f"{fixed} steps from each of {ROUNDS} states" if fixed else f"one step at each of {steps}"
+    title += ", counted as the first" if graph.counts_from_zero and not fixed else ""
+    state, worst = model.initial_state(batch), Comparison(runtime, "", title, fixed or steps, 0.0, math.inf, 0.0)
     for t in range(steps):
-        step = numpy.take(x, [t], axis=axis)
+        step = x if fixed else numpy.take(x, [t], axis=axis)
         now = None if mask is None else numpy.take(mask, [t], axis=axis)
+        before = first(state) if graph.counts_from_zero else state
         expected, after = _stepped(graph, model, step, before, now)
-        exact, _ = _stepped(graph, double, floats(wide, step), floats(wide, before), now)
-        feed = graph.feed(step, ones if now is None else now, before)
+        exact = expected if graph.wide else _stepped(graph, graph.exact, floats(wide, step), floats(wide, before), now)[0]
+        feed = graph.feed(step, now if now is not None else ones if graph.counts == "lengths" else None, before)
         if graph.streaming:
             feed["x"] = numpy.take(feed["x"], 0, axis=axis)
         else:
             feed |= {name: graph._own(a) for name, a in _scan_states(model, before, "in").items()}
-            feed |= {f"{name}_0": numpy.asarray(a) for name, a in named_state(model, before, "").items() if name.endswith(TIME)}
+            counts = [a for name, a in named_state(model, before, "").items() if name.endswith(TIME)]
+            feed |= {BEFORE: numpy.asarray(counts[0])} if counts else {}
         result = session(feed)
         result, expected, exact = ({n: _live(graph, n, d[n], now) for n in expected} for d in (result, expected, exact))
         for name, values in expected.items():
             difference, eager_difference = _distance(name, result[name], values), _distance(name, values, exact[name])
-            allowed = STEP_ULP[dtype] * EPS[dtype] * max(1.0, _largest(values))
-            if not difference <= allowed:
+            allowed = graph.allowed(STEP_ULP[dtype] * EPS[dtype] * max(1.0, _largest(values)), _largest(values))
+            if graph.tolerance is None and not difference <= allowed:
                 others = [
-                    _stepped(graph, model, nudged(step, seed, dtype), nudged(before, seed, dtype), now)[0][name]
-                    for seed in range(ROUNDINGS)
+                    _stepped(graph, model, nudged(step, seed, dtype), nudged(before, seed, dtype), now)[0][name] for seed in graph.roundings
                 ]
                 others = [_live(graph, name, other, now) for other in others]
                 eager_difference = max(eager_difference, *(_distance(name, other, exact[name]) for other in others))
@@ -347,9 +457,11 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
                 raise ConformanceError(
                     f"{runtime}: {name!r} differs by {difference:.3g} at step {t}, from the same state; allowed is {allowed:.3g}"
                 )
-            if difference / allowed >= worst.difference / worst.allowed:
-                worst = Comparison(runtime, name, worst.case, steps, difference, allowed, eager_difference)
-        before = after
+            found = Comparison(runtime, name, title, worst.steps, difference, allowed, eager_difference)
+            worst = found if found.share >= worst.share else worst
+        if graph.counts_from_zero and not fixed:
+            after = _stepped(graph, model, step, state, now)[1]
+        state = first(after) if fixed else after  # steps are counted in the graph
     return worst
 
 
@@ -374,9 +486,9 @@ def _live(graph: Graph, name: str, values: NumPyArray, mask: NumPyArray | None) 
     return numpy.compress(mask.ravel(), values, axis=axis)
 
 
-def floats(change: Callable[[NumPyArray], NumPyArray], tree: Any) -> Any:
-    """A state, or an array, with every floating-point array changed; counts stay as they are."""
-    return mapped(lambda a: change(a) if a.dtype.kind == "f" else a, tree)
+def first(state: Any) -> Any:
+    """The same state before the first step."""
+    return mapped(lambda a: a if a.dtype.kind == "f" else a * 0, state)
 
 
 def wide(a: NumPyArray) -> NumPyArray:
@@ -399,7 +511,6 @@ def _largest(values: NumPyArray) -> float:
     return float(numpy.max(numpy.abs(values), initial=0.0))
 
 
-_OPERATORS = ("LSTM", "GRU", "RNN")
 _FIRST_STATE = 5
 """The place of the initial h among the inputs of these operators."""
 
@@ -409,14 +520,16 @@ def with_states(graph: Graph) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(graph.proto)
     inner, before, model = copy.graph, [], graph.model
-    element = inner.output[0].type.tensor_type.elem_type
-    loops = [n for n in inner.node if n.op_type in ("Scan", *_OPERATORS)]
-    for k, (loop, names) in enumerate(zip(loops, _state_names(model), strict=True)):
-        plain, found = loop.op_type in _OPERATORS, helper.get_node_attr_value
+    loops, expected = loops_of(inner), _state_names(model)
+    if len(loops) != len(expected):
+        raise ExportError(f"the graph has {len(loops)} loops; expected {len(expected)}, one for each direction of each layer")
+    for k, (loop, names) in enumerate(zip(loops, expected, strict=True)):
+        plain, found = loop.op_type in OPERATORS, helper.get_node_attr_value
+        element = state_type(copy, loop)
         states = 0 if plain else len(loop.input) - found(loop, "num_scan_inputs")
         for i, (name, size) in enumerate(names):
             given, last = f"{name}_in_{k}", f"{name}_out_{k}"
-            entry = [helper.make_tensor_value_info(v, element, ["batch", size]) for v in (given, last)]
+            entry = [helper.make_tensor_value_info(v, element, [graph.dims[batch_axis(model)], size]) for v in (given, last)]
             inner.input.append(entry[0])
             inner.output.append(entry[1])
             if plain:  # the operator's state has an axis for the direction
@@ -437,15 +550,9 @@ def with_states(graph: Graph) -> onnx.ModelProto:
         inner.initializer.append(numpy_helper.from_array(numpy.array([0]), "states_axis"))
         for n in reversed(before):
             inner.node.insert(0, n)
-    times = {f"{graph.prefix}{name}_0": f"{name}_0" for name in state_names(model) if name.endswith(TIME)}
-    for tensor in [t for t in inner.initializer if t.name in times]:
-        inner.initializer.remove(tensor)
-        for n in inner.node:
-            for place, name in enumerate(n.input):
-                n.input[place] = times[name] if name == tensor.name else name
-    # Where all steps share their statistics the count is an input that nothing reads.
-    unread = set(times.values()) - {i.name for i in inner.input}
-    inner.input.extend(helper.make_tensor_value_info(name, onnx.TensorProto.INT64, []) for name in sorted(unread))
+    counts = [f"{name}_0" for name in state_names(model) if name.endswith(TIME)]
+    if counts and not set(counts) & set(graph.inputs):
+        graph.counts_from_zero = not count_given(copy)
     return copy
 
 
@@ -472,7 +579,7 @@ def _scan_states(model: Layer, state: Any, side: str) -> dict[str, NumPyArray]:
 
 
 def _outputs(model: Layer, x: NumPyArray, given: Mapping[str, Any]) -> dict[str, NumPyArray]:
-    """The eager results under the names of the graph's outputs; `given` are the lengths or the mask by name."""
+    """The eager results under the names of the graph's outputs; `given` are the lengths or the mask, and the state, by name."""
     if not model.recurrent:
         return {"y": model(x, **given)}
     y, state = model(x, **given)
@@ -494,7 +601,8 @@ def _first_difference(result: NumPyArray, expected: NumPyArray, allowed: float) 
 
 
 def _steps(model: Layer, x: NumPyArray) -> int:
-    return x.shape[1 if model.batch_first else 0] if model.recurrent else 1
+    axis = time_axis(model)
+    return 1 if axis is None else int(x.shape[axis])
 
 
 def _case_name(model: Layer, case: Inputs) -> str:

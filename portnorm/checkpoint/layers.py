@@ -10,7 +10,7 @@ from typing import Any
 from portnorm.arrays import DType, Namespace, dtype_name, require_extra, to_numpy
 from portnorm.cells.variants import Variant
 from portnorm.checkpoint import safetensors
-from portnorm.errors import CheckpointError, PortnormError
+from portnorm.errors import CheckpointError, PortnormError, UnsupportedError
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
@@ -41,15 +41,29 @@ def save(layer: Layer, path: str | os.PathLike[str]) -> None:
     safetensors.write(path, arrays, {_KEY: to_json(layer), "format": "np"})
 
 
-def load(path: str | os.PathLike[str], *, xp: Namespace | str | None = None, device: Any = None, dtype: DType | None = None) -> Layer:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    xp: Namespace | str | None = None,
+    device: Any = None,
+    dtype: DType | None = None,
+    prefix: str | None = None,
+) -> Layer:
     """The layer that `save` or `export` wrote, on NumPy or in the library, on the device and of the dtype asked for.
 
-    A file that ends in `.onnx` is a graph of `portnorm.export`: its configuration and weights give the layer back as it was exported.
-    Raises `CheckpointError` where the file cannot be read, is damaged, or was not written by either.
+    A file that ends in `.onnx` is a graph of `portnorm.export`, `export_torch` or `export_training_step`: its configuration and weights
+    give the layer back as it was exported, bit by bit, also after a tool has renamed, merged or folded them. Where several layers are in
+    it, `prefix` is that of the names of the one that is meant; a layer in a torch model has the module's path ("encoder.rnn").
+    Where a tool has changed the numbers themselves, such as a conversion to float16, what the file holds now is loaded, with a
+    `ChangedFileWarning` that names the arrays.
+    Raises `CheckpointError` where the file cannot be read, is damaged, does not hold an array any more, or was not written by portnorm.
     """
     if os.fspath(path).endswith(".onnx"):
-        layer: Layer = require_extra("portnorm_onnx.metadata", "onnx").load_layer(path, xp=xp, device=device, dtype=dtype)
+        made = require_extra("portnorm_onnx.metadata", "onnx")
+        layer: Layer = made.load_layer(path, xp=xp, device=device, dtype=dtype, prefix=prefix)
         return layer
+    if prefix is not None:
+        raise UnsupportedError(f"`prefix` is {prefix!r}, and {os.fspath(path)!r} is no .onnx file; only in those there are several layers")
     arrays, metadata = safetensors.read(path)
     if _KEY not in metadata:
         raise CheckpointError(f"{os.fspath(path)!r} holds arrays but no configuration of portnorm; make the layer and use load_state_dict")

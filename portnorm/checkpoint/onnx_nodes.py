@@ -43,6 +43,9 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
     "RNN": ("activation",),
 }
 _USUAL = {"gate_activation": "Sigmoid", "activation": "Tanh", "output_activation": "Tanh"}
+_THROUGH = {"Squeeze": 0, "Unsqueeze": 0, "Transpose": 0, "Cast": 0, "Identity": 0, "Reshape": 0, "ScatterElements": 0, "Where": 1}
+"""Operators that leave the steps in their order, and which of their inputs has them."""
+_DEPTH = 50
 _KNOWN = {"sigmoid": "sigmoid", "tanh": "tanh", "relu": "relu"}
 
 
@@ -54,11 +57,6 @@ def held(path: Path) -> Held:
         model = inliner.inline_local_functions(model) if model.functions else model
     except Exception as error:  # protobuf has its own errors
         raise CheckpointError(f"{name!r} is no ONNX model: {error}") from error
-    if any(f'"direction": "{way}"' in p.value for p in model.metadata_props for way in ("reverse", "backwards")):
-        raise CheckpointError(
-            f"{name!r} was written by portnorm.export of a layer that goes from the last step to the first, which its graph does outside "
-            "of the nodes that are read here; portnorm.load gives the layer"
-        )
     found, taken = Held({}, format="onnx"), set[str]()
     for k, (node, scope, way) in enumerate(_nodes(model, path)):
         own = f"{way}{node.name or f'node{k}'}"
@@ -148,6 +146,13 @@ class _Node:
             self.said.values["direction"] = "reverse"
         elif direction not in _DIRECTIONS:
             self._refuse("direction", f"direction={direction!r}; expected one of {', '.join(_DIRECTIONS)}", "direction")
+        if self._is_turned(self.inputs.get("X", "")):
+            self._refuse(
+                "X",
+                "an input that goes from the last step to the first, which its graph does outside of the nodes that are read here "
+                "(of a file of portnorm.export, portnorm.load gives the layer)",
+                "direction",
+            )
         self._activations(count)
         batch_first = bool(self.attributes.pop("layout", 0))
         if batch_first:
@@ -199,6 +204,22 @@ class _Node:
             return side[: side.size // 2] if half == 0 else side[side.size // 2 :]
 
         return load
+
+    def _is_turned(self, name: str, depth: int = 0) -> bool:
+        """Whether the graph turns an input around before the node: by a step of -1, or by places that count down."""
+        scope = self.scope.home(name)
+        n = None if scope is None else scope.nodes.get(name)
+        if scope is None or n is None or depth > _DEPTH:
+            return False
+        if n.op_type in ("ReverseSequence", "GatherElements"):
+            return True
+        if n.op_type == "Slice" and len(n.input) > 4 and scope.is_constant(n.input[4]):
+            return bool(numpy.any(scope.value(n.input[4]) < 0)) or self._is_turned(n.input[0], depth + 1)
+        if n.op_type == "Gather" and not scope.is_constant(n.input[0]):
+            places = scope.nodes.get(n.input[1])
+            return (places is not None and places.op_type in ("Sub", "Range")) or self._is_turned(n.input[0], depth + 1)
+        data = _THROUGH.get(n.op_type)
+        return data is not None and self._is_turned(n.input[data], depth + 1)
 
     def _activations(self, directions: int) -> None:
         fields = _FUNCTIONS[self.operator]
