@@ -71,6 +71,9 @@ class Layer:
     """Whether `forward` says itself what `y` is at padding; else it is made 0 there."""
     masks_channels: bool = False
     """Whether a mask may vary along the features."""
+    changes: str = "0"
+    """How often an argument was changed: whoever keeps something that was made of the configuration compares it. Not a number, of which
+    `torch.compile` would think that the graph takes any."""
     _settings: tuple[str, ...] = ()
     _given: tuple[str, ...] = ()
 
@@ -94,8 +97,16 @@ class Layer:
         return {name: getattr(self, name) for name in self._settings}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        made = "params" in self.__dict__
-        super().__setattr__(name, self._setting(name, value) if made and (name in self._settings or name in self._given) else value)
+        if "params" in self.__dict__ and (name in self._settings or name in self._given):
+            value = self._setting(name, value)
+            super().__setattr__("changes", str(int(self.changes) + 1))
+        super().__setattr__(name, value)
+
+    def told(self) -> str:
+        """The layer without its arrays, as a text for another process (see `portnorm.checkpoint.layers`)."""
+        from portnorm.checkpoint.layers import to_json
+
+        return to_json(self)
 
     def _setting(self, name: str, value: Any) -> Any:
         """A changed `value` of an argument, as the layer takes it when it is made.
@@ -156,10 +167,10 @@ class Layer:
         autodiff = library(x).autodiff
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
-        if autodiff is None or not autodiff.records((params, buffers, x, state)):
+        if autodiff is None or not (autodiff.records((params, buffers, x, state)) or (self.recurrent and autodiff.unrolls(self))):
             y, state, new, _ = self.forward(params, buffers, x, state, lengths, training, False)
         else:
-            y, state, new = autodiff.call(_Function(self, training), (params, buffers, x, state, lengths), {})
+            y, state, new = autodiff.call(LayerFunction(self, training), (params, buffers, x, state, lengths), {})
         there = None if lengths is None else self._there(y, lengths)
         y = y if there is None else xp_of(y).where(there, y, 0.0)
         return y, state, _constant(new) if training else buffers
@@ -469,7 +480,7 @@ def _constant(arrays: Arrays) -> Arrays:
 
 
 @dataclass(frozen=True)
-class _Function:
+class LayerFunction:
     """A layer as a function of its arrays that brings its own vjp: `portnorm.arrays.Differentiable`."""
 
     layer: Layer
