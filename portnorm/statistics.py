@@ -42,7 +42,7 @@ def checked_momentum(momentum: float | None) -> float | None:
 def rows_of_steps(time: Array, x: Array, last: Array | int) -> Array:
     """The row of each step of `x` (time, …), of which `time` steps have gone before; steps after the `last` row have that row."""
     xp = xp_of(x)
-    limit = xp.full((), last - 1, dtype=time.dtype, device=device_of(x)) if isinstance(last, int) else last
+    limit = xp.asarray(last - 1, dtype=time.dtype, device=device_of(x)) if isinstance(last, int) else last
     return xp.minimum(time + xp.arange(x.shape[0], dtype=time.dtype, device=device_of(x)), limit)
 
 

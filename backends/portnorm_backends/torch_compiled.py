@@ -25,7 +25,7 @@ from portnorm_backends.flat import Place, cotangents_of_call, put_together, take
 
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # checks of what came look at its values
 _PROBED = 2
-"""Steps of the sequence by which the shapes of results are found, which are alike for all lengths but 0 and 1."""
+"""Time and batch of what the shapes of results are found by."""
 
 
 torch.compiler.assume_constant_result(Layer.told)  # as long as `Layer.changes` stay the same
@@ -157,26 +157,26 @@ def _apart(found: list[Array], arrays: Sequence[torch.Tensor]) -> list[Array]:
 
 @_layer_node.register_fake  # type: ignore[untyped-decorator]
 def _(text: str, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Shapes are those of evaluation, in which nothing is asked of the values, and of a short sequence."""
+    """Shapes are those that the layer gives in evaluation for a short sequence without a state, with the true time and batch put in."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily  # torch.asarray makes a real tensor in its mode, which it then refuses
+
     function, form = _read(text)
-    layer, training = function.layer, function.training
-    params, buffers, given, state, lengths = put_together(form, arrays)
-    time = 1 if layer.batch_first else 0
-    steps = given.shape[time]
-    short = min(steps, _PROBED) if isinstance(steps, int) else _PROBED
-    params, buffers, state, lengths = mapped(lambda a: _short(a) if torch.is_tensor(a) else a, (params, buffers, state, lengths))
-    if isinstance(lengths, Mask) and lengths.values.shape[time] != 1:
-        lengths = lengths._replace(values=_short(lengths.values, time, short))
-    with torch.no_grad():
-        y, state, _ = LayerFunction(layer, False)(params, buffers, _short(given, time, short), state, lengths)
-    shape = [steps if axis == time and layer.keeps_time else n for axis, n in enumerate(y.shape)]
-    found = [*leaves(state), *(buffers.values() if training else ())]
-    return [given.new_empty(shape, dtype=y.dtype), *(given.new_empty(a.shape, dtype=a.dtype) for a in found)]
+    layer = function.layer
+    params, buffers, x, _, _ = put_together(form, arrays)
+    time, batch = (1, 0) if layer.batch_first else (0, 1)
+    with unset_fake_temporarily(), torch.no_grad():
+        shape = [_PROBED if axis < 2 else int(n) for axis, n in enumerate(x.shape)]
+        y, state, _ = LayerFunction(layer, False)(*mapped(_without_values, (params, buffers)), _without_values(x, shape), None, None)
+    along = {time: x.shape[time], batch: x.shape[batch]} if layer.keeps_time else {0: x.shape[batch]}
+    found = [x.new_empty([along.get(axis, n) for axis, n in enumerate(y.shape)], dtype=y.dtype)]
+    for a in leaves(state):  # (places, batch, features), or a number of steps
+        found.append(x.new_empty([x.shape[batch] if axis == 1 else n for axis, n in enumerate(a.shape)], dtype=a.dtype))
+    return [*found, *(a.new_empty(a.shape) for a in (buffers.values() if function.training else ()))]
 
 
-def _short(a: Array, axis: int = 0, length: int | None = None) -> Array:
-    """An array without values like `a`, perhaps of another length along an axis."""
-    return torch.empty([n if length is None or k != axis else length for k, n in enumerate(a.shape)], dtype=a.dtype, device="meta")
+def _without_values(a: Array, shape: Sequence[int] | None = None) -> Array:
+    """An array like `a`, perhaps of another shape."""
+    return torch.empty(tuple(map(int, a.shape)) if shape is None else tuple(shape), dtype=a.dtype, device="meta")
 
 
 @torch.library.custom_op("portnorm::layer_vjp", mutates_args=(), tags=_TAGS)  # type: ignore[untyped-decorator]
