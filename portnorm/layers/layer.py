@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -38,6 +39,8 @@ from portnorm.statistics import BATCHES, VALUES
 
 Arrays = dict[str, Array]
 
+_NUMBERS = itertools.count(1)
+
 
 class Layer:
     """Base of all layers.
@@ -72,12 +75,13 @@ class Layer:
     masks_channels: bool = False
     """Whether a mask may vary along the features."""
     changes: str = "0"
-    """How often an argument was changed: whoever keeps something that was made of the configuration compares it. Not a number, of which
-    `torch.compile` would think that the graph takes any."""
+    """Another text for every layer of this process, and after every change of an argument: whoever keeps something that was made of the
+    configuration compares it. Not a number, of which `torch.compile` would think that the graph takes any."""
     _settings: tuple[str, ...] = ()
     _given: tuple[str, ...] = ()
 
     def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
+        self.changes = str(next(_NUMBERS))
         self._settings = self._given = tuple(config)
         for name, value in config.items():
             setattr(self, name, value)
@@ -99,7 +103,7 @@ class Layer:
     def __setattr__(self, name: str, value: Any) -> None:
         if "params" in self.__dict__ and (name in self._settings or name in self._given):
             value = self._setting(name, value)
-            super().__setattr__("changes", str(int(self.changes) + 1))
+            super().__setattr__("changes", str(next(_NUMBERS)))
         super().__setattr__(name, value)
 
     def told(self) -> str:
@@ -375,7 +379,7 @@ class Layer:
         return {**self.__dict__, "xp": self.xp.__name__, "dtype": dtype_name(self.xp, self.dtype)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({**state, "changes": str(next(_NUMBERS))})
         self.xp = load_namespace(state["xp"])
         self.dtype = load_dtype(self.xp, state["dtype"])
 
