@@ -65,6 +65,8 @@ class Autodiff(NamedTuple):
     """An array with the same values, of which nothing is differentiated."""
     is_passing: Callable[[Array], bool] = lambda x: False
     """Whether an array stands for others while a transformation runs, and is nothing after it."""
+    unrolls: Callable[[Any], bool] = lambda layer: False
+    """Whether a compiler follows the calls now that would write out every step of this recurrent layer, and can be given it as one call."""
 
 
 @dataclass(frozen=True)

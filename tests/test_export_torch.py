@@ -554,6 +554,100 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
         pn.export_torch(Masked(), (torch.randn(4, 2, 3), torch.tensor([4, 2])), None)
 
 
+FREE = {"x": {0: "time", 1: "batch"}}
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_a_layer_of_torch_that_remains_is_named_and_exported_right_once_swapped(kind: str) -> None:
+    """At a length that was not traced; and without `dynamic_shapes` it is exported as it is."""
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = getattr(torch.nn, kind)(3, 4), torch.nn.Linear(4, 2)
+
+        def forward(self, x: Any) -> Any:
+            return self.head(self.rnn(x)[0])
+
+    model, x = Model(), torch.randn(5, 2, 3)
+    with pytest.raises(pn.ExportError) as raised:
+        pn.export_torch(model, x, None, dynamic_shapes=FREE)
+    said = str(raised.value)
+    assert "axis 0 of `x` to 5" in said
+    assert f"torch.nn.{kind} 'rnn'" in said
+    assert f'portnorm.replace_modules(model, {{torch.nn.{kind}: "torch"}}' in said
+    assert "TORCH_LOGS" not in said
+    assert "draft_export" not in said
+    expected = model.eval()(torch.ones(9, 4, 3)).detach()
+    pn.replace_modules(model, {getattr(torch.nn, kind): "torch"}, args=x)
+    report = pn.export_torch(model, x, None, dynamic_shapes=FREE)
+    (found,) = outputs(report.model, np.ones((9, 4, 3), np.float32))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_refusals_of_torch_say_what_to_do() -> None:
+    import torch
+
+    class Loop(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = torch.nn.GRUCell(3, 4)
+
+        def forward(self, x: Any) -> Any:
+            h = x.new_zeros(x.shape[1], 4)
+            for t in range(x.shape[0]):
+                h = self.cell(x[t], h)
+            return h
+
+    class Branches(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x if x.sum() > 0 else -x
+
+    class Both(torch.nn.Module):
+        def forward(self, x: Any, y: Any) -> Any:
+            return x + y
+
+    x = torch.randn(5, 2, 3)
+    cases: list[tuple[Any, Any, Any, str]] = [
+        (Loop(), x, FREE, r"fixes axis 0 of `x` to 5, which `dynamic_shapes` says is free; a Python loop over it"),
+        (Branches(), x, None, r"asks for values at .*test_export_torch\.py:\d+, `return x if x\.sum\(\) > 0 else -x`.*torch\.where"),
+        (Both(), (x, x), {"x": {0: "time"}}, r"`dynamic_shapes` names 'x'; expected every input, 'x', 'y'"),
+        (torch.nn.Linear(3, 2), x[:1], ({0: "time"},), r"axis 0 of `input` has length 1 in the example.* give an example of 2 or more"),
+        (torch.nn.Linear(3, 2), x[:1, :1], ({0: "a", 1: "b"},), r"axis 0 of `input` has length 1, axis 1 of `input` has length 1 in the"),
+    ]
+    for model, args, dynamic_shapes, message in cases:
+        with pytest.raises(pn.ExportError, match=f"torch does not export the model: .*{message}") as raised:
+            pn.export_torch(model, args, None, dynamic_shapes=dynamic_shapes)
+        assert not any(word in str(raised.value) for word in ("TORCH", "draft_export", "http", "mark_dynamic", "specialized"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
+def test_dtype_converts_a_copy_first(dtype: str) -> None:
+    import onnx
+    import torch
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), pn.torch_module(pn.LayerNorm(4)))
+    x = torch.randn(4, 3)
+    report = pn.export_torch(
+        model,
+        x,
+        None,
+        dtype=dtype,
+        dynamic_shapes=({0: "batch"},),
+        inputs=[x, x[:3]],
+        target="openvino" if dtype == "bfloat16" else "portable",
+    )
+    name = onnx.TensorProto.DataType.Name(report.model.graph.input[0].type.tensor_type.elem_type)
+    assert name == {"float32": "FLOAT", "float64": "DOUBLE"}.get(dtype, dtype.upper())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert x.dtype == torch.float32
+    with pytest.raises(pn.UnsupportedError, match="`dtype` is 'int8'; expected one of float16"):
+        pn.export_torch(model, x, None, dtype="int8")
+    with pytest.raises(pn.UnsupportedError, match="'portable' does not compute in bfloat16"):
+        pn.export_torch(model, x, None, dtype=torch.bfloat16)
+
+
 @pytest.mark.slow
 def test_the_example_runs_from_end_to_end(tmp_path: Path) -> None:
     """It compares the exported model with torch's at several lengths by itself."""

@@ -1,7 +1,8 @@
 """torch: one `torch.autograd.Function` for every Op and layer, whose backward is the hand-written vjp.
 
-Its graph then has one node for a call, which keeps the residuals and nothing else. Under `torch.compile` and the transforms of
-`torch.func` the definition itself is what they differentiate.
+Its graph then has one node for a call, which keeps the residuals and nothing else. Under `torch.compile` a recurrent layer is one node of
+the compiled graph (`torch_compiled.py`). There everything else, and all that `torch.export` or the transforms of `torch.func` see, is the
+definition itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from portnorm.arrays import Array, Autodiff, Differentiable, Kernel, Library, leaves
 from portnorm.errors import UnsupportedError
+from portnorm_backends import torch_compiled
 from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
 
 
@@ -33,10 +35,7 @@ class _Recorded(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, _: None, *given: Array) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
-            raise UnsupportedError(
-                "`create_graph=True` asks for the backward pass of a portnorm function as a graph, which autograd does not have; "
-                "for second derivatives use torch.func (torch.func.grad, hessian, ...), or portnorm.vjp, whose results autograd records"
-            )
+            raise torch_compiled.second_derivative()
         form, form_of_value, form_of_kept = ctx.forms
         residuals, attrs = put_together(form_of_kept, ctx.saved_tensors)
         needed = ctx.needs_input_grad[2:]
@@ -52,7 +51,17 @@ def _records(args: Any) -> bool:
     return any(torch.is_tensor(a) and a.requires_grad for a in leaves(args))
 
 
+def _unrolls(layer: Any) -> bool:
+    """Under `torch.export` the definition is followed, so that a program runs where portnorm is not installed; and what `torch.func`
+    transforms is followed, since a node has none of its rules but the reverse one."""
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active():
+        return False
+    return torch_compiled.is_told(layer)
+
+
 def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling():  # and `unrolls` was asked
+        return torch_compiled.call(function, args)
     if attrs.get("out") is not None:
         raise UnsupportedError("`out` cannot take a result that autograd records; leave it out, or call under torch.no_grad()")
     arrays, form = taken_apart((args, attrs), torch.is_tensor)
@@ -82,7 +91,7 @@ LIBRARY = Library(
     "torch",
     kernels={"sigmoid": Kernel(call=torch.sigmoid, forward=_sigmoid), "steps_so_far": Kernel(call=_steps_so_far)},
     is_concrete=_is_concrete,
-    autodiff=Autodiff(_records, _call, constant=lambda x: x.detach(), is_passing=_is_passing),
+    autodiff=Autodiff(_records, _call, constant=lambda x: x.detach(), is_passing=_is_passing, unrolls=_unrolls),
     namespace=array_api_compat.torch,
     device=lambda x: x.device,
 )

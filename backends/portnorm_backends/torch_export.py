@@ -26,16 +26,17 @@ from portnorm.arrays import dtype_name, leaves, mapped, to_numpy
 from portnorm.errors import ConformanceError, DTypeError, ExportError, PortnormError, UnsupportedError
 from portnorm.layers.layer import Layer, checked_call
 from portnorm_backends.torch_module import TorchModule
+from portnorm_backends.torch_refusals import explained
 from portnorm_onnx.bfloat16 import holds_bfloat16
 from portnorm_onnx.build import Names, keep_transposed
-from portnorm_onnx.export import Shape, checked_opset, checked_path, trace
+from portnorm_onnx.export import TYPES, Shape, checked_opset, checked_path, trace
 from portnorm_onnx.metadata import layers_described
 from portnorm_onnx.report import Comparison, Outcome, Report
 from portnorm_onnx.runtimes import Session, runtime_of, session_of
 from portnorm_onnx.signature import state_names
 from portnorm_onnx.splice import Inserted, spliced, without_traces
 from portnorm_onnx.storage import Draft, is_large
-from portnorm_onnx.targets import TargetName, check_dtype, checker, target_of
+from portnorm_onnx.targets import Target, TargetName, check_dtype, checker, target_of
 from portnorm_onnx.verify import EPS, FACTOR, FLOOR, ROUNDINGS, check, nudged
 
 Arrays = list["numpy.ndarray[Any, Any]"]
@@ -58,6 +59,7 @@ def export_torch(
     target: TargetName = "portable",
     fold: bool = True,
     accurate: bool = False,
+    dtype: str | torch.dtype | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     inputs: Iterable[Any] | None = None,
@@ -71,6 +73,9 @@ def export_torch(
     makes of them, by the same `target`, `opset`, `fold` and `accurate`: one `Scan` for each direction, weights under the module's path
     (`encoder.rnn.weight_hh_l0`). The rest is torch's own translation, to which `target` gives the opset only. The model is exported in
     evaluation mode and left in the mode that it had.
+
+    `dtype` converts a copy of the model, and the floating inputs that are given, first: float16, bfloat16, float32 or float64. The graph is
+    held against that copy.
 
     `args` is the tuple of example inputs, or the only one, and `kwargs` has those that the model is given by name; the graph has its inputs
     in the order of the model's signature. `dynamic_shapes` says in the form of `torch.onnx.export` which lengths are free, for example
@@ -98,9 +103,11 @@ def export_torch(
     """
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a torch.nn.Module")
-    # torch takes one tensor in two places for one input.
-    example = pytree.tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else a, _given(model, args, kwargs))
     row = target_of(target)
+    kind = None if dtype is None else _dtype_named(dtype, row)
+    model = model if kind is None else copy.deepcopy(model).to(kind)
+    # torch takes one tensor in two places for one input.
+    example = pytree.tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else a, _converted(_given(model, args, kwargs), kind))
     if opset is None and any(a.dtype == torch.bfloat16 for a in (*model.state_dict().values(), *_tensors(example))):
         opset = max(row.opset, _OPSET_OF_BFLOAT16)
     version = checked_opset(opset, row)
@@ -140,7 +147,7 @@ def export_torch(
                 cases, refused = made.random(eager)
             else:
                 pairs = (item if kwargs is not None else (item, None) for item in inputs)
-                cases, refused = [made.given(_given(model, *pair)) for pair in pairs], []
+                cases, refused = [made.given(_converted(_given(model, *pair), kind)) for pair in pairs], []
             if not cases:
                 raise UnsupportedError("`inputs` is empty; expected at least one, or nothing would be checked")
             for name in (runtime, "unrounded") if narrow else (runtime,):
@@ -171,6 +178,20 @@ def _given(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any] | None) 
         raise UnsupportedError(f"`args` and `kwargs` do not fit the model: {error}; its inputs are {signature}") from None
     known = [name for name in signature.parameters if name in kwargs]
     return Given(args, {name: kwargs[name] for name in (*known, *(name for name in kwargs if name not in known))})
+
+
+def _dtype_named(dtype: str | torch.dtype, row: Target) -> torch.dtype:
+    """A type of torch's; raises `UnsupportedError` where the target does not compute in it."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in TYPES:
+        raise UnsupportedError(f"`dtype` is {dtype!r}; expected one of {', '.join(TYPES)}")
+    check_dtype(row, name)
+    return getattr(torch, name)
+
+
+def _converted(given: Given, kind: torch.dtype | None) -> Given:
+    converted: Given = pytree.tree_map(lambda a: a.to(kind) if kind is not None and _is_floating(a) else a, given)
+    return converted
 
 
 def _free_axes(model: torch.nn.Module, example: Given, dynamic_shapes: Any) -> tuple[Any, ...] | None:
@@ -315,9 +336,10 @@ def _translated(
     for module in inside:
         module.recorder = recorder
     with warnings.catch_warnings():
-        # What torch's exporter says of its own code, and of two axes that were given one name.
+        # What torch's exporter says of its own code and modules, and of two axes that were given one name.
         warnings.filterwarnings("ignore", message=r".*LeafSpec", category=FutureWarning)
         warnings.filterwarnings("ignore", message=r"# The axis name", category=UserWarning)
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights", category=UserWarning)
         try:
             program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=hints, strict=False)
             made = torch.onnx.export(
@@ -334,7 +356,7 @@ def _translated(
         except PortnormError:
             raise
         except Exception as error:
-            raise ExportError(f"torch does not export the model: {error}") from error
+            raise ExportError(explained(error, model)) from error
         finally:
             for module in inside:
                 del module.recorder

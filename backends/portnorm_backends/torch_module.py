@@ -28,7 +28,8 @@ def torch_module(layer: Layer) -> TorchModule:
     `torch.nn.utils.parametrize` work as with torch's own layers. Computation is in the dtype of the parameters: under autocast floating
     inputs and states are converted to it, as torch does for its own norms, and nothing inside is computed in less. As any module of torch
     it starts in training mode. `portnorm.export_torch` exports a model with such modules; torch.onnx.export alone writes their loops out,
-    step by step. Raises `UnsupportedError` for what is no layer; a call raises what the layer raises.
+    step by step. Under `torch.compile` a recurrent layer is one node, compiled once for all lengths. Raises `UnsupportedError` for what is
+    no layer; a call raises what the layer raises.
 
     >>> import portnorm as pn
     >>> m = pn.torch_module(pn.LSTM(3, 4, norm="layer", rng=0))

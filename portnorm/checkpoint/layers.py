@@ -82,7 +82,7 @@ def from_json(text: str, *, xp: Namespace | str | None = None, device: Any = Non
     """A layer of this configuration with fresh parameters. Raises `CheckpointError` where the text is not understood."""
     try:
         description = json.loads(text)
-        return _layer(description["layer"], {"xp": xp, "device": device, "dtype": dtype or description["dtype"]})
+        return of_description(description["layer"], {"xp": xp, "device": device, "dtype": dtype or description["dtype"]})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, PortnormError) and not isinstance(error, CheckpointError):
             raise CheckpointError(f"the configuration describes a layer that cannot be made: {error}") from error
@@ -100,12 +100,13 @@ def _description(layer: Layer) -> dict[str, Any]:
     return {"type": type(layer).__name__, "config": config}
 
 
-def _layer(description: Any, place: dict[str, Any]) -> Layer:
+def of_description(description: Any, place: dict[str, Any]) -> Layer:
+    """A layer of this class and configuration, with fresh parameters at `place`: namespace, device and dtype."""
     kind = description["type"]
     if kind == "Sequential":
         parts: list[Layer] = []
         for part in description["parts"]:
-            parts.append(parts[part["as"]] if "as" in part else _layer(part, place))  # the one layer that an earlier part is
+            parts.append(parts[part["as"]] if "as" in part else of_description(part, place))  # the one layer that an earlier part is
         return Sequential(*parts)
     if kind not in LAYERS:
         raise CheckpointError(f"the configuration names the layer {kind!r}; expected Sequential or one of {', '.join(LAYERS)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -39,6 +40,8 @@ from portnorm.statistics import BATCHES, VALUES
 
 Arrays = dict[str, Array]
 
+_NUMBERS = itertools.count(1)
+
 
 class Layer:
     """Base of all layers.
@@ -72,10 +75,14 @@ class Layer:
     """Whether `forward` says itself what `y` is at padding; else it is made 0 there."""
     masks_channels: bool = False
     """Whether a mask may vary along the features."""
+    changes: str = "0"
+    """Another text for every layer of this process, and after every change of an argument: whoever keeps something that was made of the
+    configuration compares it. Not a number, of which `torch.compile` would think that the graph takes any."""
     _settings: tuple[str, ...] = ()
     _given: tuple[str, ...] = ()
 
     def __init__(self, config: dict[str, Any], xp: Namespace | str | None, device: Any, dtype: DType):
+        self.changes = str(next(_NUMBERS))
         self._settings = self._given = tuple(config)
         for name, value in config.items():
             setattr(self, name, value)
@@ -95,8 +102,16 @@ class Layer:
         return {name: getattr(self, name) for name in self._settings}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        made = "params" in self.__dict__
-        super().__setattr__(name, self._setting(name, value) if made and (name in self._settings or name in self._given) else value)
+        if "params" in self.__dict__ and (name in self._settings or name in self._given):
+            value = self._setting(name, value)
+            super().__setattr__("changes", str(next(_NUMBERS)))
+        super().__setattr__(name, value)
+
+    def told(self) -> str:
+        """The layer without its arrays, as a text for another process (see `portnorm.checkpoint.layers`)."""
+        from portnorm.checkpoint.layers import to_json
+
+        return to_json(self)
 
     def _setting(self, name: str, value: Any) -> Any:
         """A changed `value` of an argument, as the layer takes it when it is made.
@@ -157,10 +172,10 @@ class Layer:
         autodiff = library(x).autodiff
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
-        if autodiff is None or not autodiff.records((params, buffers, x, state)):
+        if autodiff is None or not (autodiff.records((params, buffers, x, state)) or (self.recurrent and autodiff.unrolls(self))):
             y, state, new, _ = self.forward(params, buffers, x, state, lengths, training, False)
         else:
-            y, state, new = autodiff.call(_Function(self, training), (params, buffers, x, state, lengths), {})
+            y, state, new = autodiff.call(LayerFunction(self, training), (params, buffers, x, state, lengths), {})
         there = None if lengths is None else self._there(y, lengths)
         y = y if there is None else xp_of(y).where(there, y, 0.0)
         return y, state, _constant(new) if training else buffers
@@ -369,7 +384,7 @@ class Layer:
         return {**self.__dict__, "xp": self.xp.__name__, "dtype": dtype_name(self.xp, self.dtype)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update({**state, "changes": str(next(_NUMBERS))})
         self.xp = load_namespace(state["xp"])
         self.dtype = load_dtype(self.xp, state["dtype"])
 
@@ -474,7 +489,7 @@ def _constant(arrays: Arrays) -> Arrays:
 
 
 @dataclass(frozen=True)
-class _Function:
+class LayerFunction:
     """A layer as a function of its arrays that brings its own vjp: `portnorm.arrays.Differentiable`."""
 
     layer: Layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy
@@ -211,6 +211,11 @@ class Recurrent(Layer):
         """A small layer, since its sizes are not what is changed."""
         small = {"input_size": 1, "hidden_size": 2, "proj_size": 1 if config["proj_size"] else 0, "t_max": 1, "norm": self._variant}
         return super()._made_of({**config, **small})
+
+    def resize(self, sizes: Mapping[str, int]) -> None:
+        """Compute with arrays of other sizes than the layer's own: for the pure form alone, which is given them."""
+        self.__dict__.update(sizes)
+        self._made = None
 
     def _small(self, variant: Variant) -> dict[str, tuple[int, ...]]:
         """The shapes of a small layer's arrays."""
