@@ -17,6 +17,7 @@ from portnorm.errors import ConformanceError, PortnormError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent
 from portnorm_backends.torch_module import TorchModule
+from portnorm_backends.torch_settings import dropped_inside
 
 Replacement = str | Callable[[torch.nn.Module], Layer]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -83,8 +84,12 @@ def _places(
 def _replacement(path: str, module: torch.nn.Module, row: Replacement | None, config: dict[str, Any]) -> _Replaced:
     own = dict(module.named_parameters())
     if isinstance(row, str):
-        if isinstance(module, torch.nn.RNNBase) and module.dropout:
-            raise UnsupportedError(f"{path!r} has dropout={module.dropout} between its layers, which portnorm's have not")
+        lost = dropped_inside(module)
+        if lost:
+            raise UnsupportedError(
+                f"{path!r} has {lost[0]}, of which its weights say nothing; expected a function from the module to a layer, which says "
+                "what becomes of it"
+            )
         layer = import_checkpoint(module, row, **config)
     else:
         assert row is not None

@@ -78,8 +78,9 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
     if isinstance(module, torch.nn.RNNBase):
         said.values["batch_first"] = module.batch_first
         if module.dropout and module.num_layers > 1:
-            said.notes.append(f"dropout={module.dropout} between layers, which is for training, is left out")
+            said.values["dropout"] = module.dropout
         return said
+    said.notes += [f"{lost}, which is for training, is left out" for lost in dropped_inside(module)]
     if isinstance(module, torch.nn.GroupNorm):
         said.values["num_groups"] = module.num_groups
     inside = list(module.modules())
@@ -91,6 +92,16 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
         said, "momentum", [(m, m.momentum) for m in inside if isinstance(m, torch.nn.modules.batchnorm._NormBase) and m.track_running_stats]
     )
     return said
+
+
+def dropped_inside(module: torch.nn.Module) -> list[str]:
+    """What a module drops in training and a layer in its place does not, in words: dropout that torch's recurrent layers do not do."""
+    found = []
+    for inner in module.modules():
+        rate = inner.p if isinstance(inner, torch.nn.modules.dropout._DropoutNd) else getattr(inner, "dropout", None)
+        if isinstance(rate, int | float) and rate > 0 and not isinstance(inner, torch.nn.RNNBase):
+            found.append(f"dropout={rate:g} of {type(inner).__name__}")
+    return found
 
 
 def _only(said: Said, name: str, found: list[tuple[torch.nn.Module, Any]]) -> None:
