@@ -482,7 +482,10 @@ def test_a_live_recurrent_module(ours: str, rng: np.random.Generator) -> None:
     more = {"nonlinearity": "relu"} if ours == "RNN" else {}
     theirs = torch_module(ours, D, H, 2, batch_first=True, bidirectional=True, dropout=0.5, **more).eval()
     layer: Any = pn.import_checkpoint(theirs)
-    assert "dropout=0.5 between layers, which is for training, is left out" in layer.provenance
+    assert layer.dropout == 0.5
+    assert "dropout=0.5" in layer.provenance
+    single: Any = pn.import_checkpoint(torch_module(ours, D, H, 1, dropout=0.5))  # torch warns that it does nothing
+    assert single.dropout == 0
     x = rng.standard_normal((3, 6, D))
     np.testing.assert_allclose(layer(x)[0], theirs(torch.asarray(x))[0].detach(), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
 

@@ -91,6 +91,8 @@ def _is_array(leaf: Any) -> bool:
 def _draws(rng: Any, shapes: list[tuple[int, ...]], x: Array) -> list[Array] | None:
     if not _is_array(rng):
         return None
+    if rng.ndim == 0 and jax.dtypes.issubdtype(rng.dtype, jax.numpy.integer):
+        rng = jax.random.key(rng)  # a seed that came through a transformation
     if not jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key) and (rng.dtype.name, rng.ndim) != ("uint32", 1):
         raise UnsupportedError(f"`rng` is an array {rng.dtype.name}{list(rng.shape)} of JAX; expected a key, such as jax.random.key(0)")
     keys = jax.random.split(rng, max(1, len(shapes)))
