@@ -1,6 +1,6 @@
 """Dropout (Srivastava et al. 2014): what is kept is told from outside, and scaled so that its expectation is what it was.
 
-    y = x / (1 − p) where kept, else 0
+y = x / (1 − p) where kept, else 0
 """
 
 from __future__ import annotations

@@ -55,11 +55,11 @@ def export_training_step(
     (θ, buffers, s) ← optimizer(θ, clip(∂ loss(model(x), target) / ∂θ), s)
 
     Inputs: `x`, `target` (integers (…,) for `softmax_cross_entropy`, else like `y`), `lengths` if asked for, with `state=True` the states
-    before the first step (`h_0`, …; the noise that a BN-LSTM trains with is given there), for a model that drops values the numbers of
-    `model.random_shapes` as `random.<name>` (float32, uniform in [0, 1), new ones for each update), then every parameter and buffer by its name and
-    the optimizer's state as `optimizer.<name>`; those are optional and start at the model's present values. Outputs: `loss`, with `clip`
-    the norm of the gradient before clipping as `gradient_norm`, and `next.<name>` of everything that changes. Every loop over time is a
-    `Scan`, so time and batch are free.
+    before the first step (`h_0`, …; the noise that a BN-LSTM trains with is given there), for a model that drops values the arrays of
+    `model.random_shapes` as `random.<name>` (float32, uniform in [0, 1), new ones for each update), then every parameter and buffer by
+    its name and the optimizer's state as `optimizer.<name>`; those are optional and start at the model's present values. Outputs: `loss`,
+    with `clip` the norm of the gradient before clipping as `gradient_norm`, and `next.<name>` of everything that changes. Every loop over
+    time is a `Scan`, so time and batch are free.
 
     The graph is checked by three updates on random data, relative to how far eager training is from float64; only then the file appears.
     The bodies of the loops read parameters from outside, which onnxruntime allows. Raises `ExportError`, `ConformanceError`,
@@ -186,7 +186,7 @@ def _check(draft: Draft, step: _Step, *, state: bool, lengths: bool) -> list[Com
     drawn = [{name: rng.random(shape, dtype="float32") for name, shape in shapes.items()} for _ in range(UPDATES)]
 
     def run(one: _Step, change: Any) -> list[Values]:
-        values, found = floats(change, one.initial()), []
+        values, found = floats(change, one.initial()), list[Values]()
         inputs = floats(change, (x, labels, before))
         for _ in range(UPDATES):
             found.append(one(values, inputs[0], inputs[1], inputs[2], lens, drawn[len(found)]))

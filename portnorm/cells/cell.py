@@ -143,7 +143,8 @@ class RecurrentCell:
     # -- what enters the loop --------------------------------------------------------------------------------------------------------
 
     def given(self) -> tuple[str, ...]:
-        """Names of what a step has for itself beside the input term: statistics unless training, gains and shifts by step, zoneout's draw."""
+        """Names of what a step has for itself beside the input term: statistics unless training, gains and shifts by step, zoneout's
+        mask."""
         statistics = () if self.training or self.variant.norm != "batch" else ("mean", "var")
         tracked = [name for name, slot in self.slots.items() if slot.normalizes]
         return (*(f"{name}.{s}" for name in tracked for s in statistics), *self.stepwise(), *(("zoneout",) if self.draws_zoneout else ()))

@@ -15,7 +15,7 @@ update="replace" z and 1 − z change places in h'.
 "after" is what torch, Keras with reset_after, ONNX with linear_before_reset=1 and Ba, Kiros & Hinton 2016 have; "before" is the first
 paper, Keras without reset_after, and ONNX with linear_before_reset=0; "sum" is Dreamer's, and `None` is Li-GRU (Ravanelli et al. 2018).
 The gates are in the order of torch: r, z, n. Keras, haste and ONNX have z first. In Ba et al. 2016, and with update="replace", z is what
-the candidate replaces.
+the candidate replaces. With recurrent dropout h ⊙ m stands for h wherever it is multiplied with U, and h itself is carried by z.
 """
 
 from __future__ import annotations

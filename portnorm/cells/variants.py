@@ -31,7 +31,7 @@ class Variant:
         GRU    (r, z) = σ(split(a));   n = φ(…), the reset gate in it as `reset` says;   h' = (1 − z) ⊙ n + z ⊙ h
         RNN    h' = φ(a)
 
-    and h ← zoneout · h + (1 − zoneout) · h'. A normalizer is N(v) = γ ⊙ (v − mean) / √(var + ε) + β.
+    and h ← zoneout · h + (1 − zoneout) · h', in training h or h' by a draw. A normalizer is N(v) = γ ⊙ (v − mean) / √(var + ε) + β.
 
     Fields:
       source: where the cell was published; free text.

@@ -180,6 +180,8 @@ _SEQUENCE: dict[str, Reading] = {
     "zero_output_for_mask": _inert,
     "implementation": _inert,
 }
+
+
 def _recurrent_dropout(value: Any, reader: Reader) -> None:
     """One mask for a sequence, as here, where there is one gate; cells with several have a mask for each."""
     if value and reader.said.layer == "RNN":

@@ -156,7 +156,8 @@ class Layer:
     ) -> tuple[Array, Any, Arrays]:
         """The layer as a pure function: `(y, state, buffers)`. JAX transforms and the exporter use this form.
 
-        `rng` is that of a call. torch's autograd and JAX's differentiate it as one function, by `backward`; running statistics are constants to them.
+        `rng` is that of a call. torch's autograd and JAX's differentiate it as one function, by `backward`; running statistics are
+        constants to them.
         Raises `CheckpointError` where `params` or `buffers` have not just the names and shapes of the layer's.
         """
         self._check_given(params, buffers)

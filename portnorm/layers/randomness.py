@@ -92,7 +92,7 @@ def _numpy_numbers(rng: Any, shapes: Iterable[tuple[int, ...]], x: Array) -> Ite
     generator = rng
     if not isinstance(rng, numpy.random.Generator):
         try:
-            seed = -1 if isinstance(rng, bool) or getattr(rng, "shape", ()) else operator.index(rng)
+            seed = -1 if isinstance(rng, bool) else operator.index(rng)
         except TypeError:
             seed = -1
         if seed < 0:

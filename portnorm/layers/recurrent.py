@@ -359,8 +359,11 @@ class Recurrent(Layer):
         y = xp.permute_dims(x, (1, 0, 2)) if self.batch_first and self.keeps_time else x
         fresh = len(last) == 1 and self.keeps_time and isinstance(steps, int) and steps > 0  # else it may be `y`, or the state that came
         out = tuple(parts[0][None, ...] if fresh else xp.stack(parts) for parts in zip(*last, strict=True))
-        return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(
-            residuals, out, learned, mask, packed, () if drawn is None else drawn.between, self.dropout
+        return (
+            y,
+            (*out, time + steps) if self.timed else out,
+            new_buffers,
+            StackResiduals(residuals, out, learned, mask, packed, () if drawn is None else drawn.between, self.dropout),
         )
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
