@@ -525,14 +525,41 @@ def test_torch_compile_draws_anew(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.peers
-def test_dropout_that_weights_say_nothing_of_is_not_lost() -> None:
-    """A module of somebody with dropout inside is read with a note, and is not swapped without a word."""
+@pytest.mark.parametrize("as_number", [False, True])
+def test_dropout_of_which_weights_do_not_say_where_it_is(as_number: bool) -> None:
+    """A module of somebody that drops values is read with a note, and is not swapped without a word; told where, it drops the same."""
     import torch
 
-    class Mine(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.drop, self.rnn = torch.nn.Dropout(0.1), torch.nn.LayerNorm(4)
+    from tests.torch_cells import StackedLSTM
 
-    with pytest.raises(pn.UnsupportedError, match=r"'0' has dropout=0\.1 of Dropout, of which its weights say nothing"):
-        pn.replace_modules(torch.nn.ModuleList([Mine()]), {Mine: "torch"})
+    class Dropping(StackedLSTM):
+        """fastrnns' StackedLSTMWithDropout."""
+
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.drop: Any = None if as_number else torch.nn.Dropout(0.4)
+            self.dropout = 0.4
+
+        def forward(self, x: Any, states: Any) -> Any:
+            found = []
+            for k, (layer, state) in enumerate(zip(self.layers, states, strict=True)):
+                x, after = layer(x, state)
+                found.append(after)
+                if k == 0:
+                    x = torch.nn.functional.dropout(x, 0.4, self.training)
+            return x, found
+
+    theirs = Dropping()
+    model = torch.nn.ModuleList([theirs])
+    with pytest.raises(pn.UnsupportedError, match=r"'0' has dropout=0\.4 of .*pass dropout=… for what is dropped between layers"):
+        pn.replace_modules(model, {Dropping: "torch-fastrnns"})
+    layer: Any = pn.import_checkpoint(theirs, "torch-fastrnns")
+    assert layer.dropout == 0
+    assert "dropout=0.4 of " in layer.provenance
+    pn.replace_modules(model, {Dropping: "torch-fastrnns"}, dropout=0.4)
+    x, states = torch.randn(5, 2, 4), [(torch.randn(2, 3), torch.randn(2, 3)) for _ in range(2)]
+    found = []
+    for module in (theirs, model[0]):
+        torch.manual_seed(0)
+        found.append(module(x, states)[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -85,10 +85,10 @@ def _replacement(path: str, module: torch.nn.Module, row: Replacement | None, co
     own = dict(module.named_parameters())
     if isinstance(row, str):
         lost = dropped_inside(module)
-        if lost:
+        if lost and "dropout" not in config:
             raise UnsupportedError(
-                f"{path!r} has {lost[0]}, of which its weights say nothing; expected a function from the module to a layer, which says "
-                "what becomes of it"
+                f"{path!r} has {lost[0]}, of which its weights do not say where it is; pass dropout=… for what is dropped between layers, "
+                "as in torch.nn.LSTM, or 0 to leave it out"
             )
         layer = import_checkpoint(module, row, **config)
     else:

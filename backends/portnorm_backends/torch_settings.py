@@ -38,7 +38,7 @@ def held(module: torch.nn.Module) -> Held:
             found[key] = _stored(key, tensor, of_class.get(key.rpartition(".")[0]))
         else:
             found[key] = Stored.unreadable(key, f"`{key}` is {type(tensor).__name__}; expected a tensor{_PACKED}")
-    return Held(found, said_of=lambda keys: said_of(*_around(modules, keys)))
+    return Held(found, said_of=lambda keys: _said_around(modules, keys))
 
 
 _PACKED = ": modules that torch has quantized hold packed weights, and those before quantization are to be read"
@@ -56,6 +56,16 @@ def _around(modules: dict[str, torch.nn.Module], keys: Iterable[str]) -> tuple[t
     while name not in modules:
         name = name.rpartition(".")[0]
     return modules[name], name
+
+
+def _said_around(modules: dict[str, torch.nn.Module], keys: Iterable[str]) -> Said:
+    """The settings of the innermost module around the keys, and a note of what is dropped there, or outside where nothing else is."""
+    module, name = _around(modules, keys)
+    said, count = said_of(module, name), len(module.state_dict())
+    while name and len(modules[name.rpartition(".")[0]].state_dict()) == count:
+        name = name.rpartition(".")[0]
+    said.notes += [f"{lost}, which is for training, is not read" for lost in dropped_inside(modules[name])]
+    return said
 
 
 def _layer(module: torch.nn.Module) -> str | None:
@@ -80,7 +90,6 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
         if module.dropout and module.num_layers > 1:
             said.values["dropout"] = module.dropout
         return said
-    said.notes += [f"{lost}, which is for training, is left out" for lost in dropped_inside(module)]
     if isinstance(module, torch.nn.GroupNorm):
         said.values["num_groups"] = module.num_groups
     inside = list(module.modules())
