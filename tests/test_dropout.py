@@ -465,6 +465,7 @@ def test_a_swapped_module_drops_what_torch_drops(kind: str, more: dict[str, Any]
     """The same seed gives the same values and gradients, and inference drops nothing."""
     import torch
 
+    torch.manual_seed(2)
     theirs = getattr(torch.nn, kind)(4, 5, 3, dropout=0.4, dtype=torch.float64, **more)
     model = torch.nn.ModuleList([theirs])
     pn.replace_modules(model, {torch.nn.RNNBase: "torch"})
@@ -504,6 +505,8 @@ def test_every_way_to_drop_by_the_generator_of_torch(cell: str, rng: np.random.G
     drawn = module._drawn(x)
     of_torch = layer.to(xp="torch")
     torch.testing.assert_close(of_torch(x, training=True, rng=drawn)[0], found[0][0])
+    each = torch.func.vmap(lambda a: module(a)[0], randomness="different")(x.expand(2, *x.shape))
+    assert not torch.allclose(each[0], each[1])
     torch.testing.assert_close(module.eval()(x)[0], of_torch(x)[0])
 
 
@@ -536,7 +539,7 @@ def test_dropout_of_which_weights_do_not_say_where_it_is(as_number: bool) -> Non
         """fastrnns' StackedLSTMWithDropout."""
 
         def __init__(self) -> None:
-            super().__init__(4, 3)
+            super().__init__(4, 8)
             self.drop: Any = None if as_number else torch.nn.Dropout(0.4)
             self.dropout = 0.4
 
@@ -549,6 +552,7 @@ def test_dropout_of_which_weights_do_not_say_where_it_is(as_number: bool) -> Non
                     x = torch.nn.functional.dropout(x, 0.4, self.training)
             return x, found
 
+    torch.manual_seed(1)
     theirs = Dropping()
     model = torch.nn.ModuleList([theirs])
     with pytest.raises(pn.UnsupportedError, match=r"'0' has dropout=0\.4 of .*pass dropout=… for what is dropped between layers"):
@@ -557,7 +561,7 @@ def test_dropout_of_which_weights_do_not_say_where_it_is(as_number: bool) -> Non
     assert layer.dropout == 0
     assert "dropout=0.4 of " in layer.provenance
     pn.replace_modules(model, {Dropping: "torch-fastrnns"}, dropout=0.4)
-    x, states = torch.randn(5, 2, 4), [(torch.randn(2, 3), torch.randn(2, 3)) for _ in range(2)]
+    x, states = torch.randn(5, 2, 4), [(torch.randn(2, 8), torch.randn(2, 8)) for _ in range(2)]
     found = []
     for module in (theirs, model[0]):
         torch.manual_seed(0)

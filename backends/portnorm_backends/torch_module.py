@@ -106,8 +106,9 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
     def _drawn(self, x: Array) -> Arrays:
         """What is kept in this call, by torch's own generator: as much as its recurrent layers take from it, in the same order."""
         steps, batch = (x.shape[1], x.shape[0]) if self._layer.batch_first else x.shape[:2]
+        drop = torch.nn.functional.dropout
         return {
-            name: torch.stack([torch.empty(draw.shape[1:], device=x.device).bernoulli_(1.0 - draw.p) for _ in range(draw.shape[0])]).bool()
+            name: torch.stack([drop(torch.ones(draw.shape[1:], device=x.device), draw.p) != 0 for _ in range(draw.shape[0])])
             for name, draw in self._layer.draws(steps, batch).items()
         }
 
