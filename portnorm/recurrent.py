@@ -90,7 +90,7 @@ def input_term(
 class Direction:
     """One direction of a recurrent layer, as pure functions of its parameters, buffers and inputs."""
 
-    cells: tuple[RecurrentCell, RecurrentCell]  # in inference and in training
+    cells: tuple[RecurrentCell, RecurrentCell, RecurrentCell]  # in inference, in training, and in training with a draw of zoneout
     hidden_size: int
     t_max: int
     reverse: bool = False
@@ -110,26 +110,33 @@ class Direction:
         training: bool = False,
         keep: bool = True,
         momentum: float | None,
+        hidden_mask: Array | None = None,
+        moves: Array | None = None,
     ) -> tuple[Array, State, Buffers, RecurrentResiduals | None]:
         """`(y, state, buffers, residuals)` for `x` (time, batch, inputs).
 
         `y` is (time, batch, outputs), or (batch, outputs) of the last step without `sequences`. `time` counts the steps that came before
-        this call (batch normalization only).
+        this call (batch normalization only). `hidden_mask` (batch, outputs) is what every step multiplies h with before its matrix product;
+        `moves` (time, batch, outputs), in the order of the steps, is False where zoneout leaves h as it was.
         """
         params, weights = _normalized_weights(params)
-        cell = self.cells[training]
+        cell = self.cells[training if moves is None else 2]
         by_batch = cell.variant.norm == "batch"
         mask = sequence_mask(x, lengths) if lengths is not None and (keep or (by_batch and training)) else None
         if self.reverse:
             x = reverse_sequences(x, lengths)
         residuals = None
-        if keep or (by_batch and training):
-            y, state, buffers, residuals = self._run(params, buffers, x, state, time, lengths, mask, training, keep, momentum)
+        masked = {} if hidden_mask is None else {"hidden_mask": hidden_mask}
+        if keep or (by_batch and training) or moves is not None:
+            drawn = {} if moves is None else {"zoneout": moves}
+            y, state, buffers, residuals = self._run(
+                params, buffers, x, state, time, lengths, mask, training, keep, momentum, cell, masked, drawn
+            )
             residuals = residuals._replace(weights=weights)
         elif by_batch or cell.variant.affine != "shared":
             y, state = self._run_in_parts(params, buffers, x, state, time, lengths, training)
         else:
-            terms, loop = self._input_params(cell, params, {}, None), self._loop_params(cell, params)
+            terms, loop = self._input_params(cell, params, {}, None), {**self._loop_params(cell, params), **masked}
             state, outputs = linear_scan(x, terms, state, loop, cell=cell, lengths=lengths, sequences=self.sequences)
             y = outputs[0] if self.sequences else state[0]
         if self.reverse and self.sequences and not self.backwards:
@@ -143,7 +150,7 @@ class Direction:
         found = []
         for start, part, left in in_parts(x, params["weight_ih"].shape[0], lengths):
             now = time + start if start and time is not None else time
-            y, state, _, _ = self._run(params, buffers, part, state, now, left, None, training, False)
+            y, state, _, _ = self._run(params, buffers, part, state, now, left, None, training, False, None, self.cells[training], {}, {})
             found.append(y)
         return (found[0] if len(found) == 1 else xp_of(x).concat(found) if self.sequences else found[-1]), state
 
@@ -158,15 +165,18 @@ class Direction:
         mask: Array | None,
         training: bool,
         keep: bool,
-        momentum: float | None = None,
+        momentum: float | None,
+        cell: RecurrentCell,
+        masked: Params,
+        drawn: Params,
     ) -> tuple[Array, State, Buffers, RecurrentResiduals]:
         """The input term and the loop, in the order of the steps."""
-        xp, cell = xp_of(x), self.cells[training]
+        xp = xp_of(x)
         batch, reduce = cell.variant.norm == "batch", cell.reduce
         given = at_steps(buffers, time, x) if batch and not training else {}
         rows = None if cell.variant.affine == "shared" else rows_of_steps(time, x, self.t_max)
-        loop = self._loop_params(cell, params)
-        steps = {**given, **{name: xp.take(loop.pop(name), rows, axis=0) for name in cell.stepwise()}}
+        loop = {**self._loop_params(cell, params), **masked}
+        steps = {**given, **drawn, **{name: xp.take(loop.pop(name), rows, axis=0) for name in cell.stepwise()}}
         u, input_residuals, seen = input_term(cell, self._input_params(cell, params, given, rows), x, mask)
         (state, outputs), scanned = scan.forward(
             (u, *(steps[name] for name in cell.given())), state, loop, cell=cell, lengths=lengths, sequences=self.sequences, keep=keep

@@ -69,7 +69,7 @@ def train(
         order = rng.permutation(count)
         for start in range(0, count - batch + 1, batch):
             loss, grads = loss_and_gradients(
-                model, data.take(order[start : start + batch]), model.initial_state(batch, noise=state_noise, rng=rng)
+                model, data.take(order[start : start + batch]), model.initial_state(batch, noise=state_noise, rng=rng), rng
             )
             if clip is not None:
                 grads, norm = clip_by_global_norm(grads, clip)
@@ -85,9 +85,9 @@ def train(
     return history
 
 
-def loss_and_gradients(model: Layer, batch: Dataset, state: Any = None) -> tuple[float, dict[str, Array]]:
-    """Mean cross-entropy of a batch, and its gradient by every parameter."""
-    logits, _, pullback = model.vjp(batch.x, state, lengths=batch.lengths, training=True)
+def loss_and_gradients(model: Layer, batch: Dataset, state: Any = None, rng: Any = None) -> tuple[float, dict[str, Array]]:
+    """Mean cross-entropy of a batch, and its gradient by every parameter; `rng` is that of a call."""
+    logits, _, pullback = model.vjp(batch.x, state, lengths=batch.lengths, training=True, rng=rng)
     loss, loss_pullback = vjp(softmax_cross_entropy, logits, batch.labels)
     grads: dict[str, Array] = pullback(loss_pullback(xp_of(loss).ones_like(loss))[0])[2]
     return float(loss), grads

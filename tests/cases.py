@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import portnorm as pn
+from portnorm.dropout import dropout
 from portnorm.layers.recurrent import Recurrent
 from portnorm.op import Op
 from portnorm.padding import pack_steps, unpack_steps, without_padding
@@ -85,6 +86,7 @@ OPS = [
     OpCase("without_padding", without_padding, lambda rng: (rng.standard_normal((2, 3, 4)), MASK[:, :, None])),
     OpCase("pack_steps", pack_steps, lambda rng: (rng.standard_normal((4, 3, 2)), GAPS)),
     OpCase("unpack_steps", unpack_steps, lambda rng: (rng.standard_normal((4, 3, 2)), GAPS, rng.standard_normal((3, 2)))),
+    OpCase("dropout", dropout, lambda rng: (rng.standard_normal((2, 3, 4)), rng.random((2, 3, 4)) < 0.5), {"p": 0.4}),
     OpCase("sigmoid", sigmoid, lambda rng: (rng.standard_normal((3, 4)) * 4,)),
     OpCase("mean_squared_error", pn.mean_squared_error, lambda rng: tuple(rng.standard_normal((2, 3, 4)))),
     OpCase(

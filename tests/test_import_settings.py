@@ -167,6 +167,23 @@ def test_an_ignored_setting_and_one_that_the_caller_says(tmp_path: Path, rng: np
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU"])
+def test_recurrent_dropout_of_keras_is_kept_where_it_is_the_same(kind: str, both: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Cells with gates mask h for each of them apart, which no layer here does, and say so."""
+
+    def made(k: Any) -> Any:
+        inner = getattr(k, kind)(H, recurrent_dropout=0.25, **SEQUENCES)
+        return k.Bidirectional(inner) if both else inner
+
+    keras_model(made, rng).save(tmp_path / "m.keras")
+    layer: Any = pn.import_checkpoint(tmp_path / "m.keras")
+    assert layer.recurrent_dropout == (0.25 if kind == "SimpleRNN" else 0.0)
+    noted = "recurrent_dropout=0.25, which is for training and masks h for each gate apart, is left out" in layer.provenance
+    assert noted == (kind != "SimpleRNN")
+
+
+@pytest.mark.peers
 def test_weights_of_keras_without_a_configuration_say_what_was_taken(tmp_path: Path, rng: np.random.Generator) -> None:
     keras_model(lambda k: k.LSTM(H), rng).save_weights(tmp_path / "m.weights.h5")
     said = pn.import_checkpoint(tmp_path / "m.weights.h5").provenance
@@ -482,7 +499,12 @@ def test_a_live_recurrent_module(ours: str, rng: np.random.Generator) -> None:
     more = {"nonlinearity": "relu"} if ours == "RNN" else {}
     theirs = torch_module(ours, D, H, 2, batch_first=True, bidirectional=True, dropout=0.5, **more).eval()
     layer: Any = pn.import_checkpoint(theirs)
-    assert "dropout=0.5 between layers, which is for training, is left out" in layer.provenance
+    assert layer.dropout == 0.5
+    assert "dropout=0.5" in layer.provenance
+    with pytest.warns(UserWarning, match="num_layers=1"):
+        alone = torch_module(ours, D, H, 1, dropout=0.5)  # which drops nothing
+    single: Any = pn.import_checkpoint(alone)
+    assert single.dropout == 0
     x = rng.standard_normal((3, 6, D))
     np.testing.assert_allclose(layer(x)[0], theirs(torch.asarray(x))[0].detach(), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
 

@@ -138,7 +138,7 @@ def sequences(draw: Any) -> tuple[pn.LSTM | pn.GRU | pn.RNN, Any, Any, bool]:
     rng = np.random.default_rng(seed)
     for key, p in layer.params.items():
         layer.params[key] = p + (0.3 * rng.standard_normal(p.shape)).astype(dtype)
-    training = draw(st.booleans()) and not layer.variant.zoneout
+    training = draw(st.booleans())
     batch = draw(st.integers(2 if training and layer.variant.norm == "batch" else 1, 6))
     x = (1 + rng.standard_normal((draw(st.integers(1, 6)), batch, 3))).astype(dtype)
     lengths = rng.integers(1, len(x) + 1, batch) if draw(st.booleans()) and layer.variant.eps > 0 else None

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from portnorm.arrays import Array, Autodiff, Differentiable, Kernel, Library, leaves
+from portnorm.errors import UnsupportedError
 from portnorm.scan import Body
 from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
 from portnorm_backends.jax_derivatives import is_floating, tangents_of
@@ -87,6 +88,17 @@ def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.core.Tracer)
 
 
+def _draws(rng: Any, shapes: list[tuple[int, ...]], x: Array) -> list[Array] | None:
+    if not _is_array(rng):
+        return None
+    if rng.ndim == 0 and jax.dtypes.issubdtype(rng.dtype, jax.numpy.integer):
+        rng = jax.random.key(rng)  # a seed that came through a transformation
+    if not jax.dtypes.issubdtype(rng.dtype, jax.dtypes.prng_key) and (rng.dtype.name, rng.ndim) != ("uint32", 1):
+        raise UnsupportedError(f"`rng` is an array {rng.dtype.name}{list(rng.shape)} of JAX; expected a key, such as jax.random.key(0)")
+    keys = jax.random.split(rng, max(1, len(shapes)))
+    return [jax.random.uniform(key, shape, dtype="float32") for key, shape in zip(keys, shapes, strict=False)]
+
+
 LIBRARY = Library(
     "jax",
     kernels={"loop": Kernel(call=loop)},
@@ -94,4 +106,5 @@ LIBRARY = Library(
     autodiff=Autodiff(_records, _call, jax.lax.stop_gradient, is_passing=lambda x: isinstance(x, jax.core.Tracer)),
     namespace=jax.numpy,  # while something is traced a constant can be of a type that is one of NumPy's too
     device=_device,
+    draws=_draws,
 )

@@ -87,6 +87,12 @@ def _steps_so_far(mask: Array) -> Array:
     return torch.cumsum(mask, dim=0)
 
 
+def _draws(rng: Any, shapes: list[tuple[int, ...]], x: Array) -> list[Array] | None:
+    if not isinstance(rng, torch.Generator):
+        return None
+    return [torch.rand(shape, generator=rng, device=rng.device).to(x.device) for shape in shapes]
+
+
 LIBRARY = Library(
     "torch",
     kernels={"sigmoid": Kernel(call=torch.sigmoid, forward=_sigmoid), "steps_so_far": Kernel(call=_steps_so_far)},
@@ -94,4 +100,5 @@ LIBRARY = Library(
     autodiff=Autodiff(_records, _call, constant=lambda x: x.detach(), is_passing=_is_passing, unrolls=_unrolls),
     namespace=array_api_compat.torch,
     device=lambda x: x.device,
+    draws=_draws,
 )

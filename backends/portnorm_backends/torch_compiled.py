@@ -34,9 +34,9 @@ torch.compiler.assume_constant_result(Layer.told)  # as long as `Layer.changes` 
 def call(function: Differentiable, args: tuple[Any, ...]) -> Any:
     """`function(*args)` as one node. The compiler follows this, and compares what is read here before it calls the graph again."""
     assert isinstance(function, LayerFunction)
-    layer, (params, buffers, x, state, lengths) = function.layer, args
+    layer, (params, buffers, x, state, lengths, random) = function.layer, args
     state = mapped(lambda a: a if torch.is_tensor(a) else torch.scalar_tensor(a, dtype=torch.int64, device=x.device), state)
-    arrays, form = taken_apart((params, buffers, x, state, lengths), torch.is_tensor)
+    arrays, form = taken_apart((params, buffers, x, state, lengths, random), torch.is_tensor)
     every = _every(layer)
     text = _written((layer.told(), [part.changes for part in every], [part.evaluates for part in every], function.training, form))
     y, *rest = torch.ops.portnorm.layer(text, arrays)
@@ -80,7 +80,7 @@ class _Call(NamedTuple):
 
     function: LayerFunction
     form: Any
-    """That of `(params, buffers, x, state, lengths)`."""
+    """That of `(params, buffers, x, state, lengths, random)`."""
 
 
 @functools.cache
@@ -162,11 +162,11 @@ def _(text: str, arrays: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
     function, form = _read(text)
     layer = function.layer
-    params, buffers, x, _, _ = put_together(form, arrays)
+    params, buffers, x, *_ = put_together(form, arrays)
     time, batch = (1, 0) if layer.batch_first else (0, 1)
     with unset_fake_temporarily(), torch.no_grad():
         shape = [_PROBED if axis < 2 else int(n) for axis, n in enumerate(x.shape)]
-        y, state, _ = LayerFunction(layer, False)(*mapped(_without_values, (params, buffers)), _without_values(x, shape), None, None)
+        y, state, _ = LayerFunction(layer, False)(*mapped(_without_values, (params, buffers)), _without_values(x, shape), None, None, None)
     along = {time: x.shape[time], batch: x.shape[batch]} if layer.keeps_time else {0: x.shape[batch]}
     found = [x.new_empty([along.get(axis, n) for axis, n in enumerate(y.shape)], dtype=y.dtype)]
     for a in leaves(state):  # (places, batch, features), or a number of steps

@@ -24,7 +24,8 @@ def torch_module(layer: Layer) -> TorchModule:
     (`hidden_size`, `batch_first`, `flatten_parameters()`, …), and `h, state = m.step(x, state)` for one step, `x` (batch, features).
 
     Parameters and buffers are copies of the layer's, under its names; a state dict of the module is one of the layer. `train()` takes the
-    batch's statistics and updates the running ones, `eval()` takes those. Gradients, `.to(...)`, `copy.deepcopy`, `torch.func` and
+    batch's statistics and updates the running ones, `eval()` takes those. What is dropped in training is drawn by torch's own generator
+    (`torch.manual_seed`), on the CPU just as `torch.nn.LSTM` and its like draw it. Gradients, `.to(...)`, `copy.deepcopy`, `torch.func` and
     `torch.nn.utils.parametrize` work as with torch's own layers. Computation is in the dtype of the parameters: under autocast floating
     inputs and states are converted to it, as torch does for its own norms, and nothing inside is computed in less. As any module of torch
     it starts in training mode. `portnorm.export_torch` exports a model with such modules; torch.onnx.export alone writes their loops out,
@@ -108,12 +109,22 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         # A call in training changes the buffers in place, this one or one that comes before the backward pass of this one.
         kept = self.training or torch.is_grad_enabled()
         before = {name: a.clone() for name, a in buffers.items()} if kept else buffers
-        y, state, new = self._layer.apply(params, before, x, state, lengths, self.training)
+        drawn = self._drawn(x) if self.training and self._layer.drops else None
+        y, state, new = self._layer.apply(params, before, x, state, lengths, self.training, rng=drawn)
         if self.training:
             with torch.no_grad():
                 for name, buffer in buffers.items():
                     buffer.copy_(new[name])
         return (y, state) if self._layer.recurrent else y
+
+    def _drawn(self, x: Array) -> Arrays:
+        """What is kept in this call, by torch's own generator: as much as its recurrent layers take from it, in the same order."""
+        steps, batch = (x.shape[1], x.shape[0]) if self._layer.batch_first else x.shape[:2]
+        drop = torch.nn.functional.dropout
+        return {
+            name: torch.stack([drop(torch.ones(draw.shape[1:], device=x.device), draw.p) != 0 for _ in range(draw.shape[0])])
+            for name, draw in self._layer.draws(steps, batch).items()
+        }
 
     def arrays(self) -> tuple[Arrays, Arrays]:
         """Parameters and buffers by the layer's names, as they are now."""

@@ -14,6 +14,7 @@ from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm_backends.torch_alone import check
 from portnorm_backends.torch_compare import Call, Compared
+from portnorm_backends.torch_settings import dropped_inside
 from portnorm_backends.torch_standin import stand_in
 from portnorm_backends.torch_trial import Trial
 from portnorm_backends.torch_twin import Twin
@@ -176,6 +177,13 @@ def _places(
 
 
 def _twin(path: str, module: torch.nn.Module, row: Replacement, config: dict[str, Any]) -> Twin:
+    lost = dropped_inside(module) if isinstance(row, str) else []
+    if lost and "dropout" not in config:
+        raise UnsupportedError(
+            f"{path!r} has {lost[0]}, of which its weights do not say where it is; pass dropout=… for what is dropped between layers, "
+            "as in torch.nn.LSTM, or 0 to leave it out"
+        )
+
     def layer_of(module: torch.nn.Module) -> Layer:
         if isinstance(row, str):
             return import_checkpoint(module, row, **config)

@@ -38,7 +38,7 @@ def held(module: torch.nn.Module) -> Held:
             found[key] = _stored(key, tensor, of_class.get(key.rpartition(".")[0]))
         else:
             found[key] = Stored.unreadable(key, f"`{key}` is {type(tensor).__name__}; expected a tensor{_PACKED}")
-    return Held(found, said_of=lambda keys: said_of(*_around(modules, keys)))
+    return Held(found, said_of=lambda keys: _said_around(modules, keys))
 
 
 _PACKED = ": modules that torch has quantized hold packed weights, and those before quantization are to be read"
@@ -56,6 +56,16 @@ def _around(modules: dict[str, torch.nn.Module], keys: Iterable[str]) -> tuple[t
     while name not in modules:
         name = name.rpartition(".")[0]
     return modules[name], name
+
+
+def _said_around(modules: dict[str, torch.nn.Module], keys: Iterable[str]) -> Said:
+    """The settings of the innermost module around the keys, and a note of what is dropped there, or outside where nothing else is."""
+    module, name = _around(modules, keys)
+    said, count = said_of(module, name), len(module.state_dict())
+    while name and len(modules[name.rpartition(".")[0]].state_dict()) == count:
+        name = name.rpartition(".")[0]
+    said.notes += [f"{lost}, which is for training, is not read" for lost in dropped_inside(modules[name])]
+    return said
 
 
 def _layer(module: torch.nn.Module) -> str | None:
@@ -78,7 +88,7 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
     if isinstance(module, torch.nn.RNNBase):
         said.values["batch_first"] = module.batch_first
         if module.dropout and module.num_layers > 1:
-            said.notes.append(f"dropout={module.dropout} between layers, which is for training, is left out")
+            said.values["dropout"] = module.dropout
         return said
     if isinstance(module, torch.nn.GroupNorm):
         said.values["num_groups"] = module.num_groups
@@ -127,6 +137,16 @@ def _tracking(said: Said, module: torch.nn.modules.batchnorm._NormBase) -> None:
     elif has != tracks:
         why = f"track_running_stats={tracks}, but {'has' if has else 'no'} running statistics"
         said.refused["track_running_stats"] = Refusal(f"{why}, so that training and evaluation differ from those of {said.layer} here")
+
+
+def dropped_inside(module: torch.nn.Module) -> list[str]:
+    """What a module drops in training and a layer in its place does not, in words: dropout that torch's recurrent layers do not do."""
+    found = []
+    for inner in module.modules():
+        rate = inner.p if isinstance(inner, torch.nn.modules.dropout._DropoutNd) else getattr(inner, "dropout", None)
+        if isinstance(rate, int | float) and rate > 0 and not isinstance(inner, torch.nn.RNNBase):
+            found.append(f"dropout={rate:g} of {type(inner).__name__}")
+    return found
 
 
 def _only(said: Said, name: str, found: list[tuple[torch.nn.Module, Any]]) -> None:

@@ -35,6 +35,9 @@ from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, nudged, random_inputs
 OUT = "next."
 """What stands before the name of an input in the name of its new value."""
 
+RANDOM = "random."
+"""What stands before the name of what is drawn for an update."""
+
 Values = dict[str, NumPyArray]
 
 
@@ -55,10 +58,11 @@ def export_training_step(
     (θ, buffers, s) ← optimizer(θ, clip(∂ loss(model(x), target) / ∂θ), s)
 
     Inputs: `x`, `target` (integers (…,) for `softmax_cross_entropy`, else like `y`), `lengths` if asked for, with `state=True` the states
-    before the first step (`h_0`, …; the noise that a BN-LSTM trains with is given there), then every parameter and buffer by its name and
-    the optimizer's state as `optimizer.<name>`; those are optional and start at the model's present values. Outputs: `loss`, with `clip`
-    the norm of the gradient before clipping as `gradient_norm`, and `next.<name>` of everything that changes. Every loop over time is a
-    `Scan`, so time and batch are free. `portnorm.load` reads the model from the file, with the values that are its defaults;
+    before the first step (`h_0`, …; the noise that a BN-LSTM trains with is given there), for a model that drops values the arrays of
+    `model.random_shapes` as `random.<name>` (float32, uniform in [0, 1), new ones for each update), then every parameter and buffer by
+    its name and the optimizer's state as `optimizer.<name>`; those are optional and start at the model's present values. Outputs: `loss`,
+    with `clip` the norm of the gradient before clipping as `gradient_norm`, and `next.<name>` of everything that changes. Every loop over
+    time is a `Scan`, so time and batch are free. `portnorm.load` reads the model from the file, with the values that are its defaults;
     `metadata=False` leaves out what it says of that.
 
     The graph is checked by three updates on random data, relative to how far eager training is from float64; only then the file appears.
@@ -111,11 +115,11 @@ class _Step:
         named = {f"optimizer.{name}": a for name, a in _flat(self.state)}
         return {name: to_numpy(a) for name, a in {**self.model.params, **self.model.buffers, **named}.items()}
 
-    def __call__(self, values: Mapping[str, Any], x: Any, target: Any, before: Any, lengths: Any) -> dict[str, Any]:
+    def __call__(self, values: Mapping[str, Any], x: Any, target: Any, before: Any, lengths: Any, drawn: Any) -> dict[str, Any]:
         params, buffers = ({name: values[name] for name in group} for group in (self.model.params, self.model.buffers))
         flat = iter([values[f"optimizer.{name}"] for name, _ in _flat(self.state)])
         state = mapped(lambda _: next(flat), self.state)
-        y, _, new_buffers, model_pullback = self.model.pure_vjp(params, buffers, x, before, lengths, training=True)
+        y, _, new_buffers, model_pullback = self.model.pure_vjp(params, buffers, x, before, lengths, training=True, rng=drawn)
         value, pullback = vjp(self.loss, y, target)
         grads = model_pullback(pullback(_one_like(value))[0])[2]
         found = {"loss": value}
@@ -147,10 +151,12 @@ def _trace(step: _Step, version: int, *, state: bool, lengths: bool) -> Any:
     given = {name: graph_input(name, a.dtype, a.shape, target) for name, a in initial.items()}
     lens = graph_input("lengths", "int64", ("batch",), target) if lengths and model.recurrent else None
     states, before = state_inputs(model, target, model.dtype, "batch") if state else ([], first_states(model))
+    shapes = model.random_shapes("time", "batch")
+    drawn = {name: graph_input(f"{RANDOM}{name}", "float32", shape, target) for name, shape in shapes.items()}
     y = model.apply({n: constant(a) for n, a in model.params.items()}, {n: constant(a) for n, a in model.buffers.items()}, x, before)[0]
     labels = _target(step.loss, y, target)
-    batch += [labels, *([] if lens is None else [lens]), *states]
-    outputs = step(given, x, labels, before, lens)
+    batch += [labels, *([] if lens is None else [lens]), *states, *drawn.values()]
+    outputs = step(given, x, labels, before, lens, drawn)
     unused = [n for n, a in outputs.items() if isinstance(a, SymbolicArray) and a.opset is None and a.constant is not None]
     if unused:
         raise ExportError(f"{unused[0]} does not depend on the batch")
@@ -181,11 +187,15 @@ def _check(draft: Draft, step: _Step, *, state: bool, lengths: bool) -> list[Com
     else:
         labels = rng.standard_normal(y.shape).astype(y.dtype)
 
+    steps = x.shape[1 if step.model.batch_first else 0]
+    shapes = step.model.random_shapes(steps, batch)
+    drawn = [{name: rng.random(shape, dtype="float32") for name, shape in shapes.items()} for _ in range(UPDATES)]
+
     def run(one: _Step, change: Any) -> list[Values]:
-        values, found = floats(change, one.initial()), []
+        values, found = floats(change, one.initial()), list[Values]()
         inputs = floats(change, (x, labels, before))
         for _ in range(UPDATES):
-            found.append(one(values, inputs[0], inputs[1], inputs[2], lens))
+            found.append(one(values, inputs[0], inputs[1], inputs[2], lens, drawn[len(found)]))
             values = _next(found[-1])
         return found
 
@@ -199,7 +209,7 @@ def _check(draft: Draft, step: _Step, *, state: bool, lengths: bool) -> list[Com
     comparisons: list[Comparison] = []
     values: Values = {}
     for update in range(UPDATES):
-        result = session(feed | values)
+        result = session(feed | {RANDOM + name: a for name, a in drawn[update].items()} | values)
         values = _next(result)
         for name, a in result.items():
             truth = numpy.asarray(exact[update][name])

@@ -22,6 +22,8 @@ class RecurrentCell:
     training: bool = False
     reduce: Reduce | None = None
     """The sum over all processes that have a part of the batch, for its statistics."""
+    draws_zoneout: bool = False
+    """Whether a step is given which features zoneout leaves as they were; else it takes the expectation."""
     late_biases: dict[str, tuple[str, ...]] = field(init=False, compare=False, repr=False)
     """By the slot whose shift their sum is: the parameters that are added to the gates after normalization."""
     slots: dict[str, Slot] = field(init=False, compare=False, repr=False)
@@ -47,7 +49,7 @@ class RecurrentCell:
         object.__setattr__(self, "slots", self._slots())
         object.__setattr__(self, "input_slot", self._input_slot())
         object.__setattr__(self, "early_biases", self._early_biases())
-        object.__setattr__(self, "_hash", hash((type(self), self.variant, self.training, self.reduce)))
+        object.__setattr__(self, "_hash", hash((type(self), self.variant, self.training, self.reduce, self.draws_zoneout)))
 
     def __hash__(self) -> int:
         """Computed once: a cell is looked up in every call."""
@@ -141,10 +143,11 @@ class RecurrentCell:
     # -- what enters the loop --------------------------------------------------------------------------------------------------------
 
     def given(self) -> tuple[str, ...]:
-        """Names of what a step has for itself beside the input term: statistics unless training, gains and shifts by step."""
+        """Names of what a step has for itself beside the input term: statistics unless training, gains and shifts by step, zoneout's
+        mask."""
         statistics = () if self.training or self.variant.norm != "batch" else ("mean", "var")
         tracked = [name for name, slot in self.slots.items() if slot.normalizes]
-        return (*(f"{name}.{s}" for name in tracked for s in statistics), *self.stepwise())
+        return (*(f"{name}.{s}" for name in tracked for s in statistics), *self.stepwise(), *(("zoneout",) if self.draws_zoneout else ()))
 
     def stepwise(self) -> tuple[str, ...]:
         """Names of the gains and shifts that each step has for itself."""
@@ -173,13 +176,30 @@ class RecurrentCell:
         a = h * columns if self.variant.recurrence == "diagonal" else xp_of(h).matmul(h, columns)
         return a if bias is None else a + bias
 
-    def stays(self, before: Array, after: Array) -> Array:
-        """The hidden state with the part of it that zoneout leaves as it was."""
+    def dropped(self, params: Mapping[str, Array], h: Array) -> Array:
+        """h as its matrix product sees it, in training with recurrent dropout (Gal & Ghahramani 2016): h ⊙ m, m the same in every step.
+
+        m (batch, outputs) is 0 or 1/(1−p). It is its own vjp.
+        """
+        m = params.get("hidden_mask")
+        return h if m is None else h * m
+
+    def moves(self, x: tuple[Array, ...]) -> Array | None:
+        """(batch, outputs): where h takes its new value; `None` where that is not drawn."""
+        return x[-1] if self.draws_zoneout else None
+
+    def stays(self, before: Array, after: Array, moves: Array | None) -> Array:
+        """The hidden state with the part of it that zoneout leaves as it was (Krueger et al. 2017): what was drawn, or its expectation."""
+        if moves is not None:
+            return xp_of(after).where(moves, after, before)
         p = self.variant.zoneout
         return after + p * (before - after) if p else after
 
-    def stays_vjp(self, dh: Array) -> tuple[Array | float, Array]:
+    def stays_vjp(self, dh: Array, moves: Array | None) -> tuple[Array | float, Array]:
         """(cotangent of h before the step through `stays`, cotangent of the new h)"""
+        if moves is not None:
+            xp = xp_of(dh)
+            return xp.where(xp.logical_not(moves), dh, 0.0), xp.where(moves, dh, 0.0)
         p = self.variant.zoneout
         return (p * dh, (1.0 - p) * dh) if p else (0.0, dh)
 

@@ -15,7 +15,7 @@ update="replace" z and 1 − z change places in h'.
 "after" is what torch, Keras with reset_after, ONNX with linear_before_reset=1 and Ba, Kiros & Hinton 2016 have; "before" is the first
 paper, Keras without reset_after, and ONNX with linear_before_reset=0; "sum" is Dreamer's, and `None` is Li-GRU (Ravanelli et al. 2018).
 The gates are in the order of torch: r, z, n. Keras, haste and ONNX have z first. In Ba et al. 2016, and with update="replace", z is what
-the candidate replaces.
+the candidate replaces. With recurrent dropout h ⊙ m stands for h wherever it is multiplied with U, and h itself is carried by z.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class GRUResiduals(NamedTuple):
     r: Any  # None where there is no reset gate
     z: Array
     n: Array
-    reset: Array  # what r is multiplied with; before the product, r ⊙ h
+    reset: Array  # what r is multiplied with; before the product, r ⊙ h with the h that the product sees
     normalized: dict[str, tuple[Any, ...]]
+    moves: Array | None  # where zoneout lets h take its new value, if that was drawn
 
 
 class GRUCell(RecurrentCell):
@@ -99,26 +100,27 @@ class GRUCell(RecurrentCell):
 
     def step(self, params: Params, state: State, x: tuple[Array, ...], active: Array | None) -> tuple[State, State, GRUResiduals]:
         (h,) = state
-        v, norm = self.variant, self.normalizers(params, x, active)
+        v, norm, masked, moves = self.variant, self.normalizers(params, x, active), self.dropped(params, h), self.moves(x)
         parts, width = (self.gates - 1, 1), (self.gates - 1) * h.shape[-1]
         if v.reset in ("sum", None):
-            gates, p = split(norm("norm_sum", x[0] + norm("norm_hh", self.hidden_term(params, h))), parts)
+            gates, p = split(norm("norm_sum", x[0] + norm("norm_hh", self.hidden_term(params, masked))), parts)
             r, z = self._opened(gates)
             reset, p = p, p if r is None else r * p
         else:
             u, u_n = split(x[0], parts)
             if v.reset == "before":
-                r, z = self._opened(norm("norm_sum", u + norm("norm_hh", self.hidden_term(params, h, 0, width))))
-                reset = r * h
+                r, z = self._opened(norm("norm_sum", u + norm("norm_hh", self.hidden_term(params, masked, 0, width))))
+                reset = r * masked
                 p = u_n + norm("norm_hn", self.hidden_term(params, reset, width))
             else:
-                a, reset = split(norm("norm_hh", self.hidden_term(params, h)), parts)
+                a, reset = split(norm("norm_hh", self.hidden_term(params, masked)), parts)
                 r, z = self._opened(norm("norm_sum", u + a))
                 p = u_n + r * reset
             p = norm("norm_n", p)
         n = self.functions[1].of(p)
         kept, replaced = (h, n) if v.update == "keep" else (n, h)  # by z, by 1 − z
-        return (self.stays(h, replaced + z * (kept - replaced)),), tuple(norm.statistics), GRUResiduals(h, r, z, n, reset, norm.residuals)
+        residuals = GRUResiduals(h, r, z, n, reset, norm.residuals, moves)
+        return (self.stays(h, replaced + z * (kept - replaced), moves),), tuple(norm.statistics), residuals
 
     def _opened(self, gates: Array) -> tuple[Any, Array]:
         """(r or `None`, z) from what goes into the sigmoid."""
@@ -128,10 +130,11 @@ class GRUCell(RecurrentCell):
     def step_vjp(
         self, params: Params, residuals: GRUResiduals, dstate: State, active: Array | None
     ) -> tuple[State, tuple[Array, ...], Params]:
-        h, r, z, n, reset, normalized = residuals
+        h, r, z, n, reset, normalized, moves = residuals
         v, xp, norm_vjp, weights = self.variant, xp_of(h), SlotsVjp(self.slots, normalized, active), params["weight_hh"]
         width, (opened, candidate, _) = (self.gates - 1) * h.shape[-1], self.functions
-        dstays, dh = self.stays_vjp(dstate[0])
+        masked = self.dropped(params, h)
+        dstays, dh = self.stays_vjp(dstate[0], moves)
         kept, replaced = (z, 1.0 - z) if v.update == "keep" else (1.0 - z, z)  # of h, of n
         before = dh * kept + dstays
         terms: tuple[Array, ...] = ()
@@ -146,13 +149,13 @@ class GRUCell(RecurrentCell):
             if v.reset == "before":
                 dcandidate = norm_vjp("norm_hn", dp)
                 dreset = xp.matmul(dcandidate, weights[width:, :])
-                before, dr, terms = before + dreset * r, dreset * h, (dcandidate, reset)
+                before, dr, terms = before + self.dropped(params, dreset * r), dreset * masked, (dcandidate, reset)
             else:
                 dr = dp * reset
             gates = norm_vjp("norm_sum", xp.concat((opened.vjp(r, dr), dz), axis=-1))
             dx = xp.concat((gates, dp), axis=-1)
             dhidden = norm_vjp("norm_hh", gates if v.reset == "before" else xp.concat((gates, dp * r), axis=-1))
             weights = weights[:width, :] if v.reset == "before" else weights
-        before = before + xp.matmul(dhidden, weights)
+        before = before + self.dropped(params, xp.matmul(dhidden, weights))
         by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())
-        return (before,), (dx, dhidden, h, *terms, *by_step), norm_vjp.shares
+        return (before,), (dx, dhidden, masked, *terms, *by_step), norm_vjp.shares

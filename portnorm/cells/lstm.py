@@ -26,13 +26,14 @@ from portnorm.sums import total_like
 class LSTMResiduals(NamedTuple):
     """What the vjp of one step needs; every array is (batch, hidden)."""
 
-    h: Array  # before the step
+    h: Array  # before the step, as the matrix product sees it
     c: Array  # before the step
     gates: tuple[Array, Array, Array, Array]  # σ(i), σ(f), tanh(g), σ(o)
     after: Array | None  # c after the step, where peepholes or clipping need it
     tanh_c: Array  # or what stands in tanh's place
     unprojected: Array | None  # σ(o) ⊙ tanh(…) where it is projected
     normalized: dict[str, tuple[Any, ...]]  # residuals of the slots that are filled
+    moves: Array | None  # where zoneout lets h take its new value, if that was drawn
 
 
 class LSTMCell(RecurrentCell):
@@ -55,9 +56,10 @@ class LSTMCell(RecurrentCell):
 
     def step(self, params: Params, state: State, x: tuple[Array, ...], active: Array | None) -> tuple[State, State, LSTMResiduals]:
         h, c_before = state
-        v, xp, norm = self.variant, xp_of(h), self.normalizers(params, x, active)
+        v, xp, norm, moves = self.variant, xp_of(h), self.normalizers(params, x, active), self.moves(x)
         opened, candidate, seen = self.functions
-        z = norm("norm_sum", x[0] + norm("norm_hh", self.hidden_term(params, h)))
+        masked = self.dropped(params, h)
+        z = norm("norm_sum", x[0] + norm("norm_hh", self.hidden_term(params, masked)))
         i, f, g, o = split(z, self.gates)
         if v.peepholes:
             i, f = i + params["peephole"][0, :] * c_before, f + params["peephole"][1, :] * c_before
@@ -74,17 +76,17 @@ class LSTMCell(RecurrentCell):
         y, unprojected = o * tanh_c, None
         if "weight_hr" in params:
             y, unprojected = xp.matmul(y, xp.matrix_transpose(params["weight_hr"])), y
-        residuals = LSTMResiduals(h, c_before, (i, f, g, o), after, tanh_c, unprojected, norm.residuals)
-        return (self.stays(h, y), c), tuple(norm.statistics), residuals
+        residuals = LSTMResiduals(masked, c_before, (i, f, g, o), after, tanh_c, unprojected, norm.residuals, moves)
+        return (self.stays(h, y, moves), c), tuple(norm.statistics), residuals
 
     def step_vjp(
         self, params: Params, residuals: LSTMResiduals, dstate: State, active: Array | None
     ) -> tuple[State, tuple[Array, ...], Params]:
-        h, c_before, (i, f, g, o), after, tanh_c, unprojected, normalized = residuals
+        h, c_before, (i, f, g, o), after, tanh_c, unprojected, normalized, moves = residuals
         v, xp, norm_vjp = self.variant, xp_of(h), SlotsVjp(self.slots, normalized, active)
         opened, candidate, seen = self.functions
         dh, dc = dstate
-        dstays, dh = self.stays_vjp(dh)
+        dstays, dh = self.stays_vjp(dh, moves)
         projected: tuple[Array, ...] = ()
         if unprojected is not None:
             projected, dh = (dh, unprojected), xp.matmul(dh, params["weight_hr"])
@@ -109,4 +111,5 @@ class LSTMCell(RecurrentCell):
         dx = norm_vjp("norm_sum", xp.concat((di, df, dg, do), axis=-1))
         dhidden = norm_vjp("norm_hh", dx)
         by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())
-        return (xp.matmul(dhidden, params["weight_hh"]) + dstays, dc), (dx, dhidden, h, *projected, *by_step), norm_vjp.shares
+        dbefore = self.dropped(params, xp.matmul(dhidden, params["weight_hh"]))
+        return (dbefore + dstays, dc), (dx, dhidden, h, *projected, *by_step), norm_vjp.shares

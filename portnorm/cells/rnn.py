@@ -18,9 +18,10 @@ from portnorm.scan import Params, State
 class RNNResiduals(NamedTuple):
     """What the vjp of one step needs; arrays are (batch, hidden)."""
 
-    before: Array  # h before the step
+    before: Array  # h before the step, as the matrix product sees it
     y: Array  # φ(…)
     normalized: dict[str, tuple[Any, ...]]
+    moves: Array | None  # where zoneout lets h take its new value, if that was drawn
 
 
 class RNNCell(RecurrentCell):
@@ -43,17 +44,17 @@ class RNNCell(RecurrentCell):
 
     def step(self, params: Params, state: State, x: tuple[Array, ...], active: Array | None) -> tuple[State, State, RNNResiduals]:
         (before,) = state
-        norm = self.normalizers(params, x, active)
-        z = norm("norm_sum", x[0] + norm("norm_hh", self.hidden_term(params, before)))
+        norm, masked, moves = self.normalizers(params, x, active), self.dropped(params, before), self.moves(x)
+        z = norm("norm_sum", x[0] + norm("norm_hh", self.hidden_term(params, masked)))
         y = self.functions[1].of(z)
-        return (self.stays(before, y),), tuple(norm.statistics), RNNResiduals(before, y, norm.residuals)
+        return (self.stays(before, y, moves),), tuple(norm.statistics), RNNResiduals(masked, y, norm.residuals, moves)
 
     def step_vjp(
         self, params: Params, residuals: RNNResiduals, dstate: State, active: Array | None
     ) -> tuple[State, tuple[Array, ...], Params]:
-        before, y, normalized = residuals
+        before, y, normalized, moves = residuals
         xp, norm_vjp = xp_of(before), SlotsVjp(self.slots, normalized, active)
-        dstays, dh = self.stays_vjp(dstate[0])
+        dstays, dh = self.stays_vjp(dstate[0], moves)
         dx = norm_vjp("norm_sum", self.functions[1].vjp(y, dh))
         dhidden = norm_vjp("norm_hh", dx)
         by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())
@@ -61,4 +62,4 @@ class RNNCell(RecurrentCell):
             dbefore = dhidden * xp.matrix_transpose(params["weight_hh"])
         else:
             dbefore = xp.matmul(dhidden, params["weight_hh"])
-        return (dbefore + dstays,), (dx, dhidden, before, *by_step), norm_vjp.shares
+        return (self.dropped(params, dbefore) + dstays,), (dx, dhidden, before, *by_step), norm_vjp.shares

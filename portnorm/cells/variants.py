@@ -31,7 +31,7 @@ class Variant:
         GRU    (r, z) = σ(split(a));   n = φ(…), the reset gate in it as `reset` says;   h' = (1 − z) ⊙ n + z ⊙ h
         RNN    h' = φ(a)
 
-    and h ← zoneout · h + (1 − zoneout) · h'. A normalizer is N(v) = γ ⊙ (v − mean) / √(var + ε) + β.
+    and h ← zoneout · h + (1 − zoneout) · h', in training h or h' by a draw. A normalizer is N(v) = γ ⊙ (v − mean) / √(var + ε) + β.
 
     Fields:
       source: where the cell was published; free text.
@@ -65,7 +65,8 @@ class Variant:
       output_activation: LSTM: ψ, by the same names; `None` is the same as φ.
       peepholes: LSTM: whether the gates see the cell state (Gers & Schmidhuber 2000): i and f the one before the step, o the one after.
       clip: LSTM: the largest magnitude of c', or `None`.
-      zoneout: the part of h that stays as it was (Krueger et al. 2017), as inference takes it; there is no training with it.
+      zoneout: the part of h that stays as it was (Krueger et al. 2017; their c has none here): in training the features that stay are
+        drawn in every step, inference takes the expectation.
     """
 
     source: str

@@ -180,6 +180,16 @@ _SEQUENCE: dict[str, Reading] = {
     "zero_output_for_mask": _inert,
     "implementation": _inert,
 }
+
+
+def _recurrent_dropout(value: Any, reader: Reader) -> None:
+    """One mask for a sequence, as here, where there is one gate; cells with several have a mask for each."""
+    if value and reader.said.layer == "RNN":
+        reader.said.values["recurrent_dropout"] = float(value)
+    elif value:
+        reader.said.notes.append(f"recurrent_dropout={value}, which is for training and masks h for each gate apart, is left out")
+
+
 _CELL: dict[str, Reading] = {
     "dtype": _dtype,
     "activation": _function("activation", "activation"),
@@ -187,7 +197,7 @@ _CELL: dict[str, Reading] = {
     "unit_forget_bias": _inert,
     "implementation": _inert,
     "dropout": _noted("dropout={}, which is for training, is left out"),
-    "recurrent_dropout": _noted("recurrent_dropout={}, which is for training, is left out"),
+    "recurrent_dropout": _recurrent_dropout,
     "reset_after": _say("reset", lambda value: "after" if value else "before"),
 }
 _OURS = {"activation": ("activation",), "recurrent_activation": ("gate_activation",), "reset_after": ("reset",)}

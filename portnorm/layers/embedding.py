@@ -47,7 +47,15 @@ class Embedding(StatelessLayer):
         return ()
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
+        self,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any,
+        lengths: Counted,
+        training: bool,
+        keep: bool,
+        random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         if not keep:
             return embedding(x, params["weight"]), state, buffers, None

@@ -33,6 +33,7 @@ from portnorm.arrays import (
 )
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator
+from portnorm.layers.randomness import Draw, uniform_numbers
 from portnorm.op import require_cotangent
 from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of, valid, without_padding
 from portnorm.scalars import switch
@@ -78,6 +79,8 @@ class Layer:
     changes: str = "0"
     """Another text for every layer of this process, and after every change of an argument: whoever keeps something that was made of the
     configuration compares it. Not a number, of which `torch.compile` would think that the graph takes any."""
+    drops: bool = False
+    """Whether a call in training drops values at random, and so takes `rng`."""
     _settings: tuple[str, ...] = ()
     _given: tuple[str, ...] = ()
 
@@ -135,9 +138,20 @@ class Layer:
     # -- the pure form -------------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
+        self,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any,
+        lengths: Counted,
+        training: bool,
+        keep: bool,
+        random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
-        """`(y, state, buffers, residuals)`; without `keep` the residuals are not needed. `lengths` may be a `Mask` in its stead."""
+        """`(y, state, buffers, residuals)`; without `keep` the residuals are not needed. `lengths` may be a `Mask` in its stead.
+
+        `random` has the uniform numbers of `random_shapes`; nothing is dropped where it is `None`.
+        """
         raise NotImplementedError
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array | None, Any, Arrays]:
@@ -154,46 +168,58 @@ class Layer:
         training: bool = False,
         *,
         mask: Array | None = None,
+        rng: Any = None,
     ) -> tuple[Array, Any, Arrays]:
         """The layer as a pure function: `(y, state, buffers)`. JAX transforms and the exporter use this form.
 
-        torch's autograd and JAX's differentiate it as one function, by `backward`; running statistics are constants to them.
+        `rng` is that of a call. torch's autograd and JAX's differentiate it as one function, by `backward`; running statistics are
+        constants to them.
         Raises `CheckpointError` where `params` or `buffers` have not just the names and shapes of the layer's.
         """
         self._check_given(params, buffers)
         if mask is not None:
             lengths = mask_of(x, mask, self.feature_axes(x.ndim))
-        return self._applied(params, buffers, x, state, lengths, training)
+        random = uniform_numbers(self, params, x, rng) if training and self.drops else None
+        return self._applied(params, buffers, x, state, lengths, training, random)
 
     def _applied(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, random: Arrays | None = None
     ) -> tuple[Array, Any, Arrays]:
         training = self._trains(training)
         autodiff = library(x).autodiff
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
         if autodiff is None or not (autodiff.records((params, buffers, x, state)) or (self.recurrent and autodiff.unrolls(self))):
-            y, state, new, _ = self.forward(params, buffers, x, state, lengths, training, False)
+            y, state, new, _ = self.forward(params, buffers, x, state, lengths, training, False, random)
         else:
-            y, state, new = autodiff.call(LayerFunction(self, training), (params, buffers, x, state, lengths), {})
+            y, state, new = autodiff.call(LayerFunction(self, training), (params, buffers, x, state, lengths, random), {})
         there = None if lengths is None else self._there(y, lengths)
         y = y if there is None else xp_of(y).where(there, y, 0.0)
         return y, state, _constant(new) if training else buffers
 
     def pure_vjp(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any = None, lengths: Counted = None, training: bool = False
+        self,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any = None,
+        lengths: Counted = None,
+        training: bool = False,
+        *,
+        rng: Any = None,
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         """`(y, state, buffers, pullback)` with `dx, dstate, grads = pullback(dy, dstate)`: what `apply` computes, with its vjp."""
         self._check_given(params, buffers)
-        return self._applied_vjp(params, buffers, x, state, lengths, training)
+        random = uniform_numbers(self, params, x, rng) if training and self.drops else None
+        return self._applied_vjp(params, buffers, x, state, lengths, training, random)
 
     def _applied_vjp(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool
+        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, random: Arrays | None = None
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         training = self._trains(training)
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
-        y, out, new, residuals = self.forward(params, buffers, x, state, lengths, training, True)
+        y, out, new, residuals = self.forward(params, buffers, x, state, lengths, training, True, random)
         there = None if lengths is None else self._there(y, lengths)
         y = y if there is None else xp_of(y).where(there, y, 0.0)
 
@@ -226,7 +252,9 @@ class Layer:
 
     # -- the object ----------------------------------------------------------------------------------------------------------------
 
-    def __call__(self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False) -> Any:
+    def __call__(
+        self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
+    ) -> Any:
         """`y`, or `(y, state)` for a recurrent layer. `training=True` uses the batch's statistics and updates the running ones.
 
         Where `x` is (time, batch, features), `lengths` (batch,) counts each sequence's steps, and what follows them is padding. `mask` is
@@ -236,20 +264,29 @@ class Layer:
         where a `mask` is given, and holds its state: a masked step repeats the result of the step before, or at first the state that came
         (0 if `bidirectional`), and what follows such a layer in a `Sequential` takes that for its input, unless it takes statistics over
         time. The cotangent of a repeated result counts; that of a 0 does not.
+
+        `rng` is where a layer that drops values in training takes its randomness from: a seed, a `numpy.random.Generator`, under JAX a key
+        (`jax.random.key(0)`, also inside `jit`), with torch a `torch.Generator`; or the numbers themselves, a mapping of the names of
+        `random_shapes` to arrays of numbers uniform in [0, 1), or of truth values, True for what is kept. A seed drops the same in every
+        call. Raises `ArgumentError` where it is needed and missing; where nothing is drawn it is not looked at.
         """
         lengths = self._checked(x, state, lengths, mask)
-        y, state, buffers = self._applied(self.params, self.buffers, x, state, lengths, training)
+        random = uniform_numbers(self, self.params, x, rng) if training and self.drops else None
+        y, state, buffers = self._applied(self.params, self.buffers, x, state, lengths, training, random)
         if training:
             self._keep(buffers)
         return (y, state) if self.recurrent else y
 
-    def vjp(self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False) -> Any:
+    def vjp(
+        self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
+    ) -> Any:
         """`y, pullback` with `dx, grads = pullback(dy)`; recurrent: `y, state, pullback` with `dx, dstate, grads = pullback(dy, dstate)`.
 
         Either cotangent of a recurrent layer may be `None` for zero. `grads` has the names of `parameters()`.
         """
         lengths = self._checked(x, state, lengths, mask)
-        y, out, buffers, pure = self._applied_vjp(self.params, self.buffers, x, state, lengths, training)
+        random = uniform_numbers(self, self.params, x, rng) if training and self.drops else None
+        y, out, buffers, pure = self._applied_vjp(self.params, self.buffers, x, state, lengths, training, random)
         if training and not self.evaluates:
             self._keep(_constant(buffers))
 
@@ -414,6 +451,7 @@ class Layer:
         `batches` yields `x`, `(x, lengths)` or `(x, lengths, state)`. This is how Cooijmans et al. 2016 evaluate, with batches of one size;
         as theirs, the population variance is the average of the batches' variances (of whichever kind the layer keeps, biased or
         unbiased), without the variance of their means. The moving average is only a live estimate.
+        Nothing is dropped at random while the statistics are taken.
         """
         if self.evaluates:
             raise UnsupportedError(f"{type(self).__name__} evaluates since `eval` was called, and takes no statistics; call `train` first")
@@ -448,6 +486,23 @@ class Layer:
         """The state before the first step; `None` for a layer that has none."""
         return None
 
+    def random_shapes(self, steps: Any, batch: Any) -> dict[str, tuple[Any, ...]]:
+        """The names and shapes of the numbers that a call in training on so many steps and sequences takes, as `rng` may give them.
+
+        For a recurrent layer, whether it has `batch_first` or not: `dropout` (layers − 1, time, batch, directions × hidden),
+        `recurrent_dropout` (layers × directions, batch, hidden), `zoneout` (layers × directions, time, batch, hidden). The time is that of
+        the steps as a direction takes them, a reverse one from the end. Parts of a `Sequential` have their place in front: `0.dropout`.
+
+        >>> import portnorm as pn
+        >>> pn.LSTM(3, 4, num_layers=2, dropout=0.2, recurrent_dropout=0.1).random_shapes(steps=7, batch=5)
+        {'dropout': (1, 7, 5, 4), 'recurrent_dropout': (2, 5, 4)}
+        """
+        return {name: draw.shape for name, draw in self.draws(steps, batch).items()}
+
+    def draws(self, steps: Any, batch: Any) -> dict[str, Draw]:
+        """`random_shapes` with the part that is dropped."""
+        return {}
+
     def input_dims(self) -> tuple[int | str, ...]:
         """The shape of `x` with names for the lengths that vary, as the exporter needs it."""
         raise NotImplementedError
@@ -466,11 +521,11 @@ class StatelessLayer(Layer):
     if TYPE_CHECKING:
 
         def __call__(
-            self, x: Array, state: None = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+            self, x: Array, state: None = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
         ) -> Array: ...
 
         def vjp(
-            self, x: Array, state: None = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+            self, x: Array, state: None = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
         ) -> tuple[Array, Callable[[Array], tuple[Array | None, Arrays]]]: ...
 
 
@@ -496,12 +551,12 @@ class LayerFunction:
     training: bool
 
     def __call__(self, *args: Any, **attrs: Any) -> Any:
-        params, buffers, x, state, lengths = args
-        return self.layer.forward(params, buffers, x, state, lengths, self.training, False)[:3]
+        params, buffers, x, state, lengths, random = args
+        return self.layer.forward(params, buffers, x, state, lengths, self.training, False, random)[:3]
 
     def forward(self, *args: Any, **attrs: Any) -> tuple[Any, Any]:
-        params, buffers, x, state, lengths = args
-        y, state, buffers, residuals = self.layer.forward(params, buffers, x, state, lengths, self.training, True)
+        params, buffers, x, state, lengths, random = args
+        y, state, buffers, residuals = self.layer.forward(params, buffers, x, state, lengths, self.training, True, random)
         return (y, state, buffers), residuals
 
     def vjp(self, residuals: Any, cotangent: Any, /, **attrs: Any) -> tuple[Any, ...]:

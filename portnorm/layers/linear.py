@@ -47,7 +47,15 @@ class Linear(StatelessLayer):
         return ("batch", self.in_features)
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
+        self,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any,
+        lengths: Counted,
+        training: bool,
+        keep: bool,
+        random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         if not keep:
             return linear(x, params["weight"], params.get("bias")), state, buffers, None

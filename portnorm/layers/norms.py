@@ -61,7 +61,15 @@ class _Norm(StatelessLayer):
         return {}
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
+        self,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any,
+        lengths: Counted,
+        training: bool,
+        keep: bool,
+        random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         attributes = self.attributes(buffers, x, lengths, training)
         if not keep and not training:
@@ -282,9 +290,17 @@ class InstanceNorm(_Tracking):
         return {**super().attributes(buffers, x, lengths, training), **running}
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
+        self,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any,
+        lengths: Counted,
+        training: bool,
+        keep: bool,
+        random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
-        y, state, buffers, residuals = super().forward(params, buffers, x, state, lengths, training, keep)
+        y, state, buffers, residuals = super().forward(params, buffers, x, state, lengths, training, keep, random)
         if training and self.track_running_stats and 0 not in x.shape:
             buffers = self._after(buffers, x, None if lengths is None else self.valid(x, lengths))
         return y, state, buffers, residuals

@@ -14,10 +14,12 @@ from portnorm.cells.gru import GRUCell
 from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
 from portnorm.cells.variants import NormName, Variant, variant_of
+from portnorm.dropout import dropout
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import HIDDEN, Generator, HiddenInit, Start, generator, initial_values
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.layers.names import in_direction, with_suffix, without_suffix
+from portnorm.layers.randomness import Draw, Drawn
 from portnorm.layers.state import PlacedState, checked_time
 from portnorm.norm.normalize import Reduce
 from portnorm.padding import Counted, Mask, are_in_front, pack_steps, unpack_steps
@@ -31,7 +33,8 @@ Way = Literal["forward", "reverse", "backwards"]
 DIRECTIONS: tuple[str, ...] = get_args(Way)
 
 _SIZES = ("input_size", "hidden_size", "norm", "num_layers", "bidirectional")
-_SETTINGS = (*_SIZES, "batch_first", "return_sequences", "direction", "t_max", "momentum", "proj_size", "learned_state")
+_RATES = ("dropout", "recurrent_dropout")
+_SETTINGS = (*_SIZES, "batch_first", "return_sequences", "direction", "t_max", "momentum", "proj_size", "learned_state", *_RATES)
 
 
 class StackResiduals(NamedTuple):
@@ -42,6 +45,8 @@ class StackResiduals(NamedTuple):
     learned: Array | None  # the learned h where the layer started from it
     mask: Array | None  # (time, batch), where one was given
     packed: bool  # whether its steps had to be moved to the front
+    kept: tuple[Array, ...]  # after each layer but the last, what dropout keeps
+    dropout: float
 
 
 class Recurrent(Layer):
@@ -62,6 +67,9 @@ class Recurrent(Layer):
     the hidden weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of
     Cooijmans et al. 2016). With `learned_state` the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at
     first, from which sequences start where no `state` is given.
+    In training, `dropout` is the part of the output of each layer but the last that is dropped, as in torch, and `recurrent_dropout` that
+    of h where it enters the matrix product with the hidden weights, the same in every step of a call (Gal & Ghahramani 2016; what is
+    carried beside the product, as z ⊙ h in a GRU, is whole). What is kept is divided by 1 − p. A call then takes `rng`.
     `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
     array over all of them, each of which calls with sequences of its own, perhaps none, padded to the same number of steps.
     Where fewer than two sequences are left at a step, there is no variance: the step is normalized to the shift alone, and the running
@@ -72,11 +80,11 @@ class Recurrent(Layer):
     if TYPE_CHECKING:  # what a call of `Layer` gives here
 
         def __call__(
-            self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+            self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
         ) -> tuple[Array, State]: ...
 
         def vjp(
-            self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False
+            self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
         ) -> tuple[Array, State, Callable[..., tuple[Array, State, Arrays]]]: ...
 
     cell: type[RecurrentCell]
@@ -95,6 +103,8 @@ class Recurrent(Layer):
     proj_size: int
     direction: Literal["forward", "reverse", "backwards"]
     learned_state: bool
+    dropout: float
+    recurrent_dropout: float
 
     def __init__(
         self,
@@ -113,6 +123,8 @@ class Recurrent(Layer):
         hidden_init: HiddenInit | None = None,
         proj_size: int = 0,
         learned_state: bool = False,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
         reduce: Reduce | None = None,
         xp: Namespace | str | None = None,
         device: Any = None,
@@ -130,6 +142,13 @@ class Recurrent(Layer):
         config |= {"momentum": checked_momentum(momentum), "proj_size": whole_number("proj_size", proj_size)}
         if not 0 <= config["proj_size"] < config["hidden_size"] or (proj_size and not self.cell.projects):
             raise UnsupportedError(f"`proj_size` is {proj_size}; expected 0, or for the LSTM a number below `hidden_size` {hidden_size}")
+        rates = {"dropout": dropout, "recurrent_dropout": recurrent_dropout}
+        config |= {name: real_number(name, p, 0.0, 1.0, "a number from 0 to 1") for name, p in rates.items()}
+        if config["dropout"] and config["num_layers"] == 1:
+            raise UnsupportedError(
+                f"`dropout` is {config['dropout']:g}, which is between layers, but `num_layers` is 1; expected 0, or more layers "
+                "(`recurrent_dropout` is inside a layer)"
+            )
         super().__init__({name: config.get(name, norm) for name in _SETTINGS}, xp, device, dtype)
         if forget_bias is not None:
             if self.cell.forget_gate is None:
@@ -155,7 +174,7 @@ class Recurrent(Layer):
     @property
     def config(self) -> dict[str, Any]:
         """The arguments that make such a layer, without those that few layers have."""
-        usual = {"direction": "forward", "learned_state": False}
+        usual = {"direction": "forward", "learned_state": False, "dropout": 0.0, "recurrent_dropout": 0.0}
         return {name: value for name, value in super().config.items() if usual.get(name, self) != value}
 
     @property
@@ -265,13 +284,14 @@ class Recurrent(Layer):
 
     def _new_places(self) -> Iterator[tuple[str, int, Direction]]:
         cells = self.cell(self.variant, False, self.reduce), self.cell(self.variant, True, self.reduce)
+        zoned = self.cell(self.variant, True, self.reduce, draws_zoneout=True) if self.variant.zoneout else cells[1]
         for layer in range(self.num_layers):
             inputs = self.input_size if layer == 0 else self.num_directions * self.output_size
             sequences = self.keeps_time or layer < self.num_layers - 1
             backwards = self.direction == "backwards" and layer == self.num_layers - 1
             for second in (False, True)[: self.num_directions]:
                 suffix, reverse = in_direction("", layer, second), second or self.direction != "forward"
-                yield suffix, inputs, Direction(cells, self.hidden_size, self.t_max, reverse, sequences, backwards)
+                yield suffix, inputs, Direction((*cells, zoned), self.hidden_size, self.t_max, reverse, sequences, backwards)
 
     def _start_statistics(self) -> None:
         if self.variant.norm != "batch":
@@ -295,14 +315,17 @@ class Recurrent(Layer):
     # -- forward and backward ------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
+        self,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any,
+        lengths: Counted,
+        training: bool,
+        keep: bool,
+        random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         self._check_input(x, training)
-        if training and self.variant.zoneout:
-            raise UnsupportedError(
-                f"`zoneout` is {self.variant.zoneout}, of which there is the expectation for inference only; "
-                "train with dataclasses.replace(variant, zoneout=0)"
-            )
         if lengths is not None and self.variant.norm in ("layer", "rms") and self.variant.eps == 0:
             raise UnsupportedError("`lengths` or `mask` with eps = 0: padding has no spread that could be divided by; use a small `eps`")
         xp = xp_of(x)
@@ -317,12 +340,14 @@ class Recurrent(Layer):
         learned = params[with_suffix(self.learned[0], "_l0")] if self.learned and states is None else None
         states = self._starts(params, x) if states is None else states
         steps, residuals, last, new_buffers, directions = x.shape[0], [], [], {}, []
+        drawn = Drawn.of(random, self.draws(*x.shape[:2]), x) if random and training else None
         for k, (suffix, _, direction) in enumerate(self._places()):
             own, kept = without_suffix(params, suffix), without_suffix(buffers, suffix)
             for name in self.learned:
                 del own[name]
+            masks = {} if drawn is None else drawn.of_place(k)
             y, after, buffered, residual = direction.forward(
-                own, kept, x, states[k], time=time, lengths=lengths, training=training, keep=keep, momentum=self.momentum
+                own, kept, x, states[k], time=time, lengths=lengths, training=training, keep=keep, momentum=self.momentum, **masks
             )
             if residual is not None:
                 residuals.append(residual)
@@ -333,11 +358,18 @@ class Recurrent(Layer):
             directions.append(y)
             if len(directions) == self.num_directions:
                 x = directions[0] if self.num_directions == 1 else xp.concat(directions, axis=-1)
+                if drawn is not None and k // self.num_directions < len(drawn.between):
+                    x = dropout(x, drawn.between[k // self.num_directions], p=self.dropout)
                 directions = []
         y = xp.permute_dims(x, (1, 0, 2)) if self.batch_first and self.keeps_time else x
         fresh = len(last) == 1 and self.keeps_time and isinstance(steps, int) and steps > 0  # else it may be `y`, or the state that came
         out = tuple(parts[0][None, ...] if fresh else xp.stack(parts) for parts in zip(*last, strict=True))
-        return y, (*out, time + steps) if self.timed else out, new_buffers, StackResiduals(residuals, out, learned, mask, packed)
+        return (
+            y,
+            (*out, time + steps) if self.timed else out,
+            new_buffers,
+            StackResiduals(residuals, out, learned, mask, packed, () if drawn is None else drawn.between, self.dropout),
+        )
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:
         xp, mask = xp_of(residuals.last[0]), residuals.mask
@@ -359,7 +391,7 @@ class Recurrent(Layer):
                 dfirst[k] = dfirst[k] if before is None else (dfirst[k][0] + before, *dfirst[k][1:])
                 dx = d if dx is None else dx + d
                 grads.update({with_suffix(name, suffix): g for name, g in shares.items()})
-            dy = dx
+            dy = dx if layer == 0 or not residuals.kept else dropout.vjp(residuals.kept[layer - 1], dx, p=residuals.dropout)[0]
         for k, (suffix, _, _) in places:
             for name, d in zip(self.learned, dfirst[k], strict=False):
                 total = total_like(d, (0,))
@@ -446,6 +478,22 @@ class Recurrent(Layer):
             learned = [self.xp.stack([self.params[with_suffix(name, suffix)] for suffix, _, _ in self._places()]) for name in self.learned]
             states = tuple(state + start[:, None, :] for state, start in zip(states, learned, strict=True))
         return (*states, *time)
+
+    @property
+    def drops(self) -> bool:  # type: ignore[override]
+        """Whether a call in training drops values at random: by `dropout`, `recurrent_dropout` or the variant's zoneout."""
+        return bool(self.dropout or self.recurrent_dropout or self._variant.zoneout) and not self.evaluates
+
+    def draws(self, steps: Any, batch: Any) -> dict[str, Draw]:
+        if self.evaluates:
+            return {}
+        places, outputs = self.num_layers * self.num_directions, self.output_size
+        every = {
+            "dropout": Draw((self.num_layers - 1, steps, batch, self.num_directions * outputs), self.dropout),
+            "recurrent_dropout": Draw((places, batch, outputs), self.recurrent_dropout),
+            "zoneout": Draw((places, steps, batch, outputs), self._variant.zoneout),
+        }
+        return {name: draw for name, draw in every.items() if draw.p}
 
     def state_sizes(self) -> tuple[int, ...]:
         """The features of each state: those of the output, then the hidden ones."""

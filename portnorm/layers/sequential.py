@@ -9,6 +9,7 @@ from portnorm.arrays import Array, DType, Namespace, xp_of
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, Layer
+from portnorm.layers.randomness import Draw
 from portnorm.padding import Counted, Mask, steps_of
 
 
@@ -114,7 +115,15 @@ class Sequential(Layer):
         return self.parts[int(place)]._shape_of(inner, array)
 
     def forward(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, keep: bool
+        self,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any,
+        lengths: Counted,
+        training: bool,
+        keep: bool,
+        random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         if len({part.batch_first for part in self.parts if part.recurrent}) > 1:
             self._check_places()
@@ -124,11 +133,12 @@ class Sequential(Layer):
         others = lengths
         if self.batch_first and lengths is not None and not isinstance(lengths, Mask):
             others = Mask(steps_of(x, lengths, True), (0, 1))
-        for k, part in zip(self.homes, self.parts, strict=True):
+        for place, (k, part) in enumerate(zip(self.homes, self.parts, strict=True)):
             before = next(states) if part.recurrent else None
             counted = lengths if part.recurrent else others
             trained = training and not part.evaluates
-            x, after, buffered, residual = part.forward(_of_part(params, k), _of_part(buffers, k), x, before, counted, trained, keep)
+            own = None if random is None else _of_part(random, place)
+            x, after, buffered, residual = part.forward(_of_part(params, k), _of_part(buffers, k), x, before, counted, trained, keep, own)
             if part.recurrent:
                 out.append(after)
             residuals.append((residual, trained))
@@ -187,6 +197,16 @@ class Sequential(Layer):
         """The states before the first step of the recurrent parts. See `portnorm.LSTM.initial_state`."""
         random = generator(rng)
         return tuple(part.initial_state(batch, noise=noise, rng=random) for part in self.parts if part.recurrent)
+
+    @property
+    def drops(self) -> bool:  # type: ignore[override]
+        """Whether a call in training drops values at random."""
+        return not self.evaluates and any(part.drops for part in self.parts)
+
+    def draws(self, steps: Any, batch: Any) -> dict[str, Draw]:
+        if self.evaluates:
+            return {}
+        return {f"{k}.{name}": draw for k, part in enumerate(self.parts) for name, draw in part.draws(steps, batch).items()}
 
     def input_dims(self) -> tuple[int | str, ...]:
         own = self.parts[0].input_dims()
