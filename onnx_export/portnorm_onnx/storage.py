@@ -65,8 +65,8 @@ def beside(path: str) -> list[str]:
 class Draft:
     """A model that is checked before anybody sees it. As a context it removes what it wrote, but for what it published.
 
-    With `external` large weights go into a file beside the model, with `aside` wide ones, only until it is published; either way `proto` is then a
-    copy without them, and the model that was given is not held.
+    With `external` large weights go into a file beside the model, with `aside` wide ones, only until it is published; either way `proto` is
+    then a copy without them, and the model that was given is not held.
     """
 
     def __init__(self, proto: onnx.ModelProto, path: str | os.PathLike[str] | None = None, external: bool = False, *, aside: bool = False):
