@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -123,8 +124,13 @@ def export(
     seconds = time.perf_counter() - started
     check_names(proto, named)
     external = is_large(proto) if external_data is None else external_data
-    with Draft(proto, path, external, aside=size_of(proto) > WIDE) as draft:
+    with contextlib.ExitStack() as drafts:
+        draft = drafts.enter_context(Draft(proto, path, external, aside=True))
         del proto
+        if streaming:  # before anything runs, which needs room of its own
+            whole = trace(model, shape._replace(streaming=False, state=True, lengths=False, names=Names()))
+            sequence = drafts.enter_context(Draft(whole, aside=True))
+            del whole
         if function:
             draft.proto = as_function(draft.proto, prefix or type(model).__name__)
         elif not external:
@@ -132,10 +138,7 @@ def export(
         runtime = checker(draft.proto, kind)
         report = check(draft, model, runtimes=(runtime,), cases=cases)
         if streaming:
-            whole = trace(model, shape._replace(streaming=False, state=True, lengths=False, names=Names()))
-            with Draft(whole, None, aside=size_of(whole) > WIDE) as sequence:
-                del whole
-                report.trajectories += streaming_trajectory(draft, sequence, model, runtime)
+            report.trajectories += streaming_trajectory(draft, sequence, model, runtime)
         draft.publish()
     return dataclasses.replace(report, model=draft.proto, size=file_size(draft.proto), seconds=seconds)
 

@@ -66,8 +66,8 @@ def beside(path: str) -> list[str]:
 class Draft:
     """A model that is checked before anybody sees it. As a context it removes what it wrote, but for what it published.
 
-    With `external` large weights go into a file beside the model, with `aside` only until it is published; either way `proto` is then a
-    copy without them, and the model that was given is not held.
+    With `external` large weights go into a file beside the model, with `aside` wide ones, only until it is published; either way `proto` is
+    then a copy without them, and the model that was given is not held.
     """
 
     def __init__(self, proto: onnx.ModelProto, path: str | os.PathLike[str] | None = None, external: bool = False, *, aside: bool = False):
@@ -76,7 +76,7 @@ class Draft:
         self._folder: Path | None = None
         self._own: list[Path] = []
         self._data: Path | None = None
-        self._aside = aside and not external and not is_external(proto)
+        self._aside = aside and not external and not is_external(proto) and size_of(proto) > WIDE
         if is_external(proto):
             assert self.path is not None
             self._folder = self.path.parent
