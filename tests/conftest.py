@@ -13,7 +13,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from portnorm.arrays import load_namespace, to_numpy
 from portnorm.errors import MissingExtraError
 from portnorm.libraries import SUPPORT, Support
 from portnorm_backends.cpu import registers
-from portnorm_onnx.runtimes import RUNTIMES, _openvino_module
+from portnorm_onnx.runtimes import RUNTIMES, Runtime, _openvino_module
 
 collect_ignore = ["torch_cells.py"]  # has no tests, and imports torch
 
@@ -171,3 +171,12 @@ def pytest_generate_tests(metafunc: Any) -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20261120)
+
+
+@pytest.fixture
+def runtimes() -> Iterator[dict[str, Runtime]]:
+    """The table of runtimes, as a test may change it; afterwards it is as before, in the order that documents list."""
+    before = dict(RUNTIMES)
+    yield RUNTIMES
+    RUNTIMES.clear()
+    RUNTIMES.update(before)

@@ -15,7 +15,7 @@ import portnorm as pn
 from portnorm.layers.recurrent import Recurrent
 from portnorm_onnx import fused
 from portnorm_onnx.nothing import unanswered
-from portnorm_onnx.runtimes import RUNTIMES, session_of
+from portnorm_onnx.runtimes import RUNTIMES, Runtime, session_of
 from portnorm_onnx.signature import named_state
 from portnorm_onnx.storage import Draft
 from portnorm_onnx.targets import TARGETS
@@ -187,7 +187,7 @@ def test_a_state_that_no_steps_change_is_found(monkeypatch: pytest.MonkeyPatch) 
     ids=str,
 )
 def test_what_has_no_answer_is_refused_before_the_runtime_gets_it(
-    layer: Recurrent, shape: tuple[int, ...], lacking: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layer: Recurrent, shape: tuple[int, ...], lacking: str, tmp_path: Path, runtimes: dict[str, Runtime]
 ) -> None:
     path, x = tmp_path / "m.onnx", np.zeros(shape, np.float32)
     pn.export(layer, path)
@@ -195,13 +195,13 @@ def test_what_has_no_answer_is_refused_before_the_runtime_gets_it(
     def load(model: Any) -> Any:
         return lambda feed: pytest.fail(f"the runtime got {feed['x'].shape}")
 
-    monkeypatch.setitem(RUNTIMES, "onnxruntime", replace(RUNTIMES["onnxruntime"], load=load))
+    runtimes["onnxruntime"] = replace(runtimes["onnxruntime"], load=load)
     with pytest.raises(
         pn.ExportError, match=rf"onnxruntime does not run the graph on `x` of shape .*it has no answer for {lacking}; leave"
     ):
         pn.verify(path, layer, inputs=[x])
-    for name in RUNTIMES.keys() - {"onnxruntime"}:
-        monkeypatch.delitem(RUNTIMES, name)
+    for name in runtimes.keys() - {"onnxruntime"}:
+        del runtimes[name]
     (outcome,) = pn.verify(path, layer, inputs=[x], runtimes="all").outcomes
     assert outcome.status == "does not run"
 

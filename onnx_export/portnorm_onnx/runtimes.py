@@ -346,7 +346,10 @@ def _page(model: Loadable) -> Session:
 
 FITTED = "Reshape to (0, …, −1)"
 """A Reshape that takes one length over, and finds out another by it."""
-_ORT: dict[str, frozenset[str]] = {"no_steps": frozenset({"Scan", "GRU"}), "no_sequences": frozenset({"LSTM", "GRU", FITTED})}
+_ORT: dict[str, frozenset[str]] = {
+    "no_steps": frozenset({"Scan", "GRU"}),
+    "no_sequences": frozenset({"LSTM", "GRU", "DynamicQuantizeLSTM", FITTED}),
+}
 _LOOPS = frozenset({"Scan"})
 _RECURRENT = frozenset({"Scan", "LSTM", "GRU", "RNN"})
 
