@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import portnorm as pn
+from portnorm.arrays import leaves
 from portnorm_onnx.runtimes import session_of
+from portnorm_onnx.signature import state_names
 from tests.processes import output_of
-from tests.tolerances import EXPORTED_TORCH, RECURRENT
+from tests.tolerances import EXPORTED_TORCH, RECURRENT, relative
 
 pytestmark = pytest.mark.peers
 
@@ -674,3 +676,96 @@ except portnorm.MissingExtraError as error:
     print(error)
 """
     assert output_of(code) == 'this needs the package onnxscript, which is not installed: pip install "portnorm[torch]"'
+
+
+# -- in pieces -------------------------------------------------------------------------------------------------------------------------
+
+
+def piecewise(layer: pn.Layer, dtype: Any = None) -> Any:
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.front, self.rnn, self.head = torch.nn.Linear(3, 4), pn.torch_module(layer), torch.nn.Linear(5, 2)
+
+        def forward(self, x: Any, scale: Any) -> Any:
+            return self.head(self.rnn(self.front(x))[0]) * scale
+
+    torch.manual_seed(0)
+    return Model().to(dtype)
+
+
+PIECES: dict[str, Any] = {
+    "LSTM": lambda: pn.LSTM(4, 5, rng=0),
+    "LSTM of two layers": lambda: pn.LSTM(4, 5, norm="layer", num_layers=2, rng=0),
+    "LSTM by step": lambda: pn.LSTM(4, 5, norm="batch", rng=0),
+    "LSTM that learned its state": lambda: pn.LSTM(4, 5, learned_state=True, rng=0),
+    "GRU, batch first": lambda: pn.GRU(4, 5, norm="layer", batch_first=True, rng=0),
+    "RNN": lambda: pn.RNN(4, 5, rng=0),
+    "a model": lambda: pn.Sequential(pn.LSTM(4, 6, norm="layer", rng=0), pn.GRU(6, 5, rng=1)),
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_a_model_in_pieces_is_the_model(name: str, tmp_path: Path) -> None:
+    """Pieces of several lengths, each from the states that the last one gave; at first those that the layer has by itself."""
+    import torch
+
+    layer, path = PIECES[name](), tmp_path / "m.onnx"
+    if layer.buffers or any(part.buffers for part in layer.layers()):
+        layer(np.random.default_rng(0).standard_normal((6, 4, 4)).astype("float32"), training=True)
+    model = piecewise(layer)
+    time, axes = (1, {0: "batch", 1: "time"}) if layer.batch_first else (0, {0: "time", 1: "batch"})
+    pn.export_torch(model, (torch.randn(2, 2, 3), torch.ones(())), path, dynamic_shapes={"x": axes, "scale": None}, streaming=True)
+    session = session_of("onnxruntime", path.read_bytes())
+    x = torch.randn((3, 9, 3) if time else (9, 3, 3))
+    names = [f"rnn.{n}" for n in state_names(layer)]
+    state: dict[str, Any] = dict(zip([f"{n}_0" for n in names], leaves(layer.initial_state(3)), strict=True))
+    found = []
+    for a, b in ((0, 1), (1, 5), (5, 9)):
+        got = session({"x": x.narrow(time, a, b - a).numpy(), "scale": np.array(2.0, "float32"), **state})
+        found.append(got["output"])
+        state = {f"{n}_0": got[f"{n}_n"] for n in names}
+    with torch.no_grad():
+        whole = model.eval()(x, torch.tensor(2.0))
+    np.testing.assert_allclose(np.concatenate(found, axis=time), whole, **relative("float32", RECURRENT))
+
+
+def test_one_step_of_a_fixed_batch_in_float16(tmp_path: Path) -> None:
+    """What a device takes: every length is known."""
+    import torch
+
+    report = pn.export_torch(
+        piecewise(pn.GRU(4, 5, rng=0)), (torch.randn(1, 1, 3), torch.ones(())), None, streaming=True, dtype="float16",
+        input_names=["frame", "gain"], output_names=["scores"],
+    )  # fmt: skip
+    graph = report.model.graph
+    assert [i.name for i in graph.input] == ["frame", "gain", "rnn.h_0"]
+    assert [o.name for o in graph.output] == ["scores", "rnn.h_n"]
+    assert all(d.dim_value for i in graph.input for d in i.type.tensor_type.shape.dim)
+
+
+def test_what_cannot_come_in_pieces_is_refused() -> None:
+    import torch
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = pn.torch_module(pn.GRU(3, 3, rng=0))
+
+        def forward(self, x: Any) -> Any:
+            return self.rnn(self.rnn(x)[0])[0]
+
+    x = torch.randn(2, 2, 3)
+    with pytest.raises(pn.UnsupportedError, match=r"`streaming`: 'rnn' is called twice"):
+        pn.export_torch(Twice(), x, None, streaming=True)
+    with pytest.raises(pn.UnsupportedError, match="calls no recurrent layer of portnorm without a state"):
+        pn.export_torch(torch.nn.Linear(3, 3), x, None, streaming=True)
+    with pytest.raises(pn.UnsupportedError, match="a bidirectional layer cannot go step by step"):
+        pn.export_torch(pn.torch_module(pn.LSTM(3, 4, bidirectional=True, rng=0)), x, None, streaming=True)
+    model = torch.nn.Sequential(pn.torch_module(pn.GRU(3, 3, rng=0)))
+    assert model[0].recorder is None
+    pn.export_torch(model[0], x, None, streaming=True)
+    assert model[0].recorder is None
+    assert model.training

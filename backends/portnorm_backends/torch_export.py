@@ -27,6 +27,7 @@ from portnorm.errors import ConformanceError, DTypeError, ExportError, PortnormE
 from portnorm.layers.layer import Layer, checked_call
 from portnorm_backends.torch_module import TorchModule
 from portnorm_backends.torch_refusals import explained
+from portnorm_backends.torch_stream import Stream
 from portnorm_onnx.bfloat16 import holds_bfloat16
 from portnorm_onnx.build import Names, keep_transposed
 from portnorm_onnx.export import TYPES, Shape, checked_opset, checked_path, trace
@@ -60,6 +61,7 @@ def export_torch(
     fold: bool = True,
     accurate: bool = False,
     dtype: str | torch.dtype | None = None,
+    streaming: bool = False,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     inputs: Iterable[Any] | None = None,
@@ -76,6 +78,10 @@ def export_torch(
 
     `dtype` converts a copy of the model, and the floating inputs that are given, first: float16, bfloat16, float32 or float64. The graph is
     held against that copy.
+
+    `streaming=True` is for sequences that come in pieces, of one step or of several as `args` has them: each recurrent layer that the model
+    calls without a state takes it as an input, `encoder.rnn.h_0`, and gives the next, `encoder.rnn.h_n`. At first it is that of
+    `layer.initial_state(batch)`, zeros unless one was learned.
 
     `args` is the tuple of example inputs, or the only one, and `kwargs` has those that the model is given by name; the graph has its inputs
     in the order of the model's signature. `dynamic_shapes` says in the form of `torch.onnx.export` which lengths are free, for example
@@ -115,10 +121,16 @@ def export_torch(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
+        whole = model
+        if streaming:
+            model = Stream(whole, *example)
+            input_names, output_names = model.input_names(*example, input_names), model.output_names(output_names)
+            dynamic_shapes = model.shapes(*example, dynamic_shapes)
+            example = _piece(model, example)
         eager = _Eager(model)
         eager(example)
         shape = Shape(version, row, "", fold and not accurate, accurate, False, False, None, Names(), metadata=False)
-        recorder = _Recorder(model, shape)
+        recorder = _Recorder(whole, shape)
         started = time.perf_counter()
         program, proto = _translated(model, example, dynamic_shapes, recorder, version, input_names, output_names)
         parts = {call.name: call.inserted(recorder) for call in recorder.calls}
@@ -147,7 +159,9 @@ def export_torch(
                 cases, refused = made.random(eager)
             else:
                 pairs = (item if kwargs is not None else (item, None) for item in inputs)
-                cases, refused = [made.given(_converted(_given(model, *pair), kind)) for pair in pairs], []
+                each = [_converted(_given(whole, *pair), kind) for pair in pairs]
+                each = [_piece(Stream(whole, *given), given) for given in each] if streaming else each
+                cases, refused = [made.given(given) for given in each], []
             if not cases:
                 raise UnsupportedError("`inputs` is empty; expected at least one, or nothing would be checked")
             for name in (runtime, "unrounded") if narrow else (runtime,):
@@ -180,6 +194,11 @@ def _given(model: torch.nn.Module, args: Any, kwargs: Mapping[str, Any] | None) 
     return Given(args, {name: kwargs[name] for name in (*known, *(name for name in kwargs if name not in known))})
 
 
+def _piece(stream: Stream, given: Given) -> Given:
+    """A call of `stream` with what its model is given, at the beginning."""
+    return Given((given.args, given.kwargs, stream.first), {})
+
+
 def _dtype_named(dtype: str | torch.dtype, row: Target) -> torch.dtype:
     """A type of torch's; raises `UnsupportedError` where the target does not compute in it."""
     name = str(dtype).removeprefix("torch.")
@@ -210,7 +229,8 @@ def _free_axes(model: torch.nn.Module, example: Given, dynamic_shapes: Any) -> t
             for k, (name, item) in enumerate(value.items()):
                 yield from of(item, said.get(name) if isinstance(said, dict) else said[k] if said is not None else None)
 
-    return tuple(of(dict(bound), dynamic_shapes))
+    named = pytree.tree_map(lambda d: None if d is torch.export.Dim.AUTO else d, dynamic_shapes)
+    return tuple(of(dict(bound), named))
 
 
 # -- from torch to a graph with nodes for the layers -----------------------------------------------------------------------------------
