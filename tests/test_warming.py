@@ -84,6 +84,15 @@ def test_a_note_of_what_is_no_longer_kept_is_none(cache: Path, tmp_path: Path) -
     assert run(tmp_path, "print(json.dumps([warming._is_kept(('rows', 'float32')), call()[1]]))") == [False, False]
 
 
+def test_kernels_for_training_are_those_for_inference_too(tmp_path: Path) -> None:
+    code = """
+warming._made_of = lambda: "x"
+(warming._place() / "portnorm-x-LSTM-training-float32.json").write_text("[]")
+print(json.dumps([warming._is_kept((name, "float32")) for name in ("LSTM", "LSTM training", "GRU")]))
+"""
+    assert run(tmp_path, code) == [True, True, False]
+
+
 @pytest.mark.parametrize("how", ["the process fails", "the process is killed", "no process can be started"])
 def test_who_cannot_compile_goes_on_with_the_definitions(how: str, tmp_path: Path) -> None:
     """And says so once, by `logging`; to wait for the kernels still gives them."""
@@ -185,10 +194,10 @@ print(json.dumps([found, call()[1], sorted(map(str, warming._asked))]))
 LAYERS = {
     "LayerNorm": (lambda: pn.LayerNorm(3), ["rows"]),
     "BatchRenorm": (lambda: pn.BatchRenorm(3), ["channels"]),
-    "GRU": (lambda: pn.GRU(2, 3, rng=0), ["rows", "channels", "products", "GRU", "GRU training"]),
+    "GRU": (lambda: pn.GRU(2, 3, rng=0), ["rows", "channels", "products", "GRU training"]),
     "a model": (
         lambda: pn.Sequential(pn.LSTM(2, 3, rng=0), pn.Linear(3, 1, rng=0)),
-        ["rows", "channels", "products", "LSTM", "LSTM training"],
+        ["rows", "channels", "products", "LSTM training"],
     ),
     "float16, of which there are no kernels": (lambda: pn.LayerNorm(3, dtype="float16"), []),
 }

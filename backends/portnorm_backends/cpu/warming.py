@@ -60,6 +60,9 @@ Family = tuple[str, str]
 # -- the families --------------------------------------------------------------------------------------------------------------------------
 
 
+_TRAINING = " training"
+
+
 def _rows(dtype: str) -> None:
     rowwise, kind = importlib.import_module("portnorm_backends.cpu.rowwise"), numpy.dtype(dtype)
     rowwise.forward(kind), rowwise.last_axis(kind), rowwise.backward(kind)
@@ -91,9 +94,9 @@ FAMILIES: dict[str, Callable[[str], None]] = {
     "channels": _channels,
     "products": _products,
     **{cell.__name__: _loop(cell, False) for cell in (LSTM, GRU, RNN)},
-    **{f"{cell.__name__} training": _loop(cell, True) for cell in (LSTM, GRU, RNN)},
+    **{f"{cell.__name__}{_TRAINING}": _loop(cell, True) for cell in (LSTM, GRU, RNN)},
 }
-"""What is compiled together, and what compiles all of it for a type of values."""
+"""What is compiled together, and what compiles all of it for a type of values. That for training has all of inference."""
 
 _TYPES = tuple(map(str, RANGE))
 
@@ -105,7 +108,7 @@ _OF_LAYERS: dict[type[Layer], tuple[str, ...]] = {
     InstanceNorm: ("rows", "channels"),
     Linear: ("products",),
     Recurrent: ("rows", "channels", "products"),
-    **{cell: (cell.__name__, f"{cell.__name__} training") for cell in (LSTM, GRU, RNN)},
+    **{cell: (f"{cell.__name__}{_TRAINING}",) for cell in (LSTM, GRU, RNN)},
 }
 """What the calls of a layer take."""
 
@@ -160,7 +163,8 @@ def _is_there(family: Family) -> bool:
 
 
 def _there(family: Family) -> None:
-    READY[family[0]].add(numpy.dtype(family[1]))
+    for name in (family[0], family[0].removesuffix(_TRAINING)):
+        READY[name].add(numpy.dtype(family[1]))
 
 
 def _work() -> None:
@@ -251,11 +255,13 @@ def _keep(family: Family) -> None:
 
 def _is_kept(family: Family) -> bool:
     """Whether the cache is known to hold it."""
-    note = _note(family)
-    try:
-        return note is not None and all(map(os.path.exists, json.loads(note.read_text())))
-    except (OSError, ValueError):
-        return False
+    name, dtype = family
+    for own in (family, (f"{name}{_TRAINING}", dtype)):
+        note = _note(own)
+        with suppress(OSError, ValueError):
+            if note is not None and all(map(os.path.exists, json.loads(note.read_text()))):
+                return True
+    return False
 
 
 def _note(family: Family) -> Path | None:
