@@ -19,6 +19,12 @@ def output_of(code: str, timeout: float = 120, **environment: str) -> str:
     return done.stdout.strip()
 
 
+def memory(what: str) -> float:
+    """MB of this process: "VmRSS" now, or "VmHWM" at most so far (which `getrusage` takes over from who started the process)."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(what))
+
+
 def in_threads(work: Callable[[int], None], count: int = 8) -> None:
     """`work(0)` … `work(count − 1)`, all at once."""
     threads = [threading.Thread(target=work, args=(k,)) for k in range(count)]

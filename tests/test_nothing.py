@@ -139,7 +139,8 @@ def test_groups_of_one_open_length_have_no_answer_where_the_shape_is_fitted(runt
     (outcome,) = (report := check(Draft(proto), layer, runtimes=(runtime,))).outcomes
     assert outcome.status == "passed"
     answered = runtime.startswith(("openvino", "tract"))
-    assert [c.case for c in report.empty] == ["x (0, 6, 28)"] * answered
+    assert len(report.empty) == answered
+    assert all(c.case.startswith("x (0, 6, ") for c in report.empty)
     refused = unanswered(runtime, proto, layer, (0, 6, 5))
     assert refused == ("" if answered else "no sequences in Reshape to (0, …, −1)")
 

@@ -83,18 +83,25 @@ def in_float32(values: NumPyArray) -> NumPyArray:
 
 
 def checksum(values: NumPyArray) -> str:
-    return f"{zlib.crc32(numpy.ascontiguousarray(values).tobytes()):08x}"
+    found = 0
+    for rows in _blocks(values.shape) if values.ndim and values.size else (...,):
+        found = zlib.crc32(numpy.ascontiguousarray(values[rows]).reshape(-1).view(numpy.uint8).data, found)
+    return f"{found:08x}"
 
 
 def entry(values: NumPyArray, held: bool, weights: Mapping[str, Weight], order: tuple[int, ...], step: str) -> Entry:
     """What to keep of an array: of one that the graph holds the checksum alone. `step` is the type in whose last place is counted."""
     found: Entry = {"dtype": str(values.dtype), "shape": list(values.shape), "sum": checksum(values)}
     first = values.reshape(-1)[:1]
-    if values.ndim and values.size and numpy.isfinite(first[0]) and _same(numpy.full_like(values, first[0]), values):
+    if values.ndim and values.size and numpy.isfinite(first[0]) and _is_all(values, first):
         return found | {"fill": first[0].item()}
     if held:
         return found
     return found | (_of_another(values, weights, order, step) or {"data": _packed(values)})
+
+
+def _is_all(values: NumPyArray, first: NumPyArray) -> bool:
+    return all(_same(numpy.full_like(values[rows], first[0]), values[rows]) for rows in _blocks(values.shape))
 
 
 def restored(kept: Entry, base: Callable[[str, str, str], NumPyArray | None]) -> NumPyArray | None:
@@ -179,7 +186,7 @@ _RULES = {
 def _of_another(v: NumPyArray, weights: Mapping[str, Weight], order: tuple[int, ...], step: str) -> Entry | None:
     """`v` as a weight of the graph, a few numbers, and units in the last place; `None` where no weight is like it."""
     kind = numpy.dtype(step)
-    if v.nbytes < _SMALL or v.ndim < 2 or v.dtype.kind != "f" or not _same(v.astype(kind).astype(v.dtype), v):
+    if v.nbytes < _SMALL or v.ndim < 2 or v.dtype.kind != "f" or not (v.dtype == kind or _same(v.astype(kind).astype(v.dtype), v)):
         return None
     for name, weight in weights.items():
         for suffix, w in forms(weight, v.shape, order):
