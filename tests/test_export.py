@@ -17,7 +17,7 @@ import portnorm_onnx.export as export_module
 from portnorm.layers.recurrent import Recurrent
 from portnorm_onnx.lowering import OPSETS
 from portnorm_onnx.storage import weights_of
-from portnorm_onnx.verify import STEP_ULP
+from portnorm_onnx.verify import STEP_ULP, nudged
 from tests.cases import COMBINATIONS, HEAVY_PRESETS, IMPLEMENTATIONS, random_recurrent
 from tests.tolerances import ONNX_OPERATOR
 
@@ -257,6 +257,19 @@ def test_the_one_step_gate_sees_what_the_trajectory_of_a_chaotic_net_hides(tmp_p
     x = np.random.default_rng(0).standard_normal((400, 2, 5)).astype(np.float32)
     with pytest.raises(pn.ConformanceError, match="at step"):
         pn.verify(path, model, inputs=[x])
+
+
+@pytest.mark.parametrize("cell", [pn.LSTM, pn.GRU, pn.RNN], ids=lambda c: c.__name__)
+def test_weights_that_differ_by_rounding_pass(cell: Any, tmp_path: Path) -> None:
+    """Gains of 10 over a single input, as training on pixels makes them: one step amplifies rounding."""
+    for seed in range(6):
+        rng, path = np.random.default_rng(seed), tmp_path / f"{seed}.onnx"
+        model = cell(1, 48, norm="layer", rng=seed)
+        weights = {n: np.asarray(a) for n, a in model.params.items()}
+        model.assign({n: (a + 10 * rng.standard_normal(a.shape)).astype(a.dtype) if "norm" in n else a for n, a in weights.items()})
+        pn.export(model, path)
+        model.assign({n: nudged(np.asarray(a), 100 + seed) for n, a in model.params.items()})
+        pn.verify(path, model)
 
 
 def test_a_failed_check_writes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
