@@ -19,8 +19,16 @@ def output_of(code: str, timeout: float = 120, **environment: str) -> str:
     return done.stdout.strip()
 
 
-def memory(what: str) -> float:
-    """MB of this process: "VmRSS" now, or "VmHWM" at most so far (which `getrusage` takes over from who started the process)."""
+def peak(work: Callable[[], object]) -> float:
+    """MB that the process has at most while it works, beyond what it has before."""
+    with open("/proc/self/clear_refs", "w") as marks:
+        marks.write("5")  # what it has now is the most so far: the kernel takes over the peak of who started the process
+    before = _memory("VmRSS")
+    work()
+    return _memory("VmHWM") - before
+
+
+def _memory(what: str) -> float:
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(what))
 

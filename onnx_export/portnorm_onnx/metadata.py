@@ -69,6 +69,7 @@ def _props(weights: dict[str, _Tensor], model: Layer, prefix: str, dtype: str) -
         values = to_numpy(a)
         own = _named(weights, model, prefix, name, values.shape)
         held = own is not None and numpy.array_equal(own, values)
+        del own  # a large one would be there once more while the next is read
         step = "bfloat16" if dtype == "bfloat16" else values.dtype.name
         arrays[name] = entry(values, held, weights, _order(model, name), step)
     return {f"{prefix}{_LAYER}": to_json(model), f"{prefix}{_ARRAYS}": json.dumps(arrays)}

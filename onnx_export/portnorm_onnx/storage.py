@@ -205,15 +205,15 @@ def _copy_graph(source: onnx.GraphProto, copy: onnx.GraphProto, move: Callable[[
 
 
 def _copy_fields(source: Any, copy: Any, without: tuple[str, ...]) -> None:
-    for field, value in source.ListFields():
-        if field.name in without:
-            continue
+    """What is left out is not looked at: numbers of a tensor come as a copy."""
+    for name in (field.name for field in source.DESCRIPTOR.fields if field.name not in without):
+        value = getattr(source, name)
         if hasattr(value, "extend"):
-            getattr(copy, field.name).extend(value)
-        elif hasattr(value, "CopyFrom"):
-            getattr(copy, field.name).CopyFrom(value)
-        else:
-            setattr(copy, field.name, value)
+            getattr(copy, name).extend(value)
+        elif source.HasField(name) and hasattr(value, "CopyFrom"):
+            getattr(copy, name).CopyFrom(value)
+        elif source.HasField(name):
+            setattr(copy, name, value)
 
 
 _INSIDE = {

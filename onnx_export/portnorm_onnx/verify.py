@@ -36,6 +36,8 @@ from portnorm_onnx.storage import WIDE, Draft, size_of
 NumPyArray = numpy.ndarray[Any, Any]
 Inputs = tuple[NumPyArray, NumPyArray | None]
 """`x`, and the lengths or the mask, if the graph takes one."""
+Stated = tuple[NumPyArray, NumPyArray | None, Any]
+"""The same and a state to begin with; `None` for the first one."""
 
 # One step: units in the last place of the largest value, at least of 1; 16 units of float32 are 1.9e-6. A matrix product summed in another
 # order moves a state by a few units. float64 has more room, since runtimes keep epsilon and some tables of constants in float32.
@@ -157,27 +159,28 @@ def check(
 
 
 def _checked(graph: Graph, runtime: str, cases: Sequence[Inputs], *, with_empty: bool) -> tuple[list[Comparison], ...]:
-    """(trajectories, steps, cases with nothing to compute), one session after the other."""
+    """(trajectories, steps, cases with nothing to compute), one session after the other, and none beside eager runs of many steps."""
     longest = max(cases, key=lambda case: _steps(graph.model, case[0]))
     session = graph.session(runtime)
     run = graph.stepwise(session) if graph.streaming else session
-    empty = _empty(graph, run, runtime, longest[0]) if with_empty else []
-    if graph.streaming:
-        return [_trajectory(graph, run, runtime, longest)], [_one_step(graph, session, runtime, longest)], empty
-    trajectories = [_trajectory(graph, run, runtime, case) for case in cases]
+    empty = _empty(graph, runtime, longest[0]) if with_empty else []
+    tried: list[Stated] = [*empty, *((x, counted, None) for x, counted in ([longest] if graph.streaming else cases))]
+    outputs = [run(graph.feed(*case)) for case in tried]
+    steps = [_one_step(graph, session, runtime, longest)] if graph.streaming else []
     del session, run
-    if not graph.model.recurrent or not any(n.op_type in ("Scan", *OPERATORS) for n in graph.proto.graph.node):
-        return trajectories, [], empty
-    return trajectories, [_one_step(graph, graph.session(runtime, with_states(graph)), runtime, longest)], empty
+    found = [_trajectory(graph, runtime, case, given) for case, given in zip(tried, outputs, strict=True)]
+    if not graph.streaming and graph.model.recurrent and any(n.op_type in ("Scan", *OPERATORS) for n in graph.proto.graph.node):
+        steps = [_one_step(graph, graph.session(runtime, with_states(graph)), runtime, longest)]
+    return found[len(empty) :], steps, found[: len(empty)]
 
 
-def _empty(graph: Graph, session: Session, runtime: str, like: NumPyArray) -> list[Comparison]:
+def _empty(graph: Graph, runtime: str, like: NumPyArray) -> list[Stated]:
     """Sequences without steps that come with a state, a batch of none, no steps: wherever the runtime has an answer."""
-    found = []
+    found: list[Stated] = []
     for x, counted, state in empty_cases(graph.model, graph.dims, like, graph.counts, streaming=graph.streaming):
         given = numpy.take(x, 0, axis=time_axis(graph.model)) if graph.streaming else x
         if not unanswered(runtime, graph.proto, graph.model, given.shape, streaming=graph.streaming):
-            found.append(_trajectory(graph, session, runtime, (x, counted), state if graph.stated else None))
+            found.append((x, counted, state if graph.stated else None))
     return found
 
 
@@ -188,7 +191,7 @@ def streaming_trajectory(draft: Draft, whole: Draft, model: Layer, runtime: str)
     feed = graph.feed(case[0], None, None)
     stepped = graph.stepwise(graph.session(runtime))(feed)
     found = sequence.session(runtime)(feed)
-    own = _trajectory(graph, lambda _: stepped, runtime, case)
+    own = _trajectory(graph, runtime, (*case, None), stepped)
     comparisons = [
         Comparison(
             runtime,
@@ -391,12 +394,11 @@ def _entries(model: Layer) -> int:
     return next(layer.num_embeddings for layer in model.layers() if isinstance(layer, Embedding))
 
 
-def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs, state: Any = None) -> Comparison:
-    """The graph's distance to the float64 run against the eager run's distance to it, over the whole input, from `state`."""
-    model, dtype, (x, counted) = graph.model, graph.dtype, case
+def _trajectory(graph: Graph, runtime: str, case: Stated, outputs: Mapping[str, NumPyArray]) -> Comparison:
+    """The graph's distance to the float64 run against the eager run's distance to it, over the whole input, from the state."""
+    model, dtype, (x, counted, state) = graph.model, graph.dtype, case
     given: dict[str, Any] = {} if counted is None or graph.counts is None else {graph.counts: counted}
     given |= {} if state is None else {"state": state}
-    outputs = session(graph.feed(x, counted, state))
     eager = _outputs(model, x, given)
     exact = eager if graph.wide else _outputs(graph.exact, floats(wide, x), floats(wide, given))
     others: list[dict[str, NumPyArray]] = []
@@ -410,7 +412,9 @@ def _trajectory(graph: Graph, session: Session, runtime: str, case: Inputs, stat
             others = others or [_outputs(other, nudged(x, seed, dtype), given) for seed, other in graph.moved]
             eager_difference = max(eager_difference, *(_distance(name, other[name], exact[name]) for other in others))
         allowed = graph.allowed(FACTOR * eager_difference + floor, _largest(exact[name]))
-        comparisons.append(Comparison(runtime, name, _case_name(model, case), _steps(model, x), difference, allowed, eager_difference))
+        comparisons.append(
+            Comparison(runtime, name, _case_name(model, (x, counted)), _steps(model, x), difference, allowed, eager_difference)
+        )
         if not difference <= allowed:
             raise ConformanceError(
                 f"{runtime}: output {name!r} is {difference:.3g} from the {'eager' if graph.wide else 'float64'} run at "
