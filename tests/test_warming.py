@@ -162,6 +162,63 @@ print(json.dumps(None))
     assert run(cache, code) is None
 
 
+def test_a_fork_when_the_process_ends(cache: Path) -> None:
+    """A handler that runs last may still fork: nothing holds the lock of the compiler for ever."""
+    code = """
+import atexit, warnings
+warnings.simplefilter("ignore")
+
+def last():
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    print(json.dumps(os.waitpid(child, 0)[1]), flush=True)
+
+atexit._clear()
+atexit.register(last)
+atexit.register(warming._stop)  # runs first
+call()
+wait(there)
+"""
+    assert run(cache, code) == 0
+
+
+SURROUNDINGS = {
+    "no home": ("""
+def nobody(*_):
+    raise RuntimeError("Could not determine home directory.")
+
+warming.Path.expanduser = nobody
+warming._HERE = warming.Path("/proc/nowhere")
+del os.environ["NUMBA_CACHE_DIR"]
+""", True),
+    "numba without metadata": ("""
+def none(_):
+    raise warming.importlib.metadata.PackageNotFoundError("numba")
+
+warming.importlib.metadata.version = none
+""", True),
+    "no thread to be had": ("""
+def none(_):
+    raise RuntimeError("can't start new thread")
+
+threading.Thread.start = none
+""", False),
+}  # fmt: skip
+"""What a process may lack, and whether it gets kernels all the same."""
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_a_call_is_answered_whatever_the_surroundings_lack(name: str, tmp_path: Path) -> None:
+    code, compiles = SURROUNDINGS[name]
+    code += f"""
+first = call()[0]
+done = wait(there, {100 if compiles else 0.1})
+print(json.dumps([done, np.allclose(first, call()[0], atol=1e-5), call()[1]]))
+"""
+    assert run(tmp_path, code) == [compiles, True, compiles]
+
+
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="there is no fork")
 def test_a_fork_while_kernels_are_loaded(cache: Path) -> None:
     code = """

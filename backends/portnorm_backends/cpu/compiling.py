@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -16,13 +14,12 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from portnorm_backends.cpu.registers import WIDTH
+from portnorm_backends.cpu.sources import digest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SOURCES = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()[:16]
-
-_MADE_OF = f"{_SOURCES}_{WIDTH}"
-"""Stands in the name of what is kept on disk: numba looks at the file of a function only, not at those of the functions that it calls."""
+_MADE_OF = f"{digest()}_{WIDTH}"
+"""Stands in the name of what is kept on disk."""
 
 
 class _Progress(event.Listener):  # type: ignore[misc]

@@ -25,7 +25,7 @@ from portnorm.recurrent import linear_scan
 from portnorm.scan import Params, State, scan
 from portnorm_backends.cpu import memory, threads
 from portnorm_backends.cpu.layout import GIVEN, NONE, OWN, RANGE, ROWS, SHIFT, NumPyArray, Shares, SlotArrays, Terms, rooms, taken, writable
-from portnorm_backends.cpu.warming import ready
+from portnorm_backends.cpu.warming import TRAINING, ready
 
 _AT_ONCE = 2**31
 """Multiplications of hidden products in one compiled call, some tens of milliseconds, during which Python does not see an interrupt."""
@@ -45,17 +45,16 @@ class _Loop(NamedTuple):
     """The compiled loop of a cell."""
 
     name: str
-    """Of its family of kernels; `training` that with the backward loop."""
-    training: str
+    """Of its family of kernels."""
     module: str
     slots: tuple[str, ...]
     """Those that it knows."""
 
 
 _LOOPS = {
-    LSTMCell: _Loop("LSTM", "LSTM training", "lstm", ("norm_hh", "norm_sum", "norm_c")),
-    GRUCell: _Loop("GRU", "GRU training", "gru", ("norm_hh",)),
-    RNNCell: _Loop("RNN", "RNN training", "rnn", ("norm_hh", "norm_sum")),
+    LSTMCell: _Loop("LSTM", "lstm", ("norm_hh", "norm_sum", "norm_c")),
+    GRUCell: _Loop("GRU", "gru", ("norm_hh",)),
+    RNNCell: _Loop("RNN", "rnn", ("norm_hh", "norm_sum")),
 }
 
 
@@ -102,7 +101,7 @@ def _accepts_inputs(
 
 def _family(cell: RecurrentCell, keep: bool) -> str:
     """Of the kernels that this call, and where it keeps something its backward call, will take."""
-    return _LOOPS[type(cell)].training if keep else _LOOPS[type(cell)].name
+    return f"{_LOOPS[type(cell)].name}{TRAINING if keep else ''}"
 
 
 @functools.lru_cache(maxsize=64)

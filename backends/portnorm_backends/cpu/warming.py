@@ -40,6 +40,7 @@ from portnorm.layers.linear import Linear
 from portnorm.layers.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from portnorm.layers.recurrent import GRU, LSTM, RNN, Recurrent
 from portnorm_backends.cpu.layout import RANGE
+from portnorm_backends.cpu.sources import digest
 
 LOG = logging.getLogger("portnorm")
 
@@ -60,7 +61,8 @@ Family = tuple[str, str]
 # -- the families --------------------------------------------------------------------------------------------------------------------------
 
 
-_TRAINING = " training"
+TRAINING = " training"
+"""Ends the name of a family that has the backward loops too."""
 
 
 def _rows(dtype: str) -> None:
@@ -94,7 +96,7 @@ FAMILIES: dict[str, Callable[[str], None]] = {
     "channels": _channels,
     "products": _products,
     **{cell.__name__: _loop(cell, False) for cell in (LSTM, GRU, RNN)},
-    **{f"{cell.__name__}{_TRAINING}": _loop(cell, True) for cell in (LSTM, GRU, RNN)},
+    **{f"{cell.__name__}{TRAINING}": _loop(cell, True) for cell in (LSTM, GRU, RNN)},
 }
 """What is compiled together, and what compiles all of it for a type of values. That for training has all of inference."""
 
@@ -108,7 +110,7 @@ _OF_LAYERS: dict[type[Layer], tuple[str, ...]] = {
     InstanceNorm: ("rows", "channels"),
     Linear: ("products",),
     Recurrent: ("rows", "channels", "products"),
-    **{cell: (f"{cell.__name__}{_TRAINING}",) for cell in (LSTM, GRU, RNN)},
+    **{cell: (f"{cell.__name__}{TRAINING}",) for cell in (LSTM, GRU, RNN)},
 }
 """What the calls of a layer take."""
 
@@ -130,6 +132,8 @@ _failed: set[Family] = set()
 _lock = threading.RLock()
 _loading = threading.Lock()
 """Held while kernels are compiled or loaded in this process."""
+_ends = False
+"""Whether the process ends, and nothing is to be loaded any more."""
 
 
 def ready(family: str, dtype: Any) -> bool:
@@ -152,7 +156,10 @@ def _ask(wanted: Family) -> bool:
             _there(wanted)
             return True
         if not _asked:
-            threading.Thread(target=_work, name="portnorm-kernels", daemon=True).start()
+            try:
+                threading.Thread(target=_work, name="portnorm-kernels", daemon=True).start()
+            except RuntimeError:  # the process ends, or has all threads that it may have
+                return False
         _asked.add(wanted)
         _wanted.put(wanted)
     return False
@@ -163,7 +170,7 @@ def _is_there(family: Family) -> bool:
 
 
 def _there(family: Family) -> None:
-    for name in (family[0], family[0].removesuffix(_TRAINING)):
+    for name in (family[0], family[0].removesuffix(TRAINING)):
         READY[name].add(numpy.dtype(family[1]))
 
 
@@ -184,6 +191,8 @@ def _provide(family: Family) -> None:
     _say()
     started, kept = time.monotonic(), _compiled_elsewhere(family)
     with _loading:
+        if _ends:
+            return
         _load(family)
     LOG.info(
         "the kernels %s are there after %.1f s%s", " ".join(family), time.monotonic() - started, "" if kept else ", for this process alone"
@@ -256,7 +265,7 @@ def _keep(family: Family) -> None:
 def _is_kept(family: Family) -> bool:
     """Whether the cache is known to hold it."""
     name, dtype = family
-    for own in (family, (f"{name}{_TRAINING}", dtype)):
+    for own in (family, (f"{name}{TRAINING}", dtype)):
         note = _note(own)
         with suppress(OSError, ValueError):
             if note is not None and all(map(os.path.exists, json.loads(note.read_text()))):
@@ -273,9 +282,10 @@ def _note(family: Family) -> Path | None:
 def _place() -> Path | None:
     """The folder of the notes: where numba was told to keep what it compiles, else beside these files, else in that of the user."""
     given = os.environ.get("NUMBA_CACHE_DIR")
-    user = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    for folder in [Path(given)] if given else [_HERE / "__pycache__", Path(user) / "portnorm"]:
-        with suppress(OSError):
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    for folder in [Path(given)] if given else [_HERE / "__pycache__", user / "portnorm"]:
+        with suppress(OSError, RuntimeError):  # the latter of a user who has no home
+            folder = folder.expanduser()
             folder.mkdir(parents=True, exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
@@ -285,10 +295,17 @@ def _place() -> Path | None:
 @functools.cache
 def _made_of() -> str:
     """What the compiled code hangs on: these sources, numba, Python, the processor, and what numba was told."""
-    found = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(_HERE.glob("*.py"))))
     told = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
-    found.update(repr((importlib.metadata.version("numba"), sys.version, platform.machine(), _processor(), told)).encode())
-    return found.hexdigest()[:16]
+    found = (digest(), _numba(), sys.version, platform.machine(), _processor(), told)
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
+def _numba() -> str:
+    """Its version, without an import unless whoever packed it left the metadata out."""
+    try:
+        return importlib.metadata.version("numba")
+    except importlib.metadata.PackageNotFoundError:
+        return str(importlib.import_module("numba").__version__)
 
 
 def _processor() -> list[str]:
@@ -396,7 +413,7 @@ def state() -> dict[str, Any]:
     if importlib.util.find_spec("numba") is None:
         return {"numba": None}
     kept = {kind: [name for name in FAMILIES if _is_kept((name, kind))] for kind in _TYPES}
-    return {"numba": importlib.metadata.version("numba"), "mode": MODE, "cache": str(_place()), "compiled": kept}
+    return {"numba": _numba(), "mode": MODE, "cache": str(_place()), "compiled": kept}
 
 
 # -- the end, and a beginning --------------------------------------------------------------------------------------------------------------
@@ -405,7 +422,9 @@ def state() -> dict[str, Any]:
 @atexit.register
 def _stop() -> None:
     """Let the thread end what it is doing in LLVM, which must not be torn down around it; it begins nothing more."""
-    _loading.acquire()
+    global _ends
+    with _loading:
+        _ends = True
 
 
 def _after_fork() -> None:
