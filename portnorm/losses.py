@@ -28,7 +28,9 @@ from portnorm.sums import total
 class Entropy(NamedTuple):
     """Residuals of `softmax_cross_entropy`, in at least float32."""
 
-    log_probabilities: Array  # (…, classes)
+    exponentials: Array  # (…, classes), of logits less their maximum
+    sums: Array  # (…, 1), of these
+    losses: Array  # (…,)
     chosen: Array  # (…, classes), True at the label
     share: Array  # (…,) of each case in the mean; 0 where it does not count, NaN where its label is none
     logits: Array
@@ -72,21 +74,22 @@ def softmax_cross_entropy(
     if counts is not None:
         z = xp.where(counts[..., None], z, 0.0)
     shifted = z - xp.max(z, axis=-1, keepdims=True)
-    log_sum = xp.log(xp.sum(xp.exp(shifted), axis=-1, keepdims=True))
+    exponentials = xp.exp(shifted)
+    sums = xp.sum(exponentials, axis=-1, keepdims=True)
     chosen = xp.equal(labels[..., None], xp.arange(classes, dtype=labels.dtype, device=device_of(logits)))
-    losses = log_sum[..., 0] - xp.sum(xp.where(chosen, shifted, 0.0), axis=-1)
-    return xp.astype(_total(losses * share), logits.dtype, copy=False), Entropy(shifted - log_sum, chosen, share, logits, weights)
+    losses = xp.log(sums[..., 0]) - xp.sum(xp.where(chosen, shifted, 0.0), axis=-1)
+    residuals = Entropy(exponentials, sums, losses, chosen, share, logits, weights)
+    return xp.astype(_total(losses * share), logits.dtype, copy=False), residuals
 
 
 @softmax_cross_entropy.backward
 def _(residuals: Entropy, dy: Array, *, ignore_index: int | None = -100) -> tuple[Array, None, Array | None]:
     """dlogits = dy · (softmax − one-hot) · w / Σ w,  dw = dy · (loss of the case − loss) / Σ w"""
-    log_probabilities, chosen, share, logits, weights = residuals
-    xp = namespace(log_probabilities=log_probabilities)
-    d = (xp.exp(log_probabilities) - xp.astype(chosen, share.dtype)) * (share[..., None] * _of(dy, share))
+    exponentials, sums, losses, chosen, share, logits, weights = residuals
+    xp = namespace(exponentials=exponentials)
+    d = (exponentials / sums - xp.astype(chosen, share.dtype)) * (share[..., None] * _of(dy, share))
     dweights = None
     if weights is not None and is_kind(xp, weights.dtype, "real floating"):
-        losses = -xp.sum(xp.where(chosen, log_probabilities, 0.0), axis=-1)
         dweights = _of_weights(xp, losses, share, weights, dy)
     return xp.astype(d, logits.dtype, copy=False), None, dweights
 
