@@ -486,3 +486,47 @@ def test_an_array_is_had_again_bit_by_bit(dtype: str, rule: str, case: str) -> N
     assert back is not None
     assert (back.dtype, back.shape, back.tobytes()) == (v.dtype, v.shape, v.tobytes())
     assert checksum(back) == kept["sum"]
+
+
+STATISTICS: dict[str, Callable[[Any, Any], None]] = {
+    "random": lambda v, gain: None,
+    "a step that never came": lambda v, gain: v.__setitem__(-1, 1.0),
+    "no spread": lambda v, gain: v.__setitem__((slice(None), slice(6)), 0.5),
+    "a gain of 0": lambda v, gain: gain.__setitem__(3, 0.0),
+    "a NaN": lambda v, gain: v.__setitem__((2, 5), np.nan),
+    "far from 0": lambda v, gain: v.__iadd__(50),
+    "tiny": lambda v, gain: v.__imul__(1e-4),
+}
+
+
+@pytest.mark.parametrize("case", STATISTICS)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_statistics_of_each_step_are_had_again_bit_by_bit(dtype: str, case: str) -> None:
+    """Out of g / √(v + ε) and b - m·g / √(v + ε), which the graph looks up by step."""
+    rng = np.random.default_rng(0)
+    var, mean, gain = rng.uniform(0.1, 2.0, (40, 24)), rng.standard_normal((40, 24)), rng.uniform(0.5, 2.0, 24)
+    STATISTICS[case](var, gain)
+    STATISTICS[case](mean, gain)
+    var, mean = var.astype(dtype), mean.astype(dtype)
+    with np.errstate(all="ignore"):
+        scale = gain / np.sqrt(var.astype("float64") + 1e-5)
+        tables = {"scale": scale, "shift": rng.standard_normal(24) - mean * scale}
+        weights = {name: InMemory(t.astype(dtype)[:, None]) for name, t in tables.items()}
+    for statistic in (var, mean):
+        kept = entry(statistic, False, weights, (), dtype)
+        assert "of" in kept or case in ("tiny", "far from 0")
+        back = restored(kept, lambda of, form, total: weights[of].read()[:, 0])
+        assert back is not None
+        assert back.tobytes() == statistic.tobytes()
+        assert checksum(back) == kept["sum"]
+
+
+@pytest.mark.parametrize("cell", [pn.LSTM, pn.GRU, pn.RNN], ids=lambda c: c.__name__)
+def test_statistics_of_each_step_are_not_stored_twice(cell: Any, tmp_path: Path, rng: np.random.Generator) -> None:
+    layer = cell(64, 128, norm="batch", rng=0)
+    for _ in range(3):
+        layer(rng.standard_normal((100, 8, 64), dtype=np.float32), training=True)
+    sizes = [pn.export(layer, tmp_path / f"{metadata}.onnx", metadata=metadata).size for metadata in (True, False)]
+    assert sizes[0] <= 1.12 * sizes[1]
+    for name, a in pn.load(tmp_path / "True.onnx").state_dict().items():
+        np.testing.assert_array_equal(a, layer.state_dict()[name])

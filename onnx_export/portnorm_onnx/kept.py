@@ -4,6 +4,8 @@
     v = c                                one number for all: tools leave out a gain of 1 and a shift of 0
     v = round(W ⊙ s) + k                 folded into W: the graph holds each row times a factor of its own
     v = round(W + m) + k                 centred in W: the graph holds each column less its mean
+    v = round((g / W)² - ε) + k          a variance of each step: the graph holds the table W = g / √(v + ε)
+    v = round((b - U) / W) + k           a mean of each step, beside it the table U = b - v·W
                                          k counts units in the last place, few and mostly 0, which pack to two or three bits
 
 Every entry has the checksum of its array, by which a weight that a tool has renamed is found and one that it has changed is noticed.
@@ -65,9 +67,10 @@ FORMS = {
         Form("", lambda v, _: v, lambda shape: shape),
         Form(".T", lambda v, _: v.T, lambda shape: shape[::-1]),
         Form(".gates", _in_our_order, lambda shape: (1, *shape)),
+        Form(".steps", lambda v, _: v[:, 0], lambda shape: (*shape[:1], 1, *shape[1:])),
     )
 }
-"""By the end of the name that the exporter gives: as it is, transposed, with the gates in ONNX's order."""
+"""By the end of a name: as it is, transposed, with the gates in ONNX's order, with room for a batch in each row of a table."""
 
 
 def forms(weight: Weight, shape: tuple[int, ...], order: tuple[int, ...]) -> Iterator[tuple[str, NumPyArray]]:
@@ -113,17 +116,18 @@ def restored(kept: Entry, base: Callable[[str, str, str], NumPyArray | None]) ->
         return _unpacked(kept["data"], dtype, shape)
     if "of" not in kept:
         return None
-    values = base(kept["of"], kept["form"], kept["base"])
-    if values is None or values.shape != shape:
-        return None
+    bases = [base(name, form, total) for name, form, total in kept["of"]]
+    values = [v for v in bases if v is not None and v.shape == shape]
     rule = _RULES[kept["rule"]]
+    if len(values) < len(bases) or len(values) != rule.bases:
+        return None
     numbers = _unpacked(kept["numbers"], numpy.dtype(numpy.float64), rule.shape(shape))
     units = _unpacked(kept["units"], numpy.dtype(kept["counted"]), shape)
     step = numpy.dtype(kept["step"])
     found = numpy.empty(shape, dtype)
     with numpy.errstate(all="ignore"):
         for block in _blocks(shape):
-            guess = _order(rule.guess(values[block], rule.part(numbers, block)).astype(step))
+            guess = _order(rule.guess(*(v[block] for v in values), rule.part(numbers, block)).astype(step))
             found[block] = _values(guess + units[block], step)
     if "apart" in kept:
         many = (int(kept["apart"]),)
@@ -136,17 +140,20 @@ def restored(kept: Entry, base: Callable[[str, str, str], NumPyArray | None]) ->
 
 @dataclass(frozen=True)
 class _Rule:
-    """How an array is nearly made of W and of a few numbers."""
+    """How an array is nearly made of W, or of two of them, and of a few numbers."""
 
-    numbers: Callable[[NumPyArray, NumPyArray], NumPyArray]
+    numbers: Callable[..., NumPyArray]
     """`numbers(v, W)`"""
-    guess: Callable[[NumPyArray, NumPyArray], NumPyArray]
+    guess: Callable[..., NumPyArray]
+    """`guess(W, numbers)`"""
     shape: Callable[[tuple[int, ...]], tuple[int, ...]]
     """Of the numbers, for the shape of the array."""
     part: Callable[[NumPyArray, slice], NumPyArray]
     """The numbers of some rows."""
     sample: Callable[[NumPyArray], NumPyArray]
     """A piece of an array that has numbers of its own."""
+    bases: int = 1
+    """How many W there are, one after the other in the graph."""
 
 
 def _factors(v: NumPyArray, w: NumPyArray) -> NumPyArray:
@@ -165,6 +172,31 @@ def _terms(v: NumPyArray, w: NumPyArray) -> NumPyArray:
     return found / len(v)
 
 
+def _of_roots(v: NumPyArray, w: NumPyArray) -> NumPyArray:
+    """g² by column, and ε: in W⁻² = (v + ε) / g² it is where the line through all steps of a column meets zero.
+
+    Columns count by how far they spread, since rounding turns the line of one that hardly does.
+    """
+    v, inverse = v.astype(numpy.float64), 1.0 / numpy.square(w.astype(numpy.float64))
+    mean, apart, line = v.mean(axis=0), v - v.mean(axis=0), inverse - inverse.mean(axis=0)
+    found, weight = (
+        inverse.mean(axis=0) * (apart * apart).sum(axis=0) / (apart * line).sum(axis=0) - mean,
+        (apart * apart).sum(axis=0) / mean**2,
+    )
+    sound = numpy.isfinite(found) & numpy.isfinite(weight)
+    eps = numpy.clip((found * weight)[sound].sum() / weight[sound].sum(), 0.0, 0.01) if weight[sound].any() else 0.0
+    return numpy.stack([((v + eps) / inverse).mean(axis=0), numpy.full(v.shape[1:], eps)])
+
+
+def _of_shifts(v: NumPyArray, w: NumPyArray, u: NumPyArray) -> NumPyArray:
+    found: NumPyArray = (u + v.astype(numpy.float64) * w).mean(axis=0)
+    return found
+
+
+def _some_columns(a: NumPyArray) -> NumPyArray:
+    return a[:, :: -(-a.shape[1] // 16)]
+
+
 _RULES = {
     "factor": _Rule(
         _factors,
@@ -178,32 +210,57 @@ _RULES = {
         lambda w, m: w.astype(numpy.float64) + m,
         lambda shape: shape[1:],
         lambda numbers, rows: numbers,
-        lambda a: a[:, :: -(-a.shape[1] // 16)],
+        _some_columns,
+    ),
+    "variance": _Rule(
+        _of_roots,
+        lambda w, n: n[0] / numpy.square(w.astype(numpy.float64)) - n[1],
+        lambda shape: (2, *shape[1:]),
+        lambda numbers, rows: numbers,
+        _some_columns,
+    ),
+    "mean": _Rule(
+        _of_shifts,
+        lambda w, u, b: (b - u) / w.astype(numpy.float64),
+        lambda shape: shape[1:],
+        lambda numbers, rows: numbers,
+        _some_columns,
+        bases=2,
     ),
 }
 
 
 def _of_another(v: NumPyArray, weights: Mapping[str, Weight], order: tuple[int, ...], step: str) -> Entry | None:
-    """`v` as a weight of the graph, a few numbers, and units in the last place; `None` where no weight is like it."""
+    """`v` as weights of the graph, a few numbers, and units in the last place; `None` where none are like it. The shortest."""
     kind = numpy.dtype(step)
     if v.nbytes < _SMALL or v.ndim < 2 or v.dtype.kind != "f" or not (v.dtype == kind or _same(v.astype(kind).astype(v.dtype), v)):
         return None
+    last: list[tuple[str, str, NumPyArray]] = []
+    best, size = None, v.nbytes
     for name, weight in weights.items():
         for suffix, w in forms(weight, v.shape, order):
-            for title, rule in _RULES.items() if w.dtype.kind == "f" else ():
-                found = _told(v, w, rule, kind)
-                if found is not None:
-                    return {"of": name, "form": suffix, "base": checksum(w), "rule": title, "step": step, **found}
-    return None
+            if w.dtype.kind != "f":
+                continue
+            last = [*last[-1:], (name, suffix, w)]
+            for title, rule in _RULES.items():
+                bases = last[-rule.bases :]
+                found = _told(v, [b for *_, b in bases], rule, kind) if len(bases) == rule.bases else None
+                length = size if found is None else sum(len(str(part)) for part in found.values())
+                if found is not None and length < size:
+                    of = [(n, form, checksum(b)) for n, form, b in bases]
+                    best, size = {"of": of, "rule": title, "step": step, **found}, length
+                    if size < v.nbytes // 5:
+                        return best
+    return best
 
 
-def _told(v: NumPyArray, w: NumPyArray, rule: _Rule, step: Any) -> Entry | None:
+def _told(v: NumPyArray, w: list[NumPyArray], rule: _Rule, step: Any) -> Entry | None:
     """The numbers of a rule, the units, and what neither tells; `None` where a piece of the array already says that this is too much."""
     with numpy.errstate(all="ignore"):  # an infinite weight is no number of a rule
-        few, own = rule.sample(v), rule.sample(w)
-        if _units(few, own, rule, rule.numbers(few, own), step) is None:
+        few, own = rule.sample(v), [rule.sample(b) for b in w]
+        if _units(few, own, rule, rule.numbers(few, *own), step) is None:
             return None
-        numbers = rule.numbers(v, w)
+        numbers = rule.numbers(v, *w)
         found = _units(v, w, rule, numbers, step)
     if found is None:
         return None
@@ -214,12 +271,12 @@ def _told(v: NumPyArray, w: NumPyArray, rule: _Rule, step: Any) -> Entry | None:
     return made
 
 
-def _units(v: NumPyArray, w: NumPyArray, rule: _Rule, numbers: NumPyArray, step: Any) -> tuple[NumPyArray, NumPyArray] | None:
+def _units(v: NumPyArray, w: list[NumPyArray], rule: _Rule, numbers: NumPyArray, step: Any) -> tuple[NumPyArray, NumPyArray] | None:
     """(How many units in the last place `v` is from what the rule says, in the narrowest type; places where that is too many)"""
     found, apart = numpy.empty(v.shape, numpy.int16), []
     for rows in _blocks(v.shape):
         narrow = numpy.ascontiguousarray(v[rows].astype(step))
-        guess = _order(rule.guess(w[rows], rule.part(numbers, rows)).astype(step))
+        guess = _order(rule.guess(*(b[rows] for b in w), rule.part(numbers, rows)).astype(step))
         k = _order(narrow) - guess
         bits = f"i{step.itemsize}"  # two zeros and two NaNs are one number each
         far = (numpy.abs(k) >= _UNITS[step.itemsize]) | (_values(guess + k, step).view(bits) != narrow.view(bits))
