@@ -47,8 +47,8 @@ EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64":
 # the graph may be a few times as far.
 STEP_FACTOR = 4.0
 # How far eager float32 is from float64 is a matter of luck in a net that amplifies rounding: a graph that looks wrong gets a second look
-# at the worst of this many eager runs, each with weights and inputs moved by at most one unit in the last place. Inputs alone show too
-# little: layer normalization takes back what scales all gates alike, as a change of a single pixel does.
+# at the worst of this many eager runs, each with inputs moved by at most one unit in the last place. For one step inputs alone show too
+# little, since layer normalization takes back what scales all gates alike, as a change of a single pixel does: there weights are moved too.
 ROUNDINGS = 8
 # A graph of a fixed number of steps: the states that they are tried from.
 ROUNDS = 3
@@ -252,12 +252,17 @@ class Graph:
         length = None if axis is None or self.streaming else self.dims[axis]
         return length if isinstance(length, int) and length > 1 else None
 
+    @property
+    def roundings(self) -> range:
+        """Seeds of the runs that show what rounding does."""
+        return range(WIDE_ROUNDINGS if self.wide else ROUNDINGS)
+
     @cached_property
     def moved(self) -> list[tuple[int, Layer]]:
-        """What shows what rounding does: seeds, and models whose numbers are moved, unless they are too many to copy."""
+        """The same seeds, and models whose numbers are moved, unless they are too many to copy."""
         if self.wide:
-            return [(seed, self.model) for seed in range(WIDE_ROUNDINGS)]
-        models = [self.model.copy() for _ in range(ROUNDINGS)]
+            return [(seed, self.model) for seed in self.roundings]
+        models = [self.model.copy() for _ in self.roundings]
         for seed, model in enumerate(models):
             model.assign({n: nudged(to_numpy(a), ROUNDINGS + seed, self.dtype) for n, a in model.params.items()})
         return list(enumerate(models))
@@ -409,7 +414,7 @@ def _trajectory(graph: Graph, runtime: str, case: Stated, outputs: Mapping[str, 
         difference, eager_difference = _distance(name, result, exact[name]), _distance(name, eager[name], exact[name])
         floor = FLOOR[dtype] * (max(1.0, _largest(exact[name])) if dtype in ("float64", "bfloat16") else 1.0)
         if graph.tolerance is None and not difference <= FACTOR * eager_difference + floor:
-            others = others or [_outputs(other, nudged(x, seed, dtype), given) for seed, other in graph.moved]
+            others = others or [_outputs(model, nudged(x, seed, dtype), given) for seed in graph.roundings]
             eager_difference = max(eager_difference, *(_distance(name, other[name], exact[name]) for other in others))
         allowed = graph.allowed(FACTOR * eager_difference + floor, _largest(exact[name]))
         comparisons.append(
