@@ -50,9 +50,10 @@ def described(
     holds: str = "",
 ) -> None:
     """Write into the model what it takes to check it and to read the layer back."""
+    weights = _weights(proto, None)
     graph = {"names": names or {}, "dtype": dtype, "streaming": streaming, "holds": holds, "written": facts(proto)}
-    props = _props(_weights(proto, None), model, prefix, dtype) | {f"{prefix}{_GRAPH}": json.dumps(graph)}
-    set_props(proto, props)
+    graph["numbers"] = {name: checksum(weight.read()) for name, weight in weights.items()}
+    set_props(proto, _props(weights, model, prefix, dtype) | {f"{prefix}{_GRAPH}": json.dumps(graph)})
 
 
 def layers_described(proto: onnx.ModelProto, layers: Mapping[str, tuple[Layer, str]]) -> None:
@@ -160,17 +161,19 @@ def read_layer(
         arrays[name] = values
         if not sound:
             other.append(f"{name} ({values.dtype})")
-    what = "; ".join(changes_of(proto)) if missing or other else ""
+    numbers = _object(props, f"{prefix}{_GRAPH}").get("numbers", {})
+    moved = [] if other else [name for name, weight in weights.items() if numbers.get(name, "") not in ("", checksum(weight.read()))]
+    what = "; ".join(changes_of(proto)) if missing or other or moved else ""
     tool = f". A tool has changed the file: {what}" if what else ""
     if missing:
         raise CheckpointError(
             f"{file!r} does not hold {', '.join(missing)} of the {type(layer).__name__} any more; load the file as it was exported{tool}"
         )
     layer.load_state_dict(arrays)
-    return (
-        layer,
-        f"{file!r} holds other numbers than were exported, and these are what is loaded: {', '.join(other)}{tool}" if other else "",
-    )
+    if not other and not moved:
+        return layer, ""
+    which = f", and these are what is loaded: {', '.join(other)}" if other else f" in {', '.join(moved)}; the layer is loaded as it was"
+    return layer, f"{file!r} holds other numbers than were exported{which}{tool}"
 
 
 def _chosen(file: str, props: Mapping[str, str], asked: str | None) -> str:
