@@ -60,7 +60,8 @@ def replace_modules(
     A replacement is called as its module was: by the same names of arguments, with states in that module's form (nested tuples of
     (batch, hidden) for each layer and direction as in fastrnns, one array as in torch.nn.GRU, one step as torch.nn.LSTMCell) as well as in
     portnorm's, with packed sequences, and gives only `y` where that gave no state. It has the plain attributes of its module, and those of
-    torch.nn.LSTM. It keeps the mode, the dtype and the device, and what was frozen is.
+    torch.nn.LSTM. It keeps the mode, the dtype and the device, and what was frozen is. Its parameters are new: make an optimizer after the
+    swap, since one that was made before goes on with those of the old modules.
 
     With `args`, the example inputs of `model` by place (a tuple, or the only one), or `kwargs`, those by name, the model is run before and
     after, with the same random numbers: in evaluation, where values are compared, and for one training step, where the gradients of all

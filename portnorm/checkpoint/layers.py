@@ -55,7 +55,7 @@ def load(
     give the layer back as it was exported, bit by bit, also after a tool has renamed, merged or folded them. Where several layers are in
     it, `prefix` is that of the names of the one that is meant; a layer in a torch model has the module's path ("encoder.rnn").
     Where a tool has changed the numbers themselves, such as a conversion to float16, what the file holds now is loaded, with a
-    `ChangedFileWarning` that names the arrays.
+    `ChangedFileWarning` that names the arrays; numbers of the graph that are only made of them are named too.
     Raises `CheckpointError` where the file cannot be read, is damaged, does not hold an array any more, or was not written by portnorm.
     """
     if os.fspath(path).endswith(".onnx"):
