@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from portnorm.__main__ import main
 from portnorm.checkpoint.onnx_constants import graphs
 from portnorm.layers.recurrent import Recurrent
 from portnorm_onnx.kept import checksum, entry, restored
+from portnorm_onnx.keys import props_of, set_props
 from portnorm_onnx.storage import weights_of
 from tests.cases import HEAVY_PRESETS
 from tests.test_export import lstm, recurrent
@@ -512,9 +514,9 @@ def test_statistics_of_each_step_are_had_again_bit_by_bit(dtype: str, case: str)
         scale = gain / np.sqrt(var.astype("float64") + 1e-5)
         tables = {"scale": scale, "shift": rng.standard_normal(24) - mean * scale}
         weights = {name: InMemory(t.astype(dtype)[:, None]) for name, t in tables.items()}
-    for statistic in (var, mean):
+    for rule, statistic in {"variance": var, "mean": mean}.items():
         kept = entry(statistic, False, weights, (), dtype)
-        assert "of" in kept or case in ("tiny", "far from 0")
+        assert kept["rule"] == rule
         back = restored(kept, lambda of, form, total: weights[of].read()[:, 0])
         assert back is not None
         assert back.tobytes() == statistic.tobytes()
@@ -535,16 +537,32 @@ def test_statistics_of_each_step_are_not_stored_twice(cell: Any, tmp_path: Path,
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
 def test_a_number_that_a_tool_has_changed_is_told_wherever_it_is(cell: str, norm: str | None, target: str, tmp_path: Path) -> None:
-    """Also in what is made of weights that the file keeps beside: one warning, or none where nothing was changed."""
+    """Also in what is made of weights that the file keeps beside, and in the body of a loop; where nothing was changed nothing is said."""
     _, data = exported(cell, norm, target)
-    for k, name in enumerate(n.name for n in onnx.load_from_string(data).graph.initializer):
-        model, path = onnx.load_from_string(data), tmp_path / "m.onnx"
-        tensor = model.graph.initializer[k]
+    path = tmp_path / "m.onnx"
+    path.write_bytes(data)
+    pn.load(path)
+    floats = [k for k, t in enumerate(weights_of(onnx.load_from_string(data).graph)) if t.data_type == onnx.TensorProto.FLOAT]
+    assert len(floats) > 1
+    for k in floats:
+        model = onnx.load_from_string(data)
+        tensor = list(weights_of(model.graph))[k]
         values = numpy_helper.to_array(tensor).copy()
-        if values.dtype.kind != "f" or not values.size:
-            continue
         values.reshape(-1)[0] += 0.5
-        tensor.CopyFrom(numpy_helper.from_array(values, name))
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
         onnx.save(model, path)
         with pytest.warns(pn.ChangedFileWarning, match="holds other numbers than were exported"):
             pn.load(path)
+
+
+@pytest.mark.parametrize("numbers", [None, [], "all", {"no such weight": "00000000"}], ids=str)
+def test_what_is_recorded_of_numbers_may_be_anything(numbers: Any, tmp_path: Path) -> None:
+    layer, path = pn.GRU(3, 4, norm="layer", rng=0), tmp_path / "m.onnx"
+    pn.export(layer, path)
+    model = onnx.load(path)
+    props = props_of(model)
+    props["portnorm.graph"] = json.dumps(json.loads(props["portnorm.graph"]) | {"numbers": numbers})
+    set_props(model, props)
+    onnx.save(model, path)
+    for name, a in pn.load(path).state_dict().items():
+        np.testing.assert_array_equal(a, layer.state_dict()[name])

@@ -161,8 +161,7 @@ def read_layer(
         arrays[name] = values
         if not sound:
             other.append(f"{name} ({values.dtype})")
-    numbers = _object(props, f"{prefix}{_GRAPH}").get("numbers", {})
-    moved = [] if other else [name for name, weight in weights.items() if numbers.get(name, "") not in ("", checksum(weight.read()))]
+    moved = [] if other else _moved(weights, _object(props, f"{prefix}{_GRAPH}").get("numbers"))
     what = "; ".join(changes_of(proto)) if missing or other or moved else ""
     tool = f". A tool has changed the file: {what}" if what else ""
     if missing:
@@ -174,6 +173,13 @@ def read_layer(
         return layer, ""
     which = f", and these are what is loaded: {', '.join(other)}" if other else f" in {', '.join(moved)}; the layer is loaded as it was"
     return layer, f"{file!r} holds other numbers than were exported{which}{tool}"
+
+
+def _moved(weights: Mapping[str, _Tensor], recorded: Any) -> list[str]:
+    """Weights of the graph that have other numbers than when it was written; a tool may have taken some away, and made others."""
+    if not isinstance(recorded, dict):
+        return []
+    return [name for name, weight in weights.items() if name in recorded and checksum(weight.read()) != recorded[name]]
 
 
 def _chosen(file: str, props: Mapping[str, str], asked: str | None) -> str:
