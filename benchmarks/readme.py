@@ -148,8 +148,15 @@ def targets() -> str:
 def runtimes() -> str:
     """The adapters, and the versions that were measured."""
     versions = _kept("support")["versions"]
-    rows = ((f"`{name}`", row.note, versions[name] or "not installed") for name, row in RUNTIMES.items())
-    return table(("`--runtime`", "what it is", "measured"), rows)
+    rows = (
+        (f"`{name}`", row.note, versions[name] or "not installed", _operators(row.no_steps), _operators(row.no_sequences))
+        for name, row in RUNTIMES.items()
+    )
+    return table(("`--runtime`", "what it is", "measured", "no answer for no steps", "for no sequences"), rows)
+
+
+def _operators(names: frozenset[str]) -> str:
+    return ", ".join(f"`{name}`" if name.isidentifier() else name for name in sorted(names))
 
 
 def support() -> str:

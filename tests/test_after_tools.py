@@ -74,6 +74,16 @@ def renamed(model: onnx.ModelProto) -> None:
     replaced(model, {t.name: f"w{k}" for k, t in enumerate(weights_of(model.graph))})
 
 
+def renamed_at_the_ends(model: onnx.ModelProto) -> None:
+    """Inputs and outputs under other names, so that the places tell which is which."""
+    names = {v.name: f"v{k}" for k, v in enumerate((*model.graph.input, *model.graph.output))}
+    for value in (*model.graph.input, *model.graph.output):
+        value.name = names[value.name]
+    for n in model.graph.node:
+        for ends in (n.input, n.output):
+            ends[:] = [names.get(end, end) for end in ends]
+
+
 def as_nodes(model: onnx.ModelProto) -> None:
     """Constant nodes in the place of initializers."""
     for graph in graphs(model.graph):
@@ -112,6 +122,8 @@ TOOLS: dict[str, Tool] = {
     "equal weights made one": edited(deduplicated),
     "folded, then made one": lambda source, path: (optimized("BASIC")(source, path), edited(deduplicated)(path, path))[1],
     "weights renamed": edited(renamed),
+    "all names with a prefix": edited(lambda model: onnx.compose.add_prefix(model, "pre_")),
+    "inputs and outputs renamed": edited(renamed_at_the_ends),
     "weights as nodes": edited(as_nodes),
     "external data": outside,
     "converted to a later opset": edited(upgraded),
@@ -271,12 +283,13 @@ def test_a_file_in_float16(cell: str, norm: str | None, target: str, keep: bool,
         pn.verify(path, layer, tolerance=1e-7)
 
 
+@pytest.mark.parametrize("keywords", [{}, {"num_layers": 2}, {"bidirectional": True}], ids=str)
 @pytest.mark.parametrize("norm", [None, "layer", "batch", "weight"])
-def test_a_quantized_file(norm: str | None, tmp_path: Path) -> None:
+def test_a_quantized_file(norm: str | None, keywords: dict[str, Any], tmp_path: Path) -> None:
     """Weights are integers, and their names are gone: the error says which, and what has happened."""
     from onnxruntime.quantization import quantize_dynamic
 
-    layer, source, path = recurrent("LSTM", norm), tmp_path / "source.onnx", tmp_path / "m.onnx"
+    layer, source, path = recurrent("LSTM", norm, **keywords), tmp_path / "source.onnx", tmp_path / "m.onnx"
     pn.export(layer, source, target="onnxruntime")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -51,6 +51,7 @@ def build(
         label = next(iter(weights))
         _put(model.graph.initializer.add(), label, weights.pop(label))
     keep_transposed(model)
+    _copy_small(model.graph)
     return model
 
 
@@ -88,20 +89,48 @@ def _put(tensor: onnx.TensorProto, name: str, values: NumPyArray) -> None:
     tensor.raw_data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
+_SMALL = 64
+"""Bytes up to which a weight is copied for every loop that reads it."""
+
+
+def _copy_small(graph: onnx.GraphProto) -> None:
+    """Give each loop small weights of its own where others read them too: who renames a graph may not look for what a body reads from outside."""
+    given = {i.name for i in graph.input}
+    shared = {t.name: t for t in graph.initializer if len(t.raw_data) <= _SMALL and t.name not in given}
+    readers = _readers(graph)
+    for name, tensor in shared.items():
+        found = readers.get(name, [])
+        for k, inner in enumerate(found if len(found) > 1 else []):
+            if inner is graph:
+                continue
+            own = inner.initializer.add()
+            own.CopyFrom(tensor)
+            own.name = f"{name}_inside_{k}"
+            for n in inner.node:
+                n.input[:] = [own.name if end == name else end for end in n.input]
+        if len(found) > 1 and graph not in found:
+            graph.initializer.remove(tensor)
+
+
 def put_inside(proto: onnx.ModelProto) -> None:
     """Move what only one loop reads into its body: onnxruntime then does not pass it in anew at every step."""
     graph = proto.graph
-    readers: dict[str, list[onnx.GraphProto]] = {}
-    bodies = [a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH]
-    for inner in (graph, *bodies):
-        for name in {name for n in inner.node for name in n.input} | {o.name for o in inner.output}:
-            readers.setdefault(name, []).append(inner)
-    given = {i.name for i in graph.input}
+    readers, given = _readers(graph), {i.name for i in graph.input}
     for tensor in list(graph.initializer):
         found = readers.get(tensor.name, [])
         if len(found) == 1 and found[0] is not graph and tensor.name not in given:
             found[0].initializer.append(tensor)
             graph.initializer.remove(tensor)
+
+
+def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.GraphProto]]:
+    """Which of a graph and the bodies in it read a value, by its name."""
+    readers: dict[str, list[onnx.GraphProto]] = {}
+    bodies = [a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH]
+    for inner in (graph, *bodies):
+        for name in {name for n in inner.node for name in n.input} | {o.name for o in inner.output}:
+            readers.setdefault(name, []).append(inner)
+    return readers
 
 
 @dataclass(frozen=True)

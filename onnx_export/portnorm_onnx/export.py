@@ -73,9 +73,12 @@ def export(
 
     `names` gives inputs and outputs other names ({"x": "features"}), `prefix` stands before every name inside, so that the graph merges
     into another with `onnx.compose`; `function=True` makes it one model-local function. `external_data` puts weights into a file of their
-    own beside the model; by itself only where they exceed what one file can hold (2 GB). `input_shape` states the shape of `x` where the
-    model leaves it open, such as the space of feature maps, or where lengths are fixed; strings name those that vary. Where it is left out,
-    `x` has as many axes as the first of `inputs`. That of a streaming graph has no time: (1, 8).
+    own beside the model; by itself only where they exceed what one file can hold (2 GB). That file is named after its content, so an
+    earlier one stays: other models may refer to it.
+
+    `input_shape` states the shape of `x` where the model leaves it open, such as the space of feature maps, or where lengths are fixed;
+    strings name those that vary. Where it is left out, `x` has as many axes as the first of `inputs`. That of a streaming graph has no
+    time: (1, 8).
 
     The graph passes onnx's checker and strict shape inference and the two gates of `portnorm.verify`, on random input of several
     (time, batch) or on `inputs`; a streaming graph also gives, step by step, what the sequence graph gives. One in bfloat16, for which

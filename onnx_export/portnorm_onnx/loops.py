@@ -21,12 +21,12 @@ BEFORE = "steps_before"
 
 
 def loops_of(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The loops in the order in which the exporter wrote them: it numbers those of one operator, and tools keep the names."""
+    """The loops in the order in which the exporter wrote them: it numbers those of one operator, and tools keep the names or add to them."""
     found = [n for n in graph.node if n.op_type in ("Scan", *OPERATORS)]
     kinds: dict[str, list[tuple[int, onnx.NodeProto]]] = {}
-    for k, n in enumerate(found):
-        number = re.search(r"\d+$", n.name)
-        kinds.setdefault(n.op_type, []).append((int(number.group()) if number else -k, n))
+    for n in found:
+        numbers = re.findall(r"\d+", n.name)
+        kinds.setdefault(n.op_type, []).append((int(numbers[-1]) if numbers else 0, n))
     turns = {}
     for kind, own in kinds.items():
         apart = len({number for number, _ in own}) == len(own)

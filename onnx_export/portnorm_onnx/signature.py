@@ -74,7 +74,8 @@ def time_axis(model: Layer) -> int | None:
 def checked_dims(model: Layer, given: Sequence[int | str] | None, *, streaming: bool, like: Any = None) -> tuple[int | str, ...]:
     """The shape of `x` with time, from `input_shape`, from an `x` that the graph shall take, or as the model says.
 
-    A step has no time: for a streaming graph `given` may leave it out, and the sequences that it is held against are of any length.
+    A step has no time: for a streaming graph `given` may leave it out, or have a name there, or 1. The sequences that it is held against are
+    of any length.
     """
     dims, time = model.input_dims(), time_axis(model)
     if given is None:
@@ -89,6 +90,12 @@ def checked_dims(model: Layer, given: Sequence[int | str] | None, *, streaming: 
         expected = (*dims[:time], *dims[time + 1 :]) if streaming else dims
         raise ShapeError(f"`input_shape` is {given}; expected ({', '.join(map(str, expected))}), with numbers for lengths that are fixed")
     if streaming:
+        steps = given[time] if len(given) == len(dims) else 1
+        if not isinstance(steps, str) and steps != 1:
+            raise ShapeError(
+                f"`input_shape` is {given}, {steps} steps; a streaming graph is one step and takes no time: "
+                f"({', '.join(map(str, (*given[:time], *given[time + 1 :])))})"
+            )
         without = given if len(given) < len(dims) else (*given[:time], *given[time + 1 :])
         return (*without[:time], "time", *without[time:])
     return given

@@ -228,7 +228,8 @@ class Graph:
     @classmethod
     def of(cls, draft: Draft, model: Layer, tolerance: float | None = None) -> Graph:
         facts = graph_facts(draft.proto)
-        if not facts["described"]:
+        there = {v.name for v in (*draft.proto.graph.input, *draft.proto.graph.output)}
+        if not (facts["described"] and {facts["names"].get(name, name) for name in ("x", "y")} <= there):
             facts |= by_place(draft.proto, model)
         proto = _renamed(draft.proto, {given: name for name, given in facts["names"].items()})
         dtype = facts["dtype"]
