@@ -24,6 +24,7 @@ from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
 from portnorm.layers.norms import BatchNorm, BatchRenorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from portnorm.layers.quantized import quantized
 from portnorm.layers.recurrent import GRU, LSTM, RNN
 from portnorm.layers.sequential import Sequential
 from portnorm.lookup import embedding
@@ -37,6 +38,7 @@ from portnorm.norm.rms import rms_norm
 from portnorm.norm.weight import weight_norm, weight_norm_init
 from portnorm.op import vjp
 from portnorm.optimizers import SGD, Adam, RMSProp, clip_by_global_norm
+from portnorm.quantization import fake_quantize
 
 if TYPE_CHECKING:
     from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
@@ -108,6 +110,7 @@ __all__ = [
     "export",
     "export_torch",
     "export_training_step",
+    "fake_quantize",
     "group_norm",
     "import_checkpoint",
     "instance_norm",
@@ -115,6 +118,7 @@ __all__ = [
     "linear",
     "load",
     "mean_squared_error",
+    "quantized",
     "replace_modules",
     "rms_norm",
     "save",

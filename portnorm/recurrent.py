@@ -19,6 +19,7 @@ from portnorm.cells.cell import RecurrentCell
 from portnorm.norm.normalize import Reduce
 from portnorm.norm.weight import weight_norm
 from portnorm.op import op
+from portnorm.quantization import WEIGHTS, fake_quantize
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
 from portnorm.statistics import VALUES, at_steps, rows_of_steps, update
 from portnorm.sums import total_like
@@ -125,6 +126,8 @@ class Direction:
         mask = sequence_mask(x, lengths) if lengths is not None and (keep or (by_batch and training)) else None
         if self.reverse:
             x = reverse_sequences(x, lengths)
+        if cell.quantizes:
+            params, x = _quantized_weights(cell, params), fake_quantize(x)
         residuals = None
         masked = {} if hidden_mask is None else {"hidden_mask": hidden_mask}
         if keep or (by_batch and training) or moves is not None:
@@ -346,3 +349,10 @@ def _normalized_weights(params: Params) -> tuple[Params, dict[str, Any]]:
         if f"{name}.v" in params:
             found[name], residuals[name] = weight_norm.forward(params[f"{name}.v"], params[f"{name}.g"])
     return found, residuals
+
+
+def _quantized_weights(cell: RecurrentCell, params: Params) -> Params:
+    """Parameters with the matrices of products as integers can say them; a gradient of one is that of the matrix itself."""
+    names = [name for name in ("weight_ih", "weight_hh", "weight_hr") if name in params]
+    matrices = [name for name in names if name != "weight_hh" or cell.variant.recurrence == "matrix"]
+    return {**params, **{name: fake_quantize(params[name], levels=WEIGHTS) for name in matrices}}

@@ -69,6 +69,10 @@ REAL_MODEL_QUANTIZED = 1e-2
 # the layer as it was, 24 steps: normalization over eight values amplifies both. 0.016 and 0.078 measured.
 MADE_SMALLER = {"float16": 0.05, "int8": 0.2}
 
+# A few steps with integers for weights, in a runtime and eagerly, both in float32: a number that lies in the middle of two steps may be
+# rounded to either, which moves a gate by 1/127 of a weight.
+INTEGERS = 5e-3
+
 # Sums over thousands of like sequences inside a cell, in units in the last place: the promise for cotangents.
 CELL_SUM_ULP = 32.0
 

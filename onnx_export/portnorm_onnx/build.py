@@ -94,7 +94,7 @@ _SMALL = 64
 
 
 def _copy_small(graph: onnx.GraphProto) -> None:
-    """Give each loop small weights of its own where others read them too: who renames a graph may not look for what a body reads from outside."""
+    """Give each loop small weights of its own where others read them too: tools may not look for what a body reads from outside."""
     given = {i.name for i in graph.input}
     shared = {t.name: t for t in graph.initializer if len(t.raw_data) <= _SMALL and t.name not in given}
     readers = _readers(graph)

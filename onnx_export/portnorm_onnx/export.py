@@ -18,18 +18,20 @@ import onnx
 from portnorm.arrays import DType, dtype_name, to_numpy
 from portnorm.errors import ExportError, UnsupportedError
 from portnorm.layers.layer import Layer
+from portnorm.layers.quantized import quantized, with_rounded_weights
 from portnorm.layers.recurrent import recurrent_parts
+from portnorm.quantization import QuantizeName
 from portnorm_onnx.build import Names, build, put_inside
 from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.metadata import described, on_numpy, rounded
 from portnorm_onnx.namespace import NAMESPACE
-from portnorm_onnx.report import Report
+from portnorm_onnx.report import Report, change_of
 from portnorm_onnx.runtimes import loads_opset
 from portnorm_onnx.signature import batch_axis, checked_dims, first_states, mask_dims, named_state, state_inputs
 from portnorm_onnx.storage import WIDE, Draft, as_function, file_size, is_large, size_of
 from portnorm_onnx.symbolic import constant, graph_input
-from portnorm_onnx.targets import TARGETS, Target, TargetName, check_dtype, check_types, checker, target_of
-from portnorm_onnx.verify import check, streaming_trajectory
+from portnorm_onnx.targets import TARGETS, Target, TargetName, check_dtype, check_integers, check_types, checker, target_of
+from portnorm_onnx.verify import check, random_inputs, streaming_trajectory
 
 _EVERYWHERE = TARGETS["portable"].last_opset
 TYPES = ("float16", "bfloat16", "float32", "float64")
@@ -55,6 +57,7 @@ def export(
     function: bool = False,
     external_data: bool | None = None,
     metadata: bool = True,
+    quantize: QuantizeName | None = None,
 ) -> Report:
     """Write `model` in inference mode as an ONNX file, after the graph was checked against the model in onnxruntime.
 
@@ -80,6 +83,11 @@ def export(
     strings name those that vary. Where it is left out, `x` has as many axes as the first of `inputs`. That of a streaming graph has no
     time: (1, 8).
 
+    `quantize="int8"` writes `portnorm.quantized(model)`: products of integers, a quarter of the file, and less time where weights are large
+    (docs/runtimes.md). The graph is checked against that layer as any other is, so that a runtime that gets integers wrong is found out;
+    how far the results are from those of `model` on `inputs`, or on random input, is `report.change`. Needs float32. The file holds the
+    rounded weights, and `load` gives that layer.
+
     The graph passes onnx's checker and strict shape inference and the two gates of `portnorm.verify`, on random input of several
     (time, batch) or on `inputs`; a streaming graph also gives, step by step, what the sequence graph gives. One in bfloat16, for which
     onnxruntime's CPU has hardly an operator, runs there in float32 with every result rounded. Only then the file appears; an existing
@@ -103,7 +111,12 @@ def export(
         raise UnsupportedError("`mask` is for sequences; a streaming graph is one step, which is left out by not taking it")
     if streaming and (not model.recurrent or any(part.goes_back for part in recurrent_parts(model))):
         raise UnsupportedError("`streaming` needs a recurrent model that goes forward only; a reverse direction starts at the end")
+    model = model if quantize is None else quantized(model, quantize)
     kind = _dtype_of(model, dtype, row)
+    exact = model
+    if model.quantizes is not None:
+        check_integers(row, kind)
+        model = with_rounded_weights(model)
     model = rounded(on_numpy(model, "float32" if kind == "bfloat16" else kind), kind)
     named = Names(prefix, dict(names or {}))
     cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
@@ -143,7 +156,8 @@ def export(
         if streaming:
             report.trajectories += streaming_trajectory(draft, sequence, model, runtime)
         draft.publish()
-    return dataclasses.replace(report, model=draft.proto, size=file_size(draft.proto), seconds=seconds)
+    change = None if model.quantizes is None else change_of(exact, cases if cases is not None else random_inputs(model, dims, None))
+    return dataclasses.replace(report, model=draft.proto, size=file_size(draft.proto), seconds=seconds, change=change)
 
 
 class Shape(NamedTuple):

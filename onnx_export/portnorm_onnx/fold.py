@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
+from portnorm_onnx.integers import integer_product
 from portnorm_onnx.symbolic import NumPyArray, Opset, SymbolicArray, constant, node, opset_of
 
 
@@ -49,7 +50,8 @@ def product(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None)
 
 
 def _made(a: Affine, dtype: Any) -> SymbolicArray:
-    y = node("MatMul", a.x, constant(a.matrix(dtype), a.name))
+    matrix = a.matrix(dtype)
+    y = integer_product(a.x, matrix, a.name) if a.x.integers is not None else node("MatMul", a.x, constant(matrix, a.name))
     if a.shift.any():
         y = node("Add", y, constant(a.shift.astype(dtype)))
     y.affine = a

@@ -1,6 +1,7 @@
 """What it takes, beside a graph, to have an array again bit by bit.
 
     v                                    its bytes, sorted by place and packed
+    v = q · s                            integers that the graph holds, and a step for each row
     v = c                                one number for all: tools leave out a gain of 1 and a shift of 0
     v = round(W ⊙ s) + k                 folded into W: the graph holds each row times a factor of its own
     v = round(W + m) + k                 centred in W: the graph holds each column less its mean
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy
 
+from portnorm.quantization import WEIGHTS
 from portnorm_onnx.symbolic import NumPyArray
 
 Entry = dict[str, Any]
@@ -100,6 +102,9 @@ def entry(values: NumPyArray, held: bool, weights: Mapping[str, Weight], order: 
         return found | {"fill": first[0].item()}
     if held:
         return found
+    integers = _of_integers(values, weights)
+    if integers is not None:
+        return found | integers
     return found | (_of_another(values, weights, order, step) or {"data": _packed(values)})
 
 
@@ -107,16 +112,21 @@ def _is_all(values: NumPyArray, first: NumPyArray) -> bool:
     return all(_same(numpy.full_like(values[rows], first[0]), values[rows]) for rows in _blocks(values.shape))
 
 
-def restored(kept: Entry, base: Callable[[str, str, str], NumPyArray | None]) -> NumPyArray | None:
-    """The array of an entry; `base(name, form, checksum)` gives the weight that it is made of. `None` where that is gone."""
+def restored(kept: Entry, base: Callable[[str, str, str, tuple[int, ...]], NumPyArray | None]) -> NumPyArray | None:
+    """The array of an entry; `base(name, form, checksum, shape)` gives a weight that it is made of. `None` where that is gone."""
     shape, dtype = tuple(kept["shape"]), numpy.dtype(kept["dtype"])
     if "fill" in kept:
         return numpy.full(shape, kept["fill"], dtype)
     if "data" in kept:
         return _unpacked(kept["data"], dtype, shape)
+    if "integers" in kept:
+        blocks = [base(name, form, total, (rows, *shape[1:])) for name, form, total, rows in kept["integers"]]
+        known = [b for b in blocks if b is not None]
+        steps = _unpacked(kept["steps"], dtype, shape[:1])
+        return numpy.concatenate(known).astype(dtype) * steps[:, None] if len(known) == len(blocks) else None
     if "of" not in kept:
         return None
-    bases = [base(name, form, total) for name, form, total in kept["of"]]
+    bases = [base(name, form, total, shape) for name, form, total in kept["of"]]
     values = [v for v in bases if v is not None and v.shape == shape]
     rule = _RULES[kept["rule"]]
     if len(values) < len(bases) or len(values) != rule.bases:
@@ -133,6 +143,39 @@ def restored(kept: Entry, base: Callable[[str, str, str], NumPyArray | None]) ->
         many = (int(kept["apart"]),)
         found.reshape(-1)[_unpacked(kept["places"], numpy.dtype(numpy.int64), many)] = _unpacked(kept["values"], dtype, many)
     return found
+
+
+# -- an array as integers, each row with a step of its own ---------------------------------------------------------------------------------
+
+
+def _of_integers(v: NumPyArray, weights: Mapping[str, Weight]) -> Entry | None:
+    """`v` (rows, columns) as integers that the graph holds, all rows in one weight or some in each of several, and the step of each row."""
+    blocks = list(_integer_blocks(weights, v.shape[1])) if v.ndim == 2 and v.dtype.kind == "f" and numpy.isfinite(v).all() else []
+    if not blocks:
+        return None
+    steps = numpy.max(numpy.abs(v), axis=1, initial=0.0).astype(v.dtype) / v.dtype.type(WEIGHTS)
+    q = numpy.rint(v / numpy.where(steps > 0, steps, 1.0)[:, None]).astype(numpy.int8)
+    if not _same(q.astype(v.dtype) * steps[:, None], v):
+        return None
+    found: list[tuple[str, str, str, int]] = []
+    row = 0
+    while row < len(q):
+        same = [b for b in blocks if len(b[2]) and numpy.array_equal(q[row:][: len(b[2])], b[2])]
+        if not same:
+            return None
+        name, form, values = same[0]
+        found.append((name, form, checksum(values), len(values)))
+        row += len(values)
+    return {"integers": found, "steps": _packed(steps)}
+
+
+def _integer_blocks(weights: Mapping[str, Weight], columns: int) -> Iterator[tuple[str, str, NumPyArray]]:
+    for name, weight in weights.items():
+        if len(weight.shape) != 2 or columns not in weight.shape:
+            continue
+        values = weight.read()
+        if values.dtype == numpy.int8:
+            yield from ((name, form, a) for form, a in (("", values), (".T", values.T)) if a.shape[1] == columns)
 
 
 # -- an array as another one and a few units in the last place ------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from portnorm.arrays import Kernel, Library, leaves
 from portnorm.op import OPS
-from portnorm_onnx.lowering import OPSETS, RESIDUALS, VJPS, Looked
+from portnorm_onnx.lowering import CONSTANTS, OPSETS, RESIDUALS, VJPS, Looked
 from portnorm_onnx.symbolic import SymbolicArray, opset_of
 
 
@@ -30,7 +30,7 @@ class _Rows(Mapping[str, Kernel]):
 def _kernel(name: str) -> Kernel:
     def row(args: Any) -> Any:
         opset = opset_of(*leaves(args))
-        return None if opset is None else opset.rows.get(name)
+        return CONSTANTS.get(name) if opset is None else opset.rows.get(name)
 
     def accepts(*args: Any, **attrs: Any) -> bool:
         found = row(args)

@@ -21,7 +21,7 @@ BEFORE = "steps_before"
 
 
 def loops_of(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The loops in the order in which the exporter wrote them: it numbers those of one operator, and tools keep the names or add to them."""
+    """The loops in the order in which the exporter wrote them: it numbers those of one operator, and tools keep the number in the name."""
     found = [n for n in graph.node if n.op_type in ("Scan", *OPERATORS)]
     kinds: dict[str, list[tuple[int, onnx.NodeProto]]] = {}
     for n in found:

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 from portnorm.arrays import statistics_dtype
 from portnorm_onnx.fold import folded, product, table_rows
 from portnorm_onnx.fused import fused
+from portnorm_onnx.integers import fake_quantize, integer_product, integer_rows, of_constant
 from portnorm_onnx.namespace import NAMESPACE, shape_vector
 from portnorm_onnx.norms import normalize, normalize_with_rms
 from portnorm_onnx.scan import loop
@@ -114,11 +115,17 @@ def _flip(x: SymbolicArray, axis: int) -> SymbolicArray:
     return _getitem(x, (slice(None),) * (axis % x.ndim) + (slice(None, None, -1),))
 
 
+def _matmul(x: SymbolicArray, y: SymbolicArray) -> SymbolicArray:
+    if x.integers is not None and y.constant is not None:
+        return integer_product(x, y.constant, y.name or "weight")
+    return node("MatMul", x, y)
+
+
 def _linear(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None = None) -> SymbolicArray:
     whole = product(x, weight, bias)
     if whole is not None:
         return whole
-    y = node("MatMul", x, NAMESPACE.matrix_transpose(weight))
+    y = _matmul(x, NAMESPACE.matrix_transpose(weight))
     return y if bias is None else node("Add", y, bias)
 
 
@@ -193,6 +200,10 @@ def _split(x: SymbolicArray, parts: int | tuple[int, ...]) -> tuple[SymbolicArra
     return nodes("Split", len(parts), x, _ints(*(unit * part for part in parts)), axis=-1)
 
 
+def _looked_up(ids: SymbolicArray, weight: SymbolicArray) -> SymbolicArray:
+    return node("Gather", weight, ids, axis=0)
+
+
 class Looked(NamedTuple):
     """What the vjp of `embedding` needs."""
 
@@ -214,6 +225,9 @@ RESIDUALS: dict[str, Row] = {
     "scan": lambda y, *args: None,
 }
 """Residuals of an Op from its result and its arguments, where they are not those that its definition computes."""
+
+CONSTANTS: dict[str, Row] = {"fake_quantize": of_constant}
+"""Ops of what is known, where more is to be said than their definition computes."""
 
 VJPS: dict[str, Row] = {"embedding": _embedding_vjp}
 """Derivatives that are nodes of their own."""
@@ -241,12 +255,12 @@ _SAME: dict[str, str] = {
     "logical_and": "And",
     "logical_or": "Or",
     "logical_not": "Not",
-    "matmul": "MatMul",
     "isnan": "IsNaN",
 }
 
 _ARRAY_API: dict[str, Row] = {
     **{name: _pointwise(op_type, getattr(known, name)) for name, op_type in _SAME.items()},
+    "matmul": _matmul,
     "where": _where,
     "clip": lambda x, low, high: node("Clip", x, *(constant(numpy.asarray(bound, dtype=x.dtype)) for bound in (low, high))),
     "isfinite": _is_finite,
@@ -275,7 +289,8 @@ _OPS: dict[str, Row] = {
     "sigmoid": lambda x: node("Sigmoid", x),
     "split": _split,
     "linear": _linear,
-    "embedding": lambda ids, weight: node("Gather", weight, ids, axis=0),
+    "embedding": lambda ids, weight: _looked_up(ids, weight) if weight.integers is None else integer_rows(ids, weight),
+    "fake_quantize": fake_quantize,
     "normalize": normalize,
     "loop": loop,
     "pack_steps": _pack_steps,

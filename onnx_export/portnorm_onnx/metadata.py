@@ -52,6 +52,7 @@ def described(
     """Write into the model what it takes to check it and to read the layer back."""
     weights = _weights(proto, None)
     graph = {"names": names or {}, "dtype": dtype, "streaming": streaming, "holds": holds, "written": facts(proto)}
+    graph |= {} if model.quantizes is None else {"quantize": model.quantizes}
     graph["numbers"] = {name: checksum(weight.read()) for name, weight in weights.items()}
     set_props(proto, _props(weights, model, prefix, dtype) | {f"{prefix}{_GRAPH}": json.dumps(graph)})
 
@@ -81,7 +82,7 @@ def graph_facts(proto: onnx.ModelProto) -> dict[str, Any]:
     props = props_of(proto)
     prefix = next(iter(_prefixes(props)), "")
     found = _object(props, f"{prefix}{_GRAPH}")
-    usual: dict[str, Any] = {"names": {}, "dtype": None, "streaming": False, "holds": "", "described": bool(found)}
+    usual: dict[str, Any] = {"names": {}, "dtype": None, "streaming": False, "holds": "", "quantize": None, "described": bool(found)}
     return usual | {"holds": "a torch model"} | found if _TORCH in props else usual | found
 
 
@@ -252,8 +253,8 @@ class _Back:
     def array(self, name: str, shape: tuple[int, ...], kept: Entry) -> tuple[NumPyArray | None, bool]:
         """An array, or `None` where the file does not hold it, and whether it is the one that was exported."""
         order = _order(self.layer, name)
-        values = restored(kept, lambda of, form, base: self._base(of, form, base, shape, order))
-        if values is None and "of" not in kept:
+        values = restored(kept, lambda of, form, base, shape: self._base(of, form, base, shape, order))
+        if values is None and not {"of", "integers"} & kept.keys():
             values = _named(self.weights, self.layer, self.prefix, name, shape)
         if values is not None and _is(values, kept):
             return values, True

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import onnx
 from onnx import helper
+
+from portnorm.arrays import to_numpy
+from portnorm.layers.layer import Layer
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,39 @@ class Outcome:
     detail: str
 
 
+@dataclass(frozen=True)
+class Change:
+    """How far a model whose products are those of integers is from the model with the weights as they were."""
+
+    largest: float
+    """The largest difference of any output."""
+    mean: float
+    same: float
+    """The rate at which the largest feature of an output is the same."""
+
+    def __str__(self) -> str:
+        return f"{self.largest:.2e} at most, {self.mean:.2e} on average; the largest feature is the same in {100 * self.same:.1f} %"
+
+
+def change_of(model: Layer, cases: Iterable[Any]) -> Change:
+    """The change that integers make to the outputs of `model`, which `quantizes`, over cases `(x, lengths or mask)`."""
+    exact = model.copy()
+    for part in exact.layers():
+        if getattr(part, "quantize", None) is not None:
+            part.quantize = None
+    largest, total, count, same, rows = 0.0, 0.0, 0, 0, 0
+    for x, counted in cases:
+        given = {} if counted is None else {"mask" if numpy.asarray(counted).dtype == bool else "lengths": counted}
+        before, after = (to_numpy(y[0] if model.recurrent else y) for y in (exact(x, **given), model(x, **given)))
+        difference = numpy.abs(before - after)
+        largest = max(largest, float(numpy.max(difference, initial=0.0)))
+        total, count = total + float(difference.sum()), count + difference.size
+        if difference.size:
+            equal = before.argmax(axis=-1) == after.argmax(axis=-1)
+            same, rows = same + int(equal.sum()), rows + equal.size
+    return Change(largest, total / max(count, 1), same / max(rows, 1))
+
+
 @dataclass
 class Report:
     """A checked graph: its size, how far each runtime was from the model, and what came of each runtime that was asked."""
@@ -64,6 +102,8 @@ class Report:
     outcomes: list[Outcome] = field(default_factory=list)
     changes: tuple[str, ...] = ()
     """What a tool has changed in the file since it was exported."""
+    change: Change | None = None
+    """What integers have changed, where the graph has them."""
     model: onnx.ModelProto | None = field(default=None, repr=False)
 
     @classmethod
@@ -97,6 +137,7 @@ class Report:
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
         found["horizon"] = self.horizon
         found["trajectories"] = [dataclasses.asdict(c) for c in self.trajectories]
+        found["change"] = None if self.change is None else dataclasses.asdict(self.change)
         found["outcomes"] = [dataclasses.asdict(o) for o in self.outcomes]
         found["empty"] = [dataclasses.asdict(c) for c in self.empty]
         found["steps"] = [dataclasses.asdict(c) for c in self.steps]
@@ -114,6 +155,7 @@ class Report:
         inside = "".join(f" + {n} in a Scan" for n in self.body_nodes)
         lines = [f"{self.path or 'model in memory'}: opset {self.opset}, {self.nodes} nodes{inside}, {self.size:,} bytes"]
         lines += [f"  changed by a tool: {change}" for change in self.changes]
+        lines += [] if self.change is None else [f"  changed by integers: {self.change}"]
         if len(self.outcomes) > 1:
             lines += [f"  {o.runtime:<17} {o.version:<10} {o.status:<14} {self._of(o)}" for o in self.outcomes]
             return "\n".join(lines)

@@ -74,8 +74,8 @@ def time_axis(model: Layer) -> int | None:
 def checked_dims(model: Layer, given: Sequence[int | str] | None, *, streaming: bool, like: Any = None) -> tuple[int | str, ...]:
     """The shape of `x` with time, from `input_shape`, from an `x` that the graph shall take, or as the model says.
 
-    A step has no time: for a streaming graph `given` may leave it out, or have a name there, or 1. The sequences that it is held against are
-    of any length.
+    A step has no time: for a streaming graph `given` may leave it out, or have a name there, or 1. The sequences that it is held
+    against are of any length.
     """
     dims, time = model.input_dims(), time_axis(model)
     if given is None:

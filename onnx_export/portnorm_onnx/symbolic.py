@@ -127,12 +127,17 @@ class SymbolicArray:
     """The product that it is, where that is known (`fold.py`)."""
     rows_of: Any = None
     """(table, rows) where it is rows of a constant table."""
+    shaped_as: SymbolicArray | None = None
+    """What has the same shape and is there in any case: then only who asks for values needs the array itself."""
+    integers: Any = None
+    """What it is the product of, where it is a grid of numbers that stand for integers (`integers.py`)."""
     step_of: Any = None
     """(loop, scanned input) where it is one step of that."""
 
     @property
     def shape(self) -> Shape:
-        return tuple(Dim(d, self, axis) if isinstance(d, str) else d for axis, d in enumerate(self.dims))
+        source = self if self.shaped_as is None else self.shaped_as
+        return tuple(Dim(d, source, axis) if isinstance(d, str) else d for axis, d in enumerate(self.dims))
 
     @property
     def ndim(self) -> int:

@@ -45,6 +45,8 @@ class Target:
     """LayerNormalization may have a gain over more axes than it normalizes."""
     without: frozenset[str] = frozenset()
     """Operators that are traced instead."""
+    integers: bool = True
+    """Whether it has QuantizeLinear and MatMulInteger."""
     dtypes: tuple[str, ...] = ("float16", "float32")
     """Types that every runtime of the target computes in."""
     only: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -119,8 +121,9 @@ TARGETS: dict[str, Target] = {
             ("onnxruntime",),
             last_opset=22,
             without=frozenset({"RMSNormalization", "InstanceNormalization"}),
+            integers=False,
             dtypes=("float16", "bfloat16", "float32"),
-            reason="by its documentation (10.x), not run here; RMSNormalization only from 10.15 on",
+            reason="by its documentation (10.x), not run here; RMSNormalization only from 10.15 on, no MatMulInteger",
         ),
     )
 }
@@ -140,6 +143,15 @@ def check_dtype(target: Target, dtype: str, where: str = "") -> None:
         raise UnsupportedError(
             f"`target` {target.name!r} does not compute in {dtype}{where} ({target.reason}); target={' or '.join(others)} does"
         )
+
+
+def check_integers(target: Target, dtype: str) -> None:
+    """Raise `UnsupportedError` where the target has no products of integers, or the model is not float32 around them."""
+    if not target.integers:
+        others = [repr(row.name) for row in TARGETS.values() if row.integers]
+        raise UnsupportedError(f"`quantize`: target {target.name!r} has no MatMulInteger; target={' or '.join(others)} has it")
+    if dtype != "float32":
+        raise UnsupportedError(f"`quantize` of a graph in {dtype}; expected float32: convert with `dtype='float32'`")
 
 
 def check_types(proto: onnx.ModelProto, target: Target, dtype: str) -> None:

@@ -11,6 +11,7 @@ from portnorm.cells.slots import Slot, Slots
 from portnorm.cells.variants import Variant
 from portnorm.norm.normalize import Reduce
 from portnorm.pointwise import ACTIVATIONS, Activation
+from portnorm.quantization import fake_quantize
 from portnorm.scan import Params, State
 
 
@@ -22,6 +23,10 @@ class RecurrentCell:
     training: bool = False
     reduce: Reduce | None = None
     """The sum over all processes that have a part of the batch, for its statistics."""
+    quantizes: bool = False
+    """Whether what is multiplied with weights is rounded to what integers can say (`portnorm.quantization`), as the weights already are."""
+    h_bound: float | None = None
+    """The largest |h|, if it is known: then its integers need not be looked for in each row."""
     draws_zoneout: bool = False
     """Whether a step is given which features zoneout leaves as they were; else it takes the expectation."""
     late_biases: dict[str, tuple[str, ...]] = field(init=False, compare=False, repr=False)
@@ -49,7 +54,9 @@ class RecurrentCell:
         object.__setattr__(self, "slots", self._slots())
         object.__setattr__(self, "input_slot", self._input_slot())
         object.__setattr__(self, "early_biases", self._early_biases())
-        object.__setattr__(self, "_hash", hash((type(self), self.variant, self.training, self.reduce, self.draws_zoneout)))
+        object.__setattr__(
+            self, "_hash", hash((type(self), self.variant, self.training, self.reduce, self.quantizes, self.h_bound, self.draws_zoneout))
+        )
 
     def __hash__(self) -> int:
         """Computed once: a cell is looked up in every call."""
@@ -155,6 +162,12 @@ class RecurrentCell:
             return ()
         return tuple(f"{name}.{p}" for name, slot in self.slots.items() for p in slot.parameters())
 
+    @classmethod
+    def bounds_h(cls, variant: Variant) -> bool:
+        """Whether |h| is at most 1 after every step: it is a mean of tanhs, or one that a gate lets through in part."""
+        _, candidate, state = variant.activations()
+        return (state if cls.forget_gate is not None else candidate) == "tanh"
+
     def shared(self) -> tuple[str, ...]:
         own = tuple(f"{name}.{p}" for name, slot in self.slots.items() for p in slot.parameters())
         return tuple(name for name in (*own, *self.extra()) if name not in self.stepwise())
@@ -173,8 +186,14 @@ class RecurrentCell:
         if (start, stop) != (0, None):
             rows, bias = rows[start:stop, :], None if bias is None else bias[start:stop]
         columns = xp_of(h).matrix_transpose(rows)
-        a = h * columns if self.variant.recurrence == "diagonal" else xp_of(h).matmul(h, columns)
+        a = h * columns if self.variant.recurrence == "diagonal" else xp_of(h).matmul(self.factor(params, h), columns)
         return a if bias is None else a + bias
+
+    def factor(self, params: Mapping[str, Array], h: Array) -> Array:
+        """h, or what gates make of it, as its matrix product sees it: rounded where the cell `quantizes`, which vjps pass by."""
+        if not self.quantizes or self.variant.recurrence == "diagonal":
+            return h
+        return fake_quantize(h, bound=None if "hidden_mask" in params else self.h_bound)
 
     def dropped(self, params: Mapping[str, Array], h: Array) -> Array:
         """h as its matrix product sees it, in training with recurrent dropout (Gal & Ghahramani 2016): h ⊙ m, m the same in every step.

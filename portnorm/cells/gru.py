@@ -149,7 +149,7 @@ class GRUCell(RecurrentCell):
             if v.reset == "before":
                 dcandidate = norm_vjp("norm_hn", dp)
                 dreset = xp.matmul(dcandidate, weights[width:, :])
-                before, dr, terms = before + self.dropped(params, dreset * r), dreset * masked, (dcandidate, reset)
+                before, dr, terms = before + self.dropped(params, dreset * r), dreset * masked, (dcandidate, self.factor(params, reset))
             else:
                 dr = dp * reset
             gates = norm_vjp("norm_sum", xp.concat((opened.vjp(r, dr), dz), axis=-1))
@@ -158,4 +158,4 @@ class GRUCell(RecurrentCell):
             weights = weights[:width, :] if v.reset == "before" else weights
         before = before + self.dropped(params, xp.matmul(dhidden, weights))
         by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())
-        return (before,), (dx, dhidden, masked, *terms, *by_step), norm_vjp.shares
+        return (before,), (dx, dhidden, self.factor(params, masked), *terms, *by_step), norm_vjp.shares

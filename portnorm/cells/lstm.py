@@ -75,7 +75,7 @@ class LSTMCell(RecurrentCell):
         after = unclipped if v.peepholes or v.clip is not None else None
         y, unprojected = o * tanh_c, None
         if "weight_hr" in params:
-            y, unprojected = xp.matmul(y, xp.matrix_transpose(params["weight_hr"])), y
+            y, unprojected = xp.matmul(self.factor({}, y), xp.matrix_transpose(params["weight_hr"])), y
         residuals = LSTMResiduals(masked, c_before, (i, f, g, o), after, tanh_c, unprojected, norm.residuals, moves)
         return (self.stays(h, y, moves), c), tuple(norm.statistics), residuals
 
@@ -89,7 +89,7 @@ class LSTMCell(RecurrentCell):
         dstays, dh = self.stays_vjp(dh, moves)
         projected: tuple[Array, ...] = ()
         if unprojected is not None:
-            projected, dh = (dh, unprojected), xp.matmul(dh, params["weight_hr"])
+            projected, dh = (dh, self.factor({}, unprojected)), xp.matmul(dh, params["weight_hr"])
         do = opened.vjp(o, dh * tanh_c)
         dtanh = seen.vjp(tanh_c, dh * o)
         dc = dc + (norm_vjp("norm_c", dtanh) if v.cell == "copy" else dtanh)
@@ -112,4 +112,4 @@ class LSTMCell(RecurrentCell):
         dhidden = norm_vjp("norm_hh", dx)
         by_step = tuple(norm_vjp.shares[name] for name in self.stepwise())
         dbefore = self.dropped(params, xp.matmul(dhidden, params["weight_hh"]))
-        return (dbefore + dstays, dc), (dx, dhidden, h, *projected, *by_step), norm_vjp.shares
+        return (dbefore + dstays, dc), (dx, dhidden, self.factor(params, h), *projected, *by_step), norm_vjp.shares

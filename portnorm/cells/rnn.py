@@ -62,4 +62,4 @@ class RNNCell(RecurrentCell):
             dbefore = dhidden * xp.matrix_transpose(params["weight_hh"])
         else:
             dbefore = xp.matmul(dhidden, params["weight_hh"])
-        return (self.dropped(params, dbefore) + dstays,), (dx, dhidden, before, *by_step), norm_vjp.shares
+        return (self.dropped(params, dbefore) + dstays,), (dx, dhidden, self.factor(params, before), *by_step), norm_vjp.shares

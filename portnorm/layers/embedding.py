@@ -9,6 +9,7 @@ from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.lookup import embedding
 from portnorm.padding import Counted
+from portnorm.quantization import WEIGHTS, QuantizeName, checked_quantize, fake_quantize
 from portnorm.scalars import whole_number
 
 
@@ -25,19 +26,22 @@ class Embedding(StatelessLayer):
 
     num_embeddings: int
     embedding_dim: int
+    quantize: QuantizeName | None
 
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
         *,
+        quantize: QuantizeName | None = None,
         xp: Namespace | str | None = None,
         device: Any = None,
         dtype: DType = "float32",
         rng: int | Generator | None = None,
     ):
         sizes = {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}
-        super().__init__({name: whole_number(name, value, 1) for name, value in sizes.items()}, xp, device, dtype)
+        config = {name: whole_number(name, value, 1) for name, value in sizes.items()}
+        super().__init__({**config, "quantize": checked_quantize(quantize)}, xp, device, dtype)
         self.params["weight"] = self._new(generator(rng).standard_normal((self.num_embeddings, self.embedding_dim)))
 
     def input_dims(self) -> tuple[int | str, ...]:
@@ -57,9 +61,10 @@ class Embedding(StatelessLayer):
         keep: bool,
         random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
+        weight = params["weight"] if self.quantize is None else fake_quantize(params["weight"], levels=WEIGHTS)
         if not keep:
-            return embedding(x, params["weight"]), state, buffers, None
-        y, residuals = embedding.forward(x, params["weight"])
+            return embedding(x, weight), state, buffers, None
+        y, residuals = embedding.forward(x, weight)
         return y, state, buffers, residuals
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array | None, Any, Arrays]:

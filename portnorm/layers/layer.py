@@ -102,7 +102,8 @@ class Layer:
     @property
     def config(self) -> dict[str, Any]:
         """What another layer has to be made with to compute the same from the same arrays."""
-        return {name: getattr(self, name) for name in self._settings}
+        config = {name: getattr(self, name) for name in self._settings}
+        return {name: value for name, value in config.items() if name != "quantize" or value is not None}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "params" in self.__dict__ and (name in self._settings or name in self._given):
@@ -506,6 +507,11 @@ class Layer:
     def input_dims(self) -> tuple[int | str, ...]:
         """The shape of `x` with names for the lengths that vary, as the exporter needs it."""
         raise NotImplementedError
+
+    @property
+    def quantizes(self) -> str | None:
+        """How products of the layer, or of a layer inside it, are computed with integers, or `None` where none is."""
+        return next((part.quantize for part in self.layers() if getattr(part, "quantize", None) is not None), None)  # type: ignore[attr-defined]
 
     def layers(self) -> Iterator[Layer]:
         """This layer and all layers inside it."""

@@ -10,6 +10,7 @@ from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, uniform
 from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.padding import Counted
+from portnorm.quantization import WEIGHTS, QuantizeName, checked_quantize, fake_quantize
 from portnorm.scalars import switch, whole_number
 
 
@@ -24,6 +25,7 @@ class Linear(StatelessLayer):
     in_features: int
     out_features: int
     bias: bool
+    quantize: QuantizeName | None
 
     def __init__(
         self,
@@ -31,13 +33,14 @@ class Linear(StatelessLayer):
         out_features: int,
         *,
         bias: bool = True,
+        quantize: QuantizeName | None = None,
         xp: Namespace | str | None = None,
         device: Any = None,
         dtype: DType = "float32",
         rng: int | Generator | None = None,
     ):
         sizes = {"in_features": whole_number("in_features", in_features, 1), "out_features": whole_number("out_features", out_features, 1)}
-        super().__init__({**sizes, "bias": switch("bias", bias)}, xp, device, dtype)
+        super().__init__({**sizes, "bias": switch("bias", bias), "quantize": checked_quantize(quantize)}, xp, device, dtype)
         random, bound = generator(rng), 1.0 / math.sqrt(self.in_features)
         self.params["weight"] = self._new(uniform(random, bound, self.out_features, self.in_features))
         if self.bias:
@@ -57,9 +60,12 @@ class Linear(StatelessLayer):
         keep: bool,
         random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
+        weight = params["weight"]
+        if self.quantize is not None:
+            x, weight = fake_quantize(x), fake_quantize(weight, levels=WEIGHTS)
         if not keep:
-            return linear(x, params["weight"], params.get("bias")), state, buffers, None
-        y, residuals = linear.forward(x, params["weight"], params.get("bias"))
+            return linear(x, weight, params.get("bias")), state, buffers, None
+        y, residuals = linear.forward(x, weight, params.get("bias"))
         return y, state, buffers, residuals
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:

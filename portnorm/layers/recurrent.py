@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -23,6 +24,7 @@ from portnorm.layers.randomness import Draw, Drawn
 from portnorm.layers.state import PlacedState, checked_time
 from portnorm.norm.normalize import Reduce
 from portnorm.padding import Counted, Mask, are_in_front, pack_steps, unpack_steps
+from portnorm.quantization import QuantizeName, checked_quantize
 from portnorm.recurrent import Direction, RecurrentResiduals
 from portnorm.scalars import real_number, switch, whole_number
 from portnorm.scan import State, reverse_sequences
@@ -34,7 +36,8 @@ DIRECTIONS: tuple[str, ...] = get_args(Way)
 
 _SIZES = ("input_size", "hidden_size", "norm", "num_layers", "bidirectional")
 _RATES = ("dropout", "recurrent_dropout")
-_SETTINGS = (*_SIZES, "batch_first", "return_sequences", "direction", "t_max", "momentum", "proj_size", "learned_state", *_RATES)
+_FURTHER = ("t_max", "momentum", "proj_size", "learned_state", *_RATES, "quantize")
+_SETTINGS = (*_SIZES, "batch_first", "return_sequences", "direction", *_FURTHER)
 
 
 class StackResiduals(NamedTuple):
@@ -105,6 +108,7 @@ class Recurrent(Layer):
     learned_state: bool
     dropout: float
     recurrent_dropout: float
+    quantize: QuantizeName | None
 
     def __init__(
         self,
@@ -125,6 +129,7 @@ class Recurrent(Layer):
         learned_state: bool = False,
         dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
+        quantize: QuantizeName | None = None,
         reduce: Reduce | None = None,
         xp: Namespace | str | None = None,
         device: Any = None,
@@ -142,6 +147,7 @@ class Recurrent(Layer):
         config |= {"momentum": checked_momentum(momentum), "proj_size": whole_number("proj_size", proj_size)}
         if not 0 <= config["proj_size"] < config["hidden_size"] or (proj_size and not self.cell.projects):
             raise UnsupportedError(f"`proj_size` is {proj_size}; expected 0, or for the LSTM a number below `hidden_size` {hidden_size}")
+        config["quantize"] = checked_quantize(quantize)
         rates = {"dropout": dropout, "recurrent_dropout": recurrent_dropout}
         config |= {name: real_number(name, p, 0.0, 1.0, "a number from 0 to 1") for name, p in rates.items()}
         if config["dropout"] and config["num_layers"] == 1:
@@ -277,14 +283,15 @@ class Recurrent(Layer):
 
         Made when they are first asked for, and again when an attribute that they depend on was changed.
         """
-        depends = self.variant, self.t_max, self.keeps_time, self.reduce, self.direction
+        depends = self.variant, self.t_max, self.keeps_time, self.reduce, self.direction, self.quantize
         if self._made is None or self._made[0] != depends:
             self._made = depends, tuple(self._new_places())
         return self._made[1]
 
     def _new_places(self) -> Iterator[tuple[str, int, Direction]]:
-        cells = self.cell(self.variant, False, self.reduce), self.cell(self.variant, True, self.reduce)
-        zoned = self.cell(self.variant, True, self.reduce, draws_zoneout=True) if self.variant.zoneout else cells[1]
+        usual = self.cell(self.variant, False, self.reduce, self.quantize is not None, 1.0 if self._bounds_h else None)
+        cells = usual, dataclasses.replace(usual, training=True)
+        zoned = dataclasses.replace(cells[1], draws_zoneout=True) if self.variant.zoneout else cells[1]
         for layer in range(self.num_layers):
             inputs = self.input_size if layer == 0 else self.num_directions * self.output_size
             sequences = self.keeps_time or layer < self.num_layers - 1
@@ -292,6 +299,11 @@ class Recurrent(Layer):
             for second in (False, True)[: self.num_directions]:
                 suffix, reverse = in_direction("", layer, second), second or self.direction != "forward"
                 yield suffix, inputs, Direction((*cells, zoned), self.hidden_size, self.t_max, reverse, sequences, backwards)
+
+    @property
+    def _bounds_h(self) -> bool:
+        """Whether products of integers take |h| ≤ 1 for granted."""
+        return self.quantize is not None and self.cell.bounds_h(self.variant) and not self.proj_size and not self.learned_state
 
     def _start_statistics(self) -> None:
         if self.variant.norm != "batch":
@@ -514,6 +526,11 @@ class Recurrent(Layer):
             if tuple(array.shape) != expected:
                 raise ShapeError(
                     f"`state` has {name} of shape {tuple(array.shape)}; expected (layers × directions, batch, hidden) = {expected}"
+                )
+            if name == "h" and self._bounds_h and is_concrete(array) and 0 not in array.shape and float(xp.max(xp.abs(array))) > 1.0:
+                raise UnsupportedError(
+                    f"`state` has an h of up to {float(xp.max(xp.abs(array))):g}; expected at most 1, since `quantize` {self.quantize!r} "
+                    "takes h for what the layer gives, which lies in (−1, 1)"
                 )
             if array.dtype != x.dtype:
                 raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {x.dtype}, that of `x`")

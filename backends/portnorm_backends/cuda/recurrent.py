@@ -65,6 +65,7 @@ def accepts(
     v = cell.variant
     if (
         cell.reduce is not None
+        or cell.quantizes
         or v.zoneout
         or v.peepholes
         or v.clip is not None

@@ -1,0 +1,87 @@
+"""Graphs with integers for weights against the same graphs in float32: time, size and accuracy, in onnxruntime on one thread.
+
+`python -m benchmarks.integers` measures in turns, so that a busy machine slows all alike, and writes benchmarks/results/integers.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+import portnorm as pn
+from portnorm.bench.runner import machine
+
+RESULTS = Path(__file__).parent / "results" / "integers.json"
+LAYERS: dict[str, tuple[type[Any], str | None]] = {
+    "LN-LSTM": (pn.LSTM, "layer"),
+    "BN-LSTM": (pn.LSTM, "batch"),
+    "LSTM": (pn.LSTM, None),
+    "LN-GRU": (pn.GRU, "layer"),
+    "GRU": (pn.GRU, None),
+}
+"""class and norm"""
+SHAPES = ((1, 1, 1024, 1024), (100, 1, 512, 512), (20, 32, 512, 512), (1, 1, 128, 128))
+"""(time, batch, inputs, hidden); of one step the streaming graph is measured"""
+TURNS, SECONDS = 7, 0.1
+
+
+def session(model: Any) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def measure(kind: type[Any], norm: str | None, shape: tuple[int, int, int, int]) -> dict[str, Any]:
+    """Times of both graphs, the ratio of their minima and of each turn, the ratio of their files, and how far the results are apart."""
+    steps, batch, inputs, hidden = shape
+    layer = kind(inputs, hidden, norm=norm, t_max=min(steps, 20), rng=0)
+    keywords: dict[str, Any] = {"streaming": True} if steps == 1 else {"lengths": False}
+    models = {n: pn.export(layer, None, target="onnxruntime", quantize=n, metadata=False, **keywords).model for n in (None, "int8")}
+    runs = {name: session(model) for name, model in models.items()}
+    feed, rng = {}, np.random.default_rng(0)
+    for given in runs[None].get_inputs():
+        dims = [{"batch": batch, "time": steps}.get(d, d) for d in given.shape]
+        drawn = rng.standard_normal(dims) if given.name == "x" else rng.uniform(-0.5, 0.5, dims)
+        feed[given.name] = drawn.astype(np.float32) if "float" in given.type else np.zeros(dims, np.int64)
+    y = {name: run.run(["y"], feed)[0] for name, run in runs.items()}
+    times: dict[str | None, list[float]] = {name: [] for name in runs}
+    for _ in range(TURNS):
+        for name, run in runs.items():
+            count, started = 0, time.perf_counter()
+            while time.perf_counter() - started < SECONDS:
+                run.run(None, feed)
+                count += 1
+            times[name].append((time.perf_counter() - started) / count * 1e3)
+    ratios = [b / a for a, b in zip(times[None], times["int8"], strict=True)]
+    return {
+        "shape": list(shape),
+        "milliseconds": {"float32": min(times[None]), "int8": min(times["int8"])},
+        "ratio": min(times["int8"]) / min(times[None]),
+        "spread": [min(ratios), max(ratios)],
+        "file": models["int8"].ByteSize() / models[None].ByteSize(),
+        "difference": float(np.abs(y[None] - y["int8"]).mean()),
+    }
+
+
+def main() -> None:
+    """Measure on one core and write."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    rows = []
+    for name, (kind, norm) in LAYERS.items():
+        for shape in SHAPES:
+            rows.append({"layer": name, **measure(kind, norm, shape)})
+            r = rows[-1]
+            told = f"{r['ratio']:.2f} ({r['spread'][0]:.2f} to {r['spread'][1]:.2f}), file {r['file']:.2f}, {r['difference']:.1e}"
+            print(f"{name:<8} {shape!s:<22} {told}", flush=True)
+    about = machine() | {"vnni": "vnni" in Path("/proc/cpuinfo").read_text(), "turns": TURNS}
+    RESULTS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
