@@ -684,3 +684,67 @@ def test_statistics_that_are_there_and_not_followed_are_refused(name: str) -> No
     for kind in (torch.nn.InstanceNorm1d, torch.nn.InstanceNorm2d):
         with pytest.raises(pn.CheckpointError, match="momentum=None"):
             pn.import_checkpoint(kind(4, track_running_stats=True, momentum=None))
+
+
+BARE: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "BatchNorm1d": (lambda: torch.nn.BatchNorm1d(4, affine=False), (6, 4)),
+    "BatchNorm1d of two": (lambda: torch.nn.BatchNorm1d(4, affine=False), (2, 4)),
+    "BatchNorm2d": (lambda: torch.nn.BatchNorm2d(4, affine=False), (5, 4, 3, 2)),
+    "GroupNorm": (lambda: torch.nn.GroupNorm(2, 4, affine=False), (5, 4, 3, 2)),
+    "InstanceNorm1d": (lambda: torch.nn.InstanceNorm1d(4), (5, 4, 7)),
+    "InstanceNorm2d": (lambda: torch.nn.InstanceNorm2d(4), (5, 4, 3, 2)),
+    "LayerNorm": (lambda: torch.nn.LayerNorm(8, elementwise_affine=False), (5, 8)),
+    "RMSNorm": (lambda: torch.nn.RMSNorm(8, elementwise_affine=False), (5, 8)),
+}
+"""Norms without parameters, so that the gradient of the input is the only one."""
+PLACES = [(3.0, 2.0), (1.0, 100.0), (1.0, 0.0), (1e-3, 1.0)]
+
+
+@pytest.mark.parametrize(("scale", "offset"), PLACES)
+@pytest.mark.parametrize("name", BARE)
+def test_a_norm_without_parameters_is_swapped_wherever_its_input_lies(name: str, scale: float, offset: float) -> None:
+    """From every seed, also one with which the weights of the results could be drawn: a gradient that cancels says nothing of the swap."""
+    make, shape = BARE[name]
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(make())
+        swapped = pn.replace_modules(model, {"0": "torch"}, args=scale * torch.randn(shape) + offset)
+        assert ("training step", "gradients", 1) in [(c.mode, c.what, c.arrays) for c in swapped.compared]
+
+
+def wrong(part: str) -> Callable[[Any], pn.Layer]:
+    """The layer with a fault that models show in little: ε, the divisor of the variance, or a gradient without a small part of it."""
+
+    def made(module: Any) -> pn.Layer:
+        if part == "eps":
+            return pn.import_checkpoint(module, "torch", eps=1e-3)
+        if part == "momentum":
+            return pn.import_checkpoint(module, "torch", momentum=0.11)
+        layer = pn.import_checkpoint(module, "torch")
+
+        class Wrong(type(layer)):  # type: ignore[misc]
+            def forward(self, *args: Any) -> Any:
+                y, *rest = super().forward(*args)
+                return y * (1 - 1e-3 if part == "variance" else 1.0), *rest
+
+            def backward(self, residuals: Any, dy: Any, dstate: Any, training: bool) -> Any:
+                dx, *rest = super().backward(residuals, dy, dstate, training)
+                return dx + (1e-2 * dy if part == "gradient" else 0.0), *rest
+
+        layer.__class__ = Wrong
+        return layer
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [(name, part) for name in BARE for part in ("eps", "variance", "gradient", "momentum") if part != "momentum" or "Batch" in name],
+)
+def test_a_norm_without_parameters_that_is_wrong_is_refused(name: str, part: str) -> None:
+    make, shape = BARE[name]
+    for scale, offset in ((3.0, 2.0), (1.0, 0.0)):
+        for seed in range(2):
+            torch.manual_seed(seed)
+            with pytest.raises(pn.ConformanceError, match="differ by"):
+                pn.replace_modules(torch.nn.Sequential(make()), {"0": wrong(part)}, args=scale * torch.randn(shape) + offset)
