@@ -29,7 +29,8 @@ def torch_module(layer: Layer) -> TorchModule:
     (`torch.manual_seed`): on the CPU the same seed drops the same values between layers as in torch.nn.LSTM and its like, also of packed
     sequences; elsewhere only the part that is dropped and its scale are the same. What torch has not, `recurrent_dropout` and zoneout, is
     drawn after that. `recurrent_dropout` drops the same of h in every step of a call. For a sequence in several calls or steps
-    `kept = m.kept(batch)` draws that once, for `m(x, state, kept=kept)` and `m.step(x, state, kept)`. Gradients, `.to(...)`, `copy.deepcopy`, `torch.func` and
+    `kept = m.kept(batch)` draws that once, for `m(x, state, kept=kept)` and `m.step(x, state, kept)`.
+    Gradients, `.to(...)`, `copy.deepcopy`, `torch.func` and
     `torch.nn.utils.parametrize` work as with torch's own layers. Computation is in the dtype of the parameters: under autocast floating
     inputs and states are converted to it, as torch does for its own norms, and nothing inside is computed in less. As any module of torch
     it starts in training mode. `portnorm.export_torch` exports a model with such modules; torch.onnx.export alone writes their loops out,
@@ -222,8 +223,8 @@ class RecurrentModule(TorchModule, AsInTorch):
         self._layer.check_goes_forward()
         if self.training and not kept and "recurrent_dropout" in self._layer.draws(1, 1):
             raise ArgumentError(
-                f"`kept` is missing: {type(self._layer).__name__} has recurrent_dropout {self._layer.recurrent_dropout:g}, which in training "
-                "drops the same of h in every step of a sequence; draw it once for each, kept = m.kept(batch), and give it to every step, "
+                f"`kept` is missing: {type(self._layer).__name__} has recurrent_dropout {self._layer.recurrent_dropout:g}, which in "
+                "training drops the same of h in every step of a sequence; draw it once for each, kept = m.kept(batch), and give it to every step, "
                 "m.step(x, state, kept); or call the module on whole sequences"
             )
 
