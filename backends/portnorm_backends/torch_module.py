@@ -224,8 +224,8 @@ class RecurrentModule(TorchModule, AsInTorch):
         if self.training and not kept and "recurrent_dropout" in self._layer.draws(1, 1):
             raise ArgumentError(
                 f"`kept` is missing: {type(self._layer).__name__} has recurrent_dropout {self._layer.recurrent_dropout:g}, which in "
-                "training drops the same of h in every step of a sequence; draw it once for each, kept = m.kept(batch), and give it to every step, "
-                "m.step(x, state, kept); or call the module on whole sequences"
+                "training drops the same of h in every step of a sequence; draw it once for each, kept = m.kept(batch), and give it to "
+                "every step, m.step(x, state, kept); or call the module on whole sequences"
             )
 
 
