@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import random
 import warnings
 from collections.abc import Callable
@@ -748,3 +749,129 @@ def test_a_norm_without_parameters_that_is_wrong_is_refused(name: str, part: str
             torch.manual_seed(seed)
             with pytest.raises(pn.ConformanceError, match="differ by"):
                 pn.replace_modules(torch.nn.Sequential(make()), {"0": wrong(part)}, args=scale * torch.randn(shape) + offset)
+
+
+# -- what is attached to a module ----------------------------------------------------------------------------------------------------------
+
+
+def seen(*args: Any) -> None:
+    """A hook that only looks."""
+
+
+def doubled(module: Any, *given: Any) -> Any:
+    """A hook that changes the last of what it gets: what went in, came out, or comes back."""
+    return tuple(2 * a if isinstance(a, torch.Tensor) else a for a in given[-1])
+
+
+HOOKS: dict[str, Callable[[Any, Any], Any]] = {
+    "a forward hook": lambda m, hook: m.register_forward_hook(hook),
+    "a forward pre-hook": lambda m, hook: m.register_forward_pre_hook(hook),
+    "a backward hook": lambda m, hook: m.register_full_backward_hook(hook),
+    "a backward pre-hook": lambda m, hook: m.register_full_backward_pre_hook(hook),
+    "a gradient hook": lambda m, hook: m.weight_hh_l0.register_hook(hook),
+    "a post-accumulate-grad hook": lambda m, hook: m.weight_hh_l0.register_post_accumulate_grad_hook(hook),
+    "a state-dict pre-hook": lambda m, hook: m.register_state_dict_pre_hook(hook),
+    "a state-dict hook": lambda m, hook: m.register_state_dict_post_hook(hook),
+    "a pre-hook of load_state_dict": lambda m, hook: m.register_load_state_dict_pre_hook(hook),
+    "a hook of load_state_dict": lambda m, hook: m.register_load_state_dict_post_hook(hook),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "hook"), [(what, hook) for what in HOOKS for hook in (seen, doubled) if hook is seen or "ward" in what], ids=str
+)
+def test_a_hook_that_would_be_lost_is_named(what: str, hook: Any) -> None:
+    """Of the module, of one inside it, or of a parameter; with inputs and without, whatever the row is. Those around it are no matter."""
+    x = torch.randn(5, 2, 3)
+    row: Callable[[Any], pn.Layer] = lambda m: pn.import_checkpoint(m)  # noqa: E731
+    for given in (None, x):
+        for replacement in ("torch", row):
+            model = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(torch.nn.GRU(3, 4))})
+            model["encoder"].forward = lambda x, model=model: model["encoder"][0](x)
+            outer = torch.nn.Sequential(model["encoder"])
+            handle = HOOKS[what](model["encoder"][0], hook)
+            before = what_it_is(outer)
+            with pytest.raises(
+                pn.UnsupportedError, match=rf"'0\.0.* has {what}, `{hook.__name__}`, which the layer in the place of '0\.0' would"
+            ):
+                pn.replace_modules(outer, {torch.nn.GRU: replacement}, args=given)
+            assert_same(before, what_it_is(outer))
+            handle.remove()
+            outer[0].register_forward_hook(lambda m, i, o: None)
+            assert pn.replace_modules(outer, {torch.nn.GRU: replacement}, args=given) == ["0.0"]
+
+
+def test_a_hook_of_a_module_inside_is_named() -> None:
+    class Model(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = Wrapper()
+
+        def forward(self, x: Any, lengths: Any) -> Any:
+            return self.rnn(x, lengths)
+
+    model = Model()
+    model.rnn.inner.register_forward_hook(seen)
+    with pytest.raises(pn.UnsupportedError, match=r"'rnn\.inner' has a forward hook, `seen`, which the layer in the place of 'rnn' would"):
+        pn.replace_modules(model, {Wrapper: lambda m: pn.import_checkpoint(m.inner)})
+
+
+PARAMETRIZED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
+    "of one's own": (
+        lambda m: torch.nn.utils.parametrize.register_parametrization(m, "weight_hh_l0", torch.nn.Tanh(), unsafe=True),
+        "Tanh",
+        "parametrize.remove_parametrizations",
+    ),
+    "spectral norm": (
+        lambda m: torch.nn.utils.parametrizations.spectral_norm(m, "weight_hh_l0"),
+        "_SpectralNorm",
+        "parametrize.remove_parametrizations",
+    ),
+    "orthogonal": (
+        lambda m: torch.nn.utils.parametrizations.orthogonal(m, "weight_hh_l0"),
+        "_Orthogonal",
+        "parametrize.remove_parametrizations",
+    ),
+    "weight norm of one": (
+        lambda m: torch.nn.utils.parametrizations.weight_norm(m, "weight_hh_l0"),
+        "_WeightNorm",
+        "parametrize.remove_parametrizations",
+    ),
+    "old weight norm of one": (lambda m: torch.nn.utils.weight_norm(m, "weight_hh_l0"), "WeightNorm", "remove_weight_norm"),
+    "old spectral norm": (lambda m: torch.nn.utils.spectral_norm(m, "weight_hh_l0"), "SpectralNorm", "remove_spectral_norm"),
+    "pruned": (
+        lambda m: importlib.import_module("torch.nn.utils.prune").l1_unstructured(m, "weight_hh_l0", 0.5),
+        "L1Unstructured",
+        "prune.remove",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETRIZED)
+def test_a_parameter_that_is_computed_is_named_with_what_makes_it_plain(kind: str) -> None:
+    """Both matrices with weight norm are the variant of that name (`test_gradients_of_weight_norm`); nothing else is."""
+    attach, by, remove = PARAMETRIZED[kind]
+    for given in (None, torch.randn(5, 2, 3)):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.GRU(3, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            attach(model[0])
+        model(torch.randn(5, 2, 3))
+        with pytest.raises(pn.UnsupportedError, match=rf"'0' has 'weight_hh_l0' computed by {by}, .*{remove}\(module, 'weight_hh_l0'\)"):
+            pn.replace_modules(model, {"0": "torch"}, args=given)
+        function: Any = torch
+        for part in ("nn", "utils", *remove.split(".")):
+            function = getattr(function, part)
+        function(model[0], "weight_hh_l0")
+        assert pn.replace_modules(model, {"0": "torch"}, args=given) == ["0"]
+
+
+def test_a_forward_of_one_module_alone_is_named() -> None:
+    model = torch.nn.Sequential(torch.nn.GRU(3, 4))
+    plain = model[0].forward
+    model[0].forward = lambda *args, **named: tuple(2 * a for a in plain(*args, **named))
+    with pytest.raises(pn.CheckpointError, match=r"'0': the module .*GRU has a forward of its own"):
+        pn.replace_modules(model, {"0": "torch"})
+    del model[0].forward
+    assert pn.replace_modules(model, {"0": "torch"}) == ["0"]
