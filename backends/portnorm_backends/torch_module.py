@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from portnorm.arrays import Array, mapped, xp_of
-from portnorm.errors import ArgumentError, ShapeError, UnsupportedError
+from portnorm.errors import ArgumentError, ExportError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Arrays, Layer, checked_call
 from portnorm.layers.randomness import Draw
 from portnorm.layers.recurrent import Recurrent
 from portnorm_backends.torch_recurrent import AsInTorch, counts, packed_as, padded_as, unpacked
+from portnorm_backends.torch_refusals import packing
 
 
 def torch_module(layer: Layer) -> TorchModule:
@@ -98,6 +100,8 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         own. In evaluation it is not looked at.
         """
         if isinstance(x, PackedSequence):
+            if self.recorder is not None:
+                raise ExportError(f"the model cannot be exported: {packing(traceback.extract_stack())}")
             padded, counted = unpacked(x, self._layer, lengths, mask)
             y, state = self._called(padded, state, counted, None, kept, x)
             return packed_as(y, x, counted, self._layer), state
