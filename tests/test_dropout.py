@@ -662,6 +662,11 @@ def test_a_step_that_would_draw_for_itself_is_refused(swapped: bool, rng: np.ran
         module.step(one, state)
     with pytest.raises(pn.ShapeError, match=r"`kept` has 'recurrent_dropout' \(1, 2, 3\); expected .*\(1, 3, 3\).*m\.kept\(3\)"):
         module.step(one, state, module.kept(2))
+    (mask,) = module.kept(BATCH).values()
+    with pytest.raises(pn.UnsupportedError, match=r"`kept` is a Tensor; expected what m\.kept\(batch\) gives"):
+        module.step(one, state, mask)
+    with pytest.raises(pn.DTypeError, match="`kept` has 'recurrent_dropout' of dtype torch.int64"):
+        module.step(one, state, {"recurrent_dropout": mask.long()})
     module.eval().step(one, state)
 
 

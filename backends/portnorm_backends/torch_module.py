@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from portnorm.arrays import Array, mapped, xp_of
-from portnorm.errors import ArgumentError, ExportError, ShapeError, UnsupportedError
+from portnorm.errors import ArgumentError, DTypeError, ExportError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Arrays, Layer, checked_call
 from portnorm.layers.randomness import Draw
 from portnorm.layers.recurrent import Recurrent
@@ -171,7 +171,7 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
     def _drawn(self, x: Array, kept: Mapping[str, Array] | None = None, packed: PackedSequence | None = None) -> Arrays:
         """What is kept in this call, by torch's own generator: as much as its recurrent layers take from it, in the same order."""
         steps, batch = (x.shape[1], x.shape[0]) if self._layer.batch_first else x.shape[:2]
-        draws, given = self._layer.draws(steps, batch), dict(kept or {})
+        draws, given = self._layer.draws(steps, batch), _given(kept)
         expected = {name: tuple(draw.shape) for name, draw in draws.items() if _of_sequences(name)}
         if given and {name: tuple(a.shape) for name, a in given.items()} != expected:
             shown = ", ".join(f"{name!r} {tuple(a.shape)}" for name, a in given.items())
@@ -225,7 +225,7 @@ class RecurrentModule(TorchModule, AsInTorch):
 
     def _check_step(self, kept: Mapping[str, Array] | None) -> None:
         self._layer.check_goes_forward()
-        if self.training and not kept and "recurrent_dropout" in self._layer.draws(1, 1):
+        if self.training and not _given(kept) and "recurrent_dropout" in self._layer.draws(1, 1):
             raise ArgumentError(
                 f"`kept` is missing: {type(self._layer).__name__} has recurrent_dropout {self._layer.recurrent_dropout:g}, which in "
                 "training drops the same of h in every step of a sequence; draw it once for each, kept = m.kept(batch), and give it to "
@@ -235,6 +235,16 @@ class RecurrentModule(TorchModule, AsInTorch):
 
 def _converted(array: Array, dtype: torch.dtype | None) -> Array:
     return array if dtype is None or not array.is_floating_point() else array.to(dtype)
+
+
+def _given(kept: Mapping[str, Array] | None) -> Arrays:
+    """Raises `UnsupportedError` and `DTypeError` for what `TorchModule.kept` does not give."""
+    if kept is not None and not isinstance(kept, Mapping):
+        raise UnsupportedError(f"`kept` is a {type(kept).__name__}; expected what m.kept(batch) gives, arrays by name")
+    for name, array in (kept or {}).items():
+        if array.dtype != torch.bool and not array.is_floating_point():
+            raise DTypeError(f"`kept` has {name!r} of dtype {array.dtype}; expected truth values, as m.kept(batch) gives them")
+    return dict(kept or {})
 
 
 def _of_sequences(name: str) -> bool:
