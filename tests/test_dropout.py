@@ -665,7 +665,7 @@ def test_a_step_that_would_draw_for_itself_is_refused(swapped: bool, rng: np.ran
     (mask,) = module.kept(BATCH).values()
     with pytest.raises(pn.UnsupportedError, match=r"`kept` is a Tensor; expected what m\.kept\(batch\) gives"):
         module.step(one, state, mask)
-    with pytest.raises(pn.DTypeError, match="`kept` has 'recurrent_dropout' of dtype torch.int64"):
+    with pytest.raises(pn.DTypeError, match=r"`kept` has 'recurrent_dropout' of dtype torch\.int64"):
         module.step(one, state, {"recurrent_dropout": mask.long()})
     module.eval().step(one, state)
 
