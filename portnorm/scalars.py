@@ -17,7 +17,7 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or _is_truth_value(value):
+    if number is None or (number is not value and _is_truth_value(value)):  # an int of Python is what it was, and asked no further
         raise UnsupportedError(f"`{name}` is {value!r}; expected a whole number")
     if least is not None and number < least:
         raise UnsupportedError(f"`{name}` is {number}; expected at least {least}")
