@@ -17,7 +17,7 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
         number = operator.index(value)
     except TypeError:
         number = None
-    if number is None or isinstance(value, bool):
+    if number is None or (number is not value and _is_truth_value(value)):  # an int of Python is what it was, and asked no further
         raise UnsupportedError(f"`{name}` is {value!r}; expected a whole number")
     if least is not None and number < least:
         raise UnsupportedError(f"`{name}` is {number}; expected at least {least}")
@@ -27,7 +27,7 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
 def real_number(name: str, value: Any, low: float, high: float, expected: str) -> float:
     """`value` as a float, from any kind of number; raises `UnsupportedError` for what is none, or does not lie from `low` to `high`."""
     try:
-        number = None if isinstance(value, str) else float(value)
+        number = None if isinstance(value, str) or _is_truth_value(value) else float(value)
     except (TypeError, ValueError):
         number = None
     if number is None or not low <= number <= high:
@@ -37,8 +37,13 @@ def real_number(name: str, value: Any, low: float, high: float, expected: str) -
 
 def switch(name: str, value: Any) -> bool:
     """`value` as a bool, from any kind of truth value; raises `UnsupportedError` for what is neither true nor false."""
-    if isinstance(value, bool):
+    if value is True or value is False:
         return value
-    if type(value).__name__ not in ("bool", "bool_") and value not in (0, 1):
+    if not _is_truth_value(value) and value not in (0, 1):
         raise UnsupportedError(f"`{name}` is {value!r}; expected True or False")
     return bool(value)
+
+
+def _is_truth_value(value: Any) -> bool:
+    """Whether `value` is true or false, which no number is meant by: of Python, or an array or scalar of such a type."""
+    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import json
 import pydoc
@@ -18,7 +20,7 @@ from portnorm.layers.initial import HIDDEN, HiddenInit
 from portnorm.op import OPS as ALL_OPS
 from portnorm.op import Op
 from portnorm_onnx.targets import TARGETS, TargetName
-from tests.cases import OPS, OpCase
+from tests.cases import LAYERS, OPS, OpCase
 from tests.conftest import Library
 from tests.tolerances import relative
 
@@ -237,6 +239,65 @@ def test_a_number_or_a_switch_may_be_one_of_numpy(name: str) -> None:
     layer = NUMBERS[name](lambda v: np.bool_(v) if isinstance(v, bool) else np.float32(v))
     assert json.loads(to_json(layer)) == json.loads(to_json(NUMBERS[name](lambda v: v)))
     assert from_json(to_json(layer)).config == layer.config
+
+
+REAL: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "LayerNorm": (lambda **how: pn.LayerNorm(4, **how), ("eps",)),
+    "RMSNorm": (lambda **how: pn.RMSNorm(4, **how), ("eps",)),
+    "BatchNorm": (lambda **how: pn.BatchNorm(4, **how), ("eps", "momentum")),
+    "BatchRenorm": (lambda **how: pn.BatchRenorm(4, **how), ("eps", "momentum", "r_max", "d_max")),
+    "InstanceNorm": (lambda **how: pn.InstanceNorm(4, **how), ("eps",)),
+    "GroupNorm": (lambda **how: pn.GroupNorm(2, 4, **how), ("eps",)),
+    **{
+        cell: (functools.partial(LAYERS[cell], 3, 4, num_layers=2), ("dropout", "recurrent_dropout", "momentum"))
+        for cell in ("LSTM", "GRU", "RNN")
+    },
+    "forget bias": (functools.partial(pn.LSTM, 3, 4), ("forget_bias",)),
+    "Variant": (functools.partial(pn.Variant, "here"), tuple(f.name for f in dataclasses.fields(pn.Variant) if "float" in f.type)),
+    "first state": (lambda **how: pn.LSTM(3, 4).initial_state(2, **how), ("noise",)),
+    "weight_norm": (lambda **how: pn.weight_norm(X[0], X[0, :, 0], **how), ("eps",)),
+    "weight_norm_init": (lambda **how: pn.weight_norm_init(X[0], X[0], **how), ("scale",)),
+    "SGD": (pn.SGD, ("lr", "momentum")),
+    "Adam": (pn.Adam, ("lr", "beta1", "beta2", "eps")),
+}
+"""What takes numbers that need not be whole, and their names."""
+
+
+def truths() -> list[Any]:
+    """True, of Python and of arrays."""
+    return [True, False, np.True_, np.asarray(True)]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_truth_value_is_no_number(name: str) -> None:
+    """As it is none where a number is to be whole: `dropout=True` would drop all. Made with it, or assigned."""
+    make, settings = REAL[name]
+    assert settings
+    for setting in settings:
+        for value in (*truths(), "1"):
+            with pytest.raises(pn.UnsupportedError, match=rf"`{setting}` is .*; expected a"):
+                make(**{setting: value})
+            made = make()
+            if isinstance(made, pn.Layer) and setting != "forget_bias":
+                with pytest.raises(pn.UnsupportedError, match=rf"`{setting}` is .*; expected a"):
+                    setattr(made, setting, value)
+
+
+@pytest.mark.peers
+def test_a_truth_value_of_torch_is_no_number() -> None:
+    """Though Python takes it for one."""
+    import torch
+
+    for make in (lambda v: pn.LSTM(3, 4, num_layers=v), lambda v: pn.LSTM(3, 4, recurrent_dropout=v), lambda v: pn.LayerNorm(v)):
+        with pytest.raises(pn.UnsupportedError, match=r"tensor\(True\); expected a"):
+            make(torch.tensor(True))
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(pn.Variant) if "bool" in f.type])
+def test_a_switch_of_a_variant_is_true_or_false(name: str) -> None:
+    assert getattr(pn.Variant("here", **{name: np.True_}), name) is True
+    with pytest.raises(pn.UnsupportedError, match=rf"`{name}` is 'no'; expected True or False"):
+        pn.Variant("here", **{name: "no"})
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -567,3 +567,125 @@ def test_dropout_of_which_weights_do_not_say_where_it_is(as_number: bool) -> Non
         torch.manual_seed(0)
         found.append(module(x, states)[0])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("order", [[5, 4, 2], [2, 5, 4], [3, 3, 3]], ids=str)
+@pytest.mark.parametrize(("kind", "more"), TORCH, ids=str)
+def test_a_packed_sequence_drops_what_torch_drops(kind: str, more: dict[str, Any], order: list[int]) -> None:
+    """torch draws for the values that there are, in the order in which they are packed."""
+    import torch
+
+    torch.manual_seed(2)
+    theirs = getattr(torch.nn, kind)(4, 5, 3, dropout=0.4, dtype=torch.float64, **more)
+    model = torch.nn.ModuleList([theirs])
+    pn.replace_modules(model, {torch.nn.RNNBase: "torch"})
+    x, found = torch.randn(3, 5, 4, dtype=torch.float64), []
+    for module in (theirs, model[0], pn.torch_module(model[0].to_layer())):
+        torch.manual_seed(3)
+        given = (x if theirs.batch_first else x.transpose(0, 1)).clone().requires_grad_()
+        y = module(torch.nn.utils.rnn.pack_padded_sequence(given, order, theirs.batch_first, enforce_sorted=False))[0].data
+        found.append([y, *torch.autograd.grad(y.sin().sum(), [given, *(p for _, p in sorted(module.named_parameters()))])])
+    for a, *others in zip(*found, strict=True):
+        for b in others:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("way", [{}, {"bidirectional": True}, {"direction": "reverse"}], ids=str)
+@pytest.mark.parametrize("cell", LAYERS)
+def test_a_packed_sequence_drops_as_the_layer_does_with_the_same_numbers(cell: str, way: dict[str, Any], rng: np.random.Generator) -> None:
+    """Between layers, of h, and by zoneout; inside a model too."""
+    import torch
+
+    first = dropping(cell, "layer", rng, **way)
+    for layer in (first, pn.Sequential(first, pn.Linear(3 * first.num_directions, 2, dtype="float64", rng=0))):
+        module, x, lengths = pn.torch_module(layer), torch.asarray(rng.standard_normal((STEPS, BATCH, 4))), [2, 4, 3]
+        packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        torch.manual_seed(0)
+        y, _ = module(packed)
+        torch.manual_seed(0)
+        drawn = module._drawn(x, None, packed)
+        assert {name: tuple(a.shape) for name, a in drawn.items()} == layer.random_shapes(STEPS, BATCH)
+        expected = layer.to(xp="torch")(x, lengths=torch.asarray(lengths), training=True, rng=drawn)[0]
+        torch.testing.assert_close(torch.nn.utils.rnn.pad_packed_sequence(y)[0], expected)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_steps_drop_the_same_of_h_as_the_whole_sequence(cell: str, batch_first: bool, rng: np.random.Generator) -> None:
+    """Values and gradients, whole, in pieces and in steps; another draw is for other sequences, and none is made in evaluation."""
+    import torch
+
+    layer = random_recurrent(cell, "layer", rng, num_layers=2, recurrent_dropout=0.5, batch_first=batch_first)
+    axis, x = int(batch_first), torch.asarray(rng.standard_normal((STEPS, BATCH, 4)))
+    module, x = pn.torch_module(layer), x.transpose(0, 1) if batch_first else x
+    torch.manual_seed(0)
+    expected, last = module(x)
+    torch.manual_seed(0)
+    kept = module.kept(BATCH)
+    hs, state = [], None
+    for one in x.unbind(axis):
+        h, state = module.step(one, state, kept)
+        hs.append(h)
+    front, middle = module(x.narrow(axis, 0, 1), kept=kept)
+    end, after = module(x.narrow(axis, 1, STEPS - 1), middle, kept=kept)
+    weight = torch.asarray(rng.standard_normal(tuple(expected.shape)))
+    wanted = torch.autograd.grad(expected, list(module.parameters()), weight)
+    for y, reached in ((torch.stack(hs, axis), state), (torch.cat([front, end], axis), after)):
+        torch.testing.assert_close((y, reached), (expected, last))
+        torch.testing.assert_close(torch.autograd.grad(y, list(module.parameters()), weight), wanted)
+    assert not torch.allclose(module(x, kept=module.kept(BATCH))[0], expected)
+    module.eval()
+    assert module.kept(BATCH) == {}
+    torch.testing.assert_close(module(x, kept=kept), module(x), rtol=0, atol=0)
+    torch.testing.assert_close(module.step(x.select(axis, 0), None, module.kept(BATCH))[0], module(x)[0].select(axis, 0))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_step_that_would_draw_for_itself_is_refused(swapped: bool, rng: np.random.Generator) -> None:
+    import torch
+
+    layer = random_recurrent("LSTM", None, rng, recurrent_dropout=0.5)
+    module: Any = pn.torch_module(layer)
+    if swapped:
+        model = torch.nn.ModuleList([torch.nn.LSTM(4, 3, dtype=torch.float64)])
+        pn.replace_modules(model, {"0": "torch"}, recurrent_dropout=0.5)
+        module = model[0]
+    one = torch.asarray(rng.standard_normal((BATCH, 4)))
+    with pytest.raises(pn.ArgumentError, match=r"`kept` is missing: LSTM has recurrent_dropout 0\.5.*kept = m\.kept\(batch\)"):
+        module.step(one)
+    _, state = module.step(one, None, module.kept(BATCH))
+    with pytest.raises(pn.ArgumentError, match="`kept` is missing"):
+        module.step(one, state)
+    with pytest.raises(pn.ShapeError, match=r"`kept` has 'recurrent_dropout' \(1, 2, 3\); expected .*\(1, 3, 3\).*m\.kept\(3\)"):
+        module.step(one, state, module.kept(2))
+    (mask,) = module.kept(BATCH).values()
+    with pytest.raises(pn.UnsupportedError, match=r"`kept` is a Tensor; expected what m\.kept\(batch\) gives"):
+        module.step(one, state, mask)
+    with pytest.raises(pn.DTypeError, match=r"`kept` has 'recurrent_dropout' of dtype torch\.int64"):
+        module.step(one, state, {"recurrent_dropout": mask.long()})
+    module.eval().step(one, state)
+
+
+@pytest.mark.peers
+def test_steps_draw_zoneout_and_dropout_between_layers_anew(rng: np.random.Generator) -> None:
+    """As the layer does with the numbers of each step."""
+    import torch
+
+    layer = dropping("GRU", "layer", rng)
+    module, of_torch = pn.torch_module(layer), layer.to(xp="torch")
+    kept, state, other = module.kept(BATCH), None, None
+    masks = []
+    for step in range(STEPS):
+        one = torch.asarray(rng.standard_normal((BATCH, 4)))
+        torch.manual_seed(step)
+        h, state = module.step(one, state, kept)
+        torch.manual_seed(step)
+        masks.append(module._drawn(one[None], kept))
+        expected, other = of_torch(one[None], other, training=True, rng=masks[-1])
+        torch.testing.assert_close((h, state), (expected[0], other))
+    for name in ("dropout", "zoneout"):
+        assert not torch.equal(masks[0][name], masks[1][name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -623,6 +624,62 @@ def test_refusals_of_torch_say_what_to_do() -> None:
         with pytest.raises(pn.ExportError, match=f"torch does not export the model: .*{message}") as raised:
             pn.export_torch(model, args, None, dynamic_shapes=dynamic_shapes)
         assert not any(word in str(raised.value) for word in ("TORCH", "draft_export", "http", "mark_dynamic", "specialized"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("swapped", [False, True], ids=["of torch", "swapped"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_packing_is_named_with_what_computes_the_same(kind: str, swapped: bool, streaming: bool) -> None:
+    """At the line of the model, whatever of torch's the lengths stop at; and the way out that is named exports the same values."""
+    import torch
+    from torch.nn.utils.rnn import pack_padded_sequence as pack
+    from torch.nn.utils.rnn import pack_sequence
+    from torch.nn.utils.rnn import pad_packed_sequence as pad
+
+    class Packs(torch.nn.Module):
+        def __init__(self, how: Any) -> None:
+            super().__init__()
+            self.rnn, self.how = getattr(torch.nn, kind)(3, 4, batch_first=True), how
+
+        def forward(self, x: Any, lengths: Any) -> Any:
+            return self.how(self.rnn, x, lengths)
+
+    def through(rnn: Any, x: Any, lengths: Any) -> Any:
+        return pad(rnn(pack(x, lengths, batch_first=True, enforce_sorted=False))[0], batch_first=True)[0]
+
+    ways: dict[str, Any] = {
+        "by an array": through,
+        "by a list": lambda rnn, x, lengths: through(rnn, x, lengths.tolist()),
+        "sorted, on the CPU": lambda rnn, x, lengths: rnn(pack(x, lengths.cpu(), batch_first=True))[0].data,
+        "each": lambda rnn, x, lengths: rnn(pack_sequence([x[0], x[1]]))[0].data * lengths.sum(),
+        "as an input": lambda rnn, x, lengths: rnn(x)[0].data * lengths.sum(),
+    }
+    lengths, free = torch.tensor([5, 3]), {"x": {0: "batch", 1: "time"}, "lengths": {0: "batch"}}
+    for way, how in ways.items():
+        torch.manual_seed(0)
+        x: Any = torch.randn(2, 5, 3)
+        given = (pack(x, [5, 3], batch_first=True) if way == "as an input" else x, lengths)
+        model = Packs(how)
+        if swapped:
+            pn.replace_modules(model, {"rnn": "torch"}, args=given)
+        elif streaming:
+            continue  # which needs a layer of portnorm first, and says so
+        with pytest.raises(pn.ExportError) as raised:
+            pn.export_torch(model, given, None, streaming=streaming)
+        said = str(raised.value)
+        assert re.search(
+            r"packed sequence at .*test_export_torch\.py:\d+, `.*rnn\(.*y, state = rnn\(x, lengths=lengths\), which computes", said
+        ), way
+        assert (f'portnorm.replace_modules(model, {{torch.nn.{kind}: "torch"}}' in said) == (not swapped)
+        assert "portnorm_backends" not in said
+        assert "torch.where" not in said
+    if swapped and not streaming:
+        model = Packs(through).eval()
+        expected = model(x, lengths)
+        pn.replace_modules(model, {"rnn": "torch"}, args=(x, lengths))
+        model.how = lambda rnn, x, lengths: rnn(x, lengths=lengths)[0]
+        pn.export_torch(model, (x, lengths), None, dynamic_shapes=free)
+        torch.testing.assert_close(model(x, lengths), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])

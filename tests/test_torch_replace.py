@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import random
 import warnings
 from collections.abc import Callable
@@ -684,3 +685,193 @@ def test_statistics_that_are_there_and_not_followed_are_refused(name: str) -> No
     for kind in (torch.nn.InstanceNorm1d, torch.nn.InstanceNorm2d):
         with pytest.raises(pn.CheckpointError, match="momentum=None"):
             pn.import_checkpoint(kind(4, track_running_stats=True, momentum=None))
+
+
+BARE: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "BatchNorm1d": (lambda: torch.nn.BatchNorm1d(4, affine=False), (6, 4)),
+    "BatchNorm1d of two": (lambda: torch.nn.BatchNorm1d(4, affine=False), (2, 4)),
+    "BatchNorm2d": (lambda: torch.nn.BatchNorm2d(4, affine=False), (5, 4, 3, 2)),
+    "GroupNorm": (lambda: torch.nn.GroupNorm(2, 4, affine=False), (5, 4, 3, 2)),
+    "InstanceNorm1d": (lambda: torch.nn.InstanceNorm1d(4), (5, 4, 7)),
+    "InstanceNorm2d": (lambda: torch.nn.InstanceNorm2d(4), (5, 4, 3, 2)),
+    "LayerNorm": (lambda: torch.nn.LayerNorm(8, elementwise_affine=False), (5, 8)),
+    "RMSNorm": (lambda: torch.nn.RMSNorm(8, elementwise_affine=False), (5, 8)),
+}
+"""Norms without parameters, so that the gradient of the input is the only one."""
+PLACES = [(3.0, 2.0), (1.0, 100.0), (1.0, 0.0), (1e-3, 1.0)]
+
+
+@pytest.mark.parametrize(("scale", "offset"), PLACES)
+@pytest.mark.parametrize("name", BARE)
+def test_a_norm_without_parameters_is_swapped_wherever_its_input_lies(name: str, scale: float, offset: float) -> None:
+    """From every seed, also one with which the weights of the results could be drawn: a gradient that cancels says nothing of the swap."""
+    make, shape = BARE[name]
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = torch.nn.Sequential(make())
+        swapped = pn.replace_modules(model, {"0": "torch"}, args=scale * torch.randn(shape) + offset)
+        assert ("training step", "gradients", 1) in [(c.mode, c.what, c.arrays) for c in swapped.compared]
+
+
+def wrong(part: str) -> Callable[[Any], pn.Layer]:
+    """The layer with a fault that models show in little: ε, the divisor of the variance, or a gradient without a small part of it."""
+
+    def made(module: Any) -> pn.Layer:
+        if part == "eps":
+            return pn.import_checkpoint(module, "torch", eps=1e-3)
+        if part == "momentum":
+            return pn.import_checkpoint(module, "torch", momentum=0.11)
+        layer = pn.import_checkpoint(module, "torch")
+
+        class Wrong(type(layer)):  # type: ignore[misc]
+            def forward(self, *args: Any) -> Any:
+                y, *rest = super().forward(*args)
+                return y * (1 - 1e-3 if part == "variance" else 1.0), *rest
+
+            def backward(self, residuals: Any, dy: Any, dstate: Any, training: bool) -> Any:
+                dx, *rest = super().backward(residuals, dy, dstate, training)
+                return dx + (1e-2 * dy if part == "gradient" else 0.0), *rest
+
+        layer.__class__ = Wrong
+        return layer
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [(name, part) for name in BARE for part in ("eps", "variance", "gradient", "momentum") if part != "momentum" or "Batch" in name],
+)
+def test_a_norm_without_parameters_that_is_wrong_is_refused(name: str, part: str) -> None:
+    make, shape = BARE[name]
+    for scale, offset in ((3.0, 2.0), (1.0, 0.0)):
+        for seed in range(2):
+            torch.manual_seed(seed)
+            with pytest.raises(pn.ConformanceError, match="differ by"):
+                pn.replace_modules(torch.nn.Sequential(make()), {"0": wrong(part)}, args=scale * torch.randn(shape) + offset)
+
+
+# -- what is attached to a module ----------------------------------------------------------------------------------------------------------
+
+
+def seen(*args: Any) -> None:
+    """A hook that only looks."""
+
+
+def doubled(module: Any, *given: Any) -> Any:
+    """A hook that changes the last of what it gets: what went in, came out, or comes back."""
+    return tuple(2 * a if isinstance(a, torch.Tensor) else a for a in given[-1])
+
+
+HOOKS: dict[str, Callable[[Any, Any], Any]] = {
+    "a forward hook": lambda m, hook: m.register_forward_hook(hook),
+    "a forward pre-hook": lambda m, hook: m.register_forward_pre_hook(hook),
+    "a backward hook": lambda m, hook: m.register_full_backward_hook(hook),
+    "a backward pre-hook": lambda m, hook: m.register_full_backward_pre_hook(hook),
+    "a gradient hook": lambda m, hook: m.weight_hh_l0.register_hook(hook),
+    "a post-accumulate-grad hook": lambda m, hook: m.weight_hh_l0.register_post_accumulate_grad_hook(hook),
+    "a state-dict pre-hook": lambda m, hook: m.register_state_dict_pre_hook(hook),
+    "a state-dict hook": lambda m, hook: m.register_state_dict_post_hook(hook),
+    "a pre-hook of load_state_dict": lambda m, hook: m.register_load_state_dict_pre_hook(hook),
+    "a hook of load_state_dict": lambda m, hook: m.register_load_state_dict_post_hook(hook),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "hook"), [(what, hook) for what in HOOKS for hook in (seen, doubled) if hook is seen or "ward" in what], ids=str
+)
+def test_a_hook_that_would_be_lost_is_named(what: str, hook: Any) -> None:
+    """Of the module, of one inside it, or of a parameter; with inputs and without, whatever the row is. Those around it are no matter."""
+    x = torch.randn(5, 2, 3)
+    row: Callable[[Any], pn.Layer] = lambda m: pn.import_checkpoint(m)  # noqa: E731
+    for given in (None, x):
+        for replacement in ("torch", row):
+            model = torch.nn.ModuleDict({"encoder": torch.nn.Sequential(torch.nn.GRU(3, 4))})
+            model["encoder"].forward = lambda x, model=model: model["encoder"][0](x)
+            outer = torch.nn.Sequential(model["encoder"])
+            handle = HOOKS[what](model["encoder"][0], hook)
+            before = what_it_is(outer)
+            with pytest.raises(
+                pn.UnsupportedError, match=rf"'0\.0.* has {what}, `{hook.__name__}`, which the layer in the place of '0\.0' would"
+            ):
+                pn.replace_modules(outer, {torch.nn.GRU: replacement}, args=given)
+            assert_same(before, what_it_is(outer))
+            handle.remove()
+            outer[0].register_forward_hook(lambda m, i, o: None)
+            assert pn.replace_modules(outer, {torch.nn.GRU: replacement}, args=given) == ["0.0"]
+
+
+def test_a_hook_of_a_module_inside_is_named() -> None:
+    class Model(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = Wrapper()
+
+        def forward(self, x: Any, lengths: Any) -> Any:
+            return self.rnn(x, lengths)
+
+    model = Model()
+    model.rnn.inner.register_forward_hook(seen)
+    with pytest.raises(pn.UnsupportedError, match=r"'rnn\.inner' has a forward hook, `seen`, which the layer in the place of 'rnn' would"):
+        pn.replace_modules(model, {Wrapper: lambda m: pn.import_checkpoint(m.inner)})
+
+
+PARAMETRIZED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
+    "of one's own": (
+        lambda m: torch.nn.utils.parametrize.register_parametrization(m, "weight_hh_l0", torch.nn.Tanh(), unsafe=True),
+        "Tanh",
+        "parametrize.remove_parametrizations",
+    ),
+    "spectral norm": (
+        lambda m: torch.nn.utils.parametrizations.spectral_norm(m, "weight_hh_l0"),
+        "_SpectralNorm",
+        "parametrize.remove_parametrizations",
+    ),
+    "orthogonal": (
+        lambda m: torch.nn.utils.parametrizations.orthogonal(m, "weight_hh_l0"),
+        "_Orthogonal",
+        "parametrize.remove_parametrizations",
+    ),
+    "weight norm of one": (
+        lambda m: torch.nn.utils.parametrizations.weight_norm(m, "weight_hh_l0"),
+        "_WeightNorm",
+        "parametrize.remove_parametrizations",
+    ),
+    "old weight norm of one": (lambda m: torch.nn.utils.weight_norm(m, "weight_hh_l0"), "WeightNorm", "remove_weight_norm"),
+    "old spectral norm": (lambda m: torch.nn.utils.spectral_norm(m, "weight_hh_l0"), "SpectralNorm", "remove_spectral_norm"),
+    "pruned": (
+        lambda m: importlib.import_module("torch.nn.utils.prune").l1_unstructured(m, "weight_hh_l0", 0.5),
+        "L1Unstructured",
+        "prune.remove",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETRIZED)
+def test_a_parameter_that_is_computed_is_named_with_what_makes_it_plain(kind: str) -> None:
+    """Both matrices with weight norm are the variant of that name (`test_gradients_of_weight_norm`); nothing else is."""
+    attach, by, remove = PARAMETRIZED[kind]
+    for given in (None, torch.randn(5, 2, 3)):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.GRU(3, 4))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            attach(model[0])
+        model(torch.randn(5, 2, 3))
+        with pytest.raises(pn.UnsupportedError, match=rf"'0' has 'weight_hh_l0' computed by {by}, .*{remove}\(module, 'weight_hh_l0'\)"):
+            pn.replace_modules(model, {"0": "torch"}, args=given)
+        function: Any = torch
+        for part in ("nn", "utils", *remove.split(".")):
+            function = getattr(function, part)
+        function(model[0], "weight_hh_l0")
+        assert pn.replace_modules(model, {"0": "torch"}, args=given) == ["0"]
+
+
+def test_a_forward_of_one_module_alone_is_named() -> None:
+    model = torch.nn.Sequential(torch.nn.GRU(3, 4))
+    plain = model[0].forward
+    model[0].forward = lambda *args, **named: tuple(2 * a for a in plain(*args, **named))
+    with pytest.raises(pn.CheckpointError, match=r"'0': the module .*GRU has a forward of its own"):
+        pn.replace_modules(model, {"0": "torch"})
+    del model[0].forward
+    assert pn.replace_modules(model, {"0": "torch"}) == ["0"]

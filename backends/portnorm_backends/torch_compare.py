@@ -27,6 +27,9 @@ _CAP = 0.1
 """Never more than this part of the largest value: where rounding moves more, the comparison would say nothing."""
 _SMALL = 0.05
 """Sums that cancel, such as the gradient of a bias before a normalization, are as exact as their terms, taken to be this part of all."""
+_WEIGHTS = 0x6E6F726D
+"""The seed of the weights of the results: with one that people take too, inputs drawn from it equal the weights, and the gradient of a
+normalization at its own input is 0."""
 _RECORDS = (SimpleNamespace, torch.distributions.Distribution)
 """Results whose attributes are looked at, besides dataclasses."""
 _EPS = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps")
@@ -55,6 +58,8 @@ class Ran(NamedTuple):
     values: Arrays
     gradients: Arrays
     statistics: Arrays
+    terms: dict[str, float]
+    """How large the terms of the gradient of an input are, which a normalization of two values, for example, all but cancels."""
 
 
 class Compared(NamedTuple):
@@ -120,12 +125,14 @@ def ran(model: torch.nn.Module, call: Call, training: bool, statistics: Callable
         given = changed(lambda a: a.clone() if a.requires_grad else a, tuple(own))
         values = arrays_in(model(*given[0], **given[1]), "result")
         gradients: Arrays = {}
+        terms: dict[str, float] = {}
         if training:
-            gradients = _gradients(
-                values, {**dict(model.named_parameters()), **arrays_in(own.args, "args"), **arrays_in(own.kwargs, "kwargs")}
-            )
+            inputs = {**arrays_in(own.args, "args"), **arrays_in(own.kwargs, "kwargs")}
+            gradients, largest = _gradients(values, {**dict(model.named_parameters()), **inputs})
+            reach = largest * max((_spread(a) for a in values.values() if a.requires_grad), default=0.0)
+            terms = {name: reach / spread for name, a in inputs.items() if name in gradients and (spread := _spread(a))}
         kept = {name: a.detach().clone() for name, a in statistics().items()} if training else {}
-        return Ran({name: a.detach().clone() for name, a in values.items()}, gradients, kept)
+        return Ran({name: a.detach().clone() for name, a in values.items()}, gradients, kept, terms)
 
 
 def _let_go(model: torch.nn.Module) -> None:
@@ -140,16 +147,17 @@ def _tensors(value: Any) -> list[Any]:
     return pytree.tree_leaves(value) if isinstance(value, dict | list | tuple | torch.Tensor) else []
 
 
-def _gradients(values: Arrays, of: Arrays) -> Arrays:
-    """Those of a sum of all floating results with random weights."""
+def _gradients(values: Arrays, of: Arrays) -> tuple[Arrays, float]:
+    """Those of a sum of all floating results with random weights, and the largest of these."""
     wanted = {name: a for name, a in of.items() if a.requires_grad}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(_WEIGHTS)
     outputs = [a for a in values.values() if a.requires_grad]
     if not outputs or not wanted:
-        return {}
+        return {}, 0.0
     weights = [torch.randn(a.shape, generator=generator).to(device=a.device, dtype=a.dtype) for a in outputs]
     found = torch.autograd.grad(outputs, list(wanted.values()), weights, allow_unused=True)
-    return {name: torch.zeros_like(a) if d is None else d.detach() for (name, a), d in zip(wanted.items(), found, strict=True)}
+    gradients = {name: torch.zeros_like(a) if d is None else d.detach() for (name, a), d in zip(wanted.items(), found, strict=True)}
+    return gradients, max(map(_largest, weights))
 
 
 @contextlib.contextmanager
@@ -233,11 +241,19 @@ def unit(model: torch.nn.Module) -> float:
 
 
 def compare(
-    mode: str, what: str, before: Arrays, after: Arrays, near: Sequence[Arrays], least: float, title: str, floor: float = STEP_ULP
+    mode: str,
+    what: str,
+    before: Arrays,
+    after: Arrays,
+    near: Sequence[Arrays],
+    least: float,
+    title: str,
+    terms: Mapping[str, float] | None = None,
 ) -> Compared | None:
     """Raise `ConformanceError` where two runs differ by more than rounding explains; `title` says of what the runs are.
 
-    Rounding allows `TRAJECTORY_FACTOR` times what the runs `near` differ by, and `floor` units of the largest value.
+    Rounding allows `TRAJECTORY_FACTOR` times what the runs `near` differ by, and `STEP_ULP` units of the largest value. `terms` says how
+    large the terms of gradients are that may cancel.
     """
     if before.keys() != after.keys():
         lacking, new = [n for n in before if n not in after], [n for n in after if n not in before]
@@ -248,8 +264,8 @@ def compare(
         if a.shape != b.shape:
             raise ConformanceError(f"{title}: {name} has the shape {tuple(b.shape)}, which was {tuple(a.shape)}")
         eps = max([least, *(torch.finfo(v.dtype).eps for v in (a, b) if v.is_floating_point())]) if a.is_floating_point() else 0.0
-        largest = max(_largest(a), _SMALL * top if what == "gradients" else 0.0)
-        least_allowed = floor * eps * largest
+        largest = max(_largest(a), _SMALL * max(top, (terms or {}).get(name, 0.0)) if what == "gradients" else 0.0)
+        least_allowed = STEP_ULP * eps * largest
         moved = max((_distance(a, other[name]) for other in near if other[name].shape == a.shape), default=0.0)
         allowed = max(least_allowed, min(TRAJECTORY_FACTOR * moved + least_allowed, _CAP * largest))
         difference = _distance(a, b)
@@ -267,6 +283,13 @@ def _largest(a: Array) -> float:
     finite = _wide(a).abs()
     finite = finite[torch.isfinite(finite)]
     return float(finite.max()) if finite.numel() else 0.0
+
+
+def _spread(a: Array) -> float:
+    """From the smallest to the largest value."""
+    finite = _wide(a).abs() if a.is_complex() else _wide(a)
+    finite = finite[torch.isfinite(finite)]
+    return float(finite.max() - finite.min()) if finite.numel() else 0.0
 
 
 def _distance(a: Array, b: Array) -> float:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from portnorm.arrays import Array, mapped, xp_of
-from portnorm.errors import UnsupportedError
+from portnorm.errors import ArgumentError, DTypeError, ExportError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Arrays, Layer, checked_call
+from portnorm.layers.randomness import Draw
 from portnorm.layers.recurrent import Recurrent
-from portnorm_backends.torch_recurrent import AsInTorch, counts, packed_as, unpacked
+from portnorm_backends.torch_recurrent import AsInTorch, counts, packed_as, padded_as, unpacked
+from portnorm_backends.torch_refusals import packing
 
 
 def torch_module(layer: Layer) -> TorchModule:
@@ -25,7 +28,11 @@ def torch_module(layer: Layer) -> TorchModule:
 
     Parameters and buffers are copies of the layer's, under its names; a state dict of the module is one of the layer. `train()` takes the
     batch's statistics and updates the running ones, `eval()` takes those. What is dropped in training is drawn by torch's own generator
-    (`torch.manual_seed`), on the CPU just as `torch.nn.LSTM` and its like draw it. Gradients, `.to(...)`, `copy.deepcopy`, `torch.func` and
+    (`torch.manual_seed`): on the CPU the same seed drops the same values between layers as in torch.nn.LSTM and its like, also of packed
+    sequences; elsewhere only the part that is dropped and its scale are the same. What torch has not, `recurrent_dropout` and zoneout, is
+    drawn after that. `recurrent_dropout` drops the same of h in every step of a call. For a sequence in several calls or steps
+    `kept = m.kept(batch)` draws that once, for `m(x, state, kept=kept)` and `m.step(x, state, kept)`.
+    Gradients, `.to(...)`, `copy.deepcopy`, `torch.func` and
     `torch.nn.utils.parametrize` work as with torch's own layers. Computation is in the dtype of the parameters: under autocast floating
     inputs and states are converted to it, as torch does for its own norms, and nothing inside is computed in less. As any module of torch
     it starts in training mode. `portnorm.export_torch` exports a model with such modules; torch.onnx.export alone writes their loops out,
@@ -84,12 +91,32 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
             module = module.get_submodule(part)
         return module
 
-    def forward(self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None) -> Any:
-        """`y`, or `(y, state)` for a recurrent layer; see `portnorm.Layer.__call__`. In training the running statistics are updated."""
+    def forward(
+        self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, kept: Mapping[str, Array] | None = None
+    ) -> Any:
+        """`y`, or `(y, state)` for a recurrent layer; see `portnorm.Layer.__call__`. In training the running statistics are updated.
+
+        `kept` is what recurrent dropout keeps where a sequence comes in several calls (see the method `kept`); without it a call draws its
+        own. In evaluation it is not looked at.
+        """
         if isinstance(x, PackedSequence):
+            if self.recorder is not None:
+                raise ExportError(f"the model cannot be exported: {packing(traceback.extract_stack())}")
             padded, counted = unpacked(x, self._layer, lengths, mask)
-            y, state = TorchModule.forward(self, padded, state, counted)
+            y, state = self._called(padded, state, counted, None, kept, x)
             return packed_as(y, x, counted, self._layer), state
+        return self._called(x, state, lengths, mask, kept)
+
+    def _called(
+        self,
+        x: Array,
+        state: Any,
+        lengths: Any,
+        mask: Array | None,
+        kept: Mapping[str, Array] | None,
+        packed: PackedSequence | None = None,
+    ) -> Any:
+        """A call on a padded array, which may have been `packed`."""
         if counts(state):
             state, lengths = lengths, state
         if self.recorder is not None:
@@ -97,19 +124,28 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         params, buffers = self.arrays()
         dtype = self._floating(params) if params or buffers else None
         if not torch.is_autocast_enabled(x.device.type):
-            return self._computed(params, buffers, dtype, x, state, lengths, mask)
+            return self._computed(params, buffers, dtype, x, state, lengths, mask, kept, packed)
         with torch.autocast(x.device.type, enabled=False):
             x, state = mapped(functools.partial(_converted, dtype=dtype), (x, state))
-            return self._computed(params, buffers, dtype, x, state, lengths, mask)
+            return self._computed(params, buffers, dtype, x, state, lengths, mask, kept, packed)
 
     def _computed(
-        self, params: Arrays, buffers: Arrays, dtype: torch.dtype | None, x: Array, state: Any, lengths: Any, mask: Array | None
+        self,
+        params: Arrays,
+        buffers: Arrays,
+        dtype: torch.dtype | None,
+        x: Array,
+        state: Any,
+        lengths: Any,
+        mask: Array | None,
+        kept: Mapping[str, Array] | None,
+        packed: PackedSequence | None,
     ) -> Any:
         lengths = checked_call(self._layer, params or buffers, dtype, x, state, lengths, mask)
         # A call in training changes the buffers in place, this one or one that comes before the backward pass of this one.
-        kept = self.training or torch.is_grad_enabled()
-        before = {name: a.clone() for name, a in buffers.items()} if kept else buffers
-        drawn = self._drawn(x) if self.training and self._layer.drops else None
+        copied = self.training or torch.is_grad_enabled()
+        before = {name: a.clone() for name, a in buffers.items()} if copied else buffers
+        drawn = self._drawn(x, kept, packed) if self.training and self._layer.drops else None
         y, state, new = self._layer.apply(params, before, x, state, lengths, self.training, rng=drawn)
         if self.training:
             with torch.no_grad():
@@ -117,13 +153,32 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
                     buffer.copy_(new[name])
         return (y, state) if self._layer.recurrent else y
 
-    def _drawn(self, x: Array) -> Arrays:
+    def kept(self, batch: int) -> Arrays:
+        """What recurrent dropout keeps of h in one sequence of each of `batch`, drawn by torch's generator; {} where it drops nothing.
+
+        For a loop of one's own, in training and in evaluation alike:
+
+            kept, state = m.kept(batch), None
+            for one in x:
+                h, state = m.step(one, state, kept)
+        """
+        if not self.training:
+            return {}
+        device = next((a.device for a in self.parameters()), None)
+        draws = self._layer.draws(1, batch)
+        return {name: torch.stack(_draws(draw, device)) for name, draw in draws.items() if _of_sequences(name)}
+
+    def _drawn(self, x: Array, kept: Mapping[str, Array] | None = None, packed: PackedSequence | None = None) -> Arrays:
         """What is kept in this call, by torch's own generator: as much as its recurrent layers take from it, in the same order."""
         steps, batch = (x.shape[1], x.shape[0]) if self._layer.batch_first else x.shape[:2]
-        drop = torch.nn.functional.dropout
+        draws, given = self._layer.draws(steps, batch), _given(kept)
+        expected = {name: tuple(draw.shape) for name, draw in draws.items() if _of_sequences(name)}
+        if given and {name: tuple(a.shape) for name, a in given.items()} != expected:
+            shown = ", ".join(f"{name!r} {tuple(a.shape)}" for name, a in given.items())
+            raise ShapeError(f"`kept` has {shown}; expected {expected}, as m.kept({batch}) draws it")
         return {
-            name: torch.stack([drop(torch.ones(draw.shape[1:], device=x.device), draw.p) != 0 for _ in range(draw.shape[0])])
-            for name, draw in self._layer.draws(steps, batch).items()
+            name: given[name] if name in given else torch.stack(_draws(draw, x.device, packed if _of_values(name) else None))
+            for name, draw in draws.items()
         }
 
     def arrays(self) -> tuple[Arrays, Arrays]:
@@ -156,13 +211,54 @@ class RecurrentModule(TorchModule, AsInTorch):
 
     _layer: Recurrent
 
-    def step(self, x: Array, state: Any = None) -> tuple[Array, Any]:
-        """One time step, for a loop of one's own: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
-        self._layer.check_goes_forward()
+    def step(self, x: Array, state: Any = None, kept: Mapping[str, Array] | None = None) -> tuple[Array, Any]:
+        """One time step, for a loop of one's own: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence.
+
+        With `recurrent_dropout` a step in training takes `kept`, what is kept in all steps of these sequences: `m.kept(batch)` draws it,
+        once for every sequence. Dropout between layers and zoneout are drawn in each step, as in a whole call. Raises `ArgumentError`
+        where `kept` is missing, and `UnsupportedError` where the layer does not go forward.
+        """
+        self._check_step(kept)
         axis = 1 if self._layer.batch_first else 0
-        y, state = self(x.unsqueeze(axis), state)
+        y, state = self(x.unsqueeze(axis), state, kept=kept)
         return (y.squeeze(axis) if self._layer.keeps_time else y), state
+
+    def _check_step(self, kept: Mapping[str, Array] | None) -> None:
+        self._layer.check_goes_forward()
+        if self.training and not _given(kept) and "recurrent_dropout" in self._layer.draws(1, 1):
+            raise ArgumentError(
+                f"`kept` is missing: {type(self._layer).__name__} has recurrent_dropout {self._layer.recurrent_dropout:g}, which in "
+                "training drops the same of h in every step of a sequence; draw it once for each, kept = m.kept(batch), and give it to "
+                "every step, m.step(x, state, kept); or call the module on whole sequences"
+            )
 
 
 def _converted(array: Array, dtype: torch.dtype | None) -> Array:
     return array if dtype is None or not array.is_floating_point() else array.to(dtype)
+
+
+def _given(kept: Mapping[str, Array] | None) -> Arrays:
+    """Raises `UnsupportedError` and `DTypeError` for what `TorchModule.kept` does not give."""
+    if kept is not None and not isinstance(kept, Mapping):
+        raise UnsupportedError(f"`kept` is a {type(kept).__name__}; expected what m.kept(batch) gives, arrays by name")
+    for name, array in (kept or {}).items():
+        if array.dtype != torch.bool and not array.is_floating_point():
+            raise DTypeError(f"`kept` has {name!r} of dtype {array.dtype}; expected truth values, as m.kept(batch) gives them")
+    return dict(kept or {})
+
+
+def _of_sequences(name: str) -> bool:
+    """Whether these are drawn once for a sequence, not for each step."""
+    return name.rpartition(".")[2] == "recurrent_dropout"
+
+
+def _of_values(name: str) -> bool:
+    """Whether they are for the values between layers, of which a packed sequence has fewer than a padded array."""
+    return name.rpartition(".")[2] == "dropout"
+
+
+def _draws(draw: Draw, device: torch.device | None, packed: PackedSequence | None = None) -> list[Array]:
+    """What is kept, for each place: drawn for the values of the packed sequence, as torch does, and then padded."""
+    shape, drop = draw.shape[1:] if packed is None else (len(packed.data), *draw.shape[3:]), torch.nn.functional.dropout
+    found = [drop(torch.ones(shape, device=device), draw.p) != 0 for _ in range(draw.shape[0])]
+    return found if packed is None else [padded_as(a, packed) for a in found]

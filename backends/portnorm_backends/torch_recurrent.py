@@ -38,6 +38,12 @@ def packed_as(y: Array, x: PackedSequence, lengths: Array, layer: Layer) -> Arra
     return PackedSequence(data, x.batch_sizes, order, x.unsorted_indices)
 
 
+def padded_as(data: Array, x: PackedSequence) -> Array:
+    """Values for those of a packed sequence, as (time, batch, features)."""
+    padded, _ = pad_packed_sequence(PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices))
+    return padded
+
+
 def counts(value: Any) -> bool:
     """Whether an argument is `lengths`, and no state: whole numbers along one axis."""
     if isinstance(value, torch.Tensor):

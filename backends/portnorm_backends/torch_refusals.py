@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+import traceback
+import types
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +15,9 @@ _SEEN_ONCE = re.compile(r"0/1 specialized due to hint of (\d) for dimension inpu
 _FIXED = re.compile(r"You marked L\['([^']*)'\](.*?)\.size\(\)\[(\d+)\] as dynamic but your code specialized it to be a constant \((\d+)\)")
 _BRANCH = re.compile(r'File "([^"]+)", line (\d+), in \S+\n\s*(\S.*)')
 _NAMED = re.compile(r"top-level keys must be the arg names \[(.*?)\] of `inputs`, but here they are \[(.*?)\]")
+_PACKS = re.compile(r"\bpack\w*\(|pad_packed_sequence")
+_NOT_THEIRS = tuple(os.path.join(os.path.dirname(path), "") for path in (torch.__file__, __file__))
+_PYTHON = os.path.join(os.path.dirname(os.__file__), "")
 _ADVICE = (
     "TORCH_LOGS",
     "TORCHDYNAMO_",
@@ -26,11 +32,55 @@ _ADVICE = (
 def explained(error: Exception, model: torch.nn.Module) -> str:
     """Which axis or line of the model torch cannot take, and the way out."""
     said = str(error)
-    reason = next((found for rule in _RULES if (found := rule(said, model))), None)
+    reason = _packed(error, model) or next((found for rule in _RULES if (found := rule(said, model))), None)
     if reason is not None:
         return f"torch does not export the model: {reason}"
     own = " ".join(line.strip() for line in said.splitlines() if line.strip() and not any(word in line for word in _ADVICE))
     return f"torch does not export the model: {own or type(error).__name__}{_loops(model)}"
+
+
+# -- packed sequences ----------------------------------------------------------------------------------------------------------------------
+
+
+def packing(stack: Iterable[traceback.FrameSummary]) -> str:
+    """Why a packed sequence is in no graph, the line of the model where one is, and the way out."""
+    where = next((f" at {f.filename}:{f.lineno}, `{f.line}`" for f in reversed(list(stack)) if _is_of_model(f.filename)), "")
+    return (
+        f"it computes with a packed sequence{where}: how many sequences have each step is then a matter of numbers in Python, which a "
+        "graph does not have; leave out pack_padded_sequence and pad_packed_sequence, and give a recurrent layer of portnorm the padded "
+        "array and `lengths`, y, state = rnn(x, lengths=lengths), which computes the same; its `y` has all steps of `x`, and is 0 at the "
+        "padding"
+    )
+
+
+def _packed(error: BaseException | None, model: torch.nn.Module) -> str | None:
+    while error is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        stack = traceback.extract_tb(error.__traceback__)
+        if any(_packs(frame, line.line or "") for (frame, _), line in zip(frames, stack, strict=True)):
+            held = _of_torch(model)
+            first = (
+                f"; portnorm.replace_modules(model, {_table(held)}, args=...) first puts one in the place of {_names(held)}" if held else ""
+            )
+            return packing(stack) + first
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _packs(frame: types.FrameType, line: str) -> bool:
+    """Whether this is torch's packing, or one of its recurrent layers on what was packed, or a line that packs."""
+    name = frame.f_code.co_filename
+    if name == torch.nn.modules.rnn.__file__:
+        return frame.f_locals.get("batch_sizes") is not None
+    return name == torch.nn.utils.rnn.__file__ or (_is_of_model(name) and _PACKS.search(line) is not None)
+
+
+def _is_of_model(file: str) -> bool:
+    """Whether this is code of a model's: not torch's, of this package, or Python's own, beside whose modules those of others may lie."""
+    return not file.startswith(_NOT_THEIRS) and (not file.startswith(_PYTHON) or "-packages" in file)
+
+
+# -- what the text says --------------------------------------------------------------------------------------------------------------------
 
 
 def _seen_once(said: str, model: torch.nn.Module) -> str | None:
@@ -75,12 +125,25 @@ def _input(name: str, inside: str) -> str:
 
 def _loops(model: torch.nn.Module) -> str:
     """The modules of torch's that it writes out step by step, and who swaps them."""
+    found = _of_torch(model)
+    if not found:
+        return ""
+    swap = f"portnorm.replace_modules(model, {_table(found)}, args=...)"
+    return f"; torch writes the steps of {_names(found)} out for one length: {swap} keeps it free"
+
+
+def _of_torch(model: torch.nn.Module) -> dict[type[torch.nn.RNNBase], str]:
+    """The classes of torch's recurrent modules inside, each with the path of one."""
     found: dict[Any, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.RNNBase):
             found.setdefault(type(module), path)
-    if not found:
-        return ""
-    held = ", ".join(f"torch.nn.{kind.__name__} {path!r}" for kind, path in found.items())
-    table = ", ".join(f'torch.nn.{kind.__name__}: "torch"' for kind in found)
-    return f"; torch writes the steps of {held} out for one length: portnorm.replace_modules(model, {{{table}}}, args=...) keeps it free"
+    return found
+
+
+def _names(found: Mapping[type[torch.nn.RNNBase], str]) -> str:
+    return ", ".join(f"torch.nn.{kind.__name__} {path!r}" for kind, path in found.items())
+
+
+def _table(found: Mapping[type[torch.nn.RNNBase], str]) -> str:
+    return "{" + ", ".join(f'torch.nn.{kind.__name__}: "torch"' for kind in found) + "}"

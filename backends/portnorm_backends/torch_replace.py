@@ -12,7 +12,9 @@ import torch
 from portnorm.checkpoint.foreign import import_checkpoint
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
+from portnorm.layers.recurrent import Recurrent
 from portnorm_backends.torch_alone import check
+from portnorm_backends.torch_attached import check_hooks, check_parametrized
 from portnorm_backends.torch_compare import Call, Compared
 from portnorm_backends.torch_settings import dropped_inside
 from portnorm_backends.torch_standin import stand_in
@@ -60,7 +62,8 @@ def replace_modules(
     A replacement is called as its module was: by the same names of arguments, with states in that module's form (nested tuples of
     (batch, hidden) for each layer and direction as in fastrnns, one array as in torch.nn.GRU, one step as torch.nn.LSTMCell) as well as in
     portnorm's, with packed sequences, and gives only `y` where that gave no state. It has the plain attributes of its module, and those of
-    torch.nn.LSTM. It keeps the mode, the dtype and the device, and what was frozen is. Its parameters are new: make an optimizer after the
+    torch.nn.LSTM. It keeps the mode, the dtype and the device, and what was frozen is. Hooks of the module, and parametrizations that no
+    layer has, would be lost, and are refused by name. Its parameters are new: make an optimizer after the
     swap, since one that was made before goes on with those of the old modules.
 
     With `args`, the example inputs of `model` by place (a tuple, or the only one), or `kwargs`, those by name, the model is run before and
@@ -178,6 +181,7 @@ def _places(
 
 
 def _twin(path: str, module: torch.nn.Module, row: Replacement, config: dict[str, Any]) -> Twin:
+    check_hooks(path, module)
     lost = dropped_inside(module) if isinstance(row, str) else []
     if lost and "dropout" not in config:
         raise UnsupportedError(
@@ -196,7 +200,11 @@ def _twin(path: str, module: torch.nn.Module, row: Replacement, config: dict[str
     try:
         made = stand_in(layer_of(module), module)
     except CheckpointError as error:
+        if isinstance(row, str):
+            check_parametrized(path, module)
         raise CheckpointError(f"{path!r}: {error}") from error
+    if isinstance(row, str) and not (isinstance(made._layer, Recurrent) and made._layer.variant.norm == "weight"):
+        check_parametrized(path, module)
     if isinstance(module, torch.nn.RNNBase) and module.num_layers > 1 and getattr(made, "dropout", 0.0) != module.dropout:
         raise UnsupportedError(f"{path!r} has dropout={module.dropout} between its layers, which {made!r} has not")
     like = next((a for a in module.state_dict().values() if a.is_floating_point()), None)

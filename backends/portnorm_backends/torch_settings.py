@@ -81,7 +81,7 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
     """The settings of a module: torch's own by class, others by the norms inside them and by what they call their ε."""
     kind = type(module).__name__
     said = Said(f"the module {name!r} of the class {kind}" if name else f"the module of the class {kind}", layer=_layer(module))
-    if said.layer is not None and not _forward_of(module).startswith("torch."):
+    if said.layer is not None and ("forward" in vars(module) or not _forward_of(module).startswith("torch.")):
         said.refused["forward"] = Refusal("a forward of its own, which may compute something else than torch's class")
     if isinstance(module, torch.nn.RNN | torch.nn.RNNCell):
         said.values["activation"] = module.nonlinearity

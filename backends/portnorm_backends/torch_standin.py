@@ -16,6 +16,8 @@ from portnorm_backends.torch_module import RecurrentModule, TorchModule
 from portnorm_backends.torch_recurrent import counts
 
 _OURS = ("x", "state", "lengths")
+_NAMED = ("mask", "kept")
+"""What is given by name alone."""
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -52,7 +54,7 @@ class StandIn(TorchModule):
         super().__init__(layer)
         spread = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
         names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in spread]
-        self._names = {name: ours for name, ours in zip(names, _OURS, strict=False) if name not in (*_OURS, "mask")}
+        self._names = {name: ours for name, ours in zip(names, _OURS, strict=False) if name not in (*_OURS, *_NAMED)}
         absent = {name: None for group in (module._parameters, module._buffers) for name, array in group.items() if array is None}
         plain = {
             name: value for name, value in vars(module).items() if name != "training" and not name.startswith("_") and _is_plain(value)
@@ -80,8 +82,8 @@ class StandIn(TorchModule):
         given = dict(zip(_OURS, args, strict=False))
         for name, value in named.items():
             ours = self._names.get(name, name)
-            if ours not in (*_OURS, "mask"):
-                raise TypeError(f"it has no argument `{name}`; expected {', '.join([*_OURS, 'mask', *self._names])}")
+            if ours not in (*_OURS, *_NAMED):
+                raise TypeError(f"it has no argument `{name}`; expected {', '.join([*_OURS, *_NAMED, *self._names])}")
             if ours in given:
                 raise TypeError(f"`{name}` is given twice")
             given[ours] = value
@@ -121,7 +123,7 @@ class RecurrentStandIn(StandIn, RecurrentModule):
         y, state = self._run(**self.bound(args, named))
         return (y, state) if self._gives_state else y
 
-    def _run(self, x: Any, state: Any = None, lengths: Any = None, mask: Any = None) -> tuple[Any, Any]:
+    def _run(self, x: Any, state: Any = None, lengths: Any = None, mask: Any = None, kept: Any = None) -> tuple[Any, Any]:
         axis = 0 if self._layer.batch_first else 1
         alone = self._takes_one and isinstance(x, torch.Tensor) and x.ndim == 2
         if alone:
@@ -129,15 +131,15 @@ class RecurrentStandIn(StandIn, RecurrentModule):
         form = self._form
         if state is not None:
             state, form = self._ours(state)
-        y, after = TorchModule.forward(self, x, state, lengths, mask=mask)
+        y, after = TorchModule.forward(self, x, state, lengths, mask=mask, kept=kept)
         after = after if form is None else form.given_back(after)
         return (y.squeeze(axis), mapped(lambda a: a.squeeze(1), after)) if alone else (y, after)
 
-    def step(self, x: Array, state: Any = None) -> tuple[Array, Any]:
-        """One time step: `x` (batch, features) to `(h, state)`, the state in the form in which it came."""
-        self._layer.check_goes_forward()
+    def step(self, x: Array, state: Any = None, kept: Any = None) -> tuple[Array, Any]:
+        """One time step: `x` (batch, features) to `(h, state)`, the state in the form in which it came; `kept` as in `RecurrentModule`."""
+        self._check_step(kept)
         axis = 1 if self._layer.batch_first else 0
-        y, state = self._run(x.unsqueeze(axis), state)
+        y, state = self._run(x.unsqueeze(axis), state, kept=kept)
         return y.squeeze(axis), state
 
     def _ours(self, state: Any) -> tuple[Any, Form]:
@@ -162,11 +164,11 @@ class CellStandIn(RecurrentStandIn):
     def forward(self, *args: Any, **named: Any) -> Any:
         """As the cell was called."""
         given = self.bound(args, named)
-        x, state = given.pop("x"), given.pop("state", None)
+        x, state, kept = given.pop("x"), given.pop("state", None), given.pop("kept", None)
         if any(value is not None for value in given.values()):
             raise UnsupportedError(f"`{', '.join(given)}` of one step of {self!r}; expected `x` and a state")
         alone = x.ndim == 1
         if alone:
             x, state = x[None], None if state is None else mapped(lambda a: a[None], state)
-        _, after = self.step(x, tuple(state) if isinstance(state, list) else state)
+        _, after = self.step(x, tuple(state) if isinstance(state, list) else state, kept)
         return mapped(lambda a: a[0], after) if alone else after

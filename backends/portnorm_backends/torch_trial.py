@@ -116,7 +116,7 @@ class Trial:
             )
             for what in ("values", "gradients", "statistics"):
                 others = [getattr(r, what) for r in near]
-                done = compare(_name(mode), what, getattr(before, what), getattr(after, what), others, self.unit, title)
+                done = compare(_name(mode), what, getattr(before, what), getattr(after, what), others, self.unit, title, before.terms)
                 found += [done] if done is not None else []
         return found
 

@@ -8,10 +8,13 @@ what, and where the biases are.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from portnorm.errors import UnsupportedError
+from portnorm.norm.arguments import LARGEST
+from portnorm.scalars import real_number, switch
 
 Function = Literal["tanh", "relu", "sigmoid", "hard_sigmoid_5", "hard_sigmoid_6"]
 FUNCTIONS: tuple[str, ...] = get_args(Function)
@@ -114,13 +117,12 @@ class Variant:
             raise UnsupportedError("`eps_place` is 'std', but weight normalization has no eps")
         if self.recurrence == "diagonal" and self.norm == "weight":
             raise UnsupportedError("`recurrence` is 'diagonal', which has no matrix that `norm` 'weight' could normalize")
-        for name, value, fits, expected in (
-            ("eps", self.eps, self.eps >= 0, "a number ≥ 0"),
-            ("zoneout", self.zoneout, 0 <= self.zoneout < 1, "a number ≥ 0 and < 1"),
-            ("clip", self.clip, self.clip is None or self.clip > 0, "a positive number, or None"),
-        ):
-            if not fits:
-                raise UnsupportedError(f"`{name}` is {value}; expected {expected}")
+        for name, (low, high, expected) in _NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None or "None" not in expected:
+                object.__setattr__(self, name, real_number(name, value, low, high, expected))
+        for name in ("scale", "shift", "peepholes"):
+            object.__setattr__(self, name, switch(name, getattr(self, name)))
 
     def __repr__(self) -> str:
         """What differs from the plain cell."""
@@ -151,6 +153,16 @@ class Variant:
         return {"sum": "xW + hU", "separate": "xW and hU", "input": "xW", "hidden": "hU"}[self.terms]
 
 
+_INFINITE = float("inf")
+_NUMBERS: dict[str, tuple[float, float, str]] = {
+    "gain": (-_INFINITE, _INFINITE, "a number"),
+    "forget_bias": (-_INFINITE, _INFINITE, "a number"),
+    "runtime_forget_bias": (-_INFINITE, _INFINITE, "a number"),
+    "eps": (0.0, LARGEST, "a number ≥ 0"),
+    "clip": (math.nextafter(0.0, 1.0), _INFINITE, "a positive number, or None"),
+    "zoneout": (0.0, math.nextafter(1.0, 0.0), "a number ≥ 0 and < 1"),
+}
+"""From and to where the fields that are numbers may lie."""
 _BIASES = (("bias_ih", "bias_hh"), ("bias",), ())
 _CHOICES: dict[str, tuple[object, ...]] = {
     "norm": (None, "layer", "rms", "batch", "weight"),

@@ -482,6 +482,7 @@ class Recurrent(Layer):
         Noise is for training with batch normalization, where Cooijmans et al. 2016 use 0.1: without it, steps at which all sequences are
         still alike have variance 0, and what follows amplifies rounding by γ/√eps per step.
         """
+        noise = real_number("noise", noise, 0.0, math.inf, "a number ≥ 0")
         first, *others = ((self.num_layers * self.num_directions, batch, size) for size in self.state_sizes())
         h = generator(rng).standard_normal(first) * noise if noise else numpy.zeros(first)
         time = (self._new(0, integer=True),) if self.timed else ()

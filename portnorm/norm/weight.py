@@ -16,6 +16,7 @@ from portnorm.errors import ShapeError
 from portnorm.norm.arguments import checked_axes, checked_eps
 from portnorm.norm.normalize import Axes, Normalized, normalize
 from portnorm.op import op
+from portnorm.scalars import real_number
 
 
 @op
@@ -65,7 +66,7 @@ def weight_norm_init(v: Array, x: Array, *, scale: float = 1.0) -> tuple[Array, 
 
     Salimans & Kingma 2016, section 3: with t = x · v / ‖v‖, g = scale / sqrt(var(t) + 10⁻¹⁰) and bias = −mean(t) · g, over all leading
     axes of `x` (…, inputs); `v` is (outputs, inputs), as `portnorm.linear` takes it. The authors draw v from N(0, 0.05²). Both results are
-    (outputs,), in the dtype of `v`. Raises `ShapeError`, `DTypeError`.
+    (outputs,), in the dtype of `v`. Raises `ShapeError`, `DTypeError`, `UnsupportedError`.
 
     >>> import numpy as np, portnorm as pn
     >>> rng = np.random.default_rng(0)
@@ -79,6 +80,7 @@ def weight_norm_init(v: Array, x: Array, *, scale: float = 1.0) -> tuple[Array, 
     require_floating(xp, v=v, x=x)
     if v.ndim != 2:
         raise ShapeError(f"`v` has shape {tuple(v.shape)}; expected (outputs, inputs)")
+    scale = real_number("scale", scale, -math.inf, math.inf, "a number")
     t = linear(x, weight_norm(v, xp.ones(v.shape[0], dtype=v.dtype, device=device_of(v))))
     t = xp.astype(t, statistics_dtype(xp, t.dtype), copy=False)
     leading = tuple(range(t.ndim - 1))
