@@ -120,7 +120,8 @@ def demo() -> str:
     for r in report["results"]:
         losses = " · ".join(f"{loss:.2f}" for loss in r["loss_by_thirds"])
         difference, equal = f"{r['worst_difference']:.1e}", f"{r['equal_predictions']:.1%}"
-        rows.append((r["model"], f"{r['test_accuracy']:.1%}", losses, f"{r['nodes']} + {r['scan_nodes']}", difference, equal))
+        integers = f"{r['integers_accuracy']:.1%} ({r['integers_equal']:.1%})"
+        rows.append((r["model"], f"{r['test_accuracy']:.1%}", losses, f"{r['nodes']} + {r['scan_nodes']}", difference, equal, integers))
     header = (
         "model",
         "test accuracy",
@@ -128,6 +129,7 @@ def demo() -> str:
         "nodes + in the `Scan`",
         "largest difference of a logit",
         "equal predictions",
+        "in int8 (equal predictions)",
     )
     return table(header, rows)
 

@@ -84,6 +84,8 @@ class Library:
     """Where an array is, as creation functions take it; `None` where the library itself finds the place."""
     at_once: int | None = None
     """Values of a recurrent layer's input term that are made at a time where nothing is kept for a vjp; `None`: those of all steps."""
+    fixed: Callable[[Array], Array] = lambda x: x
+    """An array with the same values that nobody can change: what is made of it may be kept."""
     draws: Callable[[Any, list[tuple[int, ...]], Array], list[Array] | None] | None = None
     """Numbers uniform in [0, 1) of these shapes, for a call on an array, by a source of the library's own; `None` for any other source."""
 

@@ -119,7 +119,7 @@ SUPPORT: dict[str, Support] = {
             "numpy",
             "numpy",
             load=_numpy,
-            kernels=("normalize", "scan", "linear_scan", "linear", "layer_norm", "rms_norm"),
+            kernels=("normalize", "scan", "linear_scan", "linear", "layer_norm", "rms_norm", "fake_quantize", "integer_product"),
             always=True,
         ),
         Support("array_api_strict", "array_api_strict", "array-api-strict", ("float32", "float64"), always=True),

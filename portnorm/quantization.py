@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, get_args
 
-from portnorm.arrays import Array, namespace, require_floating, require_given, statistics_dtype, xp_of
+from portnorm.affine import linear
+from portnorm.arrays import Array, device_of, namespace, require_floating, require_given, statistics_dtype, xp_of
 from portnorm.errors import UnsupportedError
 from portnorm.op import op
 
@@ -59,9 +60,9 @@ def fake_quantize(x: Array, *, levels: int = INPUTS, bound: float | None = None)
     wide = xp.astype(x, dtype, copy=False)
     largest: Array | float = 1.0 if bound is None else bound
     if bound is None and 0 not in x.shape[-1:]:
-        least = xp.asarray(float(xp.finfo(dtype).smallest_normal), dtype=dtype)
+        least = xp.asarray(float(xp.finfo(dtype).smallest_normal), dtype=dtype, device=device_of(x))
         largest = xp.maximum(xp.max(xp.abs(wide), axis=-1, keepdims=True), least)
-    step = xp.asarray(1.0 / levels, dtype=dtype)
+    step = xp.asarray(1.0 / levels, dtype=dtype, device=device_of(x))
     share = (wide if bound == 1.0 else wide / largest) / step
     if _moved.get():
         share = share + _moved.get()
@@ -76,6 +77,33 @@ def _(residuals: tuple[Array, ...], dy: Array, *, levels: int = INPUTS, bound: f
     (x,) = residuals
     xp = xp_of(x)
     return (xp.where(xp.abs(x) <= bound, dy, 0.0),)
+
+
+@op
+def integer_product(x: Array, weight: Array, *, bound: float | None = None) -> tuple[Array, tuple[Any, ...]]:
+    """x · weightᵀ with `x` (…, inputs) as integers can say it, and `weight` (outputs, inputs) that was rounded to its integers before.
+
+    Both vjps go straight through the rounding: dx = dy · weight, dweight = Σ dyᵀ · x̃ with the rounded x̃.
+
+    >>> import numpy as np
+    >>> integer_product(np.array([[0.5, 1.0]]), np.array([[1.0, 0.5], [0.0, 1.0]])).round(2)
+    array([[1., 1.]])
+    """
+    rounded, residuals = fake_quantize.forward(x, bound=bound)
+    y, of_product = linear.forward(rounded, weight)
+    return y, (residuals, of_product)
+
+
+@integer_product.backward
+def _(residuals: tuple[Any, ...], dy: Array, *, bound: float | None = None) -> tuple[Array, Array]:
+    of_rounding, of_product = residuals
+    dx, dweight, _ = linear.vjp(of_product, dy)
+    return fake_quantize.vjp(of_rounding, dx, bound=bound)[0], dweight
+
+
+def is_rounding_moved() -> bool:
+    """Whether the call is within `rounding_moved`."""
+    return _moved.get() != 0.0
 
 
 @contextmanager

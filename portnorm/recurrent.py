@@ -19,7 +19,7 @@ from portnorm.cells.cell import RecurrentCell
 from portnorm.norm.normalize import Reduce
 from portnorm.norm.weight import weight_norm
 from portnorm.op import op
-from portnorm.quantization import WEIGHTS, fake_quantize
+from portnorm.quantization import WEIGHTS, fake_quantize, integer_product
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
 from portnorm.statistics import VALUES, at_steps, rows_of_steps, update
 from portnorm.sums import total_like
@@ -80,7 +80,12 @@ def input_term(
     `params` has `weight_ih`; where there are early biases their sum `bias`; what `norm_ih` takes, and without a normalizer `norm_ih.bias`,
     each of all steps (features,) or with a row for each.
     """
-    u, slot = linear(x, params["weight_ih"], params.get("bias")), cell.input_slot
+    slot, bias = cell.input_slot, params.get("bias")
+    if cell.quantizes:
+        u = integer_product(x, params["weight_ih"])
+        u = u if bias is None else u + bias
+    else:
+        u = linear(x, params["weight_ih"], bias)
     if slot is not None:
         return slot(params, "norm_ih", u, mask)
     late = params.get("norm_ih.bias")
@@ -127,7 +132,7 @@ class Direction:
         if self.reverse:
             x = reverse_sequences(x, lengths)
         if cell.quantizes:
-            params, x = _quantized_weights(cell, params), fake_quantize(x)
+            params, x = _quantized_weights(cell, params), fake_quantize(x) if keep else x
         residuals = None
         masked = {} if hidden_mask is None else {"hidden_mask": hidden_mask}
         if keep or (by_batch and training) or moves is not None:

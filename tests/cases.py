@@ -16,6 +16,7 @@ from portnorm.layers.recurrent import Recurrent
 from portnorm.op import Op
 from portnorm.padding import pack_steps, unpack_steps, without_padding
 from portnorm.pointwise import sigmoid, split
+from portnorm.quantization import integer_product
 
 Arrays = tuple[Any, ...]
 
@@ -28,6 +29,8 @@ class OpCase:
     op: Op[..., Any]
     arguments: Callable[[np.random.Generator], Arrays]
     keywords: dict[str, Any] = field(default_factory=dict)
+    straight_through: bool = False
+    """Whether its vjp passes by what it computes, so that differences say nothing of it."""
     at_zero: tuple[int, ...] = ()
     """Weights of which some are 0: what these weigh does not count, and they have no gradient, whatever differences say."""
 
@@ -51,6 +54,8 @@ def _rows_beside_eps(rng: np.random.Generator) -> Arrays:
 MASK = np.array([[True, True, False], [True, False, False]])
 GAPS = np.array([[False, True, False], [True, False, False], [False, True, False], [True, False, False]])
 STATISTICS = {"mean": np.array([29.0, 30.0, 31.0]), "var": np.array([0.5, 1.0, 2.0])}
+
+_SIXTEENTHS = np.array([[16, -3, 0, 5, 8, -16, 1], [2, 16, 7, -9, 4, 0, 3]]) / 16
 
 OPS = [
     OpCase("layer_norm", pn.layer_norm, _norm((4, 7), (7,), (7,))),
@@ -76,6 +81,9 @@ OPS = [
     OpCase("group_norm, channels last", pn.group_norm, _norm((2, 5, 6), (6,), (6,), extra=(2,)), {"channel_axis": -1}),
     OpCase("group_norm, masked", pn.group_norm, _norm((2, 6, 3), (6,), (6,), extra=(2,)), {"mask": MASK}),
     OpCase("linear", pn.linear, lambda rng: (rng.standard_normal((2, 3, 4)), rng.standard_normal((5, 4)), rng.standard_normal(5))),
+    OpCase("fake_quantize", pn.fake_quantize, _norm((4, 7), mean=1.0), straight_through=True),
+    OpCase("fake_quantize within a bound", pn.fake_quantize, _norm((4, 7), mean=0.5), {"levels": 5, "bound": 1.0}, straight_through=True),
+    OpCase("integer_product", integer_product, _norm((2, 3, 7), extra=(_SIXTEENTHS,), mean=0.5), straight_through=True),
     OpCase("weight_norm", pn.weight_norm, _norm((4, 7), (4,), mean=1.0)),
     OpCase("weight_norm of columns, as torch shapes it", pn.weight_norm, _norm((4, 7), (1, 7), mean=1.0), {"axis": 1}),
     OpCase("weight_norm of two axes", pn.weight_norm, _norm((2, 3, 4), (2, 4), mean=1.0), {"axis": (0, 2)}),

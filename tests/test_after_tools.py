@@ -497,7 +497,7 @@ def test_an_array_is_had_again_bit_by_bit(dtype: str, rule: str, case: str) -> N
         w = InMemory(np.ascontiguousarray(made[rule].astype(dtype).T))
         kept = entry(v, False, {"w": w}, (), dtype)
         assert ("of" in kept) == (rule == "factor" or (rule == "term" and case != "edges"))
-        back = restored(kept, lambda of, form, total: w.read().T)
+        back = restored(kept, lambda of, form, total, shape: w.read().T)
     assert back is not None
     assert (back.dtype, back.shape, back.tobytes()) == (v.dtype, v.shape, v.tobytes())
     assert checksum(back) == kept["sum"]
@@ -530,7 +530,7 @@ def test_statistics_of_each_step_are_had_again_bit_by_bit(dtype: str, case: str)
     for rule, statistic in {"variance": var, "mean": mean}.items():
         kept = entry(statistic, False, weights, (), dtype)
         assert kept["rule"] == rule
-        back = restored(kept, lambda of, form, total: weights[of].read()[:, 0])
+        back = restored(kept, lambda of, form, total, shape: weights[of].read()[:, 0])
         assert back is not None
         assert back.tobytes() == statistic.tobytes()
         assert checksum(back) == kept["sum"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,13 @@ from onnx import helper, numpy_helper
 import portnorm as pn
 from portnorm.__main__ import main
 from portnorm.layers.quantized import with_rounded_weights
-from portnorm.quantization import INPUTS, WEIGHTS, rounding_moved
+from portnorm.quantization import INPUTS, WEIGHTS, integer_product, rounding_moved
 from portnorm_onnx.runtimes import RUNTIMES
 from portnorm_onnx.storage import weights_of
 from portnorm_onnx.targets import TARGETS
 from tests.cases import HEAVY_PRESETS, IMPLEMENTATIONS, PRESETS, random_recurrent
 from tests.test_export import recurrent, spoiled
-from tests.tolerances import INTEGERS, OPERATION
+from tests.tolerances import INTEGERS, INTEGERS_KERNEL, OPERATION
 
 INT8 = [name for name, target in TARGETS.items() if target.integers]
 SHAPES: list[dict[str, Any]] = [{}, {"lengths": False}, {"mask": True}, {"state": True}, {"streaming": True}, {"fold": False}]
@@ -64,6 +65,17 @@ def test_what_is_beyond_a_bound_is_the_bound_and_has_no_gradient() -> None:
     np.testing.assert_array_equal(pn.fake_quantize.vjp(residuals, np.ones((1, 4)), levels=4, bound=1.0)[0], [[0.0, 1.0, 1.0, 0.0]])
 
 
+def test_the_gradients_of_a_product(rng: np.random.Generator) -> None:
+    """Those of x̃ · wᵀ, of which that of x goes straight through, and is 0 beyond a bound."""
+    x, w = rng.uniform(-1.5, 1.5, (4, 7)), pn.fake_quantize(rng.standard_normal((5, 7)), levels=WEIGHTS)
+    rounded, dy = pn.fake_quantize(x, bound=1.0), rng.standard_normal((4, 5))
+    y, pullback = pn.vjp(integer_product, x, w, bound=1.0)
+    dx, dw = pullback(dy)
+    np.testing.assert_allclose(y, rounded @ w.T, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(dw, dy.T @ rounded, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(dx, np.where(np.abs(x) <= 1.0, dy @ w, 0.0), rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("keywords", [{"levels": 0}, {"bound": 0.0}, {"bound": float("nan")}], ids=str)
 def test_levels_and_bounds_that_are_none(keywords: dict[str, Any]) -> None:
     with pytest.raises(pn.UnsupportedError, match=r"`levels` is .* and `bound`"):
@@ -79,7 +91,7 @@ def integers(a: Any, levels: int, bound: float | None = None) -> tuple[Any, Any]
     return np.rint(a / m * levels).astype(np.int64), m / levels
 
 
-def integer_product(a: Any, w: Any, bound: float | None = None) -> Any:
+def product(a: Any, w: Any, bound: float | None = None) -> Any:
     (q, s), (p, t) = integers(a, INPUTS, bound), integers(w, WEIGHTS)
     return (q @ p.T) * s * t.T
 
@@ -94,7 +106,7 @@ def test_an_lstm_is_the_one_with_exact_integers(rng: np.random.Generator) -> Non
     h, c = (rng.uniform(-1.0, 1.0, (4, 6)) for _ in range(2))
     y, (last, _) = pn.quantized(layer)(x, (h[None], c[None]))
     for x_t, y_t in zip(x, y, strict=True):
-        z = integer_product(x_t, p["weight_ih_l0"]) + integer_product(h, p["weight_hh_l0"], 1.0) + p["bias_ih_l0"] + p["bias_hh_l0"]
+        z = product(x_t, p["weight_ih_l0"]) + product(h, p["weight_hh_l0"], 1.0) + p["bias_ih_l0"] + p["bias_hh_l0"]
         i, f, g, o = np.split(z, 4, axis=-1)
         c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
         h = sigmoid(o) * np.tanh(c)
@@ -110,9 +122,9 @@ def test_a_gru_is_the_one_with_exact_integers(reset: Any, rng: np.random.Generat
     u_r, u_z, u_n = np.split(p["weight_hh_l0"], 3)
     b_r, b_z, b_n = np.split(p["bias_hh_l0"], 3)
     for x_t, y_t in zip(x, y, strict=True):
-        a_r, a_z, a_n = np.split(integer_product(x_t, p["weight_ih_l0"]) + p["bias_ih_l0"], 3, axis=-1)
-        r, z = (sigmoid(a + integer_product(h, u, 1.0) + b) for a, u, b in ((a_r, u_r, b_r), (a_z, u_z, b_z)))
-        n = a_n + (r * (integer_product(h, u_n, 1.0) + b_n) if reset == "after" else integer_product(r * h, u_n, 1.0) + b_n)
+        a_r, a_z, a_n = np.split(product(x_t, p["weight_ih_l0"]) + p["bias_ih_l0"], 3, axis=-1)
+        r, z = (sigmoid(a + product(h, u, 1.0) + b) for a, u, b in ((a_r, u_r, b_r), (a_z, u_z, b_z)))
+        n = a_n + (r * (product(h, u_n, 1.0) + b_n) if reset == "after" else product(r * h, u_n, 1.0) + b_n)
         h = (1 - z) * np.tanh(n) + z * h
         np.testing.assert_allclose(y_t, h, rtol=0, atol=OPERATION["float64"])
 
@@ -120,7 +132,7 @@ def test_a_gru_is_the_one_with_exact_integers(reset: Any, rng: np.random.Generat
 def test_linear_and_embedding(rng: np.random.Generator) -> None:
     linear, table = pn.Linear(7, 5, dtype="float64", rng=0), pn.Embedding(11, 7, dtype="float64", rng=0)
     x = rng.standard_normal((2, 3, 7))
-    expected = integer_product(x.reshape(6, 7), linear.params["weight"]).reshape(2, 3, 5) + linear.params["bias"]
+    expected = product(x.reshape(6, 7), linear.params["weight"]).reshape(2, 3, 5) + linear.params["bias"]
     np.testing.assert_allclose(pn.quantized(linear)(x), expected, rtol=0, atol=1e-12)
     q, s = integers(table.params["weight"], WEIGHTS)
     np.testing.assert_allclose(pn.quantized(table)(np.arange(11)[:, None])[:, 0], q * s, rtol=0, atol=1e-12)
@@ -230,6 +242,46 @@ def with_weights(value: float) -> pn.GRU:
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+@pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
+def test_a_few_rows_are_read_as_integers(cell: str, norm: str | None, rows: int, rng: np.random.Generator) -> None:
+    """Kernels and definitions round alike, also with weights that were changed since, which nobody has the integers of."""
+    layer = pn.quantized(recurrent(cell, norm))
+    x, state = rng.standard_normal((1, rows, 5)).astype(np.float32), layer.initial_state(rows)
+    for _ in range(2):
+        known = norm != "weight"
+        assert all(a.flags.writeable is not known for name, a in layer.params.items() if name in ("weight_ih_l0", "weight_hh_l0"))
+        with pn.arrays.without_kernels(np.ndarray):
+            expected = layer(x, state)
+        found = layer(x, state)
+        for a, b in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=INTEGERS_KERNEL)
+        params = {name: a + 0.1 * rng.standard_normal(a.shape).astype(np.float32) for name, a in layer.params.items()}
+        layer.assign(params)
+        other, _ = layer(x, state)
+        assert np.abs(other - found[0]).max() > 1e-3
+        layer = pn.quantized(layer)
+
+
+def test_a_matrix_of_a_quantized_layer_cannot_be_changed_in_its_place() -> None:
+    layer = pn.quantized(pn.LSTM(3, 4, rng=0))
+    with pytest.raises(ValueError, match="read-only"):
+        layer.params["weight_hh_l0"][0] = 0.0
+
+
+def test_integers_are_forgotten_with_their_weights() -> None:
+    from portnorm_backends.cpu.integers import _of_rounded, _of_weight
+
+    gc.collect()
+    before = len(_of_weight), len(_of_rounded)
+    layer = pn.quantized(pn.LSTM(3, 4, rng=0))
+    layer(X)
+    assert (len(_of_weight), len(_of_rounded)) == (before[0] + 2, before[1] + 2)
+    del layer
+    gc.collect()
+    assert (len(_of_weight), len(_of_rounded)) == before
 
 
 @pytest.mark.parametrize("keywords", SHAPES, ids=str)

@@ -72,6 +72,9 @@ MADE_SMALLER = {"float16": 0.05, "int8": 0.2}
 # A few steps with integers for weights, in a runtime and eagerly, both in float32: a number that lies in the middle of two steps may be
 # rounded to either, which moves a gate by 1/127 of a weight.
 INTEGERS = 5e-3
+# One step of the kernels for products of integers against the definition: the same integers, and scales a unit in the last place apart, of
+# sums that normalization over eight values amplifies.
+INTEGERS_KERNEL = 1e-5
 
 # Sums over thousands of like sequences inside a cell, in units in the last place: the promise for cotangents.
 CELL_SUM_ULP = 32.0

@@ -61,6 +61,8 @@ def _made(a: Affine, dtype: Any) -> SymbolicArray:
 def scaled(y: SymbolicArray, scale: NumPyArray, shift: NumPyArray) -> SymbolicArray:
     """y ⊙ scale + shift, folded into the product that gives `y`."""
     a = y.affine
+    if not numpy.any(scale != 1.0):  # the weight stays as it is, and keeps its name
+        return _made(a._replace(shift=a.shift + numpy.asarray(shift, dtype=numpy.float64).reshape(-1)), y.dtype)
     scale, shift = (numpy.asarray(v, dtype=numpy.float64).reshape(-1) for v in (scale, shift))
     name = a.name if a.name.endswith(".folded") else f"{a.name}.folded"
     return _made(Affine(a.x, a.weight, scale if a.scale is None else a.scale * scale, a.shift * scale + shift, name), y.dtype)

@@ -115,17 +115,21 @@ def _flip(x: SymbolicArray, axis: int) -> SymbolicArray:
     return _getitem(x, (slice(None),) * (axis % x.ndim) + (slice(None, None, -1),))
 
 
-def _matmul(x: SymbolicArray, y: SymbolicArray) -> SymbolicArray:
-    if x.integers is not None and y.constant is not None:
-        return integer_product(x, y.constant, y.name or "weight")
-    return node("MatMul", x, y)
+def _integer_product(x: SymbolicArray, weight: SymbolicArray, *, bound: float | None = None) -> SymbolicArray:
+    if x.integers is None:
+        x = fake_quantize(x, bound=bound)
+    whole = product(x, weight, None)
+    if whole is not None:
+        return whole
+    columns = NAMESPACE.matrix_transpose(weight)
+    return integer_product(x, columns.constant, columns.name or "weight")
 
 
 def _linear(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None = None) -> SymbolicArray:
     whole = product(x, weight, bias)
     if whole is not None:
         return whole
-    y = _matmul(x, NAMESPACE.matrix_transpose(weight))
+    y = node("MatMul", x, NAMESPACE.matrix_transpose(weight))
     return y if bias is None else node("Add", y, bias)
 
 
@@ -255,12 +259,12 @@ _SAME: dict[str, str] = {
     "logical_and": "And",
     "logical_or": "Or",
     "logical_not": "Not",
+    "matmul": "MatMul",
     "isnan": "IsNaN",
 }
 
 _ARRAY_API: dict[str, Row] = {
     **{name: _pointwise(op_type, getattr(known, name)) for name, op_type in _SAME.items()},
-    "matmul": _matmul,
     "where": _where,
     "clip": lambda x, low, high: node("Clip", x, *(constant(numpy.asarray(bound, dtype=x.dtype)) for bound in (low, high))),
     "isfinite": _is_finite,
@@ -291,6 +295,7 @@ _OPS: dict[str, Row] = {
     "linear": _linear,
     "embedding": lambda ids, weight: _looked_up(ids, weight) if weight.integers is None else integer_rows(ids, weight),
     "fake_quantize": fake_quantize,
+    "integer_product": _integer_product,
     "normalize": normalize,
     "loop": loop,
     "pack_steps": _pack_steps,

@@ -11,7 +11,7 @@ from portnorm.cells.slots import Slot, Slots
 from portnorm.cells.variants import Variant
 from portnorm.norm.normalize import Reduce
 from portnorm.pointwise import ACTIVATIONS, Activation
-from portnorm.quantization import fake_quantize
+from portnorm.quantization import fake_quantize, integer_product
 from portnorm.scan import Params, State
 
 
@@ -185,15 +185,24 @@ class RecurrentCell:
         rows, bias = params["weight_hh"], params.get("bias_hh")
         if (start, stop) != (0, None):
             rows, bias = rows[start:stop, :], None if bias is None else bias[start:stop]
-        columns = xp_of(h).matrix_transpose(rows)
-        a = h * columns if self.variant.recurrence == "diagonal" else xp_of(h).matmul(self.factor(params, h), columns)
+        by_feature = self.variant.recurrence == "diagonal"
+        a = h * xp_of(h).matrix_transpose(rows) if by_feature else self.product(params, h, rows)
         return a if bias is None else a + bias
 
+    def product(self, params: Mapping[str, Array], h: Array, weight: Array) -> Array:
+        """h · weightᵀ, of integers where the cell `quantizes`; `h` may be what gates make of it."""
+        if not self.quantizes:
+            return xp_of(h).matmul(h, xp_of(h).matrix_transpose(weight))
+        return integer_product(h, weight, bound=self._bound(params))
+
     def factor(self, params: Mapping[str, Array], h: Array) -> Array:
-        """h, or what gates make of it, as its matrix product sees it: rounded where the cell `quantizes`, which vjps pass by."""
+        """h as `product` sees it, for the gradient of the weight."""
         if not self.quantizes or self.variant.recurrence == "diagonal":
             return h
-        return fake_quantize(h, bound=None if "hidden_mask" in params else self.h_bound)
+        return fake_quantize(h, bound=self._bound(params))
+
+    def _bound(self, params: Mapping[str, Array]) -> float | None:
+        return None if "hidden_mask" in params else self.h_bound
 
     def dropped(self, params: Mapping[str, Array], h: Array) -> Array:
         """h as its matrix product sees it, in training with recurrent dropout (Gal & Ghahramani 2016): h ⊙ m, m the same in every step.

@@ -75,7 +75,7 @@ class LSTMCell(RecurrentCell):
         after = unclipped if v.peepholes or v.clip is not None else None
         y, unprojected = o * tanh_c, None
         if "weight_hr" in params:
-            y, unprojected = xp.matmul(self.factor({}, y), xp.matrix_transpose(params["weight_hr"])), y
+            y, unprojected = self.product({}, y, params["weight_hr"]), y
         residuals = LSTMResiduals(masked, c_before, (i, f, g, o), after, tanh_c, unprojected, norm.residuals, moves)
         return (self.stays(h, y, moves), c), tuple(norm.statistics), residuals
 

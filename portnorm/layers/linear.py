@@ -10,7 +10,7 @@ from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, uniform
 from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.padding import Counted
-from portnorm.quantization import WEIGHTS, QuantizeName, checked_quantize, fake_quantize
+from portnorm.quantization import WEIGHTS, QuantizeName, checked_quantize, fake_quantize, integer_product
 from portnorm.scalars import switch, whole_number
 
 
@@ -60,12 +60,16 @@ class Linear(StatelessLayer):
         keep: bool,
         random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
-        weight = params["weight"]
+        weight, bias = params["weight"], params.get("bias")
         if self.quantize is not None:
-            x, weight = fake_quantize(x), fake_quantize(weight, levels=WEIGHTS)
+            weight = fake_quantize(weight, levels=WEIGHTS)
+            if not keep:
+                y = integer_product(x, weight)
+                return (y if bias is None else y + bias), state, buffers, None
+            x = fake_quantize(x)
         if not keep:
-            return linear(x, weight, params.get("bias")), state, buffers, None
-        y, residuals = linear.forward(x, weight, params.get("bias"))
+            return linear(x, weight, bias), state, buffers, None
+        y, residuals = linear.forward(x, weight, bias)
         return y, state, buffers, residuals
 
     def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array, Any, Arrays]:

@@ -80,6 +80,12 @@ def _products(dtype: str) -> None:
     importlib.import_module("portnorm_backends.cpu.products").compiled_for(numpy.dtype(dtype))
 
 
+def _integers(dtype: str) -> None:
+    """Of float32 alone."""
+    module, x, q = importlib.import_module("portnorm_backends.cpu.integer_rows"), numpy.ones((1, 2), numpy.float32), numpy.int16
+    module.product(x, True, x.astype(q), x.astype(numpy.int8), x[0, :1], x[:, :1])
+
+
 def _loop(cell: type[Recurrent], training: bool) -> Callable[[str], None]:
     def calls(dtype: str) -> None:
         layer, x = cell(2, 3, norm="layer", rng=0, dtype=dtype), numpy.ones((3, 2, 2), dtype)
@@ -95,6 +101,7 @@ FAMILIES: dict[str, Callable[[str], None]] = {
     "rows": _rows,
     "channels": _channels,
     "products": _products,
+    "integers": _integers,
     **{cell.__name__: _loop(cell, False) for cell in (LSTM, GRU, RNN)},
     **{f"{cell.__name__}{TRAINING}": _loop(cell, True) for cell in (LSTM, GRU, RNN)},
 }
@@ -406,6 +413,7 @@ def _needed(layers: tuple[Layer, ...]) -> Iterator[Family]:
             dtype = dtype_name(part.xp, part.dtype)
             if dtype in _TYPES and part.xp is load_namespace("numpy"):
                 yield from ((name, dtype) for kind, names in _OF_LAYERS.items() if isinstance(part, kind) for name in names)
+                yield from [("integers", dtype)] if part.quantizes is not None else []
 
 
 def state() -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""Products of integers in NumPy: the integers of weights that nobody can change are made once, and a few rows read them as they are.
+
+One step of one sequence is as fast as its weights can be read, and these have a quarter of the bytes. Rows from `_ROWS` on are multiplied
+by BLAS, as the definition has it, with rounded weights that are made once as well.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import numpy
+
+from portnorm.arrays import Kernel
+from portnorm.quantization import INPUTS, WEIGHTS, fake_quantize, is_rounding_moved
+from portnorm_backends.cpu.layout import NumPyArray
+from portnorm_backends.cpu.warming import ready
+
+_ROWS = 8
+_FLOAT32 = numpy.dtype("float32")
+
+
+class _Integers(NamedTuple):
+    """A weight (outputs, inputs) that was rounded: itself, its integers, and the step of each row."""
+
+    rounded: NumPyArray
+    q: NumPyArray
+    steps: NumPyArray
+
+
+_of_weight: dict[int, tuple[weakref.ref[NumPyArray], _Integers]] = {}
+_of_rounded: dict[int, _Integers] = {}
+"""By the address of an array that lives: a weight goes with its entry in the first, a rounded one lives in that entry."""
+
+
+def _is_fixed(x: Any, *, levels: int = INPUTS, bound: float | None = None) -> bool:
+    """A matrix of weights that can only be read, and is no view of what could be written."""
+    if levels != WEIGHTS or bound is not None or type(x) is not numpy.ndarray or x.dtype != _FLOAT32:
+        return False
+    return x.ndim == 2 and x.size > 0 and not x.flags.writeable and x.base is None and x.flags.c_contiguous
+
+
+def _rounded(x: NumPyArray, *, levels: int = INPUTS, bound: float | None = None) -> NumPyArray:
+    known = _of_weight.get(id(x))
+    if known is not None and known[0]() is x:
+        return known[1].rounded
+    rounded: NumPyArray = fake_quantize.definition(x, levels=WEIGHTS)[0]
+    steps = numpy.max(numpy.abs(rounded), axis=1) / _FLOAT32.type(WEIGHTS)
+    q = numpy.rint(rounded / numpy.where(steps > 0, steps, 1)[:, None]).astype(numpy.int8)
+    rounded.flags.writeable = False
+    made, key = _Integers(rounded, q, steps), id(x)
+
+    def forget(_: Any) -> None:
+        _of_rounded.pop(id(made.rounded), None)
+        _of_weight.pop(key, None)
+
+    _of_weight[key] = weakref.ref(x, forget), made
+    _of_rounded[id(rounded)] = made
+    return rounded
+
+
+def _is_few(x: Any, weight: Any, *, bound: float | None = None) -> bool:
+    """A few rows, and weights whose integers are known."""
+    known = _of_rounded.get(id(weight))
+    if known is None or known.rounded is not weight or type(x) is not numpy.ndarray or x.dtype != _FLOAT32:
+        return False
+    fits = x.ndim > 0 and x.shape[-1] == weight.shape[1] and 0 < x.size <= _ROWS * x.shape[-1]
+    return bool(fits and bound in (None, 1.0) and not is_rounding_moved() and ready("integers", _FLOAT32))
+
+
+def _product(x: NumPyArray, weight: NumPyArray, *, bound: float | None = None) -> NumPyArray:
+    from portnorm_backends.cpu import integer_rows
+
+    known, inputs = _of_rounded[id(weight)], x.shape[-1]
+    rows = numpy.ascontiguousarray(x).reshape(-1, inputs)
+    q, y = numpy.empty(rows.shape, numpy.int16), numpy.empty((len(rows), len(weight)), numpy.float32)
+    integer_rows.product(rows, bound is not None, q, known.q, known.steps, y)
+    return y.reshape(*x.shape[:-1], len(weight))
+
+
+ROUNDED = Kernel(call=_rounded, forward=lambda x, **attrs: (_rounded(x, **attrs), ()), accepts=_is_fixed)
+PRODUCT = Kernel(call=_product, accepts=_is_few)
