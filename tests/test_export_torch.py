@@ -14,6 +14,7 @@ import pytest
 
 import portnorm as pn
 from portnorm.arrays import leaves
+from portnorm.checkpoint.onnx_constants import graphs
 from portnorm_onnx.runtimes import session_of
 from portnorm_onnx.signature import state_names
 from tests.processes import output_of
@@ -827,3 +828,60 @@ def test_what_cannot_come_in_pieces_is_refused() -> None:
     pn.export_torch(model[0], x, None, streaming=True)
     assert model[0].recorder is None
     assert model.training
+
+
+def quantizable(cell: type[Any] = pn.LSTM, norm: Any = "layer") -> Any:
+    """A layer of torch in front of layers of portnorm."""
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before = torch.nn.Linear(7, 6)
+            self.rnn = pn.torch_module(cell(6, 16, norm=norm, rng=0))
+            self.after = pn.torch_module(pn.Linear(16, 5, rng=0))
+
+        def forward(self, x: Any) -> Any:
+            y, _ = self.rnn(torch.tanh(self.before(x)))
+            return self.after(y)
+
+    torch.manual_seed(0)
+    return Model()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("norm", [None, "layer", "batch", "weight"])
+@pytest.mark.parametrize("cell", [pn.LSTM, pn.GRU, pn.RNN], ids=lambda c: c.__name__)
+def test_layers_of_portnorm_with_products_of_integers(cell: type[Any], norm: Any, streaming: bool, tmp_path: Path) -> None:
+    import torch
+
+    model, x, path = quantizable(cell, norm).eval(), torch.randn(9, 3, 7), tmp_path / "m.onnx"
+    before, arrays = model(x), {name: a.clone() for name, a in model.state_dict().items()}
+    report = pn.export_torch(model, x, path, dynamic_shapes={"x": {0: "time", 1: "batch"}}, quantize="int8", streaming=streaming)
+    assert report.model is not None
+    operators = [n.op_type for g in graphs(report.model.graph) for n in g.node]
+    assert operators.count("MatMulInteger") == 3
+    assert operators.count("MatMul") + operators.count("Gemm") == 1
+    assert report.change is not None
+    assert 0 < report.change.largest < 0.5
+    assert pn.load(path, prefix="rnn").quantizes == "int8"
+    assert torch.equal(model(x), before)  # the model itself stays as it was
+    assert all(torch.equal(a, arrays[name]) for name, a in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"quantize": "int5"}, "`quantize` is 'int5'"),
+        ({"target": "tensorrt"}, "target 'tensorrt' has no MatMulInteger"),
+        ({"dtype": "float16"}, "`quantize` of a graph in float16"),
+    ],
+)
+def test_torch_models_that_cannot_be_quantized(keywords: Any, message: str, tmp_path: Path) -> None:
+    import torch
+
+    with pytest.raises(pn.UnsupportedError, match=message):
+        pn.export_torch(quantizable(), torch.randn(9, 3, 7), tmp_path / "m.onnx", **{"quantize": "int8", **keywords})
+    with pytest.raises(pn.UnsupportedError, match="Linear has no layer of portnorm with weights to quantize"):
+        pn.export_torch(torch.nn.Linear(7, 6), torch.randn(3, 7), tmp_path / "m.onnx", quantize="int8")
+    assert not list(tmp_path.iterdir())

@@ -25,6 +25,8 @@ from torch.utils import _pytree as pytree
 from portnorm.arrays import dtype_name, leaves, mapped, to_numpy
 from portnorm.errors import ConformanceError, DTypeError, ExportError, PortnormError, UnsupportedError
 from portnorm.layers.layer import Layer, checked_call
+from portnorm.layers.quantized import quantized, with_rounded_weights
+from portnorm.quantization import QuantizeName, checked_quantize
 from portnorm_backends.torch_module import TorchModule
 from portnorm_backends.torch_refusals import explained
 from portnorm_backends.torch_stream import Stream
@@ -32,13 +34,13 @@ from portnorm_onnx.bfloat16 import holds_bfloat16
 from portnorm_onnx.build import Names, keep_transposed
 from portnorm_onnx.export import TYPES, Shape, checked_opset, checked_path, trace
 from portnorm_onnx.metadata import layers_described
-from portnorm_onnx.report import Comparison, Outcome, Report
+from portnorm_onnx.report import Change, Comparison, Outcome, Report
 from portnorm_onnx.runtimes import Session, runtime_of, session_of
 from portnorm_onnx.signature import state_names
 from portnorm_onnx.splice import Inserted, spliced, without_traces
 from portnorm_onnx.storage import Draft, is_large
-from portnorm_onnx.targets import Target, TargetName, check_dtype, checker, target_of
-from portnorm_onnx.verify import EPS, FACTOR, FLOOR, ROUNDINGS, check, nudged
+from portnorm_onnx.targets import Target, TargetName, check_dtype, check_integers, checker, target_of
+from portnorm_onnx.verify import EPS, FACTOR, FLOOR, ROUNDINGS, check, nudged, of_turned_rounding
 
 Arrays = list["numpy.ndarray[Any, Any]"]
 DOMAIN = "portnorm"
@@ -67,6 +69,7 @@ def export_torch(
     inputs: Iterable[Any] | None = None,
     external_data: bool | None = None,
     metadata: bool = True,
+    quantize: QuantizeName | None = None,
 ) -> Report:
     """Write a whole torch model, with layers of portnorm in it, as an ONNX file, after the graph was checked against it in onnxruntime.
 
@@ -78,6 +81,9 @@ def export_torch(
 
     `dtype` converts a copy of the model, and the floating inputs that are given, first: float16, bfloat16, float32 or float64. The graph is
     held against that copy.
+
+    `quantize="int8"` does to each layer of portnorm in a copy of the model what `portnorm.quantized` does; torch's own modules stay as they
+    are. The graph is held against that copy, and `report.change` says how far its results are from those of the model.
 
     `streaming=True` is for sequences that come in pieces, of one step or of several as `args` has them: each recurrent layer that the model
     calls without a state takes it as an input, `encoder.rnn.h_0`, and gives the next, `encoder.rnn.h_n`. At first it is that of
@@ -111,7 +117,12 @@ def export_torch(
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a torch.nn.Module")
     row = target_of(target)
     kind = None if dtype is None else _dtype_named(dtype, row)
-    model = model if kind is None else copy.deepcopy(model).to(kind)
+    model = model if kind is None and quantize is None else copy.deepcopy(model)
+    model = model if kind is None else model.to(kind)
+    exact = model
+    if quantize is not None:
+        exact = copy.deepcopy(model).eval()
+        _quantize(model, quantize)
     # torch takes one tensor in two places for one input.
     example = pytree.tree_map(lambda a: a.clone() if isinstance(a, torch.Tensor) else a, _converted(_given(model, args, kwargs), kind))
     if opset is None and any(a.dtype == torch.bfloat16 for a in (*model.state_dict().values(), *_tensors(example))):
@@ -123,7 +134,7 @@ def export_torch(
     try:
         whole = model
         if streaming:
-            model = Stream(whole, *example)
+            model, exact = Stream(whole, *example), Stream(exact, *example)
             input_names, output_names = model.input_names(*example, input_names), model.output_names(output_names)
             dynamic_shapes = model.shapes(*example, dynamic_shapes)
             example = _piece(model, example)
@@ -168,11 +179,35 @@ def export_torch(
                 report.trajectories += _compared(eager, session_of(name, draft.loadable()), name, cases)
                 detail = f"not compared at {', '.join(refused)}, which the model refuses" if refused else runtime_of(name).note
                 report.outcomes.append(Outcome(name, runtime_of(name).version(), "passed", detail))
+            report.change = None if quantize is None else Change.of(_pairs(_Eager(exact), eager, cases))
             draft.publish()
         return report
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _quantize(model: torch.nn.Module, quantize: QuantizeName) -> None:
+    """Let every layer of portnorm in the model compute its products with integers. Raises `UnsupportedError` where none has any."""
+    modules = [module for module in model.modules() if isinstance(module, TorchModule)]
+    parts = [part for module in modules for part in module._layer.layers() if "quantize" in part._settings]
+    if not parts:
+        checked_quantize(quantize)
+        raise UnsupportedError(
+            f"`quantize` is {quantize!r}, but {type(model).__name__} has no layer of portnorm with weights to quantize; "
+            "portnorm.replace_modules makes torch's and your own ones layers of portnorm"
+        )
+    for module in modules:
+        if any("quantize" in part._settings for part in module._layer.layers()):
+            quantized(module.to_layer(), quantize)  # which looks at the weights
+    for part in parts:
+        part.quantize = quantize
+
+
+def _pairs(before: _Eager, after: _Eager, cases: Sequence[_Case]) -> Iterator[tuple[Any, Any]]:
+    """The first result of both at every case."""
+    for case in cases:
+        yield before(case.args)[0], after(case.args)[0]
 
 
 class Given(NamedTuple):
@@ -302,6 +337,9 @@ class _Recorder:
                 layer = module.to_layer()
                 kind = dtype_name(layer.xp, layer.dtype)
                 check_dtype(self.shape.target, kind, f", the dtype of layer {path!r}")
+                if layer.quantizes is not None:
+                    check_integers(self.shape.target, kind)
+                    layer = with_rounded_weights(layer)
                 # NumPy has no bfloat16: the same numbers in float32.
                 self._layers[id(module._layer)] = path, kind, layer.to(xp="numpy", dtype="float32" if kind == "bfloat16" else kind)
 
@@ -429,6 +467,12 @@ class _Eager:
         given = pytree.tree_map(lambda a: _nudged(a, seed) if _is_floating(a) else a, args)
         return _outputs(lambda *a, **k: torch.func.functional_call(self.model, moved, a, k), given)
 
+    def turned(self, args: Given) -> list[Arrays]:
+        """Of a model with products of integers, the runs in which numbers near the middle of two are rounded to the other one."""
+        if not any(isinstance(m, TorchModule) and m._layer.quantizes is not None for m in self.model.modules()):
+            return []
+        return of_turned_rounding(self, args)
+
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [a for a in pytree.tree_leaves(tree) if isinstance(a, torch.Tensor)]
@@ -491,7 +535,7 @@ def _compared(eager: _Eager, session: Session, runtime: str, cases: Sequence[_Ca
             difference = _distance(result, truth)
             if difference > gate.factor * spread + floor and not others:
                 # How far torch itself is from float64 is a matter of luck where rounding is amplified.
-                others = [eager.rounded(case.args, seed) for seed in range(ROUNDINGS)]
+                others = [eager.rounded(case.args, seed) for seed in range(ROUNDINGS)] + eager.turned(case.args)
                 spread = max(spread, *(_distance(other[k], truth) for other in others))
             allowed = gate.factor * spread + floor
             comparisons.append(Comparison(runtime, name, case.title, case.steps, difference, allowed, spread))
@@ -641,7 +685,7 @@ class _Cases:
             drawn = rng.integers(1, most + 1, shape)
             drawn[:1] = most
         elif values.dtype.kind == "f" and values.min() == values.max():
-            drawn = rng.standard_normal(shape)
+            drawn = rng.uniform(-1.0, 1.0, shape)  # of any sign, and as small as a state is
         else:
             drawn = rng.choice(values.ravel(), shape)
         return torch.as_tensor(drawn.astype(values.dtype), device=tensor.device, dtype=tensor.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,19 @@ class Change:
     same: float
     """The rate at which the largest feature of an output is the same."""
 
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[Any, Any]]) -> Change:
+        """From results before and after."""
+        largest, total, count, same, rows = 0.0, 0.0, 0, 0, 0
+        for before, after in pairs:
+            difference = numpy.abs(before.astype(numpy.float64) - after)
+            largest = max(largest, float(numpy.max(difference, initial=0.0)))
+            total, count = total + float(difference.sum()), count + difference.size
+            if difference.size and difference.ndim:
+                equal = before.argmax(axis=-1) == after.argmax(axis=-1)
+                same, rows = same + int(equal.sum()), rows + equal.size
+        return cls(largest, total / max(count, 1), same / max(rows, 1))
+
     def __str__(self) -> str:
         return f"{self.largest:.2e} at most, {self.mean:.2e} on average; the largest feature is the same in {100 * self.same:.1f} %"
 
@@ -68,17 +81,14 @@ def change_of(model: Layer, cases: Iterable[Any]) -> Change:
     for part in exact.layers():
         if getattr(part, "quantize", None) is not None:
             part.quantize = None
-    largest, total, count, same, rows = 0.0, 0.0, 0, 0, 0
-    for x, counted in cases:
-        given = {} if counted is None else {"mask" if numpy.asarray(counted).dtype == bool else "lengths": counted}
-        before, after = (to_numpy(y[0] if model.recurrent else y) for y in (exact(x, **given), model(x, **given)))
-        difference = numpy.abs(before - after)
-        largest = max(largest, float(numpy.max(difference, initial=0.0)))
-        total, count = total + float(difference.sum()), count + difference.size
-        if difference.size:
-            equal = before.argmax(axis=-1) == after.argmax(axis=-1)
-            same, rows = same + int(equal.sum()), rows + equal.size
-    return Change(largest, total / max(count, 1), same / max(rows, 1))
+
+    def pairs() -> Iterator[tuple[Any, Any]]:
+        for x, counted in cases:
+            given = {} if counted is None else {"mask" if numpy.asarray(counted).dtype == bool else "lengths": counted}
+            before, after = (to_numpy(y[0] if model.recurrent else y) for y in (exact(x, **given), model(x, **given)))
+            yield before, after
+
+    return Change.of(pairs())
 
 
 @dataclass

@@ -282,11 +282,7 @@ class Graph:
         The graph's float32 numbers are a few units in the last place from the eager ones, which moves one in a thousand or so by a whole
         step: a run beside it may have none of these.
         """
-        found = []
-        for by in (-TURN, TURN) if self.model.quantizes is not None else ():
-            with rounding_moved(by):
-                found.append(run(*args))
-        return found
+        return of_turned_rounding(run, *args) if self.model.quantizes is not None else []
 
     @property
     def hint(self) -> str:
@@ -386,6 +382,15 @@ def _renamed(proto: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProt
             for k, end in enumerate(ends):
                 ends[k] = names.get(end, end)
     return copy
+
+
+def of_turned_rounding(run: Callable[..., T], *args: Any) -> list[T]:
+    """Results where what is rounded to integers is taken for a little less, and for a little more."""
+    found = []
+    for by in (-TURN, TURN):
+        with rounding_moved(by):
+            found.append(run(*args))
+    return found
 
 
 def random_cases(graph: Graph) -> list[Inputs]:
