@@ -26,7 +26,7 @@ LAYERS: dict[str, tuple[type[Any], str | None]] = {
     "GRU": (pn.GRU, None),
 }
 """class and norm"""
-SHAPES = ((1, 1, 1024, 1024), (100, 1, 512, 512), (20, 32, 512, 512), (1, 1, 128, 128))
+SHAPES = ((1, 1, 1024, 1024), (100, 1, 512, 512), (20, 32, 512, 512), (1, 1, 256, 256), (1, 1, 128, 128))
 """(time, batch, inputs, hidden); of one step the streaming graph is measured"""
 TURNS, SECONDS = 7, 0.1
 
@@ -69,6 +69,25 @@ def measure(kind: type[Any], norm: str | None, shape: tuple[int, int, int, int])
     }
 
 
+def eager(kind: type[Any], norm: str | None) -> dict[str, Any]:
+    """The same of `step` in NumPy, for one sequence and 1024 features."""
+    layer = kind(1024, 1024, norm=norm, rng=0)
+    models = {None: layer, "int8": pn.quantized(layer)}
+    pn.warm(*models.values())
+    x = np.random.default_rng(0).standard_normal((1, 1024)).astype(np.float32)
+    states = {name: model.step(x)[1] for name, model in models.items()}
+    times: dict[str | None, list[float]] = {name: [] for name in models}
+    for _ in range(TURNS):
+        for name, model in models.items():
+            count, started = 0, time.perf_counter()
+            while time.perf_counter() - started < SECONDS:
+                model.step(x, states[name])
+                count += 1
+            times[name].append((time.perf_counter() - started) / count * 1e3)
+    ratios = [b / a for a, b in zip(times[None], times["int8"], strict=True)]
+    return {"ratio": min(times["int8"]) / min(times[None]), "spread": [min(ratios), max(ratios)]}
+
+
 def main() -> None:
     """Measure on one core and write."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -79,8 +98,10 @@ def main() -> None:
             r = rows[-1]
             told = f"{r['ratio']:.2f} ({r['spread'][0]:.2f} to {r['spread'][1]:.2f}), file {r['file']:.2f}, {r['difference']:.1e}"
             print(f"{name:<8} {shape!s:<22} {told}", flush=True)
+    numpy = [{"layer": name, **eager(*LAYERS[name])} for name in ("LN-LSTM", "LSTM", "GRU")]
+    print("NumPy:", ", ".join(f"{r['layer']} {r['ratio']:.2f}" for r in numpy))
     about = machine() | {"vnni": "vnni" in Path("/proc/cpuinfo").read_text(), "turns": TURNS}
-    RESULTS.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"about": about, "rows": rows, "numpy": numpy}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

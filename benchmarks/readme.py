@@ -238,6 +238,31 @@ def latency() -> str:
     return table(("(T, B, I, H)", "`LSTM` operator", *others), rows)
 
 
+def integers() -> str:
+    """Times of graphs with integers for weights over those in float32, by shape, their files, and what that changed."""
+    rows: dict[str, list[Any]] = {}
+    kept = _kept("integers")["rows"]
+    for r in kept:
+        rows.setdefault(r["layer"], []).append(r)
+    shapes = [str(tuple(r["shape"])) for r in next(iter(rows.values()))]
+    shown = (
+        (
+            layer,
+            *(f"{r['ratio']:.2f} ({r['spread'][0]:.2f}–{r['spread'][1]:.2f})" for r in found),
+            f"{min(r['file'] for r in found):.2f}–{max(r['file'] for r in found):.2f}",
+            f"{max(r['difference'] for r in found):.0e}",
+        )
+        for layer, found in rows.items()
+    )
+    about = _kept("integers")["about"]
+    numpy = "  ".join(f"{r['layer']} {r['ratio']:.2f} ({r['spread'][0]:.2f}–{r['spread'][1]:.2f})" for r in _kept("integers")["numpy"])
+    return (
+        table(("(T, B, I, H)", *shapes, "file", "mean difference of `y`"), shown)
+        + f"\n\nonnxruntime {about['onnxruntime']}, {about['processor']}{', with VNNI' if about['vnni'] else ', without VNNI'}. "
+        + f"A step of one sequence with 1024 features in NumPy, `pn.quantized(layer).step` over `layer.step`: {numpy}."
+    )
+
+
 def _milliseconds(t: float | None) -> str:
     return "–" if t is None else f"{t:.4f}" if t < 0.1 else f"{t:.2f}" if t < 10 else f"{t:.0f}"
 
@@ -355,6 +380,7 @@ TABLES = {
     "growth": growth,
     "growth_in_short": growth_in_short,
     "targets": targets,
+    "integers": integers,
     "runtimes": runtimes,
     "support": support,
     "unsupported": unsupported,
