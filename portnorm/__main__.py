@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--opset", type=int, help="18 to 26, for some targets 28 (default: 18; 23 for onnxruntime)")
     export.add_argument("--target", default="portable", help="who will run it (default: portable, which is all of them)")
     export.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
-    export.add_argument("--quantize", choices=("int8",), help="products of integers: a quarter of the file, checked like any other")
+    export.add_argument("--quantize", choices=("int8", "int4"), help="products of integers: a quarter of the file, or an eighth")
     export.add_argument("--streaming", action="store_true", help="one step with explicit states instead of a sequence")
     export.add_argument("--no-fold", action="store_true", help="keep normalizations and cells visible that could be folded away")
     export.add_argument("--accurate", action="store_true", help="centre before operators that cancel where the mean is large")

@@ -19,7 +19,7 @@ from portnorm.cells.cell import RecurrentCell
 from portnorm.norm.normalize import Reduce
 from portnorm.norm.weight import weight_norm
 from portnorm.op import op
-from portnorm.quantization import WEIGHTS, fake_quantize, integer_product
+from portnorm.quantization import SCHEMES, Scheme, fake_quantize, integer_product
 from portnorm.scan import Params, State, reverse_sequences, scan, sequence_mask
 from portnorm.statistics import VALUES, at_steps, rows_of_steps, update
 from portnorm.sums import total_like
@@ -81,8 +81,8 @@ def input_term(
     each of all steps (features,) or with a row for each.
     """
     slot, bias = cell.input_slot, params.get("bias")
-    if cell.quantizes:
-        u = integer_product(x, params["weight_ih"])
+    if cell.quantize is not None:
+        u = integer_product(x, params["weight_ih"], block=SCHEMES[cell.quantize].inputs.block)
         u = u if bias is None else u + bias
     else:
         u = linear(x, params["weight_ih"], bias)
@@ -131,8 +131,10 @@ class Direction:
         mask = sequence_mask(x, lengths) if lengths is not None and (keep or (by_batch and training)) else None
         if self.reverse:
             x = reverse_sequences(x, lengths)
-        if cell.quantizes:
-            params, x = _quantized_weights(cell, params), fake_quantize(x) if keep else x
+        if cell.quantize is not None:
+            scheme = SCHEMES[cell.quantize]
+            params = _quantized_weights(cell, params, scheme)
+            x = fake_quantize(x, **scheme.inputs.arguments) if keep else x
         residuals = None
         masked = {} if hidden_mask is None else {"hidden_mask": hidden_mask}
         if keep or (by_batch and training) or moves is not None:
@@ -356,8 +358,8 @@ def _normalized_weights(params: Params) -> tuple[Params, dict[str, Any]]:
     return found, residuals
 
 
-def _quantized_weights(cell: RecurrentCell, params: Params) -> Params:
+def _quantized_weights(cell: RecurrentCell, params: Params, scheme: Scheme) -> Params:
     """Parameters with the matrices of products as integers can say them; a gradient of one is that of the matrix itself."""
     names = [name for name in ("weight_ih", "weight_hh", "weight_hr") if name in params]
     matrices = [name for name in names if name != "weight_hh" or cell.variant.recurrence == "matrix"]
-    return {**params, **{name: fake_quantize(params[name], levels=WEIGHTS) for name in matrices}}
+    return {**params, **{name: fake_quantize(params[name], **scheme.weights.arguments) for name in matrices}}

@@ -17,15 +17,15 @@ from onnx import helper, numpy_helper
 import portnorm as pn
 from portnorm.__main__ import main
 from portnorm.layers.quantized import with_rounded_weights
-from portnorm.quantization import INPUTS, WEIGHTS, integer_product, rounding_moved
+from portnorm.quantization import INPUTS, SCHEMES, WEIGHTS, integer_product, rounding_moved
 from portnorm_onnx.runtimes import RUNTIMES
 from portnorm_onnx.storage import weights_of
 from portnorm_onnx.targets import TARGETS
-from tests.cases import HEAVY_PRESETS, IMPLEMENTATIONS, PRESETS, random_recurrent
-from tests.test_export import recurrent, spoiled
+from tests.cases import HEAVY_PRESETS, IMPLEMENTATIONS, LAYERS, PRESETS, random_recurrent
+from tests.test_export import recurrent, run, spoiled
 from tests.tolerances import INTEGERS, INTEGERS_KERNEL, OPERATION
 
-INT8 = [name for name, target in TARGETS.items() if target.integers]
+INTEGERS_OF = [(target.name, quantize) for target in TARGETS.values() for quantize in target.integers]
 SHAPES: list[dict[str, Any]] = [{}, {"lengths": False}, {"mask": True}, {"state": True}, {"streaming": True}, {"fold": False}]
 
 
@@ -76,10 +76,33 @@ def test_the_gradients_of_a_product(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(dx, np.where(np.abs(x) <= 1.0, dy @ w, 0.0), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("keywords", [{"levels": 0}, {"bound": 0.0}, {"bound": float("nan")}], ids=str)
-def test_levels_and_bounds_that_are_none(keywords: dict[str, Any]) -> None:
-    with pytest.raises(pn.UnsupportedError, match=r"`levels` is .* and `bound`"):
-        pn.fake_quantize(np.ones((1, 2)), **keywords)
+@pytest.mark.parametrize("value", [0, -1, 2.5, float("inf"), "a", None, True])
+def test_levels_that_are_none(value: Any) -> None:
+    with pytest.raises(pn.UnsupportedError, match="`levels` is"):
+        pn.fake_quantize(np.ones((1, 2)), levels=value)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan"), "a", np.ones(3)], ids=str)
+def test_bounds_that_are_none(value: Any) -> None:
+    with pytest.raises(pn.UnsupportedError, match="`bound` is"):
+        pn.fake_quantize(np.ones((1, 2)), bound=value)
+
+
+@pytest.mark.parametrize("features", [1, 127, 128, 129, 300])
+def test_blocks_of_a_row_have_steps_of_their_own(features: int, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((3, 2, features)) * rng.uniform(0.1, 10.0, features)
+    parts = [pn.fake_quantize(x[..., start : start + 128], levels=8, lopsided=True) for start in range(0, features, 128)]
+    np.testing.assert_array_equal(pn.fake_quantize(x, levels=8, block=128, lopsided=True), np.concatenate(parts, axis=-1))
+
+
+def test_four_bits_are_sixteen_numbers(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((64, 128)).astype(np.float32)
+    y = pn.fake_quantize(w, **SCHEMES["int4"].weights.arguments)
+    largest = np.take_along_axis(w, np.abs(w).argmax(axis=1)[:, None], axis=1)
+    q = np.rint(y / (largest / -8))
+    assert (q.min(), q.max()) == (-8, 7)
+    np.testing.assert_array_equal(np.take_along_axis(y, np.abs(w).argmax(axis=1)[:, None], axis=1), largest)
+    np.testing.assert_array_equal(pn.fake_quantize(y, **SCHEMES["int4"].weights.arguments), y)
 
 
 # -- layers ------------------------------------------------------------------------------------------------------------------------------
@@ -138,10 +161,11 @@ def test_linear_and_embedding(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(pn.quantized(table)(np.arange(11)[:, None])[:, 0], q * s, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("quantize", SCHEMES)
 @pytest.mark.parametrize(("cell", "norm"), PRESETS)
-def test_sequences_do_not_depend_on_what_is_beside_them(cell: str, norm: str | None, rng: np.random.Generator) -> None:
+def test_sequences_do_not_depend_on_what_is_beside_them(cell: str, norm: str | None, quantize: Any, rng: np.random.Generator) -> None:
     """Every row has a step of its own: another sequence, padding, or a later step changes no bit."""
-    layer = pn.quantized(random_recurrent(cell, norm, rng, inputs=5, hidden=6))
+    layer = pn.quantized(random_recurrent(cell, norm, rng, inputs=5, hidden=6), quantize)
     x = rng.standard_normal((6, 3, 5))
     other = x.copy()
     other[:, 1:] *= 1000.0
@@ -211,7 +235,7 @@ def test_a_setting_like_any_other(tmp_path: Path) -> None:
     np.testing.assert_array_equal(back(x)[0], rounded)
     layer.quantize = None
     np.testing.assert_array_equal(layer(x)[0], plain)
-    with pytest.raises(pn.UnsupportedError, match=r"`quantize` is 'int3'; expected 'int8', or None"):
+    with pytest.raises(pn.UnsupportedError, match=r"`quantize` is 'int3'; expected 'int8' or 'int4', or None"):
         layer.quantize = "int3"  # type: ignore[assignment]
 
 
@@ -265,6 +289,91 @@ def test_a_few_rows_are_read_as_integers(cell: str, norm: str | None, rows: int,
         layer = pn.quantized(layer)
 
 
+def test_layers_without_weights_and_models_of_several(rng: np.random.Generator) -> None:
+    model = pn.Sequential(pn.Linear(5, 8, rng=0), pn.LayerNorm(8), pn.Linear(8, 2, rng=1))
+    with pytest.raises(pn.UnsupportedError, match="`quantize` is 'int8', but LayerNorm has no weights to quantize"):
+        model.parts[1].quantize = "int8"  # type: ignore[attr-defined]
+    x = rng.standard_normal((4, 5)).astype(np.float32)
+    before = model(x)
+    model.quantize = "int8"
+    assert [getattr(part, "quantize", None) for part in model.parts] == ["int8", None, "int8"]
+    assert model.quantize == model.quantizes == "int8"
+    np.testing.assert_allclose(model(x), pn.quantized(model)(x), rtol=0, atol=INTEGERS_KERNEL)
+    model.quantize = None
+    np.testing.assert_array_equal(model(x), before)
+
+
+def test_a_model_of_which_a_part_is_quantized(tmp_path: Path) -> None:
+    """The file says which, so that the float model can be held against it."""
+    model, path = model_of_words(), tmp_path / "m.onnx"
+    other = model.copy()
+    model.parts[1].quantize = "int8"  # type: ignore[attr-defined]
+    pn.export(model, path)
+    assert pn.verify(path, other).steps
+    assert pn.verify(path, model).steps
+    assert pn.verify(path).steps
+
+
+@pytest.mark.parametrize("gates", ["relu", "tanh"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_gates_that_are_no_shares_leave_h_without_a_bound(cell: str, gates: Any, rng: np.random.Generator) -> None:
+    variant = dataclasses.replace(pn.VARIANTS[cell][None], gate_activation=gates)
+    layer = pn.quantized(LAYERS[cell](5, 8, norm=variant, rng=0))
+    x, state, steps = (4 * rng.standard_normal((4, 3, 5))).astype(np.float32), None, []
+    for x_t in x:
+        y, state = layer.step(x_t, state)
+        steps.append(y)
+    np.testing.assert_allclose(np.stack(steps), layer(x)[0], rtol=1e-4, atol=1e-5)
+    assert np.abs(layer(x)[0] - exact_of(layer)(x)[0]).max() < 0.2 * max(1.0, np.abs(layer(x)[0]).max())
+
+
+def exact_of(layer: Any) -> Any:
+    copy = layer.copy()
+    copy.quantize = None
+    return copy
+
+
+def test_what_is_no_number_stays_none_in_a_graph() -> None:
+    x = np.array([[1, np.nan, 2], [np.inf, 1, 2], [-np.inf, 1, 2], [1, 2, 3]], np.float32)
+    linear, rnn = pn.Linear(3, 2, rng=0), pn.RNN(3, 4, rng=0)
+    for quantize in SCHEMES:
+        found = run(pn.export(linear, None, quantize=quantize, target="onnxruntime").model, x=x)[0]
+        assert not np.isfinite(found[:3]).any()
+        assert np.isfinite(found[3]).all()
+    sequence = np.ones((4, 1, 3), np.float32)
+    sequence[1, 0, 2] = np.nan
+    found = run(pn.export(rnn, None, quantize="int8", lengths=False).model, x=sequence)[0]
+    assert np.isfinite(found[0]).all()
+    assert np.isnan(found[1:]).all()
+
+
+@pytest.mark.parametrize("keywords", [{"xp": "array_api_strict"}, {"dtype": "float64"}, {"dtype": "float16"}], ids=str)
+def test_a_model_elsewhere_or_of_another_type_is_converted_first(keywords: dict[str, Any], tmp_path: Path) -> None:
+    layer, path = pn.LSTM(5, 8, rng=0, **keywords), tmp_path / "m.onnx"
+    report = pn.export(layer, path, quantize="int8", dtype="float32")
+    assert report.change is not None
+    assert pn.verify(path).steps
+
+
+@pytest.mark.parametrize("cell", ["GRU", "LSTM", "RNN"])
+def test_states_at_their_bound(cell: str) -> None:
+    layer = LAYERS[cell](20, 24, rng=0)
+    layer.assign({name: 20 * a for name, a in layer.params.items()})
+    assert pn.export(layer, None, quantize="int8").worst_step is not None
+
+
+def test_formats_that_have_no_integers() -> None:
+    with pytest.raises(pn.UnsupportedError, match="computes with integers, which no format says"):
+        pn.to_format(pn.quantized(pn.GRU(3, 4, rng=0)), "torch")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_training_step_of_a_rounded_net(dtype: str) -> None:
+    model = pn.Sequential(pn.Embedding(9, 5, rng=0), pn.GRU(5, 8, rng=0, return_sequences=False), pn.Linear(8, 4, rng=1)).to(dtype=dtype)
+    report = pn.export_training_step(pn.quantized(model), pn.softmax_cross_entropy, pn.SGD(0.1), None)
+    assert report.trajectories
+
+
 def test_a_matrix_of_a_quantized_layer_cannot_be_changed_in_its_place() -> None:
     layer = pn.quantized(pn.LSTM(3, 4, rng=0))
     with pytest.raises(ValueError, match="read-only"):
@@ -285,25 +394,28 @@ def test_integers_are_forgotten_with_their_weights() -> None:
 
 
 @pytest.mark.parametrize("keywords", SHAPES, ids=str)
-@pytest.mark.parametrize("target", INT8)
+@pytest.mark.parametrize(("target", "quantize"), INTEGERS_OF)
 @pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
-def test_every_preset_for_every_target(cell: str, norm: str | None, target: Any, keywords: dict[str, Any], tmp_path: Path) -> None:
+def test_every_preset_for_every_target(
+    cell: str, norm: str | None, target: Any, quantize: Any, keywords: dict[str, Any], tmp_path: Path
+) -> None:
     """Checked against the rounded layer as any graph is against its own; its products are integers; the file gives that layer back."""
     layer, path = recurrent(cell, norm), tmp_path / "m.onnx"
-    report = pn.export(layer, path, target=target, quantize="int8", **keywords)
+    report = pn.export(layer, path, target=target, quantize=quantize, **keywords)
     assert report.worst_step is not None
     assert report.change is not None
     assert report.model is not None
     operators = [n.op_type for n in nodes_of(report.model.graph)]
     assert "MatMul" not in operators
-    assert operators.count("MatMulInteger") >= 2
-    assert not {n.domain for n in nodes_of(report.model.graph)} - {"", "ai.onnx"}
-    own = [numpy_helper.to_array(t) for t in weights_of(report.model.graph) if t.data_type == onnx.TensorProto.INT8]
-    assert 32 <= max(int(np.abs(q.astype(int)).max()) for q in own) <= WEIGHTS
+    assert operators.count("MatMulInteger" if quantize == "int8" else "MatMulNBits") >= 2
+    assert {n.domain for n in nodes_of(report.model.graph)} - {"", "ai.onnx"} == ({"com.microsoft"} if quantize == "int4" else set())
+    if quantize == "int8":
+        own = [numpy_helper.to_array(t) for t in weights_of(report.model.graph) if t.data_type == onnx.TensorProto.INT8]
+        assert 32 <= max(int(np.abs(q.astype(int)).max()) for q in own) <= WEIGHTS
     back = pn.load(path)
-    assert back.quantizes == "int8"
+    assert back.quantizes == quantize
     x = np.random.default_rng(0).standard_normal((6, 2, 5)).astype(np.float32)
-    np.testing.assert_array_equal(back(x)[0], with_rounded_weights(pn.quantized(layer))(x)[0])
+    np.testing.assert_array_equal(back(x)[0], with_rounded_weights(pn.quantized(layer, quantize))(x)[0])
     assert pn.verify(path, layer).steps
     assert pn.verify(path).steps
 
@@ -334,8 +446,9 @@ def test_every_published_cell(cell: str, name: str) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("norm", [None, "layer", "batch"])
-def test_every_arrangement(norm: str | None, keywords: dict[str, Any]) -> None:
-    report = pn.export(recurrent("LSTM", norm, **keywords), None, quantize="int8", state=True)
+@pytest.mark.parametrize("quantize", SCHEMES)
+def test_every_arrangement(norm: str | None, keywords: dict[str, Any], quantize: Any) -> None:
+    report = pn.export(recurrent("LSTM", norm, **keywords), None, quantize=quantize, state=True, target="onnxruntime")
     assert report.worst_step is not None
     assert report.model is not None
     assert "MatMul" not in [n.op_type for n in nodes_of(report.model.graph)]
@@ -366,11 +479,15 @@ def test_layers_that_are_quantized_already_and_some_that_are_not() -> None:
     assert operators.count("MatMul") == 1
 
 
-def test_the_file_is_a_quarter(tmp_path: Path) -> None:
-    layer = pn.LSTM(256, 384, norm="layer", rng=0)
-    for name in (None, "int8"):
-        pn.export(layer, tmp_path / f"{name}.onnx", quantize=name)  # type: ignore[arg-type]
-    assert os.path.getsize(tmp_path / "int8.onnx") < 0.27 * os.path.getsize(tmp_path / "None.onnx")
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("norm", ["layer", "weight"])
+def test_the_file_is_a_quarter_or_a_seventh(norm: Any, dtype: str, tmp_path: Path) -> None:
+    layer = pn.LSTM(256, 384, norm=norm, rng=0, dtype=dtype)
+    for name in (None, "int8", "int4"):
+        pn.export(layer, tmp_path / f"{name}.onnx", quantize=name, target="onnxruntime", dtype="float32")  # type: ignore[arg-type]
+    sizes = [os.path.getsize(tmp_path / f"{name}.onnx") for name in ("None", "int8", "int4")]
+    assert sizes[1] < 0.27 * sizes[0]
+    assert sizes[2] < 0.16 * sizes[0]
 
 
 def test_the_change_is_told_on_the_inputs_that_are_given(rng: np.random.Generator) -> None:
@@ -399,6 +516,24 @@ def test_an_integer_that_is_off_by_one_is_found(name: str, tmp_path: Path) -> No
 
     path.write_bytes(spoiled(report.model, name, change).SerializeToString())
     with pytest.raises(pn.ConformanceError, match="sums of integers that saturate, or weights that were changed"):
+        pn.verify(path, layer)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.2])
+@pytest.mark.parametrize(("cell", "norm"), [("GRU", None), ("LSTM", None), ("LSTM", "layer")])
+def test_wrong_integers_are_found_in_wide_layers(cell: str, norm: str | None, share: float, tmp_path: Path) -> None:
+    """One, or a part of them, off by one step."""
+    layer, path, rng = LAYERS[cell](64, 128, norm=norm, rng=0), tmp_path / "m.onnx", np.random.default_rng(0)
+    report = pn.export(layer, path, quantize="int8")
+    assert report.model is not None
+
+    def change(w: Any) -> Any:
+        wrong = rng.uniform(size=w.shape) < share
+        wrong.flat[w.size // 2] = True
+        return np.where(wrong, w + np.where(w < 0, 1, -1), w)
+
+    path.write_bytes(spoiled(report.model, "weight_hh_l0.T.int8", change).SerializeToString())
+    with pytest.raises(pn.ConformanceError, match="sums of integers that saturate"):
         pn.verify(path, layer)
 
 
@@ -444,7 +579,8 @@ def test_numbers_in_the_middle_turn_over_where_rounding_is_moved() -> None:
         (pn.LSTM(3, 4), {"dtype": "float16"}, "`quantize` of a graph in float16; expected float32"),
         (pn.LSTM(3, 4, dtype="float64"), {}, "`quantize` of a graph in float64; expected float32"),
         (pn.LSTM(3, 4), {"target": "tensorrt"}, "target 'tensorrt' has no MatMulInteger; target='portable' or "),
-        (pn.LSTM(3, 4), {"quantize": "int5"}, "`quantize` is 'int5'; expected 'int8', or None"),
+        (pn.LSTM(3, 4), {"quantize": "int4"}, "target 'portable' has no MatMulNBits; target='onnxruntime' or 'web' has it"),
+        (pn.LSTM(3, 4), {"quantize": "int5"}, "`quantize` is 'int5'; expected 'int8' or 'int4', or None"),
         (pn.RMSNorm(4), {}, "RMSNorm has no weights to quantize"),
     ],
 )

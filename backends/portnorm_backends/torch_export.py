@@ -337,11 +337,12 @@ class _Recorder:
                 layer = module.to_layer()
                 kind = dtype_name(layer.xp, layer.dtype)
                 check_dtype(self.shape.target, kind, f", the dtype of layer {path!r}")
-                if layer.quantizes is not None:
-                    check_integers(self.shape.target, kind)
-                    layer = with_rounded_weights(layer)
                 # NumPy has no bfloat16: the same numbers in float32.
-                self._layers[id(module._layer)] = path, kind, layer.to(xp="numpy", dtype="float32" if kind == "bfloat16" else kind)
+                layer = layer.to(xp="numpy", dtype="float32" if kind == "bfloat16" else kind)
+                if layer.quantizes is not None:
+                    check_integers(self.shape.target, kind, layer.quantizes)
+                    layer = with_rounded_weights(layer)
+                self._layers[id(module._layer)] = path, kind, layer
 
     def __call__(self, module: TorchModule, x: Any, state: Any, lengths: Any, mask: Any) -> Any:
         path, kind, layer = self._layers[id(module._layer)]

@@ -44,7 +44,9 @@ def build(
         [helper.make_value_info(n, type_of(a)) for n, a in outputs.items()],
     )
     opsets = [helper.make_opsetid("", opset)]
-    model = helper.make_model(proto, opset_imports=opsets, producer_name="portnorm", ir_version=helper.find_min_ir_version_for(opsets))
+    least = helper.find_min_ir_version_for(opsets)
+    opsets += [helper.make_opsetid(domain, 1) for domain in sorted(graph.domains)]
+    model = helper.make_model(proto, opset_imports=opsets, producer_name="portnorm", ir_version=least)
     weights = {**graph.initializers, **(defaults or {})}
     del graph
     while weights:
@@ -152,6 +154,8 @@ class _Graph:
         self.prefix = prefix
         self.names: dict[SymbolicArray, str] = {}
         self.initializers: dict[str, NumPyArray] = {}
+        self.domains: set[str] = set()
+        """Those of operators that are not ONNX's own."""
         self._by_content: dict[Any, str] = {}
         self._used: dict[str, int] = {}
 
@@ -176,10 +180,13 @@ class _Graph:
         return protos
 
     def _proto(self, n: Node) -> onnx.NodeProto:
+        self.domains |= {n.domain} - {""}
         names = [self._name(a) for a in n.inputs]
         while names and not names[-1]:
             names.pop()
-        return helper.make_node(n.op_type, names, [self.names[a] for a in n.outputs], name=self._numbered(n.op_type), **n.attributes)
+        return helper.make_node(
+            n.op_type, names, [self.names[a] for a in n.outputs], name=self._numbered(n.op_type), domain=n.domain or None, **n.attributes
+        )
 
     def _loop(self, n: Node, part: Loop) -> onnx.NodeProto:
         """A `Scan` of what is needed of it: all states, and the scanned inputs and outputs that matter."""

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy
 import onnx
 
-from portnorm.arrays import DType, dtype_name, to_numpy
+from portnorm.arrays import DType, dtype_name, mapped, to_numpy
 from portnorm.errors import ExportError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.quantized import quantized, with_rounded_weights
@@ -113,13 +113,13 @@ def export(
         raise UnsupportedError("`streaming` needs a recurrent model that goes forward only; a reverse direction starts at the end")
     model = model if quantize is None else quantized(model, quantize)
     kind = _dtype_of(model, dtype, row)
+    model = rounded(on_numpy(model, "float32" if kind == "bfloat16" else kind), kind)
     exact = model
     if model.quantizes is not None:
-        check_integers(row, kind)
+        check_integers(row, kind, model.quantizes)
         model = with_rounded_weights(model)
-    model = rounded(on_numpy(model, "float32" if kind == "bfloat16" else kind), kind)
     named = Names(prefix, dict(names or {}))
-    cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
+    cases = None if inputs is None else [_on_numpy(item) if isinstance(item, tuple) else (_on_numpy(item), None) for item in inputs]
     dims = checked_dims(model, input_shape, streaming=streaming, like=cases[0][0] if cases else None)
     shape = Shape(
         version,
@@ -155,9 +155,15 @@ def export(
         report = check(draft, model, runtimes=(runtime,), cases=cases)
         if streaming:
             report.trajectories += streaming_trajectory(draft, sequence, model, runtime)
+        if model.quantizes is not None:
+            report.change = change_of(exact, cases if cases is not None else random_inputs(model, dims, None))
         draft.publish()
-    change = None if model.quantizes is None else change_of(exact, cases if cases is not None else random_inputs(model, dims, None))
-    return dataclasses.replace(report, model=draft.proto, size=file_size(draft.proto), seconds=seconds, change=change)
+    return dataclasses.replace(report, model=draft.proto, size=file_size(draft.proto), seconds=seconds)
+
+
+def _on_numpy(given: Any) -> Any:
+    """Arrays of any library as those of NumPy."""
+    return mapped(lambda a: to_numpy(a) if hasattr(a, "__array_namespace__") or hasattr(a, "device") else a, given)
 
 
 class Shape(NamedTuple):

@@ -17,8 +17,15 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from portnorm_onnx.integers import integer_product
 from portnorm_onnx.symbolic import NumPyArray, Opset, SymbolicArray, constant, node, opset_of
+
+Multiply = Callable[[SymbolicArray, NumPyArray, str], SymbolicArray]
+"""How an array is multiplied with a known matrix (inputs, outputs) of a name."""
+
+
+def plain_product(x: SymbolicArray, matrix: NumPyArray, name: str) -> SymbolicArray:
+    """As numbers."""
+    return node("MatMul", x, constant(matrix, name))
 
 
 class Affine(NamedTuple):
@@ -29,6 +36,7 @@ class Affine(NamedTuple):
     scale: NumPyArray | None
     shift: NumPyArray
     name: str
+    multiply: Multiply
 
     def matrix(self, dtype: Any) -> NumPyArray:
         """weight ⊙ scale, rounded once."""
@@ -39,19 +47,20 @@ class Affine(NamedTuple):
         return exact.astype(dtype, copy=False)
 
 
-def product(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None) -> SymbolicArray | None:
+def product(
+    x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None, multiply: Multiply = plain_product
+) -> SymbolicArray | None:
     """x · weightᵀ + bias with constant weights; `None` where this is not known or not to be folded."""
     opset = opset_of(x)
     if opset is None or not opset.fold or weight.constant is None or (bias is not None and bias.constant is None):
         return None
     matrix = weight.constant.T
     shift = numpy.zeros(matrix.shape[1]) if bias is None or bias.constant is None else bias.constant.astype(numpy.float64)
-    return _made(Affine(x, matrix, None, shift, f"{weight.name or 'weight'}.T"), x.dtype)
+    return _made(Affine(x, matrix, None, shift, f"{weight.name or 'weight'}.T", multiply), x.dtype)
 
 
 def _made(a: Affine, dtype: Any) -> SymbolicArray:
-    matrix = a.matrix(dtype)
-    y = integer_product(a.x, matrix, a.name) if a.x.integers is not None else node("MatMul", a.x, constant(matrix, a.name))
+    y = a.multiply(a.x, a.matrix(dtype), a.name)
     if a.shift.any():
         y = node("Add", y, constant(a.shift.astype(dtype)))
     y.affine = a
@@ -65,7 +74,8 @@ def scaled(y: SymbolicArray, scale: NumPyArray, shift: NumPyArray) -> SymbolicAr
         return _made(a._replace(shift=a.shift + numpy.asarray(shift, dtype=numpy.float64).reshape(-1)), y.dtype)
     scale, shift = (numpy.asarray(v, dtype=numpy.float64).reshape(-1) for v in (scale, shift))
     name = a.name if a.name.endswith(".folded") else f"{a.name}.folded"
-    return _made(Affine(a.x, a.weight, scale if a.scale is None else a.scale * scale, a.shift * scale + shift, name), y.dtype)
+    whole = scale if a.scale is None else a.scale * scale
+    return _made(a._replace(scale=whole, shift=a.shift * scale + shift, name=name), y.dtype)
 
 
 def folded(op_type: str, args: tuple[SymbolicArray, ...], function: Callable[..., Any], row: Callable[..., SymbolicArray]) -> Any:

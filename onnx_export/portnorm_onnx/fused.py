@@ -63,7 +63,7 @@ def accepts(xs: Any, state: Any, params: Any, *, cell: Any, lengths: Any = None,
     u = xs[0]
     if keep or u.opset is None or not u.opset.fold or not u.opset.target.fused or numpy.dtype(u.dtype).name not in _DTYPES:
         return False
-    if u.affine is None or not isinstance(cell, RecurrentCell) or cell.quantizes or not _is_plain(cell, params):
+    if u.affine is None or not isinstance(cell, RecurrentCell) or cell.quantize is not None or not _is_plain(cell, params):
         return False
     if cell.variant.peepholes and not u.opset.target.peepholes:
         return False

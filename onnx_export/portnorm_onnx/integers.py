@@ -1,9 +1,13 @@
-"""Products of integers in a graph: what `portnorm.fake_quantize` stands for where its result is multiplied with known weights.
+"""Products of integers in a graph: what `portnorm.quantization.integer_product` becomes, and what `fake_quantize` is for it.
 
-    QuantizeLinear(x / m, 1/127, 128) → MatMulInteger(uint8, int8) → Cast → Mul(s_w / 127) → Mul(m)
+    int8    QuantizeLinear(x / m, 1/127, 128) → MatMulInteger(uint8, int8) → Cast → Mul(s_w / 127) → Mul(m)
+    int4    MatMulNBits(x, nibbles, steps), which rounds x by itself
 
-The operators are of the ONNX standard alone, so that every target reads them; onnxruntime makes one of some. m is the largest |x| of each
-row, and left out where a bound of 1 is known. Weights come as numbers that integers can say; their steps are found again from the largest.
+A number that is none stays none: NaN is added to the rows that have one.
+
+The operators of the former are of the ONNX standard alone, so that every target reads them; onnxruntime makes one of some. m is the largest
+|x| of each row, and left out where a bound of 1 is known. The latter is onnxruntime's own. Weights come as numbers that integers can say;
+their steps are found again from the largest.
 """
 
 from __future__ import annotations
@@ -16,9 +20,12 @@ from onnx import TensorProto
 
 from portnorm.op import OPS
 from portnorm.quantization import INPUTS, WEIGHTS
-from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, node
+from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, foreign_node, node
 
 _ZERO = 128
+_BYTES_AS_THEY_ARE = 4
+"""The `accuracy_level` of MatMulNBits with which it rounds its input to eight bits."""
+_LEAST_BLOCK = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +37,15 @@ class Integers:
     largest: SymbolicArray | None
 
 
-def fake_quantize(x: SymbolicArray, *, levels: int = INPUTS, bound: float | None = None) -> SymbolicArray:
+def fake_quantize(
+    x: SymbolicArray, *, levels: int = INPUTS, bound: float | None = None, block: int | None = None, lopsided: bool = False
+) -> SymbolicArray:
     """Integers that are read as such by a product, and as numbers by whatever else asks."""
     largest = None
     if x.dims[-1] != 0 and bound is None:
         least = constant(numpy.asarray(numpy.finfo(x.dtype).smallest_normal, x.dtype))
         largest = node("Max", node("ReduceMax", node("Abs", x), constant(numpy.array([-1])), keepdims=1), least)
+        largest = node("Add", largest, _no_number(x))  # what is largest beside a NaN may be any number
     elif bound not in (None, 1.0):
         largest = constant(numpy.asarray(bound, x.dtype))
     step = numpy.asarray(1.0 / levels, x.dtype)
@@ -46,14 +56,22 @@ def fake_quantize(x: SymbolicArray, *, levels: int = INPUTS, bound: float | None
     return y
 
 
+def _no_number(x: SymbolicArray) -> SymbolicArray:
+    """0 for each row, or NaN where a number of it is infinite or NaN, which an integer cannot be."""
+    return node("ReduceSum", node("Sub", x, x), constant(numpy.array([-1])), keepdims=1)
+
+
+fake_quantize.accepts = lambda x, **attrs: numpy.dtype(x.dtype) == numpy.float32 and set(attrs) <= {"levels", "bound"}  # type: ignore[attr-defined]
+
+
 def of_constant(x: SymbolicArray, **attrs: Any) -> SymbolicArray:
     """A weight as integers can say it, under its name."""
     found = constant(OPS["fake_quantize"].definition(x.constant, **attrs)[0], x.name)
-    found.integers = WEIGHTS
+    found.integers = attrs
     return found
 
 
-def integer_product(x: SymbolicArray, matrix: NumPyArray, name: str) -> SymbolicArray:
+def product_of_bytes(x: SymbolicArray, matrix: NumPyArray, name: str) -> SymbolicArray:
     """x · matrix for an `x` that has `integers` and a matrix (inputs, outputs) whose columns are integers within ±64 times a step."""
     given = x.integers
     q, step = _read(matrix, 0)
@@ -62,7 +80,41 @@ def integer_product(x: SymbolicArray, matrix: NumPyArray, name: str) -> Symbolic
     return y if given.largest is None else node("Mul", y, given.largest)
 
 
-def integer_rows(ids: SymbolicArray, table: SymbolicArray) -> SymbolicArray:
+def product_of_nibbles(x: SymbolicArray, matrix: NumPyArray, name: str, *, block: int) -> SymbolicArray:
+    """x · matrix for a matrix (inputs, outputs) of which each block of a column is integers from −8 to 7 times a step."""
+    q, steps, size = in_nibbles(matrix.T, block)
+    y = foreign_node(
+        "com.microsoft",
+        "MatMulNBits",
+        x,
+        constant(q, f"{name}.int4"),
+        constant(steps, f"{name}.steps"),
+        like=x,
+        features=matrix.shape[1],
+        K=matrix.shape[0],
+        N=matrix.shape[1],
+        bits=4,
+        block_size=size,
+        accuracy_level=_BYTES_AS_THEY_ARE,
+    )
+    return node("Add", y, _no_number(x))
+
+
+def in_nibbles(rows: NumPyArray, block: int) -> tuple[NumPyArray, NumPyArray, int]:
+    """Integers plus 8, two in a byte (rows, blocks, bytes); the steps (rows, blocks); and the size of a block, a power of 2."""
+    count, inputs = rows.shape
+    size = min(block, max(_LEAST_BLOCK, 1 << (inputs - 1).bit_length()))
+    blocks = -(-inputs // size)
+    whole = numpy.zeros((count, blocks * size), rows.dtype)
+    whole[:, :inputs] = rows
+    parts = whole.reshape(count, blocks, size)
+    largest = numpy.take_along_axis(parts, numpy.abs(parts).argmax(axis=-1)[..., None], axis=-1)
+    steps = (largest / rows.dtype.type(-8)).astype(rows.dtype)
+    q = numpy.rint(parts / numpy.where(steps == 0, 1, steps)).astype(numpy.int8) + 8
+    return (q[..., ::2] | q[..., 1::2] << 4).astype(numpy.uint8), steps[..., 0], size
+
+
+def rows_of_bytes(ids: SymbolicArray, table: SymbolicArray) -> SymbolicArray:
     """Rows of a table whose rows are integers times a step."""
     assert table.constant is not None
     q, step = _read(table.constant, 1)

@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy
 
 from portnorm.quantization import WEIGHTS
+from portnorm_onnx.integers import in_nibbles
 from portnorm_onnx.symbolic import NumPyArray
 
 Entry = dict[str, Any]
@@ -102,7 +103,7 @@ def entry(values: NumPyArray, held: bool, weights: Mapping[str, Weight], order: 
         return found | {"fill": first[0].item()}
     if held:
         return found
-    integers = _of_integers(values, weights)
+    integers = _of_integers(values, weights) or _of_nibbles(values, weights)
     if integers is not None:
         return found | integers
     return found | (_of_another(values, weights, order, step) or {"data": _packed(values)})
@@ -124,6 +125,8 @@ def restored(kept: Entry, base: Callable[[str, str, str, tuple[int, ...]], NumPy
         known = [b for b in blocks if b is not None]
         steps = _unpacked(kept["steps"], dtype, shape[:1])
         return numpy.concatenate(known).astype(dtype) * steps[:, None] if len(known) == len(blocks) else None
+    if "nibbles" in kept:
+        return _out_of_nibbles(kept, base, shape, dtype)
     if "of" not in kept:
         return None
     bases = [base(name, form, total, shape) for name, form, total in kept["of"]]
@@ -167,6 +170,40 @@ def _of_integers(v: NumPyArray, weights: Mapping[str, Weight]) -> Entry | None:
         found.append((name, form, checksum(values), len(values)))
         row += len(values)
     return {"integers": found, "steps": _packed(steps)}
+
+
+def _of_nibbles(v: NumPyArray, weights: Mapping[str, Weight]) -> Entry | None:
+    """The same for integers of four bits, two in a byte, where a block of each row has a step."""
+    held = {n: w for n, w in weights.items() if n.endswith(".int4") and len(w.shape) == 3} if v.ndim == 2 and v.dtype == "f4" else {}
+    if not held or not numpy.isfinite(v).all():
+        return None
+    q, steps, _ = in_nibbles(v, 2 * next(iter(held.values())).shape[2])
+    found: list[tuple[str, str, list[int]]] = []
+    row = 0
+    while row < len(q):
+        same = [(n, w.read()) for n, w in held.items() if w.shape[1:] == q.shape[1:] and numpy.array_equal(q[row:][: w.shape[0]], w.read())]
+        if not same:
+            return None
+        name, values = same[0]
+        found.append((name, checksum(values), list(values.shape)))
+        row += len(values)
+    kept = {"nibbles": found, "steps": _packed(steps)}
+    back = _numbers_of(q, steps, v.shape)
+    return kept if _same(back, v) else None
+
+
+def _out_of_nibbles(kept: Entry, base: Any, shape: tuple[int, ...], dtype: Any) -> NumPyArray | None:
+    parts = [base(name, "", total, tuple(own)) for name, total, own in kept["nibbles"]]
+    if any(part is None for part in parts):
+        return None
+    q = numpy.concatenate(parts)
+    return _numbers_of(q, _unpacked(kept["steps"], dtype, (q.shape[0], q.shape[1])), shape)
+
+
+def _numbers_of(q: NumPyArray, steps: NumPyArray, shape: tuple[int, ...]) -> NumPyArray:
+    integers = numpy.stack([q & 15, q >> 4], axis=-1).reshape(*q.shape[:2], -1).astype(steps.dtype) - 8
+    found: NumPyArray = (integers * steps[..., None]).reshape(len(q), -1)[:, : shape[1]] + 0.0
+    return found
 
 
 def _integer_blocks(weights: Mapping[str, Weight], columns: int) -> Iterator[tuple[str, str, NumPyArray]]:

@@ -6,6 +6,7 @@ standard's functions. A later operator set is an earlier one with rows replaced.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from onnx import TensorProto, helper
 from portnorm.arrays import statistics_dtype
 from portnorm_onnx.fold import folded, product, table_rows
 from portnorm_onnx.fused import fused
-from portnorm_onnx.integers import fake_quantize, integer_product, integer_rows, of_constant
+from portnorm_onnx.integers import fake_quantize, of_constant, product_of_bytes, product_of_nibbles, rows_of_bytes
 from portnorm_onnx.namespace import NAMESPACE, shape_vector
 from portnorm_onnx.norms import normalize, normalize_with_rms
 from portnorm_onnx.scan import loop
@@ -115,14 +116,23 @@ def _flip(x: SymbolicArray, axis: int) -> SymbolicArray:
     return _getitem(x, (slice(None),) * (axis % x.ndim) + (slice(None, None, -1),))
 
 
-def _integer_product(x: SymbolicArray, weight: SymbolicArray, *, bound: float | None = None) -> SymbolicArray:
-    if x.integers is None:
+def _integer_product(x: SymbolicArray, weight: SymbolicArray, *, bound: float | None = None, block: int | None = None) -> SymbolicArray:
+    if block is None and x.integers is None:
         x = fake_quantize(x, bound=bound)
-    whole = product(x, weight, None)
+    multiply = product_of_bytes if block is None else functools.partial(product_of_nibbles, block=block)
+    whole = product(x, weight, None, multiply)
     if whole is not None:
         return whole
     columns = NAMESPACE.matrix_transpose(weight)
-    return integer_product(x, columns.constant, columns.name or "weight")
+    return multiply(x, columns.constant, columns.name or "weight")
+
+
+def _has_integer_product(x: SymbolicArray, weight: SymbolicArray, **attrs: Any) -> bool:
+    """Of float32 and weights that are known; in training they change."""
+    return weight.constant is not None and numpy.dtype(x.dtype) == numpy.float32
+
+
+_integer_product.accepts = _has_integer_product  # type: ignore[attr-defined]
 
 
 def _linear(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None = None) -> SymbolicArray:
@@ -205,7 +215,8 @@ def _split(x: SymbolicArray, parts: int | tuple[int, ...]) -> tuple[SymbolicArra
 
 
 def _looked_up(ids: SymbolicArray, weight: SymbolicArray) -> SymbolicArray:
-    return node("Gather", weight, ids, axis=0)
+    of_integers = weight.constant is not None and weight.integers is not None and weight.dtype == numpy.float32
+    return rows_of_bytes(ids, weight) if of_integers else node("Gather", weight, ids, axis=0)
 
 
 class Looked(NamedTuple):
@@ -260,6 +271,7 @@ _SAME: dict[str, str] = {
     "logical_or": "Or",
     "logical_not": "Not",
     "matmul": "MatMul",
+    "round": "Round",
     "isnan": "IsNaN",
 }
 
@@ -293,7 +305,7 @@ _OPS: dict[str, Row] = {
     "sigmoid": lambda x: node("Sigmoid", x),
     "split": _split,
     "linear": _linear,
-    "embedding": lambda ids, weight: _looked_up(ids, weight) if weight.integers is None else integer_rows(ids, weight),
+    "embedding": _looked_up,
     "fake_quantize": fake_quantize,
     "integer_product": _integer_product,
     "normalize": normalize,

@@ -52,7 +52,7 @@ def described(
     """Write into the model what it takes to check it and to read the layer back."""
     weights = _weights(proto, None)
     graph = {"names": names or {}, "dtype": dtype, "streaming": streaming, "holds": holds, "written": facts(proto)}
-    graph |= {} if model.quantizes is None else {"quantize": model.quantizes}
+    graph |= {} if model.quantizes is None else {"quantize": [getattr(part, "quantize", None) for part in model.layers()]}
     graph["numbers"] = {name: checksum(weight.read()) for name, weight in weights.items()}
     set_props(proto, _props(weights, model, prefix, dtype) | {f"{prefix}{_GRAPH}": json.dumps(graph)})
 
@@ -254,7 +254,7 @@ class _Back:
         """An array, or `None` where the file does not hold it, and whether it is the one that was exported."""
         order = _order(self.layer, name)
         values = restored(kept, lambda of, form, base, shape: self._base(of, form, base, shape, order))
-        if values is None and not {"of", "integers"} & kept.keys():
+        if values is None and not {"of", "integers", "nibbles"} & kept.keys():
             values = _named(self.weights, self.layer, self.prefix, name, shape)
         if values is not None and _is(values, kept):
             return values, True

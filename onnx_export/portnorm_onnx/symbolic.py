@@ -47,6 +47,8 @@ class Node:
     attributes: dict[str, Any]
     outputs: tuple[SymbolicArray, ...] = ()
     body: Body | None = None
+    domain: str = ""
+    """Whose operator it is; "" for ONNX's own."""
     serial: int = field(default_factory=lambda: next(_serial))
 
 
@@ -248,6 +250,13 @@ def nodes(
         for dtype, shape in _inferred(op_type, count, inputs, attributes, opset.version)
     )
     return made.outputs
+
+
+def foreign_node(domain: str, op_type: str, *inputs: SymbolicArray, like: SymbolicArray, features: int, **attributes: Any) -> SymbolicArray:
+    """A node of an operator that is not ONNX's own, whose output has the shape and type of `like` but for the last length."""
+    made = Node(op_type, inputs, attributes, domain=domain)
+    made.outputs = (SymbolicArray(like.dtype, (*like.dims[:-1], features), opset_of(*inputs), producer=made),)
+    return made.outputs[0]
 
 
 def _inferred(

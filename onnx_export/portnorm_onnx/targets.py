@@ -45,8 +45,8 @@ class Target:
     """LayerNormalization may have a gain over more axes than it normalizes."""
     without: frozenset[str] = frozenset()
     """Operators that are traced instead."""
-    integers: bool = True
-    """Whether it has QuantizeLinear and MatMulInteger."""
+    integers: tuple[str, ...] = ("int8",)
+    """The products of integers that it has."""
     dtypes: tuple[str, ...] = ("float16", "float32")
     """Types that every runtime of the target computes in."""
     only: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -82,6 +82,7 @@ TARGETS: dict[str, Target] = {
             functions=True,
             peepholes=True,
             wide_gains=True,
+            integers=("int8", "int4"),
             dtypes=("float16", "bfloat16", "float32", "float64"),
             only={"bfloat16": frozenset({"LayerNormalization"})},
             reason="has every operator used here, RMSNormalization from opset 23 on; 1.31 loads opsets up to 26, 1.32 up to 28",
@@ -113,6 +114,7 @@ TARGETS: dict[str, Target] = {
             functions=True,
             peepholes=True,
             wide_gains=True,
+            integers=("int8", "int4"),
             dtypes=("float16", "float32", "float64"),
             reason="onnxruntime's CPU kernels, compiled to WebAssembly; 1.30 loads no opset above 26",
         ),
@@ -121,7 +123,7 @@ TARGETS: dict[str, Target] = {
             ("onnxruntime",),
             last_opset=22,
             without=frozenset({"RMSNormalization", "InstanceNormalization"}),
-            integers=False,
+            integers=(),
             dtypes=("float16", "bfloat16", "float32"),
             reason="by its documentation (10.x), not run here; RMSNormalization only from 10.15 on, no MatMulInteger",
         ),
@@ -145,13 +147,18 @@ def check_dtype(target: Target, dtype: str, where: str = "") -> None:
         )
 
 
-def check_integers(target: Target, dtype: str) -> None:
-    """Raise `UnsupportedError` where the target has no products of integers, or the model is not float32 around them."""
-    if not target.integers:
-        others = [repr(row.name) for row in TARGETS.values() if row.integers]
-        raise UnsupportedError(f"`quantize`: target {target.name!r} has no MatMulInteger; target={' or '.join(others)} has it")
+def check_integers(target: Target, dtype: str, quantize: str) -> None:
+    """Raise `UnsupportedError` where the target has no such products of integers, or the model is not float32 around them."""
+    if quantize not in target.integers:
+        others = [repr(row.name) for row in TARGETS.values() if quantize in row.integers]
+        raise UnsupportedError(
+            f"`quantize` is {quantize!r}: target {target.name!r} has no {_PRODUCTS[quantize]}; target={' or '.join(others)} has it"
+        )
     if dtype != "float32":
         raise UnsupportedError(f"`quantize` of a graph in {dtype}; expected float32: convert with `dtype='float32'`")
+
+
+_PRODUCTS = {"int8": "MatMulInteger", "int4": "MatMulNBits"}
 
 
 def check_types(proto: onnx.ModelProto, target: Target, dtype: str) -> None:

@@ -25,7 +25,7 @@ from portnorm.arrays import leaves, mapped, to_numpy
 from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
-from portnorm.layers.quantized import quantized, with_rounded_weights
+from portnorm.layers.quantized import with_rounded_weights
 from portnorm.quantization import rounding_moved
 from portnorm_onnx.loops import BEFORE, OPERATORS, count_given, loops_of, state_type
 from portnorm_onnx.metadata import changes_of, graph_facts, on_numpy, read_layer, rounded
@@ -53,9 +53,9 @@ STEP_FACTOR = 4.0
 # at the worst of this many eager runs, each with inputs moved by at most one unit in the last place. For one step inputs alone show too
 # little, since layer normalization takes back what scales all gates alike, as a change of a single pixel does: there weights are moved too.
 ROUNDINGS = 8
-# Of a step between two integers: numbers so near to the middle may be rounded to either. 128 steps with an error of 256 units in the last
-# place of float32 are 0.004.
-TURN = 2.0**-8
+# Of a step between two integers: numbers so near to the middle may be rounded to either. What goes into a rounding may differ by the units
+# in the last place of the first gate, and is at most 127 steps.
+TURN = 127 * 16 * 2.0**-23
 # A graph of a fixed number of steps: the states that they are tried from.
 ROUNDS = 3
 # Trajectory: a multiple of the eager run's own distance to float64, and a floor for where that is zero by chance. Nothing more exact than
@@ -235,7 +235,7 @@ class Graph:
     def of(cls, draft: Draft, model: Layer, tolerance: float | None = None) -> Graph:
         facts = graph_facts(draft.proto)
         if facts["quantize"] is not None:
-            model = with_rounded_weights(model if model.quantizes is not None else quantized(model, facts["quantize"]))
+            model = with_rounded_weights(_as_recorded(model, facts["quantize"]))
         there = {v.name for v in (*draft.proto.graph.input, *draft.proto.graph.output)}
         if not (facts["described"] and {facts["names"].get(name, name) for name in ("x", "y")} <= there):
             facts |= by_place(draft.proto, model)
@@ -252,7 +252,8 @@ class Graph:
     @cached_property
     def wide(self) -> bool:
         """Whether its weights are so large that checks are counted."""
-        return size_of(self.draft.proto) > WIDE
+        own: int = sum(to_numpy(a).nbytes for a in self.model.params.values())
+        return max(size_of(self.draft.proto), own) > WIDE
 
     @property
     def steps(self) -> int | None:
@@ -381,6 +382,18 @@ def _renamed(proto: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProt
         for ends in (n.input, n.output):
             for k, end in enumerate(ends):
                 ends[k] = names.get(end, end)
+    return copy
+
+
+def _as_recorded(model: Layer, names: Sequence[Any]) -> Layer:
+    """A model that says itself what it rounds, or one of which the file says which parts."""
+    parts = list(model.layers())
+    if model.quantizes is not None or len(parts) != len(names):
+        return model
+    copy = model.copy()
+    for part, name in zip(copy.layers(), names, strict=True):
+        if name is not None:
+            part.quantize = name
     return copy
 
 

@@ -11,7 +11,7 @@ from portnorm.cells.slots import Slot, Slots
 from portnorm.cells.variants import Variant
 from portnorm.norm.normalize import Reduce
 from portnorm.pointwise import ACTIVATIONS, Activation
-from portnorm.quantization import fake_quantize, integer_product
+from portnorm.quantization import SCHEMES, QuantizeName, fake_quantize, integer_product
 from portnorm.scan import Params, State
 
 
@@ -23,8 +23,8 @@ class RecurrentCell:
     training: bool = False
     reduce: Reduce | None = None
     """The sum over all processes that have a part of the batch, for its statistics."""
-    quantizes: bool = False
-    """Whether what is multiplied with weights is rounded to what integers can say (`portnorm.quantization`), as the weights already are."""
+    quantize: QuantizeName | None = None
+    """How what is multiplied with weights is rounded to what integers can say (`portnorm.quantization`), as the weights already are."""
     h_bound: float | None = None
     """The largest |h|, if it is known: then its integers need not be looked for in each row."""
     draws_zoneout: bool = False
@@ -55,7 +55,7 @@ class RecurrentCell:
         object.__setattr__(self, "input_slot", self._input_slot())
         object.__setattr__(self, "early_biases", self._early_biases())
         object.__setattr__(
-            self, "_hash", hash((type(self), self.variant, self.training, self.reduce, self.quantizes, self.h_bound, self.draws_zoneout))
+            self, "_hash", hash((type(self), self.variant, self.training, self.reduce, self.quantize, self.h_bound, self.draws_zoneout))
         )
 
     def __hash__(self) -> int:
@@ -165,8 +165,8 @@ class RecurrentCell:
     @classmethod
     def bounds_h(cls, variant: Variant) -> bool:
         """Whether |h| is at most 1 after every step: it is a mean of tanhs, or one that a gate lets through in part."""
-        _, candidate, state = variant.activations()
-        return (state if cls.forget_gate is not None else candidate) == "tanh"
+        gates, candidate, state = variant.activations()
+        return "sigmoid" in gates and (state if cls.forget_gate is not None else candidate) == "tanh"
 
     def shared(self) -> tuple[str, ...]:
         own = tuple(f"{name}.{p}" for name, slot in self.slots.items() for p in slot.parameters())
@@ -190,16 +190,16 @@ class RecurrentCell:
         return a if bias is None else a + bias
 
     def product(self, params: Mapping[str, Array], h: Array, weight: Array) -> Array:
-        """h · weightᵀ, of integers where the cell `quantizes`; `h` may be what gates make of it."""
-        if not self.quantizes:
+        """h · weightᵀ, of integers where the cell is to `quantize`; `h` may be what gates make of it."""
+        if self.quantize is None:
             return xp_of(h).matmul(h, xp_of(h).matrix_transpose(weight))
-        return integer_product(h, weight, bound=self._bound(params))
+        return integer_product(h, weight, bound=self._bound(params), block=SCHEMES[self.quantize].inputs.block)
 
     def factor(self, params: Mapping[str, Array], h: Array) -> Array:
         """h as `product` sees it, for the gradient of the weight."""
-        if not self.quantizes or self.variant.recurrence == "diagonal":
+        if self.quantize is None or self.variant.recurrence == "diagonal":
             return h
-        return fake_quantize(h, bound=self._bound(params))
+        return fake_quantize(h, bound=self._bound(params), **SCHEMES[self.quantize].inputs.arguments)
 
     def _bound(self, params: Mapping[str, Array]) -> float | None:
         return None if "hidden_mask" in params else self.h_bound

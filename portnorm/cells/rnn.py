@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.slots import SlotsVjp
+from portnorm.cells.variants import Variant
 from portnorm.scan import Params, State
 
 
@@ -41,6 +42,11 @@ class RNNCell(RecurrentCell):
         "peepholes": (False,),
         "clip": (None,),
     }
+
+    @classmethod
+    def bounds_h(cls, variant: Variant) -> bool:
+        """Nothing is carried beside the product, and an integer cannot say that h is no number: the largest of a row can."""
+        return False
 
     def step(self, params: Params, state: State, x: tuple[Array, ...], active: Array | None) -> tuple[State, State, RNNResiduals]:
         (before,) = state

@@ -397,6 +397,10 @@ def to_format(layer: Layer, format: str) -> dict[str, NumPyArray]:  # noqa: A002
     """
     if format not in FORMATS:
         raise UnsupportedError(f"`format` is {format!r}; expected one of {', '.join(map(repr, FORMATS))}")
+    if layer.quantizes is not None:
+        raise UnsupportedError(
+            f"{layer!r} computes with integers, which no format says; `layer.quantize = None` makes it a layer whose arrays are all of it"
+        )
     own = {name: to_numpy(a) for name, a in layer.state_dict().items()}
     layers, directions = (layer.num_layers, layer.num_directions) if isinstance(layer, Recurrent) else (1, 1)
     for row in ROWS:

@@ -9,7 +9,7 @@ from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.lookup import embedding
 from portnorm.padding import Counted
-from portnorm.quantization import WEIGHTS, QuantizeName, checked_quantize, fake_quantize
+from portnorm.quantization import SCHEMES, QuantizeName, checked_quantize, fake_quantize
 from portnorm.scalars import whole_number
 
 
@@ -61,7 +61,9 @@ class Embedding(StatelessLayer):
         keep: bool,
         random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
-        weight = params["weight"] if self.quantize is None else fake_quantize(params["weight"], levels=WEIGHTS)
+        weight = params["weight"]
+        if self.quantize is not None:
+            weight = fake_quantize(weight, **SCHEMES[self.quantize].tables.arguments)
         if not keep:
             return embedding(x, weight), state, buffers, None
         y, residuals = embedding.forward(x, weight)

@@ -36,6 +36,7 @@ from portnorm.layers.initial import Generator
 from portnorm.layers.randomness import Draw, uniform_numbers
 from portnorm.op import require_cotangent
 from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of, valid, without_padding
+from portnorm.quantization import QuantizeName
 from portnorm.scalars import switch
 from portnorm.statistics import BATCHES, VALUES
 
@@ -109,6 +110,8 @@ class Layer:
         if "params" in self.__dict__ and (name in self._settings or name in self._given):
             value = self._setting(name, value)
             super().__setattr__("changes", str(next(_NUMBERS)))
+        elif name == "quantize" and "params" in self.__dict__ and value is not None:
+            raise UnsupportedError(f"`quantize` is {value!r}, but {type(self).__name__} has no weights to quantize; expected None")
         super().__setattr__(name, value)
 
     def told(self) -> str:
@@ -509,7 +512,7 @@ class Layer:
         raise NotImplementedError
 
     @property
-    def quantizes(self) -> str | None:
+    def quantizes(self) -> QuantizeName | None:
         """How products of the layer, or of a layer inside it, are computed with integers, or `None` where none is."""
         return next((part.quantize for part in self.layers() if getattr(part, "quantize", None) is not None), None)  # type: ignore[attr-defined]
 

@@ -10,7 +10,7 @@ from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, uniform
 from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.padding import Counted
-from portnorm.quantization import WEIGHTS, QuantizeName, checked_quantize, fake_quantize, integer_product
+from portnorm.quantization import SCHEMES, QuantizeName, checked_quantize, fake_quantize, integer_product
 from portnorm.scalars import switch, whole_number
 
 
@@ -62,11 +62,12 @@ class Linear(StatelessLayer):
     ) -> tuple[Array, Any, Arrays, Any]:
         weight, bias = params["weight"], params.get("bias")
         if self.quantize is not None:
-            weight = fake_quantize(weight, levels=WEIGHTS)
+            scheme = SCHEMES[self.quantize]
+            weight = fake_quantize(weight, **scheme.weights.arguments)
             if not keep:
-                y = integer_product(x, weight)
+                y = integer_product(x, weight, block=scheme.inputs.block)
                 return (y if bias is None else y + bias), state, buffers, None
-            x = fake_quantize(x)
+            x = fake_quantize(x, **scheme.inputs.arguments)
         if not keep:
             return linear(x, weight, bias), state, buffers, None
         y, residuals = linear.forward(x, weight, bias)

@@ -40,6 +40,10 @@ _FURTHER = ("t_max", "momentum", "proj_size", "learned_state", *_RATES, "quantiz
 _SETTINGS = (*_SIZES, "batch_first", "return_sequences", "direction", *_FURTHER)
 
 
+_H_BOUND = 1.0 + 2.0**-7
+"""The largest |h| that may come where |h| ≤ 1 is taken for granted: so much is rounding in the narrowest type."""
+
+
 class StackResiduals(NamedTuple):
     """What the vjp of a stack needs: per layer and direction, and the shapes that the cotangent of a missing state takes."""
 
@@ -289,7 +293,7 @@ class Recurrent(Layer):
         return self._made[1]
 
     def _new_places(self) -> Iterator[tuple[str, int, Direction]]:
-        usual = self.cell(self.variant, False, self.reduce, self.quantize is not None, 1.0 if self._bounds_h else None)
+        usual = self.cell(self.variant, False, self.reduce, self.quantize, 1.0 if self._bounds_h else None)
         cells = usual, dataclasses.replace(usual, training=True)
         zoned = dataclasses.replace(cells[1], draws_zoneout=True) if self.variant.zoneout else cells[1]
         for layer in range(self.num_layers):
@@ -303,7 +307,7 @@ class Recurrent(Layer):
     @property
     def _bounds_h(self) -> bool:
         """Whether products of integers take |h| ≤ 1 for granted."""
-        return self.quantize is not None and self.cell.bounds_h(self.variant) and not self.proj_size and not self.learned_state
+        return self.quantize == "int8" and self.cell.bounds_h(self.variant) and not self.proj_size and not self.learned_state
 
     def _start_statistics(self) -> None:
         if self.variant.norm != "batch":
@@ -528,7 +532,7 @@ class Recurrent(Layer):
                 raise ShapeError(
                     f"`state` has {name} of shape {tuple(array.shape)}; expected (layers × directions, batch, hidden) = {expected}"
                 )
-            if name == "h" and self._bounds_h and is_concrete(array) and 0 not in array.shape and float(xp.max(xp.abs(array))) > 1.0:
+            if name == "h" and self._bounds_h and is_concrete(array) and 0 not in array.shape and float(xp.max(xp.abs(array))) > _H_BOUND:
                 raise UnsupportedError(
                     f"`state` has an h of up to {float(xp.max(xp.abs(array))):g}; expected at most 1, since `quantize` {self.quantize!r} "
                     "takes h for what the layer gives, which lies in (−1, 1)"

@@ -11,6 +11,7 @@ from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.layers.randomness import Draw
 from portnorm.padding import Counted, Mask, steps_of
+from portnorm.quantization import QuantizeName
 
 
 class Sequential(Layer):
@@ -73,6 +74,16 @@ class Sequential(Layer):
     def turns_time(self) -> bool:  # type: ignore[override]
         """Whether the result has the last step of the input first."""
         return sum(part.turns_time for part in self.parts) % 2 == 1
+
+    @property
+    def quantize(self) -> QuantizeName | None:
+        """How products of the parts are computed with integers. Set, it is that of every part that has weights."""
+        return self.quantizes
+
+    @quantize.setter
+    def quantize(self, quantize: QuantizeName | None) -> None:
+        for part in (layer for layer in self.layers() if "quantize" in layer._settings):
+            part.quantize = quantize
 
     @property
     def masks(self) -> bool:  # type: ignore[override]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from portnorm.arrays import Kernel
-from portnorm.quantization import INPUTS, WEIGHTS, fake_quantize, is_rounding_moved
+from portnorm.quantization import INPUTS, SCHEMES, WEIGHTS, Grid, fake_quantize, is_rounding_moved
 from portnorm_backends.cpu.layout import NumPyArray
 from portnorm_backends.cpu.warming import ready
 
@@ -21,34 +21,40 @@ _FLOAT32 = numpy.dtype("float32")
 
 
 class _Integers(NamedTuple):
-    """A weight (outputs, inputs) that was rounded: itself, its integers, and the step of each row."""
+    """A weight (outputs, inputs) that was rounded: itself, and where it has eight bits its integers and the step of each row."""
 
     rounded: NumPyArray
     q: NumPyArray
     steps: NumPyArray
 
 
-_of_weight: dict[int, tuple[weakref.ref[NumPyArray], _Integers]] = {}
+_empty = numpy.empty(0)
+_GRIDS = {scheme.weights for scheme in SCHEMES.values()}
+
+_of_weight: dict[tuple[int, Grid], tuple[weakref.ref[NumPyArray], _Integers]] = {}
 _of_rounded: dict[int, _Integers] = {}
 """By the address of an array that lives: a weight goes with its entry in the first, a rounded one lives in that entry."""
 
 
-def _is_fixed(x: Any, *, levels: int = INPUTS, bound: float | None = None) -> bool:
+def _is_fixed(x: Any, *, levels: int = INPUTS, bound: float | None = None, block: int | None = None, lopsided: bool = False) -> bool:
     """A matrix of weights that can only be read, and is no view of what could be written."""
-    if levels != WEIGHTS or bound is not None or type(x) is not numpy.ndarray or x.dtype != _FLOAT32:
+    if Grid(levels, block, lopsided) not in _GRIDS or bound is not None or type(x) is not numpy.ndarray or x.dtype != _FLOAT32:
         return False
     return x.ndim == 2 and x.size > 0 and not x.flags.writeable and x.base is None and x.flags.c_contiguous
 
 
-def _rounded(x: NumPyArray, *, levels: int = INPUTS, bound: float | None = None) -> NumPyArray:
-    known = _of_weight.get(id(x))
+def _rounded(x: NumPyArray, **attrs: Any) -> NumPyArray:
+    grid = Grid(**attrs)
+    known = _of_weight.get((id(x), grid))
     if known is not None and known[0]() is x:
         return known[1].rounded
-    rounded: NumPyArray = fake_quantize.definition(x, levels=WEIGHTS)[0]
-    steps = numpy.max(numpy.abs(rounded), axis=1) / _FLOAT32.type(WEIGHTS)
-    q = numpy.rint(rounded / numpy.where(steps > 0, steps, 1)[:, None]).astype(numpy.int8)
+    rounded: NumPyArray = fake_quantize.definition(x, **attrs)[0]
     rounded.flags.writeable = False
-    made, key = _Integers(rounded, q, steps), id(x)
+    q, steps = _empty, _empty
+    if grid.levels == WEIGHTS:
+        steps = numpy.max(numpy.abs(rounded), axis=1) / _FLOAT32.type(WEIGHTS)
+        q = numpy.rint(rounded / numpy.where(steps > 0, steps, 1)[:, None]).astype(numpy.int8)
+    made, key = _Integers(rounded, q, steps), (id(x), grid)
 
     def forget(_: Any) -> None:
         _of_rounded.pop(id(made.rounded), None)
@@ -59,16 +65,16 @@ def _rounded(x: NumPyArray, *, levels: int = INPUTS, bound: float | None = None)
     return rounded
 
 
-def _is_few(x: Any, weight: Any, *, bound: float | None = None) -> bool:
+def _is_few(x: Any, weight: Any, *, bound: float | None = None, block: int | None = None) -> bool:
     """A few rows, and weights whose integers are known."""
     known = _of_rounded.get(id(weight))
-    if known is None or known.rounded is not weight or type(x) is not numpy.ndarray or x.dtype != _FLOAT32:
+    if known is None or block is not None or known.rounded is not weight or type(x) is not numpy.ndarray or x.dtype != _FLOAT32:
         return False
     fits = x.ndim > 0 and x.shape[-1] == weight.shape[1] and 0 < x.size <= _ROWS * x.shape[-1]
     return bool(fits and bound in (None, 1.0) and not is_rounding_moved() and ready("integers", _FLOAT32))
 
 
-def _product(x: NumPyArray, weight: NumPyArray, *, bound: float | None = None) -> NumPyArray:
+def _product(x: NumPyArray, weight: NumPyArray, *, bound: float | None = None, block: None = None) -> NumPyArray:
     from portnorm_backends.cpu import integer_rows
 
     known, inputs = _of_rounded[id(weight)], x.shape[-1]

@@ -144,7 +144,7 @@ def _shapes(cell: RecurrentCell, size: int) -> dict[str, tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _is_known(cell: Any) -> bool:
-    if cell.quantizes or type(cell) not in _LOOPS or not set(cell.slots) <= set(_LOOPS[type(cell)].slots):
+    if cell.quantize is not None or type(cell) not in _LOOPS or not set(cell.slots) <= set(_LOOPS[type(cell)].slots):
         return False
     v = cell.variant
     plain = (v.recurrence, v.zoneout, v.peepholes, v.clip, v.affine, *v.activations()) == (

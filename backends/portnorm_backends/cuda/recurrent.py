@@ -65,7 +65,7 @@ def accepts(
     v = cell.variant
     if (
         cell.reduce is not None
-        or cell.quantizes
+        or cell.quantize is not None
         or v.zoneout
         or v.peepholes
         or v.clip is not None
