@@ -22,7 +22,7 @@ from portnorm.layers.recurrent import Recurrent
 from portnorm_onnx.kept import checksum, entry, restored
 from portnorm_onnx.keys import props_of, set_props
 from portnorm_onnx.storage import weights_of
-from tests.cases import HEAVY_PRESETS
+from tests.cases import HEAVY_PRESETS, LAYERS
 from tests.test_export import lstm, recurrent
 from tests.tolerances import MADE_SMALLER
 
@@ -312,6 +312,31 @@ def test_a_weight_that_was_edited(tmp_path: Path) -> None:
     with pytest.warns(pn.ChangedFileWarning, match=r"what is loaded: weight_hh_l0 \(float32\)$"):
         back = pn.load(path)
     np.testing.assert_array_equal(back.state_dict()["weight_hh_l0"], values.T)
+
+
+@pytest.mark.parametrize("keywords", [{"num_layers": 2}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
+def test_a_prefix_leaves_several_loops_valid(cell: str, norm: str | None, target: str, keywords: dict[str, Any]) -> None:
+    """Of a fresh layer, whose loops share what is alike."""
+    model = pn.export(LAYERS[cell](3, 20, norm=norm, rng=0, **keywords), None, target=target).model  # type: ignore[arg-type]
+    onnx.checker.check_model(onnx.compose.add_prefix(model, "pre_"), full_check=True)
+
+
+def test_weights_come_back_as_they_lay(tmp_path: Path) -> None:
+    pn.export(lstm("layer", num_layers=2), tmp_path / "m.onnx")
+    assert all(a.flags.c_contiguous for a in pn.load(tmp_path / "m.onnx").state_dict().values())
+
+
+def test_a_graph_that_a_tool_has_left_unsorted(tmp_path: Path) -> None:
+    layer, path = lstm("layer"), tmp_path / "m.onnx"
+    model = pn.export(layer, None).model
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    onnx.save(model, path)
+    with pytest.raises(pn.ExportError, match="a tool has left the nodes in another order"):
+        pn.verify(path, layer)
 
 
 def test_changes_are_none_in_a_file_as_it_was_exported(tmp_path: Path) -> None:

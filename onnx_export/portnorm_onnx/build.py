@@ -91,8 +91,8 @@ def _put(tensor: onnx.TensorProto, name: str, values: NumPyArray) -> None:
     tensor.raw_data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-_SMALL = 64
-"""Bytes up to which a weight is copied for every loop that reads it."""
+_SMALL = 2**16
+"""Bytes up to which a weight is copied for every loop that reads it: those of vectors, which are few beside matrices."""
 
 
 def _copy_small(graph: onnx.GraphProto) -> None:

@@ -159,7 +159,7 @@ def read_layer(
         if values is None:
             missing.append(name)
             continue
-        arrays[name] = values
+        arrays[name] = numpy.asarray(values, order="C")  # as a layer's own: BLAS sums in another order along other strides
         if not sound:
             other.append(f"{name} ({values.dtype})")
     moved = [] if other else _moved(weights, _object(props, f"{prefix}{_GRAPH}").get("numbers"))

@@ -164,7 +164,8 @@ class Draft:
                 onnx.checker.check_model(self.proto, full_check=True)
                 onnx.shape_inference.infer_shapes(self.proto, check_type=True, strict_mode=True, data_prop=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ExportError(f"the graph is not valid ONNX: {error}") from error
+            way = "; a tool has left the nodes in another order than they run in: sort them, as onnxslim does, and check that file"
+            raise ExportError(f"the graph is not valid ONNX: {error}{way if 'topologically sorted' in str(error) else ''}") from error
 
     def publish(self) -> None:
         """Put the model in its place: weights first, then the model, each whole."""
