@@ -61,6 +61,8 @@ SCHEMES: dict[QuantizeName, Scheme] = {
 """The latter is what onnxruntime's MatMulNBits computes with `accuracy_level` 4, in blocks of 128."""
 
 _moved: ContextVar[float] = ContextVar("moved", default=0.0)
+_movers = 0
+"""How many blocks of `rounding_moved` there are now; a compiler that follows a call can read this, and not the other."""
 
 
 def checked_quantize(name: Any) -> QuantizeName | None:
@@ -119,7 +121,7 @@ def _on_grid(x: Array, levels: int, bound: float | None, lopsided: bool) -> Arra
         if lopsided:  # −levels steps are the largest number itself, of either sign
             largest = xp.where(xp.max(x, axis=-1, keepdims=True) == largest, -largest, largest)
     share = (x if bound == 1.0 else x / largest) / unit
-    if _moved.get():
+    if is_rounding_moved():
         share = share + _moved.get()
     return xp.clip(xp.round(share), float(-levels), float(levels - lopsided)) * (unit * largest)
 
@@ -179,14 +181,16 @@ def _(residuals: tuple[Any, ...], dy: Array, *, bound: float | None = None, bloc
 
 def is_rounding_moved() -> bool:
     """Whether the call is within `rounding_moved`."""
-    return _moved.get() != 0.0
+    return _movers != 0 and _moved.get() != 0.0
 
 
 @contextmanager
 def rounding_moved(by: float) -> Iterator[None]:
     """Within it every number of an input is rounded as if it were so many levels larger: what rounding before it can turn over, it does."""
-    token = _moved.set(by)
+    global _movers
+    token, _movers = _moved.set(by), _movers + 1
     try:
         yield
     finally:
         _moved.reset(token)
+        _movers -= 1

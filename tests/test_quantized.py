@@ -604,12 +604,17 @@ def test_compiled(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(fast(x, lengths=[7, 0, 3])[0], layer(x, lengths=[7, 0, 3])[0], rtol=0, atol=INTEGERS)
 
 
-@pytest.mark.parametrize(
-    "runtime", [pytest.param(n, marks=[] if n in ("onnxruntime", "reference") else pytest.mark.runtime(n)) for n in RUNTIMES]
-)
+def _runtimes() -> list[Any]:
+    four = {runtime for target in TARGETS.values() if "int4" in target.integers for runtime in target.runtimes}
+    pairs = [(name, quantize) for name in RUNTIMES for quantize in SCHEMES if quantize == "int8" or name in four]
+    usual = ("onnxruntime", "reference")
+    return [pytest.param(*pair, marks=[] if pair[0] in usual else pytest.mark.runtime(pair[0]), id="-".join(pair)) for pair in pairs]
+
+
+@pytest.mark.parametrize(("runtime", "quantize"), _runtimes())
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
-def test_every_runtime(cell: str, norm: str | None, streaming: bool, runtime: str, tmp_path: Path) -> None:
+def test_every_runtime(cell: str, norm: str | None, streaming: bool, runtime: str, quantize: Any, tmp_path: Path) -> None:
     layer, path = recurrent(cell, norm), tmp_path / "m.onnx"
-    pn.export(layer, path, quantize="int8", streaming=streaming)
+    pn.export(layer, path, quantize=quantize, streaming=streaming, target="portable" if quantize == "int8" else "web")
     assert pn.verify(path, layer, runtimes=runtime).outcomes[0].status == "passed"
