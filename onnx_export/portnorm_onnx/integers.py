@@ -58,7 +58,7 @@ def fake_quantize(
 
 def _no_number(x: SymbolicArray) -> SymbolicArray:
     """0 for each row, or NaN where a number of it is infinite or NaN, which an integer cannot be."""
-    return node("ReduceSum", node("Sub", x, x), constant(numpy.array([-1])), keepdims=1)
+    return node("ReduceL1", node("Sub", x, x), constant(numpy.array([-1])), keepdims=1)
 
 
 fake_quantize.accepts = lambda x, **attrs: numpy.dtype(x.dtype) == numpy.float32 and set(attrs) <= {"levels", "bound"}  # type: ignore[attr-defined]

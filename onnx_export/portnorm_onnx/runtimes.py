@@ -350,7 +350,7 @@ _ORT: dict[str, frozenset[str]] = {
     "no_steps": frozenset({"Scan", "GRU"}),
     "no_sequences": frozenset({"LSTM", "GRU", "DynamicQuantizeLSTM", FITTED}),
 }
-_ORT_1_30: dict[str, frozenset[str]] = {**_ORT, "no_sequences": _ORT["no_sequences"] | {"ReduceMax"}}
+_ORT_1_30: dict[str, frozenset[str]] = {**_ORT, "no_sequences": _ORT["no_sequences"] | {"ReduceMax", "ReduceL1"}}
 _LOOPS = frozenset({"Scan"})
 _RECURRENT = frozenset({"Scan", "LSTM", "GRU", "RNN"})
 

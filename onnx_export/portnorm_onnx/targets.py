@@ -114,9 +114,9 @@ TARGETS: dict[str, Target] = {
             functions=True,
             peepholes=True,
             wide_gains=True,
-            integers=("int8", "int4"),
             dtypes=("float16", "float32", "float64"),
-            reason="onnxruntime's CPU kernels, compiled to WebAssembly; 1.30 loads no opset above 26",
+            reason="onnxruntime's CPU kernels, compiled to WebAssembly; 1.30 loads no opset above 26, and its MatMulNBits rounds no "
+            "input to integers",
         ),
         Target(
             "tensorrt",
