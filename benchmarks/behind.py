@@ -1,7 +1,7 @@
 """What tools do with exported graphs: `python -m benchmarks.behind`, or `make behind` with the tools in an environment of their own.
 
-Every tool of `behind_tools.py` gets every graph of `behind_graphs.py` for two targets, in a process of its own, which may end early or not at
-all. Writes benchmarks/results/behind.json, from which `make readme` makes the tables of docs/behind-the-export.md.
+Every tool of `behind_tools.py` gets every graph of `behind_graphs.py` for two targets, in a process of its own, which may end early or
+never. Writes benchmarks/results/behind.json, from which `make readme` makes the tables of docs/behind-the-export.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import onnx
 
 import portnorm as pn
-from benchmarks.behind_graphs import GRAPHS, TARGETS, feed_of
+from benchmarks.behind_graphs import GRAPHS, TARGETS, feed_of, sequence_of
 from benchmarks.behind_tools import ROUNDED, TOOLS, Tool
 from portnorm.bench.runner import machine
 from portnorm.checkpoint.onnx_constants import graphs, tensors
@@ -50,14 +50,16 @@ def session(path: Path) -> Any:
 
 def results(run: Any, feed: dict[str, Any]) -> dict[str, Any]:
     """Outputs by name; inputs by their places, since a tool may rename them and change their type."""
-    given = {i.name: a.astype(np.float16) if i.type == "tensor(float16)" else a for i, a in zip(run.get_inputs(), feed.values(), strict=True)}
+    given = {
+        i.name: a.astype(np.float16) if i.type == "tensor(float16)" else a for i, a in zip(run.get_inputs(), feed.values(), strict=True)
+    }
     return dict(zip([o.name for o in run.get_outputs()], run.run(None, given), strict=True))
 
 
 def apart(tool: Tool, before: dict[str, Any], after: dict[str, Any]) -> float:
-    """The largest difference of an output, by name, or by place where the tool has other names."""
-    names = [tool.outputs.get(name, name) for name in before]
-    pairs = zip(before.values(), [after[n] for n in names] if {*names} <= {*after} else after.values(), strict=True)
+    """The largest difference of an output, by its name with or without a prefix."""
+    by_name = {name.rpartition("/")[2]: a for name, a in after.items()} | after
+    pairs = ((a, by_name[tool.outputs.get(name.rpartition("/")[2], name)]) for name, a in before.items())
     return max(float(np.abs(a.astype(np.float64) - b).max()) for a, b in pairs)
 
 
@@ -65,7 +67,10 @@ def float_body(model: onnx.ModelProto) -> bool:
     """Whether a node in the body of a loop reads a matrix in float32."""
     parts = list(graphs(model.graph))
     wide = {
-        t.name for g in parts for t in (*g.initializer, *tensors(g)) if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) >= 2 and min(t.dims[-2:]) > 8
+        t.name
+        for g in parts
+        for t in (*g.initializer, *tensors(g))
+        if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) >= 2 and min(t.dims[-2:]) > 8
     }
     return any(name in wide for g in parts[1:] for n in g.node for name in n.input)
 
@@ -74,10 +79,9 @@ def measure(tool: Tool, graph: str, target: Any, folder: Path) -> dict[str, Any]
     """What comes of it: a word, what was said, the largest difference, what `load` gives, and bytes after over before."""
     source, path = folder / f"{CELLS.index((graph, target))}.onnx", folder / f"made{tool.suffix}"
     row: dict[str, Any] = {"tool": tool.name, "graph": graph, "target": target, "difference": None, "load": None, "size": None}
-    layer = GRAPHS[graph].layer()
     if tool.keywords:
         source = folder / "prefixed.onnx"
-        pn.export(layer, source, target=target, **GRAPHS[graph].keywords, **tool.keywords)
+        pn.export(GRAPHS[graph].layer(), source, target=target, **GRAPHS[graph].keywords, **tool.keywords)
     for old in folder.glob("made*"):
         old.unlink()
     try:
@@ -96,45 +100,47 @@ def measure(tool: Tool, graph: str, target: Any, folder: Path) -> dict[str, Any]
     except Exception as error:
         return row | {"word": "does not run", "said": told(error, folder)}
     row["difference"] = apart(tool, results(session(source), feed), after)
-    return row | judged(tool, layer, source, path, row["difference"], folder)
+    return row | judged(tool, source, path, row["difference"], folder)
 
 
-def judged(tool: Tool, layer: pn.Layer, source: Path, path: Path, difference: float, folder: Path) -> dict[str, Any]:
+def judged(tool: Tool, source: Path, path: Path, difference: float, folder: Path) -> dict[str, Any]:
     """The word for a graph that runs."""
-    if tool.rounds:
-        before, after = onnx.load(source), onnx.load(path)
+    before, after = onnx.load(source), None if tool.suffix == ".ort" else onnx.load(path)
+    if tool.rounds and after is not None:
         if facts(before)["weights"] == facts(after)["weights"]:
             return {"word": "untouched", "said": ""}
         if float_body(after):
             return {"word": "float body", "said": ""}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        model = tool.whole(pn.load(source, prefix=tool.prefix))
         try:
-            pn.verify(path, layer)
-            return {"word": "same", "said": ""}
+            pn.verify(path, model)
+            return {"word": "same" if tool.packages or difference <= EQUAL else "checked", "said": ""}
         except pn.PortnormError as error:
             said, differs = told(error, folder), isinstance(error, pn.ConformanceError)
         if tool.rounds:
             try:
-                pn.verify(path, layer, tolerance=ROUNDED[tool.rounds])
+                pn.verify(path, model, tolerance=ROUNDED[tool.rounds], inputs=[sequence_of(before, 7)])
                 return {"word": "changed", "said": said}
             except pn.PortnormError as error:
-                return {"word": "too far" if isinstance(error, pn.ConformanceError) else "changed, unchecked", "said": told(error, folder)}
-    return {"word": "differs" if differs else "runs the same" if difference <= EQUAL else "differs", "said": said}
+                word = "too far" if isinstance(error, pn.ConformanceError) else "invalid" if "not valid ONNX" in str(error) else "unchecked"
+                return {"word": word, "said": told(error, folder)}
+    return {"word": "runs the same" if not differs and difference <= EQUAL else "differs", "said": said}
 
 
 def loaded(tool: Tool, source: Path, path: Path) -> str:
-    """What `portnorm.load` says of the file: the layer bit by bit, other numbers with a warning, or nothing."""
-    before = pn.load(source).state_dict()
+    """What `portnorm.load` says of the file: the layer bit by bit, other numbers with a warning, what the exporter rounded, or nothing."""
+    before = pn.load(source, prefix=tool.prefix).state_dict()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         try:
-            after = pn.load(path, **({} if tool.prefix is None else {"prefix": tool.prefix})).state_dict()
+            after = pn.load(path, prefix=tool.prefix).state_dict()
         except pn.PortnormError:
             return "refuses"
     same = before.keys() == after.keys() and all(a.tobytes() == after[name].tobytes() for name, a in before.items())
     told_so = any(w.category is pn.ChangedFileWarning for w in warned)
-    return "warns" if told_so else "same" if same else "differs"
+    return "warns" if told_so else "same" if same else "rounded" if not tool.packages else "differs"
 
 
 def told(error: Exception, folder: Path) -> str:
@@ -152,7 +158,7 @@ def child(folder: Path, tool: Tool, cells: list[int]) -> None:
             channel.flush()
 
 
-# -- all of them, in the parent --------------------------------------------------------------------------------------------------------------
+# -- all of them, in the parent ------------------------------------------------------------------------------------------------------------
 
 
 def rows_of(folder: Path, tool: Tool) -> Iterator[dict[str, Any]]:
@@ -160,7 +166,7 @@ def rows_of(folder: Path, tool: Tool) -> Iterator[dict[str, Any]]:
     missing = [p for p in tool.packages if not version(p)]
     cells = list(range(len(CELLS)))
     while cells and not missing:
-        command = [sys.executable, "-m", "benchmarks.behind", str(folder), str(TOOLS.index(tool)), *map(str, cells)]
+        command = [sys.executable, "-m", "benchmarks.behind", str(folder), tool.name, *map(str, cells)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0) as process:
             assert process.stdout is not None
             while cells:
@@ -197,7 +203,9 @@ def main(names: list[str]) -> None:
         for tool in tools:
             for row in rows_of(Path(folder), tool):
                 found.append(row)
-                said = f"{row['tool']:<46} {row['graph']:<24} {row['target']:<12} {row['word']:<16} {row.get('difference')} {row.get('load')}"
+                said = (
+                    f"{row['tool']:<46} {row['graph']:<24} {row['target']:<12} {row['word']:<16} {row.get('difference')} {row.get('load')}"
+                )
                 print(said, row["said"][:120], flush=True)
     order = [t.name for t in TOOLS]
     found = sorted((r for r in found if r["tool"] in order), key=lambda r: order.index(r["tool"]))
@@ -207,7 +215,7 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2 and sys.argv[2].isdigit():
-        child(Path(sys.argv[1]), TOOLS[int(sys.argv[2])], [int(k) for k in sys.argv[3:]])
+    if len(sys.argv) > 3 and sys.argv[3].isdigit():
+        child(Path(sys.argv[1]), next(t for t in TOOLS if t.name == sys.argv[2]), [int(k) for k in sys.argv[3:]])
     else:
         main(sys.argv[1:])

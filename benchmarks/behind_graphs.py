@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 import portnorm as pn
+from portnorm_onnx.metadata import graph_facts
 
 INPUTS, HIDDEN = 32, 64
 DIMS = {"time": 20, "batch": 3}
@@ -24,9 +25,11 @@ class Graph:
 
 
 def random_numbers(layer: pn.Layer) -> pn.Layer:
-    """The layer with gains and shifts that are not 1 and 0, and statistics that differ by step."""
+    """The layer with shifts that are not 0 and statistics that differ by step; gains around 0.5, so that it does not amplify roundings."""
     rng = np.random.default_rng(1)
-    params = {name: p + 0.1 * rng.standard_normal(p.shape).astype(p.dtype) for name, p in layer.parameters().items()}
+    params = {
+        name: p if p.ndim > 1 else 0.5 * p + 0.1 * rng.standard_normal(p.shape).astype(p.dtype) for name, p in layer.parameters().items()
+    }
     buffers = {n: b + (1 if n.startswith("num") else rng.uniform(0.1, 1.0, b.shape).astype(b.dtype)) for n, b in layer.buffers.items()}
     layer.assign(params, buffers)
     return layer
@@ -69,6 +72,14 @@ def feed_of(model: onnx.ModelProto, seed: int) -> dict[str, Any]:
         if np.issubdtype(kind, np.integer):
             feed[given.name] = np.array([20, 13, 7][: dims[0]] if dims else 0, kind)
         else:
-            drawn = rng.standard_normal(dims) if "_0" not in given.name else rng.uniform(-0.5, 0.5, dims)
+            drawn = rng.standard_normal(dims) if not given.name.endswith("_0") else rng.uniform(-0.5, 0.5, dims)
             feed[given.name] = drawn.astype(kind)
     return feed
+
+
+def sequence_of(model: onnx.ModelProto, seed: int) -> tuple[Any, ...]:
+    """`x`, and lengths where the graph takes them, as `portnorm.verify` takes them: of a streaming graph, the steps of a sequence."""
+    x, *counted = (a for name, a in feed_of(model, seed).items() if not name.endswith("_0"))
+    if graph_facts(model)["streaming"]:
+        x = np.random.default_rng(seed).standard_normal((DIMS["time"], *x.shape)).astype(x.dtype)
+    return (x, *counted) if counted else (x, None)

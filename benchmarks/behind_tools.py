@@ -17,8 +17,9 @@ import numpy as np
 import onnx
 
 import portnorm as pn
-from benchmarks.behind_graphs import feed_of, target_of
+from benchmarks.behind_graphs import HIDDEN, feed_of, target_of
 from portnorm.checkpoint.onnx_constants import graphs
+from portnorm.layers.recurrent import Recurrent
 from portnorm_onnx.metadata import graph_facts
 
 ROUNDED = {"float16": 0.05, "int8": 0.2}
@@ -43,6 +44,8 @@ class Tool:
     """What an output is called afterwards."""
     prefix: str | None = None
     """For `portnorm.load`."""
+    whole: Callable[[pn.Layer], pn.Layer] = lambda layer: layer
+    """What the file then computes, from the layer."""
 
 
 # -- simplifiers -------------------------------------------------------------------------------------------------------------------------
@@ -53,13 +56,13 @@ def edited(change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> Callable[[Pa
     return lambda source, path: onnx.save(change(onnx.load(source)), path)
 
 
-def onnxsim(model: onnx.ModelProto) -> onnx.ModelProto:
-    import onnxsim
+def onnxsim(**keywords: Any) -> Callable[[Path, Path], None]:
+    def change(model: onnx.ModelProto) -> onnx.ModelProto:
+        import onnxsim
 
-    simplified, checked = onnxsim.simplify(model)
-    if not checked:
-        raise RuntimeError("onnxsim's own check failed")
-    return simplified
+        return onnxsim.simplify(model, **keywords)[0]
+
+    return edited(change)
 
 
 def onnxslim(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -145,6 +148,16 @@ def float16(package: str, **keywords: Any) -> Callable[[Path, Path], None]:
     return run
 
 
+def float16_sorted(source: Path, path: Path) -> None:
+    """With the nodes in an order that ONNX allows, which the converter leaves to others."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
+
+    made = OnnxModel(convert_float_to_float16(onnx.load(source), keep_io_types=True))
+    made.topological_sort()
+    onnx.save(made.model, path)
+
+
 def portnorm_float16(source: Path, path: Path) -> None:
     _again(source, path, dtype="float16")
 
@@ -169,9 +182,7 @@ def converted(by: int) -> Callable[[Path, Path], None]:
 
 def outside(threshold: int) -> Callable[[Path, Path], None]:
     def run(source: Path, path: Path) -> None:
-        onnx.save_model(
-            onnx.load(source), path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=threshold
-        )
+        onnx.save_model(onnx.load(source), path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=threshold)
 
     return run
 
@@ -226,27 +237,44 @@ def netron(source: Path, path: Path) -> None:
 # -- parts and wholes --------------------------------------------------------------------------------------------------------------------
 
 
+def unchanging(features: int) -> pn.Linear:
+    head = pn.Linear(features, features)
+    head.load_state_dict({"weight": np.eye(features, dtype=np.float32), "bias": np.zeros(features, np.float32)})
+    return head
+
+
+def with_head(layer: pn.Layer) -> pn.Layer:
+    features = layer.hidden_size * layer.num_directions if isinstance(layer, Recurrent) else HIDDEN
+    return pn.Sequential(layer, unchanging(features))
+
+
 def merged(source: Path, path: Path, **keywords: Any) -> None:
     """Behind `y` a `Linear` that leaves everything as it is, so that the results are to be the same."""
     first = onnx.load(source)
-    y = next(o for o in first.graph.output if o.name == "y")
+    y = next(o for o in first.graph.output if o.name.rpartition("/")[2] == "y")
     dims = [d.dim_param or d.dim_value for d in y.type.tensor_type.shape.dim]
-    head = pn.Linear(dims[-1], dims[-1])
-    head.load_state_dict({"weight": np.eye(dims[-1], dtype=np.float32), "bias": np.zeros(dims[-1], np.float32)})
+    head = unchanging(dims[-1])
     opset = first.opset_import[0].version
     second = pn.export(head, None, target=target_of(first), opset=opset, input_shape=tuple(dims), **keywords).model
     assert second is not None
     prefixes = {} if keywords else {"prefix1": "body/", "prefix2": "head/"}
-    onnx.save(onnx.compose.merge_models(first, second, [("y", second.graph.input[0].name)], **prefixes), path)
+    onnx.save(onnx.compose.merge_models(first, second, [(y.name, second.graph.input[0].name)], **prefixes), path)
 
 
 def merged_by_recipe(source: Path, path: Path) -> None:
-    merged(source, path, prefix="head/", names={"x": "head/x", "y": "head/y"})
+    merged(source, path, prefix="head/")
 
 
 def extracted(source: Path, path: Path) -> None:
     model = onnx.load(source)
     onnx.utils.extract_model(source, path, [i.name for i in model.graph.input], [o.name for o in model.graph.output])
+
+
+def extracted_with_metadata(source: Path, path: Path) -> None:
+    extracted(source, path)
+    part = onnx.load(path)
+    part.metadata_props.extend(onnx.load(source).metadata_props)
+    onnx.save(part, path)
 
 
 _DYNAMIC = ("quantize_dynamic", ("onnxruntime",))
@@ -255,7 +283,8 @@ _HALF = "float16 converters"
 _SUBGRAPH: dict[str, Any] = {"extra_options": {"EnableSubgraph": True}}
 
 TOOLS = (
-    Tool("onnxsim", "onnxsim", ("onnxsim",), edited(onnxsim)),
+    Tool("onnxsim", "onnxsim", ("onnxsim",), onnxsim()),
+    Tool("onnxsim, include_subgraph", "onnxsim", ("onnxsim",), onnxsim(include_subgraph=True)),
     Tool("onnxslim", "onnxslim", ("onnxslim",), edited(onnxslim)),
     Tool("onnxoptimizer", "onnxoptimizer", ("onnxoptimizer",), edited(onnxoptimizer)),
     Tool("onnxscript.optimizer", "onnxscript's optimizer", ("onnxscript",), edited(onnxscript)),
@@ -267,11 +296,18 @@ TOOLS = (
     Tool("quantize_static", *_STATIC, quantize_static, "int8"),
     Tool("nncf.quantize", "nncf", ("nncf",), nncf, "int8"),
     Tool('`export(quantize="int8")` instead', "quantize_dynamic", (), portnorm_int8, "int8"),
-    Tool("onnxruntime.transformers.float16", _HALF, ("onnxruntime",), float16("onnxruntime"), "float16"),
-    Tool("… keep_io_types", _HALF, ("onnxruntime",), float16("onnxruntime", keep_io_types=True), "float16"),
-    Tool("onnxconverter_common.float16", _HALF, ("onnxconverter-common",), float16("onnxconverter_common"), "float16"),
-    Tool("… keep_io_types ", _HALF, ("onnxconverter-common",), float16("onnxconverter_common", keep_io_types=True), "float16"),
-    Tool("onnxmltools", _HALF, ("onnxmltools",), float16("onnxmltools"), "float16"),
+    Tool("onnxruntime float16", _HALF, ("onnxruntime",), float16("onnxruntime"), "float16"),
+    Tool("onnxruntime float16, keep_io_types", _HALF, ("onnxruntime",), float16("onnxruntime", keep_io_types=True), "float16"),
+    Tool("onnxruntime float16, keep_io_types, sorted", _HALF, ("onnxruntime",), float16_sorted, "float16"),
+    Tool("onnxconverter-common float16", _HALF, ("onnxconverter-common",), float16("onnxconverter-common"), "float16"),
+    Tool(
+        "onnxconverter-common float16, keep_io_types",
+        _HALF,
+        ("onnxconverter-common",),
+        float16("onnxconverter-common", keep_io_types=True),
+        "float16",
+    ),
+    Tool("onnxmltools float16", _HALF, ("onnxmltools",), float16("onnxmltools"), "float16"),
     Tool('`export(dtype="float16")` instead', _HALF, (), portnorm_float16, "float16"),
     Tool("version_converter, 2 up", "version_converter", ("onnx",), converted(2)),
     Tool("version_converter, 1 down", "version_converter", ("onnx",), converted(-1)),
@@ -280,7 +316,7 @@ TOOLS = (
     Tool("convert_onnx_models_to_ort", "ORT format", ("onnxruntime",), ort_format, suffix=".ort"),
     Tool("netron", "netron", ("netron",), netron),
     Tool("compose.add_prefix", "onnx.compose", ("onnx",), edited(lambda model: onnx.compose.add_prefix(model, "body/"))),
-    Tool("compose.merge_models", "onnx.compose", ("onnx",), merged, outputs={"y": "head/y"}),
+    Tool("compose.merge_models", "onnx.compose", ("onnx",), merged, outputs={"y": "head/y"}, whole=with_head),
     Tool(
         "compose.merge_models, exported with a prefix",
         "onnx.compose",
@@ -289,7 +325,9 @@ TOOLS = (
         keywords={"prefix": "body/"},
         outputs={"y": "head/y"},
         prefix="body/",
+        whole=with_head,
     ),
     Tool("utils.extract_model", "onnx.utils.extract_model", ("onnx",), extracted),
+    Tool("utils.extract_model, metadata copied", "onnx.utils.extract_model", ("onnx",), extracted_with_metadata),
 )
 """In the order of the table."""
