@@ -173,10 +173,11 @@ def rows_of(folder: Path, tool: Tool) -> Iterator[dict[str, Any]]:
                 ready, _, _ = select.select([process.stdout], [], [], SECONDS)
                 line = process.stdout.readline() if ready else b""
                 if not line:
-                    process.kill()
                     break
                 cells.pop(0)
                 yield json.loads(line)
+            if not ready or not cells:
+                process.kill()
             if cells:
                 graph, target = CELLS[cells.pop(0)]
                 word = "ends its process" if ready else "gives no answer"

@@ -14,8 +14,9 @@ import portnorm as pn
 from benchmarks import behind
 from benchmarks.behind import CELLS, RESULTS, measure, rows_of
 from benchmarks.behind_graphs import GRAPHS
-from benchmarks.behind_tools import TOOLS, Tool
+from benchmarks.behind_tools import ROUNDED, TOOLS, Tool
 from benchmarks.readme import ROOT, filled
+from tests.tolerances import MADE_SMALLER
 
 PAGE = ROOT / "docs" / "behind-the-export.md"
 TEXT = PAGE.read_text()
@@ -61,6 +62,10 @@ def test_every_tool_is_in_the_extra() -> None:
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["tools"]
     packages = {p for tool in TOOLS for p in tool.packages} - {"onnx", "onnxruntime"}
     assert packages <= {name.partition(">=")[0] for name in named}
+
+
+def test_what_is_allowed_is_what_the_tests_allow() -> None:
+    assert ROUNDED == MADE_SMALLER
 
 
 def run(sections: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
