@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest models lint types readme clean
+.PHONY: demo test test-all test-lowest models behind lint types readme clean
 
 # One stamp per set of extras; made again when the dependencies change.
 $(VENV)/.%: pyproject.toml
@@ -36,6 +36,18 @@ $(VENV)/.models: $(VENV)/.peers docs/examples/real-models.txt
 models: $(VENV)/.models
 	@for script in docs/examples/real_*.py; do $(BIN)/python $$script || exit 1; done
 
+# What tools do with exported graphs (docs/behind-the-export.md), in an environment of their own, since they ask for versions of much else.
+# One that cannot be installed is left out, and the table says so.
+$(VENV)-tools/.installed: pyproject.toml
+	@test -x $(VENV)-tools/bin/python || $(PYTHON) -m venv $(VENV)-tools
+	@$(VENV)-tools/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[onnx,fast]"
+	@sed -n '/^tools = \[/,/^\]/s/^    "\([^"]*\)",/\1/p' pyproject.toml | grep -v '^portnorm' | while read -r tool; do \
+		$(VENV)-tools/bin/python -m pip install --quiet --disable-pip-version-check "$$tool" || echo "$$tool is left out"; done
+	@touch $@
+
+behind: $(VENV)-tools/.installed
+	PYTHONPATH=.:backends:onnx_export $(VENV)-tools/bin/python -m benchmarks.behind
+
 # Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.
 $(VENV)/.runtimes: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[runtimes]"
@@ -63,4 +75,4 @@ readme: $(VENV)/.test
 	$(BIN)/python -m benchmarks.readme
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest out dist build
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools out dist build

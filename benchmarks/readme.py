@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -371,7 +371,57 @@ def models_in_short() -> str:
     )
 
 
+# -- docs/behind-the-export.md, kept from a run of benchmarks/behind.py -----------------------------------------------------------------
+
+
+def _by_tool(cell: Callable[[list[dict[str, Any]]], str]) -> str:
+    """Tools × graphs; a cell has a row for each target."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in _kept("behind")["rows"]:
+        found.setdefault(row["tool"], {}).setdefault(row["graph"], []).append(row)
+    names = list(next(iter(found.values())))
+    return table(("tool", *names), ((tool, *(cell(graphs[name]) for name in names)) for tool, graphs in found.items()))
+
+
+def _of_targets(words: list[str]) -> str:
+    return " / ".join(dict.fromkeys(words))
+
+
+def behind() -> str:
+    """What comes of each graph, in a word, and the largest difference where there is one."""
+
+    def cell(rows: list[dict[str, Any]]) -> str:
+        words = list(dict.fromkeys(r["word"] for r in rows))
+        shown = []
+        for word in words:
+            difference = max((r.get("difference") or 0.0 for r in rows if r["word"] == word), default=0.0)
+            shown.append(f"{word} {difference:.0e}".replace("e-0", "e-") if difference > 0 else word)
+        return _of_targets(shown)
+
+    return _by_tool(cell)
+
+
+def behind_files() -> str:
+    """What `load` gives of the file, and its bytes over those of the exported one."""
+
+    def cell(rows: list[dict[str, Any]]) -> str:
+        made = [r for r in rows if r.get("size") is not None]
+        sizes = "–".join(dict.fromkeys(f"{r['size']:.2f}" for r in sorted(made, key=lambda r: float(r["size"]))))
+        return f"{_of_targets([r['load'] for r in made])} {sizes}" if made else "–"
+
+    return _by_tool(cell)
+
+
+def behind_versions() -> str:
+    about = _kept("behind")["about"]
+    packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in about["packages"].items())
+    return f"{packages}; on {about['processor']}, {'with' if about['vnni'] else 'without'} VNNI."
+
+
 TABLES = {
+    "behind": behind,
+    "behind_files": behind_files,
+    "behind_versions": behind_versions,
     "models": models,
     "models_in_short": models_in_short,
     "speed": speed,
@@ -408,7 +458,10 @@ def filled(text: str) -> str:
     return text
 
 
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("variants.md", "runtimes.md", "speed.md", "real-models.md")))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("variants.md", "runtimes.md", "speed.md", "real-models.md", "behind-the-export.md")),
+)
 """Pages with generated tables."""
 
 if __name__ == "__main__":
