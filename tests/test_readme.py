@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 WRITTEN = {"model.safetensors", "model.onnx", "step.onnx", "part.onnx", "train.onnx"}
 
 
-@pytest.mark.parametrize(("page", "blocks", "files"), [(PAGES[0], 6, WRITTEN), (PAGES[1], 1, set())])
+@pytest.mark.parametrize(("page", "blocks", "files"), [(PAGES[0], 7, WRITTEN), (PAGES[1], 1, set())])
 def test_code_blocks_run(page: Path, blocks: int, files: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
