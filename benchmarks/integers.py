@@ -18,14 +18,16 @@ import portnorm as pn
 from portnorm.bench.runner import machine
 
 RESULTS = Path(__file__).parent / "results" / "integers.json"
-LAYERS: dict[str, tuple[type[Any], str | None]] = {
-    "LN-LSTM": (pn.LSTM, "layer"),
-    "BN-LSTM": (pn.LSTM, "batch"),
-    "LSTM": (pn.LSTM, None),
-    "LN-GRU": (pn.GRU, "layer"),
-    "GRU": (pn.GRU, None),
+LAYERS: dict[str, tuple[type[Any], str | None, str]] = {
+    "LN-LSTM": (pn.LSTM, "layer", "int8"),
+    "BN-LSTM": (pn.LSTM, "batch", "int8"),
+    "LSTM": (pn.LSTM, None, "int8"),
+    "LN-GRU": (pn.GRU, "layer", "int8"),
+    "GRU": (pn.GRU, None, "int8"),
+    "LN-LSTM, int4": (pn.LSTM, "layer", "int4"),
+    "LSTM, int4": (pn.LSTM, None, "int4"),
 }
-"""class and norm"""
+"""class, norm and integers"""
 SHAPES = ((1, 1, 1024, 1024), (100, 1, 512, 512), (20, 32, 512, 512), (1, 1, 256, 256), (1, 1, 128, 128))
 """(time, batch, inputs, hidden); of one step the streaming graph is measured"""
 TURNS, SECONDS = 7, 0.1
@@ -37,12 +39,12 @@ def session(model: Any) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def measure(kind: type[Any], norm: str | None, shape: tuple[int, int, int, int]) -> dict[str, Any]:
+def measure(kind: type[Any], norm: str | None, quantize: str, shape: tuple[int, int, int, int]) -> dict[str, Any]:
     """Times of both graphs, the ratio of their minima and of each turn, the ratio of their files, and how far the results are apart."""
     steps, batch, inputs, hidden = shape
     layer = kind(inputs, hidden, norm=norm, t_max=min(steps, 20), rng=0)
     keywords: dict[str, Any] = {"streaming": True} if steps == 1 else {"lengths": False}
-    models = {n: pn.export(layer, None, target="onnxruntime", quantize=n, metadata=False, **keywords).model for n in (None, "int8")}
+    models = {n: pn.export(layer, None, target="onnxruntime", quantize=n, metadata=False, **keywords).model for n in (None, quantize)}
     runs = {name: session(model) for name, model in models.items()}
     feed, rng = {}, np.random.default_rng(0)
     for given in runs[None].get_inputs():
@@ -58,21 +60,21 @@ def measure(kind: type[Any], norm: str | None, shape: tuple[int, int, int, int])
                 run.run(None, feed)
                 count += 1
             times[name].append((time.perf_counter() - started) / count * 1e3)
-    ratios = [b / a for a, b in zip(times[None], times["int8"], strict=True)]
+    ratios = [b / a for a, b in zip(times[None], times[quantize], strict=True)]
     return {
         "shape": list(shape),
-        "milliseconds": {"float32": min(times[None]), "int8": min(times["int8"])},
-        "ratio": min(times["int8"]) / min(times[None]),
+        "milliseconds": {"float32": min(times[None]), quantize: min(times[quantize])},
+        "ratio": min(times[quantize]) / min(times[None]),
         "spread": [min(ratios), max(ratios)],
-        "file": models["int8"].ByteSize() / models[None].ByteSize(),
-        "difference": float(np.abs(y[None] - y["int8"]).mean()),
+        "file": models[quantize].ByteSize() / models[None].ByteSize(),
+        "difference": float(np.abs(y[None] - y[quantize]).mean()),
     }
 
 
-def eager(kind: type[Any], norm: str | None) -> dict[str, Any]:
+def eager(kind: type[Any], norm: str | None, quantize: Any) -> dict[str, Any]:
     """The same of `step` in NumPy, for one sequence and 1024 features."""
     layer = kind(1024, 1024, norm=norm, rng=0)
-    models = {None: layer, "int8": pn.quantized(layer)}
+    models = {None: layer, quantize: pn.quantized(layer, quantize)}
     pn.warm(*models.values())
     x = np.random.default_rng(0).standard_normal((1, 1024)).astype(np.float32)
     states = {name: model.step(x)[1] for name, model in models.items()}
@@ -84,20 +86,20 @@ def eager(kind: type[Any], norm: str | None) -> dict[str, Any]:
                 model.step(x, states[name])
                 count += 1
             times[name].append((time.perf_counter() - started) / count * 1e3)
-    ratios = [b / a for a, b in zip(times[None], times["int8"], strict=True)]
-    return {"ratio": min(times["int8"]) / min(times[None]), "spread": [min(ratios), max(ratios)]}
+    ratios = [b / a for a, b in zip(times[None], times[quantize], strict=True)]
+    return {"ratio": min(times[quantize]) / min(times[None]), "spread": [min(ratios), max(ratios)]}
 
 
 def main() -> None:
     """Measure on one core and write."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     rows = []
-    for name, (kind, norm) in LAYERS.items():
+    for name, row in LAYERS.items():
         for shape in SHAPES:
-            rows.append({"layer": name, **measure(kind, norm, shape)})
+            rows.append({"layer": name, **measure(*row, shape)})
             r = rows[-1]
             told = f"{r['ratio']:.2f} ({r['spread'][0]:.2f} to {r['spread'][1]:.2f}), file {r['file']:.2f}, {r['difference']:.1e}"
-            print(f"{name:<8} {shape!s:<22} {told}", flush=True)
+            print(f"{name:<14} {shape!s:<22} {told}", flush=True)
     numpy = [{"layer": name, **eager(*LAYERS[name])} for name in ("LN-LSTM", "LSTM", "GRU")]
     print("NumPy:", ", ".join(f"{r['layer']} {r['ratio']:.2f}" for r in numpy))
     about = machine() | {"vnni": "vnni" in Path("/proc/cpuinfo").read_text(), "turns": TURNS}

@@ -500,6 +500,8 @@ def test_the_change_is_told_on_the_inputs_that_are_given(rng: np.random.Generato
     assert report.change.mean == pytest.approx(np.abs(before - after).mean(), rel=1e-4)
     assert report.change.same == (before.argmax(-1) == after.argmax(-1)).mean()
     assert "changed by integers: " in str(report)
+    assert "hardly take less time" in str(report)
+    assert "hardly" not in str(pn.export(pn.LSTM(256, 256, rng=0), None, quantize="int8"))
     assert report.to_dict()["change"] == dataclasses.asdict(report.change)
 
 

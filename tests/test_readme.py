@@ -12,7 +12,7 @@ from benchmarks.readme import PAGES, ROOT, filled
 README = (ROOT / "README.md").read_text()
 
 
-WRITTEN = {"model.safetensors", "model.onnx", "step.onnx", "part.onnx", "train.onnx"}
+WRITTEN = {"model.safetensors", "model.onnx", "step.onnx", "part.onnx", "small.onnx", "train.onnx"}
 
 
 @pytest.mark.parametrize(("page", "blocks", "files"), [(PAGES[0], 7, WRITTEN), (PAGES[1], 1, set())])
