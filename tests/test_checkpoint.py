@@ -180,3 +180,18 @@ def test_layers_can_be_copied_and_sent_to_other_processes() -> None:
         assert repr(other) == repr(model)
         other.assign({name: p + 1 for name, p in other.parameters().items()})
         assert not np.array_equal(other.parameters()["1.bias"], model.parameters()["1.bias"])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "onnx"])
+def test_loading_draws_no_values(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would be overwritten, and orthogonal matrices of 2048 features take ten seconds."""
+    model = pn.Sequential(pn.Embedding(9, 5, rng=0), pn.GRU(5, 6, norm="layer", rng=0), pn.Linear(6, 2, rng=0))
+    path = tmp_path / f"m.{suffix}"
+    (pn.save if suffix == "safetensors" else pn.export)(model, path)
+    monkeypatch.setattr(np.linalg, "qr", None)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed=None: None)
+    back = pn.load(path)
+    for name, a in model.state_dict().items():
+        np.testing.assert_array_equal(back.state_dict()[name], a)
+    monkeypatch.undo()
+    assert np.any(pn.GRU(5, 6, norm="layer").params["weight_hh_l0"])

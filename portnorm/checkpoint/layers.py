@@ -12,6 +12,7 @@ from portnorm.cells.variants import Variant
 from portnorm.checkpoint import safetensors
 from portnorm.errors import CheckpointError, PortnormError, UnsupportedError
 from portnorm.layers.embedding import Embedding
+from portnorm.layers.initial import without_values
 from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
 from portnorm.layers.norms import BatchNorm, BatchRenorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
@@ -79,10 +80,11 @@ def to_json(layer: Layer) -> str:
 
 
 def from_json(text: str, *, xp: Namespace | str | None = None, device: Any = None, dtype: DType | None = None) -> Layer:
-    """A layer of this configuration with fresh parameters. Raises `CheckpointError` where the text is not understood."""
+    """A layer of this configuration, for arrays that are loaded into it. Raises `CheckpointError` where the text is not understood."""
     try:
         description = json.loads(text)
-        return of_description(description["layer"], {"xp": xp, "device": device, "dtype": dtype or description["dtype"]})
+        with without_values():
+            return of_description(description["layer"], {"xp": xp, "device": device, "dtype": dtype or description["dtype"]})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, PortnormError) and not isinstance(error, CheckpointError):
             raise CheckpointError(f"the configuration describes a layer that cannot be made: {error}") from error

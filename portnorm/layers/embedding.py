@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from portnorm.arrays import Array, DType, Namespace
-from portnorm.layers.initial import Generator, generator
+from portnorm.layers.initial import Generator, generator, normal
 from portnorm.layers.layer import Arrays, StatelessLayer
 from portnorm.lookup import embedding
 from portnorm.padding import Counted
@@ -42,7 +42,7 @@ class Embedding(StatelessLayer):
         sizes = {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim}
         config = {name: whole_number(name, value, 1) for name, value in sizes.items()}
         super().__init__({**config, "quantize": checked_quantize(quantize)}, xp, device, dtype)
-        self.params["weight"] = self._new(generator(rng).standard_normal((self.num_embeddings, self.embedding_dim)))
+        self.params["weight"] = self._new(normal(generator(rng), self.num_embeddings, self.embedding_dim))
 
     def input_dims(self) -> tuple[int | str, ...]:
         return ("time", "batch")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy
@@ -23,13 +25,33 @@ def generator(rng: int | Generator | None) -> Generator:
     return numpy.random.default_rng(rng)
 
 
+_without: ContextVar[bool] = ContextVar("without", default=False)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Layers that are made in here hold zeros in the place of what is drawn: arrays are loaded into them next, and to draw takes long."""
+    token = _without.set(True)
+    try:
+        yield
+    finally:
+        _without.reset(token)
+
+
 def uniform(rng: Generator, bound: float, *shape: int) -> NumPyArray:
     """U(−bound, bound): torch's recurrent and linear layers, with bound 1/√hidden or 1/√inputs."""
-    return rng.uniform(-bound, bound, size=shape)
+    return numpy.zeros(shape) if _without.get() else rng.uniform(-bound, bound, size=shape)
+
+
+def normal(rng: Generator, *shape: int) -> NumPyArray:
+    """N(0, 1): tables of embeddings, as torch has them."""
+    return numpy.zeros(shape) if _without.get() else rng.standard_normal(shape)
 
 
 def orthogonal(rng: Generator, rows: int, columns: int) -> NumPyArray:
     """A matrix with orthonormal rows or columns, whichever are fewer (Saxe et al. 2014), by QR of a Gaussian one."""
+    if _without.get():
+        return numpy.zeros((rows, columns))
     q, r = numpy.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))
     q = q * numpy.where(numpy.diag(r) < 0, -1.0, 1.0)
     return q if rows >= columns else q.T
