@@ -30,7 +30,7 @@ KERNELS = sorted(library(np.zeros(1)).kernels)
 
 def test_the_kernels_are_there() -> None:
     """The test environment has numba; without it everything below would compare the definitions with themselves."""
-    assert KERNELS == ["layer_norm", "linear", "linear_scan", "normalize", "rms_norm", "scan"]
+    assert KERNELS == ["fake_quantize", "integer_product", "layer_norm", "linear", "linear_scan", "normalize", "rms_norm", "scan"]
 
 
 @st.composite
