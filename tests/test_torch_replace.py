@@ -778,7 +778,9 @@ HOOKS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("what", "hook"), [(what, hook) for what in HOOKS for hook in (seen, doubled) if hook is seen or "ward" in what], ids=str
+    ("what", "hook"),
+    [(what, hook) for what in HOOKS for hook in (seen, doubled) if hook is seen or "ward" in what],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_hook_that_would_be_lost_is_named(what: str, hook: Any) -> None:
     """Of the module, of one inside it, or of a parameter; with inputs and without, whatever the row is. Those around it are no matter."""
