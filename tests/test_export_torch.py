@@ -725,6 +725,10 @@ def test_refusals_of_torch_say_what_to_do() -> None:
         def forward(self, x: Any) -> Any:
             return x if x.sum() > 0 else -x
 
+    class InNumPy(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch.as_tensor(x.numpy() * 2)
+
     class Both(torch.nn.Module):
         def forward(self, x: Any, y: Any) -> Any:
             return x + y
@@ -733,6 +737,7 @@ def test_refusals_of_torch_say_what_to_do() -> None:
     cases: list[tuple[Any, Any, Any, str]] = [
         (Loop(), x, FREE, r"fixes axis 0 of `x` to 5, which `dynamic_shapes` says is free; a Python loop over it"),
         (Branches(), x, None, r"asks for values at .*test_export_torch\.py:\d+, `return x if x\.sum\(\) > 0 else -x`.*torch\.where"),
+        (InNumPy(), x, None, r"computes with NumPy at .*test_export_torch\.py:\d+, `return torch\.as_tensor\(x\.numpy\(\) \* 2\)`"),
         (Both(), (x, x), {"x": {0: "time"}}, r"`dynamic_shapes` names 'x'; expected every input, 'x', 'y'"),
         (torch.nn.Linear(3, 2), x[:1], ({0: "time"},), r"axis 0 of `input` has length 1 in the example.* give an example of 2 or more"),
         (torch.nn.Linear(3, 2), x[:1, :1], ({0: "a", 1: "b"},), r"axis 0 of `input` has length 1, axis 1 of `input` has length 1 in the"),
@@ -741,6 +746,28 @@ def test_refusals_of_torch_say_what_to_do() -> None:
         with pytest.raises(pn.ExportError, match=f"torch does not export the model: .*{message}") as raised:
             pn.export_torch(model, args, None, dynamic_shapes=dynamic_shapes)
         assert not any(word in str(raised.value) for word in ("TORCH", "draft_export", "http", "mark_dynamic", "specialized"))
+
+
+@pytest.mark.parametrize("axis", [3, 7, -1, "time"])
+@pytest.mark.parametrize("form", ["by name", "in order", "inside"])
+def test_a_free_axis_that_an_input_does_not_have_is_named(form: str, axis: Any) -> None:
+    import torch
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Any, more: Any) -> Any:
+            return x + more["y"][0]
+
+    x = torch.randn(5, 2, 3)
+    said: Any = {
+        "by name": {"x": {axis: "t"}, "more": {"y": [None]}},
+        "in order": ({axis: "t"}, {"y": [None]}),
+        "inside": {"x": None, "more": {"y": [{axis: "t"}]}},
+    }[form]
+    where = r"more\.y\.0" if form == "inside" else "x"
+    with pytest.raises(
+        pn.UnsupportedError, match=rf"`dynamic_shapes` has axis {axis!r} of `{where}`.*\(5, 2, 3\); expected one of 0, 1, 2"
+    ):
+        pn.export_torch(Model(), (x, {"y": [x]}), None, dynamic_shapes=said)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -259,20 +259,27 @@ def _converted(given: Given, kind: torch.dtype | None) -> Given:
 
 
 def _free_axes(model: torch.nn.Module, example: Given, dynamic_shapes: Any) -> tuple[Any, ...] | None:
-    """What `dynamic_shapes` says of each tensor, in the order of the graph's inputs: torch counts numbers and `None` among these."""
+    """What `dynamic_shapes` says of each tensor, in the order of the graph's inputs: torch counts numbers and `None` among these.
+
+    Raises `UnsupportedError` for an axis that a tensor does not have; where it does not fit the inputs torch says so.
+    """
     if dynamic_shapes is None:
         return None
     bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
 
-    def of(value: Any, said: Any) -> Iterator[Any]:
+    def of(value: Any, said: Any, path: str = "") -> Iterator[Any]:
         if isinstance(value, torch.Tensor):
+            for axis in said if isinstance(said, dict) else ():
+                if axis not in range(value.ndim):
+                    raise UnsupportedError(
+                        f"`dynamic_shapes` has axis {axis!r} of `{path}`, whose shape is {tuple(value.shape)}; expected one of "
+                        f"{', '.join(map(str, range(value.ndim)))}"
+                    )
             yield said
-        elif isinstance(value, tuple | list):
-            for k, item in enumerate(value):
-                yield from of(item, said[k] if said is not None else None)
-        elif isinstance(value, dict):
-            for k, (name, item) in enumerate(value.items()):
-                yield from of(item, said.get(name) if isinstance(said, dict) else said[k] if said is not None else None)
+        elif isinstance(value, tuple | list | dict):
+            for k, (name, item) in enumerate(value.items() if isinstance(value, dict) else enumerate(value)):
+                there = said.get(name) if isinstance(said, dict) else said[k] if isinstance(said, tuple | list) and k < len(said) else None
+                yield from of(item, there, f"{path}.{name}" if path else str(name))
 
     named = pytree.tree_map(lambda d: None if d is torch.export.Dim.AUTO else d, dynamic_shapes)
     return tuple(of(dict(bound), named))
@@ -410,11 +417,12 @@ def _translated(
         warnings.filterwarnings("ignore", message=r"# The axis name", category=UserWarning)
         warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights", category=UserWarning)
         try:
+            free = _free_axes(model, example, dynamic_shapes)
             program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=hints, strict=False)
             made = torch.onnx.export(
                 program,
                 dynamo=True,
-                dynamic_shapes=_free_axes(model, example, dynamic_shapes),
+                dynamic_shapes=free,
                 opset_version=version,
                 input_names=input_names,
                 output_names=output_names,

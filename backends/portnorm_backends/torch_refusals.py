@@ -42,7 +42,7 @@ _NOT_OURS = (
 def explained(error: Exception, model: torch.nn.Module) -> str:
     """Which axis or line of the model torch cannot take, and the way out."""
     said = str(error)
-    reason = _packed(error, model) or next((found for rule in _RULES if (found := rule(said, model))), None)
+    reason = _packed(error, model) or _in_numpy(error) or next((found for rule in _RULES if (found := rule(said, model))), None)
     if reason is not None:
         return f"torch does not export the model: {reason}"
     own = " ".join(line.strip() for line in said.splitlines() if line.strip() and not any(word in line for word in _NOT_OURS))
@@ -75,6 +75,16 @@ def _packed(error: BaseException | None, model: torch.nn.Module) -> str | None:
             return packing(stack) + first
         error = error.__cause__ or error.__context__
     return None
+
+
+def _in_numpy(error: Exception) -> str | None:
+    if "numpy() is not supported" not in str(error):
+        return None
+    stack = traceback.extract_tb(error.__traceback__)
+    where = next((f" at {f.filename}:{f.lineno}, `{f.line}`" for f in reversed(stack) if is_of_model(f.filename)), "")
+    return (
+        f"it computes with NumPy{where}, which torch does not follow, so that it would be missing in a graph; use torch's functions there"
+    )
 
 
 def _packs(frame: types.FrameType, line: str) -> bool:
