@@ -526,6 +526,9 @@ BY_LENGTH: dict[str, tuple[Any, str, str]] = {
     "very many": (lambda y: y * (2.0 if y.shape[0] > 300 else 1.0), r"`time <= 300` from .*test_export_torch.py", "max=300"),
     "one length alone": (lambda y: y * (2.0 if y.shape[0] == 2 else 1.0), r"`time != 2` from .*test_export_torch.py", "min=3"),
     "even ones": (lambda y: y * (2.0 if y.shape[0] % 2 else 1.0), r"`\(time % 2\) == 0` from .*test_export_torch.py", ""),
+    "one step": (lambda y: y * (2.0 if y.shape[0] == 1 else 1.0), r"`time >= 2`", "min=2"),
+    "one step of several": (lambda y: y * (2.0 if y.shape[0] == 1 and y.shape[1] > 1 else 1.0), r"`time >= 2`", "min=2"),
+    "many of a large batch": (lambda y: y * (2.0 if y.shape[0] > 20 and y.shape[1] > 3 else 1.0), r"`time <= 20` from", "max=20"),
     "one by another": (lambda y: y * (2.0 if y.shape[1] > y.shape[0] else 1.0), r"`batch <= time` from .*test_export_torch.py", "min=3"),
 }
 
@@ -549,7 +552,9 @@ def test_a_model_that_decides_by_a_free_length_is_refused(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("hint", [False, True], ids=["Dim", "hint"])
-@pytest.mark.parametrize("name", [name for name, row in BY_LENGTH.items() if name != "one by another" and row[2]])
+@pytest.mark.parametrize(
+    "name", [name for name, row in BY_LENGTH.items() if row[2] and name not in ("one by another", "many of a large batch")]
+)
 def test_a_range_that_is_declared_is_taken_at_its_word(name: str, hint: bool) -> None:
     """Lengths outside of it are not tried; a range that is too wide is refused, whoever finds it."""
     import torch

@@ -32,6 +32,8 @@ class Limit(NamedTuple):
     """A condition of sympy's, on torch's symbols."""
     where: str
     """The line of the model, or nothing."""
+    usual: bool = False
+    """Whether torch assumes this of every free length, and mostly without need."""
 
     def at(self, own: Mapping[Any, int]) -> bool:
         """Whether it holds at these lengths, or says nothing of them."""
@@ -43,7 +45,7 @@ class Limit(NamedTuple):
 
 
 def limits_of(program: torch.export.ExportedProgram, symbols: Mapping[Any, str], least: int) -> list[Limit]:
-    """The conditions on the symbols that have names: torch's guards, and ranges above `least` that no guard is behind."""
+    """The conditions on the symbols that have names: torch's guards, and ranges from `least` on that no guard is behind."""
     values = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
     modes = [mode for value in values if (mode := getattr(value, "fake_mode", None)) is not None and mode.shape_env is not None]
     guards = modes[0].shape_env.guards if modes else []
@@ -53,8 +55,9 @@ def limits_of(program: torch.export.ExportedProgram, symbols: Mapping[Any, str],
         own = [limit for limit in found.values() if limit.holds.free_symbols == {symbol}]
         if limits is None:
             continue
-        if limits.lower > least and all(limit.at({symbol: int(limits.lower) - 1}) for limit in own):
-            found[symbol >= limits.lower] = Limit(symbol >= limits.lower, "")
+        low = max(int(limits.lower), least)  # torch takes every free length for more than 1, whatever it says of the range
+        if all(limit.at({symbol: low - 1}) for limit in own):
+            found[symbol >= low] = Limit(symbol >= low, "", usual=low == least)
         if limits.upper.is_number and limits.upper < MOST and all(limit.at({symbol: int(limits.upper) + 1}) for limit in own):
             found[symbol <= limits.upper] = Limit(symbol <= limits.upper, "")
     return list(found.values())
@@ -102,7 +105,14 @@ def lengths_beyond(
             below = [p for p in points if p[name] < measured[name]]
             above = [p for p in points if p[name] >= measured[name]]
             further = [p for p in above if 2 * p[name] >= 3 * above[0][name]]
-            for point in (*below[:1], *below[-2:], *above[:2], *further[:1]):
+            # Beyond the limit others may count: `if x.shape[0] > 20 and x.shape[1] > 3` stops asking at the first on the example.
+            ends = [p for p in (*below[-1:], *further[:1]) if p[name] > 1]
+            varied = [
+                {**{other: min(max(n, low), high) for other, (low, high) in allowed.items() if other in p}, **{o: p[o] for o in own}}
+                for p in ends
+                for n in (1, 24)
+            ]
+            for point in (*below[:1], *below[-2:], *above[:2], *further[:1], *varied):
                 if point not in seen:
                     seen.append(point)
                     yield point
@@ -136,7 +146,8 @@ def refusal(
 ) -> str:
     """Which axis is not free in the program that was traced, why, and the way out; `saw` is what was found beyond the limits."""
     names = sorted({symbols[s] for limit in beyond for s in limit.holds.free_symbols})
-    ranges = {name: _range_of(name, limits, symbols, measured) for name in names}
+    needed = [limit for limit in limits if limit in beyond or not limit.usual]
+    ranges = {name: _range_of(name, needed, symbols, measured) for name in names}
     ways = [f"torch.export.Dim({name!r}, {ends})" for name, ends in ranges.items() if ends]
     way = f"; or declare in it for what it is, {', '.join(ways)}" if ways else ""
     free = " and ".join(f"{axes[name]} ({name!r})" for name in names)
