@@ -327,9 +327,9 @@ def test_eps_and_axes_are_numbers_of_any_kind(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_rms_norm_without_eps_has_that_of_torch(dtype: str, tmp_path: Any) -> None:
-    """`eps=None` is the machine epsilon of the dtype, as in torch.nn.RMSNorm; saved and exported as such."""
-    x = (1e-4 * X).astype(dtype)
-    expected = x.astype("float64") / np.sqrt(np.mean(x.astype("float64") ** 2, axis=-1, keepdims=True) + np.finfo(dtype).eps)
+    """`eps=None` is the machine epsilon of the dtype of the statistics, as in torch.nn.RMSNorm; saved and exported as such."""
+    x, wide = (1e-4 * X).astype(dtype), "float64" if dtype == "float64" else "float32"
+    expected = x.astype("float64") / np.sqrt(np.mean(x.astype("float64") ** 2, axis=-1, keepdims=True) + np.finfo(wide).eps)
     np.testing.assert_allclose(pn.rms_norm(x, eps=None), expected, **relative(dtype))
     layer = pn.RMSNorm(3, eps=None, dtype=dtype)
     np.testing.assert_allclose(layer(x), expected, **relative(dtype))

@@ -495,6 +495,127 @@ def test_a_front_end_that_shortens_time_and_limits_that_are_known() -> None:
     assert {c.output for c in report.trajectories} == {report.model.graph.output[0].name}  # the last state alone: `y` is not made
 
 
+def on_states(rule: Any) -> Any:
+    """A model whose result is `rule` of a recurrent layer's."""
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = pn.torch_module(pn.GRU(4, 5, norm="layer", rng=0))
+
+        def forward(self, x: Any) -> Any:
+            return rule(self.rnn(x)[0])
+
+    return Model().eval()
+
+
+def of_few(y: Any) -> Any:
+    if y.shape[0] < 5:
+        return y * (2.0 if y.shape[0] >= 3 else 1.0)
+    return y
+
+
+BY_LENGTH: dict[str, tuple[Any, str, str]] = {
+    # What the program assumes, and the range in which it holds.
+    "the first ten": (lambda y: y[:10], r"`time < 10`", "max=9"),
+    "the mean of the first ten": (lambda y: y[:10].mean(0), r"`time < 10`", "max=9"),
+    "the last ten": (lambda y: y[-10:], r"`\(-1\)\*time > -10`", "max=9"),
+    "few, at some of which it is right": (of_few, r"`time >= 5` from .*test_export_torch.py:\d+, `if y.shape\[0\] < 5:`", "min=5"),
+    "many": (lambda y: y * (2.0 if y.shape[0] > 20 else 1.0), r"`time <= 20` from .*test_export_torch.py", "max=20"),
+    "very many": (lambda y: y * (2.0 if y.shape[0] > 300 else 1.0), r"`time <= 300` from .*test_export_torch.py", "max=300"),
+    "one length alone": (lambda y: y * (2.0 if y.shape[0] == 2 else 1.0), r"`time != 2` from .*test_export_torch.py", "min=3"),
+    "even ones": (lambda y: y * (2.0 if y.shape[0] % 2 else 1.0), r"`\(time % 2\) == 0` from .*test_export_torch.py", ""),
+    "one step": (lambda y: y * (2.0 if y.shape[0] == 1 else 1.0), r"`time >= 2`", "min=2"),
+    "one step of several": (lambda y: y * (2.0 if y.shape[0] == 1 and y.shape[1] > 1 else 1.0), r"`time >= 2`", "min=2"),
+    "many of a large batch": (lambda y: y * (2.0 if y.shape[0] > 20 and y.shape[1] > 3 else 1.0), r"`time <= 20` from", "max=20"),
+    "one by another": (lambda y: y * (2.0 if y.shape[1] > y.shape[0] else 1.0), r"`batch <= time` from .*test_export_torch.py", "min=3"),
+}
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_a_model_that_decides_by_a_free_length_is_refused(name: str, tmp_path: Path) -> None:
+    """`torch.export` keeps the decision that the example took; the file would be wrong without a word wherever another one is right."""
+    import torch
+
+    rule, condition, declared = BY_LENGTH[name]
+    path, x = tmp_path / "m.onnx", torch.randn(6, 3, 4)
+    ways = (
+        rf"leave the axis out of `dynamic_shapes`; or declare .*torch\.export\.Dim\('time', {declared}\)" if declared else "`if`; or leave"
+    )
+    with pytest.raises(pn.ExportError, match=rf"the graph holds where {condition}.*'time'\) (is|are) free; at x \(\d+, .*differ.*{ways}"):
+        pn.export_torch(on_states(rule), x, path, dynamic_shapes={"x": {0: "time", 1: "batch"}})
+    assert not path.exists()
+    with pytest.raises(pn.ExportError, match=condition):  # inputs of one's own do not say that others will not come
+        pn.export_torch(on_states(rule), x, path, dynamic_shapes={"x": {0: "time", 1: "batch"}}, inputs=[x])
+    assert pn.export_torch(on_states(rule), x, path).path == str(path)
+
+
+@pytest.mark.parametrize("hint", [False, True], ids=["Dim", "hint"])
+@pytest.mark.parametrize(
+    "name", [name for name, row in BY_LENGTH.items() if row[2] and name not in ("one by another", "many of a large batch")]
+)
+def test_a_range_that_is_declared_is_taken_at_its_word(name: str, hint: bool) -> None:
+    """Lengths outside of it are not tried; a range that is too wide is refused, whoever finds it."""
+    import torch
+
+    rule, _, declared = BY_LENGTH[name]
+    ends = {key: int(value) for key, _, value in [declared.partition("=")]}
+    of = torch.export.Dim.DYNAMIC if hint else lambda **ends: torch.export.Dim("time", **ends)
+    low, high = ends.get("min", 3), min(ends.get("max", 9), 40)
+    x = torch.randn(6, 3, 4)
+    report = pn.export_torch(on_states(rule), x, None, dynamic_shapes={"x": {0: of(min=low, max=high)}})
+    tried = [int(re.findall(r"\d+", c.case)[0]) for c in report.trajectories]
+    assert min(tried) >= low
+    assert max(tried) <= high
+    wide = {"min": low - 1, "max": high} if "min" in ends else {"min": low, "max": ends["max"] + 2}
+    with pytest.raises(pn.ExportError, match=r"min\(10, y.shape\[0\]\).*torch\.export\.Dim|min\(10, y.shape\[0\]\).*give the axis a name"):
+        pn.export_torch(on_states(rule), x, None, dynamic_shapes={"x": {0: of(**wide)}})
+
+
+AT_EVERY_LENGTH: dict[str, Any] = {
+    "at most four": lambda y: y[: min(4, y.shape[0])] * 1.0,
+    "the last ten": lambda y: y[max(0, y.shape[0] - 10) :] * 1.0,
+    "narrow": lambda y: y.narrow(0, 0, min(10, y.shape[0])),
+    "a piece": lambda y: y[2:4],
+    "the sum of a piece": lambda y: y[2:4].sum(0),
+    "all but the first": lambda y: y[1:],
+    "all but the last two": lambda y: y[:-2],
+    "the last one": lambda y: y[-1],
+    "every second": lambda y: y[::2],
+    "padded": lambda y: y.new_zeros(8, y.shape[1], 5)[: max(0, 8 - y.shape[0])].sum(0) + y.sum(0),
+}
+
+
+@pytest.mark.parametrize("name", AT_EVERY_LENGTH)
+def test_a_model_that_is_right_at_every_length_is_exported(name: str, tmp_path: Path) -> None:
+    """torch has conditions for many of these, beyond which its translation is right all the same."""
+    import torch
+
+    model, path = on_states(AT_EVERY_LENGTH[name]), tmp_path / "m.onnx"
+    pn.export_torch(model, torch.randn(6, 3, 4), path, dynamic_shapes={"x": {0: "time", 1: "batch"}})
+    for steps in (1, 2, 3, 4, 5, 9, 10, 11, 30):
+        x = torch.randn(steps, 2, 4)
+        with torch.no_grad():
+            np.testing.assert_allclose(outputs(path, x)[0], model(x), atol=EXPORTED_TORCH, rtol=EXPORTED_TORCH)
+
+
+def test_lengths_that_the_model_refuses_are_no_reason_to_refuse_it() -> None:
+    """A table of positions has an end, where the model itself stops."""
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.positions = pn.torch_module(pn.LayerNorm(4)), torch.nn.Parameter(torch.randn(40, 1, 4))
+
+        def forward(self, x: Any) -> Any:
+            return self.norm(x + self.positions[: x.shape[0]])
+
+    report = pn.export_torch(Model(), torch.randn(6, 3, 4), None, dynamic_shapes={"x": {0: "time"}})
+    assert all(c.difference <= c.allowed for c in report.trajectories)
+
+
 def test_a_graph_that_differs_is_not_written(tmp_path: Path) -> None:
     import torch
 
@@ -609,6 +730,10 @@ def test_refusals_of_torch_say_what_to_do() -> None:
         def forward(self, x: Any) -> Any:
             return x if x.sum() > 0 else -x
 
+    class InNumPy(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            return torch.as_tensor(x.numpy() * 2)
+
     class Both(torch.nn.Module):
         def forward(self, x: Any, y: Any) -> Any:
             return x + y
@@ -617,6 +742,7 @@ def test_refusals_of_torch_say_what_to_do() -> None:
     cases: list[tuple[Any, Any, Any, str]] = [
         (Loop(), x, FREE, r"fixes axis 0 of `x` to 5, which `dynamic_shapes` says is free; a Python loop over it"),
         (Branches(), x, None, r"asks for values at .*test_export_torch\.py:\d+, `return x if x\.sum\(\) > 0 else -x`.*torch\.where"),
+        (InNumPy(), x, None, r"computes with NumPy at .*test_export_torch\.py:\d+, `return torch\.as_tensor\(x\.numpy\(\) \* 2\)`"),
         (Both(), (x, x), {"x": {0: "time"}}, r"`dynamic_shapes` names 'x'; expected every input, 'x', 'y'"),
         (torch.nn.Linear(3, 2), x[:1], ({0: "time"},), r"axis 0 of `input` has length 1 in the example.* give an example of 2 or more"),
         (torch.nn.Linear(3, 2), x[:1, :1], ({0: "a", 1: "b"},), r"axis 0 of `input` has length 1, axis 1 of `input` has length 1 in the"),
@@ -625,6 +751,28 @@ def test_refusals_of_torch_say_what_to_do() -> None:
         with pytest.raises(pn.ExportError, match=f"torch does not export the model: .*{message}") as raised:
             pn.export_torch(model, args, None, dynamic_shapes=dynamic_shapes)
         assert not any(word in str(raised.value) for word in ("TORCH", "draft_export", "http", "mark_dynamic", "specialized"))
+
+
+@pytest.mark.parametrize("axis", [3, 7, -1, "time"])
+@pytest.mark.parametrize("form", ["by name", "in order", "inside"])
+def test_a_free_axis_that_an_input_does_not_have_is_named(form: str, axis: Any) -> None:
+    import torch
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Any, more: Any) -> Any:
+            return x + more["y"][0]
+
+    x = torch.randn(5, 2, 3)
+    said: Any = {
+        "by name": {"x": {axis: "t"}, "more": {"y": [None]}},
+        "in order": ({axis: "t"}, {"y": [None]}),
+        "inside": {"x": None, "more": {"y": [{axis: "t"}]}},
+    }[form]
+    where = r"more\.y\.0" if form == "inside" else "x"
+    with pytest.raises(
+        pn.UnsupportedError, match=rf"`dynamic_shapes` has axis {axis!r} of `{where}`.*\(5, 2, 3\); expected one of 0, 1, 2"
+    ):
+        pn.export_torch(Model(), (x, {"y": [x]}), None, dynamic_shapes=said)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

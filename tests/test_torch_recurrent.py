@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 
 import portnorm as pn
@@ -115,12 +116,13 @@ def test_what_a_packed_sequence_cannot_go_with_is_named() -> None:
         lstm(torch.nn.utils.rnn.pack_sequence([torch.randn(3, 5)]))
 
 
-@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, np.array, np.uint8, lambda n: list(np.array(n))])
 @pytest.mark.parametrize("cell", CELLS)
 def test_lengths_come_by_place_and_by_name(cell: str, kind: Any) -> None:
     """Third, as the signature has it; or second, as wrappers of torch's modules often have it."""
     module = pn.torch_module(getattr(pn, cell)(3, 4, rng=0))
     x, state, lengths = torch.randn(5, 3, 3), module.to_layer().initial_state(3, noise=1.0, rng=0), kind([2, 5, 0])
+    torch.testing.assert_close(module(x, lengths=lengths)[0], module(x, lengths=[2, 5, 0])[0], rtol=0, atol=0)
     for given in (None, state):
         expected = module(x, state=given, lengths=[2, 5, 0])
         for found in (module(x, given, lengths), module(x, lengths, given)):

@@ -468,6 +468,34 @@ def test_a_name_goes_before_a_class() -> None:
     assert seen == [encoder]
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({}, r"`table` is empty; expected what to swap"),
+        ([torch.nn.LayerNorm], r"`table` is a list; expected what to swap"),
+        ({3: "torch"}, r"`table` has the key 3; expected a class of modules, or the name of one"),
+        ({None: "torch"}, r"`table` has the key None; expected a class"),
+        ({int: "torch"}, r"`table` has the key <class 'int'>; expected a class of modules"),
+        ({torch.nn.LayerNorm(4): "torch"}, r"`table` has the key LayerNorm\(.*; expected a class of modules"),
+        ({"0": 3}, r"`table` has 3 for '0'; expected the format of its weights"),
+        ({"0": None}, r"`table` has None for '0'; expected the format of its weights"),
+    ],
+)
+def test_a_table_of_another_kind_is_refused(table: Any, message: str) -> None:
+    with pytest.raises(pn.UnsupportedError, match=message):
+        pn.replace_modules(torch.nn.Sequential(torch.nn.LayerNorm(4)), table)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.GRU, torch.nn.RNNBase])
+def test_a_model_that_is_the_module_itself_is_said(kind: Any) -> None:
+    with pytest.raises(
+        pn.UnsupportedError, match=r"it is itself a GRU.*portnorm\.torch_module\(portnorm\.import_checkpoint\(model, 'torch'\)\)"
+    ):
+        pn.replace_modules(torch.nn.GRU(4, 5), {kind: "torch"})
+    with pytest.raises(pn.UnsupportedError, match=r"`model` is a int; expected a torch\.nn\.Module"):
+        pn.replace_modules(3, {kind: "torch"})  # type: ignore[arg-type]
+
+
 def test_names_that_are_not_there_or_not_one() -> None:
     model = nested()
     with pytest.raises(pn.UnsupportedError, match=r"has 'rnn', which is the end of decoder\.rnn, encoder\.rnn; expected one"):
@@ -670,10 +698,84 @@ def test_a_norm_says_its_settings(make: Any, args: Any, said: dict[str, Any], sh
     for training in (True, False):
         torch.testing.assert_close(model.train(training)(x), theirs.train(training)(x), **tolerance)
     layer = model[0].to_layer()
-    assert layer.eps == (theirs.eps or torch.finfo(getattr(torch, dtype)).eps if layer.eps is not None else None)
+    assert layer.eps == theirs.eps
     for name, buffer in theirs.named_buffers():
         if "running" in name:
             torch.testing.assert_close(getattr(model[0], name), buffer, **tolerance)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("after", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("before", ["float16", "bfloat16", "float32", "float64"])
+def test_an_eps_that_follows_the_dtype_goes_on_to(before: str, after: str, affine: bool) -> None:
+    """torch.nn.RMSNorm without an `eps` has that of the type it computes in when it is called, which counts for small inputs."""
+    model = torch.nn.Sequential(torch.nn.RMSNorm(4, elementwise_affine=affine)).to(getattr(torch, before))
+    other, x = copy.deepcopy(model), 1e-4 * torch.randn(8, 4, dtype=torch.float64)
+    pn.replace_modules(model, {torch.nn.RMSNorm: "torch"}, args=x.to(getattr(torch, before)))
+    model, other, x = (a.to(getattr(torch, after)) for a in (model, other, x))
+    tolerance = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 1e-6, "float64": 1e-7}[after]  # torch's ε is a float64, ours a float32
+    torch.testing.assert_close(model(x), other(x), rtol=tolerance, atol=tolerance)
+
+
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "padding_idx=0": {"padding_idx": 0},
+    "max_norm=1.0": {"max_norm": 1.0},
+    "scale_grad_by_freq=True": {"scale_grad_by_freq": True},
+    "sparse=True": {"sparse": True},
+}
+
+
+@pytest.mark.parametrize("key", [torch.nn.Embedding, "0"])
+@pytest.mark.parametrize("sizes", [(6, 6), (10, 3)])
+@pytest.mark.parametrize("example", [False, True], ids=["random", "example"])
+def test_an_embedding_is_a_layer_here(key: Any, sizes: tuple[int, int], example: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(*sizes))
+    other, ids = copy.deepcopy(model), torch.tensor([[1, 2], [0, 5]])
+    assert pn.replace_modules(model, {key: "torch"}, args=ids if example else None) == ["0"]
+    assert isinstance(model[0].to_layer(), pn.Embedding)
+    torch.testing.assert_close(model(ids), other(ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_what_an_embedding_does_only_in_torch_is_refused(name: str) -> None:
+    model, ids = torch.nn.Sequential(torch.nn.Embedding(6, 4, **EMBEDDINGS[name])), torch.tensor([1, 0])
+    left = name.partition("=")[0]
+    with pytest.raises(pn.CheckpointError, match=rf"'0': .*{name},? .*ignore=\('{left}',\)"):
+        pn.replace_modules(model, {torch.nn.Embedding: "torch"}, args=ids)
+    if left == "padding_idx":  # what was ignored is seen where the model is trained on it
+        with pytest.raises(pn.ConformanceError, match="training step"):
+            pn.replace_modules(model, {torch.nn.Embedding: "torch"}, args=ids, ignore=(left,))
+    if left == "max_norm":  # which shortens them in evaluation too
+        with pytest.raises(pn.ConformanceError, match="differ by"):
+            pn.replace_modules(model, {torch.nn.Embedding: "torch"}, args=ids, ignore=(left,))
+    else:
+        assert pn.replace_modules(model, {torch.nn.Embedding: "torch"}, args=ids, ignore=(left,), training=False) == ["0"]
+
+
+def test_statistics_of_several_processes_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.SyncBatchNorm(4))
+    for key in (torch.nn.SyncBatchNorm, torch.nn.modules.batchnorm._BatchNorm, "0"):
+        with pytest.raises(pn.CheckpointError, match=r"'0': .*SyncBatchNorm has in training the statistics of all processes.*`reduce`"):
+            pn.replace_modules(model, {key: "torch"})
+
+    def summed(module: Any) -> Any:
+        layer: Any = pn.import_checkpoint(module, "torch", ignore=("process_group",))
+        layer.reduce = lambda a: a
+        return layer
+
+    assert pn.replace_modules(model, {torch.nn.SyncBatchNorm: summed}) == ["0"]
+    assert model[0].to_layer().reduce is not None
+
+
+@pytest.mark.parametrize("name", ["LazyBatchNorm1d", "LazyInstanceNorm1d", "LazyLinear"])
+def test_a_module_without_sizes_is_to_be_run_once(name: str) -> None:
+    lazy, x = getattr(torch.nn, name), torch.randn(8, 3, 5)
+    model = torch.nn.Sequential(lazy(4) if name == "LazyLinear" else lazy(affine=True))
+    for key in (lazy, "0"):
+        with pytest.raises(pn.UnsupportedError, match=rf"'0' \({name}\) has no sizes yet; run the model once"):
+            pn.replace_modules(model, {key: "torch"}, args=x)
+    model(x)
+    assert pn.replace_modules(model, {type(model[0]): "torch"}, args=x) == ["0"]
 
 
 @pytest.mark.parametrize("name", ["BatchNorm1d", "InstanceNorm1d"])

@@ -27,6 +27,7 @@ from portnorm.errors import ConformanceError, DTypeError, ExportError, PortnormE
 from portnorm.layers.layer import Layer, checked_call
 from portnorm.layers.quantized import quantized, with_rounded_weights
 from portnorm.quantization import QuantizeName, checked_quantize
+from portnorm_backends.torch_limits import LONGEST, Limit, by_symbol, declared, lengths_beyond, limits_of, refusal
 from portnorm_backends.torch_module import TorchModule
 from portnorm_backends.torch_refusals import explained
 from portnorm_backends.torch_stream import Stream
@@ -96,7 +97,9 @@ def export_torch(
     Every layer's graph passes the two gates of `portnorm.verify`; the whole graph passes onnx's checker and strict shape inference, and in
     onnxruntime it is compared with the torch model on the example and with every free length at 1 and at two others, or on `inputs`, each a
     tuple like `args`, or with `kwargs` a pair `(args, kwargs)`. Where those are not given, numbers are drawn from the example's, integers
-    (batch,) that become a layer's `lengths` follow the time axis, and what the model itself refuses is left out. The graph's distance to a
+    (batch,) that become a layer's `lengths` follow the time axis, and what the model itself refuses is left out. A model that decides by a
+    free length (`if x.shape[0] > 20`, `y[:10]`) is tried where it decides otherwise than on the example, and refused where the graph is
+    wrong there; `torch.export.Dim("time", min=2, max=9)` in `dynamic_shapes` says that no other lengths come. The graph's distance to a
     float64 run of the model may be a small multiple of torch's own. Only then the file appears; an existing one is replaced whole. Returns
     a `Report`; `path=None` writes nothing, and the model is `report.model`. `portnorm.load(path, prefix="encoder.rnn")` reads a layer back;
     `metadata=False` leaves out what the file says of that. Raises `ExportError`, `ConformanceError`, `UnsupportedError`.
@@ -165,7 +168,7 @@ def export_torch(
                 report.steps += steps
                 report.trajectories += trajectories
             runtime = checker(proto, "bfloat16") if narrow and "bfloat16" not in row.only else "onnxruntime"
-            made = _Cases(program, proto, example, recorder.calls)
+            made = _Cases(program, proto, example, recorder.calls, _free_axes(model, example, dynamic_shapes))
             if inputs is None:
                 cases, refused = made.random(eager)
             else:
@@ -175,8 +178,17 @@ def export_torch(
                 cases, refused = [made.given(given) for given in each], []
             if not cases:
                 raise UnsupportedError("`inputs` is empty; expected at least one, or nothing would be checked")
+            beyond = made.beyond(eager, cases)
             for name in (runtime, "unrounded") if narrow else (runtime,):
-                report.trajectories += _compared(eager, session_of(name, draft.loadable()), name, cases)
+                session = session_of(name, draft.loadable())
+                for position, case in enumerate((*cases, *beyond)):
+                    try:
+                        found = _compared(eager, session, name, [case])
+                        report.trajectories += found if position < len(cases) else []
+                    except Exception as error:  # of the runtime too, which may refuse these shapes
+                        if not case.beyond:
+                            raise
+                        raise ExportError(made.refusal(case, error)) from error
                 detail = f"not compared at {', '.join(refused)}, which the model refuses" if refused else runtime_of(name).note
                 report.outcomes.append(Outcome(name, runtime_of(name).version(), "passed", detail))
             report.change = None if quantize is None else Change.of(_pairs(_Eager(exact), eager, cases))
@@ -249,20 +261,27 @@ def _converted(given: Given, kind: torch.dtype | None) -> Given:
 
 
 def _free_axes(model: torch.nn.Module, example: Given, dynamic_shapes: Any) -> tuple[Any, ...] | None:
-    """What `dynamic_shapes` says of each tensor, in the order of the graph's inputs: torch counts numbers and `None` among these."""
+    """What `dynamic_shapes` says of each tensor, in the order of the graph's inputs: torch counts numbers and `None` among these.
+
+    Raises `UnsupportedError` for an axis that a tensor does not have; where it does not fit the inputs torch says so.
+    """
     if dynamic_shapes is None:
         return None
     bound = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
 
-    def of(value: Any, said: Any) -> Iterator[Any]:
+    def of(value: Any, said: Any, path: str = "") -> Iterator[Any]:
         if isinstance(value, torch.Tensor):
+            for axis in said if isinstance(said, dict) else ():
+                if axis not in range(value.ndim):
+                    raise UnsupportedError(
+                        f"`dynamic_shapes` has axis {axis!r} of `{path}`, whose shape is {tuple(value.shape)}; expected one of "
+                        f"{', '.join(map(str, range(value.ndim)))}"
+                    )
             yield said
-        elif isinstance(value, tuple | list):
-            for k, item in enumerate(value):
-                yield from of(item, said[k] if said is not None else None)
-        elif isinstance(value, dict):
-            for k, (name, item) in enumerate(value.items()):
-                yield from of(item, said.get(name) if isinstance(said, dict) else said[k] if said is not None else None)
+        elif isinstance(value, tuple | list | dict):
+            for k, (name, item) in enumerate(value.items() if isinstance(value, dict) else enumerate(value)):
+                there = said.get(name) if isinstance(said, dict) else said[k] if isinstance(said, tuple | list) and k < len(said) else None
+                yield from of(item, there, f"{path}.{name}" if path else str(name))
 
     named = pytree.tree_map(lambda d: None if d is torch.export.Dim.AUTO else d, dynamic_shapes)
     return tuple(of(dict(bound), named))
@@ -400,11 +419,12 @@ def _translated(
         warnings.filterwarnings("ignore", message=r"# The axis name", category=UserWarning)
         warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights", category=UserWarning)
         try:
+            free = _free_axes(model, example, dynamic_shapes)
             program = torch.export.export(model, example.args, example.kwargs, dynamic_shapes=hints, strict=False)
             made = torch.onnx.export(
                 program,
                 dynamo=True,
-                dynamic_shapes=_free_axes(model, example, dynamic_shapes),
+                dynamic_shapes=free,
                 opset_version=version,
                 input_names=input_names,
                 output_names=output_names,
@@ -438,6 +458,8 @@ class _Case:
     args: Given
     feed: dict[str, Any]
     steps: int
+    beyond: tuple[Limit, ...] = ()
+    """What torch assumed while it traced the model and does not hold here."""
 
 
 class _Eager:
@@ -568,6 +590,15 @@ def _distance(a: Any, b: Any) -> float:
         return float(numpy.max(numpy.where(same, 0.0, numpy.abs(a - b)), initial=0.0))
 
 
+def _refused(eager: _Eager, case: _Case) -> Exception | None:
+    """What the model itself raises."""
+    try:
+        eager(case.args)
+    except Exception as error:  # whatever somebody else's model raises
+        return error
+    return None
+
+
 _LENGTHS: tuple[Callable[[int], int], ...] = (lambda k: 1, lambda k: 3 + 2 * k, lambda k: 24 - 5 * (k % 4))
 """For every case beside the example the free lengths, in their order."""
 
@@ -575,7 +606,14 @@ _LENGTHS: tuple[Callable[[int], int], ...] = (lambda k: 1, lambda k: 3 + 2 * k, 
 class _Cases:
     """Inputs of several lengths, made of the example."""
 
-    def __init__(self, program: torch.export.ExportedProgram, proto: onnx.ModelProto, example: Given, calls: Sequence[_Call]):
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        proto: onnx.ModelProto,
+        example: Given,
+        calls: Sequence[_Call],
+        said: Sequence[Any] | None = None,
+    ):
         self.example = example
         self.names = [i.name for i in proto.graph.input]
         tensors = _tensors(example)
@@ -589,6 +627,8 @@ class _Cases:
         held = [n for n in given if isinstance(n.meta.get("val"), torch.Tensor)]
         self.measured = {d: n for dims, a in zip(self.dims, tensors, strict=True) for d, n in zip(dims, a.shape, strict=True)}
         self.symbols, self.derived = self._named(held)
+        self.allowed = declared([None] * len(tensors) if said is None else said, self.dims)
+        self.limits = limits_of(program, self.symbols, _LEAST)
         self.bounds = self._bounds(program)
         self.counts = self._counts(program, held, calls)
 
@@ -609,7 +649,7 @@ class _Cases:
         found: dict[str, tuple[int, int]] = {}
         for symbol, name in self.symbols.items():
             limits = program.range_constraints.get(symbol)
-            low, high = found.get(name, (1, 2**31))
+            low, high = found.get(name, self.allowed[name])
             if limits is not None:
                 low = max(low, int(limits.lower) if limits.lower > _LEAST else 1)
                 high = min(high, int(limits.upper)) if limits.upper.is_number and limits.upper < high else high
@@ -646,33 +686,62 @@ class _Cases:
             raise UnsupportedError(f"`inputs` has {len(tensors)} tensors; expected {len(self.names)}: {', '.join(self.names)}")
         shapes = " ".join(f"{name} {tuple(a.shape)}" for name, a in zip(self.names, tensors, strict=True))
         feed = {name: to_numpy(a).astype(kind, copy=False) for name, a, kind in zip(self.names, tensors, self.types, strict=True)}
-        free = [n for dims, a in zip(self.dims, tensors, strict=True) for d, n in zip(dims, a.shape, strict=True) if isinstance(d, str)]
-        return _Case(shapes, args, feed, max(free, default=1))
+        free = {d: n for dims, a in zip(self.dims, tensors, strict=True) for d, n in zip(dims, a.shape, strict=True) if isinstance(d, str)}
+        own = by_symbol(free, self.symbols)
+        return _Case(shapes, args, feed, max(free.values(), default=1), tuple(limit for limit in self.limits if not limit.at(own)))
 
     def random(self, eager: _Eager) -> tuple[list[_Case], list[str]]:
         """The example, and others with every free length at 1 and at two others; and what the model itself refuses of these."""
-        cases, refused = [self.given(self.example)], []
-        flat, spec = pytree.tree_flatten(self.example)
+        cases, refused, reason = [self.given(self.example)], [], None
         for seed, rule in enumerate(_LENGTHS if self.bounds else ()):
             lengths = {name: min(max(rule(k), low), high) for k, (name, (low, high)) in enumerate(self.bounds.items())}
-            own = {symbol: lengths[name] for symbol, name in self.symbols.items()}
-            lengths |= {name: int(expression.subs(own)) for name, expression in self.derived.items()}
-            rng = numpy.random.default_rng(seed)
-            drawn = iter([self._drawn(k, lengths, rng) for k in range(len(self.names))])
-            args = pytree.tree_unflatten([next(drawn) if isinstance(a, torch.Tensor) else a for a in flat], spec)
-            case = self.given(args)
-            try:
-                eager(args)
-            except Exception as error:  # whatever somebody else's model raises
+            case = self._at(lengths, seed)
+            reason = _refused(eager, case)
+            if reason is None:
+                cases.append(case)
+            else:
                 refused.append(case.title)
-                reason = error
-                continue
-            cases.append(case)
         if len(refused) == len(_LENGTHS):
             raise ExportError(
                 f"the model refuses all inputs that were made of the example, such as {refused[-1]}; give `inputs` to check it on: {reason}"
             ) from reason
         return cases, refused
+
+    def _at(self, lengths: Mapping[str, int], seed: int) -> _Case:
+        """The case with these free lengths."""
+        own = by_symbol(lengths, self.symbols)
+        lengths = {**lengths, **{name: int(expression.subs(own)) for name, expression in self.derived.items()}}
+        rng = numpy.random.default_rng(seed)
+        drawn = iter([self._drawn(k, lengths, rng) for k in range(len(self.names))])
+        flat, spec = pytree.tree_flatten(self.example)
+        return self.given(pytree.tree_unflatten([next(drawn) if isinstance(a, torch.Tensor) else a for a in flat], spec))
+
+    def beyond(self, eager: _Eager, cases: Sequence[_Case]) -> list[_Case]:
+        """Cases at lengths that are allowed but of which torch assumed that they do not come, without those that the model refuses."""
+        free = {name: self.measured[name] for name in self.symbols.values()}
+        found = []
+        for seed, lengths in enumerate(lengths_beyond(self.limits, self.symbols, self.allowed, free)):
+            if max(lengths.values()) > LONGEST:
+                case = _Case(
+                    "", self.example, {}, 1, tuple(limit for limit in self.limits if not limit.at(by_symbol(lengths, self.symbols)))
+                )
+                raise ExportError(self.refusal(case, f"more than {LONGEST} is too long to be tried"))
+            case = self._at(lengths, seed)
+            if all(case.title != other.title for other in cases) and _refused(eager, case) is None:
+                found.append(case)
+        return found
+
+    def refusal(self, case: _Case, error: Exception | str) -> str:
+        """Why the graph is wrong at this case."""
+        axes = {
+            d: f"axis {k} of `{name}`"
+            for name, dims in zip(self.names, self.dims, strict=True)
+            for k, d in enumerate(dims)
+            if isinstance(d, str)
+        }
+        saw = error if isinstance(error, str) else f"at {case.title} the graph and the model differ: {error}"
+        free = {name: self.measured[name] for name in self.symbols.values()}
+        return refusal(case.beyond, self.limits, self.symbols, axes, free, saw)
 
     def _drawn(self, k: int, lengths: Mapping[str, int], rng: numpy.random.Generator) -> torch.Tensor:
         """Numbers of the example's input `k` in another shape."""

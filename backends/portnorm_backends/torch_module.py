@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
@@ -119,6 +120,8 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         """A call on a padded array, which may have been `packed`."""
         if counts(state):
             state, lengths = lengths, state
+        if isinstance(lengths, numpy.ndarray):
+            lengths = torch.as_tensor(lengths, device=x.device)
         if self.recorder is not None:
             return self.recorder(self, x, state, lengths, mask)
         params, buffers = self.arrays()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -48,7 +49,9 @@ def counts(value: Any) -> bool:
     """Whether an argument is `lengths`, and no state: whole numbers along one axis."""
     if isinstance(value, torch.Tensor):
         return bool(value.ndim == 1 and not value.is_floating_point() and not value.is_complex())
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(n, int) for n in value)
+    if isinstance(value, numpy.ndarray):
+        return value.ndim == 1 and value.dtype.kind in "iu"
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(n, int | numpy.integer) for n in value)
 
 
 def _of_layer(name: str) -> property:

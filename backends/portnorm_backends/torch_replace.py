@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -85,6 +86,7 @@ def replace_modules(
     >>> [f"{c.mode}: {c.what}" for c in swapped.compared]
     ['evaluation: values', 'training step: values', 'training step: gradients', 'training step: statistics']
     """
+    _check_table(model, table)
     places, rows = _found(model, table)
     firsts: dict[int, tuple[str, torch.nn.Module]] = {}
     for path, _, _, module in places:
@@ -126,6 +128,24 @@ def _note(trial: Trial | None, compared: list[Compared]) -> str:
 # -- what is swapped -----------------------------------------------------------------------------------------------------------------------
 
 
+def _check_table(model: torch.nn.Module, table: Table) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a torch.nn.Module")
+    if not isinstance(table, Mapping) or not table:
+        came = "empty" if isinstance(table, Mapping) else f"a {type(table).__name__}"
+        raise UnsupportedError(
+            f'`table` is {came}; expected what to swap, such as {{torch.nn.LayerNorm: "torch"}} or {{"encoder.rnn": "torch"}}'
+        )
+    for key, given in table.items():
+        if not isinstance(key, str) and not (isinstance(key, type) and issubclass(key, torch.nn.Module)):
+            raise UnsupportedError(f"`table` has the key {key!r}; expected a class of modules, or the name of one as a str")
+        if not isinstance(given, str) and not callable(given):
+            raise UnsupportedError(
+                f"`table` has {given!r} for {key!r}; expected the format of its weights, such as 'torch', or a function that "
+                "makes a layer of it"
+            )
+
+
 def _found(model: torch.nn.Module, table: Table) -> tuple[list[tuple[str, torch.nn.Module, str, torch.nn.Module]], dict[int, Replacement]]:
     """(path, parent, name, module) of the outermost modules that the table has, and by module what it has for them."""
     paths = {path: module for path, module in model.named_modules(remove_duplicate=False) if path}
@@ -149,7 +169,12 @@ def _found(model: torch.nn.Module, table: Table) -> tuple[list[tuple[str, torch.
             )
     if not places:
         names = ", ".join(key if isinstance(key, str) else key.__name__ for key in table)
-        raise UnsupportedError(f"`model` has no module of {names} inside; expected at least one to swap")
+        own = next((table[kind] for kind in type(model).__mro__ if kind in table), None)
+        way = ""
+        if own is not None:
+            layer = f"portnorm.import_checkpoint(model, {own!r})" if isinstance(own, str) else "the layer that your function gives"
+            way = f"; it is itself a {type(model).__name__}, which cannot be swapped in place: model = portnorm.torch_module({layer})"
+        raise UnsupportedError(f"`model` has no module of {names} inside; expected at least one to swap{way}")
     return places, rows
 
 
@@ -181,6 +206,11 @@ def _places(
 
 
 def _twin(path: str, module: torch.nn.Module, row: Replacement, config: dict[str, Any]) -> Twin:
+    if any(map(torch.nn.parameter.is_lazy, itertools.chain(module.parameters(), module.buffers()))):
+        raise UnsupportedError(
+            f"{path!r} ({type(module).__name__}) has no sizes yet; run the model once on its input: after that its class is one "
+            "that is not lazy; swap it by that or by its name"
+        )
     check_hooks(path, module)
     lost = dropped_inside(module) if isinstance(row, str) else []
     if lost and "dropout" not in config:

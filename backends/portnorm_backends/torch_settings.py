@@ -19,6 +19,7 @@ _LAYERS: dict[type[torch.nn.Module], str] = {
     torch.nn.LayerNorm: "LayerNorm",
     torch.nn.RMSNorm: "RMSNorm",
     torch.nn.Linear: "Linear",
+    torch.nn.Embedding: "Embedding",
     torch.nn.LSTM: "LSTM",
     torch.nn.GRU: "GRU",
     torch.nn.RNN: "RNN",
@@ -90,6 +91,8 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
         if module.dropout and module.num_layers > 1:
             said.values["dropout"] = module.dropout
         return said
+    if isinstance(module, torch.nn.Embedding):
+        _table(said, module)
     if isinstance(module, torch.nn.GroupNorm):
         said.values["num_groups"] = module.num_groups
     if isinstance(module, torch.nn.modules.batchnorm._NormBase):
@@ -120,12 +123,29 @@ _SIZES = {
 """What gives a norm its size, and its ε where that may be `None`, by our names: asked of modules that have no arrays."""
 
 
+def _table(said: Said, module: torch.nn.Embedding) -> None:
+    """What torch does to the rows of an embedding in training, or to some of them, and a layer here does not."""
+    rows = {"padding_idx": "whose row it does not train", "max_norm": "to which it shortens the rows that are read"}
+    for name, what in rows.items():
+        if getattr(module, name) is not None:
+            said.refused[name] = Refusal(f"{name}={getattr(module, name)}, {what}")
+    for name, what in {"scale_grad_by_freq": "gradients by how often a row is read", "sparse": "gradients as sparse arrays"}.items():
+        if getattr(module, name):
+            said.refused[name] = Refusal(f"{name}=True, {what}")
+
+
 def _but(said: Said, name: str) -> dict[str, Any]:
     return {n: value for n, value in said.values.items() if n != name}
 
 
 def _tracking(said: Said, module: torch.nn.modules.batchnorm._NormBase) -> None:
     """Whose statistics normalize, which `track_running_stats` says together with whether there are running ones."""
+    if isinstance(module, torch.nn.SyncBatchNorm):
+        said.refused["process_group"] = Refusal(
+            "in training the statistics of all processes together, where BatchNorm here takes those of its own batch; for several "
+            "processes swap it by a function that gives portnorm.import_checkpoint(module, 'torch', ignore=('process_group',)) with "
+            "`reduce`, an attribute, set to what sums over them"
+        )
     has, tracks = module.running_mean is not None, module.track_running_stats
     if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and not has:
         why = f"track_running_stats={tracks} and no running statistics: it takes those of the batch in evaluation too"

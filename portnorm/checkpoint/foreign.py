@@ -302,12 +302,13 @@ class _Reader:
         shape = next((found[0, 0, name].shape for name in ("weight", "bias", "running_mean", "running_var") if (0, 0, name) in found), None)
         if shape is None:
             raise CheckpointError(f"{', '.join(sorted(self.fit.keys.values()))}: all are in `ignore`; expected one that gives the size")
-        dtype = self._dtype(found.values(), None)
-        rest = {**{name: value(dtype) if callable(value) else value for name, value in self.row.config.items()}, **config}
+        rest = {**self.row.config, **config}
         if self.row.layer == "Linear":
             if len(shape) != 2:
                 raise CheckpointError(f"`weight` has shape {shape}; expected a matrix")
             return {"in_features": shape[1], "out_features": shape[0], "bias": (0, 0, "bias") in found, **rest}
+        if self.row.layer == "Embedding":
+            return {"num_embeddings": shape[0], "embedding_dim": shape[1], **rest}
         if self.row.layer in ("LayerNorm", "RMSNorm"):
             return {"normalized_shape": shape, **rest}
         return {"num_features": shape[0] if shape else 0, **rest}

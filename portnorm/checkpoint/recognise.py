@@ -272,6 +272,8 @@ def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
             if any(_IN_A_CELL.search(key) for key in fit.keys.values()):
                 return False
             return ndims == {"weight": 2, "bias": 1} or ndims == {"weight": 2}
+        if row.layer == "Embedding":
+            return ndims == {"weight": 2}
         return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == {1})
     size = None
     for name in [n for n in ("weight_hh", "weight_hh.v") if n in shapes]:

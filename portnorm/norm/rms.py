@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from portnorm.arrays import Array
+from portnorm.arrays import Array, statistics_dtype
 from portnorm.norm.arguments import check_affine, check_out, checked_axes, checked_eps, checked_namespace
 from portnorm.norm.normalize import Normalized, normalize
 from portnorm.op import op
@@ -22,7 +22,7 @@ def rms_norm(
     y = x / sqrt(mean(x²) + eps) · weight, the mean over `axis`; nothing is centred.
 
     `weight` has the shape of `x` at `axis`. The result has the shape and dtype of `x`; statistics are taken in at least float32.
-    `eps` defaults to ONNX's 1e-5; `None` is the machine epsilon of the dtype of `x`, as torch's default is.
+    `eps` defaults to ONNX's 1e-5; `None` is the machine epsilon of the dtype of the statistics, as torch's default is.
     `out`, an array like `x`, takes the result and is returned.
     Raises `ShapeError`, `DTypeError`, and `UnsupportedError` for arrays of two libraries.
 
@@ -31,7 +31,7 @@ def rms_norm(
     array([[0.8485, 1.1314]])
     """
     xp = checked_namespace(x, weight, None)
-    eps = float(xp.finfo(x.dtype).eps) if eps is None else checked_eps(eps)
+    eps = float(xp.finfo(statistics_dtype(xp, x.dtype)).eps) if eps is None else checked_eps(eps)
     check_out(x, out)
     axes = checked_axes(x, axis)
     check_affine(x, axes, weight=weight)

@@ -97,7 +97,7 @@ class Row:
     changes: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the named variant."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the layer that are the format's defaults, or functions that give them for a dtype."""
+    """Arguments of the layer that are the format's defaults."""
     unused: tuple[str, ...] = ()
     """Keys that belong to the format and that its computation does not use."""
     first: Mapping[str, str] = field(default_factory=dict)
@@ -123,7 +123,7 @@ def without(row: Row, *names: str, **changes: Any) -> Row:
 
 
 def norms(
-    library: str, keys: Mapping[str, str], eps: float, rms_eps: float | Callable[[str], float], batch: Mapping[str, Any], channel_axis: int
+    library: str, keys: Mapping[str, str], eps: float, rms_eps: float | None, batch: Mapping[str, Any], channel_axis: int
 ) -> list[Row]:
     """The normalization layers of a library, which differ in the names of their arrays and in ε. A γ that is not stored is 1, a β 0."""
     g, b, mean, var, scale = (keys[name] for name in ("gain", "shift", "mean", "var", "rms"))

@@ -41,9 +41,10 @@ def torch_rows() -> list[Row]:
     batch = {"eps": 1e-5, "momentum": 0.1, "unbiased": True}
     linears = [linear, *(_normalized_linear(linear, g, v) for g, v in _WEIGHT_NORMS)]
     found += [row for line in linears for row in (line, without(line, "bias"))]
-    normalizing = norms("torch", names, 1e-5, _rms_eps, batch, 1)
+    normalizing = norms("torch", names, 1e-5, None, batch, 1)
     instance = [tracking(row) for row in normalizing if row.layer == "BatchNorm"]
-    return [*found, *normalizing, *instance]
+    table = Row("torch", "Embedding", {"weight": whole("weight")}, asked=True)
+    return [*found, *normalizing, *instance, table]
 
 
 def unit_offset_rows() -> list[Row]:
@@ -128,8 +129,3 @@ def _folded(key: str, g: Stored, v: Stored) -> Stored:
 
 def _biases(row: Row) -> dict[str, Read]:
     return {name: read for name, read in row.reads.items() if name in BIASES}
-
-
-def _rms_eps(dtype: str) -> float:
-    """That of torch's RMSNorm without an `eps`: of the type that it computes in."""
-    return float(numpy.finfo("float64" if dtype == "float64" else "float32").eps)
