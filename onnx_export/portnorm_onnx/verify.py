@@ -49,9 +49,6 @@ EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64":
 # Where one step amplifies rounding by itself (a gain of 3 over a small variance), eager float32 is further from float64 than that; then
 # the graph may be a few times as far.
 STEP_FACTOR = 4.0
-# Products of int4 are sums of blocks, each times a step in float32, and moving what goes into a rounding moves nothing: 19.5 units were the
-# most in 630 random models.
-INT4_UNITS = 2
 # How far eager float32 is from float64 is a matter of luck in a net that amplifies rounding: a graph that looks wrong gets a second look
 # at the worst of this many eager runs, each with inputs moved by at most one unit in the last place. For one step inputs alone show too
 # little, since layer normalization takes back what scales all gates alike, as a change of a single pixel does: there weights are moved too.
@@ -511,8 +508,7 @@ def _one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Com
         result, expected, exact = ({n: _live(graph, n, d[n], now) for n in expected} for d in (result, expected, exact))
         for name, values in expected.items():
             difference, eager_difference = _distance(name, result[name], values), _distance(name, values, exact[name])
-            units = STEP_ULP[dtype] * (INT4_UNITS if model.quantizes == "int4" else 1)
-            allowed = graph.allowed(units * EPS[dtype] * max(1.0, _largest(values)), _largest(values))
+            allowed = graph.allowed(STEP_ULP[dtype] * EPS[dtype] * max(1.0, _largest(values)), _largest(values))
             if graph.tolerance is None and not difference <= allowed:
                 others = [
                     _stepped(graph, other, nudged(step, seed, dtype), nudged(before, seed, dtype), now)[0][name]
