@@ -46,4 +46,4 @@ def switch(name: str, value: Any) -> bool:
 
 def _is_truth_value(value: Any) -> bool:
     """Whether `value` is true or false, which no number is meant by: of Python, or an array or scalar of such a type."""
-    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    return isinstance(value, bool) or (not isinstance(value, int) and "bool" in str(getattr(value, "dtype", "")))

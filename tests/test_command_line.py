@@ -106,7 +106,7 @@ def test_info_without_a_file(capsys: Any) -> None:
 @pytest.mark.slow
 def test_demo_in_little(tmp_path: Path, capsys: Any) -> None:
     assert main(["demo", "--out", str(tmp_path), "--epochs", "1"]) == 0
-    names = {f"{m}.{kind}" for m in ("lstm", "bn-lstm", "ln-lstm") for kind in ("onnx", "safetensors")}
+    names = {f"{m}.{kind}" for m in ("lstm", "bn-lstm", "ln-lstm") for kind in ("onnx", "int8.onnx", "safetensors")}
     assert {p.name for p in tmp_path.iterdir()} == names | {"curves.png", "report.json"}
     report = json.loads((tmp_path / "report.json").read_text())
     assert [r["equal_predictions"] for r in report["results"]] == [1.0, 1.0, 1.0]
