@@ -320,6 +320,10 @@ if name == "rows":
             for weights in (w, []):
                 y, pullback = pn.vjp(op, a(*shape), *weights, **how); pullback(y); op(a(*shape), *weights, **how)
     pn.group_norm(a(2, 4, 6), 2, a(4), a(4))
+elif name == "integers":
+    layer = pn.quantized(pn.LSTM(4, 3, rng=0, dtype={dtype!r}))
+    for rows in (1, 3): layer.step(a(rows, 4), layer.initial_state(rows))
+    pn.quantized(pn.Linear(4, 3, rng=0, dtype={dtype!r}))(a(2, 4))
 elif name == "channels":
     for shape in ((4, 8), (2, 3, 5), (2, 3, 4, 4)):
         c = shape[1]
@@ -335,7 +339,7 @@ else:
                 layer(x, lengths=lengths)
                 if training:
                     y, _, pullback = layer.vjp(x, lengths=lengths, training=True); pullback(y)
-own = {{"rows": "rowwise", "channels": "channelwise"}}.get(name, name.lower())
+own = {{"rows": "rowwise", "channels": "channelwise", "integers": "integer_rows"}}.get(name, name.lower())
 print([c for c in compiled if f".{{own}}." in c or own in c.split("(")[-1]])
 """
     assert output_of(code, timeout=600) == "[]"
