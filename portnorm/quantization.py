@@ -188,6 +188,13 @@ def _(residuals: tuple[Any, ...], dy: Array, *, bound: float | None = None, bloc
     return fake_quantize.vjp(of_rounding, dx, bound=bound)[0], dweight
 
 
+def integers_of(rounded: Array) -> tuple[Array, Array]:
+    """(q, s) of weights (rows, columns) that were rounded to eight bits: integers within ±64, and the step (rows,) of each row."""
+    xp = xp_of(rounded)
+    steps = xp.max(xp.abs(rounded), axis=1) / WEIGHTS
+    return xp.astype(xp.round(rounded / xp.where(steps > 0, steps, xp.ones_like(steps))[:, None]), xp.int8), steps
+
+
 def is_rounding_moved() -> bool:
     """Whether the call is within `rounding_moved`."""
     return _movers != 0 and _moved.get() != 0.0

@@ -198,18 +198,17 @@ def test_gradients_go_straight_through(cell: str, norm: str | None, rng: np.rand
     layer = pn.quantized(random_recurrent(cell, norm, rng, inputs=5, hidden=6))
     grid = rng.integers(-INPUTS, INPUTS + 1, (1, 4, 5)) / INPUTS
     grid[:, :, 0] = 1.0
-    for model, reference in ((layer, exact(layer)),):
-        y, _, pullback = model.vjp(grid)
-        y0, _, pullback0 = reference.vjp(grid)
-        np.testing.assert_allclose(y, y0, rtol=0, atol=1e-12)
-        dy = rng.standard_normal(y.shape)
-        dx, dstate, grads = pullback(dy)
-        dx0, dstate0, grads0 = pullback0(dy)
-        np.testing.assert_allclose(dx, dx0, rtol=0, atol=1e-10)
-        for d, d0 in zip(dstate[:1], dstate0[:1], strict=True):
-            np.testing.assert_allclose(d, d0, rtol=0, atol=1e-10)
-        for name in grads0.keys() & grads.keys():
-            np.testing.assert_allclose(grads[name], grads0[name], rtol=0, atol=1e-10)
+    y, _, pullback = layer.vjp(grid)
+    y0, _, pullback0 = exact(layer).vjp(grid)
+    np.testing.assert_allclose(y, y0, rtol=0, atol=1e-12)
+    dy = rng.standard_normal(y.shape)
+    dx, dstate, grads = pullback(dy)
+    dx0, dstate0, grads0 = pullback0(dy)
+    np.testing.assert_allclose(dx, dx0, rtol=0, atol=1e-10)
+    for d, d0 in zip(dstate[:1], dstate0[:1], strict=True):
+        np.testing.assert_allclose(d, d0, rtol=0, atol=1e-10)
+    for name in grads0.keys() & grads.keys():
+        np.testing.assert_allclose(grads[name], grads0[name], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("cell", "norm"), [("LSTM", "layer"), ("GRU", None), ("RNN", "layer"), ("LSTM", "batch")])
@@ -379,6 +378,24 @@ def test_a_training_step_of_a_rounded_net(dtype: str) -> None:
     model = pn.Sequential(pn.Embedding(9, 5, rng=0), pn.GRU(5, 8, rng=0, return_sequences=False), pn.Linear(8, 4, rng=1)).to(dtype=dtype)
     report = pn.export_training_step(pn.quantized(model), pn.softmax_cross_entropy, pn.SGD(0.1), None)
     assert report.trajectories
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_what_is_no_number_stays_none_in_a_kernel(place: int, value: float, rng: np.random.Generator) -> None:
+    """Wherever it stands in its row, and in that row alone; also in an h whose bound is known."""
+    layer, x = pn.quantized(pn.Linear(7, 5, rng=0)), rng.standard_normal((3, 7)).astype(np.float32)
+    x[1, place] = value
+    y = layer(x)
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(y[[0, 2]]).all()
+    weight = pn.fake_quantize(layer.params["weight"], levels=WEIGHTS)
+    h = rng.uniform(-1.0, 1.0, (3, 7)).astype(np.float32)
+    h[1, place] = np.nan
+    for product in (integer_product, lambda *args, **attrs: integer_product.definition(*args, **attrs)[0]):
+        y = product(h, weight, bound=1.0)
+        assert np.isnan(y[1]).all()
+        assert np.isfinite(y[[0, 2]]).all()
 
 
 def test_a_matrix_of_a_quantized_layer_cannot_be_changed_in_its_place() -> None:

@@ -19,7 +19,7 @@ import numpy
 from onnx import TensorProto
 
 from portnorm.op import OPS
-from portnorm.quantization import INPUTS, WEIGHTS
+from portnorm.quantization import INPUTS, integers_of
 from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, foreign_node, node
 
 _ZERO = 128
@@ -74,8 +74,8 @@ def of_constant(x: SymbolicArray, **attrs: Any) -> SymbolicArray:
 def product_of_bytes(x: SymbolicArray, matrix: NumPyArray, name: str) -> SymbolicArray:
     """x · matrix for an `x` that has `integers` and a matrix (inputs, outputs) whose columns are integers within ±64 times a step."""
     given = x.integers
-    q, step = _read(matrix, 0)
-    sums = node("MatMulInteger", given.q, constant(q, f"{name}.int8"), constant(numpy.uint8(_ZERO)))
+    q, step = integers_of(matrix.T)
+    sums = node("MatMulInteger", given.q, constant(q.T, f"{name}.int8"), constant(numpy.uint8(_ZERO)))
     y = node("Mul", node("Cast", sums, to=TensorProto.FLOAT), constant(step * given.step, f"{name}.step"))
     return y if given.largest is None else node("Mul", y, given.largest)
 
@@ -117,13 +117,7 @@ def in_nibbles(rows: NumPyArray, block: int) -> tuple[NumPyArray, NumPyArray, in
 def rows_of_bytes(ids: SymbolicArray, table: SymbolicArray) -> SymbolicArray:
     """Rows of a table whose rows are integers times a step."""
     assert table.constant is not None
-    q, step = _read(table.constant, 1)
+    q, step = integers_of(table.constant)
     rows = node("Gather", constant(q, f"{table.name or 'weight'}.int8"), ids, axis=0)
     steps = node("Gather", constant(step[:, None], f"{table.name or 'weight'}.step"), ids, axis=0)
     return node("Mul", node("Cast", rows, to=TensorProto.FLOAT), steps)
-
-
-def _read(values: NumPyArray, axis: int) -> tuple[NumPyArray, NumPyArray]:
-    """The integers of rounded weights, and the steps, one for what lies along the axis."""
-    step: NumPyArray = numpy.max(numpy.abs(values), axis=axis, initial=0.0).astype(values.dtype) / values.dtype.type(WEIGHTS)
-    return numpy.rint(values / numpy.expand_dims(numpy.where(step > 0, step, 1.0), axis)).astype(numpy.int8), step

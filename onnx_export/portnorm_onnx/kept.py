@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy
 
-from portnorm.quantization import WEIGHTS
+from portnorm.quantization import integers_of
 from portnorm_onnx.integers import in_nibbles
 from portnorm_onnx.symbolic import NumPyArray
 
@@ -156,8 +156,7 @@ def _of_integers(v: NumPyArray, weights: Mapping[str, Weight]) -> Entry | None:
     blocks = list(_integer_blocks(weights, v.shape[1])) if v.ndim == 2 and v.dtype.kind == "f" and numpy.isfinite(v).all() else []
     if not blocks:
         return None
-    steps = numpy.max(numpy.abs(v), axis=1, initial=0.0).astype(v.dtype) / v.dtype.type(WEIGHTS)
-    q = numpy.rint(v / numpy.where(steps > 0, steps, 1.0)[:, None]).astype(numpy.int8)
+    q, steps = integers_of(v)
     if not _same(q.astype(v.dtype) * steps[:, None], v):
         return None
     found: list[tuple[str, str, str, int]] = []

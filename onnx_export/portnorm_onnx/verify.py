@@ -252,8 +252,10 @@ class Graph:
     @cached_property
     def wide(self) -> bool:
         """Whether its weights are so large that checks are counted."""
-        own: int = sum(to_numpy(a).nbytes for a in self.model.params.values())
-        return max(size_of(self.draft.proto), own) > WIDE
+        if self.model.quantizes is None:
+            return size_of(self.draft.proto) > WIDE
+        own: int = sum(to_numpy(a).nbytes for a in self.model.params.values())  # those of the eager runs, which have no integers
+        return own > WIDE
 
     @property
     def steps(self) -> int | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from portnorm.arrays import Kernel
-from portnorm.quantization import INPUTS, SCHEMES, WEIGHTS, Grid, fake_quantize, is_rounding_moved
+from portnorm.quantization import INPUTS, SCHEMES, WEIGHTS, Grid, fake_quantize, integers_of, is_rounding_moved
 from portnorm_backends.cpu.layout import NumPyArray
 from portnorm_backends.cpu.warming import ready
 
@@ -50,10 +50,7 @@ def _rounded(x: NumPyArray, **attrs: Any) -> NumPyArray:
         return known[1].rounded
     rounded: NumPyArray = fake_quantize.definition(x, **attrs)[0]
     rounded.flags.writeable = False
-    q, steps = _empty, _empty
-    if grid.levels == WEIGHTS:
-        steps = numpy.max(numpy.abs(rounded), axis=1) / _FLOAT32.type(WEIGHTS)
-        q = numpy.rint(rounded / numpy.where(steps > 0, steps, 1)[:, None]).astype(numpy.int8)
+    q, steps = integers_of(rounded) if grid.levels == WEIGHTS else (_empty, _empty)
     made, key = _Integers(rounded, q, steps), (id(x), grid)
 
     def forget(_: Any) -> None:
