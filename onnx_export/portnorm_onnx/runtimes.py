@@ -350,7 +350,6 @@ _ORT: dict[str, frozenset[str]] = {
     "no_steps": frozenset({"Scan", "GRU"}),
     "no_sequences": frozenset({"LSTM", "GRU", "DynamicQuantizeLSTM", FITTED}),
 }
-_ORT_1_30: dict[str, frozenset[str]] = {**_ORT, "no_sequences": _ORT["no_sequences"] | {"ReduceMax", "ReduceL1"}}
 _LOOPS = frozenset({"Scan"})
 _RECURRENT = frozenset({"Scan", "LSTM", "GRU", "RNN"})
 
@@ -362,8 +361,8 @@ RUNTIMES: dict[str, Runtime] = {
         Runtime("openvino", _openvino({"INFERENCE_PRECISION_HINT": "f32"}), _package("openvino", "runtimes"), "CPU, float32 hint", _LOOPS),
         Runtime("openvino-default", _openvino({}), _package("openvino", "runtimes"), "CPU, its own choice of precision", _LOOPS),
         Runtime("tract", _tract, _package("tract", "runtimes"), "CPU, in a process of its own", _RECURRENT),
-        Runtime("web", _web, _web_version, "WebAssembly in Node.js", **_ORT_1_30),
-        Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium", **_ORT_1_30),
+        Runtime("web", _web, _web_version, "WebAssembly in Node.js", **_ORT),
+        Runtime("web-page", _page, _page_version, "WebAssembly in a page of headless Chromium", **_ORT),
         Runtime("reference", _reference, _package("onnx", "onnx"), "onnx's own evaluator", _RECURRENT, frozenset({FITTED})),
     )
 }
