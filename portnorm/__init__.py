@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from portnorm import loaders
 from portnorm.affine import linear
 from portnorm.cells.variants import IMPLEMENTATIONS, VARIANTS, Variant
 from portnorm.errors import (
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from portnorm_onnx.verify import verify
 
 __version__ = "0.1.0"
+
+loaders.fill()
 
 # Loaded on first use: what reads and writes files, and what needs an extra. Each with the packages that it needs.
 _LAZY: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -31,8 +31,6 @@ class Support:
     """The floating types in which every operation is tested, forward and backward; the last is the one that layers are tested in."""
     extra: str | None = None
     """The extra of portnorm that brings it; `None` where `package` has to be installed by itself."""
-    load: Callable[[], Library] | None = None
-    """Its `LIBRARY`; `None` where the definitions are all there is."""
     kernels: tuple[str, ...] = ()
     """The Ops that it computes in its own way, where it takes the arguments."""
     autodiff: bool = False
@@ -72,42 +70,6 @@ class Support:
         return f"{needs}pip install {what}; else use another library, such as numpy"
 
 
-def _numpy() -> Library:
-    from portnorm_backends.numpy import LIBRARY
-
-    return LIBRARY
-
-
-def _cupy() -> Library:
-    from portnorm_backends.cupy import LIBRARY
-
-    return LIBRARY
-
-
-def _jax() -> Library:
-    from portnorm_backends.jax import LIBRARY
-
-    return LIBRARY
-
-
-def _torch() -> Library:
-    from portnorm_backends.torch import LIBRARY
-
-    return LIBRARY
-
-
-def _dask() -> Library:
-    from portnorm_backends.dask import LIBRARY
-
-    return LIBRARY
-
-
-def _onnx() -> Library:
-    from portnorm_onnx.library import LIBRARY
-
-    return LIBRARY
-
-
 _EVERY = ("float16", "bfloat16", "float32", "float64")
 _X64 = 'jax.config.update("jax_enable_x64", True) before the first array, or JAX_ENABLE_X64=1 in the environment, gives 64-bit types'
 
@@ -118,31 +80,25 @@ SUPPORT: dict[str, Support] = {
             "numpy",
             "numpy",
             "numpy",
-            load=_numpy,
             kernels=("normalize", "scan", "linear_scan", "linear", "layer_norm", "rms_norm", "fake_quantize", "integer_product"),
             always=True,
         ),
         Support("array_api_strict", "array_api_strict", "array-api-strict", ("float32", "float64"), always=True),
-        Support("torch", "torch", "torch", _EVERY, "torch", _torch, ("sigmoid", "steps_so_far"), autodiff=True),
-        Support("jax", "jax.numpy", "jax", _EVERY, load=_jax, kernels=("loop",), autodiff=True, out=False, wide=_X64),
+        Support("torch", "torch", "torch", _EVERY, "torch", ("sigmoid", "steps_so_far"), autodiff=True),
+        Support("jax", "jax.numpy", "jax", _EVERY, kernels=("loop",), autodiff=True, out=False, wide=_X64),
         Support(
             "dask",
             "dask.array",
             "dask",
             ("float32", "float64"),
-            load=_dask,
             kernels=("reverse_sequences", "pack_steps", "unpack_steps"),
             lazy=True,
         ),
-        Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", load=_cupy, kernels=("normalize", "scan"), gpu=True),
+        Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", kernels=("normalize", "scan"), gpu=True),
     )
 }
 """Array libraries by name."""
 
-# Root module of an array's type -> its `LIBRARY`, or `None` where it has none. Others are found by the entry points of `portnorm.backends`.
-# Each is an import statement, which `torch.compile` can follow where the first array of all is in what it compiles.
-LOADERS: dict[str, Callable[[], Library] | None] = {
-    **{row.name: row.load for row in SUPPORT.values()},
-    "jaxlib": _jax,
-    "portnorm_onnx": _onnx,
-}
+LOADERS: dict[str, Callable[[], Library] | None] = {}
+"""Root module of an array's type -> what gives its `LIBRARY`, or `None` where the definitions are all there is. `loaders.py` fills it; the
+libraries that are not in it are found by the entry points of `portnorm.backends`."""

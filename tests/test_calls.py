@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import portnorm as pn
-from portnorm.checkpoint.layers import from_json, to_json
+from portnorm.checkpoint.described import from_json, to_json
 from portnorm.layers.initial import HIDDEN, HiddenInit
 from portnorm.op import OPS as ALL_OPS
 from portnorm.op import Op

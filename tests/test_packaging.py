@@ -103,18 +103,6 @@ except portnorm.MissingExtraError as error:
     assert output_of(code) == 'this needs the package onnx, which is not installed: pip install "portnorm[onnx]"'
 
 
-def test_the_core_does_not_import_the_other_two_packages() -> None:
-    """Arrows: portnorm_onnx → portnorm ← portnorm_backends. Only doors import them, on use."""
-    doors = {"__init__.py", "__main__.py", "libraries.py", "demo.py"}
-    for path in (ROOT / "portnorm").rglob("*.py"):
-        text = path.read_text()
-        for line in text.splitlines():
-            stripped = line.strip()
-            if stripped.startswith(("import portnorm_", "from portnorm_")):
-                assert path.name in doors, f"{path}: {line}"
-                assert line.startswith("    "), f"{path}: {line}"
-
-
 def test_numpy_is_not_called_on_user_arrays() -> None:
     """Files of the mathematics import NumPy not at all, or for Python numbers only (`arrays.py`)."""
     for folder in ("norm", "cells"):

@@ -16,9 +16,10 @@ from onnx import helper, numpy_helper
 import portnorm as pn
 from portnorm.__main__ import main
 from portnorm_onnx.conformance import layers
-from portnorm_onnx.runtimes import RUNTIMES, Runtime, Worker, session_of
+from portnorm_onnx.runtimes import RUNTIMES, Runtime, session_of
 from portnorm_onnx.storage import Draft
 from portnorm_onnx.verify import check
+from portnorm_onnx.workers import Worker
 from tests.processes import output_of
 from tests.test_export import a_little_off, lstm, spoiled
 
@@ -171,7 +172,7 @@ print(any(name.startswith("openvino_telemetry.") for name in sys.modules))
 ENDS_ITSELF = """
 import json, os, signal, sys
 import onnx
-from portnorm_onnx.runtimes import arrays_of, send
+from portnorm_onnx.workers import arrays_of, send
 asked, answers, models = sys.stdin.buffer, sys.stdout.buffer, {}
 def obey(order):
     if order == "exit":

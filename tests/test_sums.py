@@ -14,7 +14,7 @@ import pytest
 
 import portnorm as pn
 from portnorm.arrays import float32_value
-from portnorm.conform.runner import ulp
+from portnorm.conform.result import ulp
 from portnorm.conform.tolerances import FORWARD_ULP, GRADIENT_ULP
 from tests.tolerances import CELL_SUM_ULP
 

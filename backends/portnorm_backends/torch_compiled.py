@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portnorm.arrays import Array, Differentiable, leaves, mapped
-from portnorm.checkpoint.layers import LAYERS, of_description
+from portnorm.checkpoint.described import LAYERS, of_description
 from portnorm.errors import UnsupportedError
 from portnorm.layers.layer import Layer, LayerFunction
 from portnorm.layers.recurrent import Recurrent

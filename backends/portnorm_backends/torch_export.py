@@ -36,12 +36,13 @@ from portnorm_onnx.build import Names, keep_transposed
 from portnorm_onnx.export import TYPES, Shape, checked_opset, checked_path, trace
 from portnorm_onnx.metadata import layers_described
 from portnorm_onnx.report import Change, Comparison, Outcome, Report
-from portnorm_onnx.runtimes import Session, runtime_of, session_of
+from portnorm_onnx.runtimes import runtime_of, session_of
 from portnorm_onnx.signature import state_names
 from portnorm_onnx.splice import Inserted, spliced, without_traces
 from portnorm_onnx.storage import Draft, is_large
 from portnorm_onnx.targets import Target, TargetName, check_dtype, check_integers, checker, target_of
 from portnorm_onnx.verify import EPS, FACTOR, FLOOR, ROUNDINGS, check, nudged, of_turned_rounding
+from portnorm_onnx.workers import Session
 
 Arrays = list["numpy.ndarray[Any, Any]"]
 DOMAIN = "portnorm"

@@ -18,7 +18,7 @@ from portnorm.cells.variants import NormName
 from portnorm.conform.cases import Case, NumPyArray, cases
 from portnorm.conform.oracle import Truth, truth
 from portnorm.conform.recurrent import inputs, layer_of
-from portnorm.conform.runner import Result, compared
+from portnorm.conform.result import Result, compared
 from portnorm.conform.tolerances import HORIZON
 from portnorm.errors import ConformanceError, MissingExtraError, PortnormError, UnsupportedError
 from portnorm.files import written_whole

@@ -23,7 +23,7 @@ import numpy
 import onnx
 
 from portnorm.arrays import DType, Namespace, load_dtype, load_namespace, to_numpy
-from portnorm.checkpoint.layers import from_json, to_json
+from portnorm.checkpoint.described import from_json, to_json
 from portnorm.checkpoint.onnx_constants import File, graphs
 from portnorm.errors import ChangedFileWarning, CheckpointError
 from portnorm.layers.layer import Layer

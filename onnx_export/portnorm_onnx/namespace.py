@@ -135,4 +135,4 @@ def shape_vector(shape: tuple[Any, ...]) -> SymbolicArray:
     return parts[0] if len(parts) == 1 else node("Concat", *parts, axis=0)
 
 
-NAMESPACE = SymbolicNamespace()
+NAMESPACE = SymbolicArray.namespace = SymbolicNamespace()

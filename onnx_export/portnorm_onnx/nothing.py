@@ -16,9 +16,10 @@ from onnx import numpy_helper
 from portnorm.arrays import mapped
 from portnorm.errors import ExportError
 from portnorm.layers.layer import Layer
-from portnorm_onnx.runtimes import FITTED, Session, runtime_of
+from portnorm_onnx.runtimes import FITTED, runtime_of
 from portnorm_onnx.signature import batch_axis, mask_dims, time_axis
 from portnorm_onnx.symbolic import NumPyArray
+from portnorm_onnx.workers import Session
 
 _STEPS, _SEQUENCES = 3, 3
 

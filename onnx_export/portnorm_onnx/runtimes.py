@@ -1,26 +1,22 @@
 """Inference runtimes behind one small interface: load a model, run it on named arrays. One row per runtime, each loaded when it is named.
 
-A runtime whose errors can end the process that it runs in (tract), or that is no Python package, runs in a process of its own, which is
-told the model's path and then gets arrays on its standard input and gives arrays on its standard output.
+A runtime whose errors can end the process that it runs in (tract), or that is no Python package, runs in a process of its own
+(`workers.py`).
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import ctypes
 import functools
 import importlib.metadata
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import Any
 
 import ml_dtypes
 import numpy
@@ -30,10 +26,9 @@ from onnx import helper
 from portnorm.arrays import require_extra
 from portnorm.errors import ExportError, MissingExtraError, UnsupportedError
 from portnorm_onnx.bfloat16 import holds_bfloat16, in_float32
-from portnorm_onnx.storage import Draft, Loadable, beside, is_large
-
-Session = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""A loaded model: named input arrays to named output arrays."""
+from portnorm_onnx.storage import Draft, Loadable, is_large
+from portnorm_onnx.web.page import Page
+from portnorm_onnx.workers import Session, Worker
 
 
 @dataclass(frozen=True)
@@ -211,96 +206,6 @@ def _reference(model: Loadable) -> Session:
 # -- in a process of its own -------------------------------------------------------------------------------------------------------------
 
 
-def send(stream: IO[bytes], arrays: Mapping[str, Any], session: int = 0) -> None:
-    """Write named arrays: a line of JSON that tells their names, types and shapes, then their bytes."""
-    values = {name: numpy.ascontiguousarray(a) for name, a in arrays.items()}
-    head = [{"name": n, "dtype": str(a.dtype), "shape": list(numpy.shape(arrays[n]))} for n, a in values.items()]
-    stream.write(json.dumps({"session": session, "arrays": head}).encode() + b"\n")
-    for a in values.values():
-        stream.write(a.tobytes())
-    stream.flush()
-
-
-def arrays_of(head: Mapping[str, Any], stream: IO[bytes]) -> dict[str, Any]:
-    """The arrays that a head announces."""
-    found = {}
-    for entry in head["arrays"]:
-        dtype, shape = numpy.dtype(entry["dtype"]), tuple(entry["shape"])
-        data = stream.read(dtype.itemsize * int(numpy.prod(shape, dtype=int)))
-        found[entry["name"]] = numpy.frombuffer(data, dtype=dtype).reshape(shape).copy()
-    return found
-
-
-def receive(stream: IO[bytes]) -> dict[str, Any] | None:
-    """Read what `send` wrote; `None` at the end. Raises `ExportError` with an error that was sent instead."""
-    line = stream.readline()
-    if not line:
-        return None
-    head = json.loads(line)
-    if "error" in head:
-        raise ExportError(str(head["error"]))
-    return arrays_of(head, stream)
-
-
-class Worker:
-    """A process that runs models, one line of JSON for each: `{"session": 3, "load": "path", "beside": [...]}`, then arrays."""
-
-    _running: ClassVar[dict[str, Worker]] = {}
-
-    def __init__(self, name: str, command: list[str]):
-        self.name = name
-        self._folder = tempfile.TemporaryDirectory(prefix="portnorm-")
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
-        self._sessions = 0
-        self._lock = threading.Lock()
-        atexit.register(self.close)
-
-    @classmethod
-    def of(cls, name: str, command: list[str]) -> Worker:
-        """The process of a runtime: the one that runs, or a new one where it has ended."""
-        worker = cls._running.get(name)
-        if worker is None or worker._process.poll() is not None:
-            worker = cls._running[name] = cls(name, command)
-        return worker
-
-    def load(self, model: Loadable) -> Session:
-        self._sessions += 1
-        session = self._sessions
-        if isinstance(model, bytes):
-            path = Path(self._folder.name) / f"model_{session}.onnx"
-            path.write_bytes(model)
-            model = str(path)
-        head = json.dumps({"session": session, "load": model, "beside": beside(model)}).encode() + b"\n"
-        self._asked("does not load", lambda stream: (stream.write(head), stream.flush()))
-        return lambda inputs: self._asked("does not run", lambda stream: send(stream, inputs, session))
-
-    def _asked(self, failed: str, ask: Callable[[IO[bytes]], Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._lock:
-            with contextlib.suppress(BrokenPipeError):  # what it ended with is read below
-                ask(self._process.stdin)
-            try:
-                found = receive(self._process.stdout)
-            except ExportError as error:
-                raise ExportError(f"{self.name} {failed} the graph: {error}") from None
-        if found is None:
-            code = self._process.wait()
-            self._errors.seek(0)
-            lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-            said = next((line for line in lines if "Err" in line or "error" in line.lower()), lines[0] if lines else "it said nothing")
-            raise ExportError(f"{self.name} {failed} the graph: its process ended with {code}: {said.strip()[:300]}")
-        return found
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
-        self._folder.cleanup()
-
-
 def _tract(model: Loadable) -> Session:
     return Worker.of("tract", [sys.executable, "-m", "portnorm_onnx.tract_worker"]).load(model)
 
@@ -339,8 +244,6 @@ def chromium() -> str | None:
 
 
 def _page(model: Loadable) -> Session:
-    from portnorm_onnx.web.page import Page
-
     return Page.of(web_package(), str(chromium())).load(model)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, ClassVar, NoReturn, TypeAlias
 
 import numpy
 import onnx
@@ -135,6 +135,8 @@ class SymbolicArray:
     """What it is the product of, where it is a grid of numbers that stand for integers (`integers.py`)."""
     step_of: Any = None
     """(loop, scanned input) where it is one step of that."""
+    namespace: ClassVar[Any] = None
+    """The functions over symbolic arrays, which are made of these arrays: `namespace.py` puts them here."""
 
     @property
     def shape(self) -> Shape:
@@ -150,9 +152,7 @@ class SymbolicArray:
         return "symbolic"
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
-        from portnorm_onnx.namespace import NAMESPACE
-
-        return NAMESPACE
+        return self.namespace
 
     def __getitem__(self, key: Any) -> SymbolicArray:
         return self._call("getitem", key)

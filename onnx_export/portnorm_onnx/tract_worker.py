@@ -1,4 +1,4 @@
-"""Runs models in tract: `python -m portnorm_onnx.tract_worker`, told what to do on its standard input. See `runtimes.py`."""
+"""Runs models in tract: `python -m portnorm_onnx.tract_worker`, told what to do on its standard input. See `workers.py`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx
 
-from portnorm_onnx.runtimes import arrays_of, send
+from portnorm_onnx.workers import arrays_of, send
 
 
 def main() -> None:

@@ -31,9 +31,10 @@ from portnorm_onnx.loops import BEFORE, OPERATORS, count_given, loops_of, state_
 from portnorm_onnx.metadata import changes_of, graph_facts, on_numpy, read_layer, rounded
 from portnorm_onnx.nothing import empty_cases, floats, guarded, unanswered
 from portnorm_onnx.report import Comparison, Outcome, Report
-from portnorm_onnx.runtimes import RUNTIMES, Session, runtime_of, session_of
+from portnorm_onnx.runtimes import RUNTIMES, runtime_of, session_of
 from portnorm_onnx.signature import TIME, batch_axis, by_place, mask_dims, named_state, recurrent_places, state_names, time_axis
 from portnorm_onnx.storage import WIDE, Draft, size_of
+from portnorm_onnx.workers import Session
 
 T = TypeVar("T")
 NumPyArray = numpy.ndarray[Any, Any]

@@ -18,11 +18,11 @@ from portnorm.arrays import load_namespace, to_numpy
 from portnorm.cells.variants import Variant, variant_of
 from portnorm.checkpoint import containers
 from portnorm.checkpoint.containers import Arrays
+from portnorm.checkpoint.described import LAYERS
 from portnorm.checkpoint.formats import FORMATS as FORMATS
 from portnorm.checkpoint.formats import PIECES, ROWS
 from portnorm.checkpoint.formats.row import OUR_GATES, Read, Row
 from portnorm.checkpoint.formats.torch import BIASES
-from portnorm.checkpoint.layers import LAYERS
 from portnorm.checkpoint.recognise import Fit, expanded, fit_of, layers_of, placed
 from portnorm.checkpoint.stored import NumPyArray, Said
 from portnorm.errors import CheckpointError, UnsupportedError

@@ -22,7 +22,8 @@ With `pytest_plugins = ["portnorm.conform.plugin"]` a test that takes the fixtur
 
 from portnorm.conform.cases import OPERATIONS, REGIMES, Case, Operation, Regime, cases, find
 from portnorm.conform.libraries import LIBRARIES, Library
-from portnorm.conform.runner import Result, measure, of_function
+from portnorm.conform.result import Result
+from portnorm.conform.runner import measure, of_function
 
 __all__ = [
     "LIBRARIES",

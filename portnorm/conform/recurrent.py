@@ -13,7 +13,7 @@ import portnorm as pn
 from portnorm.arrays import leaves, mapped
 from portnorm.cells.variants import NormName
 from portnorm.conform.libraries import Library
-from portnorm.conform.runner import Result
+from portnorm.conform.result import Result
 from portnorm.conform.tolerances import HORIZON, STEP_ULP, TRAJECTORY_FACTOR
 from portnorm.layers.recurrent import Recurrent
 

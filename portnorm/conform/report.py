@@ -8,7 +8,7 @@ from importlib import resources
 from typing import Any
 from xml.etree import ElementTree
 
-from portnorm.conform.runner import Result
+from portnorm.conform.result import Result
 
 
 def to_json(results: Iterable[Result], about: dict[str, Any]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
@@ -115,10 +117,13 @@ class Layer:
         super().__setattr__(name, value)
 
     def told(self) -> str:
-        """The layer without its arrays, as a text for another process (see `portnorm.checkpoint.layers`)."""
-        from portnorm.checkpoint.layers import to_json
+        """The layer without its arrays, as a text for another process. Raises `CheckpointError` where they would not fit."""
+        self.check_fit()
+        return json.dumps({"version": 1, "dtype": dtype_name(self.xp, self.dtype), "layer": self.description()})
 
-        return to_json(self)
+    def description(self) -> dict[str, Any]:
+        """Its class and configuration in numbers, texts, lists and dicts."""
+        return {"type": type(self).__name__, "config": {name: _plain(value) for name, value in self.config.items()}}
 
     def _setting(self, name: str, value: Any) -> Any:
         """A changed `value` of an argument, as the layer takes it when it is made.
@@ -623,3 +628,7 @@ def checked_lengths(xp: Namespace, x: Array, lengths: Any, batch_first: bool = F
         if low < 0 or high > steps:
             raise ShapeError(f"`lengths` reach from {low} to {high}; expected 0 to {steps}, the number of steps of `x` {tuple(x.shape)}")
     return xp.astype(lengths, default_integer(xp))
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

@@ -65,6 +65,11 @@ class Sequential(Layer):
                 "the same `batch_first`"
             )
 
+    def description(self) -> dict[str, Any]:
+        """Its parts; one that is an earlier part again says which."""
+        places = enumerate(self.homes)
+        return {"type": "Sequential", "parts": [self.parts[k].description() if k == at else {"as": k} for at, k in places]}
+
     @property
     def keeps_time(self) -> bool:  # type: ignore[override]
         """Whether the result still has the time axis that the input had."""

@@ -241,7 +241,7 @@ def _compiled_elsewhere(family: Family) -> bool:
 
 
 def _compiled_by_a_child(family: Family) -> bool:
-    roots = {str(Path(importlib.import_module(name).__path__[0]).parent): None for name in ("portnorm", "portnorm_backends")}
+    roots = {str(Path(sys.modules[name].__path__[0]).parent): None for name in ("portnorm", "portnorm_backends")}
     path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-P", "-m", __spec__.name, *family]
     done = subprocess.run(

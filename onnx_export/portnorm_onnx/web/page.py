@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from portnorm.errors import ExportError
-from portnorm_onnx.runtimes import Session, receive, send
 from portnorm_onnx.storage import Loadable, beside
+from portnorm_onnx.workers import Session, receive, send
 
 TIMEOUT = 120.0
 """Seconds to wait for one answer of the page."""
