@@ -12,7 +12,7 @@ from portnorm.arrays import Array, default_integer, device_of, is_concrete, name
 from portnorm.errors import ShapeError
 from portnorm.norm.arguments import checked_mask
 from portnorm.op import op
-from portnorm.scan import loop
+from portnorm.scan import loop, steps_at
 
 
 class Mask(NamedTuple):
@@ -115,7 +115,7 @@ def pack_steps(x: Array, mask: Array) -> tuple[Array, Array]:
     xp = xp_of(x)
     x = xp.where(mask[:, :, None], x, 0.0)
     order = xp.argsort(xp.astype(xp.logical_not(mask), xp.uint8), axis=0, stable=True)
-    return xp.take_along_axis(x, xp.broadcast_to(order[:, :, None], x.shape), axis=0), mask
+    return steps_at(x, order), mask
 
 
 @pack_steps.backward
@@ -142,8 +142,7 @@ def unpack_steps(y: Array, mask: Array, first: Array) -> tuple[Array, Array]:
     xp = xp_of(y)
     place = steps_so_far(mask) - 1
     there = place >= 0
-    index = xp.where(there, place, 0)
-    found = xp.take_along_axis(y, xp.broadcast_to(index[:, :, None], y.shape), axis=0)
+    found = steps_at(y, xp.where(there, place, 0))
     return xp.where(there[:, :, None], found, xp.expand_dims(first, axis=0)), mask
 
 

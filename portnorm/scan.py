@@ -76,6 +76,13 @@ def sequence_mask(x: Array, lengths: Array) -> Array:
 
 
 @op
+def steps_at(x: Array, place: Array) -> tuple[Array, None]:
+    """y[t, b] = x[place[t, b], b] for `x` (time, batch, features) and `place` (time, batch)."""
+    xp = xp_of(x)
+    return xp.take_along_axis(x, xp.broadcast_to(place[:, :, None], x.shape), axis=0), None
+
+
+@op
 def reverse_sequences(x: Array, lengths: Array | None = None) -> tuple[Array, Array | None]:
     """`x` (time, batch, features) with each sequence in the opposite order; padding after `lengths` (batch,) stays where it is."""
     xp = xp_of(x)
@@ -83,7 +90,7 @@ def reverse_sequences(x: Array, lengths: Array | None = None) -> tuple[Array, Ar
         return xp.flip(x, axis=0), None
     steps = xp.arange(x.shape[0], dtype=lengths.dtype, device=device_of(x))[:, None]
     source = xp.where(steps < lengths[None, :], lengths[None, :] - 1 - steps, steps)
-    return xp.take_along_axis(x, xp.broadcast_to(source[:, :, None], x.shape), axis=0), lengths
+    return steps_at(x, source), lengths
 
 
 @reverse_sequences.backward

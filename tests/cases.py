@@ -140,7 +140,7 @@ OPS = [
     ),
 ]
 
-NOT_TESTED_AS_ARRAYS_OF_NUMBERS = {split.name, "normalize", "loop", "scan", "linear_scan", "reverse_sequences", "steps_so_far"}
+NOT_TESTED_AS_ARRAYS_OF_NUMBERS = {split.name, "normalize", "loop", "scan", "linear_scan", "reverse_sequences", "steps_at", "steps_so_far"}
 """Ops that other tests cover: the core through the public functions, the loop through the layers."""
 
 PRESETS = [(cell, name) for cell, table in pn.VARIANTS.items() for name in table]

@@ -24,8 +24,7 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = F
         carry, outputs, keep = body(carry, *inputs)
         return carry, (outputs, keep)
 
-    length = next(leaves(jax.tree.leaves((xs, kept)))).shape[0]
-    carry, (outputs, keeps) = jax.lax.scan(step, carry, (xs, kept), length=length, reverse=reverse)
+    carry, (outputs, keeps) = jax.lax.scan(step, carry, (xs, kept), reverse=reverse)
     return carry, outputs, keeps
 
 

@@ -2,7 +2,7 @@
 
 Its graph then has one node for a call, which keeps the residuals and nothing else. Under `torch.compile` a recurrent layer is one node of
 the compiled graph (`torch_compiled.py`). There everything else, and all that `torch.export` or the transforms of `torch.func` see, is the
-definition itself.
+definition itself; where time is open in an exported program, its loop is torch's own operator (`torch_loop.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from portnorm.arrays import Array, Autodiff, Differentiable, Kernel, Library, leaves
 from portnorm.errors import UnsupportedError
-from portnorm_backends import torch_compiled
+from portnorm_backends import torch_compiled, torch_loop
 from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
 
 
@@ -44,9 +44,19 @@ class _Recorded(torch.autograd.Function):  # type: ignore[misc]
         return None, None, *(found.get(k) if needed[k] else None for k in range(len(needed)))
 
 
+def _is_followed() -> bool:
+    """Whether somebody follows the operations one by one now, to compile, transform or trace them."""
+    return bool(torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing())
+
+
 def _records(args: Any) -> bool:
-    """Whether autograd records now. `torch.compile` and `torch.func` follow the operations of the definition instead."""
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Whether autograd records now. `torch.compile`, `torch.func` and `torch.jit.trace` follow the operations of the definition instead."""
+    if (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+    ):
         return False
     return any(torch.is_tensor(a) and a.requires_grad for a in leaves(args))
 
@@ -70,7 +80,9 @@ def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]
 
 
 def _is_concrete(x: Any) -> bool:
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and x.device.type != "meta"
+    if _is_followed():
+        return False
+    return bool(x.device.type != "meta")
 
 
 def _is_passing(x: Any) -> bool:
@@ -93,9 +105,19 @@ def _draws(rng: Any, shapes: list[tuple[int, ...]], x: Array) -> list[Array] | N
     return [torch.rand(shape, generator=rng, device=rng.device).to(x.device) for shape in shapes]
 
 
+def _steps_at(x: Array, place: Array) -> Array:
+    """What array-api-compat calls for it, torch.export fixes the lengths of."""
+    return torch.gather(x, 0, place[:, :, None].expand(x.shape))
+
+
 LIBRARY = Library(
     "torch",
-    kernels={"sigmoid": Kernel(call=torch.sigmoid, forward=_sigmoid), "steps_so_far": Kernel(call=_steps_so_far)},
+    kernels={
+        "loop": Kernel(call=torch_loop.loop, accepts=torch_loop.is_open),
+        "sigmoid": Kernel(call=torch.sigmoid, forward=_sigmoid),
+        "steps_so_far": Kernel(call=_steps_so_far),
+        "steps_at": Kernel(call=_steps_at),
+    },
     is_concrete=_is_concrete,
     autodiff=Autodiff(_records, _call, constant=lambda x: x.detach(), is_passing=_is_passing, unrolls=_unrolls),
     namespace=array_api_compat.torch,

@@ -33,12 +33,16 @@ def torch_module(layer: Layer) -> TorchModule:
     sequences; elsewhere only the part that is dropped and its scale are the same. What torch has not, `recurrent_dropout` and zoneout, is
     drawn after that. `recurrent_dropout` drops the same of h in every step of a call. For a sequence in several calls or steps
     `kept = m.kept(batch)` draws that once, for `m(x, state, kept=kept)` and `m.step(x, state, kept)`.
-    Gradients, `.to(...)`, `copy.deepcopy`, `torch.func` and
-    `torch.nn.utils.parametrize` work as with torch's own layers. Computation is in the dtype of the parameters: under autocast floating
-    inputs and states are converted to it, as torch does for its own norms, and nothing inside is computed in less. As any module of torch
-    it starts in training mode. `portnorm.export_torch` exports a model with such modules; torch.onnx.export alone writes their loops out,
-    step by step. Under `torch.compile` a recurrent layer is one node, compiled once for all lengths. Raises `UnsupportedError` for what is
-    no layer; a call raises what the layer raises.
+    Gradients, `.to(...)`, `copy.deepcopy`, `torch.func` and `torch.nn.utils.parametrize` work as with torch's own layers. Computation is
+    in the dtype of the parameters: under autocast floating inputs and states are converted to it, as torch does for its own norms, and
+    nothing inside is computed in less. As any module of torch it starts in training mode. Under `torch.compile` a recurrent layer is one
+    node, compiled once for all lengths.
+
+    Ways out: `portnorm.export_torch` writes a model with such modules as ONNX, each as its own checked graph. `torch.export.export` with
+    `Dim("T")` for time gives a program whose loop is torch's `while_loop`, with time and batch open, which AOTInductor and
+    torch.onnx.export take too. Without it, and under `torch.jit.trace`, the steps of the example are written out; a trace, and a program
+    that AOTInductor has compiled, then give that many for any input, without an error. Raises `UnsupportedError` for what is no layer; a
+    call raises what the layer raises.
 
     >>> import portnorm as pn
     >>> m = pn.torch_module(pn.LSTM(3, 4, norm="layer", rng=0))
@@ -146,7 +150,7 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
     ) -> Any:
         lengths = checked_call(self._layer, params or buffers, dtype, x, state, lengths, mask)
         # A call in training changes the buffers in place, this one or one that comes before the backward pass of this one.
-        copied = self.training or torch.is_grad_enabled()
+        copied = self.training or (torch.is_grad_enabled() and not torch.jit.is_tracing())
         before = {name: a.clone() for name, a in buffers.items()} if copied else buffers
         drawn = self._drawn(x, kept, packed) if self.training and self._layer.drops else None
         y, state, new = self._layer.apply(params, before, x, state, lengths, self.training, rng=drawn)

@@ -1,0 +1,307 @@
+"""Ways out of Python beside ONNX: programs of torch.export and jax.export keep time and batch open, and are right at every size.
+
+Each is made of five steps and three sequences, and is then asked for other numbers of both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+from portnorm.arrays import leaves, mapped
+from tests.cases import random_recurrent, random_state
+from tests.processes import output_of
+from tests.test_autodiff import of_jax
+from tests.tolerances import WAYS_OUT
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")]
+
+SIZES = [(5, 3), (9, 2), (40, 1), (1, 1), (1, 3)]
+
+FORMS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "plain": ({}, ()),
+    "lengths": ({}, ("lengths",)),
+    "state": ({}, ("state",)),
+    "both directions, stacked": ({"bidirectional": True, "num_layers": 2}, ("lengths", "state")),
+    "last step": ({"return_sequences": False, "batch_first": True}, ("lengths",)),
+    "mask": ({"direction": "reverse"}, ("mask",)),
+}
+"""Arguments of the layer, and what is given beside `x`."""
+
+CASES = [
+    *(("LSTM", "layer", form) for form in FORMS),
+    ("LSTM", None, "lengths"),
+    ("LSTM", "batch", "state"),
+    ("LSTM", "weight", "plain"),
+    ("GRU", None, "state"),
+    ("GRU", "layer", "both directions, stacked"),
+    ("RNN", "batch-input", "lengths"),
+]
+
+
+def layer_of(cell: str, norm: str | None, form: str) -> Any:
+    """With lengths of its own that no open one happens to have: torch takes equal numbers of the example for one."""
+    layer = random_recurrent(cell, norm, np.random.default_rng(0), hidden=6, **FORMS[form][0])
+    return layer.to(dtype="float32")
+
+
+def inputs_of(layer: Any, given: tuple[str, ...], steps: int, batch: int) -> dict[str, Any]:
+    """Arrays of NumPy by argument."""
+    rng = np.random.default_rng([steps, batch])
+    x = rng.standard_normal((batch, steps, 4) if layer.batch_first else (steps, batch, 4)).astype(np.float32)
+    found: dict[str, Any] = {"x": x}
+    if "lengths" in given:
+        found["lengths"] = np.array([steps, max(steps - 3, 0), 1][:batch])
+    if "mask" in given:
+        found["mask"] = rng.uniform(size=(steps, batch)) < 0.7
+    if "state" in given:
+        found["state"] = tuple(a.astype(np.float32) if a.dtype.kind == "f" else a for a in map(np.asarray, random_state(layer, batch, rng)))
+    return found
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    pairs = list(zip(found, expected, strict=True))
+    assert pairs
+    for a, b in pairs:
+        assert np.shape(a) == np.shape(b)
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=WAYS_OUT)
+
+
+# -- jax.export ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _to_jax(a: Any) -> Any:
+    return of_jax(np.asarray(a), "float32")
+
+
+def exported_by_jax(layer: Any, given: tuple[str, ...], function: Any) -> Any:
+    """`function(params, inputs)` with symbolic time and batch."""
+    import jax
+
+    def symbolic(a: Any, name: str) -> Any:
+        if name == "lengths":
+            shape = [batch]
+        elif name == "state":
+            shape = [batch if axis == 1 else n for axis, n in enumerate(a.shape)]
+        else:
+            shape = [batch, steps, *a.shape[2:]] if layer.batch_first else [steps, batch, *a.shape[2:]]
+        return jax.ShapeDtypeStruct(tuple(shape), a.dtype)
+
+    steps, batch = jax.export.symbolic_shape("T, B")
+    inputs = {n: jax.tree.map(lambda a, n=n: symbolic(_to_jax(a), n), v) for n, v in inputs_of(layer, given, 5, 3).items()}
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), layer.params)
+    return jax.export.export(jax.jit(function))(params, inputs)
+
+
+@pytest.mark.parametrize(("cell", "norm", "form"), CASES)
+def test_jax_export_keeps_time_and_batch_open(cell: str, norm: str | None, form: str) -> None:
+    import jax
+
+    given, own = FORMS[form][1], layer_of(cell, norm, form)
+    layer = own.to(xp="jax")
+
+    def function(params: Any, inputs: Any) -> Any:
+        y, state, _ = layer.apply(params, layer.buffers, **inputs)
+        return y, state
+
+    program = exported_by_jax(layer, given, function)
+    for size in SIZES:
+        inputs = inputs_of(own, given, *size)
+        found = program.call(layer.params, jax.tree.map(_to_jax, inputs))
+        assert_close(jax.tree.leaves(found), [*leaves(own(**inputs))])
+
+
+def test_jax_export_keeps_the_hand_written_gradient(tmp_path: Path) -> None:
+    """In a file that a process reads which has JAX alone."""
+    import jax
+
+    own = layer_of("LSTM", "layer", "lengths")
+    layer = own.to(xp="jax")
+    program = exported_by_jax(layer, ("lengths",), lambda params, inputs: layer.apply(params, layer.buffers, **inputs)[0].sum())
+    (tmp_path / "program").write_bytes(program.serialize(vjp_order=1))
+    inputs = inputs_of(own, ("lengths",), 9, 2)
+    np.savez(tmp_path / "given.npz", **own.params, **inputs)
+    code = f"""
+import sys, jax, numpy
+for name in ("portnorm", "portnorm_backends"):
+    sys.modules[name] = None
+folder = {str(tmp_path)!r}
+given = dict(numpy.load(folder + "/given.npz"))
+inputs = {{name: given.pop(name) for name in ("x", "lengths")}}
+with open(folder + "/program", "rb") as file:
+    program = jax.export.deserialize(file.read())
+numpy.savez(folder + "/found.npz", **jax.grad(program.call)(given, inputs))
+"""
+    output_of(code, JAX_PLATFORMS="cpu", JAX_ENABLE_X64=str(int(jax.config.jax_enable_x64)))
+    found = np.load(tmp_path / "found.npz")
+    expected = jax.grad(lambda params: layer.apply(params, layer.buffers, **jax.tree.map(_to_jax, inputs))[0].sum())(layer.params)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        assert np.abs(gradient).max() > 0
+        np.testing.assert_allclose(found[name], gradient, rtol=1e-5, atol=1e-5 * np.abs(gradient).max())
+
+
+# -- torch.export --------------------------------------------------------------------------------------------------------------------------
+
+
+class Model:
+    """A torch module with a layer in it; made here, so that torch is imported when a test asks for it."""
+
+    def __new__(cls, layer: Any) -> Any:
+        import torch
+
+        class Around(torch.nn.Module):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = pn.torch_module(layer)
+
+            def forward(self, x: Any, lengths: Any = None, state: Any = None, mask: Any = None) -> Any:
+                return self.inner(x, state, lengths, mask=mask)
+
+        return Around().eval()
+
+
+def given_to_torch(layer: Any, given: tuple[str, ...], steps: int, batch: int) -> tuple[Any, ...]:
+    import torch
+
+    inputs = inputs_of(layer, given, steps, batch)
+    return tuple(mapped(torch.as_tensor, inputs.get(name)) for name in ("x", "lengths", "state", "mask"))
+
+
+def exported_by_torch(layer: Any, given: tuple[str, ...]) -> tuple[Any, Any]:
+    import torch
+
+    model, T, B = Model(layer), torch.export.Dim("T"), torch.export.Dim("B")
+    states = None
+    if "state" in given:
+        states = tuple({1: B} if a.ndim else None for a in map(np.asarray, random_state(layer, 3, np.random.default_rng(0))))
+    shapes = {
+        "x": {0: B, 1: T} if layer.batch_first else {0: T, 1: B},
+        "lengths": {0: B} if "lengths" in given else None,
+        "state": states,
+        "mask": {0: T, 1: B} if "mask" in given else None,
+    }
+    return model, torch.export.export(model, given_to_torch(layer, given, 5, 3), dynamic_shapes=shapes)
+
+
+@pytest.mark.parametrize(("cell", "norm", "form"), CASES)
+def test_torch_export_keeps_time_and_batch_open(cell: str, norm: str | None, form: str) -> None:
+    import torch
+
+    given, layer = FORMS[form][1], layer_of(cell, norm, form)
+    model, program = exported_by_torch(layer, given)
+    for size in SIZES:
+        inputs = given_to_torch(layer, given, *size)
+        found = torch.utils._pytree.tree_leaves(program.module()(*inputs))
+        assert_close([a.detach() for a in found], [a.detach() for a in torch.utils._pytree.tree_leaves(model(*inputs))])
+
+
+def test_autograd_differentiates_an_exported_program() -> None:
+    layer = layer_of("LSTM", "layer", "lengths")
+    model, program = exported_by_torch(layer, ("lengths",))
+    inputs, loaded = given_to_torch(layer, ("lengths",), 9, 2), program.module()
+    loaded(*inputs)[0].square().sum().backward()
+    model(*inputs)[0].square().sum().backward()
+    found = dict(loaded.named_parameters())
+    for name, p in model.named_parameters():
+        assert p.grad.abs().max() > 0
+        np.testing.assert_allclose(found[name].grad, p.grad, rtol=1e-5, atol=1e-5 * float(p.grad.abs().max()))
+
+
+def test_an_exported_program_is_as_large_for_any_number_of_steps_and_loads_without_portnorm(tmp_path: Path) -> None:
+    import torch
+
+    layer = layer_of("LSTM", "layer", "plain")
+    model, program = exported_by_torch(layer, ())
+    kinds = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert sum(getattr(kind, "__name__", "") == "while_loop" for kind in kinds) == 1
+    assert not [kind for kind in kinds if "portnorm" in str(kind)]
+    torch.export.save(program, tmp_path / "program.pt2")
+    x = given_to_torch(layer, (), 40, 2)[0]
+    np.save(tmp_path / "x.npy", x)
+    code = f"""
+import sys, numpy
+for name in ("portnorm", "portnorm_backends"):
+    sys.modules[name] = None
+import torch
+folder = {str(tmp_path)!r}
+y, _ = torch.export.load(folder + "/program.pt2").module()(torch.as_tensor(numpy.load(folder + "/x.npy")), None, None, None)
+numpy.save(folder + "/y.npy", y.detach())
+"""
+    output_of(code)
+    assert_close([np.load(tmp_path / "y.npy")], [model(x)[0].detach()])
+
+
+def test_fixed_steps_are_written_out_and_others_refused() -> None:
+    import torch
+
+    layer = layer_of("LSTM", "layer", "plain")
+    program = torch.export.export(Model(layer), given_to_torch(layer, (), 3, 2))
+    assert not [node for node in program.graph.nodes if "while_loop" in str(node.target)]
+    with pytest.raises(AssertionError, match=r"size\(\)\[0\] == 3"):
+        program.module()(*given_to_torch(layer, (), 4, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch's own code
+def test_a_compiled_package_keeps_time_and_batch_open(tmp_path: Path) -> None:
+    """AOTInductor checks no lengths: what is written out gives the steps that it was exported with for any."""
+    import torch
+
+    layer = layer_of("LSTM", "layer", "both directions, stacked")
+    model, program = exported_by_torch(layer, given := FORMS["both directions, stacked"][1])
+    package = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2")))
+    for size in SIZES:
+        inputs = given_to_torch(layer, given, *size)
+        found = torch.utils._pytree.tree_leaves(package(*inputs))
+        assert_close([a.detach() for a in found], [a.detach() for a in torch.utils._pytree.tree_leaves(model(*inputs))])
+
+
+TRACED = {
+    "LSTM": lambda: layer_of("LSTM", "layer", "lengths"),
+    "BN-LSTM": lambda: layer_of("LSTM", "batch", "lengths"),
+    "GRU": lambda: layer_of("GRU", None, "both directions, stacked"),
+    "layer norm": lambda: pn.LayerNorm(4),
+    "batch norm": lambda: pn.BatchNorm(4, channel_axis=-1),
+    "group norm": lambda: pn.GroupNorm(2, 4, channel_axis=-1),
+    "Linear": lambda: pn.Linear(4, 2, rng=0),
+    "both": lambda: pn.Sequential(pn.LSTM(4, 3, rng=0), pn.LayerNorm(3)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", TRACED)
+def test_a_traced_module_has_values_and_gradients_of_the_module(name: str) -> None:
+    """For the number of steps of its example; lengths are an input."""
+    import torch
+
+    layer = TRACED[name]()
+    counted = ("lengths",) if layer.recurrent else ()
+    model = pn.torch_module(layer).eval()
+
+    class Around(torch.nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Any, *lengths: Any) -> Any:
+            return self.inner(x, **dict(zip(("lengths",), lengths, strict=False)))
+
+    rng = np.random.default_rng(0)
+    x = [torch.as_tensor(rng.standard_normal((5, 3, 4)).astype(np.float32)) for _ in range(2)]
+    lengths = [(torch.tensor(n),) if counted else () for n in ([5, 2, 3], [1, 4, 5])]
+    around = Around().eval()
+    traced = torch.jit.trace(around, (x[0], *lengths[0]))
+    found, expected = (torch.utils._pytree.tree_leaves(f(x[1], *lengths[1])) for f in (traced, around))
+    assert_close([a.detach() for a in found], [a.detach() for a in expected])
+    gradients = []
+    for leaves_ in (found, expected):
+        model.zero_grad()
+        leaves_[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(b.abs().max())))
