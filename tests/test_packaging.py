@@ -105,13 +105,13 @@ except portnorm.MissingExtraError as error:
 
 def test_the_core_does_not_import_the_other_two_packages() -> None:
     """Arrows: portnorm_onnx → portnorm ← portnorm_backends. Only doors import them, on use."""
-    doors = {"__init__.py", "__main__.py", "libraries.py", "demo.py"}
+    doors = {"__init__.py", "libraries.py", "demo.py"}
     for path in (ROOT / "portnorm").rglob("*.py"):
         text = path.read_text()
         for line in text.splitlines():
             stripped = line.strip()
             if stripped.startswith(("import portnorm_", "from portnorm_")):
-                assert path.name in doors, f"{path}: {line}"
+                assert path.name in doors or path.parent.name == "commands", f"{path}: {line}"
                 assert line.startswith("    "), f"{path}: {line}"
 
 
