@@ -13,12 +13,36 @@ from typing import Any
 import portnorm
 from portnorm.commands import COMMANDS
 from portnorm.errors import ConformanceError, PortnormError
+from portnorm.interrupts import came, end, undo_all, watch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if it did what was asked, 1 if a graph differs from its model, 2 for an error that the caller can mend."""
+    """Run one command; 0 if it did what was asked, 1 if a graph differs from its model, 2 for an error that the caller can mend.
+
+    An interrupt ends it within two seconds, with 130: files that are not whole and processes that were started are gone then.
+    """
     given = sys.argv[1:] if arguments is None else arguments
-    options = _parser(given).parse_args(given)
+    left = [f"portnorm {' '.join(given[:1])}: interrupted; files that were not complete are not there"]
+
+    def say() -> None:
+        while left:
+            print(left.pop(), file=sys.stderr)
+
+    if arguments is None:
+        watch(say)
+    try:
+        return _run(_parser(given).parse_args(given))
+    except (Exception, KeyboardInterrupt) as error:
+        if not (isinstance(error, KeyboardInterrupt) or came()):
+            raise
+        say()
+        if arguments is None:
+            end()
+        undo_all()
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         result: dict[str, Any] = options.run(options)
     except PortnormError as error:
@@ -26,9 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         print(f"portnorm {options.command}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1 if isinstance(error, ConformanceError) else 2
-    except KeyboardInterrupt:
-        print(f"portnorm {options.command}: interrupted; files that were not complete are not there", file=sys.stderr)
-        return 130
     if options.json:
         print(json.dumps(result, default=str))
     return int(getattr(options, "failed", False))

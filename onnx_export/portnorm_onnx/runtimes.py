@@ -29,6 +29,7 @@ from onnx import helper
 
 from portnorm.arrays import require_extra
 from portnorm.errors import ExportError, MissingExtraError, UnsupportedError
+from portnorm.interrupts import undone
 from portnorm_onnx.bfloat16 import holds_bfloat16, in_float32
 from portnorm_onnx.storage import Draft, Loadable, beside, is_large
 
@@ -255,6 +256,7 @@ class Worker:
         self._sessions = 0
         self._lock = threading.Lock()
         atexit.register(self.close)
+        undone(self.close)
 
     @classmethod
     def of(cls, name: str, command: list[str]) -> Worker:

@@ -17,6 +17,7 @@ from typing import Any
 from portnorm.bench.engines import ENGINES, FLOORS
 from portnorm.bench.works import Work
 from portnorm.errors import UnsupportedError
+from portnorm.interrupts import undone
 
 Ask = Callable[[Work], dict[str, Any] | None]
 """One turn of an engine at a work."""
@@ -91,7 +92,7 @@ def engine(name: str, cores: int, seconds: float, tree: Path | None = None) -> I
                 os.sched_setaffinity(0, before)
         assert process.stdin is not None
         assert process.stdout is not None
-        given, answers = process.stdin, process.stdout
+        given, answers, forget = process.stdin, process.stdout, undone(process.kill)
 
         def ask(work: Work) -> dict[str, Any] | None:
             try:
@@ -111,6 +112,7 @@ def engine(name: str, cores: int, seconds: float, tree: Path | None = None) -> I
         finally:
             process.kill()
             process.communicate()
+            forget()
 
 
 def best_peer(row: dict[str, Any]) -> tuple[str, float] | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from portnorm.errors import ExportError
+from portnorm.interrupts import undone
 from portnorm_onnx.runtimes import Session, receive, send
 from portnorm_onnx.storage import Loadable, beside
 
@@ -57,6 +58,7 @@ class Page:
         self._browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         self._sessions = 0
         atexit.register(self.close)
+        undone(self.close)
 
     @classmethod
     def of(cls, package: Path, browser: str) -> Page:
