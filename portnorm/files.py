@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from portnorm.errors import PortnormError
+from portnorm.errors import PortnormError, UnsupportedError
 from portnorm.interrupts import undone
 
 
@@ -38,6 +38,21 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             forget()
     except OSError as error:
         raise PortnormError(f"cannot write {os.fspath(path)!r}: {error.strerror or error}") from error
+
+
+def require_place(option: str, path: str | os.PathLike[str], *endings: str) -> None:
+    """Raise before any work where a file could not be written to `path` in the end, or does not end as files of its kind do."""
+    target, name = Path(path), os.fspath(path)
+    if endings and target.suffix not in endings:
+        raise UnsupportedError(f"`{option}` is {name!r}; expected a name that ends in {' or '.join(endings)}")
+    if not target.parent.is_dir():
+        raise UnsupportedError(f"`{option}` is {name!r}, and there is no directory {os.fspath(target.parent)!r}")
+    if target.exists() and not target.is_file():
+        raise UnsupportedError(f"`{option}` is {name!r}, which is there and no file")
+    try:
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise UnsupportedError(f"`{option}` is {name!r}, where nothing can be written: {error.strerror or error}") from error
 
 
 def _umask() -> int:

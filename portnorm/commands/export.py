@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import portnorm
+from portnorm.files import require_place
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    require_place("--output", options.output, ".onnx")
     model = portnorm.load(options.checkpoint)
     report = portnorm.export(
         model,

@@ -10,6 +10,7 @@ from typing import Any
 import portnorm
 from portnorm.cells.variants import FUNCTIONS
 from portnorm.errors import UnsupportedError
+from portnorm.files import require_place
 from portnorm.layers.recurrent import DIRECTIONS
 
 
@@ -26,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    require_place("--output", options.output, ".safetensors")
     config = {}
     for setting in options.set:
         name, _, value = setting.partition("=")
