@@ -289,3 +289,21 @@ def as_function(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     model = helper.make_model(whole, opset_imports=opsets, functions=[function], producer_name="portnorm", ir_version=proto.ir_version)
     helper.set_model_props(model, {p.key: p.value for p in proto.metadata_props})
     return model
+
+
+def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """The model of any .onnx file, without weights that lie in files of their own; raises `ExportError` where it holds no graph."""
+    name = os.fspath(path)
+    try:
+        proto = onnx.load(name, load_external_data=False)
+    except OSError as error:
+        raise ExportError(f"cannot read {name!r}: {error.strerror or error}") from None
+    except Exception:  # a parser's words, which say nothing of the file
+        raise ExportError(f"{name!r} is no ONNX model{_hint(name)}") from None
+    if not proto.graph.output or not proto.opset_import:
+        raise ExportError(f"{name!r} holds no graph with outputs{_hint(name)}")
+    return proto
+
+
+def _hint(name: str) -> str:
+    return f"; a checkpoint becomes one by `portnorm export {name} -o …`" if name.endswith(".safetensors") else ""

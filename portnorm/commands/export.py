@@ -11,16 +11,20 @@ from portnorm.files import require_place
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="what `portnorm train`, `portnorm import` or `pn.save` wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write (.onnx)")
     parser.add_argument("--opset", type=int, help="18 to 26, for some targets 28 (default: 18; 23 for onnxruntime)")
     parser.add_argument("--target", default="portable", help="who will run it (default: portable, which is all of them)")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32", "float64"))
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="products of integers: a quarter of the file, or an eighth")
+    parser.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32", "float64"), help="type of the graph (default: that of the checkpoint)"
+    )
+    parser.add_argument(
+        "--quantize", choices=("int8", "int4"), help="products of integers: a quarter of the file, or an eighth (default: none)"
+    )
     parser.add_argument("--streaming", action="store_true", help="one step with explicit states instead of a sequence")
     parser.add_argument("--no-fold", action="store_true", help="keep normalizations and cells visible that could be folded away")
     parser.add_argument("--accurate", action="store_true", help="centre before operators that cancel where the mean is large")
-    parser.add_argument("--prefix", default="", help="what stands before every name in the graph")
+    parser.add_argument("--prefix", default="", help="what stands before every name in the graph (default: nothing)")
     parser.add_argument("--function", action="store_true", help="write the model as one model-local function")
     parser.add_argument("--no-lengths", action="store_true", help="leave the input `lengths` out")
     parser.add_argument("--mask", action="store_true", help="take the input `mask` in place of `lengths`: padding in front, and gaps")

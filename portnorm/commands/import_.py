@@ -18,11 +18,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help=".safetensors, .npz, .h5, .keras or .onnx")
     parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint to write (.safetensors)")
     parser.add_argument("--format", default="auto", choices=("auto", *portnorm.FORMATS), help="who stored it (default: auto)")
-    parser.add_argument("--prefix", default="", help="beginning of the names that are meant")
-    parser.add_argument("--layer", help="class of the layer, where arrays alone cannot tell")
-    parser.add_argument("--ignore", action="append", default=[], metavar="KEY", help="a key that is neither asked for nor refused")
+    parser.add_argument("--prefix", default="", help="beginning of the names that are meant (default: that of all)")
+    parser.add_argument("--layer", help="class of the layer, where arrays alone cannot tell (default: what they tell)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="what arrays do not say, for example batch_first=true"
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a key that is neither asked for nor refused; may be repeated (default: none)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what arrays do not say, such as batch_first=true (default: as the format has it)",
     )
 
 

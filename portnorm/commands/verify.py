@@ -11,11 +11,14 @@ from portnorm.errors import ConformanceError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, help="an .onnx file")
     parser.add_argument("--against", type=Path, help="checkpoint that the graph should compute (default: what the file says)")
     parser.add_argument("--runtime", action="append", help="runtime to check in, or `all` of them, a row each (default: onnxruntime)")
     parser.add_argument(
-        "--tolerance", type=float, metavar="D", help="allow this difference instead, for a graph that was made smaller on purpose"
+        "--tolerance",
+        type=float,
+        metavar="D",
+        help="allow this difference instead, for a graph that was made smaller on purpose (default: two gates, see docs)",
     )
 
 

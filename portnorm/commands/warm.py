@@ -9,7 +9,7 @@ import portnorm
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", action="append", help="float32 (default) or float64; may be repeated")
+    parser.add_argument("--dtype", action="append", help="float32 or float64; may be repeated (default: float32)")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
