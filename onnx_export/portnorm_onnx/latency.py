@@ -104,8 +104,9 @@ def measure(
             runs[name], times[name] = _again(session, call), []
             for _ in range(2):
                 runs[name]()
-        except ExportError as error:
-            row.status, row.detail = "does not run", str(error)
+        except Exception as error:  # that of a runtime of one's own may be any
+            row.status = "does not run"
+            row.detail = str(error) if isinstance(error, ExportError) else f"{type(error).__name__}: {error}"
             runs.pop(name, None)
             continue
         row.difference = None if first is None else _difference(first, found)
