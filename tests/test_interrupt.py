@@ -131,3 +131,12 @@ def test_an_interrupt_takes_files_away_that_are_not_whole(tmp_path: Path, monkey
         stack.pop_all()  # nor does anything put them back
     del draft
     assert interrupts._undo == {}
+
+
+def test_what_is_there_and_no_file_stays_as_it_is(tmp_path: Path) -> None:
+    """A file that is put in the place of a pipe or a device would take that away."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(pn.PortnormError, match="it is there, and no file"):
+        pn.save(pn.Linear(2, 3, rng=0), tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]

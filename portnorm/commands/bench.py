@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from portnorm import bench
 from portnorm.arrays import require_extra
 from portnorm.commands.progress import ProgressLine
 from portnorm.errors import UnsupportedError
@@ -41,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     whole_number("--cores", options.cores, 1), whole_number("--rounds", options.rounds, 1)
     real_number("--seconds", options.seconds, 0.0, 3600.0, "a number from 0 to 3600")
-    graphs = [name for name in options.what if name.endswith(".onnx") or Path(name).exists()]
+    graphs = [name for name in options.what if name not in bench.ENGINES and (name.endswith(".onnx") or Path(name).exists())]
     engines = [name for name in options.what if name not in graphs]
     if graphs and engines:
         raise UnsupportedError(f"graphs and engines are measured apart; {', '.join(engines)} is no file that is there")
@@ -92,8 +93,6 @@ def _dim(given: str) -> tuple[str, int]:
 
 
 def _of_engines(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    from portnorm import bench
-
     works = [work for work in bench.WORKS if not options.only or any(part in work.name for part in options.only)]
     if not works:
         raise UnsupportedError(
