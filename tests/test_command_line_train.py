@@ -218,8 +218,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(command: s
 
 def test_a_loss_that_is_not_finite_leaves_the_old_checkpoint(tmp_path: Path, capsys: Any) -> None:
     np.savez(tmp_path / "d.npz", **arrays(y=X[:, :, 0].sum(1)))
-    with np.errstate(all="ignore"):
-        said = refused(capsys, tmp_path, ["--data", str(tmp_path / "d.npz"), "--lr", "1e30", "--optimizer", "sgd", "--norm", "none"])
+    said = refused(capsys, tmp_path, ["--data", str(tmp_path / "d.npz"), "--lr", "1e30", "--optimizer", "sgd", "--norm", "none"])
     assert "after" in said
     assert "`--lr` 1e+30" in said
 
@@ -242,6 +241,19 @@ def test_integers_are_classes(dtype: str, tmp_path: Path, capsys: Any) -> None:
     assert all(set(row) == {"epoch", "loss", "held_out_loss", "held_out_accuracy"} for row in found["epochs"])
     assert found["epochs"][-1]["held_out_loss"] < found["epochs"][0]["held_out_loss"]
     assert model(np.zeros((5, 3, 2), np.float32))[0].shape == (3, 2)
+
+
+@pytest.mark.parametrize("norm", [name or "none" for name in train._NORMS if name != "fastrnns-decomposed"])
+def test_every_variant_learns(norm: str, tmp_path: Path, capsys: Any) -> None:
+    found, model = trained(capsys, tmp_path, arrays(60, lengths=np.arange(60) % 5 + 1), "--epochs", "4", "--norm", norm, "--batch", "12")
+    losses = [row["loss"] for row in found["epochs"]]
+    assert losses[-1] < losses[0]
+    assert np.isfinite(model(np.ones((5, 1, 2), np.float32))[0]).all()
+
+
+def test_a_variant_without_eps_takes_no_lengths(tmp_path: Path, capsys: Any) -> None:
+    np.savez(tmp_path / "d.npz", **arrays(lengths=np.arange(40) % 5 + 1))
+    assert "eps = 0" in refused(capsys, tmp_path, ["--data", str(tmp_path / "d.npz"), "--norm", "fastrnns-decomposed"])
 
 
 @pytest.mark.parametrize("outputs", [None, 1, 2])

@@ -102,10 +102,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     kind = "classes" if task.scale is None else "numbers (a regression, since y is of floating-point numbers)"
     _show(options, f"{count} sequences of {steps} steps and {inputs} features, {len(task.held_out.labels)} held out; {task.outputs} {kind}")
     rows = []
-    for row in _epochs(model, task, options, ProgressLine(options.json)):
-        rows.append(row)
-        _show(options, f"epoch {row['epoch']:>3} of {options.epochs}  {_in_words(row)}")
-    found = {key.removeprefix("held_out_"): value for key, value in task.measured(model).items() if key != "held_out_loss"}
+    with numpy.errstate(all="ignore"):  # a loss that is not finite is an error
+        for row in _epochs(model, task, options, ProgressLine(options.json)):
+            rows.append(row)
+            _show(options, f"epoch {row['epoch']:>3} of {options.epochs}  {_in_words(row)}")
+    found = {
+        key.removeprefix("held_out_"): value
+        for key, value in rows[-1].items()
+        if key in ("held_out_accuracy", "held_out_mse", "held_out_r2")
+    }
     task.finish(model)
     portnorm.save(model, options.output)
     _show(options, f"{options.output}: {_in_words({f'held_out_{key}': value for key, value in found.items()})}")
