@@ -21,6 +21,7 @@ PATIENCE = 1.0
 """Seconds that the main thread has to end by itself."""
 
 _came: list[int] = []
+_held: list[object] = []
 _undo: dict[object, Callable[[], object]] = {}
 
 
@@ -51,7 +52,8 @@ def came() -> bool:
 
 def _interrupted(number: int, frame: object) -> None:
     _came.append(number)
-    raise KeyboardInterrupt
+    if not _held:
+        raise KeyboardInterrupt
 
 
 def end() -> NoReturn:
@@ -84,12 +86,19 @@ def watch(say: Callable[[], None]) -> None:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Meanwhile no interrupt comes, and processes that are started take none: who started them ends them."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """An interrupt of the command line comes after this block, in which a process is started and its end noted, and never to that process.
+
+    Whoever started it ends it.
+    """
+    mask = getattr(signal, "pthread_sigmask", None)
+    before = None if mask is None else mask(signal.SIG_BLOCK, {signal.SIGINT})  # which the process inherits
+    _held.append(before)
+    count = len(_came)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        _held.pop()
+        if mask is not None:
+            mask(signal.SIG_SETMASK, before)
+    if len(_came) > count and not _held:
+        raise KeyboardInterrupt

@@ -21,6 +21,7 @@ from benchmarks.readme import ROOT
 from portnorm import interrupts
 from portnorm.files import written_whole
 from portnorm_onnx.storage import Draft
+from tests.processes import output_of
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 
@@ -50,6 +51,16 @@ def compiling(token: str, process: int) -> bool:
     return any("portnorm_backends.cpu.warming" in line for line in processes(token).values())
 
 
+def with_browser(token: str, process: int) -> bool:
+    return any("--user-data-dir" in line for line in processes(token).values())
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    if "browser" in name:
+        return [pytest.mark.runtime("web-page")]
+    return [] if name.startswith(("demo, while it", "train")) else [pytest.mark.slow]
+
+
 COMMANDS: dict[str, tuple[list[str], Callable[[str, int], bool], float]] = {
     "demo, while it trains": (["demo", "--out", "out"], with_workers, 4.0),
     "demo, while its processes start": (["demo", "--out", "out"], with_workers, 0.0),
@@ -58,18 +69,21 @@ COMMANDS: dict[str, tuple[list[str], Callable[[str, int], bool], float]] = {
     "warm": (["warm"], begun, 3.0),
     "bench": (["bench", "portnorm", "NumPy"], begun, 2.0),
     "conform": (["conform", "numpy", "onnxruntime"], begun, 3.0),
+    "verify, while a browser starts": (["verify", "m.onnx", "--runtime", "web-page"], with_browser, 0.0),
+    "verify, in a browser": (["verify", "m.onnx", "--runtime", "web-page"], with_browser, 1.5),
+    "bench, in a browser": (["bench", "m.onnx", "--runtime", "web-page", "--seconds", "5"], with_browser, 2.0),
 }
 ENDS = 2.0
 """Seconds."""
 
 
 @pytest.mark.parametrize("whom", ["the process", "its group"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n.startswith(("demo, while it", "train")) else pytest.mark.slow) for n in COMMANDS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in COMMANDS])
 def test_an_interrupt_ends_a_command_and_all_that_it_started(name: str, whom: str, tmp_path: Path) -> None:
     command, ready, then = COMMANDS[name]
     token = uuid.uuid4().hex
+    if "m.onnx" in command:
+        pn.export(pn.LSTM(8, 32, norm="layer", num_layers=2, rng=0), tmp_path / "m.onnx")
     cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")} if name in ("warm", "train, while another process compiles") else {}
     packages = os.pathsep.join(str(ROOT / folder) for folder in ("", "backends", "onnx_export"))
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -140,3 +154,25 @@ def test_what_is_there_and_no_file_stays_as_it_is(tmp_path: Path) -> None:
         pn.save(pn.Linear(2, 3, rng=0), tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_an_interrupt_while_a_process_is_started_comes_when_its_end_is_noted() -> None:
+    code = """
+import os, signal, subprocess, sys
+from portnorm import interrupts
+interrupts.watch(lambda: None)
+try:
+    with interrupts.held_back():
+        os.kill(os.getpid(), signal.SIGINT)
+        process = subprocess.Popen([sys.executable, "-c", "import signal; print(signal.SIGINT in signal.pthread_sigmask(0, ())); input()"],
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        interrupts.undone(process.kill)
+        told = process.stdout.readline().decode().strip()
+        print("noted", told)
+except KeyboardInterrupt:
+    interrupts.undo_all()
+    print("interrupted", process.wait() == -signal.SIGKILL, interrupts.came())
+    sys.stdout.flush()
+    os._exit(0)
+"""
+    assert output_of(code).splitlines() == ["noted True", "interrupted True True"]

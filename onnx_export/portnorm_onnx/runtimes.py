@@ -29,7 +29,7 @@ from onnx import helper
 
 from portnorm.arrays import require_extra
 from portnorm.errors import ExportError, MissingExtraError, UnsupportedError
-from portnorm.interrupts import undone
+from portnorm.interrupts import held_back, undone
 from portnorm_onnx.bfloat16 import holds_bfloat16, in_float32
 from portnorm_onnx.storage import Draft, Loadable, beside, is_large
 
@@ -252,11 +252,12 @@ class Worker:
         self.name = name
         self._folder = tempfile.TemporaryDirectory(prefix="portnorm-")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+        with held_back():
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+            undone(self.close)
         self._sessions = 0
         self._lock = threading.Lock()
         atexit.register(self.close)
-        undone(self.close)
 
     @classmethod
     def of(cls, name: str, command: list[str]) -> Worker:

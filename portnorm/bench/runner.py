@@ -17,7 +17,7 @@ from typing import Any
 from portnorm.bench.engines import ENGINES, FLOORS
 from portnorm.bench.works import Work
 from portnorm.errors import UnsupportedError
-from portnorm.interrupts import undone
+from portnorm.interrupts import held_back, undone
 
 Ask = Callable[[Work], dict[str, Any] | None]
 """One turn of an engine at a work."""
@@ -81,18 +81,20 @@ def engine(name: str, cores: int, seconds: float, tree: Path | None = None) -> I
     command = [sys.executable, "-m", "portnorm.bench.worker", name, str(seconds), str(cores)]
     before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     with tempfile.TemporaryFile("w+") as errors:
-        try:
-            if before is not None:
-                os.sched_setaffinity(0, sorted(before)[:cores])  # the child has what its parent had when it started
-            process = subprocess.Popen(
-                command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-        finally:
-            if before is not None:
-                os.sched_setaffinity(0, before)
+        with held_back():
+            try:
+                if before is not None:
+                    os.sched_setaffinity(0, sorted(before)[:cores])  # the child has what its parent had when it started
+                process = subprocess.Popen(
+                    command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                )
+            finally:
+                if before is not None:
+                    os.sched_setaffinity(0, before)
+            forget = undone(process.kill)
         assert process.stdin is not None
         assert process.stdout is not None
-        given, answers, forget = process.stdin, process.stdout, undone(process.kill)
+        given, answers = process.stdin, process.stdout
 
         def ask(work: Work) -> dict[str, Any] | None:
             try:
