@@ -104,8 +104,8 @@ def test_an_interrupt_ends_a_command_and_all_that_it_started(name: str, whom: st
             (os.kill if whom == "the process" else os.killpg)(process.pid, signal.SIGINT)
             code = process.wait(20)
             seconds = time.monotonic() - started
-            time.sleep(0.2)
-            left = processes(token)
+            while (left := processes(token)) and time.monotonic() < started + ENDS:
+                time.sleep(0.05)
         finally:
             for number in processes(token):
                 os.kill(number, signal.SIGKILL)
