@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from portnorm.arrays import require_extra
 from portnorm.cells.variants import NormName
 from portnorm.checkpoint.layers import load, save
 from portnorm.digits import sequential_digits
+from portnorm.errors import PortnormError
 from portnorm.files import written_whole
+from portnorm.interrupts import held_back, undone
+from portnorm.layers.layer import Layer
 from portnorm.optimizers import Adam
 from portnorm.training import History, accuracy, classifier, predictions, train
 
@@ -82,58 +87,91 @@ def run(out: Path, budget: Budget) -> list[Result]:
 
 
 def _train_all(budget: Budget, out: Path) -> dict[str, tuple[list[float], float]]:
-    """Each model in a process of its own, so that two cores are busy; their progress comes back through a queue."""
+    """Each model in a process of its own, so that two cores are busy. None of them writes a file, so each may be ended at any time."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     # One thread per process: matrices this small gain nothing from more. Set before the processes import NumPy.
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
-    context = get_context("spawn")
     columns = (TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
-    workers = min(len(MODELS), os.cpu_count() or 1)
-    with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
-        Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bars,
-    ):
-        queue = manager.Queue()
-        # The slowest first, so that no core idles at the end.
-        slowest_first = sorted(MODELS, key=lambda name: MODELS[name] is None)
+    # The slowest first, so that no core idles at the end.
+    waiting = sorted(MODELS, key=lambda name: MODELS[name] is None)
+    running: dict[Connection, tuple[str, SpawnProcess]] = {}
+    trained: dict[str, tuple[list[float], float]] = {}
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bars, ExitStack() as ends:
         tasks = {name: bars.add_task(name, total=None, loss=float("nan")) for name in MODELS}
-        futures = {name: pool.submit(_train_one, name, budget, out, queue) for name in slowest_first}
-        while not all(future.done() for future in futures.values()):
-            while not queue.empty():
-                name, done, total, loss = queue.get()
-                bars.update(tasks[name], completed=done, total=total, loss=loss)
-            time.sleep(0.1)
-        for name in MODELS:
-            bars.update(tasks[name], completed=bars.tasks[tasks[name]].total)
-        return {name: future.result() for name, future in futures.items()}
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                name = waiting.pop(0)
+                there, process = _started(name, budget, ends)
+                running[there] = name, process
+            ready = wait([*running])
+            for there in [one for one in running if one in ready]:
+                name, process = running[there]
+                match _told(name, there, process):
+                    case int(done), int(total), float(loss):
+                        bars.update(tasks[name], completed=done, total=total, loss=loss)
+                    case Layer() as model, list(losses), float(seconds):
+                        save(model, _checkpoint(name, out))
+                        trained[name] = losses, seconds
+                        del running[there]
+    return trained
 
 
-def _train_one(name: str, budget: Budget, out: Path, queue: Any) -> tuple[list[float], float]:
-    """Train one model, leave its checkpoint in `out`, and return its losses and the seconds it took."""
-    data, _ = sequential_digits()
-    model = classifier(MODELS[name], 1, budget.hidden, 10, data.x.shape[0], budget.seed)
+def _started(name: str, budget: Budget, ends: ExitStack) -> tuple[Connection, SpawnProcess]:
+    """A process that trains this model, and the end of the pipe on which it tells; it is ended with `ends`."""
+    there, own = Pipe(duplex=False)
+    process = get_context("spawn").Process(target=_train_one, args=(name, budget, own), daemon=True)
 
-    def report(done: int, total: int, loss: float) -> None:
-        if done % 5 == 0 or done == total:
-            queue.put((name, done, total, loss))
+    def end() -> None:
+        process.kill()
+        process.join()
 
-    started = time.perf_counter()
-    history = train(
-        model,
-        data,
-        Adam(budget.lr),
-        epochs=budget.epochs,
-        batch=budget.batch,
-        clip=budget.clip,
-        state_noise=budget.state_noise if MODELS[name] == "batch" else 0.0,
-        seed=budget.seed,
-        progress=report,
-    )
-    save(model, _checkpoint(name, out))
-    return history.losses, time.perf_counter() - started
+    with held_back():
+        process.start()
+        ends.callback(undone(process.kill))
+        ends.callback(end)
+    own.close()
+    return there, process
+
+
+def _told(name: str, there: Connection, process: SpawnProcess) -> Any:
+    """What a process tells: how far it is, what it made, or why it could not, which is raised."""
+    try:
+        told = there.recv()
+    except EOFError:
+        process.join()
+        raise PortnormError(f"the process that trained the {name} ended with {process.exitcode}") from None
+    if isinstance(told, Exception):
+        raise told
+    return told
+
+
+def _train_one(name: str, budget: Budget, tell: Connection) -> None:
+    """Train one model, and tell how far it is; then the model, its losses and the seconds it took."""
+    try:
+        data, _ = sequential_digits()
+        model = classifier(MODELS[name], 1, budget.hidden, 10, data.x.shape[0], budget.seed)
+
+        def report(done: int, total: int, loss: float) -> None:
+            if done % 5 == 0 or done == total:
+                tell.send((done, total, loss))
+
+        started = time.perf_counter()
+        history = train(
+            model,
+            data,
+            Adam(budget.lr),
+            epochs=budget.epochs,
+            batch=budget.batch,
+            clip=budget.clip,
+            state_noise=budget.state_noise if MODELS[name] == "batch" else 0.0,
+            seed=budget.seed,
+            progress=report,
+        )
+        tell.send((model, history.losses, time.perf_counter() - started))
+    except Exception as error:
+        tell.send(error)
 
 
 def _checkpoint(name: str, out: Path) -> Path:

@@ -9,18 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from portnorm.errors import PortnormError
+from portnorm.errors import PortnormError, UnsupportedError
+from portnorm.interrupts import undone
 
 
 @contextlib.contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file to write to that takes the place of `path` when the block ends well; on any exception `path` stays as it was.
 
-    Raises `PortnormError` where the place cannot be written to, or has no room.
+    Raises `PortnormError` where the place cannot be written to, has no room, or is there and no file.
     """
     target = Path(path)
     try:
+        if target.exists() and not target.is_file():
+            what = "Is a directory" if target.is_dir() else "it is there, and no file"  # a pipe, or a device, which must stay one
+            raise PortnormError(f"cannot write {os.fspath(path)!r}: {what}")
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        forget = undone(lambda: os.unlink(name))
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
@@ -30,8 +35,25 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
             raise
+        finally:
+            forget()
     except OSError as error:
         raise PortnormError(f"cannot write {os.fspath(path)!r}: {error.strerror or error}") from error
+
+
+def require_place(option: str, path: str | os.PathLike[str], *endings: str) -> None:
+    """Raise before any work where a file could not be written to `path` in the end, or does not end as files of its kind do."""
+    target, name = Path(path), os.fspath(path)
+    if endings and target.suffix not in endings:
+        raise UnsupportedError(f"`{option}` is {name!r}; expected a name that ends in {' or '.join(endings)}")
+    if not target.parent.is_dir():
+        raise UnsupportedError(f"`{option}` is {name!r}, and there is no directory {os.fspath(target.parent)!r}")
+    if target.exists() and not target.is_file():
+        raise UnsupportedError(f"`{option}` is {name!r}, which is there and no file")
+    try:
+        tempfile.TemporaryFile(dir=target.parent).close()
+    except OSError as error:
+        raise UnsupportedError(f"`{option}` is {name!r}, where nothing can be written: {error.strerror or error}") from error
 
 
 def _umask() -> int:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
+import keyword
+import re
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +17,20 @@ import pytest
 
 import portnorm as pn
 from portnorm.__main__ import main
+from portnorm.commands import COMMANDS, info
+from portnorm.libraries import SUPPORT
+from portnorm_onnx.runtimes import RUNTIMES
+from tests.processes import ROOT, output_of
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+OPTIONAL = {
+    re.split(r"[\[>=]", line)[0]
+    for extra, lines in PROJECT["optional-dependencies"].items()
+    if extra not in ("test", "tools", "peers", "all")
+    for line in lines
+    if not line.startswith("portnorm[")
+}
+"""The packages that extras bring to users."""
 
 
 def json_of(capsys: Any, *arguments: str) -> Any:
@@ -100,7 +120,57 @@ def test_info_without_a_file(capsys: Any) -> None:
     assert found["portnorm"] == pn.__version__
     assert found["numpy"]
     assert main(["info"]) == 0
-    assert "portnorm" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "portnorm" in shown
+    for name in (*RUNTIMES, *SUPPORT, *OPTIONAL, "numba", "cache"):
+        assert re.search(rf"^  {re.escape(name)} ", shown, re.MULTILINE), name
+    for name, row in RUNTIMES.items():
+        try:
+            assert found["runtimes"][name]["version"] == row.version()
+        except pn.MissingExtraError as error:
+            there = found["runtimes"][name]
+            assert (there["version"], there["note"] in str(error)) == (None, True)  # noqa: PT017
+    for name in OPTIONAL:
+        assert found[name] == (version(name) if found[name] else None)
+    assert set(found["kernels"]["compiled"]) == {"float32", "float64"}
+
+
+def test_info_says_not_installed(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every library, package and runtime that is not there, without an import of any."""
+
+    def none(name: str, *_: Any) -> Any:
+        raise PackageNotFoundError(name)
+
+    extras = info._extras()
+    monkeypatch.setattr(info, "_extras", lambda: extras)
+    monkeypatch.setattr("importlib.metadata.version", none)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in (*OPTIONAL, "array_api_strict", "torch", "jax", "cupy", "onnxruntime", "numba"):
+        assert all("not installed" in line for line in lines if line.startswith(f"  {name} ")), name
+    assert any('pip install "portnorm[onnx]"' in line for line in lines)
+    assert any('pip install "portnorm[fast]"' in line for line in lines)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_says_its_default(name: str) -> None:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"portnorm.commands.{name}_" if keyword.iskeyword(name) else f"portnorm.commands.{name}").add_options(parser)
+    for action in parser._actions:
+        assert action.help, action
+        if action.option_strings and action.nargs != 0 and not action.required:
+            assert "(default: " in action.help, action.option_strings
+            if action.default not in (None, []):
+                assert f"(default: {str(action.default).removesuffix('.0')}" in action.help, action.option_strings
+
+
+def test_help_loads_no_command(capsys: Any) -> None:
+    code = "import sys; sys.argv = ['portnorm', '--help']\ntry:\n import portnorm.__main__ as m; m.main()\nfinally:\n"
+    loaded = output_of(f"{code} print([n for n in sys.modules if n.startswith('portnorm.commands.') or n in ('onnx', 'numba', 'sklearn')])")
+    assert loaded.splitlines()[-1] == "[]"
+    for name in COMMANDS:
+        assert f"    {name} " in loaded
 
 
 @pytest.mark.slow

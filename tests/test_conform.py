@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 import unittest
 import warnings
@@ -27,6 +29,7 @@ from portnorm.conform import runner as measuring
 from portnorm.conform.recurrent import layer_of
 from portnorm_onnx import runtimes
 from portnorm_onnx.conformance import write_vectors
+from tests.processes import ROOT
 
 pytest_plugins = ["pytester"]
 
@@ -149,6 +152,60 @@ def test_a_case_and_a_runtime_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_p
     }
 
 
+FAULTS: dict[str, Any] = {
+    "does not load": lambda model: 1 / 0,
+    "does not run": lambda model: lambda inputs: inputs["no such input"],
+    "gives nothing": lambda model: lambda inputs: {},
+    "gives another shape": lambda model: lambda inputs: {"y": inputs["x"][:1]},
+    "gives one number": lambda model: lambda inputs: {"y": np.float32(1)},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_runtime_of_ones_own_that_fails_is_a_row(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(runtimes.RUNTIMES, "mine", runtimes.Runtime("mine", FAULTS[fault], lambda: "1.0"))
+    found = list(conform.measure(["mine"], operations=["rms_norm", "RNN plain"], regimes=["normal"], dtypes=["float32"]))
+    assert [(r.operation, r.failed, bool(r.detail)) for r in found] == [("rms_norm", True, True), ("RNN plain", True, True)]
+
+
+def measured(**asked: Any) -> set[tuple[str, str, str]]:
+    return {(r.operation, r.regime, r.dtype) for r in conform.measure(["numpy", "onnxruntime"], **asked)}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"regimes": ["constant"], "dtypes": ["float32"]}, {(name, "constant", "float32") for name in conform.OPERATIONS}),
+        ({"operations": ["LSTM layer"], "dtypes": ["float32"]}, {("LSTM layer", "normal", "float32")}),
+        ({"operations": ["LSTM layer"], "dtypes": ["float64"]}, {("LSTM layer", "normal", "float64")}),
+        ({"operations": ["LSTM layer"], "regimes": ["huge"]}, set()),
+        ({"operations": ["LSTM layer"], "dtypes": ["float16"]}, set()),
+        (
+            {"operations": ["GRU plain", "rms_norm"], "regimes": ["normal"], "dtypes": iter(["float32"])},
+            {("GRU plain", "normal", "float32"), ("rms_norm", "normal", "float32")},
+        ),
+    ],
+)
+def test_nothing_is_measured_that_was_not_asked_for(asked: Any, expected: set[Any]) -> None:
+    """Cells are operations like others, and of the regime "normal"."""
+    assert measured(**asked) == expected
+
+
+def test_a_function_in_a_type_that_its_library_has_not_is_not_measured() -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError
+
+    for library in conform.LIBRARIES.values():
+        if library.always:
+            for dtype in ("float16", "bfloat16"):
+                if dtype not in library.dtypes:
+                    case = conform.find("layer_norm", "normal", dtype)
+                    found = conform.of_function(never, case, library=library.name)
+                    assert (found.status, found.failed) == ("not measured", False)
+                    assert f"{library.name} has no {dtype}" in found.detail
+    assert "'torch' or 'jax'" in conform.of_function(never, conform.find("layer_norm", "normal", "bfloat16")).detail
+
+
 def test_recurrent_cells_by_one_step_and_a_whole_run() -> None:
     found = list(conform.measure(["numpy", "onnxruntime"], regimes=["normal"], dtypes=["float32"]))
     cells = [r for r in found if r.side in ("one step", "trajectory")]
@@ -181,6 +238,143 @@ def test_the_plugin_runs_somebodys_tests_on_every_case(pytester: pytest.Pytester
     result.assert_outcomes(passed=2)
 
 
+MINE = """
+import pytest
+import portnorm as pn
+from portnorm import conform
+pytest_plugins = ["portnorm.conform.plugin"]
+
+@pytest.mark.conformance(operations=["rms_norm"], dtypes=["float32", "bfloat16"])
+def test_rms(conformance_case):
+    assert conformance_case.operation.name == "rms_norm"
+    result = conform.of_function(lambda x, w, b, eps: pn.rms_norm(x, w, eps=eps), conformance_case)
+    assert result.status == "ok", result.detail
+
+@pytest.mark.conformance(operations=["layer_norm"], regimes=["normal", "huge"], library="array_api_strict")
+def test_layer(conformance_case):
+    assert conformance_case.operation.name == "layer_norm"
+
+def test_every(conformance_case):
+    assert conformance_case.dtype != "bfloat16"
+"""
+
+
+PACKAGES = os.pathsep.join(str(ROOT / folder) for folder in ("", "backends", "onnx_export"))
+"""What a process outside of this folder finds these packages by."""
+
+
+def test_each_test_has_its_own_cases(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", PACKAGES)
+    pytester.makepyfile(MINE)
+    quick = [f"--conform-regime={name}" for name in ("normal", "huge", "constant")]
+    result = pytester.runpytest_subprocess("-p", "portnorm.conform.plugin", *quick, "-v")
+    rms, layer = 3, 2 * 2  # float32; float32 and float64 in two regimes
+    every = sum(1 for case in conform.cases(regimes=["normal", "huge", "constant"]) if case.dtype != "bfloat16")
+    result.assert_outcomes(passed=rms + layer + every)
+
+
+@pytest.mark.parametrize(
+    ("mark", "options", "said"),
+    [
+        ('operations=["layernorm"]', [], "did you mean 'layer_norm'"),
+        ('library="toaster"', [], "toaster"),
+        ('operation="layer_norm"', [], "expected operations="),
+        ("", ["--conform-regime", "huhe"], "did you mean 'huge'"),
+    ],
+)
+def test_a_wrong_name_in_a_test_is_said(
+    mark: str, options: list[str], said: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", PACKAGES)
+    pytester.makepyfile(f"import pytest\n@pytest.mark.conformance({mark})\ndef test_mine(conformance_case):\n    pass\n")
+    result = pytester.runpytest_subprocess("-p", "portnorm.conform.plugin", *options)
+    assert result.ret != 0
+    assert said in result.stdout.str() + result.stderr.str()
+
+
+# -- the command ---------------------------------------------------------------------------------------------------------------------------
+
+FEW = ["--operation", "rms_norm", "--regime", "normal", "--dtype", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--operation", "layernorm"], "there is no operation 'layernorm'; did you mean 'layer_norm'?"),
+        (["--operation", "LSTM layr"], "there is no operation 'LSTM layr'; did you mean 'LSTM layer'?"),
+        (["--regime", "nromal"], "there is no regime 'nromal'; did you mean 'normal'?"),
+        (["--regime", "normal", "--regime", "no such"], "there is no regime 'no such'"),
+        (["--dtype", "float23"], "there is no dtype 'float23'; did you mean 'float32'?"),
+        (["numpi"], "'numpi' is no library or runtime; did you mean 'numpy'?"),
+        (["all", "onnxruntim"], "'onnxruntim' is no library or runtime; did you mean 'onnxruntime'?"),
+        (["--regime", "huge", "--dtype", "float16"], "`--regime` 'huge', `--dtype` 'float16': they do not go together"),
+        (["--import", "no_such_module"], "`--import` names 'no_such_module': ModuleNotFoundError"),
+        (["--import", "no_such_file.py"], "`--import` names 'no_such_file.py': FileNotFoundError"),
+        (["--import", "broken.py"], "`--import` names 'broken.py': ZeroDivisionError: division by zero"),
+        (["--import", "broken"], "`--import` names 'broken': ZeroDivisionError: division by zero"),
+        ([*FEW, "--html", "no/r.html"], "`--html` is 'no/r.html', and there is no directory 'no'"),
+        ([*FEW, "--junit", "folder"], "`--junit` is 'folder', which is there and no file"),
+    ],
+)
+def test_a_wrong_name_is_said_before_anything_is_measured(
+    arguments: list[str], said: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(conform, "measure", None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["conform", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mine", "mine.py", "folder/mine.py"])
+def test_a_module_of_the_working_directory_is_imported(name: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    text = "from portnorm import conform\nfrom portnorm.conform import Regime\n"
+    text += "conform.REGIMES['mine'] = Regime('mine', lambda rng, shape, dtype: rng.uniform(5, 6, shape), dtypes=('float32',))\n"
+    (tmp_path / ("folder" if "/" in name else ".") / "mine.py").write_text(text)
+    code = "import os, sys; os.chdir(sys.argv[1]); sys.path.remove(''); from portnorm.__main__ import main; sys.exit(main(sys.argv[2:]))"
+    command = [sys.executable, "-c", code, str(tmp_path), "conform", "numpy", "--import", name, "--regime", "mine"]
+    done = subprocess.run(
+        [*command, "--operation", "rms_norm", "--json"],
+        env=os.environ | {"PYTHONPATH": PACKAGES},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {r["regime"] for r in json.loads(done.stdout)["results"]} == {"mine"}
+
+
+def test_vectors_beside_a_page_are_both_written(tmp_path: Path, capsys: Any) -> None:
+    page, folder = tmp_path / "r.html", tmp_path / "v"
+    assert main(["conform", "numpy", *FEW, "--vectors", str(folder), "--html", str(page), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["cases"]) == len(list(folder.iterdir())) == 1
+    assert [r["status"] for r in found["results"]] == ["ok", "ok"]
+    assert "rms_norm" in page.read_text()
+    assert main(["conform", *FEW, "--vectors", str(folder), "--json"]) == 0
+    assert "results" not in json.loads(capsys.readouterr().out)
+
+
+def test_the_terminal_shows_a_screen_and_no_warning(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hard regimes too, in runtimes that fail many of them; pytest makes an error of any warning."""
+    hard = [
+        part for name in ("largest float16", "huge", "tiny, eps 0", "N(1e4, 0.01)", "NaN and Inf", "normal") for part in ("--regime", name)
+    ]
+    assert main(["conform", "numpy", "onnxruntime", *hard]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    assert len(lines) < 40
+    assert lines[0].split()[:3] == ["operation", "side", "numpy"]
+    for name in (*conform.OPERATIONS, "LSTM", "GRU", "RNN"):
+        assert any(line.startswith(name) for line in lines)
+    assert re.search(r"… and \d+ more", lines[-1])
+    assert "beyond: onnxruntime / " in captured.out
+
+
 # -- reports -----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -192,8 +386,13 @@ def some_results() -> list[conform.Result]:
     return [
         result("numpy", "normal", "ok", max_ulp=0.7, **measured, detail="at (0,)", reproduce="pass"),
         result("numpy", "constant", "ok", max_ulp=0.0, **measured),
-        result("runtime", "normal", "beyond", max_ulp=321.0, **measured, detail="</script><b>at (3, 1)", reproduce="find(<case>)"),
+        result(
+            "runtime", "normal", "beyond", max_ulp=321.0, **measured, detail="</script><b>at (3, 1)", reproduce="find(<case>)" + "x" * 300
+        ),
         result("runtime", "constant", "does not run", detail="it said & no"),
+        result("runtime", "NaN and Inf", "beyond", max_ulp=0.0, nonfinite=3, **measured, detail="at (1,): nan"),
+        result("numpy", "NaN and Inf", "ok", max_ulp=0.1, **measured),
+        *(result("numpy", f"regime {k}", "ok", max_ulp=0.1, **measured) for k in range(60)),
         result("absent", "all", "not installed", detail="pip install it"),
         result("runtime", "no values", "not measured", detail="a graph needs one"),
     ]
@@ -201,12 +400,12 @@ def some_results() -> list[conform.Result]:
 
 def test_junit() -> None:
     suite = ElementTree.fromstring(report.to_junit(some_results()))
-    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("6", "2", "2")
+    assert (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("68", "3", "2")
     cases = suite.findall("testcase")
-    assert [len(c) for c in cases] == [0, 0, 1, 1, 1, 1]
+    assert [len(c) for c in cases] == [0, 0, 1, 1, 1, *[0] * 61, 1, 1]
     assert "321.0 ULP, limit 8.0" in str(cases[2][0].get("message"))
     assert "find(<case>)" in str(cases[2][0].text)
-    assert [c.tag for case in cases for c in case] == ["failure", "failure", "skipped", "skipped"]
+    assert [c.tag for case in cases for c in case] == ["failure", "failure", "failure", "skipped", "skipped"]
 
 
 def test_the_command_writes_all_reports(tmp_path: Path, capsys: Any) -> None:
@@ -226,7 +425,23 @@ def test_the_command_writes_all_reports(tmp_path: Path, capsys: Any) -> None:
 
 PROBE = """<script>
   const bad = document.querySelector("td button.bad");
-  bad.click();
+  const near = (button) => {
+    button.scrollIntoView({ block: "center" });
+    const before = scrollY, left = button.getBoundingClientRect().left;
+    button.click();
+    const at = document.getElementById("detail").getBoundingClientRect(), from = button.getBoundingClientRect();
+    return { gap: at.top - from.bottom, moved: Math.abs(scrollY - before) + Math.abs(from.left - left), right: at.right,
+      open: document.querySelectorAll("#detail").length };
+  };
+  const every = [...document.querySelectorAll("td button")];
+  const last = near(every[every.length - 1]);
+  const infinite = every.find((b) => b.textContent === "NaN, ∞");
+  near(infinite);
+  const notFinite = document.getElementById("detail").innerText;
+  infinite.click();
+  const closed = document.querySelectorAll("#detail").length;
+  const first = near(bad);
+  const pre = document.querySelector("#detail pre");
   const out = document.createElement("pre");
   out.id = "probe";
   out.textContent = JSON.stringify({
@@ -237,6 +452,13 @@ PROBE = """<script>
     wide: document.documentElement.scrollWidth > innerWidth,
     size: Math.min(...[...document.querySelectorAll("td button, select")].map((e) => e.getBoundingClientRect().height)),
     injected: document.querySelectorAll("b").length,
+    first, last, notFinite, closed,
+    infinite: [infinite.className, getComputedStyle(infinite).backgroundColor],
+    green: getComputedStyle(every[0]).backgroundColor,
+    wraps: pre.scrollWidth <= pre.clientWidth,
+    legend: document.getElementById("legend").innerText,
+    aboutTop: document.getElementById("about").getBoundingClientRect().top + scrollY,
+    inner: innerWidth,
   });
   document.body.append(out);
 </script>"""
@@ -247,14 +469,27 @@ PROBE = """<script>
 def test_the_page_in_a_browser(window: str, tmp_path: Path) -> None:
     """Drawn, pressed, and no wider than the screen of a phone (Chromium's narrowest window is 500)."""
     page = tmp_path / "r.html"
-    page.write_text(report.to_html(some_results(), {"portnorm": "1"}).replace("</html>", PROBE), encoding="utf-8")
+    page.write_text(report.to_html(some_results(), {"portnorm": "1", "date": "2026-01-02"}).replace("</html>", PROBE), encoding="utf-8")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={window}", f"--user-data-dir={profile}", "--dump-dom"]
         dumped = subprocess.run([str(runtimes.chromium()), *options, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
     match = re.search(r'<pre id="probe">(.*?)</pre>', dumped.stdout, re.DOTALL)
     assert match, dumped.stdout[-2000:]
     found = json.loads(match.group(1).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert (found["cells"], found["red"], found["injected"], found["wide"]) == (4, 2, 0, False)
+    assert (found["cells"], found["red"], found["injected"], found["wide"]) == (66, 3, 0, False)
+    for click in (found["first"], found["last"]):
+        assert 0 <= click["gap"] < 20  # under what was pressed
+        assert (click["moved"], click["open"]) == (0, 1)
+        assert 0 < click["right"] <= found["inner"]
+    assert found["closed"] == 0
+    assert (found["infinite"][0], found["wraps"]) == ("bad", True)
+    assert found["infinite"][1] != found["green"]
+    assert "3 values" in found["notFinite"]
+    for text in ("beyond its limit", "not finite", "does not run", "not measured"):
+        assert text in found["legend"]
+    assert found["aboutTop"] < 120
+    for text in ("portnorm 1", "date 2026-01-02", "numpy 1.0", "runtime 1.0"):
+        assert text in found["about"]
     assert found["size"] >= 40  # a thumb
     for text in ("321.0 ULP", "limit 8.00", "</script><b>at (3, 1)", "find(<case>)", "To reproduce"):
         assert text in found["detail"]

@@ -105,8 +105,8 @@ def test_who_cannot_compile_goes_on_with_the_definitions(how: str, tmp_path: Pat
 import logging
 said = []
 warming.LOG.addHandler(type("Held", (logging.Handler,), {{"emit": lambda self, record: said.append(record.getMessage())}})())
-real = warming.subprocess.run
-warming.subprocess.run = {broken}
+real = warming.subprocess.Popen
+warming.subprocess.Popen = {broken}
 before = call()[1]
 wait(lambda: said)
 after = [call()[1] for _ in range(3)]
@@ -120,8 +120,8 @@ print(json.dumps([before, after, len(said), said[0], list(map(str, warming._plac
 
 def test_two_processes_compile_once(tmp_path: Path) -> None:
     code = """
-real, started = warming.subprocess.run, []
-warming.subprocess.run = lambda command, **how: (started.append(1), real(command, **how))[1]
+real, started = warming.subprocess.Popen, []
+warming.subprocess.Popen = lambda command, **how: (started.append(1), real(command, **how))[1]
 call()
 wait(there)
 print(json.dumps([len(started), call()[1]]))

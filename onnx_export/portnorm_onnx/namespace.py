@@ -94,9 +94,9 @@ def _computed(name: str, args: Any, attrs: Any) -> Any:
     if name == "getitem":
         return constant(values(args[0])[args[1]])
     named = [a.name for a in args if isinstance(a, SymbolicArray) and a.name] if name in _RENAMED else []
-    return constant(
-        getattr(known, name)(*values(args), **{k: values(v) for k, v in attrs.items()}), named[0] + _RENAMED[name] if named else None
-    )
+    with numpy.errstate(all="ignore"):  # what is infinite or NaN is so in the graph too
+        found = getattr(known, name)(*values(args), **{k: values(v) for k, v in attrs.items()})
+    return constant(found, named[0] + _RENAMED[name] if named else None)
 
 
 # A rearranged parameter keeps its name, with this behind it.

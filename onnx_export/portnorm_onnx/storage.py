@@ -18,6 +18,7 @@ from onnx import external_data_helper, helper
 from portnorm.checkpoint.onnx_constants import graphs, tensors
 from portnorm.errors import ExportError
 from portnorm.files import written_whole
+from portnorm.interrupts import undone
 
 LIMIT = 2**31 - 2**24
 """Bytes of weights that one file can hold, with room for the graph: a message of protocol buffers ends at 2 GB."""
@@ -76,17 +77,28 @@ class Draft:
         self._folder: Path | None = None
         self._own: list[Path] = []
         self._data: Path | None = None
+        self._forget: Callable[[], None] | None = None
         self._aside = aside and not external and not is_external(proto) and size_of(proto) > WIDE
         if is_external(proto):
             assert self.path is not None
             self._folder = self.path.parent
         elif external or self._aside:
-            self._put_outside()
+            try:
+                self._put_outside()
+            except BaseException:
+                self._clear()
+                raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
+        """Take away what is only there while the model is made."""
+        if self._forget is not None:
+            self._forget()
         for file in self._own:
             file.unlink(missing_ok=True)
         if self._data is not None:
@@ -100,6 +112,7 @@ class Draft:
         name = "model" if self.path is None else self.path.name
         self._folder = Path(tempfile.mkdtemp(dir=beside, prefix=f".{name}."))
         self._data = self._folder / "weights"
+        self._forget = undone(self._clear)
         digest, place, moved = hashlib.sha256(), 0, []
         with self._data.open("wb") as file:
 
@@ -147,9 +160,10 @@ class Draft:
             data: bytes = proto.SerializeToString()
             return data
         handle, name = tempfile.mkstemp(dir=self._folder, prefix=".portnorm.", suffix=".onnx")
+        self._own.append(Path(name))
+        self._forget = self._forget or undone(self._clear)
         with os.fdopen(handle, "wb") as file:
             file.write(proto.SerializeToString())
-        self._own.append(Path(name))
         return name
 
     def check_form(self) -> None:
@@ -158,8 +172,8 @@ class Draft:
             if is_external(self.proto):
                 path = str(self.loadable())
                 onnx.checker.check_model(path)
-                onnx.shape_inference.infer_shapes_path(path, f"{path}.shapes", check_type=True, strict_mode=True, data_prop=True)
                 self._own.append(Path(f"{path}.shapes"))
+                onnx.shape_inference.infer_shapes_path(path, f"{path}.shapes", check_type=True, strict_mode=True, data_prop=True)
             else:
                 onnx.checker.check_model(self.proto, full_check=True)
                 onnx.shape_inference.infer_shapes(self.proto, check_type=True, strict_mode=True, data_prop=True)
@@ -275,3 +289,21 @@ def as_function(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     model = helper.make_model(whole, opset_imports=opsets, functions=[function], producer_name="portnorm", ir_version=proto.ir_version)
     helper.set_model_props(model, {p.key: p.value for p in proto.metadata_props})
     return model
+
+
+def read_model(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """The model of any .onnx file, without weights that lie in files of their own; raises `ExportError` where it holds no graph."""
+    name = os.fspath(path)
+    try:
+        proto = onnx.load(name, load_external_data=False)
+    except OSError as error:
+        raise ExportError(f"cannot read {name!r}: {error.strerror or error}") from None
+    except Exception:  # a parser's words, which say nothing of the file
+        raise ExportError(f"{name!r} is no ONNX model{_hint(name)}") from None
+    if not proto.graph.output or not proto.opset_import:
+        raise ExportError(f"{name!r} holds no graph with outputs{_hint(name)}")
+    return proto
+
+
+def _hint(name: str) -> str:
+    return f"; a checkpoint becomes one by `portnorm export {name} -o …`" if name.endswith(".safetensors") else ""

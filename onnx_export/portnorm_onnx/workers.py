@@ -15,6 +15,7 @@ from typing import IO, Any, ClassVar
 import numpy
 
 from portnorm.errors import ExportError
+from portnorm.interrupts import held_back, undone
 from portnorm_onnx.storage import Loadable, beside
 
 Session = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -61,7 +62,9 @@ class Worker:
         self.name = name
         self._folder = tempfile.TemporaryDirectory(prefix="portnorm-")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+        with held_back():
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+            undone(self.close)
         self._sessions = 0
         self._lock = threading.Lock()
         atexit.register(self.close)

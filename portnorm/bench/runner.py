@@ -17,6 +17,7 @@ from typing import Any
 from portnorm.bench.engines import ENGINES, FLOORS
 from portnorm.bench.works import Work
 from portnorm.errors import UnsupportedError
+from portnorm.interrupts import held_back, undone
 
 Ask = Callable[[Work], dict[str, Any] | None]
 """One turn of an engine at a work."""
@@ -80,15 +81,17 @@ def engine(name: str, cores: int, seconds: float, tree: Path | None = None) -> I
     command = [sys.executable, "-m", "portnorm.bench.worker", name, str(seconds), str(cores)]
     before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     with tempfile.TemporaryFile("w+") as errors:
-        try:
-            if before is not None:
-                os.sched_setaffinity(0, sorted(before)[:cores])  # the child has what its parent had when it started
-            process = subprocess.Popen(
-                command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-            )
-        finally:
-            if before is not None:
-                os.sched_setaffinity(0, before)
+        with held_back():
+            try:
+                if before is not None:
+                    os.sched_setaffinity(0, sorted(before)[:cores])  # the child has what its parent had when it started
+                process = subprocess.Popen(
+                    command, cwd=tree, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                )
+            finally:
+                if before is not None:
+                    os.sched_setaffinity(0, before)
+            forget = undone(process.kill)
         assert process.stdin is not None
         assert process.stdout is not None
         given, answers = process.stdin, process.stdout
@@ -111,6 +114,7 @@ def engine(name: str, cores: int, seconds: float, tree: Path | None = None) -> I
         finally:
             process.kill()
             process.communicate()
+            forget()
 
 
 def best_peer(row: dict[str, Any]) -> tuple[str, float] | None:

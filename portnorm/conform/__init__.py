@@ -2,6 +2,7 @@
 
     portnorm conform                         a table in the terminal
     portnorm conform --html report.html      one page with a heat map; --json and --junit for machines; --vectors DIR for makers of runtimes
+    portnorm conform mine --import mine.py   a runtime, a library or a regime of one's own, in a module or a file
 
 In Python, `measure(subjects)` yields a `Result` for each case. A function of one's own is measured by `of_function`, for example in a test:
 
@@ -17,7 +18,25 @@ In Python, `measure(subjects)` yields a `Result` for each case. A function of on
 
 A regime is a row of `REGIMES`, an operation one of `OPERATIONS`, a library one of `LIBRARIES`, a runtime one of
 `portnorm_onnx.runtimes.RUNTIMES`: adding to one of these tables adds to every measurement (`portnorm conform --import your_module`).
-With `pytest_plugins = ["portnorm.conform.plugin"]` a test that takes the fixture `conformance_case` runs once for every case.
+
+A runtime of one's own is two functions. `load(model)` takes the bytes of a model, or the path of one whose weights lie in files beside it.
+It returns `run(inputs)`, which takes NumPy arrays by the names of the graph's inputs and returns all outputs by name, as NumPy arrays of
+the types and shapes that the graph says; it is called many times, with other lengths and batches. What it cannot load or run it says by
+`portnorm.ExportError`. `version()` returns a string, or raises `portnorm.MissingExtraError` where the runtime is not installed. `verify`
+and `portnorm bench` take it too.
+
+    >>> from portnorm_onnx.runtimes import RUNTIMES, Runtime
+    >>> def load(model):
+    ...     import onnx.reference
+    ...     evaluator = onnx.reference.ReferenceEvaluator(model)
+    ...     return lambda inputs: dict(zip(evaluator.output_names, evaluator.run(None, inputs)))
+    >>> RUNTIMES["mine"] = Runtime("mine", load, version=lambda: "1.0", note="a line for tables")
+    >>> [r.status for r in conform.measure(["mine"], operations=["rms_norm"], regimes=["normal"], dtypes=["float32"])]
+    ['ok']
+    >>> del RUNTIMES["mine"]
+
+With `pytest_plugins = ["portnorm.conform.plugin"]` a test that takes the fixture `conformance_case` runs once for every case, or for its
+own: `@pytest.mark.conformance(operations=["layer_norm"])`.
 """
 
 from portnorm.conform.cases import OPERATIONS, REGIMES, Case, Operation, Regime, cases, find

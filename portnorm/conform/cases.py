@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import zlib
 from collections.abc import Callable, Iterator
@@ -209,8 +210,33 @@ def as_type(a: NumPyArray, dtype: str) -> NumPyArray:
         return a.astype(dtype).astype(numpy.float64)
 
 
+def cells() -> list[str]:
+    """The recurrent cells that are measured too, by name: `LSTM plain`, `LSTM layer`, …"""
+    return [f"{cell} {preset or 'plain'}" for cell, table in pn.VARIANTS.items() for preset in table]
+
+
+def check_names(operations: Any = None, regimes: Any = None, dtypes: Any = None) -> None:
+    """Raise `UnsupportedError` for a name that there is not, with the one that may be meant; `None` is all of a kind."""
+    tables = (("operation", operations, [*OPERATIONS, *cells()]), ("regime", regimes, [*REGIMES]), ("dtype", dtypes, [*DTYPES]))
+    for what, chosen, known in tables:
+        for name in chosen or ():
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, 1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise UnsupportedError(f"there is no {what} {name!r}; {hint}expected some of {', '.join(map(repr, known))}")
+
+
 def cases(operations: Any = None, regimes: Any = None, dtypes: Any = None) -> Iterator[Case]:
-    """All cases, or those of the named operations, regimes and types."""
+    """All cases, or those of the named operations, regimes and types; raises `UnsupportedError` for a name that there is not.
+
+    A recurrent cell may be named among the operations: it is none of these cases, and `measure` takes it beside them.
+    """
+    operations, regimes, dtypes = (None if some is None else list(some) for some in (operations, regimes, dtypes))
+    check_names(operations, regimes, dtypes)
+    return _cases(operations, regimes, dtypes)
+
+
+def _cases(operations: Any, regimes: Any, dtypes: Any) -> Iterator[Case]:
     for operation in OPERATIONS.values():
         for regime in REGIMES.values():
             for dtype in DTYPES:
@@ -224,7 +250,15 @@ def cases(operations: Any = None, regimes: Any = None, dtypes: Any = None) -> It
 
 def find(operation: str, regime: str, dtype: str = "float32") -> Case:
     """One case by its names; raises `UnsupportedError`."""
-    found = next(cases([operation], [regime], [dtype]), None)
+    try:
+        check_names([operation], [regime], [dtype])
+    except UnsupportedError as error:
+        raise UnsupportedError(f"there is no case {operation!r}, {regime!r}, {dtype!r}: {error}") from None
+    found = next(_cases([operation], [regime], [dtype]), None)
     if found is None:
-        raise UnsupportedError(f"there is no case {operation!r}, {regime!r}, {dtype!r}; see portnorm.conform.cases()")
+        raise UnsupportedError(
+            f"there is no case {operation!r}, {regime!r}, {dtype!r}; this regime is of {', '.join(REGIMES[regime].dtypes)}"
+            if operation in OPERATIONS
+            else f"there is no case {operation!r}, which is a recurrent cell; portnorm.conform.measure takes those"
+        )
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy
@@ -12,6 +12,7 @@ import numpy
 import portnorm as pn
 from portnorm.arrays import leaves, mapped
 from portnorm.cells.variants import NormName
+from portnorm.conform.cases import cells
 from portnorm.conform.libraries import Library
 from portnorm.conform.result import Result
 from portnorm.conform.tolerances import HORIZON, STEP_ULP, TRAJECTORY_FACTOR
@@ -38,14 +39,31 @@ def inputs() -> Any:
     return numpy.random.default_rng(0).standard_normal((HORIZON, 3, 12)).astype(numpy.float32).astype(numpy.float64)
 
 
-def of_cells(library: Library, version: str, dtypes: tuple[str, ...], progress: Callable[[str], None]) -> Iterator[Result]:
-    """Every cell and preset on the arrays of one library, in float32 and float64."""
-    for cell, table in pn.VARIANTS.items():
-        for preset in table:
-            for dtype in ("float32", "float64"):
-                if dtype in dtypes and dtype in library.dtypes:
-                    progress(f"{library.name} / {cell} {preset or 'plain'} / {dtype}")
-                    yield from _of_cell(library, version, cell, preset, dtype)
+REGIME = "normal"
+"""That of every run of a cell."""
+
+
+def chosen(operations: Collection[str] | None, regimes: Collection[str] | None) -> list[tuple[str, NormName | None]]:
+    """The cells and presets that are asked for: all of them unless operations or regimes are named."""
+    if regimes is not None and REGIME not in regimes:
+        return []
+    every = [(cell, preset) for cell, table in pn.VARIANTS.items() for preset in table]
+    return [pair for pair, name in zip(every, cells(), strict=True) if operations is None or name in operations]
+
+
+def of_cells(
+    library: Library,
+    version: str,
+    dtypes: tuple[str, ...],
+    progress: Callable[[str], None],
+    those: Iterable[tuple[str, NormName | None]],
+) -> Iterator[Result]:
+    """Cells and presets on the arrays of one library, in float32 and float64."""
+    for cell, preset in those:
+        for dtype in ("float32", "float64"):
+            if dtype in dtypes and dtype in library.dtypes:
+                progress(f"{library.name} / {cell} {preset or 'plain'} / {dtype}")
+                yield from _of_cell(library, version, cell, preset, dtype)
 
 
 def _of_cell(library: Library, version: str, cell: str, preset: NormName | None, dtype: str) -> Iterator[Result]:

@@ -41,22 +41,42 @@ def to_html(results: Iterable[Result], about: dict[str, Any]) -> str:
 
 
 def table(results: Sequence[Result]) -> list[list[str]]:
-    """A row per subject and operation: the worst of all regimes and types, and how many cases were beyond their limit."""
-    rows = [["subject", "operation", "side", "cases", "worst ULP", "limit", "worst regime", "status"]]
-    groups: dict[tuple[str, str, str], list[Result]] = {}
+    """A row for each operation and side, all presets of a cell together, and a column for each subject.
+
+    What stands there is the worst error of all regimes and types, in ULP, with its limit, and how many are beyond theirs.
+    """
+    subjects = list(dict.fromkeys(r.subject for r in results if r.operation != "all" and r.status != "not measured"))
+    versions = {r.subject: r.version for r in results}
+    groups: dict[tuple[str, str], dict[str, list[Result]]] = {}
     for r in results:
-        groups.setdefault((r.subject, r.operation, r.side), []).append(r)
-    for (subject, operation, side), group in groups.items():
-        measured = [r for r in group if r.max_ulp is not None]
-        bad = [r for r in group if r.failed]
-        if not measured:
-            rows.append([subject, operation, side, str(len(group)), "", "", "", group[0].status])
-            continue
-        worst = max(measured, key=lambda r: (r.max_ulp or 0.0) / (r.limit or 1.0))
-        status = "ok" if not bad else f"{len(bad)} of {len(group)} beyond"
-        what = f"{worst.regime}, {worst.dtype}"
-        rows.append([subject, operation, side, str(len(group)), f"{worst.max_ulp:.3g}", f"{worst.limit:.3g}", what, status])
+        if r.subject in subjects:
+            what = r.operation.partition(" ")[0] if r.side in ("one step", "trajectory") else r.operation
+            groups.setdefault((what, r.side), {}).setdefault(r.subject, []).append(r)
+    rows = [["operation", "side", *(f"{name} {versions[name]}" for name in subjects)]]
+    for (what, side), found in groups.items():
+        rows.append([what, side, *(_cell(found.get(name, [])) for name in subjects)])
     return rows
+
+
+def _cell(group: Sequence[Result]) -> str:
+    measured = [r for r in group if r.max_ulp is not None]
+    bad = [r for r in group if r.failed]
+    if not measured:
+        return bad[0].status if bad else "–"
+    worst = max(measured, key=lambda r: (bool(r.nonfinite), (r.max_ulp or 0.0) / (r.limit or 1.0)))
+    said = "not finite" if worst.nonfinite else f"{worst.max_ulp:.3g} of {worst.limit:.3g}"
+    return said if not bad else f"{said}, {len(bad)} of {len(group)} beyond"
+
+
+_SHOWN = 12
+
+
+def failures(results: Sequence[Result]) -> list[str]:
+    """A line for each that is beyond its limit or does not run, the worst first; of many those, and how many there are besides."""
+    bad = sorted((r for r in results if r.failed), key=lambda r: (not r.nonfinite, -(r.max_ulp or 0.0) / (r.limit or 1.0)))
+    lines = [f"{r.status}: {r.subject} / {r.operation} / {r.regime} / {r.dtype} / {r.side}: {r.detail}" for r in bad[:_SHOWN]]
+    rest = len(bad) - len(lines)
+    return [*lines, *([f"… and {rest} more; --html FILE shows all, --json prints them"] if rest else [])]
 
 
 def laid_out(rows: Sequence[Sequence[str]]) -> str:

@@ -10,10 +10,10 @@ import numpy
 
 import portnorm as pn
 from portnorm.arrays import require_extra
+from portnorm.conform import recurrent
 from portnorm.conform.cases import DTYPES, Case, NumPyArray, cases
 from portnorm.conform.libraries import LIBRARIES, Library
 from portnorm.conform.oracle import Truth, is_measurable, truth
-from portnorm.conform.recurrent import of_cells
 from portnorm.conform.result import Result, compared
 from portnorm.errors import MissingExtraError, UnsupportedError
 
@@ -30,8 +30,10 @@ def measure(
 ) -> Iterator[Result]:
     """Every named library and runtime on every case; the definitions of portnorm forward and backward, runtimes forward.
 
-    A subject that is not installed gives one row that says so. Raises `UnsupportedError` for a name that is neither.
+    Recurrent cells are among the operations by names such as "LSTM layer", and of the regime "normal". A subject that is not installed
+    gives one row that says so. Raises `UnsupportedError` for a name that is none.
     """
+    operations, regimes, dtypes = (None if some is None else list(some) for some in (operations, regimes, dtypes))
     runtimes = [name for name in subjects if name not in LIBRARIES]
     conformance: Any = require_extra("portnorm_onnx.conformance", "onnx") if runtimes else None
     for name in runtimes:
@@ -55,12 +57,12 @@ def measure(
                 yield from of_library(LIBRARIES[name], version, case, arrays, exact)
             else:
                 yield from conformance.of_runtime(name, version, case, arrays, exact)
-    if operations is None:
-        for name, version in installed.items():
-            if name in LIBRARIES and not LIBRARIES[name].lazy:  # cells step by step take a library that computes at once
-                yield from of_cells(LIBRARIES[name], version, tuple(dtypes or DTYPES), progress)
-            elif name not in LIBRARIES:
-                yield from conformance.of_cells(name, version, progress)
+    those, kinds = recurrent.chosen(operations, regimes), tuple(DTYPES if dtypes is None else dtypes)
+    for name, version in installed.items():
+        if name in LIBRARIES and not LIBRARIES[name].lazy:  # cells step by step take a library that computes at once
+            yield from recurrent.of_cells(LIBRARIES[name], version, kinds, progress, those)
+        elif name not in LIBRARIES:
+            yield from conformance.of_cells(name, version, kinds, progress, those)
 
 
 def of_library(
@@ -92,13 +94,23 @@ def of_library(
 
 
 def of_function(function: Callable[..., Any], case: Case, *, library: str = "numpy", name: str = "function") -> Result:
-    """Somebody's own `function(x, weight, bias, eps)` on one case, forward; arrays are of the named library and the case's type."""
+    """Somebody's own `function(x, weight, bias, eps)` on one case, forward; arrays are of the named library and the case's type.
+
+    Where the library has no such type (bfloat16 in NumPy), or this machine none that is wider, the status is `not measured`.
+    """
     if library not in LIBRARIES:
         raise UnsupportedError(f"`library` is {library!r}; expected one of {', '.join(LIBRARIES)}")
-    row, arrays = LIBRARIES[library], case.arrays()
+    row = LIBRARIES[library]
+    about = (name, row.version(), case.operation.name, case.regime.name, case.dtype)
+    if case.dtype not in row.dtypes:
+        has = [other for other, support in LIBRARIES.items() if case.dtype in support.dtypes]
+        detail = f"{library} has no {case.dtype}; `library` may be {' or '.join(map(repr, has))}"
+        return Result(*about, "forward", "not measured", detail=detail)
+    if not is_measurable(case):
+        return Result(*about, "forward", "not measured", detail="no wider type")
+    arrays = case.arrays()
     with row.context():
         made = {key: row.array(a, case.dtype) for key, a in arrays.items()}
         values = row.values(function(made["x"], made["weight"], made["bias"], case.eps))
     exact = truth(case, arrays)
-    about = (name, row.version(), case.operation.name, case.regime.name, case.dtype)
     return compared(about, "forward", values, exact.y, case, arrays, exact.axes)

@@ -23,6 +23,7 @@ import platform
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ import numpy
 from portnorm.arrays import dtype_name, load_namespace
 from portnorm.errors import UnsupportedError
 from portnorm.files import written_whole
+from portnorm.interrupts import undone
 from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
 from portnorm.layers.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
@@ -139,6 +141,7 @@ _failed: set[Family] = set()
 _lock = threading.RLock()
 _loading = threading.Lock()
 """Held while kernels are compiled or loaded in this process."""
+_compiling: set[subprocess.Popen[bytes]] = set()
 _ends = False
 """Whether the process ends, and nothing is to be loaded any more."""
 
@@ -189,6 +192,8 @@ def _work() -> None:
             _provide(family)
         except Exception as error:
             _failed.add(family)
+            if _ends:
+                return
             LOG.warning("the kernels %s could not be compiled, NumPy goes on without them: %s", " ".join(family), error)
 
 
@@ -243,19 +248,44 @@ def _compiled_elsewhere(family: Family) -> bool:
 def _compiled_by_a_child(family: Family) -> bool:
     roots = {str(Path(sys.modules[name].__path__[0]).parent): None for name in ("portnorm", "portnorm_backends")}
     path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-P", "-m", __spec__.name, *family]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": path, "PORTNORM_KERNELS": "wait"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # an interrupt of this process is none of it: the next one will find what it makes
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the process ended with {done.returncode}: {done.stderr.decode(errors='replace').strip()[-500:]}")
+    command = [sys.executable, "-P", "-c", _ALONE, __spec__.name, *family]
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": path, "PORTNORM_KERNELS": "wait"},
+            stdin=subprocess.PIPE,  # see `_ALONE`
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,  # an interrupt of this process is none of it: the next one will find what it makes
+        )
+        _compiling.add(process)
+        forget = undone(_abandon)
+        try:
+            code = process.wait()
+        finally:
+            forget()
+            _compiling.discard(process)
+        errors.seek(0)
+        if code:
+            raise RuntimeError(f"the process ended with {code}: {errors.read().decode(errors='replace').strip()[-500:]}")
     return _is_kept(family)
+
+
+def _abandon() -> None:
+    """End what compiles for this process, of which the user wants no more."""
+    global _ends
+    _ends = True
+    for process in list(_compiling):
+        process.kill()
+
+
+_ALONE = """
+import importlib, os, sys, threading
+threading.Thread(target=lambda: os.read(0, 1) or os._exit(1), daemon=True).start()
+importlib.import_module(sys.argv[1])._keep((sys.argv[2], sys.argv[3]))
+"""
+"""What the other process does. Where the one that started it is killed or interrupted it ends too; one that comes to its end says so, and
+it goes on."""
 
 
 def _keep(family: Family) -> None:
@@ -341,10 +371,12 @@ def _claimed(family: Family) -> Iterator[bool]:
     except FileExistsError:
         yield False
         return
+    forget = undone(lambda: claim.unlink(missing_ok=True))
     try:
         yield True
     finally:
         claim.unlink(missing_ok=True)
+        forget()
 
 
 def _is_free(family: Family) -> bool:
@@ -433,6 +465,9 @@ def _stop() -> None:
     global _ends
     with _loading:
         _ends = True
+    for process in list(_compiling):
+        with suppress(OSError):
+            os.write(process.stdin.fileno(), b".")  # type: ignore[union-attr]
 
 
 def _after_fork() -> None:
@@ -440,10 +475,8 @@ def _after_fork() -> None:
     global _wanted, _lock, _loading
     _wanted, _lock, _loading = queue.SimpleQueue(), threading.RLock(), threading.Lock()
     _asked.clear()
+    _compiling.clear()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=lambda: _loading.acquire(), after_in_parent=lambda: _loading.release(), after_in_child=_after_fork)
-
-if __name__ == "__main__":
-    importlib.import_module(__spec__.name)._keep((sys.argv[1], sys.argv[2]))

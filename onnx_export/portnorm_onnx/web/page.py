@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from portnorm.errors import ExportError
+from portnorm.interrupts import held_back, undone
 from portnorm_onnx.storage import Loadable, beside
 from portnorm_onnx.workers import Session, receive, send
 
@@ -54,7 +55,9 @@ class Page:
         address = f"http://127.0.0.1:{self._server.server_port}/page.html"
         command = [browser, *_QUIET, f"--user-data-dir={self._profile.name}", address]
         # In a group of its own, because a browser is many processes and all have to end.
-        self._browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        with held_back():
+            self._browser = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            undone(self.close)
         self._sessions = 0
         atexit.register(self.close)
 

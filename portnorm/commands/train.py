@@ -1,0 +1,195 @@
+"""`portnorm train`: an LSTM and a linear layer, on the sequences of a file. Everything is checked before anything is computed."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+
+import portnorm
+from portnorm.cells.variants import IMPLEMENTATIONS, VARIANTS
+from portnorm.commands.progress import ProgressLine
+from portnorm.digits import Dataset, NumPyArray, sequential_digits
+from portnorm.errors import PortnormError, UnsupportedError
+from portnorm.files import require_place
+from portnorm.layers.sequential import Sequential
+from portnorm.op import vjp
+from portnorm.optimizers import OPTIMIZERS
+from portnorm.scalars import real_number, whole_number
+from portnorm.sequence_files import read
+from portnorm.training import classifier
+
+_NORMS = {**VARIANTS["LSTM"], **IMPLEMENTATIONS["LSTM"]}
+_BATCH = 48
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", type=Path, required=True, help="checkpoint to write (.safetensors)")
+    parser.add_argument(
+        "--data",
+        default="digits",
+        help="an .npz file with x (cases, time, features), y (cases,) and maybe lengths (cases,); integers in y are classes, "
+        "floating-point numbers what a regression gives; a fifth of the cases is held out (default: digits, those of scikit-learn)",
+    )
+    parser.add_argument("--norm", default="layer", choices=[name or "none" for name in _NORMS], help="variant (default: layer)")
+    parser.add_argument("--hidden", type=int, default=48, help="size of the hidden state (default: 48)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the data (default: 10)")
+    parser.add_argument("--batch", type=int, help=f"sequences of an update (default: {_BATCH}, or all where there are fewer)")
+    parser.add_argument("--optimizer", default="adam", choices=list(OPTIMIZERS), help="how parameters are updated (default: adam)")
+    parser.add_argument("--lr", type=float, default=0.01, help="learning rate (default: 0.01)")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest global norm of the gradient (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first parameters and the order of the data (default: 0)")
+
+
+class _Task(NamedTuple):
+    """What is learned: classes, or numbers, which have mean 0 and standard deviation 1 while they are."""
+
+    training: Dataset
+    held_out: Dataset
+    outputs: int
+    mean: NumPyArray | None = None
+    scale: NumPyArray | None = None
+
+    @classmethod
+    def of(cls, training: Dataset, held_out: Dataset) -> _Task:
+        y = training.labels
+        if y.dtype.kind == "i":
+            return cls(training, held_out, 1 + int(max(y.max(), held_out.labels.max())))
+        mean, scale = y.mean(axis=0), y.std(axis=0)
+        scale = numpy.where(scale > 0, scale, 1.0)
+        training, held_out = (part._replace(labels=((part.labels - mean) / scale).astype(numpy.float32)) for part in (training, held_out))
+        return cls(training, held_out, y.shape[1], mean, scale)
+
+    def loss(self, y: Any, targets: Any) -> tuple[float, Any]:
+        """The mean loss of results, and its gradient by them."""
+        value, pullback = vjp(portnorm.softmax_cross_entropy if self.scale is None else portnorm.mean_squared_error, y, targets)
+        return float(value), pullback(numpy.ones_like(value))[0]
+
+    def measured(self, model: Sequential) -> dict[str, Any]:
+        """What the model gives for the sequences that are held out, in inference mode."""
+        targets = self.held_out.labels
+        y = numpy.concatenate([model(x, lengths=lengths)[0] for x, lengths in self.held_out.batches(500)])
+        loss, _ = self.loss(y, targets)
+        if self.scale is None:
+            return {"held_out_loss": loss, "held_out_accuracy": float(numpy.mean(numpy.argmax(y, axis=-1) == targets))}
+        errors = (y.astype(numpy.float64) - targets) ** 2
+        spread = ((targets - targets.mean(axis=0)) ** 2).sum(axis=0)
+        r2 = float(numpy.mean(1 - errors.sum(axis=0) / spread)) if (spread > 0).all() else None
+        return {"held_out_loss": loss, "held_out_mse": float((errors * self.scale**2).mean()), "held_out_r2": r2}
+
+    def finish(self, model: Sequential) -> None:
+        """Let the last layer give numbers as they are in the file."""
+        if self.scale is not None:
+            params = model.parameters()
+            weight, bias = (params[name].astype(numpy.float64) for name in ("1.weight", "1.bias"))
+            scaled = {"1.weight": weight * self.scale[:, None], "1.bias": bias * self.scale + self.mean}
+            model.assign(params | {name: a.astype(numpy.float32) for name, a in scaled.items()})
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    _check_numbers(options)
+    require_place("--output", options.output, ".safetensors")
+    task = _Task.of(*_dataset(options.data))
+    count, (steps, _, inputs) = len(task.training.labels), task.training.x.shape
+    options.batch = min(_BATCH, count) if options.batch is None else options.batch
+    if options.batch > count:
+        raise UnsupportedError(f"`--batch` is {options.batch}; expected 1 to {count}, the sequences that are not held out")
+    model = classifier(_norm(options), inputs, options.hidden, task.outputs, steps, options.seed)
+    kind = "classes" if task.scale is None else "numbers (a regression, since y is of floating-point numbers)"
+    _show(options, f"{count} sequences of {steps} steps and {inputs} features, {len(task.held_out.labels)} held out; {task.outputs} {kind}")
+    rows = []
+    with numpy.errstate(all="ignore"):  # a loss that is not finite is an error
+        for row in _epochs(model, task, options, ProgressLine(options.json)):
+            rows.append(row)
+            _show(options, f"epoch {row['epoch']:>3} of {options.epochs}  {_in_words(row)}")
+    found = {
+        key.removeprefix("held_out_"): value
+        for key, value in rows[-1].items()
+        if key in ("held_out_accuracy", "held_out_mse", "held_out_r2")
+    }
+    task.finish(model)
+    portnorm.save(model, options.output)
+    _show(options, f"{options.output}: {_in_words({f'held_out_{key}': value for key, value in found.items()})}")
+    renamed = {"accuracy": "test_accuracy", "mse": "mean_squared_error", "r2": "r_squared"}
+    return {
+        "checkpoint": str(options.output),
+        "task": "classification" if task.scale is None else "regression",
+        **{renamed[key]: value for key, value in found.items()},
+        "loss": rows[-1]["loss"],
+        "epochs": rows,
+    }
+
+
+def _show(options: argparse.Namespace, text: str) -> None:
+    if not options.json:
+        print(text, flush=True)
+
+
+def _norm(options: argparse.Namespace) -> Any:
+    return None if options.norm == "none" else options.norm
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    for name in ("hidden", "epochs", "batch"):
+        if getattr(options, name) is not None:
+            whole_number(f"--{name}", getattr(options, name), 1)
+    whole_number("--seed", options.seed, 0)
+    for name in ("lr", "clip"):
+        real_number(f"--{name}", getattr(options, name), 5e-324, math.inf if name == "clip" else 1.7e308, "a number > 0")
+
+
+def _dataset(name: str) -> tuple[Dataset, Dataset]:
+    """Training data, and the fifth of it that is held out."""
+    if name == "digits":
+        return sequential_digits()
+    whole = read(name)
+    order = numpy.random.default_rng(0).permutation(len(whole.labels))
+    held = max(1, len(order) // 5)
+    return whole.take(order[held:]), whole.take(order[:held])
+
+
+def _epochs(model: Sequential, task: _Task, options: argparse.Namespace, progress: ProgressLine) -> Iterator[dict[str, Any]]:
+    """Train in place, a row for each epoch; batch normalization ends with population statistics.
+
+    The last few sequences of an epoch that do not fill a batch are left out of it.
+    """
+    data, size, rng = task.training, options.batch, numpy.random.default_rng(options.seed)
+    optimizer = OPTIMIZERS[options.optimizer](lr=options.lr)
+    state, noise, done = optimizer.init(model.parameters()), 0.1 if _NORMS[_norm(options)].timed else 0.0, 0
+    starts = range(0, len(data.labels) - size + 1, size)
+    for epoch in range(1, options.epochs + 1):
+        order, losses = rng.permutation(len(data.labels)), []
+        for start in starts:
+            part = data.take(order[start : start + size])
+            y, _, pullback = model.vjp(
+                part.x, model.initial_state(size, noise=noise, rng=rng), lengths=part.lengths, training=True, rng=rng
+            )
+            loss, dy = task.loss(y, part.labels)
+            grads, _ = portnorm.clip_by_global_norm(pullback(dy)[2], options.clip)
+            if not math.isfinite(loss):
+                raise PortnormError(f"the loss is {loss} after {done} updates; try a smaller learning rate than `--lr` {options.lr}")
+            params, state = optimizer.update(model.parameters(), grads, state)
+            model.assign(params)
+            losses.append(loss)
+            done += 1
+            progress(f"epoch {epoch} of {options.epochs}, update {done} of {options.epochs * len(starts)}, loss {loss:.3f}")
+        if epoch == options.epochs:
+            model.estimate_population((x, n, model.initial_state(x.shape[1], noise=noise, rng=rng)) for x, n in data.batches(size))
+        progress.clear()
+        yield {"epoch": epoch, "loss": float(numpy.mean(losses)), **task.measured(model)}
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    """The numbers of a row, those of the sequences that are held out last."""
+    written: dict[str, Callable[[Any], str]] = {
+        "loss": lambda v: f"loss {v:.4g}",
+        "held_out_loss": lambda v: f"held out: loss {v:.4g}",
+        "held_out_accuracy": lambda v: f"accuracy {v:.1%}",
+        "held_out_mse": lambda v: f"mean squared error {v:.4g}",
+        "held_out_r2": lambda v: "R² –" if v is None else f"R² {v:.3f}",
+    }
+    return "  ".join(write(row[key]) for key, write in written.items() if key in row)
