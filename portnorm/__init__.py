@@ -37,12 +37,14 @@ from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
 from portnorm.norm.weight import weight_norm, weight_norm_init
 from portnorm.op import vjp
-from portnorm.optimizers import SGD, Adam, RMSProp, clip_by_global_norm
+from portnorm.optimizers import SGD, Adam, AdamW, RMSProp
 from portnorm.quantization import fake_quantize
+from portnorm.updates import clip_by_global_norm, weights_only
 
 if TYPE_CHECKING:
     from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
-    from portnorm.checkpoint.layers import load, save
+    from portnorm.checkpoint.saved import load, save
+    from portnorm.checkpoint.training import Training
     from portnorm_backends.cpu.warming import warm
     from portnorm_backends.torch_export import export_torch
     from portnorm_backends.torch_module import torch_module
@@ -56,8 +58,9 @@ __version__ = "0.1.0"
 
 # Loaded on first use: what reads and writes files, and what needs an extra. Each with the packages that it needs.
 _LAZY: dict[str, tuple[str, tuple[str, ...]]] = {
-    "save": ("portnorm.checkpoint.layers", ()),
-    "load": ("portnorm.checkpoint.layers", ()),
+    "save": ("portnorm.checkpoint.saved", ()),
+    "load": ("portnorm.checkpoint.saved", ()),
+    "Training": ("portnorm.checkpoint.training", ()),
     "FORMATS": ("portnorm.checkpoint.foreign", ()),
     "import_checkpoint": ("portnorm.checkpoint.foreign", ()),
     "to_format": ("portnorm.checkpoint.foreign", ()),
@@ -80,6 +83,7 @@ __all__ = [
     "SGD",
     "VARIANTS",
     "Adam",
+    "AdamW",
     "ArgumentError",
     "BatchNorm",
     "BatchRenorm",
@@ -100,6 +104,7 @@ __all__ = [
     "RMSProp",
     "Sequential",
     "ShapeError",
+    "Training",
     "UnsupportedError",
     "Variant",
     "batch_norm",
@@ -130,6 +135,7 @@ __all__ = [
     "warm",
     "weight_norm",
     "weight_norm_init",
+    "weights_only",
 ]
 
 

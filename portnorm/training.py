@@ -18,7 +18,8 @@ from portnorm.layers.recurrent import LSTM
 from portnorm.layers.sequential import Sequential
 from portnorm.losses import softmax_cross_entropy
 from portnorm.op import vjp
-from portnorm.optimizers import Optimizer, clip_by_global_norm
+from portnorm.optimizers import Optimizer
+from portnorm.updates import clip_by_global_norm
 
 Progress = Callable[[int, int, float], None]
 """Called after each update with the updates done, the updates in all, and the loss."""
