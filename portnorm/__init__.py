@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
     from portnorm.checkpoint.saved import load, save
     from portnorm.checkpoint.training import Training
+    from portnorm.training import fit, pad_sequences
     from portnorm_backends.cpu.warming import warm
     from portnorm_backends.torch_export import export_torch
     from portnorm_backends.torch_module import torch_module
@@ -61,6 +62,8 @@ _LAZY: dict[str, tuple[str, tuple[str, ...]]] = {
     "save": ("portnorm.checkpoint.saved", ()),
     "load": ("portnorm.checkpoint.saved", ()),
     "Training": ("portnorm.checkpoint.training", ()),
+    "fit": ("portnorm.training", ()),
+    "pad_sequences": ("portnorm.training", ()),
     "FORMATS": ("portnorm.checkpoint.foreign", ()),
     "import_checkpoint": ("portnorm.checkpoint.foreign", ()),
     "to_format": ("portnorm.checkpoint.foreign", ()),
@@ -116,6 +119,7 @@ __all__ = [
     "export_torch",
     "export_training_step",
     "fake_quantize",
+    "fit",
     "group_norm",
     "import_checkpoint",
     "instance_norm",
@@ -123,6 +127,7 @@ __all__ = [
     "linear",
     "load",
     "mean_squared_error",
+    "pad_sequences",
     "quantized",
     "replace_modules",
     "rms_norm",

@@ -122,10 +122,10 @@ def set_learning_rate(optimizer: Any) -> None:
 
 def _rate(name: str, value: Any, low: float, high: float) -> float:
     expected = f"a number from {low} to below {high}"
-    value = real_number(name, value, low, high, expected)
-    if not value < high:
-        raise UnsupportedError(f"`{name}` is {value}; expected {expected}")
-    return value
+    rate = real_number(name, value, low, high, expected)
+    if not rate < high:
+        raise UnsupportedError(f"`{name}` is {rate}; expected {expected}")
+    return rate
 
 
 def rates(lr: Rate, steps: Array, arrays: Mapping[str, Array]) -> dict[DType, Any]:

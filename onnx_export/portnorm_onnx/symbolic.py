@@ -175,7 +175,8 @@ class SymbolicArray:
 
     def __floordiv__(self, other: Any) -> SymbolicArray:
         """Of floats; schedules of a learning rate go down by it."""
-        return (self / other)._call("floor")
+        quotient: SymbolicArray = self / other
+        return quotient._call("floor")
 
     def __rsub__(self, other: Any) -> SymbolicArray:
         return _as_array(other, self) - self

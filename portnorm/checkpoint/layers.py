@@ -6,7 +6,9 @@ import dataclasses
 import json
 from typing import Any
 
-from portnorm.arrays import DType, Namespace, dtype_name
+import numpy
+
+from portnorm.arrays import Array, DType, Namespace, dtype_name, to_numpy
 from portnorm.cells.variants import Variant
 from portnorm.errors import CheckpointError, PortnormError
 from portnorm.layers.embedding import Embedding
@@ -22,8 +24,21 @@ _CLASSES = (LSTM, GRU, RNN, Embedding, Linear, LayerNorm, RMSNorm, BatchNorm, Ba
 LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in _CLASSES}
 """Layers that a checkpoint can name."""
 
+NumPyArray = numpy.ndarray[Any, Any]
+
 KEY = "portnorm"
 """Under which the metadata of a file has the text."""
+
+
+def arrays_of(layer: Layer) -> dict[str, NumPyArray]:
+    """Parameters and buffers as a file holds them."""
+    return {name: writable(a) for name, a in layer.state_dict().items()}
+
+
+def writable(a: Array) -> NumPyArray:
+    """An array of any library as a file holds it: bfloat16, which NumPy does not have, as float32."""
+    found: NumPyArray = to_numpy(a)
+    return found.astype(numpy.float32) if found.dtype.name == "bfloat16" else found
 
 
 def to_json(layer: Layer) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any, Literal, overload
 
-from portnorm.arrays import DType, Namespace, require_extra, to_numpy
+from portnorm.arrays import DType, Namespace, require_extra
 from portnorm.checkpoint import safetensors
-from portnorm.checkpoint.layers import KEY, from_json, to_json
+from portnorm.checkpoint.layers import KEY, arrays_of, from_json, to_json
 from portnorm.checkpoint.training import Training, described, loaded, parted
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
@@ -32,8 +32,7 @@ def save(model: Layer | Training, path: str | os.PathLike[str]) -> None:
         return
     if not isinstance(model, Layer):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm, or a portnorm.Training")
-    arrays = {name: to_numpy(a) for name, a in model.state_dict().items()}
-    safetensors.write(path, arrays, {KEY: to_json(model), "format": "np"})
+    safetensors.write(path, arrays_of(model), {KEY: to_json(model), "format": "np"})
 
 
 @overload

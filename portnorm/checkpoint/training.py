@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 
-from portnorm.arrays import Array, DType, default_integer, dtype_name, is_kind, load_dtype, to_numpy, xp_of
-from portnorm.checkpoint.layers import KEY, to_json
+from portnorm.arrays import Array, DType, default_integer, dtype_name, is_kind, load_dtype, xp_of
+from portnorm.checkpoint.layers import KEY, arrays_of, to_json, writable
 from portnorm.errors import CheckpointError, DTypeError, PortnormError, UnsupportedError
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Layer
+from portnorm.layers.sequential import Sequential
 from portnorm.optimizers import OPTIMIZERS, Optimizer
-from portnorm.scalars import whole_number
+from portnorm.scalars import switch, whole_number
 from portnorm.updates import OptimizerState, weights_only
 
 TRAINING_KEY = f"{KEY}.training"
@@ -94,7 +95,7 @@ class Training:
 
 def described(run: Training) -> tuple[NumPyArrays, dict[str, str]]:
     """The arrays and the metadata of a file. Raises `CheckpointError` for what no file can hold."""
-    arrays = {name: to_numpy(a) for name, a in run.model.state_dict().items()}
+    arrays = arrays_of(run.model)
     metadata = {KEY: to_json(run.model), "format": "np"}
     about = {
         "version": 1,
@@ -103,9 +104,17 @@ def described(run: Training) -> tuple[NumPyArrays, dict[str, str]]:
         "step": run.step,
         "rng": _json(_bits(run.rng), "rng"),
         "notes": _tree(run.notes, "notes", arrays),
-        "evaluates": [k for k, layer in enumerate(run.model.layers()) if layer.evaluates],
+        "evaluates": [layer.evaluates for layer in _inside(run.model)],
     }
     return arrays, {**metadata, TRAINING_KEY: json.dumps(about)}
+
+
+def _inside(layer: Layer) -> Iterator[Layer]:
+    """The layer and all inside it, containers too."""
+    yield layer
+    if isinstance(layer, Sequential):
+        for part in layer.parts:
+            yield from _inside(part)
 
 
 def _settings(optimizer: Optimizer) -> dict[str, Any]:
@@ -139,7 +148,7 @@ def _tree(tree: Any, path: str, arrays: NumPyArrays) -> Any:
     name = path
     while name in arrays:
         name += "_"
-    arrays[name] = to_numpy(tree)
+    arrays[name] = writable(tree)
     return {"array": name, "dtype": kind}
 
 
@@ -190,8 +199,8 @@ def loaded(
 ) -> Training:
     """The run of `model`, which was loaded already. Raises `CheckpointError` where the file is not understood, or `optimizer` is needed."""
     try:
-        for k, layer in enumerate(model.layers()):
-            layer.evaluates = k in about["evaluates"]
+        for layer, evaluates in zip(_inside(model), about["evaluates"], strict=True):
+            layer.evaluates = switch("evaluates", evaluates)
         return Training(
             model,
             optimizer or _made(about["optimizer"], path),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,6 +39,9 @@ from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of
 from portnorm.quantization import QuantizeName
 from portnorm.scalars import switch
 from portnorm.statistics import BATCHES, VALUES
+
+if TYPE_CHECKING:
+    from portnorm.layers.summary import Summary
 
 Arrays = dict[str, Array]
 
@@ -519,6 +522,32 @@ class Layer:
     def layers(self) -> Iterator[Layer]:
         """This layer and all layers inside it."""
         yield self
+
+    def summary(self, input_shape: Sequence[int] | None = None) -> Summary:
+        """What the model is made of: layers, the shapes of their results, parameters and statistics; `print` shows a table.
+
+        The shapes are those of a call on `input_shape`, such as (time, batch, features); without it axes whose length varies have names.
+        A stack has a row for each direction too. Parts are called one after the other, in inference mode, on ones. Raises `ShapeError`
+        for an `input_shape` that does not fit, `UnsupportedError` for what is none, or where a layer of one's own needs it.
+
+        >>> import portnorm as pn
+        >>> model = pn.Sequential(pn.Embedding(96, 16), pn.LSTM(16, 8, norm="layer", num_layers=2), pn.Linear(8, 3))
+        >>> print(model.summary())
+               layer       output             parameters  statistics
+        -----  ----------  -----------------  ----------  ----------
+        0      Embedding   (time, batch, 16)       1,536           0
+        1      LSTM layer  (time, batch, 8)        1,568           0
+          l0               (time, batch, 8)          912           0
+          l1               (time, batch, 8)          656           0
+        2      Linear      (time, batch, 3)           27           0
+        -----  ----------  -----------------  ----------  ----------
+               in all      12,524 bytes            3,131           0
+        >>> model.summary((20, 4)).rows[-1].output
+        (20, 4, 3)
+        """
+        from portnorm.layers.summary import summary
+
+        return summary(self, input_shape)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"
