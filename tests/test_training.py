@@ -18,6 +18,7 @@ from portnorm.training import Cases, evaluate
 from portnorm.training import progress as progress_module
 from tests.cases import IMPLEMENTATIONS, LAYERS, PRESETS
 from tests.conftest import Library
+from tests.tolerances import RECURRENT, relative
 
 STEPS, CASES, FEATURES, CLASSES = 6, 9, 3, 3
 LENGTHS = [6, 4, 1, 6, 2, 3, 5, 6, 2]
@@ -288,7 +289,7 @@ def test_a_checkpoint_of_another_run_is_named(name: str, tmp_path: Path, rng: np
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("target", ["a class", "a number", "a class of each step", "numbers of each step"])
-def test_what_stands_in_padding_changes_nothing(target: str, batch_first: bool, eager: Library, rng: np.random.Generator) -> None:
+def test_what_stands_in_padding_changes_nothing(target: str, batch_first: bool, rng: np.random.Generator) -> None:
     """NaN behind the lengths of x and any label or number there in y; and lists of sequences are the same as padded ones."""
     each, floats = "each" in target, "number" in target
     x = rng.standard_normal((CASES, STEPS, FEATURES))
@@ -305,17 +306,36 @@ def test_what_stands_in_padding_changes_nothing(target: str, batch_first: bool, 
         return a if batch_first or a.ndim < 2 or (not each and a is y) else a.swapaxes(0, 1)
 
     def run(*given: Any) -> Any:
-        layer = pn.LSTM(FEATURES, 4, norm="layer", return_sequences=each, batch_first=batch_first, rng=0, xp=eager.xp, dtype="float64")
-        model = pn.Sequential(layer, pn.Linear(4, 2, rng=1, xp=eager.xp, dtype="float64"))
-        history = pn.fit(model, *given, epochs=2, batch=4, validation=given, progress=False)
-        return history, eager.values([*model.parameters().values()])
+        layer = pn.LSTM(FEATURES, 4, norm="layer", return_sequences=each, batch_first=batch_first, rng=0, dtype="float64")
+        model = pn.Sequential(layer, pn.Linear(4, 2, rng=1, dtype="float64"))
+        pn.warm(model)
+        return pn.fit(model, *given, epochs=2, batch=4, validation=given), bits(model)
 
-    padded = run(eager.array(turned(x)), eager.array(turned(y)), LENGTHS)
-    lists = run([eager.array(a) for a in ragged], [eager.array(a) for a in targets] if each else eager.array(y))
-    assert padded[0] == lists[0]
+    padded = run(turned(x), turned(y), LENGTHS)
+    assert padded == run(ragged, targets)
     assert all(map(math.isfinite, padded[0].losses))
-    for mine, other in zip(padded[1], lists[1], strict=True):
-        np.testing.assert_array_equal(mine, other)
+
+
+def test_every_library_trains_as_numpy(eager: Library, rng: np.random.Generator) -> None:
+    """Targets of each step with weights, ragged, validated; the model stays in its library."""
+    x, _ = some(rng, "float64")
+    y, weights = rng.integers(0, CLASSES, (STEPS, CASES)), rng.uniform(0.5, 2.0, (STEPS, CASES))
+
+    def run(xp: Any, array: Any) -> Any:
+        model = pn.Sequential(
+            pn.GRU(FEATURES, 4, norm="layer", xp=xp, dtype="float64", rng=0), pn.Linear(4, CLASSES, rng=1, xp=xp, dtype="float64")
+        )
+        given = array(x), array(y), LENGTHS
+        history = pn.fit(model, *given, weights=array(weights), epochs=2, batch=CASES, validation=(*given, array(weights)))
+        assert all(type(p) is type(given[0]) for p in model.parameters().values())
+        return history, model.parameters()
+
+    expected, params = run(None, np.asarray)
+    found, theirs = run(eager.xp, eager.array)
+    for key in ("losses", "gradient_norms", "validation"):
+        np.testing.assert_allclose(getattr(found, key), getattr(expected, key), **relative("float64", RECURRENT))
+    for mine, other in zip(eager.values([*theirs.values()]), params.values(), strict=True):
+        np.testing.assert_allclose(mine, other, **relative("float64", RECURRENT))
 
 
 def test_a_validation_loss_is_the_mean_over_all_that_counts(rng: np.random.Generator) -> None:

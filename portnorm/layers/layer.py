@@ -533,15 +533,15 @@ class Layer:
         >>> import portnorm as pn
         >>> model = pn.Sequential(pn.Embedding(96, 16), pn.LSTM(16, 8, norm="layer", num_layers=2), pn.Linear(8, 3))
         >>> print(model.summary())
-               layer       output             parameters  statistics
-        -----  ----------  -----------------  ----------  ----------
-        0      Embedding   (time, batch, 16)       1,536           0
-        1      LSTM layer  (time, batch, 8)        1,568           0
-          l0               (time, batch, 8)          912           0
-          l1               (time, batch, 8)          656           0
-        2      Linear      (time, batch, 3)           27           0
-        -----  ----------  -----------------  ----------  ----------
-               in all      12,524 bytes            3,131           0
+              layer       output             parameters  statistics
+        ----  ----------  -----------------  ----------  ----------
+        0     Embedding   (time, batch, 16)       1,536           0
+        1     LSTM layer  (time, batch, 8)        1,632           0
+          l0              (time, batch, 8)          944           0
+          l1              (time, batch, 8)          688           0
+        2     Linear      (time, batch, 3)           27           0
+        ----  ----------  -----------------  ----------  ----------
+              in all      12,780 bytes            3,195           0
         >>> model.summary((20, 4)).rows[-1].output
         (20, 4, 3)
         """

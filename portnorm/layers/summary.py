@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from portnorm.arrays import Array, default_integer
 from portnorm.errors import ShapeError, UnsupportedError
@@ -80,39 +79,31 @@ def summary(model: Layer, input_shape: Sequence[int] | None = None) -> Summary:
         if isinstance(input_shape, str | int) or not isinstance(input_shape, Sequence):
             raise UnsupportedError(f"`input_shape` is {input_shape!r}; expected the lengths of all axes, such as (20, 4, 8)")
         runs, named = [tuple(whole_number("input_shape", n, 1) for n in input_shape)], ()
-    found = [list(_outputs(model, _example(model, shape), "")) for shape in runs]
+    found = [list(_calls(model, _example(model, shape), "")) for shape in runs]
     names = {tuple(sizes): name for name, sizes in zip(named, zip(*runs, strict=True), strict=False) if isinstance(name, str)}
     rows: list[SummaryRow] = []
     seen: set[int] = set()
     for places in zip(*found, strict=True):
-        name, layer, _ = places[0]
-        shape = tuple(_axis(sizes, names) for sizes in zip(*(p[2] for p in places), strict=True))
+        name, layer, *_ = places[0]
+        before, shape = (tuple(_axis(sizes, names) for sizes in zip(*(p[k] for p in places), strict=True)) for k in (2, 3))
         again = id(layer) in seen
         seen.add(id(layer))
         rows.append(SummaryRow(name, _title(layer), shape, 0 if again else _count(layer.params), 0 if again else _count(layer.buffers)))
         if isinstance(layer, Recurrent) and layer.num_layers * layer.num_directions > 1 and not again:
-            rows.extend(_directions(layer, shape, named or runs[0]))
+            rows.extend(_directions(layer, before, shape))
     arrays = model.state_dict().values()
     size = sum(math.prod(a.shape) * _bytes(model, a) for a in arrays)
     return Summary(tuple(rows), _count(model.params), _count(model.buffers), size)
 
 
-def _outputs(model: Layer, x: Array, name: str) -> Iterator[tuple[str, Layer, tuple[int, ...]]]:
-    """Each layer that is no container, with its place and the shape of its result."""
+def _calls(model: Layer, x: Array, name: str) -> Generator[tuple[str, Layer, tuple[int, ...], tuple[int, ...]], None, Array]:
+    """Each layer that is no container: its place, itself, and the shapes of what it takes and gives. Returns the result of all."""
     if isinstance(model, Sequential):
         for k, part in enumerate(model.parts):
-            place = f"{name}.{k}" if name else str(k)
-            x = yield from _through(part, x, place)
-    else:
-        yield from _through(model, x, name)
-
-
-def _through(part: Layer, x: Array, place: str) -> Any:
-    if isinstance(part, Sequential):
-        yield from _outputs(part, x, place)
-        return _result(part, x)
-    y = _result(part, x)
-    yield place, part, tuple(y.shape)
+            x = yield from _calls(part, x, f"{name}.{k}" if name else str(k))
+        return x
+    y = _result(model, x)
+    yield name, model, tuple(x.shape), tuple(y.shape)
     return y
 
 
@@ -139,11 +130,11 @@ def _axis(sizes: tuple[int, ...], names: dict[tuple[int, ...], str]) -> int | st
     return sizes[0] if len({*sizes}) == 1 else "?"
 
 
-def _directions(layer: Recurrent, shape: Shape, x: Shape) -> Iterator[SummaryRow]:
+def _directions(layer: Recurrent, before: Shape, after: Shape) -> Iterator[SummaryRow]:
     """Of a stack, each direction of each layer."""
     for k, (suffix, _, _) in enumerate(layer._places()):
         last = k // layer.num_directions == layer.num_layers - 1
-        output = (*(shape[:-1] if last else x[:-1]), layer.output_size)
+        output = (*(after[:-1] if last else before[:-1]), layer.output_size)
         own = without_suffix(layer.params, suffix), without_suffix(layer.buffers, suffix)
         yield SummaryRow(f"  {suffix.removeprefix('_')}", "", output, _count(own[0]), _count(own[1]), inside=True)
 
