@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -512,3 +514,23 @@ def test_progress_is_shown_on_a_terminal_after_a_while(monkeypatch: pytest.Monke
     assert "loss 0.250" in shown(True, True, 0.0)
     assert shown(True, False, 9.0) == shown(True, True, 9.0) == ""
     assert shown(False, False, 0.0) == shown(False, True, 0.0) == ""
+
+
+def test_the_page_about_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parent.parent / "docs" / "training.md"
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+    assert {p.name for p in tmp_path.iterdir()} == {"run.safetensors", "own.safetensors"}
+    assert names["run"].step == 40
+    assert min(names["history"].losses) > 0
+
+
+def test_scikit_learn_around_an_estimator() -> None:
+    folder = Path(__file__).parent.parent / "docs" / "examples"
+    names = runpy.run_path(str(folder / "sklearn_training.py"))
+    net, forest = names["main"](tries=2, epochs=15)
+    assert net > forest + 0.1
