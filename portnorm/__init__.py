@@ -45,7 +45,6 @@ if TYPE_CHECKING:
     from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
     from portnorm.checkpoint.saved import load, save
     from portnorm.checkpoint.training import Training
-    from portnorm.estimators import SequenceClassifier, SequenceRegressor
     from portnorm.training import fit, pad_sequences
     from portnorm_backends.cpu.warming import warm
     from portnorm_backends.torch_export import export_torch
@@ -63,8 +62,6 @@ _LAZY: dict[str, tuple[str, tuple[str, ...]]] = {
     "save": ("portnorm.checkpoint.saved", ()),
     "load": ("portnorm.checkpoint.saved", ()),
     "Training": ("portnorm.checkpoint.training", ()),
-    "SequenceClassifier": ("portnorm.estimators", ("sklearn",)),
-    "SequenceRegressor": ("portnorm.estimators", ("sklearn",)),
     "fit": ("portnorm.training", ()),
     "pad_sequences": ("portnorm.training", ()),
     "FORMATS": ("portnorm.checkpoint.foreign", ()),
@@ -108,8 +105,6 @@ __all__ = [
     "PortnormError",
     "RMSNorm",
     "RMSProp",
-    "SequenceClassifier",
-    "SequenceRegressor",
     "Sequential",
     "ShapeError",
     "Training",
@@ -157,7 +152,7 @@ def __getattr__(name: str) -> Any:
         for package in packages:
             from portnorm.arrays import require_extra
 
-            require_extra(package, next((extra for extra in ("torch", "sklearn") if extra in packages), "onnx"))
+            require_extra(package, "torch" if "torch" in packages else "onnx")
     except MissingExtraError as error:
         return _without_its_extra(name, str(error))
     return getattr(importlib.import_module(module), name)

@@ -203,12 +203,13 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):  # type: ignore[m
     `model_`, a layer to be saved or exported, which takes standardized sequences (x − `mean_`) / `scale_`; `classes_`, `history_`,
     `n_iter_` (epochs) and `n_features_in_`. Raises as scikit-learn's estimators do.
 
-    >>> import numpy as np, portnorm as pn
+    >>> import numpy as np
+    >>> from portnorm.estimators import SequenceClassifier
     >>> from sklearn.model_selection import cross_val_score
     >>> rng = np.random.default_rng(0)
     >>> X = [np.sin(np.arange(n)[:, None] * (1 + k % 2)) for k, n in enumerate(rng.integers(8, 20, 60))]
     >>> y = ["slow", "fast"] * 30
-    >>> classifier = pn.SequenceClassifier("gru", hidden_size=8, epochs=40, random_state=0)
+    >>> classifier = SequenceClassifier("gru", hidden_size=8, epochs=40, random_state=0)
     >>> bool(cross_val_score(classifier, X, y, cv=3).min() > 0.9)
     True
     >>> classifier.fit(X, y).predict_proba(X[:2]).shape
@@ -242,11 +243,12 @@ class SequenceRegressor(RegressorMixin, _SequenceEstimator):  # type: ignore[mis
     `y` is (cases,) or (cases, targets). Arguments and `X` as those of `SequenceClassifier`; with `standardize` targets too are trained with
     mean 0 and deviation 1, and predicted as they were given.
 
-    >>> import numpy as np, portnorm as pn
+    >>> import numpy as np
+    >>> from portnorm.estimators import SequenceRegressor
     >>> rng = np.random.default_rng(0)
     >>> X = [rng.standard_normal((n, 2)) for n in rng.integers(2, 9, 200)]
     >>> y = np.array([s[:, 0].sum() for s in X])
-    >>> regressor = pn.SequenceRegressor("gru", epochs=40, random_state=0).fit(X[:150], y[:150])
+    >>> regressor = SequenceRegressor("gru", epochs=40, random_state=0).fit(X[:150], y[:150])
     >>> regressor.score(X[150:], y[150:]) > 0.9
     True
     """

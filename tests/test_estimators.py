@@ -15,15 +15,15 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import portnorm as pn
-from portnorm.estimators import CELLS
+from portnorm.estimators import CELLS, SequenceClassifier, SequenceRegressor
 
-Kind = type[pn.SequenceClassifier] | type[pn.SequenceRegressor]
-KINDS: list[Kind] = [pn.SequenceClassifier, pn.SequenceRegressor]
+Kind = type[SequenceClassifier] | type[SequenceRegressor]
+KINDS: list[Kind] = [SequenceClassifier, SequenceRegressor]
 
 CHECKED = [
-    pn.SequenceClassifier("gru", hidden_size=8, epochs=20, random_state=0),
-    pn.SequenceRegressor("gru", hidden_size=8, epochs=30, random_state=0),
-    pn.SequenceClassifier("rnn", norm="weight", hidden_size=4, epochs=20, patience=20, validation_fraction=0.2, random_state=0),
+    SequenceClassifier("gru", hidden_size=8, epochs=20, random_state=0),
+    SequenceRegressor("gru", hidden_size=8, epochs=30, random_state=0),
+    SequenceClassifier("rnn", norm="weight", hidden_size=4, epochs=20, patience=20, validation_fraction=0.2, random_state=0),
 ]
 
 
@@ -47,7 +47,7 @@ def small(kind: Kind, **keywords: Any) -> Any:
 
 def targets(kind: Kind, X: Any) -> Any:
     sums = np.array([float(np.sum(s)) for s in X])
-    return np.where(sums > 0, "up", "down") if kind is pn.SequenceClassifier else sums
+    return np.where(sums > 0, "up", "down") if kind is SequenceClassifier else sums
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,7 +58,7 @@ def test_every_cell_learns_to_count(kind: Kind, cell: str, norm: Any, rng: np.ra
     symbols = [rng.integers(0, 3, n) for n in rng.integers(2, 9, 240)]
     X = [np.eye(3)[s] for s in symbols]
     y = np.array([np.sum(s == 0) - np.sum(s == 1) for s in symbols])
-    y = y > 0 if kind is pn.SequenceClassifier else y * 1.0
+    y = y > 0 if kind is SequenceClassifier else y * 1.0
     estimator = small(kind, cell=cell, norm=norm, hidden_size=16, epochs=25).fit(X[:180], y[:180])
     assert estimator.score(X[180:], y[180:]) > 0.8
 
@@ -68,7 +68,7 @@ def test_a_prediction_does_not_hang_on_the_sequences_beside_it(kind: Kind, rng: 
     """Not on their number, order or length: what is padding for one is none for another."""
     X = ragged(30, rng)
     estimator = small(kind, dtype="float64").fit(X, targets(kind, X))
-    ask = estimator.predict_proba if kind is pn.SequenceClassifier else estimator.predict
+    ask = estimator.predict_proba if kind is SequenceClassifier else estimator.predict
     together = ask(X)
     np.testing.assert_allclose(np.concatenate([ask([s]) for s in X]), together, rtol=1e-12)
     np.testing.assert_allclose(ask(X[::-1])[::-1], together, rtol=1e-12)
@@ -90,12 +90,12 @@ def test_forms_of_the_same_sequences(kind: Kind, rng: np.random.Generator) -> No
 
 def test_the_number_of_columns_is_that_of_fit_and_a_list_is_free(rng: np.random.Generator) -> None:
     X, y = rng.standard_normal((20, 5)), np.arange(20) % 2
-    fitted = small(pn.SequenceClassifier).fit(X, y)
+    fitted = small(SequenceClassifier).fit(X, y)
     assert fitted.n_features_in_ == 5
     with pytest.raises(ValueError, match="X has 3 features, but SequenceClassifier is expecting 5 features as input"):
         fitted.predict(X[:, :3])
     np.testing.assert_array_equal(fitted.predict([*X[:, :3], X[0, :2]])[:20], fitted.predict(X[:, :3, None]))
-    of_lists = small(pn.SequenceClassifier).fit([*X[:, :, None]], y)
+    of_lists = small(SequenceClassifier).fit([*X[:, :, None]], y)
     assert of_lists.n_features_in_ == 1
     assert of_lists.predict(X[:, :3]).shape == (20,)
 
@@ -135,7 +135,7 @@ def test_probabilities_and_labels_of_any_kind(rng: np.random.Generator) -> None:
     X = ragged(60, rng, 1)
     for labels in (["a", "b", "c"], [-1, 5, 7], [True, False, True]):
         y = np.array(labels)[np.arange(60) % 3]
-        fitted = small(pn.SequenceClassifier).fit(X, y)
+        fitted = small(SequenceClassifier).fit(X, y)
         p = fitted.predict_proba(X)
         np.testing.assert_allclose(p.sum(axis=1), 1.0, rtol=1e-12)
         assert p.shape == (60, len(set(labels)))
@@ -151,8 +151,8 @@ def test_standardized_features_need_no_units(kind: Kind, rng: np.random.Generato
     units, shift = np.array([1e6, 1.0]), np.array([3e6, 0.0])
     moved = [s * units + shift for s in X]
     ours = small(kind, dtype="float64").fit(X, y)
-    theirs = small(kind, dtype="float64").fit(moved, y if kind is pn.SequenceClassifier else 1e3 * y - 5)
-    if kind is pn.SequenceClassifier:
+    theirs = small(kind, dtype="float64").fit(moved, y if kind is SequenceClassifier else 1e3 * y - 5)
+    if kind is SequenceClassifier:
         np.testing.assert_array_equal(ours.predict(X), theirs.predict(moved))
     else:
         np.testing.assert_allclose(1e3 * ours.predict(X) - 5, theirs.predict(moved), rtol=1e-6)
@@ -160,7 +160,7 @@ def test_standardized_features_need_no_units(kind: Kind, rng: np.random.Generato
     assert small(kind).fit(constant, y).scale_[2] == 1.0
     x, lengths = pn.pad_sequences([(s - ours.mean_) / ours.scale_ for s in X])
     out = ours.model_(x, lengths=lengths)[0]
-    if kind is pn.SequenceClassifier:
+    if kind is SequenceClassifier:
         np.testing.assert_array_equal(ours.classes_[out.argmax(axis=1)], ours.predict(X))
     else:
         np.testing.assert_allclose(out[:, 0] * ours.target_scale_[0] + ours.target_mean_[0], ours.predict(X), rtol=1e-12)
@@ -169,14 +169,14 @@ def test_standardized_features_need_no_units(kind: Kind, rng: np.random.Generato
 def test_several_targets(rng: np.random.Generator) -> None:
     X = ragged(40, rng)
     y = np.stack([[s[:, 0].sum(), s[-1, 1]] for s in X])
-    assert small(pn.SequenceRegressor).fit(X, y).predict(X).shape == (40, 2)
-    assert small(pn.SequenceRegressor).fit(X, y[:, :1]).predict(X).shape == (40, 1)
-    assert small(pn.SequenceRegressor).fit(X, y[:, 0]).predict(X).shape == (40,)
+    assert small(SequenceRegressor).fit(X, y).predict(X).shape == (40, 2)
+    assert small(SequenceRegressor).fit(X, y[:, :1]).predict(X).shape == (40, 1)
+    assert small(SequenceRegressor).fit(X, y[:, 0]).predict(X).shape == (40,)
 
 
 def test_an_early_stop_holds_cases_out(rng: np.random.Generator) -> None:
     X = ragged(40, rng)
-    fitted = small(pn.SequenceClassifier, epochs=40, patience=2, lr=0.3).fit(X, np.arange(40) % 2)
+    fitted = small(SequenceClassifier, epochs=40, patience=2, lr=0.3).fit(X, np.arange(40) % 2)
     assert fitted.n_iter_ < 40
     assert len(fitted.history_.validation) == fitted.n_iter_
 
@@ -212,6 +212,6 @@ def test_what_does_not_fit(name: str, kind: Kind) -> None:
 
 
 def test_sequences_of_other_features_than_fitted() -> None:
-    fitted = small(pn.SequenceClassifier).fit(RAGGED, [0, 1, 0, 1])
+    fitted = small(SequenceClassifier).fit(RAGGED, [0, 1, 0, 1])
     with pytest.raises(ValueError, match=r"X\[0\] has 1 features, but SequenceClassifier is expecting 2"):
         fitted.predict([np.ones((3, 1)), np.ones((4, 1))])

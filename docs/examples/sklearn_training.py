@@ -14,7 +14,7 @@ from sklearn.model_selection import RandomizedSearchCV, cross_val_score, train_t
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-import portnorm as pn
+from portnorm.estimators import SequenceClassifier
 
 
 def waves(count: int, rng: np.random.Generator) -> tuple[list[Any], Any]:
@@ -39,13 +39,13 @@ def main(tries: int = 4, epochs: int = 20) -> tuple[float, float]:
     print(f"a random forest of three numbers of each sequence: {cross_val_score(forest, seen, of_seen, cv=3).mean():.1%}, cross-validated")
 
     choices = {"cell": ["lstm", "gru"], "norm": [None, "batch"], "hidden_size": [8, 16], "lr": [3e-3, 1e-2, 3e-2]}
-    net = pn.SequenceClassifier(epochs=epochs, random_state=0)
+    net = SequenceClassifier(epochs=epochs, random_state=0)
     search = RandomizedSearchCV(net, choices, n_iter=tries, cv=3, random_state=0, error_score="raise").fit(seen, of_seen)
     print(f"the best of {tries} nets: {search.best_score_:.1%}, cross-validated, with {search.best_params_}")
     print(classification_report(of_unseen, search.predict(unseen), target_names=["slow", "middle", "fast"]))
 
     best = search.best_estimator_
-    print(best.model_.summary())  # a layer like any other: pn.save and pn.export take it
+    print(best.model_.summary())  # a layer like any other: portnorm.save and portnorm.export take it
     return search.score(unseen, of_unseen), forest.fit(seen, of_seen).score(unseen, of_unseen)
 
 
