@@ -289,6 +289,25 @@ def test_a_checkpoint_of_another_run_is_named(name: str, tmp_path: Path, rng: np
     assert bits(model) == before
 
 
+def test_other_parts_that_evaluate_are_another_run(tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    model = classifier(norm="batch")
+    model.parts[0].eval()
+    before = dict(model.buffers)
+    pn.fit(model, x, y, epochs=1, checkpoint=tmp_path / "run")
+    assert all(np.array_equal(a, before[name]) for name, a in model.buffers.items())
+    with pytest.raises(pn.CheckpointError, match="of which other parts evaluate"):
+        pn.fit(classifier(norm="batch"), x, y, epochs=2, checkpoint=tmp_path / "run", resume=True)
+
+
+def test_a_language_model_of_words(rng: np.random.Generator) -> None:
+    """Integers for x, a list of sequences of different length, and the next word for a target of each step."""
+    words = [np.arange(n) % 4 for n in rng.integers(3, 9, 40)]
+    model = pn.Sequential(pn.Embedding(4, 6, rng=0), pn.GRU(6, 8, norm="layer", rng=0), pn.Linear(8, 4, rng=1))
+    history = pn.fit(model, [w[:-1] for w in words], [w[1:] for w in words], optimizer=pn.Adam(0.02), epochs=15)
+    assert history.epochs[-1] < 0.1 * history.epochs[0]
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("target", ["a class", "a number", "a class of each step", "numbers of each step"])
 def test_what_stands_in_padding_changes_nothing(target: str, batch_first: bool, rng: np.random.Generator) -> None:
@@ -481,6 +500,18 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "checkpoint of a directory": ((None, X, Y), {"checkpoint": "tests"}, pn.UnsupportedError, "which is a directory"),
     "whole batches": ((None, X, Y), {"batch": 10, "whole_batches": True}, pn.UnsupportedError, "`batch` is 10; expected 1 to 9"),
     "noise of what learns": ((classifier(learned_state=True), X, Y), {"state_noise": 0.1}, pn.UnsupportedError, "`learned_state`"),
+    "NaN to validate with": (
+        (None, X, Y),
+        {"validation": (X + np.float32("nan"), Y), "optimizer": pn.SGD(0.0)},
+        pn.PortnormError,
+        "the validation loss is nan after epoch 1",
+    ),
+    "steps in another order": (
+        (pn.Sequential(pn.GRU(FEATURES, 4, direction="backwards", rng=0), pn.Linear(4, CLASSES, rng=0)), X, X[..., 0].astype(int)),
+        {},
+        pn.UnsupportedError,
+        "`model` gives the last step of `x` first",
+    ),
     "NaN": ((None, X + np.float32("nan"), Y), {}, pn.PortnormError, "the loss is nan after 0 updates"),
 }
 

@@ -104,17 +104,17 @@ def described(run: Training) -> tuple[NumPyArrays, dict[str, str]]:
         "step": run.step,
         "rng": _json(_bits(run.rng), "rng"),
         "notes": _tree(run.notes, "notes", arrays),
-        "evaluates": [layer.evaluates for layer in _inside(run.model)],
+        "evaluates": [layer.evaluates for layer in inside(run.model)],
     }
     return arrays, {**metadata, TRAINING_KEY: json.dumps(about)}
 
 
-def _inside(layer: Layer) -> Iterator[Layer]:
+def inside(layer: Layer) -> Iterator[Layer]:
     """The layer and all inside it, containers too."""
     yield layer
     if isinstance(layer, Sequential):
         for part in layer.parts:
-            yield from _inside(part)
+            yield from inside(part)
 
 
 def _settings(optimizer: Optimizer) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def loaded(
 ) -> Training:
     """The run of `model`, which was loaded already. Raises `CheckpointError` where the file is not understood, or `optimizer` is needed."""
     try:
-        for layer, evaluates in zip(_inside(model), about["evaluates"], strict=True):
+        for layer, evaluates in zip(inside(model), about["evaluates"], strict=True):
             layer.evaluates = switch("evaluates", evaluates)
         return Training(
             model,

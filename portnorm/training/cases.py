@@ -80,6 +80,11 @@ class Cases:
         Raises `ShapeError`, `DTypeError` and `UnsupportedError`, all before anything is computed.
         """
         each_step, axis = model.recurrent and model.keeps_time, 0 if model.batch_first or not model.recurrent else 1
+        if each_step and model.turns_time:
+            raise UnsupportedError(
+                "`model` gives the last step of `x` first, so that its steps are not those of `y`; use direction='reverse', which goes the "
+                "same way, or return_sequences=False"
+            )
         if isinstance(x, list | tuple):
             if lengths is not None:
                 raise UnsupportedError(f"`{name}lengths` is given beside a list of sequences, which have lengths of their own")

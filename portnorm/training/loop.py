@@ -15,7 +15,7 @@ import numpy
 from portnorm.arrays import constant, to_numpy, xp_of
 from portnorm.checkpoint.layers import to_json
 from portnorm.checkpoint.saved import load, save
-from portnorm.checkpoint.training import Training
+from portnorm.checkpoint.training import Training, inside
 from portnorm.errors import CheckpointError, PortnormError, UnsupportedError
 from portnorm.layers.initial import Generator
 from portnorm.layers.layer import Layer
@@ -27,7 +27,7 @@ from portnorm.training.cases import Cases, parts
 from portnorm.training.history import History
 from portnorm.training.progress import ProgressLine
 from portnorm.training.targets import Loss, check_targets, evaluate, loss_of
-from portnorm.updates import clip_by_global_norm
+from portnorm.updates import Arrays, clip_by_global_norm
 
 Progress = Callable[[int, int, float], None]
 """Called after each update with the updates done, the updates in all, and the loss."""
@@ -109,17 +109,19 @@ def fit(
         _check_place(checkpoint)
     cases = Cases.of(model, x, y, lengths, weights)
     chosen = loss_of(loss, cases)
-    run = Training(_without_autodiff(model), optimizer or Adam(), rng=rng)
+    run = Training(model, optimizer or Adam(), rng=rng)
+    params, buffers = {name: constant(p) for name, p in model.parameters().items()}, model.buffers  # of which no library records
     told = {"batch": batch, "whole_batches": whole_batches, "clip": clip, "state_noise": state_noise, "cases": cases.count}
     history, best = History(), None
     if resume and Path(os.fspath(checkpoint or "")).exists():
-        run, history, best = _resumed(run, checkpoint, told)
+        run, history, best, params, buffers = _resumed(run, checkpoint, told)
     fixed = tuple(validation) if isinstance(validation, list | tuple) else None
     cases, held_out = (cases, None) if validation is None else _validation(model, cases, fixed, validation, run)
-    for some in (cases, held_out):
-        check_targets(model, some, chosen)
     if whole_batches and batch > cases.count:
         raise UnsupportedError(f"`batch` is {batch}; expected 1 to {cases.count}, the number of cases, since `whole_batches` is True")
+    for some in (cases, held_out):
+        check_targets(model, some, chosen)
+    model.assign(params, buffers)
 
     with contextlib.ExitStack() as stack:
         report = stack.enter_context(ProgressLine("training")) if progress is True else progress
@@ -135,6 +137,10 @@ def fit(
             history.epochs.append(float(numpy.mean(history.losses[-len(orders) :])))
             if held_out is not None:
                 history.validation.append(evaluate(model, held_out, chosen, batch))
+                if not math.isfinite(history.validation[-1]):
+                    raise PortnormError(
+                        f"the validation loss is {history.validation[-1]} after epoch {epoch + 1}; look for NaN in `validation`"
+                    )
                 if history.best_epoch == len(history.validation):
                     best = model.parameters(), dict(model.buffers)
             if checkpoint is not None:
@@ -205,12 +211,6 @@ def _check_place(path: str | os.PathLike[str]) -> None:
         raise UnsupportedError(f"`checkpoint` is {os.fspath(path)!r}, which is a directory; expected a file such as run.safetensors")
 
 
-def _without_autodiff(model: Layer) -> Layer:
-    """The model, with parameters that no library records."""
-    model.assign({name: constant(p) for name, p in model.parameters().items()})
-    return model
-
-
 def _validation(model: Layer, cases: Cases, fixed: tuple[Any, ...] | None, part: Any, run: Training) -> tuple[Cases, Cases]:
     """Cases to train on and to validate with. Those that are held out are noted with the run, so that a resumed one has the same."""
     if fixed is not None:
@@ -241,12 +241,19 @@ def _is_over(history: History, patience: int | None) -> bool:
 # -- taking a run up again -----------------------------------------------------------------------------------------------------------------
 
 
-def _resumed(run: Training, path: Any, told: dict[str, Any]) -> tuple[Training, History, Any]:
-    """The run of a file, with the model and the optimizer that are given. Raises `CheckpointError` where it is another run."""
+def _resumed(run: Training, path: Any, told: dict[str, Any]) -> tuple[Training, History, Any, Arrays, Arrays]:
+    """The run of a file with the model and the optimizer that are given, what it measured, its best arrays, and those that it has now.
+
+    Raises `CheckpointError` where it is another run.
+    """
     model, name = run.model, os.fspath(path)
     old = load(path, xp=model.xp, device=model.device, training=True, optimizer=run.optimizer)
     if to_json(old.model) != to_json(model):
         raise CheckpointError(f"`checkpoint` {name!r} is of another model, {old.model!r}; expected {model!r}")
+    if [layer.evaluates for layer in inside(old.model)] != [layer.evaluates for layer in inside(model)]:
+        raise CheckpointError(
+            f"`checkpoint` {name!r} is of a model of which other parts evaluate; call `eval` and `train` of them as before"
+        )
     before = old.notes.get("fit")
     measured = old.notes.get("history")
     if not isinstance(before, dict) or not isinstance(measured, dict) or measured.keys() != asdict(History()).keys():
@@ -262,9 +269,8 @@ def _resumed(run: Training, path: Any, told: dict[str, Any]) -> tuple[Training, 
     assert old.state is not None
     if _shape(old.state) != _shape(run.state):
         raise CheckpointError(f"`checkpoint` {name!r} has the state of another optimizer than {run.optimizer!r}")
-    model.assign(old.model.parameters(), old.model.buffers)
-    best = old.notes.get("best")
-    return Training(model, run.optimizer, old.state, old.step, old.rng, old.notes), History(**measured), best
+    taken_up = Training(model, run.optimizer, old.state, old.step, old.rng, old.notes)
+    return taken_up, History(**measured), old.notes.get("best"), old.model.parameters(), old.model.buffers
 
 
 def _shape(state: Any) -> Any:
