@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 import portnorm as pn
+from portnorm import demo
 from portnorm.arrays import to_numpy
 from portnorm.checkpoint import safetensors
 from portnorm.optimizers import OPTIMIZERS
 from portnorm.training import Cases, evaluate
 from portnorm.training import progress as progress_module
+from portnorm_backends.cpu import warming
 from tests.cases import IMPLEMENTATIONS, LAYERS, PRESETS
 from tests.conftest import Library
 from tests.tolerances import RECURRENT, relative
@@ -565,3 +567,17 @@ def test_scikit_learn_around_an_estimator() -> None:
     names = runpy.run_path(str(folder / "sklearn_training.py"))
     net, forest = names["main"](tries=2, epochs=15)
     assert net > forest + 0.1
+
+
+def test_the_demonstration_waits_for_its_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those that come while a net is trained round otherwise than the definitions: no two runs would give the same bits."""
+    warmed: list[Any] = []
+
+    def train(model: pn.Layer, *_: Any, **__: Any) -> Any:
+        assert warmed == [(model,)]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warming, "warm", lambda *layers: warmed.append(layers))
+    monkeypatch.setattr(demo, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        demo._train_one("LN-LSTM", demo.Budget(), tmp_path, None)

@@ -34,14 +34,12 @@ from portnorm.arrays import (
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator
 from portnorm.layers.randomness import Draw, uniform_numbers
+from portnorm.layers.summary import Call, Calls, Shape, Summary, SummaryRow, summarized
 from portnorm.op import require_cotangent
 from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of, valid, without_padding
 from portnorm.quantization import QuantizeName
 from portnorm.scalars import switch
 from portnorm.statistics import BATCHES, VALUES
-
-if TYPE_CHECKING:
-    from portnorm.layers.summary import Summary
 
 Arrays = dict[str, Array]
 
@@ -545,9 +543,26 @@ class Layer:
         >>> model.summary((20, 4)).rows[-1].output
         (20, 4, 3)
         """
-        from portnorm.layers.summary import summary
+        return summarized(self, input_shape)
 
-        return summary(self, input_shape)
+    def calls(self, x: Array, name: str) -> Calls:
+        """The calls of this layer, or of those inside it, on `x`, under the name that stands before theirs. Returns the result."""
+        try:
+            result = self(x)
+        except ShapeError as error:
+            raise ShapeError(f"`input_shape` does not fit: {error}") from error
+        y = result[0] if self.recurrent else result
+        yield Call(name, self, tuple(x.shape), tuple(y.shape))
+        return y
+
+    @property
+    def title(self) -> str:
+        """What a summary calls it."""
+        return type(self).__name__
+
+    def inside_of(self, takes: Shape, gives: Shape) -> list[SummaryRow]:
+        """Further rows of a summary, of the parts of a layer that takes and gives arrays of these shapes."""
+        return []
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
 
 from portnorm.arrays import Array, default_integer
-from portnorm.errors import ShapeError, UnsupportedError
-from portnorm.layers.layer import Arrays, Layer
-from portnorm.layers.names import without_suffix
-from portnorm.layers.recurrent import Recurrent
-from portnorm.layers.sequential import Sequential
+from portnorm.errors import UnsupportedError
 from portnorm.scalars import whole_number
 
 Shape = tuple[int | str, ...]
@@ -65,8 +62,41 @@ class Summary:
         return "\n".join((laid(header), rule, *map(laid, lines), rule, laid(total)))
 
 
-def summary(model: Layer, input_shape: Sequence[int] | None = None) -> Summary:
-    """See `Layer.summary`."""
+class Call(NamedTuple):
+    """One call of a layer inside a model."""
+
+    name: str
+    layer: Any
+    takes: tuple[int, ...]
+    gives: tuple[int, ...]
+
+
+Calls: TypeAlias = Generator[Call, None, Array]
+"""Of a model, one after the other; returns its result."""
+
+
+def summarized(model: Any, input_shape: Sequence[int] | None) -> Summary:
+    """See `Layer.summary`, whose layers say themselves what they call (`calls`) and what is inside of them (`inside_of`)."""
+    runs, named = _runs(model, input_shape)
+    found = [list(model.calls(_example(model, shape), "")) for shape in runs]
+    names = {tuple(sizes): name for name, sizes in zip(named, zip(*runs, strict=True), strict=False) if isinstance(name, str)}
+    rows: list[SummaryRow] = []
+    seen: set[int] = set()
+    for calls in zip(*found, strict=True):
+        layer, again = calls[0].layer, id(calls[0].layer) in seen
+        seen.add(id(layer))
+        takes, gives = (
+            [_axis(sizes, names) for sizes in zip(*shapes, strict=True)] for shapes in zip(*(c[2:] for c in calls), strict=True)
+        )
+        counts = (0, 0) if again else (count(layer.params), count(layer.buffers))
+        rows.append(SummaryRow(calls[0].name, layer.title, tuple(gives), *counts))
+        rows += [] if again else layer.inside_of(tuple(takes), tuple(gives))
+    size = sum(math.prod(a.shape) * _bytes(model, a) for a in model.state_dict().values())
+    return Summary(tuple(rows), count(model.params), count(model.buffers), size)
+
+
+def _runs(model: Any, input_shape: Any) -> tuple[list[tuple[int, ...]], Shape]:
+    """The shapes to call the model on, and the names of axes whose length varies."""
     if input_shape is None:
         try:
             named: Shape = tuple(model.input_dims())
@@ -74,48 +104,13 @@ def summary(model: Layer, input_shape: Sequence[int] | None = None) -> Summary:
             raise UnsupportedError(
                 f"`input_shape` is not given, and {type(model).__name__} does not say it; give one such as (20, 4, 8)"
             ) from None
-        runs = [tuple(d if isinstance(d, int) else probe.get(d, probe["batch"]) for d in named) for probe in _PROBES]
-    else:
-        if isinstance(input_shape, str | int) or not isinstance(input_shape, Sequence):
-            raise UnsupportedError(f"`input_shape` is {input_shape!r}; expected the lengths of all axes, such as (20, 4, 8)")
-        runs, named = [tuple(whole_number("input_shape", n, 1) for n in input_shape)], ()
-    found = [list(_calls(model, _example(model, shape), "")) for shape in runs]
-    names = {tuple(sizes): name for name, sizes in zip(named, zip(*runs, strict=True), strict=False) if isinstance(name, str)}
-    rows: list[SummaryRow] = []
-    seen: set[int] = set()
-    for places in zip(*found, strict=True):
-        name, layer, *_ = places[0]
-        before, shape = (tuple(_axis(sizes, names) for sizes in zip(*(p[k] for p in places), strict=True)) for k in (2, 3))
-        again = id(layer) in seen
-        seen.add(id(layer))
-        rows.append(SummaryRow(name, _title(layer), shape, 0 if again else _count(layer.params), 0 if again else _count(layer.buffers)))
-        if isinstance(layer, Recurrent) and layer.num_layers * layer.num_directions > 1 and not again:
-            rows.extend(_directions(layer, before, shape))
-    arrays = model.state_dict().values()
-    size = sum(math.prod(a.shape) * _bytes(model, a) for a in arrays)
-    return Summary(tuple(rows), _count(model.params), _count(model.buffers), size)
+        return [tuple(d if isinstance(d, int) else probe.get(d, probe["batch"]) for d in named) for probe in _PROBES], named
+    if isinstance(input_shape, str | int) or not isinstance(input_shape, Sequence):
+        raise UnsupportedError(f"`input_shape` is {input_shape!r}; expected the lengths of all axes, such as (20, 4, 8)")
+    return [tuple(whole_number("input_shape", n, 1) for n in input_shape)], ()
 
 
-def _calls(model: Layer, x: Array, name: str) -> Generator[tuple[str, Layer, tuple[int, ...], tuple[int, ...]], None, Array]:
-    """Each layer that is no container: its place, itself, and the shapes of what it takes and gives. Returns the result of all."""
-    if isinstance(model, Sequential):
-        for k, part in enumerate(model.parts):
-            x = yield from _calls(part, x, f"{name}.{k}" if name else str(k))
-        return x
-    y = _result(model, x)
-    yield name, model, tuple(x.shape), tuple(y.shape)
-    return y
-
-
-def _result(layer: Layer, x: Array) -> Array:
-    try:
-        result = layer(x)
-    except ShapeError as error:
-        raise ShapeError(f"`input_shape` does not fit: {error}") from error
-    return result[0] if layer.recurrent else result
-
-
-def _example(model: Layer, shape: tuple[int, ...]) -> Array:
+def _example(model: Any, shape: tuple[int, ...]) -> Array:
     """Numbers of this shape that any layer takes: ones, or the first of many words."""
     xp = model.xp
     if model.takes_integers:
@@ -130,33 +125,17 @@ def _axis(sizes: tuple[int, ...], names: dict[tuple[int, ...], str]) -> int | st
     return sizes[0] if len({*sizes}) == 1 else "?"
 
 
-def _directions(layer: Recurrent, before: Shape, after: Shape) -> Iterator[SummaryRow]:
-    """Of a stack, each direction of each layer."""
-    for k, (suffix, _, _) in enumerate(layer._places()):
-        last = k // layer.num_directions == layer.num_layers - 1
-        output = (*(after[:-1] if last else before[:-1]), layer.output_size)
-        own = without_suffix(layer.params, suffix), without_suffix(layer.buffers, suffix)
-        yield SummaryRow(f"  {suffix.removeprefix('_')}", "", output, _count(own[0]), _count(own[1]), inside=True)
-
-
-def _title(layer: Layer) -> str:
-    norm = getattr(layer, "norm", None)
-    if not isinstance(layer, Recurrent) or norm is None:
-        return type(layer).__name__
-    return f"{type(layer).__name__} {norm if isinstance(norm, str) else norm.source}"
-
-
-def _count(arrays: Arrays) -> int:
+def count(arrays: Mapping[str, Array]) -> int:
+    """How many numbers there are in all."""
     return sum(math.prod(a.shape) for a in arrays.values())
 
 
-def _bytes(model: Layer, a: Array) -> int:
-    dtype = a.dtype
-    known = getattr(dtype, "itemsize", None)
+def _bytes(model: Any, a: Array) -> int:
+    known = getattr(a.dtype, "itemsize", None)
     if known is not None:
         return int(known)
-    info = model.xp.finfo if model.xp.isdtype(dtype, "real floating") else model.xp.iinfo
-    return int(info(dtype).bits) // 8
+    info = model.xp.finfo if model.xp.isdtype(a.dtype, "real floating") else model.xp.iinfo
+    return int(info(a.dtype).bits) // 8
 
 
 def _written(shape: Shape) -> str:
