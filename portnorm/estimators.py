@@ -148,6 +148,8 @@ class _SequenceEstimator(BaseEstimator):  # type: ignore[misc]
     def _sequences(self, X: Any, *, fitting: bool = False) -> list[NumPyArray]:
         """A list of arrays (time, features) of numbers; raises `ValueError` and `TypeError` as scikit-learn does."""
         columns = False
+        if isinstance(X, numpy.ndarray) and X.dtype == object and X.ndim == 1:
+            X = [*X]
         if isinstance(X, list | tuple) and X and _is_ragged(X):
             sequences = [_sequence(s, k) for k, s in enumerate(X)]
         else:

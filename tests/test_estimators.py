@@ -75,11 +75,13 @@ def test_forms_of_the_same_sequences(kind: Kind, rng: np.random.Generator) -> No
     """An array of three axes, one of two, lists of arrays, of rows, and of plain numbers."""
     array = rng.standard_normal((20, 5))
     y = targets(kind, array)
-    forms: list[Any] = [array[:, :, None], array, [*array[:, :, None]], [*array], array.tolist(), array[:, :, None].tolist()]
-    found = [small(kind).fit(X, y).predict(forms[0]) for X in forms]
+    objects = np.empty(20, dtype=object)
+    objects[:] = [*array[:, :, None]]
+    forms: list[Any] = [objects, array[:, :, None], array, [*array[:, :, None]], [*array], array.tolist(), array[:, :, None].tolist()]
+    found = [small(kind).fit(X, y).predict(forms[1]) for X in forms]
     for other in found[1:]:
         np.testing.assert_array_equal(other, found[0])
-    fitted = small(kind).fit(forms[0], y)
+    fitted = small(kind).fit(forms[1], y)
     for X in forms:
         np.testing.assert_array_equal(fitted.predict(X), found[0])
 

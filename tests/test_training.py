@@ -336,6 +336,9 @@ def test_what_stands_in_padding_changes_nothing(target: str, batch_first: bool, 
 
     padded = run(turned(x), turned(y), LENGTHS)
     assert padded == run(ragged, targets)
+    objects = np.empty(CASES, dtype=object)
+    objects[:] = ragged
+    assert padded == run(objects, targets)
     assert all(map(math.isfinite, padded[0].losses))
 
 
@@ -438,6 +441,14 @@ def test_a_model_without_time_and_a_loss_of_ones_own(rng: np.random.Generator) -
 
 
 @pytest.mark.peers
+def test_what_is_not_computed_yet_is_named() -> None:
+    import dask.array as da
+
+    with pytest.raises(pn.UnsupportedError, match=r"`x` is an array whose values cannot be looked at yet .*x.compute\(\)"):
+        pn.fit(classifier(xp=da), da.asarray(X), da.asarray(Y))
+
+
+@pytest.mark.peers
 def test_parameters_that_torch_records_are_trained_without_its_graph(rng: np.random.Generator) -> None:
     import torch
 
@@ -480,6 +491,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "a column of classes": ((None, X, Y[:, None]), {}, pn.ShapeError, r"`y` has shape \(cases, 1\); expected \(cases,\)"),
     "a label": ((None, X, Y + 3 * (np.arange(CASES) == 3)), {}, pn.ShapeError, r"`y` has the label 3 at \(3,\); expected 0 to 2"),
     "a negative label": ((None, X, Y - 1), {}, pn.ShapeError, r"`y` has the label -1 at \(0,\)"),
+    "words for labels": ((None, X, ["a"] * CASES), {}, pn.DTypeError, "`y` has dtype <U1; expected real numbers"),
     "truth values": ((None, X, Y == 0), {}, pn.DTypeError, "`y` has dtype bool"),
     "floats for classes": (
         (None, X, Y * 1.0),

@@ -54,6 +54,11 @@ def pad_sequences(sequences: Sequence[Array], *, batch_first: bool = False) -> t
     return xp.stack(padded, axis=0 if batch_first else 1), lengths
 
 
+def _unpacked(a: Any) -> Any:
+    """The sequences of a NumPy array of objects, as some keep what differs in length."""
+    return [*a] if isinstance(a, numpy.ndarray) and a.dtype == object and a.ndim == 1 else a
+
+
 def _zeros(xp: Namespace, like: Array, steps: int) -> Array:
     return xp.zeros((steps, *like.shape[1:]), dtype=like.dtype, device=device_of(like))
 
@@ -85,6 +90,7 @@ class Cases:
                 "`model` gives the last step of `x` first, so that its steps are not those of `y`; use direction='reverse', which goes the "
                 "same way, or return_sequences=False"
             )
+        x, y = (_unpacked(a) for a in (x, y))
         if isinstance(x, list | tuple):
             if lengths is not None:
                 raise UnsupportedError(f"`{name}lengths` is given beside a list of sequences, which have lengths of their own")
@@ -96,11 +102,15 @@ class Cases:
         y, weights = (xp.asarray(a, device=device_of(x)) if isinstance(a, list | tuple) else a for a in (y, weights))
         namespace(**{f"{name}x": x, f"{name}y": y, f"{name}weights": weights})
         require_given(**{f"{name}y": y})
+        if not is_concrete(x):
+            raise UnsupportedError(
+                f"`{name}x` is an array whose values cannot be looked at yet (of Dask, or inside of jit); expected one that is, x.compute()"
+            )
         if x.ndim <= axis:
             raise ShapeError(f"`{name}x` has shape {tuple(x.shape)}; expected (time, cases, features)")
         if is_kind(xp, y.dtype, "bool"):
             raise DTypeError(f"`{name}y` has dtype bool; expected integers for classes, or floating-point numbers")
-        require_real(xp, **{f"{name}weights": weights})
+        require_real(xp, **{f"{name}y": y, f"{name}weights": weights})
         if lengths is not None:
             if not model.recurrent:
                 raise UnsupportedError(f"`{name}lengths` is given, but {type(model).__name__} has no recurrent layer")

@@ -53,7 +53,8 @@ def check_targets(model: Layer, cases: Cases | None, loss: Loss) -> None:
     if bool(xp.any(wrong)):
         first = tuple(int(k) for k in numpy.argwhere(to_numpy(wrong))[0])
         raise ShapeError(
-            f"`y` has the label {int(labels[first])} at {first}; expected 0 to {classes - 1}, the classes of the model, or {IGNORED}"
+            f"`y` has the label {int(labels[first])} at {first}; expected 0 to {classes - 1}, the classes of the model, or {IGNORED}; "
+            "integers are classes, give floating-point numbers for other targets"
         )
 
 
