@@ -404,6 +404,22 @@ def test_an_early_stop_ends_with_the_best(rng: np.random.Generator) -> None:
     assert bits(until) == bits(model)
 
 
+@pytest.mark.parametrize("xp", [None, pytest.param("torch", marks=pytest.mark.peers), "array_api_strict"])
+def test_targets_may_be_a_list(xp: Any, rng: np.random.Generator) -> None:
+    """Of numbers, of scalars, and of arrays of one shape."""
+    model = classifier(xp=xp)
+    x, y = some(rng)
+    array = model.xp.asarray
+    found = []
+    for targets in (array(y), y.tolist(), [*y]):
+        model = classifier(xp=xp)
+        pn.fit(model, array(x), targets, epochs=1)
+        found.append(bits(model))
+    assert found[1] == found[2] == found[0]
+    rows = [array(row) for row in np.eye(CLASSES, dtype="float32")[y]]
+    assert pn.fit(classifier(xp=xp), array(x), rows, epochs=1).losses
+
+
 def test_every_case_is_in_every_epoch_once(rng: np.random.Generator) -> None:
     x, y = some(rng)
     x[:, :, 0] = np.arange(CASES)
@@ -492,6 +508,13 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "a label": ((None, X, Y + 3 * (np.arange(CASES) == 3)), {}, pn.ShapeError, r"`y` has the label 3 at \(3,\); expected 0 to 2"),
     "a negative label": ((None, X, Y - 1), {}, pn.ShapeError, r"`y` has the label -1 at \(0,\)"),
     "words for labels": ((None, X, ["a"] * CASES), {}, pn.DTypeError, "`y` has dtype <U1; expected real numbers"),
+    "targets of each step in a list for the last": (
+        (None, X, [np.zeros(n) for n in LENGTHS]),
+        {},
+        pn.ShapeError,
+        r"`y` has arrays of the shapes \(1,\), \(2,\), .*; expected one shape",
+    ),
+    "lists of different length": ((None, X, [[0.0] * n for n in LENGTHS]), {}, pn.DTypeError, "`y` makes no array"),
     "truth values": ((None, X, Y == 0), {}, pn.DTypeError, "`y` has dtype bool"),
     "floats for classes": (
         (None, X, Y * 1.0),

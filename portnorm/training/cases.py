@@ -59,6 +59,19 @@ def _unpacked(a: Any) -> Any:
     return [*a] if isinstance(a, numpy.ndarray) and a.dtype == object and a.ndim == 1 else a
 
 
+def _gathered(xp: Namespace, x: Array, a: Any, name: str) -> Any:
+    """A list of numbers, or of arrays of one shape, as an array beside `x`; raises `ShapeError` and `DTypeError`."""
+    if not isinstance(a, list | tuple):
+        return a
+    shapes = {tuple(getattr(item, "shape", ())) for item in a}
+    if len(shapes) > 1:
+        raise ShapeError(f"`{name}` has arrays of the shapes {', '.join(map(str, sorted(shapes)))}; expected one shape, that of a target")
+    try:
+        return xp.stack([*a]) if shapes not in ({()}, set()) else xp.asarray(a, device=device_of(x))
+    except (TypeError, ValueError) as error:
+        raise DTypeError(f"`{name}` makes no array: {error}; expected numbers") from error
+
+
 def _zeros(xp: Namespace, like: Array, steps: int) -> Array:
     return xp.zeros((steps, *like.shape[1:]), dtype=like.dtype, device=device_of(like))
 
@@ -99,7 +112,7 @@ class Cases:
                 y, _ = pad_sequences(y, batch_first=axis == 0)
             x, lengths = pad_sequences(x, batch_first=axis == 0)
         xp = namespace(**{f"{name}x": x})
-        y, weights = (xp.asarray(a, device=device_of(x)) if isinstance(a, list | tuple) else a for a in (y, weights))
+        y, weights = (_gathered(xp, x, a, f"{name}{what}") for a, what in ((y, "y"), (weights, "weights")))
         namespace(**{f"{name}x": x, f"{name}y": y, f"{name}weights": weights})
         require_given(**{f"{name}y": y})
         if not is_concrete(x):
