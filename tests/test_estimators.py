@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score, train_test_split
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.estimator_checks import estimator_checks_generator
 
 import portnorm as pn
 from portnorm.estimators import CELLS, SequenceClassifier, SequenceRegressor
@@ -27,7 +27,10 @@ CHECKED = [
 ]
 
 
-@parametrize_with_checks(CHECKED)
+CHECKS = [pair for estimator in CHECKED for pair in estimator_checks_generator(estimator)]
+
+
+@pytest.mark.parametrize(("estimator", "check"), CHECKS, ids=[f"{e}-{c.func.__name__}" for e, c in CHECKS])
 def test_scikit_learns_own_checks(estimator: Any, check: Any) -> None:
     """None is expected to fail: a 2-D X is cases of one feature, with the columns that `fit` had."""
     check(estimator)
