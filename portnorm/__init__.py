@@ -43,7 +43,7 @@ from portnorm.updates import clip_by_global_norm, weights_only
 
 if TYPE_CHECKING:
     from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
-    from portnorm.checkpoint.saved import load, save
+    from portnorm.checkpoint.layers import load, save
     from portnorm.checkpoint.training import Training
     from portnorm.training import fit, pad_sequences
     from portnorm_backends.cpu.warming import warm
@@ -59,8 +59,8 @@ __version__ = "0.1.0"
 
 # Loaded on first use: what reads and writes files, and what needs an extra. Each with the packages that it needs.
 _LAZY: dict[str, tuple[str, tuple[str, ...]]] = {
-    "save": ("portnorm.checkpoint.saved", ()),
-    "load": ("portnorm.checkpoint.saved", ()),
+    "save": ("portnorm.checkpoint.layers", ()),
+    "load": ("portnorm.checkpoint.layers", ()),
     "Training": ("portnorm.checkpoint.training", ()),
     "fit": ("portnorm.training", ()),
     "pad_sequences": ("portnorm.training", ()),

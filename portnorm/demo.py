@@ -16,7 +16,7 @@ import numpy
 
 from portnorm.arrays import require_extra
 from portnorm.cells.variants import NormName
-from portnorm.checkpoint.saved import load, save
+from portnorm.checkpoint.layers import load, save
 from portnorm.digits import sequential_digits
 from portnorm.files import written_whole
 from portnorm.layers.layer import Layer

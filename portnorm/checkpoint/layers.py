@@ -1,16 +1,17 @@
-"""Layers as text: the class and configuration of each as JSON, and a layer made of it again."""
+"""Saving and loading layers: the state dict as safetensors, the configuration as JSON in its metadata."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+import os
+from typing import Any, Literal, overload
 
-import numpy
-
-from portnorm.arrays import Array, DType, Namespace, dtype_name, to_numpy
+from portnorm.arrays import DType, Namespace, dtype_name, require_extra
 from portnorm.cells.variants import Variant
-from portnorm.errors import CheckpointError, PortnormError
+from portnorm.checkpoint import safetensors
+from portnorm.checkpoint.training import TRAINING_KEY, Training, described, loaded, parted, writable
+from portnorm.errors import CheckpointError, PortnormError, UnsupportedError
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.initial import without_values
 from portnorm.layers.layer import Layer
@@ -18,27 +19,103 @@ from portnorm.layers.linear import Linear
 from portnorm.layers.norms import BatchNorm, BatchRenorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from portnorm.layers.recurrent import GRU, LSTM, RNN
 from portnorm.layers.sequential import Sequential
+from portnorm.optimizers import Optimizer
 
 _CLASSES = (LSTM, GRU, RNN, Embedding, Linear, LayerNorm, RMSNorm, BatchNorm, BatchRenorm, GroupNorm, InstanceNorm)
 
 LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in _CLASSES}
 """Layers that a checkpoint can name."""
 
-NumPyArray = numpy.ndarray[Any, Any]
-
-KEY = "portnorm"
-"""Under which the metadata of a file has the text."""
+_KEY = "portnorm"
 
 
-def arrays_of(layer: Layer) -> dict[str, NumPyArray]:
-    """Parameters and buffers as a file holds them."""
-    return {name: writable(a) for name, a in layer.state_dict().items()}
+def save(model: Layer | Training, path: str | os.PathLike[str]) -> None:
+    """Write a layer with its parameters, buffers and configuration as a safetensors file, complete or not at all.
+
+    A `portnorm.Training` is written with its optimizer and that one's state, the number of updates, the generator and the notes as well.
+    Raises `CheckpointError` where the arrays of a layer do not fit its attributes, so that they could not be loaded again, and for what no
+    file can hold; a file that was there then stays as it was.
+
+    >>> import portnorm as pn, tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "m.safetensors")
+    >>> pn.save(pn.Linear(2, 3, rng=0), path)
+    >>> pn.load(path)
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    run, layer = (model, model.model) if isinstance(model, Training) else (None, model)
+    if not isinstance(layer, Layer):
+        raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm, or a portnorm.Training")
+    arrays = {name: writable(a) for name, a in layer.state_dict().items()}
+    about = {} if run is None else {TRAINING_KEY: described(run, arrays)}
+    safetensors.write(path, arrays, {_KEY: to_json(layer), "format": "np", **about})
 
 
-def writable(a: Array) -> NumPyArray:
-    """An array of any library as a file holds it: bfloat16, which NumPy does not have, as float32."""
-    found: NumPyArray = to_numpy(a)
-    return found.astype(numpy.float32) if found.dtype.name == "bfloat16" else found
+@overload
+def load(
+    path: str | os.PathLike[str],
+    *,
+    xp: Namespace | str | None = ...,
+    device: Any = ...,
+    dtype: DType | None = ...,
+    prefix: str | None = ...,
+    training: Literal[False] = ...,
+) -> Layer: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike[str],
+    *,
+    xp: Namespace | str | None = ...,
+    device: Any = ...,
+    dtype: DType | None = ...,
+    training: Literal[True],
+    optimizer: Optimizer | None = ...,
+) -> Training: ...
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    xp: Namespace | str | None = None,
+    device: Any = None,
+    dtype: DType | None = None,
+    prefix: str | None = None,
+    training: bool = False,
+    optimizer: Optimizer | None = None,
+) -> Layer | Training:
+    """The layer that `save` or `export` wrote, on NumPy or in the library, on the device and of the dtype asked for.
+
+    With `training=True` the `portnorm.Training` that was saved; without it a file of one gives the model alone. `optimizer` takes the place
+    of the one in the file, whose state it goes on from; it is needed where a function (a schedule) is among the settings, since files hold
+    no functions.
+    A file that ends in `.onnx` is a graph of `portnorm.export`, `export_torch` or `export_training_step`: its configuration and weights
+    give the layer back as it was exported, bit by bit, also after a tool has renamed, merged or folded them. Where several layers are in
+    it, `prefix` is that of the names of the one that is meant; a layer in a torch model has the module's path ("encoder.rnn").
+    Where a tool has changed the numbers themselves, such as a conversion to float16, what the file holds now is loaded, with a
+    `ChangedFileWarning` that names the arrays; numbers of the graph that are only made of them are named too.
+    Raises `CheckpointError` where the file cannot be read, is damaged, does not hold an array any more, or was not written by portnorm.
+    """
+    name = os.fspath(path)
+    if optimizer is not None and not training:
+        raise UnsupportedError("`optimizer` is given, but without training=True a model alone is loaded")
+    if name.endswith(".onnx"):
+        if training:
+            raise CheckpointError(f"{name!r} is a graph, which holds a model and no state of its training; use training=False")
+        made = require_extra("portnorm_onnx.metadata", "onnx")
+        layer: Layer = made.load_layer(path, xp=xp, device=device, dtype=dtype, prefix=prefix)
+        return layer
+    if prefix is not None:
+        raise UnsupportedError(f"`prefix` is {prefix!r}, and {name!r} is no .onnx file; only in those there are several layers")
+    arrays, metadata = safetensors.read(path)
+    if _KEY not in metadata:
+        raise CheckpointError(f"{name!r} holds arrays but no configuration of portnorm; make the layer and use load_state_dict")
+    own, beside, about = parted(arrays, metadata, path)
+    if training and about is None:
+        raise CheckpointError(f"{name!r} holds a model and no state of its training, which portnorm.save writes of a portnorm.Training")
+    layer = from_json(metadata[_KEY], xp=xp, device=device, dtype=dtype)
+    layer.load_state_dict(own)
+    return loaded(layer, beside, about, optimizer, dtype, path) if training else layer
 
 
 def to_json(layer: Layer) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import Array, DType, default_integer, dtype_name, is_kind, load_dtype, xp_of
-from portnorm.checkpoint.layers import KEY, arrays_of, to_json, writable
+from portnorm.arrays import Array, DType, default_integer, dtype_name, is_kind, load_dtype, to_numpy, xp_of
 from portnorm.errors import CheckpointError, DTypeError, PortnormError, UnsupportedError
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Layer
@@ -21,7 +20,7 @@ from portnorm.optimizers import OPTIMIZERS, Optimizer
 from portnorm.scalars import switch, whole_number
 from portnorm.updates import OptimizerState, weights_only
 
-TRAINING_KEY = f"{KEY}.training"
+TRAINING_KEY = "portnorm.training"
 """Under which the metadata of a file says what it holds beside the model."""
 
 _OWN = {c.__name__: c for c in OPTIMIZERS.values()}
@@ -30,7 +29,8 @@ _BITS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 _FUNCTIONS = {"weights_only": weights_only}
 """Functions that a file can name."""
 
-NumPyArrays = dict[str, "numpy.ndarray[Any, Any]"]
+NumPyArray = numpy.ndarray[Any, Any]
+NumPyArrays = dict[str, NumPyArray]
 
 
 @dataclass
@@ -93,10 +93,14 @@ class Training:
 # -- to a file -----------------------------------------------------------------------------------------------------------------------------
 
 
-def described(run: Training) -> tuple[NumPyArrays, dict[str, str]]:
-    """The arrays and the metadata of a file. Raises `CheckpointError` for what no file can hold."""
-    arrays = arrays_of(run.model)
-    metadata = {KEY: to_json(run.model), "format": "np"}
+def writable(a: Array) -> NumPyArray:
+    """An array of any library as a file holds it: bfloat16, which NumPy does not have, as float32."""
+    found: NumPyArray = to_numpy(a)
+    return found.astype(numpy.float32) if found.dtype.name == "bfloat16" else found
+
+
+def described(run: Training, arrays: NumPyArrays) -> str:
+    """What a file says of a run beside its model; its arrays join those of the model. Raises `CheckpointError` for what no file can hold."""
     about = {
         "version": 1,
         "optimizer": _settings(run.optimizer),
@@ -106,7 +110,7 @@ def described(run: Training) -> tuple[NumPyArrays, dict[str, str]]:
         "notes": _tree(run.notes, "notes", arrays),
         "evaluates": [layer.evaluates for layer in inside(run.model)],
     }
-    return arrays, {**metadata, TRAINING_KEY: json.dumps(about)}
+    return json.dumps(about)
 
 
 def inside(layer: Layer) -> Iterator[Layer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -521,7 +521,7 @@ class Layer:
         """This layer and all layers inside it."""
         yield self
 
-    def summary(self, input_shape: Sequence[int] | None = None) -> Summary:
+    def summary(self, input_shape: tuple[int, ...] | list[int] | None = None) -> Summary:
         """What the model is made of: layers, the shapes of their results, parameters and statistics; `print` shows a table.
 
         The shapes are those of a call on `input_shape`, such as (time, batch, features); without it axes whose length varies have names.

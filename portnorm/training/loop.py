@@ -13,8 +13,7 @@ from typing import Any
 import numpy
 
 from portnorm.arrays import constant, to_numpy, xp_of
-from portnorm.checkpoint.layers import to_json
-from portnorm.checkpoint.saved import load, save
+from portnorm.checkpoint.layers import load, save
 from portnorm.checkpoint.training import Training, inside
 from portnorm.errors import CheckpointError, PortnormError, UnsupportedError
 from portnorm.layers.initial import Generator
@@ -248,7 +247,7 @@ def _resumed(run: Training, path: Any, told: dict[str, Any]) -> tuple[Training, 
     """
     model, name = run.model, os.fspath(path)
     old = load(path, xp=model.xp, device=model.device, training=True, optimizer=run.optimizer)
-    if to_json(old.model) != to_json(model):
+    if old.model.told() != model.told():
         raise CheckpointError(f"`checkpoint` {name!r} is of another model, {old.model!r}; expected {model!r}")
     if [layer.evaluates for layer in inside(old.model)] != [layer.evaluates for layer in inside(model)]:
         raise CheckpointError(
