@@ -131,7 +131,7 @@ def test_a_file_of_a_run_gives_the_model_alone(tmp_path: Path) -> None:
         pn.load(tmp_path / "model.safetensors", training=True)
     with pytest.raises(pn.UnsupportedError, match=r"`optimizer` is given, but without training=True"):
         pn.load(tmp_path / "model.safetensors", optimizer=pn.Adam())  # type: ignore[call-overload]
-    with pytest.raises(pn.UnsupportedError, match=r"`model` is a dict; expected a layer of portnorm, or a portnorm.Training"):
+    with pytest.raises(pn.UnsupportedError, match=r"`layer` is a dict; expected a layer of portnorm, or a portnorm.Training"):
         pn.save({}, tmp_path / "m")  # type: ignore[arg-type]
 
 

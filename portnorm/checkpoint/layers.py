@@ -29,7 +29,7 @@ LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in _CLASSES}
 _KEY = "portnorm"
 
 
-def save(model: Layer | Training, path: str | os.PathLike[str]) -> None:
+def save(layer: Layer | Training, path: str | os.PathLike[str]) -> None:
     """Write a layer with its parameters, buffers and configuration as a safetensors file, complete or not at all.
 
     A `portnorm.Training` is written with its optimizer and that one's state, the number of updates, the generator and the notes as well.
@@ -42,12 +42,12 @@ def save(model: Layer | Training, path: str | os.PathLike[str]) -> None:
     >>> pn.load(path)
     Linear(in_features=2, out_features=3, bias=True)
     """
-    run, layer = (model, model.model) if isinstance(model, Training) else (None, model)
-    if not isinstance(layer, Layer):
-        raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm, or a portnorm.Training")
-    arrays = {name: writable(a) for name, a in layer.state_dict().items()}
-    about = {} if run is None else {TRAINING_KEY: described(run, arrays)}
-    safetensors.write(path, arrays, {_KEY: to_json(layer), "format": "np", **about})
+    model = layer.model if isinstance(layer, Training) else layer
+    if not isinstance(model, Layer):
+        raise UnsupportedError(f"`layer` is a {type(layer).__name__}; expected a layer of portnorm, or a portnorm.Training")
+    arrays = {name: writable(a) for name, a in model.state_dict().items()}
+    about = {TRAINING_KEY: described(layer, arrays)} if isinstance(layer, Training) else {}
+    safetensors.write(path, arrays, {_KEY: to_json(model), "format": "np", **about})
 
 
 @overload

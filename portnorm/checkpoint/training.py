@@ -100,7 +100,7 @@ def writable(a: Array) -> NumPyArray:
 
 
 def described(run: Training, arrays: NumPyArrays) -> str:
-    """What a file says of a run beside its model; its arrays join those of the model. Raises `CheckpointError` for what no file can hold."""
+    """What a file says of a run beside its model; its own arrays join `arrays`. Raises `CheckpointError` for what no file can hold."""
     about = {
         "version": 1,
         "optimizer": _settings(run.optimizer),
