@@ -134,6 +134,24 @@ def demo() -> str:
     return table(header, rows)
 
 
+def norms_elsewhere() -> str:
+    """Where which norm comes first: kept results of benchmarks/papers."""
+    names = ("plain", "BN", "LN")
+    kept = {
+        n: json.loads((RESULTS / "papers" / f"{n}.json").read_text())["rows"] for n in ("sequential_digits", "characters", "small_batches")
+    }
+    digits = {row[0]: row[3] for row in kept["sequential_digits"] if row[1] == "in order"}
+    characters = {row[0]: row[2] for row in kept["characters"]}
+    batches = {row[1]: (row[4], row[3]) for row in kept["small_batches"] if row[0] == "batch 4"}
+    rows = [
+        ("digits, one pixel per step, five seeds", "accuracy %, higher is better", *(digits[name] for name in names)),
+        ("the next character of a text", "bits, lower is better", *(characters[name] for name in names)),
+        ("digits without time, batches of 4", "training loss at the end, lower is better", *(batches[name][0] for name in names)),
+        ("the same", "held-out error %, lower is better", *(batches[name][1] for name in names)),
+    ]
+    return table(("task", "measured", "plain", "BN", "LN"), rows)
+
+
 # -- docs/runtimes.md, kept from runs of benchmarks/conformance.py and benchmarks/latency.py -----------------------------------------------
 
 
@@ -445,6 +463,7 @@ TABLES = {
     "graphs": graphs,
     "libraries": libraries,
     "demo": demo,
+    "norms_elsewhere": norms_elsewhere,
 }
 
 

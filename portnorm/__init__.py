@@ -38,12 +38,15 @@ from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
 from portnorm.norm.weight import weight_norm, weight_norm_init
 from portnorm.op import vjp
-from portnorm.optimizers import SGD, Adam, RMSProp, clip_by_global_norm
+from portnorm.optimizers import SGD, Adam, AdamW, RMSProp
 from portnorm.quantization import fake_quantize
+from portnorm.updates import clip_by_global_norm, weights_only
 
 if TYPE_CHECKING:
     from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
     from portnorm.checkpoint.layers import load, save
+    from portnorm.checkpoint.training import Training
+    from portnorm.training import fit, pad_sequences
     from portnorm_backends.cpu.warming import warm
     from portnorm_backends.torch_export import export_torch
     from portnorm_backends.torch_module import torch_module
@@ -61,6 +64,9 @@ loaders.fill()
 _LAZY: dict[str, tuple[str, tuple[str, ...]]] = {
     "save": ("portnorm.checkpoint.layers", ()),
     "load": ("portnorm.checkpoint.layers", ()),
+    "Training": ("portnorm.checkpoint.training", ()),
+    "fit": ("portnorm.training", ()),
+    "pad_sequences": ("portnorm.training", ()),
     "FORMATS": ("portnorm.checkpoint.foreign", ()),
     "import_checkpoint": ("portnorm.checkpoint.foreign", ()),
     "to_format": ("portnorm.checkpoint.foreign", ()),
@@ -83,6 +89,7 @@ __all__ = [
     "SGD",
     "VARIANTS",
     "Adam",
+    "AdamW",
     "ArgumentError",
     "BatchNorm",
     "BatchRenorm",
@@ -103,6 +110,7 @@ __all__ = [
     "RMSProp",
     "Sequential",
     "ShapeError",
+    "Training",
     "UnsupportedError",
     "Variant",
     "batch_norm",
@@ -114,6 +122,7 @@ __all__ = [
     "export_torch",
     "export_training_step",
     "fake_quantize",
+    "fit",
     "group_norm",
     "import_checkpoint",
     "instance_norm",
@@ -121,6 +130,7 @@ __all__ = [
     "linear",
     "load",
     "mean_squared_error",
+    "pad_sequences",
     "quantized",
     "replace_modules",
     "rms_norm",
@@ -133,6 +143,7 @@ __all__ = [
     "warm",
     "weight_norm",
     "weight_norm_init",
+    "weights_only",
 ]
 
 

@@ -511,7 +511,7 @@ def test_a_call_in_evaluation_changes_no_array(cell: str, norm: str | None, libr
 # -- optimizers --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", [pn.SGD(0.1), pn.SGD(0.1, momentum=0.9), pn.RMSProp(), pn.Adam()], ids=repr)
+@pytest.mark.parametrize("optimizer", [pn.SGD(0.1), pn.SGD(0.1, momentum=0.9), pn.RMSProp(), pn.Adam(), pn.AdamW()], ids=repr)
 def test_an_update_takes_just_the_gradients_of_the_parameters(optimizer: Any) -> None:
     params = {"weight": np.ones((3, 2)), "bias": np.ones(3)}
     grads, state = {name: 0.5 * p for name, p in params.items()}, optimizer.init(params)

@@ -176,7 +176,7 @@ def test_weight_norm_of_long_narrow_rows(narrow_of: Any) -> None:
 
 # -- states --------------------------------------------------------------------------------------------------------------------------------
 
-OPTIMIZERS = [pn.SGD(0.1), pn.SGD(0.1, momentum=0.9), pn.RMSProp(0.01), pn.Adam(0.01)]
+OPTIMIZERS = [pn.SGD(0.1), pn.SGD(0.1, momentum=0.9), pn.RMSProp(0.01), pn.Adam(0.01), pn.AdamW(0.01, decayed=["*"])]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=repr)

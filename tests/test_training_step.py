@@ -68,7 +68,7 @@ def test_every_preset(cell: str, norm: str | None) -> None:
     assert len(report.body_nodes) == 4
 
 
-@pytest.mark.parametrize("optimizer", [pn.SGD(0.1), pn.SGD(0.1, momentum=0.9), pn.RMSProp(), pn.Adam()], ids=repr)
+@pytest.mark.parametrize("optimizer", [pn.SGD(0.1), pn.SGD(0.1, momentum=0.9), pn.RMSProp(), pn.Adam(), pn.AdamW()], ids=repr)
 def test_every_optimizer(optimizer: Any) -> None:
     model = pn.Sequential(pn.Linear(4, 5, rng=0), pn.BatchNorm(5), pn.Linear(5, 3, rng=0))
     report = pn.export_training_step(model, pn.softmax_cross_entropy, optimizer, None)

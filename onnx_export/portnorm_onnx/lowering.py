@@ -272,6 +272,8 @@ _SAME: dict[str, str] = {
     "logical_not": "Not",
     "matmul": "MatMul",
     "round": "Round",
+    "floor": "Floor",
+    "cos": "Cos",
     "isnan": "IsNaN",
 }
 

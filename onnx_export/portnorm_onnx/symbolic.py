@@ -173,6 +173,11 @@ class SymbolicArray:
     def __truediv__(self, other: Any) -> SymbolicArray:
         return self._call("divide", other)
 
+    def __floordiv__(self, other: Any) -> SymbolicArray:
+        """Of floats; schedules of a learning rate go down by it."""
+        quotient: SymbolicArray = self / other
+        return quotient._call("floor")
+
     def __rsub__(self, other: Any) -> SymbolicArray:
         return _as_array(other, self) - self
 

@@ -18,7 +18,8 @@ from portnorm.errors import ConformanceError, ExportError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.losses import softmax_cross_entropy
 from portnorm.op import Op, vjp
-from portnorm.optimizers import Optimizer, clip_by_global_norm
+from portnorm.optimizers import Optimizer
+from portnorm.updates import clip_by_global_norm
 from portnorm_onnx.build import build
 from portnorm_onnx.export import checked_opset, checked_path
 from portnorm_onnx.lowering import training_opset

@@ -36,6 +36,7 @@ from portnorm.arrays import (
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator
 from portnorm.layers.randomness import Draw, uniform_numbers
+from portnorm.layers.summary import Call, Calls, Shape, Summary, SummaryRow, summarized
 from portnorm.op import require_cotangent
 from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of, valid, without_padding
 from portnorm.quantization import QuantizeName
@@ -524,6 +525,49 @@ class Layer:
     def layers(self) -> Iterator[Layer]:
         """This layer and all layers inside it."""
         yield self
+
+    def summary(self, input_shape: tuple[int, ...] | list[int] | None = None) -> Summary:
+        """What the model is made of: layers, the shapes of their results, parameters and statistics; `print` shows a table.
+
+        The shapes are those of a call on `input_shape`, such as (time, batch, features); without it axes whose length varies have names.
+        A stack has a row for each direction too. Parts are called one after the other, in inference mode, on ones. Raises `ShapeError`
+        for an `input_shape` that does not fit, `UnsupportedError` for what is none, or where a layer of one's own needs it.
+
+        >>> import portnorm as pn
+        >>> model = pn.Sequential(pn.Embedding(96, 16), pn.LSTM(16, 8, norm="layer", num_layers=2), pn.Linear(8, 3))
+        >>> print(model.summary())
+              layer       output             parameters  statistics
+        ----  ----------  -----------------  ----------  ----------
+        0     Embedding   (time, batch, 16)       1,536           0
+        1     LSTM layer  (time, batch, 8)        1,632           0
+          l0              (time, batch, 8)          944           0
+          l1              (time, batch, 8)          688           0
+        2     Linear      (time, batch, 3)           27           0
+        ----  ----------  -----------------  ----------  ----------
+              in all      12,780 bytes            3,195           0
+        >>> model.summary((20, 4)).rows[-1].output
+        (20, 4, 3)
+        """
+        return summarized(self, input_shape)
+
+    def calls(self, x: Array, name: str) -> Calls:
+        """The calls of this layer, or of those inside it, on `x`, under the name that stands before theirs. Returns the result."""
+        try:
+            result = self(x)
+        except ShapeError as error:
+            raise ShapeError(f"`input_shape` does not fit: {error}") from error
+        y = result[0] if self.recurrent else result
+        yield Call(name, self, tuple(x.shape), tuple(y.shape))
+        return y
+
+    @property
+    def title(self) -> str:
+        """What a summary calls it."""
+        return type(self).__name__
+
+    def inside_of(self, takes: Shape, gives: Shape) -> list[SummaryRow]:
+        """Further rows of a summary, of the parts of a layer that takes and gives arrays of these shapes."""
+        return []
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.config.items())})"

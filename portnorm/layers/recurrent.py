@@ -22,6 +22,7 @@ from portnorm.layers.layer import Arrays, Layer
 from portnorm.layers.names import in_direction, with_suffix, without_suffix
 from portnorm.layers.randomness import Draw, Drawn
 from portnorm.layers.state import PlacedState, checked_time
+from portnorm.layers.summary import Shape, SummaryRow, count
 from portnorm.norm.normalize import Reduce
 from portnorm.padding import Counted, Mask, are_in_front, pack_steps, unpack_steps
 from portnorm.quantization import QuantizeName, checked_quantize
@@ -327,6 +328,22 @@ class Recurrent(Layer):
 
     def input_dims(self) -> tuple[int | str, ...]:
         return ("batch", "time", self.input_size) if self.batch_first else ("time", "batch", self.input_size)
+
+    @property
+    def title(self) -> str:
+        """What a summary calls it: its class and variant."""
+        norm = self.norm.source if isinstance(self.norm, Variant) else self.norm
+        return type(self).__name__ if norm is None else f"{type(self).__name__} {norm}"
+
+    def inside_of(self, takes: Shape, gives: Shape) -> list[SummaryRow]:
+        """Of a stack, each direction of each layer."""
+        rows = []
+        for k, (suffix, _, _) in enumerate(self._places()):
+            last = k // self.num_directions == self.num_layers - 1
+            own = count(without_suffix(self.params, suffix)), count(without_suffix(self.buffers, suffix))
+            output = (*(gives[:-1] if last else takes[:-1]), self.output_size)
+            rows.append(SummaryRow(f"  {suffix.removeprefix('_')}", "", output, *own, inside=True))
+        return rows if len(rows) > 1 else []
 
     # -- forward and backward ------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, Layer
 from portnorm.layers.randomness import Draw
+from portnorm.layers.summary import Calls
 from portnorm.padding import Counted, Mask, steps_of
 from portnorm.quantization import QuantizeName
 
@@ -231,6 +232,11 @@ class Sequential(Layer):
 
     def feature_axes(self, ndim: int) -> tuple[int, ...]:
         return self.parts[0].feature_axes(ndim)
+
+    def calls(self, x: Array, name: str) -> Calls:
+        for k, part in enumerate(self.parts):
+            x = yield from part.calls(x, f"{name}.{k}" if name else str(k))
+        return x
 
     def layers(self) -> Iterator[Layer]:
         for _, part in self._places():

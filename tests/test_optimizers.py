@@ -1,0 +1,180 @@
+"""Rates that change with the step, moments that go on, weights that decay."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+from portnorm.optimizers import OPTIMIZERS
+from tests.cases import IMPLEMENTATIONS, LAYERS, PRESETS
+from tests.conftest import Library
+
+STEPS = 5
+GRADS = [np.random.default_rng(k).standard_normal((2, 3)) for k in range(STEPS)]
+
+
+def schedule(step: Any) -> Any:
+    """Of arithmetic alone, so that it takes arrays too."""
+    return 0.1 * 0.5 ** (step // 2)
+
+
+def run(make: Any, rates: Any, array: Any = np.asarray) -> list[Any]:
+    """The parameters after each update, with a new optimizer for each where `rates` is a list."""
+    params = {"weight": array(np.ones((2, 3)))}
+    state, found = make(lr=0.1).init(params), []
+    for k, g in enumerate(GRADS):
+        optimizer = make(lr=rates[k]) if isinstance(rates, list) else make(lr=rates)
+        params, state = optimizer.update(params, {"weight": array(g)}, state)
+        found.append(params["weight"])
+    return found
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_schedule_is_the_rate_of_each_step(name: str, library: Library) -> None:
+    """As other optimizers with these rates on one state; the first step is 0."""
+    make = OPTIMIZERS[name]
+    expected = run(make, [schedule(k) for k in range(STEPS)])
+    assert not np.allclose(expected[-1], run(make, 0.1)[-1])
+    found = library.values(run(make, schedule, library.array))
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_schedule_of_python_sees_a_number(name: str) -> None:
+    """`math` and `if` work where values can be looked at."""
+    seen = []
+
+    def cosine(step: int) -> float:
+        seen.append(step)
+        return 0.1 if step < 2 else 0.05 * (1 + math.cos(math.pi * step / STEPS))
+
+    run(OPTIMIZERS[name], cosine)
+    assert seen == [*range(STEPS)]
+    assert all(type(step) is int for step in seen)
+
+
+@pytest.mark.parametrize("rate", [-0.1, math.nan, math.inf, None, "1"], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_a_schedule_gives_is_checked(name: str, rate: Any) -> None:
+    optimizer, params = OPTIMIZERS[name](lr=lambda step: rate if step == 1 else 0.1), {"weight": np.ones(2)}
+    params, state = optimizer.update(params, params, optimizer.init(params))
+    with pytest.raises(pn.UnsupportedError, match=r"`lr\(1\)` is .*; expected a number from 0.0"):
+        optimizer.update(params, params, state)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_schedule_under_jit(name: str) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    optimizer, params = OPTIMIZERS[name](lr=schedule), {"weight": jnp.ones((2, 3))}
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for k, g in enumerate(GRADS):
+        params, state = update(params, {"weight": jnp.asarray(g, dtype=params["weight"].dtype)}, state)
+        np.testing.assert_allclose(params["weight"], run(OPTIMIZERS[name], schedule)[k], rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_schedule_in_a_graph_of_an_update(name: str) -> None:
+    """Three updates, which `export_training_step` compares with eager ones."""
+    model = pn.Sequential(pn.GRU(2, 3, norm="layer", return_sequences=False, rng=0), pn.Linear(3, 2, rng=0))
+    report = pn.export_training_step(model, pn.softmax_cross_entropy, OPTIMIZERS[name](lr=schedule), None)
+    assert [comparison.steps for comparison in report.trajectories] == [1, 2, 3]
+
+
+# -- decay ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def decayed(optimizer: Any, params: dict[str, Any]) -> set[str]:
+    """The parameters that move where every gradient is 0."""
+    zero = {name: np.zeros_like(p) for name, p in params.items()}
+    after, _ = optimizer.update(params, zero, optimizer.init(params))
+    for name, p in params.items():
+        moves = not np.array_equal(after[name], p)
+        np.testing.assert_allclose(after[name], p * (1 - 0.1 * 0.5) if moves else p, rtol=1e-6)
+    return {name for name, p in params.items() if not np.array_equal(after[name], p)}
+
+
+@pytest.mark.parametrize(("cell", "norm"), PRESETS + IMPLEMENTATIONS)
+def test_matrices_decay_and_neither_biases_nor_gains(cell: str, norm: str | None) -> None:
+    layer = LAYERS[cell](3, 4, norm=norm, num_layers=2, bidirectional=True, learned_state=True, t_max=3, rng=0)
+    model = pn.Sequential(pn.Embedding(5, 3, rng=0), layer, pn.LayerNorm(8), pn.Linear(8, 2, rng=0))
+    params = {name: p + 0.5 for name, p in model.parameters().items()}
+    found = decayed(pn.AdamW(0.1, weight_decay=0.5), params)
+    weights = {name for name in params if ".weight_" in name and not name.endswith(".v")}
+    assert found == weights | {name for name in params if ".peephole" in name} | {"0.weight", "3.weight"}
+    assert len(weights) == 8
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        (["*weight_hh*"], {"weight_hh_l0"}),
+        (("*",), {"weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"}),
+        ([], set()),
+        (lambda name, p: name == "bias_ih_l0" and p.shape == (12,), {"bias_ih_l0"}),
+    ],
+    ids=["a pattern", "all", "none", "a function"],
+)
+def test_who_decays_may_be_chosen(chosen: Any, names: set[str]) -> None:
+    params = {name: p + 0.5 for name, p in pn.GRU(3, 4, rng=0).parameters().items()}
+    assert decayed(pn.AdamW(0.1, weight_decay=0.5, decayed=chosen), params) == names
+
+
+def test_a_decay_that_fits_nothing_is_named() -> None:
+    params = pn.GRU(3, 4, rng=0).parameters()
+    with pytest.raises(pn.UnsupportedError, match=r"`decayed` has '\*wieght\*', which fits none of the parameters weight_ih_l0"):
+        pn.AdamW(decayed=["*wieght*"]).init(params)
+    for wrong in ("*", None, 3, [3]):
+        with pytest.raises(pn.UnsupportedError, match=r"`decayed` is .*; expected patterns of names"):
+            pn.AdamW(decayed=wrong)  # type: ignore[arg-type]
+    for wrong in (-0.1, math.nan, None, True):
+        with pytest.raises(pn.UnsupportedError, match="`weight_decay`"):
+            pn.AdamW(weight_decay=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_is_that_of_torch_and_of_optax(decay: float, library: Library) -> None:
+    import optax
+    import torch
+
+    theirs = torch.nn.Parameter(torch.ones(2, 3, dtype=torch.float64))
+    of_torch = torch.optim.AdamW([theirs], lr=0.1, weight_decay=decay)
+    mine, params = pn.AdamW(lr=0.1, weight_decay=decay), {"weight": library.array(np.ones((2, 3)))}
+    of_optax, other = optax.adamw(0.1, weight_decay=decay), np.ones((2, 3))
+    state, optax_state = mine.init(params), of_optax.init(other)
+    for g in GRADS:
+        theirs.grad = torch.tensor(g)
+        of_torch.step()
+        changes, optax_state = of_optax.update(g, optax_state, other)
+        other = other + changes
+        params, state = mine.update(params, {"weight": library.array(g)}, state)
+        found = library.values([params["weight"]])[0]
+        np.testing.assert_allclose(found, theirs.detach().numpy(), rtol=1e-12)
+        np.testing.assert_allclose(found, other, rtol=1e-5)
+
+
+def test_a_decay_follows_the_schedule() -> None:
+    params = {"weight": np.ones((1, 1))}
+    adamw = pn.AdamW(lr=lambda step: 0.1 / (step + 1), weight_decay=0.5)
+    state = adamw.init(params)
+    for _ in range(2):
+        params, state = adamw.update(params, {"weight": np.zeros((1, 1))}, state)
+    np.testing.assert_allclose(params["weight"], (1 - 0.1 * 0.5) * (1 - 0.05 * 0.5), rtol=1e-12)
+
+
+def test_moments_go_on_where_a_rate_is_replaced() -> None:
+    params = {"weight": np.ones((2, 3))}
+    adam = pn.Adam(0.1)
+    _, state = adam.update(params, {"weight": GRADS[0]}, adam.init(params))
+    slower, _ = dataclasses.replace(adam, lr=0.05).update(params, {"weight": GRADS[1]}, state)
+    same, _ = adam.update(params, {"weight": GRADS[1]}, state)
+    np.testing.assert_allclose(params["weight"] - slower["weight"], 0.5 * (params["weight"] - same["weight"]), rtol=1e-12)

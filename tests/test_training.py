@@ -1,0 +1,618 @@
+"""Training: a stopped run and one that was not give the same bits; padding, weights and validation count as they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import portnorm as pn
+from portnorm import demo
+from portnorm.arrays import to_numpy
+from portnorm.checkpoint import safetensors
+from portnorm.optimizers import OPTIMIZERS
+from portnorm.training import Cases, evaluate
+from portnorm.training import progress as progress_module
+from portnorm_backends.cpu import warming
+from tests.cases import IMPLEMENTATIONS, LAYERS, PRESETS
+from tests.conftest import Library
+from tests.tolerances import RECURRENT, relative
+
+STEPS, CASES, FEATURES, CLASSES = 6, 9, 3, 3
+LENGTHS = [6, 4, 1, 6, 2, 3, 5, 6, 2]
+
+
+def some(rng: np.random.Generator, dtype: str = "float32") -> tuple[Any, Any]:
+    return rng.standard_normal((STEPS, CASES, FEATURES)).astype(dtype), rng.integers(0, CLASSES, CASES)
+
+
+def classifier(cell: str = "GRU", norm: Any = "layer", **keywords: Any) -> pn.Sequential:
+    settings = {"return_sequences": False, "t_max": STEPS, "rng": 0, **keywords}
+    layer = LAYERS[cell](FEATURES, 4, norm=norm, **settings)
+    head = {name: settings[name] for name in ("dtype", "xp") if name in settings}
+    return pn.Sequential(layer, pn.Linear(4 * layer.num_directions, CLASSES, rng=1, **head))
+
+
+def bits(model: pn.Layer) -> dict[str, bytes]:
+    return {name: to_numpy(a).tobytes() for name, a in model.state_dict().items()}
+
+
+# -- a run as a file -----------------------------------------------------------------------------------------------------------------------
+
+SCHEDULED = {f"{name} with a schedule": make(lr=lambda step: 0.02 / (1 + step)) for name, make in OPTIMIZERS.items()}
+WAYS: dict[str, Any] = {name: make(lr=0.02) for name, make in OPTIMIZERS.items()} | {"momentum": pn.SGD(0.02, 0.9)} | SCHEDULED
+GENERATORS = [np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64]
+
+
+def updates(run: pn.Training, count: int) -> None:
+    """Batches, dropout and a class for each, all drawn by the run's generator."""
+    for _ in range(count):
+        x, y = some(run.rng, np.dtype(run.model.dtype).name)
+        logits, _, pullback = run.model.vjp(x, lengths=LENGTHS, training=True, rng=run.rng)
+        loss, loss_pullback = pn.vjp(pn.softmax_cross_entropy, logits, y)
+        run.update(pullback(loss_pullback(np.ones_like(loss))[0])[-1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_a_run_from_a_file_goes_on_bit_by_bit(cell: str, norm: str | None, way: str, tmp_path: Path) -> None:
+    optimizer, path = WAYS[way], tmp_path / "run.safetensors"
+    model = classifier(cell, norm, num_layers=2, dropout=0.3, recurrent_dropout=0.2)
+    pn.warm(model)
+    run = pn.Training(model, optimizer, rng=3, notes={"losses": [0.1, math.inf], "best": {"a": np.arange(3.0)}, "pair": (None, True)})
+    updates(run, 2)
+    pn.save(run, path)
+    updates(run, 3)
+    same = pn.load(path, training=True, optimizer=optimizer if way in SCHEDULED else None)
+    assert (same.step, same.notes["losses"], same.notes["pair"]) == (2, [0.1, math.inf], (None, True))
+    np.testing.assert_array_equal(same.notes["best"]["a"], np.arange(3.0))
+    updates(same, 3)
+    assert bits(same.model) == bits(run.model)
+    assert repr(same.optimizer) == repr(run.optimizer)
+    assert same.rng.bit_generator.state == run.rng.bit_generator.state
+
+
+@pytest.mark.parametrize("bit_generator", GENERATORS, ids=lambda b: b.__name__)
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_every_generator_and_type(dtype: str, bit_generator: Any, tmp_path: Path) -> None:
+    run = pn.Training(classifier(dtype=dtype, recurrent_dropout=0.5), pn.Adam(1e-2), rng=np.random.Generator(bit_generator(5)))
+    updates(run, 1)
+    run.rng.standard_normal(3, dtype="float32")  # half of a word is kept for the next draw
+    pn.save(run, tmp_path / "run")
+    same = pn.load(tmp_path / "run", training=True)
+    for one in (run, same):
+        updates(one, 2)
+    assert bits(same.model) == bits(run.model)
+
+
+def test_a_run_in_every_library(eager: Library, dtype_of_library: str, tmp_path: Path) -> None:
+    xp, dtype = eager.xp, dtype_of_library
+    run = pn.Training(classifier(xp=xp, dtype=dtype), pn.AdamW(1e-2))
+    grads = [{n: eager.array(np.full(p.shape, k), dtype) for n, p in run.model.parameters().items()} for k in (0.5, -1.0)]
+    run.update(grads[0])
+    pn.save(run, tmp_path / "run")
+    same = pn.load(tmp_path / "run", training=True, xp=xp)
+    for one in (run, same):
+        one.update(grads[1])
+    assert bits(same.model) == bits(run.model)
+    assert same.state is not None
+    assert run.state is not None
+    for name in ("mean", "square"):
+        for key, a in run.state[name].items():
+            assert same.state[name][key].dtype == a.dtype
+
+
+def test_parts_that_evaluate_go_on_evaluating(tmp_path: Path) -> None:
+    """Parts, and containers inside of others: a run that goes on would take their statistics else."""
+    for name in ("whole", "inner", "part"):
+        inner = pn.Sequential(pn.BatchNorm(4), pn.Linear(4, CLASSES, rng=1))
+        model = pn.Sequential(classifier().parts[0], inner)
+        chosen = {"whole": model, "inner": inner, "part": inner.parts[0]}
+        chosen[name].eval()
+        pn.save(pn.Training(model, pn.SGD()), tmp_path / "run")
+        same: Any = pn.load(tmp_path / "run", training=True).model
+        found = {"whole": same, "inner": same.parts[1], "part": same.parts[1].parts[0]}
+        assert {key: layer.evaluates for key, layer in found.items()} == {key: key == name for key in chosen}
+
+
+def test_a_file_of_a_run_gives_the_model_alone(tmp_path: Path) -> None:
+    run = pn.Training(classifier(norm="batch"), pn.Adam(), rng=0)
+    updates(run, 1)
+    pn.save(run, tmp_path / "run.safetensors")
+    assert bits(pn.load(tmp_path / "run.safetensors")) == bits(run.model)
+    pn.save(run.model, tmp_path / "model.safetensors")
+    with pytest.raises(pn.CheckpointError, match=r"holds a model and no state of its training"):
+        pn.load(tmp_path / "model.safetensors", training=True)
+    with pytest.raises(pn.UnsupportedError, match=r"`optimizer` is given, but without training=True"):
+        pn.load(tmp_path / "model.safetensors", optimizer=pn.Adam())  # type: ignore[call-overload]
+    with pytest.raises(pn.UnsupportedError, match=r"`layer` is a dict; expected a layer of portnorm, or a portnorm.Training"):
+        pn.save({}, tmp_path / "m")  # type: ignore[arg-type]
+
+
+class Slow:
+    """An optimizer of one's own."""
+
+    def init(self, params: Any) -> Any:
+        return {"count": 0, "last": dict(params)}
+
+    def update(self, params: Any, grads: Any, state: Any) -> Any:
+        return {n: p - 0.1 * grads[n] for n, p in params.items()}, {"count": state["count"] + 1, "last": dict(params)}
+
+
+def test_an_optimizer_of_ones_own(tmp_path: Path) -> None:
+    run = pn.Training(classifier(), Slow(), rng=0)
+    updates(run, 2)
+    pn.save(run, tmp_path / "run")
+    with pytest.raises(pn.CheckpointError, match=r"is a Slow, which is none of portnorm's.*load\(…, optimizer=…\)"):
+        pn.load(tmp_path / "run", training=True)
+    same = pn.load(tmp_path / "run", training=True, optimizer=Slow())
+    assert same.state is not None
+    assert same.state["count"] == 2
+    for one in (run, same):
+        updates(one, 1)
+    assert bits(same.model) == bits(run.model)
+
+
+def test_a_function_is_in_no_file(tmp_path: Path) -> None:
+    pn.save(pn.Training(classifier(), pn.AdamW(lambda step: 0.1, decayed=lambda name, p: True)), tmp_path / "run")
+    with pytest.raises(pn.CheckpointError, match=r"has a function for `lr`, `decayed`, and functions are in no file; give it again"):
+        pn.load(tmp_path / "run", training=True)
+    pn.save(pn.Training(classifier(), pn.AdamW(0.1, decayed=["*weight*"])), tmp_path / "run")
+    assert pn.load(tmp_path / "run", training=True).optimizer == pn.AdamW(0.1, decayed=("*weight*",))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    pn.save(
+        pn.Training(pn.Linear(2, 1, rng=0), pn.Adam(), rng=np.random.Generator(np.random.SFC64(0)), notes={"a": [np.ones(2), "b"]}), path
+    )
+    return path.read_bytes()
+
+
+def test_a_file_that_is_cut_off_or_damaged_is_named(saved: bytes, tmp_path: Path) -> None:
+    """Cut at every length, and with every byte of its header changed: a run, or one kind of error."""
+    path, header = tmp_path / "run", 8 + int.from_bytes(saved[:8], "little")
+    for length in range(0, len(saved), 7):
+        path.write_bytes(saved[:length])
+        with pytest.raises(pn.CheckpointError):
+            pn.load(path, training=True)
+    survived = 0
+    for place in range(0, header, 3):
+        path.write_bytes(saved[:place] + bytes([saved[place] ^ 5]) + saved[place + 1 :])
+        try:
+            survived += isinstance(pn.load(path, training=True), pn.Training)
+        except pn.CheckpointError:
+            continue
+    assert survived < header / 6
+
+
+@pytest.mark.parametrize("key", ["optimizer", "state", "step", "rng", "notes", "evaluates"])
+@pytest.mark.parametrize("value", [None, 3, "x", {}, {"type": "Adam"}, {"array": "nothing"}, {"bit_generator": "os"}], ids=str)
+def test_a_file_that_says_something_else_is_named(key: str, value: Any, saved: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run").write_bytes(saved)
+    arrays, metadata = safetensors.read(tmp_path / "run")
+    about = json.loads(metadata["portnorm.training"])
+    if key == "step" and value == 3:
+        value = -3
+    about[key] = value
+    safetensors.write(tmp_path / "run", arrays, {**metadata, "portnorm.training": json.dumps(about)})
+    with pytest.raises(pn.CheckpointError):
+        pn.load(tmp_path / "run", training=True)
+
+
+def test_what_cannot_be_saved_leaves_what_was_there(tmp_path: Path) -> None:
+    run, path = pn.Training(classifier(), pn.Adam(), rng=0), tmp_path / "run"
+    pn.save(run, path)
+    before = path.read_bytes()
+    for notes in ({"f": print}, {"s": {1, 2}}, {3: 1.0}, {"deep": [{"f": object()}]}):
+        run.notes = notes  # type: ignore[assignment]
+        with pytest.raises(pn.CheckpointError, match="`notes"):
+            pn.save(run, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("wrong", [{"model": 3}, {"optimizer": pn.Adam}, {"optimizer": 1e-3}, {"step": -1}], ids=str)
+def test_a_run_of_something_else_is_named(wrong: dict[str, Any]) -> None:
+    given = {"model": pn.Linear(2, 1), "optimizer": pn.Adam()} | wrong
+    with pytest.raises(pn.UnsupportedError, match=f"`{next(iter(wrong))}` is"):
+        pn.Training(**given)
+
+
+# -- fit -----------------------------------------------------------------------------------------------------------------------------------
+
+
+PUBLISHED = [(cell, name) for cell, name in IMPLEMENTATIONS if pn.IMPLEMENTATIONS[cell][name].eps]
+"""Without those that divide by the spread of the first state, which is 0."""
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("cell", "norm"), PRESETS + PUBLISHED)
+def test_fit_stopped_after_each_epoch_is_fit(cell: str, norm: str | None, dropout: float, tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    whole, pieces = (classifier(cell, norm, recurrent_dropout=dropout) for _ in range(2))
+    pn.warm(whole)
+    noise = 0.1 if whole.parts[0].timed else 0.0  # type: ignore[attr-defined]
+    how: Any = {"batch": 4, "optimizer": pn.AdamW(0.02), "validation": 0.25, "patience": 9, "state_noise": noise, "rng": 7}
+    expected = pn.fit(whole, x, y, LENGTHS, epochs=3, **how)
+    for epochs in (1, 2, 3):
+        found = pn.fit(pieces, x, y, LENGTHS, epochs=epochs, checkpoint=tmp_path / "run", resume=True, **how)
+        if epochs < 3:
+            pieces = classifier(cell, norm, recurrent_dropout=dropout, rng=5)
+    assert found == expected
+    assert bits(pieces) == bits(whole)
+
+
+def test_a_run_that_was_interrupted_goes_on_from_its_last_epoch(tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    whole, stopped = classifier(), classifier()
+    expected = pn.fit(whole, x, y, epochs=4, batch=3)
+
+    def interrupt(done: int, total: int, loss: float) -> None:
+        assert total == 12
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pn.fit(stopped, x, y, epochs=4, batch=3, checkpoint=tmp_path / "run", progress=interrupt)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert pn.load(tmp_path / "run", training=True).step == 6
+    again = classifier(rng=9)
+    assert pn.fit(again, x, y, epochs=4, batch=3, checkpoint=tmp_path / "run", resume=True) == expected
+    assert bits(again) == bits(whole)
+
+
+OTHER: dict[str, tuple[Any, str]] = {
+    "batch": ({"batch": 4}, "`batch` 3, which is 4 now"),
+    "clip": ({"clip": None}, "`clip` 1.0, which is None now"),
+    "cases": ({"x": slice(0, 8)}, "`cases` 9, which is 8 now"),
+    "model": ({"model": "RNN"}, "is of another model, Sequential"),
+    "optimizer": ({"optimizer": pn.SGD()}, r"has the state of another optimizer than SGD\("),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_checkpoint_of_another_run_is_named(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    pn.fit(classifier(), x, y, epochs=1, batch=3, checkpoint=tmp_path / "run")
+    change, message = OTHER[name]
+    how: Any = {"batch": 3} | {k: v for k, v in change.items() if k not in ("x", "model")}
+    cases, model = change.get("x", slice(None)), classifier(change.get("model", "GRU"))
+    before = bits(model)
+    with pytest.raises(pn.CheckpointError, match=message):
+        pn.fit(model, x[:, cases], y[cases], epochs=2, checkpoint=tmp_path / "run", resume=True, **how)
+    assert bits(model) == before
+
+
+def test_other_parts_that_evaluate_are_another_run(tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    model = classifier(norm="batch")
+    model.parts[0].eval()
+    before = dict(model.buffers)
+    pn.fit(model, x, y, epochs=1, checkpoint=tmp_path / "run")
+    assert all(np.array_equal(a, before[name]) for name, a in model.buffers.items())
+    with pytest.raises(pn.CheckpointError, match="of which other parts evaluate"):
+        pn.fit(classifier(norm="batch"), x, y, epochs=2, checkpoint=tmp_path / "run", resume=True)
+
+
+def test_a_language_model_of_words(rng: np.random.Generator) -> None:
+    """Integers for x, a list of sequences of different length, and the next word for a target of each step."""
+    words = [np.arange(n) % 4 for n in rng.integers(3, 9, 40)]
+    model = pn.Sequential(pn.Embedding(4, 6, rng=0), pn.GRU(6, 8, norm="layer", rng=0), pn.Linear(8, 4, rng=1))
+    history = pn.fit(model, [w[:-1] for w in words], [w[1:] for w in words], optimizer=pn.Adam(0.02), epochs=15)
+    assert history.epochs[-1] < 0.1 * history.epochs[0]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("target", ["a class", "a number", "a class of each step", "numbers of each step"])
+def test_what_stands_in_padding_changes_nothing(target: str, batch_first: bool, rng: np.random.Generator) -> None:
+    """NaN behind the lengths of x and any label or number there in y; and lists of sequences are the same as padded ones."""
+    each, floats = "each" in target, "number" in target
+    x = rng.standard_normal((CASES, STEPS, FEATURES))
+    shape = (CASES, STEPS) if each else (CASES,)
+    y = rng.standard_normal((*shape, 2)) if floats else rng.integers(0, 2, shape)
+    there = np.arange(STEPS) < np.array(LENGTHS)[:, None]
+    ragged = [a[:n] for a, n in zip(x, LENGTHS, strict=True)]
+    targets = [a[:n] for a, n in zip(y, LENGTHS, strict=True)] if each else y
+    x = np.where(there[..., None], x, np.nan)
+    if each:
+        y = np.where(there[..., None], y, np.nan) if floats else np.where(there, y, 99)
+
+    def turned(a: Any) -> Any:
+        return a if batch_first or a.ndim < 2 or (not each and a is y) else a.swapaxes(0, 1)
+
+    def run(*given: Any) -> Any:
+        layer = pn.LSTM(FEATURES, 4, norm="layer", return_sequences=each, batch_first=batch_first, rng=0, dtype="float64")
+        model = pn.Sequential(layer, pn.Linear(4, 2, rng=1, dtype="float64"))
+        pn.warm(model)
+        return pn.fit(model, *given, epochs=2, batch=4, validation=given), bits(model)
+
+    padded = run(turned(x), turned(y), LENGTHS)
+    assert padded == run(ragged, targets)
+    objects = np.empty(CASES, dtype=object)
+    objects[:] = ragged
+    assert padded == run(objects, targets)
+    assert all(map(math.isfinite, padded[0].losses))
+
+
+def test_every_library_trains_as_numpy(eager: Library, rng: np.random.Generator) -> None:
+    """Targets of each step with weights, ragged, validated; the model stays in its library."""
+    x, _ = some(rng, "float64")
+    y, weights = rng.integers(0, CLASSES, (STEPS, CASES)), rng.uniform(0.5, 2.0, (STEPS, CASES))
+
+    def run(xp: Any, array: Any) -> Any:
+        model = pn.Sequential(
+            pn.GRU(FEATURES, 4, norm="layer", xp=xp, dtype="float64", rng=0), pn.Linear(4, CLASSES, rng=1, xp=xp, dtype="float64")
+        )
+        given = array(x), array(y), LENGTHS
+        history = pn.fit(model, *given, weights=array(weights), epochs=2, batch=CASES, validation=(*given, array(weights)))
+        assert all(type(p) is type(given[0]) for p in model.parameters().values())
+        return history, model.parameters()
+
+    expected, params = run(None, np.asarray)
+    found, theirs = run(eager.xp, eager.array)
+    for key in ("losses", "gradient_norms", "validation"):
+        np.testing.assert_allclose(getattr(found, key), getattr(expected, key), **relative("float64", RECURRENT))
+    for mine, other in zip(eager.values([*theirs.values()]), params.values(), strict=True):
+        np.testing.assert_allclose(mine, other, **relative("float64", RECURRENT))
+
+
+def test_a_validation_loss_is_the_mean_over_all_that_counts(rng: np.random.Generator) -> None:
+    """In batches of any size, of targets of each step with weights."""
+    x, _ = some(rng)
+    y, weights = rng.integers(0, CLASSES, (STEPS, CASES)), rng.uniform(0.5, 2.0, (STEPS, CASES))
+    y[2, :4] = -100
+    model = pn.Sequential(pn.GRU(FEATURES, 4, rng=0), pn.Linear(4, CLASSES, rng=1))
+    there = np.arange(STEPS)[:, None] < np.array(LENGTHS)
+    expected = float(pn.softmax_cross_entropy(model(x, lengths=LENGTHS)[0], y, np.where(there, weights, 0.0)))
+    cases = Cases.of(model, x, y, LENGTHS, weights)
+    for batch in (1, 4, 9):
+        assert math.isclose(evaluate(model, cases, pn.softmax_cross_entropy, batch), expected, rel_tol=1e-6)
+    of_cases = Cases.of(model, x, y, LENGTHS, weights[0])
+    expected = float(pn.softmax_cross_entropy(model(x, lengths=LENGTHS)[0], y, np.where(there, weights[:1], 0.0)))
+    assert math.isclose(evaluate(model, of_cases, pn.softmax_cross_entropy, 4), expected, rel_tol=1e-6)
+
+
+def test_a_case_of_no_weight_is_not_trained_on(rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    found = []
+    for label in (0, 1):
+        y[3], model = label, classifier()
+        pn.fit(model, x, y, weights=np.arange(CASES) != 3, epochs=2, batch=4)
+        found.append(bits(model))
+    assert found[0] == found[1]
+
+
+def test_an_early_stop_ends_with_the_best(rng: np.random.Generator) -> None:
+    """Of labels by chance: the parameters are those of the best epoch, as a run of so many epochs ends with them."""
+    x, y = some(rng)
+    model = classifier("LSTM", "batch-input")
+    how: Any = {"batch": 3, "optimizer": pn.Adam(0.1), "validation": (*some(rng), LENGTHS)}
+    history = pn.fit(model, x, y, epochs=50, patience=3, **how)
+    assert history.stopped
+    assert history.best_epoch is not None
+    assert len(history.validation) == len(history.epochs) == history.best_epoch + 3 < 50
+    until = classifier("LSTM", "batch-input")
+    pn.fit(until, x, y, epochs=history.best_epoch, **how)
+    assert bits(until) == bits(model)
+
+
+@pytest.mark.parametrize("xp", [None, pytest.param("torch", marks=pytest.mark.peers), "array_api_strict"])
+def test_targets_may_be_a_list(xp: Any, rng: np.random.Generator) -> None:
+    """Of numbers, of scalars, and of arrays of one shape."""
+    model = classifier(xp=xp)
+    x, y = some(rng)
+    array = model.xp.asarray
+    found = []
+    for targets in (array(y), y.tolist(), [*y]):
+        model = classifier(xp=xp)
+        pn.fit(model, array(x), targets, epochs=1)
+        found.append(bits(model))
+    assert found[1] == found[2] == found[0]
+    rows = [array(row) for row in np.eye(CLASSES, dtype="float32")[y]]
+    assert pn.fit(classifier(xp=xp), array(x), rows, epochs=1).losses
+
+
+def test_every_case_is_in_every_epoch_once(rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    x[:, :, 0] = np.arange(CASES)
+    seen: list[Any] = []
+    model = classifier(norm=None)
+    vjp = model.vjp
+    model.vjp = lambda x, *args, **kw: (seen.append(x[0, :, 0]), vjp(x, *args, **kw))[1]  # type: ignore[method-assign]
+    pn.fit(model, x, y, epochs=2, batch=4)
+    assert [len(a) for a in seen] == [3] * 6
+    for half in (seen[:3], seen[3:]):
+        assert sorted(np.concatenate(half)) == [*range(CASES)]
+    assert not np.array_equal(np.concatenate(seen[:3]), np.concatenate(seen[3:]))
+    seen.clear()
+    pn.fit(model, x, y, epochs=1, batch=4, whole_batches=True)
+    assert [len(a) for a in seen] == [4, 4]
+
+
+def test_a_model_without_time_and_a_loss_of_ones_own(rng: np.random.Generator) -> None:
+    from portnorm.op import op
+
+    @op
+    def absolute_error(y: Any, target: Any) -> Any:
+        return np.mean(np.abs(y - target)), (y, target)
+
+    @absolute_error.backward
+    def _(residuals: Any, dy: Any) -> Any:
+        y, target = residuals
+        return dy * np.sign(y - target) / y.size, None
+
+    x = rng.standard_normal((20, 3)).astype("float32")
+    y = x @ np.float32([[1.0], [2.0], [-1.0]])
+    model = pn.Sequential(pn.BatchNorm(3), pn.Linear(3, 1, rng=0))
+    history = pn.fit(model, x, y, loss=absolute_error, optimizer=pn.Adam(0.05), epochs=60, batch=10)
+    assert history.epochs[-1] < 0.2 * history.epochs[0]
+
+
+@pytest.mark.peers
+def test_what_is_not_computed_yet_is_named() -> None:
+    import dask.array as da
+
+    with pytest.raises(pn.UnsupportedError, match=r"`x` is an array whose values cannot be looked at yet .*x.compute\(\)"):
+        pn.fit(classifier(xp=da), da.asarray(X), da.asarray(Y))
+
+
+@pytest.mark.peers
+def test_parameters_that_torch_records_are_trained_without_its_graph(rng: np.random.Generator) -> None:
+    import torch
+
+    model = classifier(xp=torch)
+    for p in model.parameters().values():
+        p.requires_grad_()
+    x, y = some(rng)
+    pn.fit(model, torch.tensor(x), torch.tensor(y), epochs=1)
+    assert not any(p.requires_grad for p in model.parameters().values())
+
+
+X, Y = np.zeros((STEPS, CASES, FEATURES), "float32"), np.zeros(CASES, int)
+EACH = pn.Sequential(pn.GRU(FEATURES, 4, rng=0), pn.Linear(4, CLASSES, rng=0))
+REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
+    "no layer": ((print, X, Y), {}, pn.UnsupportedError, "`model` is a builtin_function_or_method"),
+    "no epochs": ((None, X, Y), {"epochs": 0}, pn.UnsupportedError, "`epochs` is 0; expected at least 1"),
+    "no batch": ((None, X, Y), {"batch": 0}, pn.UnsupportedError, "`batch` is 0"),
+    "x is none": ((None, "x", Y), {}, pn.UnsupportedError, "`x` is a str; expected an array"),
+    "no y": ((None, X, None), {}, pn.UnsupportedError, "`y` is None"),
+    "no cases": ((None, X[:, :0], Y[:0]), {}, pn.UnsupportedError, r"`x` \(6, 0, 3\) has no cases"),
+    "an empty list": ((None, [], []), {}, pn.UnsupportedError, "`sequences` is empty"),
+    "features of a sequence": ((None, [X[:, 0], X[:, 1, :2]], Y[:2]), {}, pn.ShapeError, r"`sequences\[1\]` has shape \(6, 2\)"),
+    "dtype of a sequence": ((None, [X[:, 0], X[:, 1].astype(float)], Y[:2]), {}, pn.DTypeError, r"`sequences\[1\]` has dtype float64"),
+    "lengths of a list": ((None, [X[:, 0]], Y[:1], [6]), {}, pn.UnsupportedError, "`lengths` is given beside a list of sequences"),
+    "targets of a list": ((EACH, [X[:, 0]], [Y[:5]]), {}, pn.ShapeError, r"`y\[0\]` has shape \(5,\); expected as many steps as `x\[0\]`"),
+    "too few targets": ((None, X, Y[:5]), {}, pn.ShapeError, r"`y` has shape \(5,\); expected \(9, …\): one target for each case"),
+    "targets of each step for the last": (
+        (None, X, X[..., 0].astype(int)),
+        {},
+        pn.ShapeError,
+        r"`y` has shape \(6, 9\); expected \(9, …\)",
+    ),
+    "a target for each step": ((EACH, X, Y), {}, pn.ShapeError, r"`y` has shape \(9,\); expected \(6, 9, …\): as many steps"),
+    "width of targets": (
+        (None, X, np.zeros((CASES, 2))),
+        {},
+        pn.ShapeError,
+        r"`y` has shape \(cases, 2\); expected \(cases, 3\) for a model",
+    ),
+    "a column of classes": ((None, X, Y[:, None]), {}, pn.ShapeError, r"`y` has shape \(cases, 1\); expected \(cases,\)"),
+    "a label": ((None, X, Y + 3 * (np.arange(CASES) == 3)), {}, pn.ShapeError, r"`y` has the label 3 at \(3,\); expected 0 to 2"),
+    "a negative label": ((None, X, Y - 1), {}, pn.ShapeError, r"`y` has the label -1 at \(0,\)"),
+    "words for labels": ((None, X, ["a"] * CASES), {}, pn.DTypeError, "`y` has dtype <U1; expected real numbers"),
+    "targets of each step in a list for the last": (
+        (None, X, [np.zeros(n) for n in LENGTHS]),
+        {},
+        pn.ShapeError,
+        r"`y` has arrays of the shapes \(1,\), \(2,\), .*; expected one shape",
+    ),
+    "lists of different length": ((None, X, [[0.0] * n for n in LENGTHS]), {}, pn.DTypeError, "`y` makes no array"),
+    "truth values": ((None, X, Y == 0), {}, pn.DTypeError, "`y` has dtype bool"),
+    "floats for classes": (
+        (None, X, Y * 1.0),
+        {"loss": pn.softmax_cross_entropy},
+        pn.DTypeError,
+        "`y` has dtype float64; expected integers",
+    ),
+    "a function for a loss": ((None, X, Y), {"loss": np.mean}, pn.UnsupportedError, "`loss` is"),
+    "weights": ((None, X, Y), {"weights": np.ones((STEPS, CASES))}, pn.ShapeError, r"`weights` has shape \(6, 9\); expected \(9,\)"),
+    "a sequence without steps": ((None, X, Y, [6] * 8 + [0]), {}, pn.UnsupportedError, "`lengths` has 0 at 8: a sequence without a step"),
+    "lengths": ((None, X, Y, [7] * 9), {}, pn.ShapeError, "`lengths` reach from 7 to 7"),
+    "dtype of x": ((None, X.astype(float), Y), {}, pn.DTypeError, "`x` has dtype float64 but the layer has"),
+    "patience alone": ((None, X, Y), {"patience": 2}, pn.UnsupportedError, "`patience` is given without `validation`"),
+    "all held out": ((None, X, Y), {"validation": 1.0}, pn.UnsupportedError, "`validation` is 1 of 9 cases, which is 9"),
+    "none held out": ((None, X, Y), {"validation": 0.01}, pn.UnsupportedError, "`validation` is 0.01 of 9 cases, which is 0"),
+    "validation of one": ((None, X, Y), {"validation": (X,)}, pn.UnsupportedError, "`validation` has 1 parts"),
+    "validation that does not fit": ((None, X, Y), {"validation": (X, Y[:3])}, pn.ShapeError, "`validation y` has shape"),
+    "resume of nothing": ((None, X, Y), {"resume": True}, pn.UnsupportedError, "`resume` is True without `checkpoint`"),
+    "checkpoint nowhere": ((None, X, Y), {"checkpoint": "no/such/run"}, pn.UnsupportedError, "there is no directory 'no/such'"),
+    "checkpoint of a directory": ((None, X, Y), {"checkpoint": "tests"}, pn.UnsupportedError, "which is a directory"),
+    "whole batches": ((None, X, Y), {"batch": 10, "whole_batches": True}, pn.UnsupportedError, "`batch` is 10; expected 1 to 9"),
+    "noise of what learns": ((classifier(learned_state=True), X, Y), {"state_noise": 0.1}, pn.UnsupportedError, "`learned_state`"),
+    "NaN to validate with": (
+        (None, X, Y),
+        {"validation": (X + np.float32("nan"), Y), "optimizer": pn.SGD(0.0)},
+        pn.PortnormError,
+        "the validation loss is nan after epoch 1",
+    ),
+    "steps in another order": (
+        (pn.Sequential(pn.GRU(FEATURES, 4, direction="backwards", rng=0), pn.Linear(4, CLASSES, rng=0)), X, X[..., 0].astype(int)),
+        {},
+        pn.UnsupportedError,
+        "`model` gives the last step of `x` first",
+    ),
+    "NaN": ((None, X + np.float32("nan"), Y), {}, pn.PortnormError, "the loss is nan after 0 updates"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_fit_refuses(name: str) -> None:
+    given, how, kind, message = REFUSED[name]
+    model = given[0] or classifier()
+    before = bits(model) if isinstance(model, pn.Layer) else None
+    with pytest.raises(kind, match=message):
+        pn.fit(model, *given[1:], progress=False, **how)
+    assert before is None or bits(model) == before
+
+
+def test_progress_is_shown_on_a_terminal_after_a_while(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By rich, or in a plain line without it; nothing where standard error is no terminal."""
+
+    def shown(terminal: bool, rich: bool, patience: float) -> str:
+        monkeypatch.setattr(progress_module, "PATIENCE", patience)
+        monkeypatch.setattr(progress_module.sys.stderr, "isatty", lambda: terminal, raising=False)
+        monkeypatch.setattr(progress_module.importlib.util, "find_spec", lambda name: object() if rich else None)
+        with progress_module.ProgressLine("training") as line:
+            for k in range(3):
+                line(k + 1, 3, 0.25)
+        found: str = capsys.readouterr().err
+        return found
+
+    for variable in ("TERM", "FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(variable, raising=False)
+    assert "training: 3 of 3, loss 0.250" in shown(True, False, 0.0)
+    assert "loss 0.250" in shown(True, True, 0.0)
+    assert shown(True, False, 9.0) == shown(True, True, 9.0) == ""
+    assert shown(False, False, 0.0) == shown(False, True, 0.0) == ""
+
+
+def test_the_page_about_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parent.parent / "docs" / "training.md"
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, page.name, "exec"), names)
+    assert {p.name for p in tmp_path.iterdir()} == {"run.safetensors", "own.safetensors"}
+    assert names["run"].step == 40
+    assert min(names["history"].losses) > 0
+
+
+def test_scikit_learn_around_an_estimator() -> None:
+    folder = Path(__file__).parent.parent / "docs" / "examples"
+    names = runpy.run_path(str(folder / "sklearn_training.py"))
+    net, forest = names["main"](tries=2, epochs=15)
+    assert net > forest + 0.1
+
+
+def test_the_demonstration_waits_for_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that come while a net is trained round otherwise than the definitions: no two runs would give the same bits."""
+    warmed: list[Any] = []
+
+    def train(model: pn.Layer, *_: Any, **__: Any) -> Any:
+        assert warmed == [(model,)]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warming, "warm", lambda *layers: warmed.append(layers))
+    monkeypatch.setattr(demo, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        demo._train_one("LN-LSTM", demo.Budget(), None)
