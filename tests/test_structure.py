@@ -12,7 +12,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"portnorm": ROOT, "portnorm_backends": ROOT / "backends", "portnorm_onnx": ROOT / "onnx_export"}
 
-DOORS = ("portnorm", "portnorm.loaders", "portnorm.__main__", "portnorm.commands", "portnorm.conform", "portnorm.bench", "portnorm.demo")
+DOORS = (
+    "portnorm",
+    "portnorm.loaders",
+    "portnorm.__main__",
+    "portnorm.commands",
+    "portnorm.conform",
+    "portnorm.bench",
+    "portnorm.demo",
+    "portnorm.estimators",
+)
 """What may name backends and exporter: what users call, and what reads files by their ending."""
 READERS = ("portnorm.checkpoint.layers", "portnorm.checkpoint.containers")
 
