@@ -88,6 +88,8 @@ class Library:
     """An array with the same values that nobody can change: what is made of it may be kept."""
     draws: Callable[[Any, list[tuple[int, ...]], Array], list[Array] | None] | None = None
     """Numbers uniform in [0, 1) of these shapes, for a call on an array, by a source of the library's own; `None` for any other source."""
+    to_numpy: Callable[[Array], Any] | None = None
+    """The values as an array of NumPy; `None` where DLPack or `__array__` gives them."""
 
 
 _ENTRY_POINTS = "portnorm.backends"
@@ -129,12 +131,17 @@ def _find_library(array_type: type) -> Library:
     if root in LOADERS:
         load = LOADERS[root]
         return Library(root) if load is None else load()
+    return _library_from_outside(root) or Library(root)
+
+
+def _library_from_outside(root: str) -> Library | None:
+    """The library that an entry point of this name brings."""
     from importlib.metadata import entry_points
 
     for entry in entry_points(group=_ENTRY_POINTS, name=root):
         found: Library = entry.load()
         return found
-    return Library(root)
+    return None
 
 
 def leaves(tree: Any) -> Iterator[Array]:
@@ -174,13 +181,26 @@ def _find_namespace(x: Array) -> Namespace:
             if kind.__name__ in _ANOTHER_MEANING and _root_of(kind) == "numpy":
                 raise TypeError(_ANOTHER_MEANING[kind.__name__])
     own = library(x).namespace
-    found = array_api_compat.array_namespace(x) if own is None else own() if callable(own) else own
+    found = array_api_compat.array_namespace(x) if own is None else _made(own)
     missing = [name for name in ("dtype", "ndim", "shape") if not hasattr(x, name)]
     with contextlib.suppress(AttributeError):
         device_of(x)
         if not missing:
             return found
     raise TypeError(f"the standard's arrays have `{(*missing, 'device')[0]}`, which this one lacks")
+
+
+_made_namespaces: dict[Any, Namespace] = {}
+
+
+def _made(own: Namespace | Callable[[], Namespace]) -> Namespace:
+    """The namespace that a library has, or makes; one for all types of its arrays."""
+    if not callable(own):
+        return own
+    try:
+        return _made_namespaces[own]
+    except KeyError:
+        return _made_namespaces.setdefault(own, own())
 
 
 def namespace(**arrays: Array | None) -> Namespace:
@@ -306,21 +326,52 @@ def float32_value(number: float) -> float:
 
 
 def load_namespace(xp: Namespace | str | None) -> Namespace:
-    """The Array API namespace for `xp`: a module (`numpy`, `torch`, `jax.numpy`, …), its name, or `None` for NumPy."""
+    """The Array API namespace for `xp`: a module (`numpy`, `torch`, `jax.numpy`, …), its name, or `None` for NumPy.
+
+    A name is one of `portnorm.libraries`, of an entry point, or of any module whose functions follow the standard.
+    """
     module: Any = xp
     if xp is None or isinstance(xp, str):
-        root = (xp or "numpy").removeprefix("array_api_compat.").partition(".")[0]
-        if root not in SUPPORT:
-            raise UnsupportedError(f"`xp` is {xp!r}; expected an Array API namespace, or one of {', '.join(SUPPORT)}")
-        try:
-            module = importlib.import_module(SUPPORT[root].module)
-        except ImportError as error:
-            raise MissingExtraError(f"`xp` names {root}, which cannot be imported: {error}; {_remedy(root)}") from error
+        module = _named(xp or "numpy")
     try:
         return xp_of(module.zeros(1))
     except Exception as error:
-        root = getattr(module, "__name__", "").partition(".")[0]
+        root = name_of(module).partition(".")[0]
         raise UnsupportedError(f"`xp` is {xp!r}, which makes no arrays here: {error}; {_remedy(root)}") from error
+
+
+def _named(name: str) -> Any:
+    """What makes arrays of the library of this name."""
+    full = name.removeprefix("array_api_compat.")
+    root = full.partition(".")[0]
+    row = SUPPORT.get(root)
+    own = _library_from_outside(root) if row is None else None
+    if own is not None and own.namespace is not None:
+        return _made(own.namespace)
+    try:
+        return importlib.import_module(full if row is None else row.module)
+    except ImportError as error:
+        if row is not None:
+            raise MissingExtraError(f"`xp` names {root}, which cannot be imported: {error}; {_remedy(root)}") from error
+        raise UnsupportedError(
+            f"`xp` is {name!r}; expected an Array API namespace, or one of {', '.join(SUPPORT)}, or the name of a library "
+            f"that the entry points of {_ENTRY_POINTS} name"
+        ) from error
+
+
+def name_of(xp: Namespace) -> str:
+    """What a namespace is called."""
+    return str(getattr(xp, "__name__", type(xp).__name__))
+
+
+def kept_name(xp: Namespace) -> Any:
+    """The name by which `load_namespace` finds `xp` in another process; `xp` itself, for pickle, where it has none."""
+    x = xp.zeros(1)
+    for name in (library(x).name, _root(x), name_of(xp)):
+        with contextlib.suppress(UnsupportedError, MissingExtraError):
+            if load_namespace(name) is xp:
+                return name
+    return xp
 
 
 def _remedy(root: str) -> str:
@@ -341,7 +392,7 @@ def load_dtype(xp: Namespace, dtype: DType) -> DType:
     found = getattr(xp, dtype, None)
     if found is None:
         raise DTypeError(
-            f"`dtype` is {dtype!r}, which {xp.__name__} does not have; expected a type of its own such as float32{_elsewhere(dtype)}"
+            f"`dtype` is {dtype!r}, which {name_of(xp)} does not have; expected a type of its own such as float32{_elsewhere(dtype)}"
         )
     return found
 
@@ -354,13 +405,13 @@ def require_dtype(xp: Namespace, dtype: DType, device: Any = None) -> None:
             warnings.simplefilter("ignore")
             made = xp.zeros((1,), dtype=dtype, device=device).dtype
     except Exception as error:
-        raise DTypeError(f"`dtype` is {name}, of which {xp.__name__} makes no arrays here: {error}{_enabling(xp)}") from error
+        raise DTypeError(f"`dtype` is {name}, of which {name_of(xp)} makes no arrays here: {error}{_enabling(xp)}") from error
     if made != dtype:
-        raise DTypeError(f"`dtype` is {name}, for which {xp.__name__} makes arrays of {made} here{_enabling(xp)}")
+        raise DTypeError(f"`dtype` is {name}, for which {name_of(xp)} makes arrays of {made} here{_enabling(xp)}")
 
 
 def _enabling(xp: Namespace) -> str:
-    hint = next((row.wide for row in SUPPORT.values() if row.name in xp.__name__.split(".") and row.wide), "")
+    hint = next((row.wide for row in SUPPORT.values() if row.name in name_of(xp).split(".") and row.wide), "")
     return f"; {hint}" if hint else ""
 
 
@@ -378,17 +429,13 @@ def default_integer(xp: Namespace) -> DType:
 
 
 def to_numpy(x: Array) -> Any:
-    """A NumPy copy or view of `x`, from any library and device; bfloat16, which NumPy does not have, comes from torch as float32."""
+    """A NumPy copy or view of `x`, from any library and device; bfloat16 comes as float32 where only ml_dtypes could hold it."""
     if isinstance(x, numpy.ndarray | numpy.generic):
         return numpy.asarray(x)
-    if array_api_compat.is_cupy_array(x):
-        return x.get()
-    if array_api_compat.is_torch_array(x):
-        x = x.detach().cpu()
-        return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
-    if array_api_compat.is_jax_array(x) or array_api_compat.is_dask_array(x):
-        return numpy.asarray(x)
-    return numpy.from_dlpack(x)
+    own = library(x).to_numpy
+    if own is not None:
+        return own(x)
+    return numpy.from_dlpack(x) if hasattr(x, "__dlpack__") else numpy.asarray(x)
 
 
 def is_concrete(x: Array) -> bool:

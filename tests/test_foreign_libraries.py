@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 import portnorm as pn
 from tests.processes import output_of
+from tests.toy import installed
 
 TOY = '''
 """A library of arrays with nothing but what portnorm's checks ask; all arithmetic is in its kernel."""
@@ -54,14 +54,6 @@ def accepts(x, weight=None, bias=None, **attrs):
 KERNEL = Kernel(lambda *args, **attrs: forward(*args, **attrs)[0], forward, vjp, Residuals, accepts)
 LIBRARY = Library("toyarrays", kernels={"normalize": KERNEL}, namespace=toyarrays, device=lambda x: None)
 """
-
-
-def installed(tmp_path: Path, files: dict[str, str]) -> str:
-    """A `PYTHONPATH` where these files lie before everything else."""
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    return os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def test_a_library_joins_by_its_entry_point(tmp_path: Path, rng: np.random.Generator) -> None:

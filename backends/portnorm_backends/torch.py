@@ -93,6 +93,11 @@ def _draws(rng: Any, shapes: list[tuple[int, ...]], x: Array) -> list[Array] | N
     return [torch.rand(shape, generator=rng, device=rng.device).to(x.device) for shape in shapes]
 
 
+def _to_numpy(x: Array) -> Any:
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
 LIBRARY = Library(
     "torch",
     kernels={"sigmoid": Kernel(call=torch.sigmoid, forward=_sigmoid), "steps_so_far": Kernel(call=_steps_so_far)},
@@ -101,4 +106,5 @@ LIBRARY = Library(
     namespace=array_api_compat.torch,
     device=lambda x: x.device,
     draws=_draws,
+    to_numpy=_to_numpy,
 )

@@ -21,6 +21,7 @@ from portnorm.arrays import (
     dtype_name,
     is_concrete,
     is_kind,
+    kept_name,
     library,
     load_dtype,
     load_namespace,
@@ -422,7 +423,7 @@ class Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and for other processes: the namespace goes by its name."""
-        return {**self.__dict__, "xp": self.xp.__name__, "dtype": dtype_name(self.xp, self.dtype)}
+        return {**self.__dict__, "xp": kept_name(self.xp), "dtype": dtype_name(self.xp, self.dtype)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**state, "changes": str(next(_NUMBERS))})
