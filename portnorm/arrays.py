@@ -69,6 +69,19 @@ class Autodiff(NamedTuple):
     """Whether a compiler follows the calls now that would write out every step of this recurrent layer, and can be given it as one call."""
 
 
+class Narrow(NamedTuple):
+    """How a library computes with a floating type that it stores and does not compute in: in a wider one, rounding each result once."""
+
+    holds: Callable[..., bool]
+    """Whether one of these arrays is of such a type; other arguments are not."""
+    wide: Callable[[Any], Any]
+    """The arrays of such a type, in any nesting, in the wider one, and all else as it is."""
+    rounded: Callable[[Any], Any]
+    """The floating arrays in any nesting in the narrow type."""
+    kernel: Callable[[Any], Kernel]
+    """An Op that takes such arrays."""
+
+
 @dataclass(frozen=True)
 class Library:
     """One array library: its name and what it does better than the definitions."""
@@ -90,6 +103,10 @@ class Library:
     """Numbers uniform in [0, 1) of these shapes, for a call on an array, by a source of the library's own; `None` for any other source."""
     to_numpy: Callable[[Array], Any] | None = None
     """The values as an array of NumPy; `None` where DLPack or `__array__` gives them."""
+    narrow: Narrow | None = None
+    """What stands in for arithmetic in a type that arrays can have."""
+    more_dtypes: Mapping[str, Callable[[], DType]] = field(default_factory=lambda: MappingProxyType({}))
+    """Types that arrays can have and the namespace does not name."""
 
 
 _ENTRY_POINTS = "portnorm.backends"
@@ -110,7 +127,8 @@ def library(x: Array) -> Library:
 def without_kernels(array_type: type) -> Iterator[None]:
     """The definitions alone on arrays of this type, in the whole process: what tests and measurements hold kernels against."""
     known = _libraries.get(array_type)
-    _libraries[array_type] = Library(array_type.__module__.partition(".")[0])
+    own = _find_library(array_type)
+    _libraries[array_type] = Library(own.name, narrow=own.narrow, more_dtypes=own.more_dtypes)
     try:
         yield
     finally:
@@ -284,15 +302,20 @@ def is_kind(xp: Namespace, dtype: DType, *kinds: str) -> bool:
     """Whether `dtype` is of one of these kinds of the standard: `xp.isdtype`, which in NumPy takes as long as a small kernel."""
     letter = getattr(dtype, "kind", "V")
     if letter == "V":
-        return any(bool(xp.isdtype(dtype, kind)) for kind in kinds)
+        try:
+            return any(bool(xp.isdtype(dtype, kind)) for kind in kinds)
+        except TypeError:  # a type that another package gave to NumPy
+            return "real floating" in kinds and is_bfloat16(dtype)
     return any(letter in _KINDS[kind] for kind in kinds)
 
 
+def is_bfloat16(dtype: DType) -> bool:
+    """Whether it is the type of ml_dtypes, which NumPy's functions do not know."""
+    return getattr(dtype, "kind", "") == "V" and getattr(dtype, "name", "") == "bfloat16"
+
+
 def _is_floating(xp: Namespace, dtype: DType) -> bool:
-    try:
-        return is_kind(xp, dtype, "real floating") and getattr(dtype, "char", "") != "g"  # not NumPy's longdouble
-    except TypeError:  # a type that another package gave to NumPy
-        return False
+    return is_kind(xp, dtype, "real floating") and getattr(dtype, "char", "") != "g"  # not NumPy's longdouble
 
 
 def require_lengths(**arrays: Array | None) -> None:
@@ -306,7 +329,8 @@ def require_lengths(**arrays: Array | None) -> None:
 
 def statistics_dtype(xp: Namespace, dtype: DType) -> DType:
     """The type in which statistics of `dtype` values are taken: at least float32."""
-    if getattr(dtype, "kind", "") == "f":  # one of NumPy's own, which know their size
+    kind = getattr(dtype, "kind", "")
+    if kind == "f" or kind == "V":  # one of NumPy's own, which know their size, or of ml_dtypes
         return dtype if dtype.itemsize >= 4 else xp.float32
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
@@ -388,9 +412,14 @@ def _elsewhere(dtype: DType) -> str:
 def load_dtype(xp: Namespace, dtype: DType) -> DType:
     """A dtype of `xp` from its name ("float32"), or `dtype` itself."""
     if not isinstance(dtype, str):
-        return dtype
+        if getattr(dtype, "__name__", "") != "bfloat16":
+            return dtype
+        dtype = "bfloat16"  # the scalar type of ml_dtypes or of a library
     found = getattr(xp, dtype, None)
     if found is None:
+        more = library(xp.zeros(1)).more_dtypes.get(dtype)
+        if more is not None:
+            return more()
         raise DTypeError(
             f"`dtype` is {dtype!r}, which {name_of(xp)} does not have; expected a type of its own such as float32{_elsewhere(dtype)}"
         )
@@ -420,6 +449,8 @@ def dtype_name(xp: Namespace, dtype: DType) -> str:
     for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32"):
         if hasattr(xp, name) and getattr(xp, name) == dtype:
             return name
+    if str(dtype) in library(xp.zeros(1)).more_dtypes:
+        return str(dtype)
     raise DTypeError(f"`dtype` is {dtype}; expected a floating-point type or a signed integer of 32 or 64 bits{_elsewhere(dtype)}")
 
 
@@ -429,13 +460,13 @@ def default_integer(xp: Namespace) -> DType:
 
 
 def to_numpy(x: Array) -> Any:
-    """A NumPy copy or view of `x`, from any library and device; bfloat16 comes as float32 where only ml_dtypes could hold it."""
-    if isinstance(x, numpy.ndarray | numpy.generic):
-        return numpy.asarray(x)
-    own = library(x).to_numpy
+    """A NumPy copy or view of `x`, from any library and device; bfloat16 comes as float32, which not every library takes from NumPy."""
+    own = None if isinstance(x, numpy.ndarray | numpy.generic) else library(x).to_numpy
     if own is not None:
-        return own(x)
-    return numpy.from_dlpack(x) if hasattr(x, "__dlpack__") else numpy.asarray(x)
+        found = own(x)
+    else:
+        found = numpy.from_dlpack(x) if hasattr(x, "__dlpack__") and not isinstance(x, numpy.ndarray) else numpy.asarray(x)
+    return found.astype(numpy.float32) if is_bfloat16(found.dtype) else found
 
 
 def is_concrete(x: Array) -> bool:

@@ -118,6 +118,7 @@ SUPPORT: dict[str, Support] = {
             "numpy",
             "numpy",
             "numpy",
+            _EVERY,
             load=_numpy,
             kernels=("normalize", "scan", "linear_scan", "linear", "layer_norm", "rms_norm", "fake_quantize", "integer_product"),
             always=True,
@@ -144,5 +145,6 @@ SUPPORT: dict[str, Support] = {
 LOADERS: dict[str, Callable[[], Library] | None] = {
     **{row.name: row.load for row in SUPPORT.values()},
     "jaxlib": _jax,
+    "ml_dtypes": _numpy,  # what an array of NumPy of one of its types gives by an index
     "portnorm_onnx": _onnx,
 }

@@ -156,7 +156,9 @@ class Op(Generic[P, R]):
 
     def _kernel(self, own: Library, args: tuple[Any, ...], attrs: dict[str, Any]) -> Kernel | None:
         kernel = own.kernels.get(self.name) if own.kernels else None
-        return kernel if kernel is not None and kernel.accepts(*args, **attrs) else None
+        if kernel is not None and kernel.accepts(*args, **attrs):
+            return kernel
+        return own.narrow.kernel(self) if own.narrow is not None and own.narrow.holds(*args) else None
 
     def __repr__(self) -> str:
         return f"<Op {self.name}>"

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from benchmarks import models
-from portnorm.arrays import load_namespace, to_numpy
+from portnorm.arrays import load_dtype, load_namespace, to_numpy
 from portnorm.errors import MissingExtraError
 from portnorm.libraries import SUPPORT, Support
 from portnorm_backends.cpu import registers
@@ -55,7 +55,7 @@ class Library:
         if values is None:
             return None
         if dtype == "bfloat16":
-            return self.xp.asarray(np.array(values, dtype="float32"), dtype=self.xp.bfloat16)
+            return self.xp.asarray(np.array(values, dtype="float32"), dtype=load_dtype(self.xp, dtype))
         values = np.array(values, dtype=dtype)
         if self.name == "numpy-readonly":
             values.flags.writeable = False

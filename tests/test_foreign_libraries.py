@@ -143,10 +143,10 @@ class Unregistered:
     dtype, shape, ndim = np.dtype("float32"), (2, 4), 2
 
 
-def bfloat16() -> Any:
+def float8() -> Any:
     import ml_dtypes
 
-    return np.ones((2, 4), dtype=ml_dtypes.bfloat16)
+    return np.ones((2, 4), dtype=ml_dtypes.float8_e4m3fn)
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[pn.PortnormError], str]] = {
@@ -156,20 +156,20 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[pn.PortnormError], str]] = {
         r"`x` is a Unregistered; expected an array of numpy, .*, cupy, or of a library that the entry points of portnorm\.backends",
     ),
     "a list": (lambda: pn.layer_norm([1.0, 2.0]), pn.UnsupportedError, r"`x` is a list; .* numpy\.asarray makes one"),
-    "bfloat16 of NumPy": (
-        lambda: pn.layer_norm(bfloat16()),
+    "float8 of NumPy": (
+        lambda: pn.layer_norm(float8()),
         pn.DTypeError,
-        "`x` has dtype bfloat16; expected .* bfloat16 is a type of torch",
+        "`x` has dtype float8_e4m3fn; expected a real floating-point type such as float32",
     ),
-    "a layer of bfloat16 in NumPy": (
-        lambda: pn.LSTM(3, 4, dtype="bfloat16"),
+    "a layer of bfloat16 in a library without it": (
+        lambda: pn.LSTM(3, 4, dtype="bfloat16", xp="array_api_strict"),
         pn.DTypeError,
-        "`dtype` is 'bfloat16', which .*numpy does not have; .* such as float32; bfloat16 is a type of torch and jax",
+        "`dtype` is 'bfloat16', which array_api_strict does not have; .* such as float32; bfloat16 is a type of numpy and torch and jax",
     ),
     "a layer that moves to bfloat16": (
-        lambda: pn.LayerNorm(3).to(dtype="bfloat16"),
+        lambda: pn.LayerNorm(3, xp="array_api_strict").to(dtype="bfloat16"),
         pn.DTypeError,
-        "`dtype` is 'bfloat16', which .*numpy does not have",
+        "`dtype` is 'bfloat16', which .*array_api_strict does not have",
     ),
 }
 

@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from portnorm.arrays import DType, Namespace, dtype_name, require_extra, to_numpy
+from portnorm.arrays import DType, Namespace, dtype_name, require_extra, to_numpy, xp_of
 from portnorm.cells.variants import Variant
 from portnorm.checkpoint import safetensors
 from portnorm.errors import CheckpointError, PortnormError, UnsupportedError
@@ -38,8 +38,10 @@ def save(layer: Layer, path: str | os.PathLike[str]) -> None:
     >>> pn.load(path)
     Linear(in_features=2, out_features=3, bias=True)
     """
-    arrays = {name: to_numpy(a) for name, a in layer.state_dict().items()}
-    safetensors.write(path, arrays, {_KEY: to_json(layer), "format": "np"})
+    arrays = layer.state_dict()
+    halved = {name for name, a in arrays.items() if dtype_name(xp_of(a), a.dtype) == "bfloat16"}
+    values = {name: to_numpy(a) for name, a in arrays.items()}
+    safetensors.write(path, values, {_KEY: to_json(layer), "format": "np"}, halved=halved)
 
 
 def load(

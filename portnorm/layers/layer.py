@@ -15,6 +15,7 @@ from portnorm.arrays import (
     Array,
     DType,
     Namespace,
+    Narrow,
     constant,
     default_integer,
     device_of,
@@ -191,7 +192,11 @@ class Layer:
         self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, random: Arrays | None = None
     ) -> tuple[Array, Any, Arrays]:
         training = self._trains(training)
-        autodiff = library(x).autodiff
+        own = library(x)
+        if own.narrow is not None and own.narrow.holds(x, next(iter(params.values()), None)):
+            y, after, new = self._applied(*own.narrow.wide((params, buffers, x, state)), lengths, training, random)
+            return own.narrow.rounded(y), own.narrow.rounded(after), new
+        autodiff = own.autodiff
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
         if autodiff is None or not (autodiff.records((params, buffers, x, state)) or (self.recurrent and autodiff.unrolls(self))):
@@ -222,6 +227,9 @@ class Layer:
         self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, random: Arrays | None = None
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         training = self._trains(training)
+        narrow = library(x).narrow
+        if narrow is not None and narrow.holds(x, next(iter(params.values()), None)):
+            return self._narrowly_applied_vjp(narrow, params, buffers, x, state, lengths, training, random)
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
         y, out, new, residuals = self.forward(params, buffers, x, state, lengths, training, True, random)
@@ -234,6 +242,27 @@ class Layer:
             return self.backward(residuals, dy, dstate, training)
 
         return y, out, new, pullback
+
+    def _narrowly_applied_vjp(
+        self,
+        narrow: Narrow,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any,
+        lengths: Counted,
+        training: bool,
+        random: Arrays | None,
+    ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
+        """`_applied_vjp` in the wider type, whose results and cotangents are rounded."""
+        y, out, new, wide = self._applied_vjp(*narrow.wide((params, buffers, x, state)), lengths, training, random)
+
+        def pullback(dy: Array | None, dstate: Any = None) -> tuple[Array | None, Any, Arrays]:
+            dx, dbefore, grads = wide(narrow.wide(dy), narrow.wide(dstate))
+            of_arrays = {n: narrow.rounded(d) if narrow.holds(params[n]) else d for n, d in grads.items()}
+            return narrow.rounded(dx) if narrow.holds(x) else dx, narrow.rounded(dbefore), of_arrays
+
+        return narrow.rounded(y), narrow.rounded(out), new, pullback
 
     def _trains(self, training: Any) -> bool:
         """Whether a call with this `training` computes as in training; raises `UnsupportedError` for what is neither true nor false."""
@@ -575,6 +604,14 @@ class LayerFunction:
         return grads, None, dx, dstate
 
 
+def _called(xp: Namespace, dtype: DType) -> str:
+    """What a type is called, here or in its library."""
+    try:
+        return dtype_name(xp, dtype)
+    except DTypeError:
+        return str(dtype)
+
+
 def checked_call(
     layer: Layer, params: Mapping[str, Array], dtype: DType | None, x: Array, state: Any, lengths: Any, mask: Array | None = None
 ) -> Counted:
@@ -592,7 +629,9 @@ def checked_call(
         if not is_kind(xp, x.dtype, "integral"):
             raise DTypeError(f"`x` has dtype {x.dtype}; expected integers")
     elif dtype is not None and x.dtype != dtype:
-        raise DTypeError(f"`x` has dtype {x.dtype} but the layer has {dtype}; convert `x`, or the layer with layer.to(dtype=...)")
+        given, own = _called(xp, x.dtype), _called(xp, dtype)
+        way_out = f"layer.to(dtype={given!r})" if is_kind(xp, x.dtype, "real floating") else "layer.to(dtype=...)"
+        raise DTypeError(f"`x` has dtype {given} but the layer has {own}; convert `x` to {own}, or the layer with {way_out}")
     if mask is not None:
         if lengths is not None:
             raise UnsupportedError("`lengths` and `mask` are both given; expected one of them")
