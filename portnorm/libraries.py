@@ -102,6 +102,12 @@ def _dask() -> Library:
     return LIBRARY
 
 
+def _mlx() -> Library:
+    from portnorm_backends.mlx import LIBRARY
+
+    return LIBRARY
+
+
 def _onnx() -> Library:
     from portnorm_onnx.library import LIBRARY
 
@@ -135,6 +141,7 @@ SUPPORT: dict[str, Support] = {
             kernels=("reverse_sequences", "pack_steps", "unpack_steps"),
             lazy=True,
         ),
+        Support("mlx", "mlx.core", "mlx", ("float16", "bfloat16", "float32"), "mlx", _mlx, autodiff=True),
         Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", load=_cupy, kernels=("normalize", "scan"), gpu=True),
     )
 }

@@ -235,5 +235,5 @@ def _check_cotangent(y: Any, dy: Any) -> None:
     if type(dy) is not type(y) or dy.dtype != getattr(y, "dtype", None):
         require_cotangent(y, dy)
     shape, expected = getattr(dy, "shape", None), getattr(y, "shape", None)
-    if expected is not None and is_concrete(y) and tuple(shape or ()) != tuple(expected):
+    if expected is not None and tuple(shape or ()) != tuple(expected) and is_concrete(y):
         raise ShapeError(f"the cotangent `dy` has shape {shape} but the result has shape {tuple(expected)}")

@@ -50,6 +50,11 @@ class Library:
             xp.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=())
         return xp
 
+    @property
+    def widest(self) -> str:
+        """The floating type in which it holds an array of float64."""
+        return self.support.dtypes[-1]
+
     def array(self, values: Any, dtype: str | None = None) -> Any:
         """An array of this library, from anything that NumPy takes; `None` stays `None`. Those of a lazy one are in chunks of two."""
         if values is None:

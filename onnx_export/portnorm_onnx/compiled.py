@@ -82,7 +82,7 @@ class Compiled:
             raise DTypeError(f"`x` has dtype {x.dtype}; expected bfloat16, that of the compiled model")
         narrow = library(x).narrow
         assert narrow is not None
-        return narrow.rounded(self._computed(*narrow.wide((x, state)), lengths, mask))
+        return narrow.rounded(self._computed(narrow.wide(x), narrow.wide(state), lengths, mask))
 
     def _computed(self, x: NumPyArray, state: Any, lengths: Any, mask: Any) -> Any:
         model = self._model

@@ -194,7 +194,8 @@ class Layer:
         training = self._trains(training)
         own = library(x)
         if own.narrow is not None and own.narrow.holds(x, next(iter(params.values()), None)):
-            y, after, new = self._applied(*own.narrow.wide((params, buffers, x, state)), lengths, training, random)
+            params, buffers, x, state = own.narrow.wide((params, buffers, x, state))
+            y, after, new = self._applied(params, buffers, x, state, lengths, training, random)
             return own.narrow.rounded(y), own.narrow.rounded(after), new
         autodiff = own.autodiff
         if lengths is not None:
@@ -255,10 +256,11 @@ class Layer:
         random: Arrays | None,
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         """`_applied_vjp` in the wider type, whose results and cotangents are rounded."""
-        y, out, new, wide = self._applied_vjp(*narrow.wide((params, buffers, x, state)), lengths, training, random)
+        wide = narrow.wide
+        y, out, new, widely = self._applied_vjp(wide(params), wide(buffers), wide(x), wide(state), lengths, training, random)
 
         def pullback(dy: Array | None, dstate: Any = None) -> tuple[Array | None, Any, Arrays]:
-            dx, dbefore, grads = wide(narrow.wide(dy), narrow.wide(dstate))
+            dx, dbefore, grads = widely(wide(dy), wide(dstate))
             of_arrays = {n: narrow.rounded(d) if narrow.holds(params[n]) else d for n, d in grads.items()}
             return narrow.rounded(dx) if narrow.holds(x) else dx, narrow.rounded(dbefore), of_arrays
 
@@ -299,10 +301,11 @@ class Layer:
         (0 if `bidirectional`), and what follows such a layer in a `Sequential` takes that for its input, unless it takes statistics over
         time. The cotangent of a repeated result counts; that of a 0 does not.
 
-        `rng` is where a layer that drops values in training takes its randomness from: a seed, a `numpy.random.Generator`, under JAX a key
-        (`jax.random.key(0)`, also inside `jit`), with torch a `torch.Generator`; or the numbers themselves, a mapping of the names of
-        `random_shapes` to arrays of numbers uniform in [0, 1), or of truth values, True for what is kept. A seed drops the same in every
-        call. Raises `ArgumentError` where it is needed and missing; where nothing is drawn it is not looked at.
+        `rng` is where a layer that drops values in training takes its randomness from: a seed, a `numpy.random.Generator`, under JAX or MLX
+        a key (`jax.random.key(0)`, `mx.random.key(0)`, also inside `jit` or `compile`), with torch a `torch.Generator`; or the numbers
+        themselves, a mapping of the names of `random_shapes` to arrays of numbers uniform in [0, 1), or of truth values, True for what is
+        kept. A seed drops the same in every call. Raises `ArgumentError` where it is needed and missing; where nothing is drawn it is not
+        looked at.
         """
         lengths = self._checked(x, state, lengths, mask)
         random = uniform_numbers(self, self.params, x, rng) if training and self.drops else None
@@ -327,7 +330,7 @@ class Layer:
         def pullback(dy: Array | None, dstate: Any = None) -> Any:
             if dy is not None and (type(dy) is not type(y) or dy.dtype != y.dtype):
                 require_cotangent(y, dy)
-            if dy is not None and is_concrete(y) and tuple(getattr(dy, "shape", ())) != tuple(y.shape):
+            if dy is not None and tuple(getattr(dy, "shape", ())) != tuple(y.shape) and is_concrete(y):
                 raise ShapeError(
                     f"the cotangent `dy` has shape {tuple(getattr(dy, 'shape', ()))} but the result has shape {tuple(y.shape)}"
                 )
