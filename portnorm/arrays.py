@@ -137,6 +137,14 @@ def without_kernels(array_type: type) -> Iterator[None]:
             _libraries[array_type] = known
 
 
+_OF_ANOTHER_KIND = {
+    "blosc2": "numpy.asarray makes an array of it: sums of its arrays are those of NumPy",
+    "tinygrad": "x.numpy() makes an array of it: its tensors do not follow the Array API standard",
+    "tensorflow": "x.numpy() makes an array of it: its tensors do not follow the Array API standard",
+    "mindspore": "x.asnumpy() makes an array of it: its tensors do not follow the Array API standard",
+}
+"""Libraries by the root module of their arrays with which these functions do not work, and what to give instead."""
+
 _ANOTHER_MEANING = {
     "matrix": "numpy.asarray makes an array of it",
     "MaskedArray": "its mask would be ignored; x.filled(...) makes an array of it, and `mask=` or `lengths=` leave values out",
@@ -198,17 +206,60 @@ def _find_namespace(x: Array) -> Namespace:
         for kind in type(x).__mro__:
             if kind.__name__ in _ANOTHER_MEANING and _root_of(kind) == "numpy":
                 raise TypeError(_ANOTHER_MEANING[kind.__name__])
+    if _root(x) in _OF_ANOTHER_KIND:
+        raise TypeError(_OF_ANOTHER_KIND[_root(x)])
     own = library(x).namespace
     found = array_api_compat.array_namespace(x) if own is None else _made(own)
     missing = [name for name in ("dtype", "ndim", "shape") if not hasattr(x, name)]
     with contextlib.suppress(AttributeError):
         device_of(x)
         if not missing:
-            return found
+            return found if own is not None or _root(x) in LOADERS else _of_outside(found)
     raise TypeError(f"the standard's arrays have `{(*missing, 'device')[0]}`, which this one lacks")
 
 
+class OutsideNamespace:
+    """The functions of a library that nobody has registered; one that is missing or fails is an error that names it."""
+
+    def __init__(self, functions: Namespace):
+        self.functions, self.__name__ = functions, name_of(functions)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.functions, name, None)
+        if found is None:
+            if name.startswith("__") or name in _TYPES:
+                raise AttributeError(name)
+            raise UnsupportedError(
+                f"{self.__name__} has no `{name}`, a function of the Array API standard that this call needs; {_CONVERT}"
+            )
+        if callable(found) and not isinstance(found, type):
+            found = self._named(name, found)
+        setattr(self, name, found)
+        return found
+
+    def _named(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **attrs: Any) -> Any:
+            try:
+                return function(*args, **attrs)
+            except Exception as error:
+                raise UnsupportedError(f"`{name}` of {self.__name__} does not take what it is given here: {error}; {_CONVERT}") from error
+
+        return call
+
+
+_CONVERT = "convert its arrays to those of another library, such as numpy"
+_TYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
+
 _made_namespaces: dict[Any, Namespace] = {}
+
+
+def _of_outside(functions: Namespace) -> Namespace:
+    """One for all types of arrays of a library."""
+    key = name_of(functions)
+    try:
+        return _made_namespaces[key]
+    except KeyError:
+        return _made_namespaces.setdefault(key, OutsideNamespace(functions))
 
 
 def _made(own: Namespace | Callable[[], Namespace]) -> Namespace:
@@ -260,7 +311,8 @@ def require_given(**arrays: Array | None) -> None:
 
 def _no_array(name: str, x: Any, error: TypeError) -> UnsupportedError:
     said = str(error)
-    why = said if said in _ANOTHER_MEANING.values() or said.startswith("the standard's") else "numpy.asarray makes one of numbers"
+    known = said in (*_ANOTHER_MEANING.values(), *_OF_ANOTHER_KIND.values()) or said.startswith("the standard's")
+    why = said if known else "numpy.asarray makes one of numbers"
     return UnsupportedError(
         f"`{name}` is {'None' if x is None else f'a {type(x).__name__}'}; expected an array of {', '.join(SUPPORT)}, or of a library "
         f"that the entry points of {_ENTRY_POINTS} name; {why}"
@@ -283,15 +335,15 @@ def device_of(x: Array) -> Any:
 def require_floating(xp: Namespace, **arrays: Array | None) -> None:
     """Raise `DTypeError` unless every named array holds real floating-point numbers."""
     for name, x in arrays.items():
-        if x is not None and not _is_floating(xp, x.dtype):
+        if x is not None and not is_floating(xp, x.dtype):
             raise DTypeError(f"`{name}` has dtype {x.dtype}; expected a real floating-point type such as float32{_elsewhere(x.dtype)}")
 
 
 def require_real(xp: Namespace, **arrays: Array | None) -> None:
     """Raise `DTypeError` unless every named array holds real numbers or truth values."""
     for name, a in arrays.items():
-        if a is not None and not is_kind(xp, a.dtype, "real floating", "integral", "bool"):
-            raise DTypeError(f"`{name}` has dtype {a.dtype}; expected real numbers")
+        if a is not None and not (is_floating(xp, a.dtype) or is_kind(xp, a.dtype, "integral", "bool")):
+            raise DTypeError(f"`{name}` has dtype {a.dtype}; expected real numbers{_elsewhere(a.dtype)}")
 
 
 _KINDS = {"real floating": "f", "integral": "iu", "signed integer": "i", "unsigned integer": "u", "bool": "b"}
@@ -314,8 +366,14 @@ def is_bfloat16(dtype: DType) -> bool:
     return getattr(dtype, "kind", "") == "V" and getattr(dtype, "name", "") == "bfloat16"
 
 
-def _is_floating(xp: Namespace, dtype: DType) -> bool:
-    return is_kind(xp, dtype, "real floating") and getattr(dtype, "char", "") != "g"  # not NumPy's longdouble
+def is_floating(xp: Namespace, dtype: DType) -> bool:
+    """Whether `dtype` holds real numbers in a floating-point format that ONNX has too, as NumPy's longdouble has not."""
+    return is_kind(xp, dtype, "real floating") and not is_longdouble(dtype)
+
+
+def is_longdouble(dtype: DType) -> bool:
+    """Whether it is the type that every processor has in another format."""
+    return getattr(dtype, "char", "") == "g"
 
 
 def require_lengths(**arrays: Array | None) -> None:
@@ -405,6 +463,8 @@ def _remedy(root: str) -> str:
 
 def _elsewhere(dtype: DType) -> str:
     """Who has a type that is not there."""
+    if is_longdouble(dtype):
+        return "; x.astype('float64') converts it"
     having = " and ".join(row.name for row in SUPPORT.values() if "bfloat16" in row.dtypes)
     return f"; bfloat16 is a type of {having}" if str(dtype) == "bfloat16" else ""
 

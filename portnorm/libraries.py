@@ -108,6 +108,12 @@ def _mlx() -> Library:
     return LIBRARY
 
 
+def _paddle() -> Library:
+    from portnorm_backends.paddle import LIBRARY
+
+    return LIBRARY
+
+
 def _onnx() -> Library:
     from portnorm_onnx.library import LIBRARY
 
@@ -142,6 +148,7 @@ SUPPORT: dict[str, Support] = {
             lazy=True,
         ),
         Support("mlx", "mlx.core", "mlx", ("float16", "bfloat16", "float32"), "mlx", _mlx, autodiff=True),
+        Support("paddle", "paddle", "paddlepaddle", ("float32", "float64"), "paddle", _paddle, autodiff=True),
         Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", load=_cupy, kernels=("normalize", "scan"), gpu=True),
     )
 }

@@ -25,7 +25,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
-from portnorm.arrays import Array, Kernel, Library, is_concrete, is_kind, leaves, library, namespace, require_given
+from portnorm.arrays import Array, Kernel, Library, is_concrete, is_floating, is_kind, leaves, library, namespace, require_given
 from portnorm.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 
 P = ParamSpec("P")
@@ -226,7 +226,7 @@ def require_cotangent(y: Any, dy: Any) -> None:
         return
     require_given(dy=dy)
     xp = namespace(y=y, dy=dy)
-    if not is_kind(xp, dy.dtype, "real floating", "integral"):
+    if not (is_floating(xp, dy.dtype) or is_kind(xp, dy.dtype, "integral")):
         raise DTypeError(f"the cotangent `dy` has dtype {dy.dtype}; expected {y.dtype}, that of the result")
 
 

@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -108,9 +109,11 @@ def pytest_configure(config: Any) -> None:
         assert "portnorm_backends.cpu.vectors" not in sys.modules, "kernels are loaded already"
         registers.WIDTH = config.getoption("--registers")
     if config.getoption("--peers"):
-        for row in SUPPORT.values():
-            if not row.gpu:
-                importlib.import_module(row.module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # paddle's, that a compiler's cache is not installed
+            for row in SUPPORT.values():
+                if not row.gpu:
+                    importlib.import_module(row.module)
     if config.getoption("--models"):
         try:
             models.packages()

@@ -62,6 +62,10 @@ def test_a_label_that_is_no_class(wrong: int, dtype: str, library: Library) -> N
     """An error that names it where it can be seen, else NaN; nothing where the case has no weight."""
     if not np.iinfo(dtype).min <= wrong <= np.iinfo(dtype).max:
         wrong = np.iinfo(dtype).max
+    if (library.name, dtype) == ("paddle", "uint64") and wrong > np.iinfo("int64").max:
+        with pytest.raises(pn.DTypeError, match="beyond int64"):  # it has no such type
+            library.array(np.array([wrong], dtype=dtype))
+        return
     logits, labels = library.array(np.zeros((3, 3))), library.array(np.array([0, wrong, 2], dtype=dtype))
     weights, one = library.array(np.array([1.0, 0.0, 1.0])), library.array(np.asarray(1.0))
     np.testing.assert_allclose(library.values([pn.softmax_cross_entropy(logits, labels, weights)])[0], np.log(3.0))

@@ -15,10 +15,8 @@ import numpy
 
 from portnorm.arrays import Array, Autodiff, Differentiable, DType, Library
 from portnorm.errors import UnsupportedError
+from portnorm_backends.blocks import shortened
 from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
-
-_BLOCK = 16
-"""Values that are added one after the other, as MLX does on a processor with all there are, which also takes it longer."""
 
 _KINDS = {
     "bool": ("bool",),
@@ -103,7 +101,7 @@ class MLXNamespace:
         return mx.take_along_axis(x, mx.stop_gradient(indices), axis=axis)
 
     def sum(self, x: Array, /, *, axis: Any = None, dtype: DType = None, keepdims: bool = False) -> Array:
-        """The sum in at least float32, in blocks and their sums again."""
+        """The sum in at least float32, in blocks: MLX itself adds one after the other on a processor, which takes it longer too."""
         axes = _axes(x, axis)
         if not self.isdtype(x.dtype, "real floating"):
             return mx.sum(x, axis=axes, keepdims=keepdims) if axes else x
@@ -111,7 +109,9 @@ class MLXNamespace:
             return x
         wide = x.astype(mx.float32)
         for a in axes:
-            wide = _shortened(wide, a)
+            wide = shortened(
+                wide, a, lambda a, axis: mx.sum(a, axis=axis), mx.reshape, lambda parts, axis: mx.concatenate(parts, axis=axis)
+            )
         return mx.sum(wide, axis=axes, keepdims=keepdims).astype(dtype or x.dtype)
 
     def mean(self, x: Array, /, *, axis: Any = None, keepdims: bool = False) -> Array:
@@ -130,20 +130,6 @@ class MLXNamespace:
 def _axes(x: Array, axis: Any) -> tuple[int, ...]:
     given = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     return tuple(a % x.ndim for a in given)
-
-
-def _shortened(x: Array, axis: int) -> Array:
-    """`x` with the sums of blocks along `axis` until few are left."""
-    while x.shape[axis] > 2 * _BLOCK:
-        whole = x.shape[axis] // _BLOCK
-        index = (slice(None),) * axis
-        blocks = x[(*index, slice(whole * _BLOCK), ...)].reshape(*x.shape[:axis], whole, _BLOCK, *x.shape[axis + 1 :])
-        sums = mx.sum(blocks, axis=axis + 1)
-        if whole * _BLOCK < x.shape[axis]:
-            rest = mx.sum(x[(*index, slice(whole * _BLOCK, None), ...)], axis=axis, keepdims=True)
-            sums = mx.concatenate([sums, rest], axis=axis)
-        x = sums
-    return x
 
 
 _inside: ContextVar[bool] = ContextVar("inside a function that brings its own vjp", default=False)

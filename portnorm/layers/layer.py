@@ -22,12 +22,14 @@ from portnorm.arrays import (
     dtype_name,
     is_concrete,
     is_kind,
+    is_longdouble,
     kept_name,
     library,
     load_dtype,
     load_namespace,
     namespace,
     require_dtype,
+    require_floating,
     require_lengths,
     statistics_dtype,
     to_numpy,
@@ -183,10 +185,17 @@ class Layer:
         Raises `CheckpointError` where `params` or `buffers` have not just the names and shapes of the layer's.
         """
         self._check_given(params, buffers)
+        self._require_array(x)
         if mask is not None:
             lengths = mask_of(x, mask, self.feature_axes(x.ndim))
         random = uniform_numbers(self, params, x, rng) if training and self.drops else None
         return self._applied(params, buffers, x, state, lengths, training, random)
+
+    def _require_array(self, x: Array) -> None:
+        """Raise `UnsupportedError` or `DTypeError` where `x` is no array that a layer takes."""
+        xp = namespace(x=x)
+        if not self.takes_integers:
+            require_floating(xp, x=x)
 
     def _applied(
         self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, random: Arrays | None = None
@@ -221,6 +230,7 @@ class Layer:
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         """`(y, state, buffers, pullback)` with `dx, dstate, grads = pullback(dy, dstate)`: what `apply` computes, with its vjp."""
         self._check_given(params, buffers)
+        self._require_array(x)
         random = uniform_numbers(self, params, x, rng) if training and self.drops else None
         return self._applied_vjp(params, buffers, x, state, lengths, training, random)
 
@@ -402,6 +412,9 @@ class Layer:
         for what, given, own in zip(("`params`", "`buffers`"), (params, buffers), self._names(), strict=True):
             _check_names(what, self, own, given)
         self._check_shapes({**params, **buffers})
+        for name, array in {**params, **buffers}.items():
+            if is_longdouble(array.dtype):
+                raise DTypeError(f"`{name}` has dtype {array.dtype}; expected {_called(self.xp, self.dtype)}, that of the layer")
 
     def check_fit(self) -> None:
         """Raise `CheckpointError` unless the arrays fit the attributes, as those of a layer do that was just made."""
@@ -430,6 +443,8 @@ class Layer:
         """
         _check_names("the state dict", self, self.state_dict().keys(), arrays)
         self._check_shapes(arrays)
+        for name, array in arrays.items():
+            namespace(**{name: array})
         groups = ((self.params, False), (self.buffers, True))
         self.assign(*({n: self._converted(arrays[n], like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
 
@@ -445,6 +460,7 @@ class Layer:
         groups = ((self.params, False), (self.buffers, True))
         self.xp, self.device, self.dtype = xp, device, load_dtype(xp, dtype)
         require_dtype(xp, self.dtype, device)
+        dtype_name(xp, self.dtype)
         self.assign(*({n: self._converted(a, like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
 
     def copy(self) -> Self:
@@ -575,7 +591,7 @@ def _check_names(what: str, layer: Layer, own: Set[str], given: Mapping[str, Arr
     """Raise `CheckpointError` unless `given` has these names, and no others."""
     if not isinstance(given, Mapping):
         raise CheckpointError(f"{what} is a {type(given).__name__}; expected a mapping of the names of {type(layer).__name__} to arrays")
-    if given.keys() != own:
+    if {*given} != {*own}:  # sets, which paddle's to_static follows, unlike the keys of a dict
         missing, unknown = [n for n in sorted(own) if n not in given], [n for n in given if n not in own]
         raise CheckpointError(f"{what} does not fit {type(layer).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
