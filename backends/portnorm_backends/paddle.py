@@ -14,7 +14,7 @@ import numpy
 import paddle
 
 from portnorm.arrays import Array, Autodiff, Differentiable, DType, Library, leaves, mapped
-from portnorm.errors import DTypeError, UnsupportedError
+from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm_backends.blocks import shortened
 from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
 
@@ -215,6 +215,12 @@ class _Recorded(paddle.autograd.PyLayer):  # type: ignore[misc]
 
 def _records(args: Any) -> bool:
     if not paddle.in_dynamic_mode():
+        for a in filter(_is_tensor, leaves(args)):
+            if -1 in a.shape:
+                raise ShapeError(
+                    f"an array has shape {tuple(a.shape)} in a program of paddle, with -1 for a length that may vary and is not known here; "
+                    "leave `input_spec` out, or state every length in it: each shape is a program of its own then"
+                )
         return any(map(_is_eager, leaves(args)))
     if not paddle.is_grad_enabled():
         return False
