@@ -1,6 +1,6 @@
 """Array libraries as a test parameter, and what is left out unless it is asked for; what was asked for and is missing is an error.
 
-`--peers` adds torch, JAX and Dask, and CuPy, which is skipped by name where it finds no GPU.
+`--peers` adds torch, JAX, Dask, MLX and PaddlePaddle, and CuPy, which is skipped by name where it finds no GPU.
 `--models` adds the real models of docs/real-models.md, and fails where a package of theirs is missing.
 `--runtimes openvino,tract` adds tests marked `runtime(name)`; `--runtimes installed` adds those that are there, and the head of the report
 names the others.
@@ -94,7 +94,7 @@ LIBRARIES["numpy-readonly"] = Library("numpy-readonly", SUPPORT["numpy"], ("floa
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--peers", action="store_true", help="also run what needs torch, JAX and Dask; fails if they are not installed")
+    parser.addoption("--peers", action="store_true", help="also run what needs torch, JAX, Dask, MLX or PaddlePaddle; fails if they are not installed")
     parser.addoption("--models", action="store_true", help="also run the real models; fails if their packages are not installed")
     parser.addoption("--runtimes", default="", help="also run what needs these inference runtimes, by commas, or all that are 'installed'")
     parser.addoption("--registers", type=int, choices=(16, 32, 64), help="compile the kernels for vector registers of so many bytes")
@@ -102,7 +102,7 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    config.addinivalue_line("markers", "peers: needs torch, JAX or Dask; runs with --peers only")
+    config.addinivalue_line("markers", "peers: needs torch, JAX, Dask, MLX or PaddlePaddle; runs with --peers only")
     config.addinivalue_line("markers", "models: needs the packages of docs/examples/real-models.txt; runs with --models only")
     config.addinivalue_line("markers", "runtime(name): needs an inference runtime besides onnxruntime; runs with --runtimes only")
     if config.getoption("--registers"):

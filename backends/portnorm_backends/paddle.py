@@ -218,7 +218,7 @@ def _records(args: Any) -> bool:
         for a in filter(_is_tensor, leaves(args)):
             if -1 in a.shape:
                 raise ShapeError(
-                    f"an array has shape {tuple(a.shape)} in a program of paddle, with -1 for a length that may vary and is not known here; "
+                    f"an array has shape {tuple(a.shape)} in a program of paddle, with -1 for a length that may vary; "
                     "leave `input_spec` out, or state every length in it: each shape is a program of its own then"
                 )
         return any(map(_is_eager, leaves(args)))
