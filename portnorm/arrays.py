@@ -103,6 +103,8 @@ class Library:
     """Numbers uniform in [0, 1) of these shapes, for a call on an array, by a source of the library's own; `None` for any other source."""
     to_numpy: Callable[[Array], Any] | None = None
     """The values as an array of NumPy; `None` where DLPack or `__array__` gives them."""
+    to_device: Callable[[Array, Any], Array] = array_api_compat.to_device
+    """An array on another device."""
     narrow: Narrow | None = None
     """What stands in for arithmetic in a type that arrays can have."""
     more_dtypes: Mapping[str, Callable[[], DType]] = field(default_factory=lambda: MappingProxyType({}))

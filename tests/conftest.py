@@ -94,7 +94,9 @@ LIBRARIES["numpy-readonly"] = Library("numpy-readonly", SUPPORT["numpy"], ("floa
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--peers", action="store_true", help="also run what needs torch, JAX, Dask, MLX or PaddlePaddle; fails if they are not installed")
+    parser.addoption(
+        "--peers", action="store_true", help="also run what needs torch, JAX, Dask, MLX or PaddlePaddle; fails if they are not installed"
+    )
     parser.addoption("--models", action="store_true", help="also run the real models; fails if their packages are not installed")
     parser.addoption("--runtimes", default="", help="also run what needs these inference runtimes, by commas, or all that are 'installed'")
     parser.addoption("--registers", type=int, choices=(16, 32, 64), help="compile the kernels for vector registers of so many bytes")

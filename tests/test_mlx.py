@@ -208,6 +208,9 @@ def test_what_mlx_cannot_is_refused(mx: Any) -> None:
         pn.LSTM(3, 4, xp="mlx", dtype="float64")
     with pytest.raises(pn.DTypeError, match=r"`x` has dtype mlx\.core\.float64; expected a real floating-point type such as float32"):
         pn.layer_norm(mx.zeros((2, 3), dtype=mx.float64, stream=mx.cpu))
+    for call in (lambda: pn.LSTM(3, 4, xp="mlx", device="gpu"), lambda: pn.LSTM(3, 4, xp="mlx").to(device=mx.cpu)):
+        with pytest.raises(pn.PortnormError, match=r"`device` is .*, but arrays of MLX have none: mx\.set_default_device"):
+            call()
     with pytest.raises(pn.ShapeError, match="`labels` reach from 0 to 9"):
         pn.softmax_cross_entropy(mx.zeros((2, 3)), mx.array([0, 9]))
     assert np.isnan(float(mx.compile(pn.softmax_cross_entropy)(mx.zeros((2, 3)), mx.array([0, 9]))))

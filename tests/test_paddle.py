@@ -143,6 +143,8 @@ def test_layers_go_everywhere(paddle: Any, tmp_path: Any, rng: np.random.Generat
     pn.export(layer, tmp_path / "m.onnx")
     for name in ("m.safetensors", "m.onnx"):
         np.testing.assert_array_equal(to_numpy(pn.load(tmp_path / name, xp="paddle")(paddle.to_tensor(x))[0]), expected)
+    there = pn.LSTM(3, 4, xp="paddle", device="cpu", rng=0).to(device="cpu", dtype="float64")
+    assert {str(a.place) for a in there.state_dict().values()} == {"Place(cpu)"}
     np.testing.assert_array_equal(np.from_dlpack(pn.layer_norm(paddle.to_tensor(x))), to_numpy(pn.layer_norm(paddle.to_tensor(x))))
 
 

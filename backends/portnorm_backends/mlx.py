@@ -45,6 +45,7 @@ class MLXNamespace:
 
     def asarray(self, obj: Any, /, *, dtype: DType = None, device: Any = None, copy: bool | None = None) -> Array:
         """`mx.array`; an array of this type is given back as it is."""
+        _refuse(device)
         if isinstance(obj, mx.array):
             return obj if dtype in (None, obj.dtype) and not copy else mx.array(obj, dtype=dtype)
         return mx.array(obj, dtype=dtype)
@@ -60,21 +61,27 @@ class MLXNamespace:
         return any(name in _KINDS[k] if isinstance(k, str) else k == dtype for k in kinds)
 
     def zeros(self, shape: Any, *, dtype: DType = None, device: Any = None) -> Array:
+        _refuse(device)
         return mx.zeros(shape, dtype=dtype or mx.float32)
 
     def ones(self, shape: Any, *, dtype: DType = None, device: Any = None) -> Array:
+        _refuse(device)
         return mx.ones(shape, dtype=dtype or mx.float32)
 
     def full(self, shape: Any, fill_value: Any, *, dtype: DType = None, device: Any = None) -> Array:
+        _refuse(device)
         return mx.full(shape, fill_value, dtype=dtype)
 
     def zeros_like(self, x: Array, /, *, dtype: DType = None, device: Any = None) -> Array:
+        _refuse(device)
         return mx.zeros(x.shape, dtype=dtype or x.dtype)
 
     def ones_like(self, x: Array, /, *, dtype: DType = None, device: Any = None) -> Array:
+        _refuse(device)
         return mx.ones(x.shape, dtype=dtype or x.dtype)
 
     def arange(self, start: Any, /, stop: Any = None, step: Any = 1, *, dtype: DType = None, device: Any = None) -> Array:
+        _refuse(device)
         first, last = (0, start) if stop is None else (start, stop)
         return mx.arange(first, last, step, dtype=dtype)
 
@@ -125,6 +132,16 @@ class MLXNamespace:
 
     def min(self, x: Array, /, *, axis: Any = None, keepdims: bool = False) -> Array:
         return mx.min(x, axis=_axes(x, axis), keepdims=keepdims)
+
+
+def _refuse(device: Any) -> None:
+    if device is not None:
+        raise UnsupportedError(f"`device` is {device!r}, but arrays of MLX have none: mx.set_default_device says where operations run")
+
+
+def _moved(x: Array, device: Any) -> Array:
+    _refuse(device)
+    return x
 
 
 def _axes(x: Array, axis: Any) -> tuple[int, ...]:
@@ -232,6 +249,7 @@ LIBRARY = Library(
     "mlx",
     namespace=MLXNamespace,
     device=lambda x: None,
+    to_device=_moved,
     is_concrete=_is_concrete,
     autodiff=Autodiff(lambda args: not _inside.get(), _call, mx.stop_gradient, is_passing=lambda x: not _is_concrete(x)),
     draws=_draws,

@@ -62,22 +62,22 @@ class PaddleNamespace:
         return any(name in _KINDS[k] if isinstance(k, str) else k == dtype for k in kinds)
 
     def zeros(self, shape: Any, *, dtype: DType = None, device: Any = None) -> Array:
-        return paddle.zeros(_shape(shape), dtype=dtype or paddle.float32)
+        return paddle.zeros(_shape(shape), dtype=dtype or paddle.float32, device=device)
 
     def ones(self, shape: Any, *, dtype: DType = None, device: Any = None) -> Array:
-        return paddle.ones(_shape(shape), dtype=dtype or paddle.float32)
+        return paddle.ones(_shape(shape), dtype=dtype or paddle.float32, device=device)
 
     def full(self, shape: Any, fill_value: Any, *, dtype: DType = None, device: Any = None) -> Array:
-        return paddle.full(_shape(shape), fill_value, dtype=dtype)
+        return paddle.full(_shape(shape), fill_value, dtype=dtype, device=device)
 
     def zeros_like(self, x: Array, /, *, dtype: DType = None, device: Any = None) -> Array:
-        return paddle.zeros_like(x, dtype=dtype)
+        return paddle.zeros_like(x, dtype=dtype, device=device)
 
     def ones_like(self, x: Array, /, *, dtype: DType = None, device: Any = None) -> Array:
-        return paddle.ones_like(x, dtype=dtype)
+        return paddle.ones_like(x, dtype=dtype, device=device)
 
     def arange(self, start: Any, /, stop: Any = None, step: Any = 1, *, dtype: DType = None, device: Any = None) -> Array:
-        return paddle.arange(start, stop, step, dtype=dtype)
+        return paddle.arange(start, stop, step, dtype=dtype, device=device)
 
     def reshape(self, x: Array, /, shape: Any, *, copy: bool | None = None) -> Array:
         if copy is False:
@@ -259,6 +259,7 @@ LIBRARY = Library(
     "paddle",
     namespace=PaddleNamespace,
     device=lambda x: x.place if paddle.in_dynamic_mode() else None,
+    to_device=lambda x, device: x.to(device),
     is_concrete=lambda x: bool(paddle.in_dynamic_mode()),
     autodiff=Autodiff(_records, _call, constant=lambda x: x.detach()),
     to_numpy=_to_numpy,

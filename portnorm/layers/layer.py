@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-import array_api_compat
 import numpy
 
 from portnorm.arrays import (
@@ -484,7 +483,7 @@ class Layer:
         if xp_of(array) is not self.xp:
             return self.xp.asarray(numpy.array(to_numpy(array)), dtype=dtype, device=self.device)
         (array,) = _constant({"": self.xp.astype(array, dtype)}).values()
-        return array if self.device is None else array_api_compat.to_device(array, self.device)
+        return array if self.device is None else library(array).to_device(array, self.device)
 
     def _dtype_of(self, statistic: bool) -> DType:
         """That of the layer, and of its running statistics at least float32: else small changes of them, and large variances, were lost."""
