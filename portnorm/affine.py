@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from portnorm.arrays import Array, Namespace, is_floating, namespace, require_given, require_lengths, require_real, xp_of
+from portnorm.arrays import Array, Namespace, is_kind, namespace, require_given, require_lengths, require_real, xp_of
 from portnorm.errors import ShapeError
 from portnorm.op import op
 from portnorm.sums import total_like
@@ -25,7 +25,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, R
     require_given(weight=weight)
     xp = namespace(x=x, weight=weight, bias=bias)
     require_lengths(x=x)
-    if x.dtype != weight.dtype or not is_floating(xp, x.dtype):
+    if x.dtype != weight.dtype or not is_kind(xp, x.dtype, "real floating"):
         require_real(xp, x=x, weight=weight)
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(f"`weight` has shape {tuple(weight.shape)}; expected (outputs, inputs) for the last axis of `x` {tuple(x.shape)}")
@@ -33,8 +33,6 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, R
     if bias is not None:
         if tuple(bias.shape) != (weight.shape[0],):
             raise ShapeError(f"`bias` has shape {tuple(bias.shape)} but `weight` {tuple(weight.shape)} has {weight.shape[0]} outputs")
-        if bias.dtype != x.dtype:
-            require_real(xp, bias=bias)
         y = y + bias
     return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), (x, weight, bias)
 

@@ -344,8 +344,8 @@ def require_floating(xp: Namespace, **arrays: Array | None) -> None:
 def require_real(xp: Namespace, **arrays: Array | None) -> None:
     """Raise `DTypeError` unless every named array holds real numbers or truth values."""
     for name, a in arrays.items():
-        if a is not None and not (is_floating(xp, a.dtype) or is_kind(xp, a.dtype, "integral", "bool")):
-            raise DTypeError(f"`{name}` has dtype {a.dtype}; expected real numbers{_elsewhere(a.dtype)}")
+        if a is not None and not is_kind(xp, a.dtype, "real floating", "integral", "bool"):
+            raise DTypeError(f"`{name}` has dtype {a.dtype}; expected real numbers")
 
 
 _KINDS = {"real floating": "f", "integral": "iu", "signed integer": "i", "unsigned integer": "u", "bool": "b"}

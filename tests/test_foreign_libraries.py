@@ -249,8 +249,11 @@ PLACES: dict[str, tuple[Callable[[Callable[[Any], Any]], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", OTHER_KINDS)
+COMPUTED = ("a weight", "a bias", "a target")
+"""Where a longdouble is right: an affine map, and what is converted."""
+
+
+@pytest.mark.parametrize(("kind", "place"), [(k, p) for k in OTHER_KINDS for p in PLACES if k != "longdouble" or p not in COMPUTED])
 def test_arrays_of_numpy_that_mean_something_else(kind: str, place: str) -> None:
     made, error, message = OTHER_KINDS[kind]
     call, name = PLACES[place]
