@@ -214,6 +214,8 @@ def test_what_mlx_cannot_is_refused(mx: Any) -> None:
     with pytest.raises(pn.ShapeError, match="`labels` reach from 0 to 9"):
         pn.softmax_cross_entropy(mx.zeros((2, 3)), mx.array([0, 9]))
     assert np.isnan(float(mx.compile(pn.softmax_cross_entropy)(mx.zeros((2, 3)), mx.array([0, 9]))))
+    rows = to_numpy(mx.compile(pn.embedding)(mx.array([[1, 3], [-1, 0]]), mx.ones((3, 2))))
+    np.testing.assert_array_equal(np.isnan(rows), [[[False] * 2, [True] * 2], [[True] * 2, [False] * 2]])
     with pytest.raises(pn.UnsupportedError, match="`weight` is an array of numpy but `x` is one of mlx; convert one of them first"):
         pn.layer_norm(mx.zeros((2, 3)), np.ones(3))
 

@@ -102,7 +102,13 @@ class MLXNamespace:
         return mx.argsort(x.astype(mx.int64) * count + places, axis=axis)
 
     def take(self, x: Array, indices: Array, /, *, axis: int) -> Array:
-        return mx.take(x, mx.stop_gradient(indices), axis=axis)
+        """NaN for an index that is none: MLX reads whatever lies there, and only what is not traced was looked at before."""
+        indices = mx.stop_gradient(indices)
+        if not self.isdtype(x.dtype, "real floating"):
+            return mx.take(x, indices, axis=axis)
+        there = mx.logical_and(indices >= 0, indices < x.shape[axis])
+        found = mx.take(x, mx.where(there, indices, 0), axis=axis)
+        return mx.where(there.reshape(*there.shape, *(1 for _ in range(x.ndim - axis - 1))), found, mx.nan)
 
     def take_along_axis(self, x: Array, indices: Array, /, *, axis: int) -> Array:
         return mx.take_along_axis(x, mx.stop_gradient(indices), axis=axis)
