@@ -1,6 +1,7 @@
 """MLX: its functions with the standard's keywords, sums in blocks, and one `mx.custom_function` for every Op and layer.
 
-MLX is lazy: residuals are further results of that function, which nobody computes where they are not asked for.
+MLX is lazy: residuals are further results of that function, which nobody computes where they are not asked for. Shapes are part of what is
+traced, so `mx.compile(shapeless=True)` is an error of MLX.
 """
 
 from __future__ import annotations
