@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-# The heavy peers: torch, JAX and Dask on the CPU, and the libraries whose weights are imported. speechbrain's recurrent layers need
+# The heavy peers: torch, JAX, Dask, MLX and PaddlePaddle on the CPU, and the libraries whose weights are imported. speechbrain's recurrent layers need
 # nothing of what the package asks for.
 $(VENV)/.peers: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0

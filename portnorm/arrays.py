@@ -69,6 +69,19 @@ class Autodiff(NamedTuple):
     """Whether a compiler follows the calls now that would write out every step of this recurrent layer, and can be given it as one call."""
 
 
+class Narrow(NamedTuple):
+    """How a library computes with a floating type that it stores and does not compute in: in a wider one, rounding each result once."""
+
+    holds: Callable[..., bool]
+    """Whether one of these arrays is of such a type; other arguments are not."""
+    wide: Callable[[Any], Any]
+    """The arrays of such a type, in any nesting, in the wider one, and all else as it is."""
+    rounded: Callable[[Any], Any]
+    """The floating arrays in any nesting in the narrow type."""
+    kernel: Callable[[Any], Kernel]
+    """An Op that takes such arrays."""
+
+
 @dataclass(frozen=True)
 class Library:
     """One array library: its name and what it does better than the definitions."""
@@ -88,6 +101,14 @@ class Library:
     """An array with the same values that nobody can change: what is made of it may be kept."""
     draws: Callable[[Any, list[tuple[int, ...]], Array], list[Array] | None] | None = None
     """Numbers uniform in [0, 1) of these shapes, for a call on an array, by a source of the library's own; `None` for any other source."""
+    to_numpy: Callable[[Array], Any] | None = None
+    """The values as an array of NumPy; `None` where DLPack or `__array__` gives them."""
+    to_device: Callable[[Array, Any], Array] = array_api_compat.to_device
+    """An array on another device."""
+    narrow: Narrow | None = None
+    """What stands in for arithmetic in a type that arrays can have."""
+    more_dtypes: Mapping[str, Callable[[], DType]] = field(default_factory=lambda: MappingProxyType({}))
+    """Types that arrays can have and the namespace does not name."""
 
 
 _ENTRY_POINTS = "portnorm.backends"
@@ -108,7 +129,8 @@ def library(x: Array) -> Library:
 def without_kernels(array_type: type) -> Iterator[None]:
     """The definitions alone on arrays of this type, in the whole process: what tests and measurements hold kernels against."""
     known = _libraries.get(array_type)
-    _libraries[array_type] = Library(array_type.__module__.partition(".")[0])
+    own = _find_library(array_type)
+    _libraries[array_type] = Library(own.name, narrow=own.narrow, more_dtypes=own.more_dtypes)
     try:
         yield
     finally:
@@ -116,6 +138,14 @@ def without_kernels(array_type: type) -> Iterator[None]:
         if known is not None:
             _libraries[array_type] = known
 
+
+_OF_ANOTHER_KIND = {
+    "blosc2": "numpy.asarray makes an array of it: sums of its arrays are those of NumPy",
+    "tinygrad": "x.numpy() makes an array of it: its tensors do not follow the Array API standard",
+    "tensorflow": "x.numpy() makes an array of it: its tensors do not follow the Array API standard",
+    "mindspore": "x.asnumpy() makes an array of it: its tensors do not follow the Array API standard",
+}
+"""Libraries by the root module of their arrays with which these functions do not work, and what to give instead."""
 
 _ANOTHER_MEANING = {
     "matrix": "numpy.asarray makes an array of it",
@@ -129,12 +159,17 @@ def _find_library(array_type: type) -> Library:
     if root in LOADERS:
         load = LOADERS[root]
         return Library(root) if load is None else load()
+    return _library_from_outside(root) or Library(root)
+
+
+def _library_from_outside(root: str) -> Library | None:
+    """The library that an entry point of this name brings."""
     from importlib.metadata import entry_points
 
     for entry in entry_points(group=_ENTRY_POINTS, name=root):
         found: Library = entry.load()
         return found
-    return Library(root)
+    return None
 
 
 def leaves(tree: Any) -> Iterator[Array]:
@@ -173,14 +208,70 @@ def _find_namespace(x: Array) -> Namespace:
         for kind in type(x).__mro__:
             if kind.__name__ in _ANOTHER_MEANING and _root_of(kind) == "numpy":
                 raise TypeError(_ANOTHER_MEANING[kind.__name__])
+    if _root(x) in _OF_ANOTHER_KIND:
+        raise TypeError(_OF_ANOTHER_KIND[_root(x)])
     own = library(x).namespace
-    found = array_api_compat.array_namespace(x) if own is None else own() if callable(own) else own
+    found = array_api_compat.array_namespace(x) if own is None else _made(own)
     missing = [name for name in ("dtype", "ndim", "shape") if not hasattr(x, name)]
     with contextlib.suppress(AttributeError):
         device_of(x)
         if not missing:
-            return found
+            return found if own is not None or _root(x) in LOADERS else _of_outside(found)
     raise TypeError(f"the standard's arrays have `{(*missing, 'device')[0]}`, which this one lacks")
+
+
+class OutsideNamespace:
+    """The functions of a library that nobody has registered; one that is missing or fails is an error that names it."""
+
+    def __init__(self, functions: Namespace):
+        self.functions, self.__name__ = functions, name_of(functions)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.functions, name, None)
+        if found is None:
+            if name.startswith("__") or name in _TYPES:
+                raise AttributeError(name)
+            raise UnsupportedError(
+                f"{self.__name__} has no `{name}`, a function of the Array API standard that this call needs; {_CONVERT}"
+            )
+        if callable(found) and not isinstance(found, type):
+            found = self._named(name, found)
+        setattr(self, name, found)
+        return found
+
+    def _named(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **attrs: Any) -> Any:
+            try:
+                return function(*args, **attrs)
+            except Exception as error:
+                raise UnsupportedError(f"`{name}` of {self.__name__} does not take what it is given here: {error}; {_CONVERT}") from error
+
+        return call
+
+
+_CONVERT = "convert its arrays to those of another library, such as numpy"
+_TYPES = ("float16", "bfloat16", "float32", "float64", "int32", "int64")
+
+_made_namespaces: dict[Any, Namespace] = {}
+
+
+def _of_outside(functions: Namespace) -> Namespace:
+    """One for all types of arrays of a library."""
+    key = name_of(functions)
+    try:
+        return _made_namespaces[key]
+    except KeyError:
+        return _made_namespaces.setdefault(key, OutsideNamespace(functions))
+
+
+def _made(own: Namespace | Callable[[], Namespace]) -> Namespace:
+    """The namespace that a library has, or makes; one for all types of its arrays."""
+    if not callable(own):
+        return own
+    try:
+        return _made_namespaces[own]
+    except KeyError:
+        return _made_namespaces.setdefault(own, own())
 
 
 def namespace(**arrays: Array | None) -> Namespace:
@@ -222,7 +313,8 @@ def require_given(**arrays: Array | None) -> None:
 
 def _no_array(name: str, x: Any, error: TypeError) -> UnsupportedError:
     said = str(error)
-    why = said if said in _ANOTHER_MEANING.values() or said.startswith("the standard's") else "numpy.asarray makes one of numbers"
+    known = said in (*_ANOTHER_MEANING.values(), *_OF_ANOTHER_KIND.values()) or said.startswith("the standard's")
+    why = said if known else "numpy.asarray makes one of numbers"
     return UnsupportedError(
         f"`{name}` is {'None' if x is None else f'a {type(x).__name__}'}; expected an array of {', '.join(SUPPORT)}, or of a library "
         f"that the entry points of {_ENTRY_POINTS} name; {why}"
@@ -245,7 +337,7 @@ def device_of(x: Array) -> Any:
 def require_floating(xp: Namespace, **arrays: Array | None) -> None:
     """Raise `DTypeError` unless every named array holds real floating-point numbers."""
     for name, x in arrays.items():
-        if x is not None and not _is_floating(xp, x.dtype):
+        if x is not None and not is_floating(xp, x.dtype):
             raise DTypeError(f"`{name}` has dtype {x.dtype}; expected a real floating-point type such as float32{_elsewhere(x.dtype)}")
 
 
@@ -264,15 +356,26 @@ def is_kind(xp: Namespace, dtype: DType, *kinds: str) -> bool:
     """Whether `dtype` is of one of these kinds of the standard: `xp.isdtype`, which in NumPy takes as long as a small kernel."""
     letter = getattr(dtype, "kind", "V")
     if letter == "V":
-        return any(bool(xp.isdtype(dtype, kind)) for kind in kinds)
+        try:
+            return any(bool(xp.isdtype(dtype, kind)) for kind in kinds)
+        except TypeError:  # a type that another package gave to NumPy
+            return "real floating" in kinds and is_bfloat16(dtype)
     return any(letter in _KINDS[kind] for kind in kinds)
 
 
-def _is_floating(xp: Namespace, dtype: DType) -> bool:
-    try:
-        return is_kind(xp, dtype, "real floating") and getattr(dtype, "char", "") != "g"  # not NumPy's longdouble
-    except TypeError:  # a type that another package gave to NumPy
-        return False
+def is_bfloat16(dtype: DType) -> bool:
+    """Whether it is the type of ml_dtypes, which NumPy's functions do not know."""
+    return getattr(dtype, "kind", "") == "V" and getattr(dtype, "name", "") == "bfloat16"
+
+
+def is_floating(xp: Namespace, dtype: DType) -> bool:
+    """Whether `dtype` holds real numbers in a floating-point format that ONNX has too, as NumPy's longdouble has not."""
+    return is_kind(xp, dtype, "real floating") and not is_longdouble(dtype)
+
+
+def is_longdouble(dtype: DType) -> bool:
+    """Whether it is the type that every processor has in another format."""
+    return getattr(dtype, "char", "") == "g"
 
 
 def require_lengths(**arrays: Array | None) -> None:
@@ -286,7 +389,8 @@ def require_lengths(**arrays: Array | None) -> None:
 
 def statistics_dtype(xp: Namespace, dtype: DType) -> DType:
     """The type in which statistics of `dtype` values are taken: at least float32."""
-    if getattr(dtype, "kind", "") == "f":  # one of NumPy's own, which know their size
+    kind = getattr(dtype, "kind", "")
+    if kind == "f" or kind == "V":  # one of NumPy's own, which know their size, or of ml_dtypes
         return dtype if dtype.itemsize >= 4 else xp.float32
     return xp.float32 if xp.finfo(dtype).bits < 32 else dtype
 
@@ -306,21 +410,52 @@ def float32_value(number: float) -> float:
 
 
 def load_namespace(xp: Namespace | str | None) -> Namespace:
-    """The Array API namespace for `xp`: a module (`numpy`, `torch`, `jax.numpy`, …), its name, or `None` for NumPy."""
+    """The Array API namespace for `xp`: a module (`numpy`, `torch`, `jax.numpy`, …), its name, or `None` for NumPy.
+
+    A name is one of `portnorm.libraries`, of an entry point, or of any module whose functions follow the standard.
+    """
     module: Any = xp
     if xp is None or isinstance(xp, str):
-        root = (xp or "numpy").removeprefix("array_api_compat.").partition(".")[0]
-        if root not in SUPPORT:
-            raise UnsupportedError(f"`xp` is {xp!r}; expected an Array API namespace, or one of {', '.join(SUPPORT)}")
-        try:
-            module = importlib.import_module(SUPPORT[root].module)
-        except ImportError as error:
-            raise MissingExtraError(f"`xp` names {root}, which cannot be imported: {error}; {_remedy(root)}") from error
+        module = _named(xp or "numpy")
     try:
         return xp_of(module.zeros(1))
     except Exception as error:
-        root = getattr(module, "__name__", "").partition(".")[0]
+        root = name_of(module).partition(".")[0]
         raise UnsupportedError(f"`xp` is {xp!r}, which makes no arrays here: {error}; {_remedy(root)}") from error
+
+
+def _named(name: str) -> Any:
+    """What makes arrays of the library of this name."""
+    full = name.removeprefix("array_api_compat.")
+    root = full.partition(".")[0]
+    row = SUPPORT.get(root)
+    own = _library_from_outside(root) if row is None else None
+    if own is not None and own.namespace is not None:
+        return _made(own.namespace)
+    try:
+        return importlib.import_module(full if row is None else row.module)
+    except ImportError as error:
+        if row is not None:
+            raise MissingExtraError(f"`xp` names {root}, which cannot be imported: {error}; {_remedy(root)}") from error
+        raise UnsupportedError(
+            f"`xp` is {name!r}; expected an Array API namespace, or one of {', '.join(SUPPORT)}, or the name of a library "
+            f"that the entry points of {_ENTRY_POINTS} name"
+        ) from error
+
+
+def name_of(xp: Namespace) -> str:
+    """What a namespace is called."""
+    return str(getattr(xp, "__name__", type(xp).__name__))
+
+
+def kept_name(xp: Namespace) -> Any:
+    """The name by which `load_namespace` finds `xp` in another process; `xp` itself, for pickle, where it has none."""
+    x = xp.zeros(1)
+    for name in (library(x).name, _root(x), name_of(xp)):
+        with contextlib.suppress(UnsupportedError, MissingExtraError):
+            if load_namespace(name) is xp:
+                return name
+    return xp
 
 
 def _remedy(root: str) -> str:
@@ -330,6 +465,8 @@ def _remedy(root: str) -> str:
 
 def _elsewhere(dtype: DType) -> str:
     """Who has a type that is not there."""
+    if is_longdouble(dtype):
+        return "; x.astype('float64') converts it"
     having = " and ".join(row.name for row in SUPPORT.values() if "bfloat16" in row.dtypes)
     return f"; bfloat16 is a type of {having}" if str(dtype) == "bfloat16" else ""
 
@@ -337,11 +474,16 @@ def _elsewhere(dtype: DType) -> str:
 def load_dtype(xp: Namespace, dtype: DType) -> DType:
     """A dtype of `xp` from its name ("float32"), or `dtype` itself."""
     if not isinstance(dtype, str):
-        return dtype
+        if getattr(dtype, "__name__", "") != "bfloat16":
+            return dtype
+        dtype = "bfloat16"  # the scalar type of ml_dtypes or of a library
     found = getattr(xp, dtype, None)
     if found is None:
+        more = library(xp.zeros(1)).more_dtypes.get(dtype)
+        if more is not None:
+            return more()
         raise DTypeError(
-            f"`dtype` is {dtype!r}, which {xp.__name__} does not have; expected a type of its own such as float32{_elsewhere(dtype)}"
+            f"`dtype` is {dtype!r}, which {name_of(xp)} does not have; expected a type of its own such as float32{_elsewhere(dtype)}"
         )
     return found
 
@@ -354,13 +496,13 @@ def require_dtype(xp: Namespace, dtype: DType, device: Any = None) -> None:
             warnings.simplefilter("ignore")
             made = xp.zeros((1,), dtype=dtype, device=device).dtype
     except Exception as error:
-        raise DTypeError(f"`dtype` is {name}, of which {xp.__name__} makes no arrays here: {error}{_enabling(xp)}") from error
+        raise DTypeError(f"`dtype` is {name}, of which {name_of(xp)} makes no arrays here: {error}{_enabling(xp)}") from error
     if made != dtype:
-        raise DTypeError(f"`dtype` is {name}, for which {xp.__name__} makes arrays of {made} here{_enabling(xp)}")
+        raise DTypeError(f"`dtype` is {name}, for which {name_of(xp)} makes arrays of {made} here{_enabling(xp)}")
 
 
 def _enabling(xp: Namespace) -> str:
-    hint = next((row.wide for row in SUPPORT.values() if row.name in xp.__name__.split(".") and row.wide), "")
+    hint = next((row.wide for row in SUPPORT.values() if row.name in name_of(xp).split(".") and row.wide), "")
     return f"; {hint}" if hint else ""
 
 
@@ -369,6 +511,8 @@ def dtype_name(xp: Namespace, dtype: DType) -> str:
     for name in ("float32", "float64", "float16", "bfloat16", "int64", "int32"):
         if hasattr(xp, name) and getattr(xp, name) == dtype:
             return name
+    if str(dtype) in library(xp.zeros(1)).more_dtypes:
+        return str(dtype)
     raise DTypeError(f"`dtype` is {dtype}; expected a floating-point type or a signed integer of 32 or 64 bits{_elsewhere(dtype)}")
 
 
@@ -378,17 +522,13 @@ def default_integer(xp: Namespace) -> DType:
 
 
 def to_numpy(x: Array) -> Any:
-    """A NumPy copy or view of `x`, from any library and device; bfloat16, which NumPy does not have, comes from torch as float32."""
-    if isinstance(x, numpy.ndarray | numpy.generic):
-        return numpy.asarray(x)
-    if array_api_compat.is_cupy_array(x):
-        return x.get()
-    if array_api_compat.is_torch_array(x):
-        x = x.detach().cpu()
-        return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
-    if array_api_compat.is_jax_array(x) or array_api_compat.is_dask_array(x):
-        return numpy.asarray(x)
-    return numpy.from_dlpack(x)
+    """A NumPy copy or view of `x`, from any library and device; bfloat16 comes as float32, which not every library takes from NumPy."""
+    own = None if isinstance(x, numpy.ndarray | numpy.generic) else library(x).to_numpy
+    if own is not None:
+        found = own(x)
+    else:
+        found = numpy.from_dlpack(x) if hasattr(x, "__dlpack__") and not isinstance(x, numpy.ndarray) else numpy.asarray(x)
+    return found.astype(numpy.float32) if is_bfloat16(found.dtype) else found
 
 
 def is_concrete(x: Array) -> bool:

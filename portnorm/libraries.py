@@ -80,6 +80,7 @@ SUPPORT: dict[str, Support] = {
             "numpy",
             "numpy",
             "numpy",
+            _EVERY,
             kernels=("normalize", "scan", "linear_scan", "linear", "layer_norm", "rms_norm", "fake_quantize", "integer_product"),
             always=True,
         ),
@@ -94,6 +95,8 @@ SUPPORT: dict[str, Support] = {
             kernels=("reverse_sequences", "pack_steps", "unpack_steps"),
             lazy=True,
         ),
+        Support("mlx", "mlx.core", "mlx", ("float16", "bfloat16", "float32"), "mlx", autodiff=True),
+        Support("paddle", "paddle", "paddlepaddle", ("float32", "float64"), "paddle", autodiff=True),
         Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", kernels=("normalize", "scan"), gpu=True),
     )
 }

@@ -39,6 +39,18 @@ def _dask() -> Library:
     return LIBRARY
 
 
+def _mlx() -> Library:
+    from portnorm_backends.mlx import LIBRARY
+
+    return LIBRARY
+
+
+def _paddle() -> Library:
+    from portnorm_backends.paddle import LIBRARY
+
+    return LIBRARY
+
+
 def _onnx() -> Library:
     from portnorm_onnx.library import LIBRARY
 
@@ -48,4 +60,6 @@ def _onnx() -> Library:
 def fill() -> None:
     """Tell the ground where each library is loaded from, by the root module of its arrays' types."""
     LOADERS.update(dict.fromkeys(SUPPORT))
-    LOADERS.update(numpy=_numpy, torch=_torch, jax=_jax, jaxlib=_jax, dask=_dask, cupy=_cupy, portnorm_onnx=_onnx)
+    LOADERS.update(numpy=_numpy, torch=_torch, jax=_jax, dask=_dask, mlx=_mlx, paddle=_paddle, cupy=_cupy)
+    # What an array of NumPy of one of ml_dtypes' types gives by an index is of that type.
+    LOADERS.update(jaxlib=_jax, ml_dtypes=_numpy, portnorm_onnx=_onnx)

@@ -25,7 +25,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
-from portnorm.arrays import Array, Kernel, Library, is_concrete, is_kind, leaves, library, namespace, require_given
+from portnorm.arrays import Array, Kernel, Library, is_concrete, is_floating, is_kind, leaves, library, namespace, require_given
 from portnorm.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 
 P = ParamSpec("P")
@@ -156,7 +156,9 @@ class Op(Generic[P, R]):
 
     def _kernel(self, own: Library, args: tuple[Any, ...], attrs: dict[str, Any]) -> Kernel | None:
         kernel = own.kernels.get(self.name) if own.kernels else None
-        return kernel if kernel is not None and kernel.accepts(*args, **attrs) else None
+        if kernel is not None and kernel.accepts(*args, **attrs):
+            return kernel
+        return own.narrow.kernel(self) if own.narrow is not None and own.narrow.holds(*args) else None
 
     def __repr__(self) -> str:
         return f"<Op {self.name}>"
@@ -224,7 +226,7 @@ def require_cotangent(y: Any, dy: Any) -> None:
         return
     require_given(dy=dy)
     xp = namespace(y=y, dy=dy)
-    if not is_kind(xp, dy.dtype, "real floating", "integral"):
+    if not (is_floating(xp, dy.dtype) or is_kind(xp, dy.dtype, "integral")):
         raise DTypeError(f"the cotangent `dy` has dtype {dy.dtype}; expected {y.dtype}, that of the result")
 
 
@@ -233,5 +235,5 @@ def _check_cotangent(y: Any, dy: Any) -> None:
     if type(dy) is not type(y) or dy.dtype != getattr(y, "dtype", None):
         require_cotangent(y, dy)
     shape, expected = getattr(dy, "shape", None), getattr(y, "shape", None)
-    if expected is not None and is_concrete(y) and tuple(shape or ()) != tuple(expected):
+    if expected is not None and tuple(shape or ()) != tuple(expected) and is_concrete(y):
         raise ShapeError(f"the cotangent `dy` has shape {shape} but the result has shape {tuple(expected)}")

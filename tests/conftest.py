@@ -1,6 +1,6 @@
 """Array libraries as a test parameter, and what is left out unless it is asked for; what was asked for and is missing is an error.
 
-`--peers` adds torch, JAX and Dask, and CuPy, which is skipped by name where it finds no GPU.
+`--peers` adds torch, JAX, Dask, MLX and PaddlePaddle, and CuPy, which is skipped by name where it finds no GPU.
 `--models` adds the real models of docs/real-models.md, and fails where a package of theirs is missing.
 `--runtimes openvino,tract` adds tests marked `runtime(name)`; `--runtimes installed` adds those that are there, and the head of the report
 names the others.
@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ import numpy as np
 import pytest
 
 from benchmarks import models
-from portnorm.arrays import load_namespace, to_numpy
+from portnorm.arrays import load_dtype, load_namespace, to_numpy
 from portnorm.errors import MissingExtraError
 from portnorm.libraries import SUPPORT, Support
 from portnorm_backends.cpu import registers
@@ -50,12 +51,17 @@ class Library:
             xp.set_array_api_strict_flags(boolean_indexing=False, data_dependent_shapes=False, enabled_extensions=())
         return xp
 
+    @property
+    def widest(self) -> str:
+        """The floating type in which it holds an array of float64."""
+        return self.support.dtypes[-1]
+
     def array(self, values: Any, dtype: str | None = None) -> Any:
         """An array of this library, from anything that NumPy takes; `None` stays `None`. Those of a lazy one are in chunks of two."""
         if values is None:
             return None
         if dtype == "bfloat16":
-            return self.xp.asarray(np.array(values, dtype="float32"), dtype=self.xp.bfloat16)
+            return self.xp.asarray(np.array(values, dtype="float32"), dtype=load_dtype(self.xp, dtype))
         values = np.array(values, dtype=dtype)
         if self.name == "numpy-readonly":
             values.flags.writeable = False
@@ -88,7 +94,9 @@ LIBRARIES["numpy-readonly"] = Library("numpy-readonly", SUPPORT["numpy"], ("floa
 
 
 def pytest_addoption(parser: Any) -> None:
-    parser.addoption("--peers", action="store_true", help="also run what needs torch, JAX and Dask; fails if they are not installed")
+    parser.addoption(
+        "--peers", action="store_true", help="also run what needs torch, JAX, Dask, MLX or PaddlePaddle; fails if they are not installed"
+    )
     parser.addoption("--models", action="store_true", help="also run the real models; fails if their packages are not installed")
     parser.addoption("--runtimes", default="", help="also run what needs these inference runtimes, by commas, or all that are 'installed'")
     parser.addoption("--registers", type=int, choices=(16, 32, 64), help="compile the kernels for vector registers of so many bytes")
@@ -96,16 +104,18 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    config.addinivalue_line("markers", "peers: needs torch, JAX or Dask; runs with --peers only")
+    config.addinivalue_line("markers", "peers: needs torch, JAX, Dask, MLX or PaddlePaddle; runs with --peers only")
     config.addinivalue_line("markers", "models: needs the packages of docs/examples/real-models.txt; runs with --models only")
     config.addinivalue_line("markers", "runtime(name): needs an inference runtime besides onnxruntime; runs with --runtimes only")
     if config.getoption("--registers"):
         assert "portnorm_backends.cpu.vectors" not in sys.modules, "kernels are loaded already"
         registers.WIDTH = config.getoption("--registers")
     if config.getoption("--peers"):
-        for row in SUPPORT.values():
-            if not row.gpu:
-                importlib.import_module(row.module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # paddle's, that a compiler's cache is not installed
+            for row in SUPPORT.values():
+                if not row.gpu:
+                    importlib.import_module(row.module)
     if config.getoption("--models"):
         try:
             models.packages()

@@ -684,7 +684,7 @@ def test_dlpack_goes_in_and_out(peer: str, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(np.from_dlpack(y), pn.layer_norm(x), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["torch_training", "optax_training"])
+@pytest.mark.parametrize("name", ["torch_training", "optax_training", "mlx_training"])
 def test_an_example_learns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))
     try:

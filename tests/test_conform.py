@@ -11,6 +11,7 @@ import sys
 import tempfile
 import unittest
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -35,18 +36,22 @@ pytest_plugins = ["pytester"]
 
 # -- the promise -------------------------------------------------------------------------------------------------------------------------
 
-SUBJECTS = [
-    pytest.param(name, marks=[] if row.module == "numpy" else [pytest.mark.slow, *([] if row.always else [pytest.mark.peers])])
-    for name, row in conform.LIBRARIES.items()
-    if not row.gpu
-]
+ADD_IN_BLOCKS = ("mlx", "paddle")
+"""Libraries whose sums are those of `portnorm_backends.blocks`, whatever the operation: only layer normalization takes rows of 2^20."""
 
 
-CASES = [pytest.param(case, marks=pytest.mark.slow if (case.regime.values or 0) > 2**16 else [], id=case.name) for case in conform.cases()]
+def _pairs() -> Iterator[Any]:
+    """Every case for every library that is there, the long and the heavy left to `make test-all`."""
+    for case in conform.cases():
+        large = (case.regime.values or 0) > 2**16
+        for name, row in conform.LIBRARIES.items():
+            if row.gpu or (name in ADD_IN_BLOCKS and large and case.operation.name != "layer_norm"):
+                continue
+            marks = [pytest.mark.slow] * (large or row.module != "numpy") + [pytest.mark.peers] * (not row.always)
+            yield pytest.param(case, name, marks=marks, id=f"{case.name}-{name}")
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "subject"), list(_pairs()))
 def test_definitions_are_within_their_ulp(case: conform.Case, subject: str) -> None:
     """Forward ≤ 8 ULP, gradient ≤ 32 (half precision 2 and 4 of its own); finite where the truth is."""
     row = conform.LIBRARIES[subject]

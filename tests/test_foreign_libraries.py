@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 
 import portnorm as pn
 from tests.processes import output_of
+from tests.toy import installed
 
 TOY = '''
 """A library of arrays with nothing but what portnorm's checks ask; all arithmetic is in its kernel."""
@@ -54,14 +55,6 @@ def accepts(x, weight=None, bias=None, **attrs):
 KERNEL = Kernel(lambda *args, **attrs: forward(*args, **attrs)[0], forward, vjp, Residuals, accepts)
 LIBRARY = Library("toyarrays", kernels={"normalize": KERNEL}, namespace=toyarrays, device=lambda x: None)
 """
-
-
-def installed(tmp_path: Path, files: dict[str, str]) -> str:
-    """A `PYTHONPATH` where these files lie before everything else."""
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    return os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def test_a_library_joins_by_its_entry_point(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -151,10 +144,15 @@ class Unregistered:
     dtype, shape, ndim = np.dtype("float32"), (2, 4), 2
 
 
-def bfloat16() -> Any:
+def float8() -> Any:
     import ml_dtypes
 
-    return np.ones((2, 4), dtype=ml_dtypes.bfloat16)
+    return np.ones((2, 4), dtype=ml_dtypes.float8_e4m3fn)
+
+
+def of_module(root: str) -> Any:
+    """What looks like an array, of a library by that name."""
+    return type("Array", (np.ndarray,), {"__module__": f"{root}.core"})((2, 4))
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], type[pn.PortnormError], str]] = {
@@ -163,21 +161,34 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[pn.PortnormError], str]] = {
         pn.UnsupportedError,
         r"`x` is a Unregistered; expected an array of numpy, .*, cupy, or of a library that the entry points of portnorm\.backends",
     ),
+    **{
+        f"an array of {root}": (
+            lambda root=root: pn.layer_norm(of_module(root)),  # type: ignore[misc]
+            pn.UnsupportedError,
+            rf"`x` is a Array; expected an array of numpy, .*; {way_out} makes an array of it: .*",
+        )
+        for root, way_out in {
+            "blosc2": r"numpy\.asarray",
+            "tinygrad": r"x\.numpy\(\)",
+            "tensorflow": r"x\.numpy\(\)",
+            "mindspore": r"x\.asnumpy\(\)",
+        }.items()
+    },
     "a list": (lambda: pn.layer_norm([1.0, 2.0]), pn.UnsupportedError, r"`x` is a list; .* numpy\.asarray makes one"),
-    "bfloat16 of NumPy": (
-        lambda: pn.layer_norm(bfloat16()),
+    "float8 of NumPy": (
+        lambda: pn.layer_norm(float8()),
         pn.DTypeError,
-        "`x` has dtype bfloat16; expected .* bfloat16 is a type of torch",
+        "`x` has dtype float8_e4m3fn; expected a real floating-point type such as float32",
     ),
-    "a layer of bfloat16 in NumPy": (
-        lambda: pn.LSTM(3, 4, dtype="bfloat16"),
+    "a layer of bfloat16 in a library without it": (
+        lambda: pn.LSTM(3, 4, dtype="bfloat16", xp="array_api_strict"),
         pn.DTypeError,
-        "`dtype` is 'bfloat16', which .*numpy does not have; .* such as float32; bfloat16 is a type of torch and jax",
+        "`dtype` is 'bfloat16', which array_api_strict does not have; .* such as float32; bfloat16 is a type of numpy and torch and jax",
     ),
     "a layer that moves to bfloat16": (
-        lambda: pn.LayerNorm(3).to(dtype="bfloat16"),
+        lambda: pn.LayerNorm(3, xp="array_api_strict").to(dtype="bfloat16"),
         pn.DTypeError,
-        "`dtype` is 'bfloat16', which .*numpy does not have",
+        "`dtype` is 'bfloat16', which .*array_api_strict does not have",
     ),
 }
 
@@ -187,6 +198,85 @@ def test_what_cannot_be_taken_is_named(name: str) -> None:
     call, kind, message = REFUSED[name]
     with pytest.raises(kind, match=message):
         call()
+
+
+class Sparse:
+    """An array of a library that follows the standard as far as it goes, and that nobody registered."""
+
+    __module__ = "sparsearrays.core"
+
+    def __init__(self, values: Any):
+        self.values, self.device = np.asarray(values), "cpu"
+        self.dtype, self.shape, self.ndim = self.values.dtype, self.values.shape, self.values.ndim
+
+    def __array_namespace__(self, api_version: str | None = None) -> Any:
+        def astype(x: Any, dtype: Any, copy: bool = True) -> Any:
+            raise IndexError("only integers, slices and so on")
+
+        found = types.ModuleType("sparsearrays")
+        vars(found).update(isdtype=np.isdtype, finfo=np.finfo, float32=np.float32, astype=astype)
+        return found
+
+
+def test_what_a_library_lacks_is_named() -> None:
+    x = Sparse(np.ones((2, 4), dtype="float32"))
+    with pytest.raises(
+        pn.UnsupportedError, match="sparsearrays has no `min`, a function of the Array API standard that this call needs; con"
+    ):
+        pn.embedding(Sparse(np.array([0, 1])), x)
+    with pytest.raises(
+        pn.UnsupportedError, match=r"`astype` of sparsearrays does not take what it is given here: only integers.*; convert"
+    ):
+        pn.layer_norm(x)
+
+
+OTHER_KINDS: dict[str, tuple[Callable[[Any], Any], type[pn.PortnormError], str]] = {
+    "matrix": (lambda a: a.view(np.matrix), pn.UnsupportedError, r"`{}` is a matrix; .* numpy\.asarray makes an array of it"),
+    "masked array": (np.ma.masked_array, pn.UnsupportedError, r"`{}` is a MaskedArray; .* its mask would be ignored; x\.filled\(\.\.\.\)"),
+    "longdouble": (lambda a: a.astype(np.longdouble), pn.DTypeError, r"`{}` has dtype (float128|longdouble); expected"),
+}
+X, ROW = np.ones((2, 3)), np.ones(3)
+PLACES: dict[str, tuple[Callable[[Callable[[Any], Any]], Any], str]] = {
+    "a function": (lambda kind: pn.layer_norm(kind(X)), "x"),
+    "a weight": (lambda kind: pn.linear(X, kind(X)), "weight"),
+    "a bias": (lambda kind: pn.linear(X, np.ones((2, 3)), kind(np.ones((2, 1)))[:, 0]), "bias"),
+    "a target": (lambda kind: pn.mean_squared_error(X, kind(X)), "target"),
+    "a cotangent": (lambda kind: pn.vjp(pn.layer_norm, X)[1](kind(X)), "dy"),
+    "a layer": (lambda kind: pn.Linear(3, 2, dtype="float64")(kind(X)), "x"),
+    "the pure form": (lambda kind: (m := pn.BatchNorm(3, dtype="float64")).apply(m.params, m.buffers, kind(X)), "x"),
+    "the pure form of a recurrent layer": (lambda kind: (m := pn.LSTM(3, 2, dtype="float64")).pure_vjp(m.params, {}, kind(X)), "x"),
+    "parameters": (lambda kind: pn.Adam().init({"w": kind(X)}), r"params\['w'\]"),
+}
+
+
+COMPUTED = ("a weight", "a bias", "a target")
+"""Where a longdouble is right: an affine map, and what is converted."""
+
+
+@pytest.mark.parametrize(("kind", "place"), [(k, p) for k in OTHER_KINDS for p in PLACES if k != "longdouble" or p not in COMPUTED])
+def test_arrays_of_numpy_that_mean_something_else(kind: str, place: str) -> None:
+    made, error, message = OTHER_KINDS[kind]
+    call, name = PLACES[place]
+    if kind == "matrix" and place == "a bias":
+        name = r"\w+"  # a row of a matrix is a matrix
+    if kind == "longdouble" and place == "a layer":
+        message = "`x` has dtype (float128|longdouble) but the layer has float64; convert `x` to float64"
+    if kind == "longdouble" and place == "a cotangent":
+        message = "the cotangent `{}` has dtype (float128|longdouble); expected float64"
+    with pytest.raises(error, match=message.format(name)):
+        call(made)
+
+
+def test_a_layer_of_longdouble() -> None:
+    layer = pn.Linear(3, 2, dtype="float64")
+    for call in (lambda: pn.Linear(3, 2, dtype=np.longdouble), lambda: layer.to(dtype=np.longdouble)):
+        with pytest.raises(pn.DTypeError, match=r"`dtype` is .*longdouble.*; expected a floating-point type"):
+            call()
+    weight = layer.params["weight"].astype(np.longdouble)
+    with pytest.raises(pn.DTypeError, match=r"`weight` has dtype .*; expected float64, that of the layer"):
+        layer.assign({**layer.params, "weight": weight})
+    with pytest.raises(pn.UnsupportedError, match="`weight` is a matrix"):
+        layer.load_state_dict({**layer.state_dict(), "weight": weight.astype(float).view(np.matrix)})
 
 
 @pytest.mark.peers

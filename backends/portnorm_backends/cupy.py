@@ -47,6 +47,7 @@ def _is_bfloat16(dtype: Any) -> bool:
 LIBRARY = Library(
     "cupy",
     namespace=CuPyNamespace,
+    to_numpy=lambda x: x.get(),
     kernels={
         "normalize": Kernel(
             call=lambda *args, **attrs: normalize.forward(*args, **attrs)[0],

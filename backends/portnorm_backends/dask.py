@@ -82,4 +82,5 @@ LIBRARY = Library(
         "unpack_steps": _by_sequence(unpack_steps),
     },
     is_concrete=lambda x: False,
+    to_numpy=numpy.asarray,
 )

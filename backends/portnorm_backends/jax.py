@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import numpy
 
 from portnorm.arrays import Array, Autodiff, Differentiable, Kernel, Library, leaves
 from portnorm.errors import UnsupportedError
@@ -106,4 +107,5 @@ LIBRARY = Library(
     namespace=jax.numpy,  # while something is traced a constant can be of a type that is one of NumPy's too
     device=_device,
     draws=_draws,
+    to_numpy=numpy.asarray,
 )

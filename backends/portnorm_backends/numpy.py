@@ -13,6 +13,7 @@ import numpy
 from portnorm.arrays import Library
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
+from portnorm_backends import bfloat16
 from portnorm_backends.cpu import affine, integers, normalize, recurrent
 
 _KERNELS = {
@@ -35,4 +36,11 @@ def _fixed(x: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
 
 
 # 16 MB in float32: enough rows for what is done once for them all, and little enough for a cache.
-LIBRARY = Library("numpy", kernels=_KERNELS if importlib.util.find_spec("numba") is not None else {}, at_once=2**22, fixed=_fixed)
+LIBRARY = Library(
+    "numpy",
+    kernels=_KERNELS if importlib.util.find_spec("numba") is not None else {},
+    at_once=2**22,
+    fixed=_fixed,
+    narrow=bfloat16.NARROW,
+    more_dtypes={"bfloat16": bfloat16.dtype},
+)

@@ -110,6 +110,11 @@ def _steps_at(x: Array, place: Array) -> Array:
     return torch.gather(x, 0, place[:, :, None].expand(x.shape))
 
 
+def _to_numpy(x: Array) -> Any:
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
 LIBRARY = Library(
     "torch",
     kernels={
@@ -123,4 +128,5 @@ LIBRARY = Library(
     namespace=array_api_compat.torch,
     device=lambda x: x.device,
     draws=_draws,
+    to_numpy=_to_numpy,
 )

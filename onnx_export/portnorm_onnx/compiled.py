@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import leaves, mapped, require_extra
+from portnorm.arrays import is_bfloat16, leaves, library, mapped, require_extra
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.state import checked_time
@@ -60,6 +60,9 @@ class Compiled:
 
     def __init__(self, model: Layer, threads: int):
         self._model = model.to(xp="numpy").copy()
+        self._narrow = is_bfloat16(self._model.dtype)
+        if self._narrow:  # as on NumPy: computed in float32, and rounded once
+            self._model = self._model.to(dtype="float32")
         self._threads = threads
         self._graphs: dict[_Key, bytes] = {}
         self._sessions: dict[tuple[int, _Key], Any] = {}
@@ -67,9 +70,22 @@ class Compiled:
         self._zeros: tuple[int, dict[str, NumPyArray]] = (-1, {})
 
     def __call__(self, x: NumPyArray, state: Any = None, lengths: Any = None, *, mask: Any = None) -> Any:
-        model = self._model
         if not isinstance(x, numpy.ndarray):
             raise UnsupportedError(f"`x` is a {type(x).__name__}; expected a NumPy array, which is what onnxruntime computes on")
+        if self._narrow:
+            return self._rounded(x, state, lengths, mask)
+        return self._computed(x, state, lengths, mask)
+
+    def _rounded(self, x: NumPyArray, state: Any, lengths: Any, mask: Any) -> Any:
+        """The call of a model in bfloat16."""
+        if not self._model.takes_integers and not is_bfloat16(x.dtype):
+            raise DTypeError(f"`x` has dtype {x.dtype}; expected bfloat16, that of the compiled model")
+        narrow = library(x).narrow
+        assert narrow is not None
+        return narrow.rounded(self._computed(narrow.wide(x), narrow.wide(state), lengths, mask))
+
+    def _computed(self, x: NumPyArray, state: Any, lengths: Any, mask: Any) -> Any:
+        model = self._model
         counted = model._checked(x, state, lengths, mask)
         if not model.takes_integers and x.dtype != model.dtype:
             raise DTypeError(f"`x` has dtype {x.dtype}; expected {model.dtype}, that of the compiled model")

@@ -60,8 +60,8 @@ def import_checkpoint(
     (`zoneout=0.1`, `eps=1e-3`). It goes before what the file says (a Keras configuration, ONNX attributes, a module's own settings), and
     that before the format's defaults, which `provenance` names. Batch statistics that are stored per step set `t_max`, a first state that
     is not 0 makes a layer with `learned_state`. speechbrain's directions share their weights: `bidirectional=True` says that there are two,
-    unless a second layer does. Arrays keep their dtype unless `dtype` is given; float8 becomes float32, and bfloat16 too where the library
-    does not have it. Raises `CheckpointError`, which names the key, where keys are missing or unknown, shapes do not fit, or
+    unless a second layer does. Arrays keep their dtype unless `dtype` is given; float8 becomes float32, and bfloat16 too on NumPy and where
+    the library does not have it. Raises `CheckpointError`, which names the key, where keys are missing or unknown, shapes do not fit, or
     several formats would; and `UnsupportedError` for an argument that there is not. Pickles (.pt) are refused.
 
     >>> import numpy as np, portnorm as pn
@@ -267,7 +267,7 @@ class _Reader:
     # -- arguments of the layers -----------------------------------------------------------------------------------------------------
 
     def _dtype(self, found: Collection[Any], xp: Any) -> str:
-        """That of the arrays; bfloat16 where all are and the library has it."""
+        """That of the arrays; bfloat16 where all are and the namespace has it, as NumPy's has not."""
         stored = {self.arrays[key].dtype for key in self.fit.keys.values()}
         if stored == {"bfloat16"} and hasattr(load_namespace(xp), "bfloat16"):
             return "bfloat16"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any, Literal, overload
 
-from portnorm.arrays import DType, Namespace, require_extra
+from portnorm.arrays import DType, Namespace, dtype_name, require_extra, to_numpy, xp_of
 from portnorm.checkpoint import safetensors
 from portnorm.checkpoint.described import from_json, to_json
-from portnorm.checkpoint.training import TRAINING_KEY, Training, described, loaded, parted, writable
+from portnorm.checkpoint.training import TRAINING_KEY, Training, described, loaded, parted
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.optimizers import Optimizer
@@ -32,9 +32,11 @@ def save(layer: Layer | Training, path: str | os.PathLike[str]) -> None:
     model = layer.model if isinstance(layer, Training) else layer
     if not isinstance(model, Layer):
         raise UnsupportedError(f"`layer` is a {type(layer).__name__}; expected a layer of portnorm, or a portnorm.Training")
-    arrays = {name: writable(a) for name, a in model.state_dict().items()}
+    values = model.state_dict()
+    halved = {name for name, a in values.items() if dtype_name(xp_of(a), a.dtype) == "bfloat16"}
+    arrays = {name: to_numpy(a) for name, a in values.items()}
     about = {TRAINING_KEY: described(layer, arrays)} if isinstance(layer, Training) else {}
-    safetensors.write(path, arrays, {_KEY: to_json(model), "format": "np", **about})
+    safetensors.write(path, arrays, {_KEY: to_json(model), "format": "np", **about}, halved=halved)
 
 
 @overload

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, BinaryIO
 
 import numpy
@@ -36,12 +36,18 @@ _CODES = {numpy.dtype(d): code for code, d in _DTYPES.items()}
 _HEADER_LIMIT = 100_000_000
 
 
-def write(path: str | os.PathLike[str], arrays: Mapping[str, NumPyArray], metadata: Mapping[str, str]) -> None:
-    """Write arrays and a map of strings; an existing file is replaced only when the new one is complete."""
+def write(
+    path: str | os.PathLike[str], arrays: Mapping[str, NumPyArray], metadata: Mapping[str, str], *, halved: Set[str] = frozenset()
+) -> None:
+    """Write arrays and a map of strings; an existing file is replaced only when the new one is complete.
+
+    `halved` names arrays of float32 whose values are those of bfloat16, as which they are written.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
+    arrays = {name: _upper_half(a) if name in halved else a for name, a in arrays.items()}
     for name, array in arrays.items():
-        code = _CODES.get(array.dtype.newbyteorder("<"))
+        code = "BF16" if name in halved else _CODES.get(array.dtype.newbyteorder("<"))
         if code is None:
             raise DTypeError(
                 f"`{name}` has dtype {array.dtype}, which a safetensors file cannot hold; expected one of {', '.join(_DTYPES)}"
@@ -142,6 +148,10 @@ def _bfloat16(raw: NumPyArray) -> NumPyArray:
     return (raw.astype(numpy.uint32) << 16).view(numpy.float32)
 
 
+def _upper_half(values: NumPyArray) -> NumPyArray:
+    return (numpy.asarray(values, dtype=numpy.float32, order="C").view(numpy.uint32) >> 16).astype(numpy.uint16)
+
+
 def _float8(exponent_bits: int, infinities: bool) -> Callable[[NumPyArray], NumPyArray]:
     """From bytes of sign, exponent and mantissa: 4 and 3 bits without infinities (E4M3), or 5 and 2 bits with them (E5M2)."""
     mantissa_bits, bias = 7 - exponent_bits, 2 ** (exponent_bits - 1) - 1
@@ -159,6 +169,6 @@ def _float8(exponent_bits: int, infinities: bool) -> Callable[[NumPyArray], NumP
 
 
 _RAW = {"BF16": "<u2", "F8_E4M3": "uint8", "F8_E5M2": "uint8", "U16": "<u2", "U32": "<u4", "U64": "<u8", "C64": "<c8"}
-"""Types that are read and not written."""
+"""Types that are read, and but for the first not written."""
 _NAMES = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _FLOATS = {"BF16": _bfloat16, "F8_E4M3": _float8(4, False), "F8_E5M2": _float8(5, True)}

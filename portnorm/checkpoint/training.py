@@ -93,12 +93,6 @@ class Training:
 # -- to a file -----------------------------------------------------------------------------------------------------------------------------
 
 
-def writable(a: Array) -> NumPyArray:
-    """An array of any library as a file holds it: bfloat16, which NumPy does not have, as float32."""
-    found: NumPyArray = to_numpy(a)
-    return found.astype(numpy.float32) if found.dtype.name == "bfloat16" else found
-
-
 def described(run: Training, arrays: NumPyArrays) -> str:
     """What a file says of a run beside its model; its own arrays join `arrays`. Raises `CheckpointError` for what no file can hold."""
     about = {
@@ -152,7 +146,7 @@ def _tree(tree: Any, path: str, arrays: NumPyArrays) -> Any:
     name = path
     while name in arrays:
         name += "_"
-    arrays[name] = writable(tree)
+    arrays[name] = to_numpy(tree)
     return {"array": name, "dtype": kind}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import to_numpy, without_kernels
+from portnorm.arrays import load_dtype, load_namespace, to_numpy, without_kernels
 from portnorm.libraries import SUPPORT, Support
 
 
@@ -25,14 +25,11 @@ class Library(Support):
 
     def array(self, values: Any, dtype: str) -> Any:
         """An array of float64 values in a type of the library."""
-        xp = importlib.import_module(self.module)
-        return xp.asarray(values, dtype=getattr(xp, dtype))
+        xp = load_namespace(self.module)
+        return xp.asarray(values, dtype=load_dtype(xp, dtype))
 
     def values(self, a: Any) -> Any:
         """A NumPy float64 array of the values of an array."""
-        if "bfloat16" in str(getattr(a, "dtype", "")):
-            xp = importlib.import_module(self.module)
-            a = a.astype(xp.float32) if hasattr(a, "astype") else a.to(xp.float32)
         return to_numpy(a).astype(numpy.float64)
 
 

@@ -10,24 +10,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-import array_api_compat
 import numpy
 
 from portnorm.arrays import (
     Array,
     DType,
     Namespace,
+    Narrow,
     constant,
     default_integer,
     device_of,
     dtype_name,
     is_concrete,
     is_kind,
+    is_longdouble,
+    kept_name,
     library,
     load_dtype,
     load_namespace,
     namespace,
     require_dtype,
+    require_floating,
     require_lengths,
     statistics_dtype,
     to_numpy,
@@ -187,16 +190,28 @@ class Layer:
         Raises `CheckpointError` where `params` or `buffers` have not just the names and shapes of the layer's.
         """
         self._check_given(params, buffers)
+        self._require_array(x)
         if mask is not None:
             lengths = mask_of(x, mask, self.feature_axes(x.ndim))
         random = uniform_numbers(self, params, x, rng) if training and self.drops else None
         return self._applied(params, buffers, x, state, lengths, training, random)
 
+    def _require_array(self, x: Array) -> None:
+        """Raise `UnsupportedError` or `DTypeError` where `x` is no array that a layer takes."""
+        xp = namespace(x=x)
+        if not self.takes_integers:
+            require_floating(xp, x=x)
+
     def _applied(
         self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, random: Arrays | None = None
     ) -> tuple[Array, Any, Arrays]:
         training = self._trains(training)
-        autodiff = library(x).autodiff
+        own = library(x)
+        if own.narrow is not None and own.narrow.holds(x, next(iter(params.values()), None)):
+            params, buffers, x, state = own.narrow.wide((params, buffers, x, state))
+            y, after, new = self._applied(params, buffers, x, state, lengths, training, random)
+            return own.narrow.rounded(y), own.narrow.rounded(after), new
+        autodiff = own.autodiff
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
         if autodiff is None or not (autodiff.records((params, buffers, x, state)) or (self.recurrent and autodiff.unrolls(self))):
@@ -220,6 +235,7 @@ class Layer:
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         """`(y, state, buffers, pullback)` with `dx, dstate, grads = pullback(dy, dstate)`: what `apply` computes, with its vjp."""
         self._check_given(params, buffers)
+        self._require_array(x)
         random = uniform_numbers(self, params, x, rng) if training and self.drops else None
         return self._applied_vjp(params, buffers, x, state, lengths, training, random)
 
@@ -227,6 +243,9 @@ class Layer:
         self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, random: Arrays | None = None
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         training = self._trains(training)
+        narrow = library(x).narrow
+        if narrow is not None and narrow.holds(x, next(iter(params.values()), None)):
+            return self._narrowly_applied_vjp(narrow, params, buffers, x, state, lengths, training, random)
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
         y, out, new, residuals = self.forward(params, buffers, x, state, lengths, training, True, random)
@@ -239,6 +258,28 @@ class Layer:
             return self.backward(residuals, dy, dstate, training)
 
         return y, out, new, pullback
+
+    def _narrowly_applied_vjp(
+        self,
+        narrow: Narrow,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any,
+        lengths: Counted,
+        training: bool,
+        random: Arrays | None,
+    ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
+        """`_applied_vjp` in the wider type, whose results and cotangents are rounded."""
+        wide = narrow.wide
+        y, out, new, widely = self._applied_vjp(wide(params), wide(buffers), wide(x), wide(state), lengths, training, random)
+
+        def pullback(dy: Array | None, dstate: Any = None) -> tuple[Array | None, Any, Arrays]:
+            dx, dbefore, grads = widely(wide(dy), wide(dstate))
+            of_arrays = {n: narrow.rounded(d) if narrow.holds(params[n]) else d for n, d in grads.items()}
+            return narrow.rounded(dx) if narrow.holds(x) else dx, narrow.rounded(dbefore), of_arrays
+
+        return narrow.rounded(y), narrow.rounded(out), new, pullback
 
     def _trains(self, training: Any) -> bool:
         """Whether a call with this `training` computes as in training; raises `UnsupportedError` for what is neither true nor false."""
@@ -275,10 +316,11 @@ class Layer:
         (0 if `bidirectional`), and what follows such a layer in a `Sequential` takes that for its input, unless it takes statistics over
         time. The cotangent of a repeated result counts; that of a 0 does not.
 
-        `rng` is where a layer that drops values in training takes its randomness from: a seed, a `numpy.random.Generator`, under JAX a key
-        (`jax.random.key(0)`, also inside `jit`), with torch a `torch.Generator`; or the numbers themselves, a mapping of the names of
-        `random_shapes` to arrays of numbers uniform in [0, 1), or of truth values, True for what is kept. A seed drops the same in every
-        call. Raises `ArgumentError` where it is needed and missing; where nothing is drawn it is not looked at.
+        `rng` is where a layer that drops values in training takes its randomness from: a seed, a `numpy.random.Generator`, under JAX or MLX
+        a key (`jax.random.key(0)`, `mx.random.key(0)`, also inside `jit` or `compile`), with torch a `torch.Generator`; or the numbers
+        themselves, a mapping of the names of `random_shapes` to arrays of numbers uniform in [0, 1), or of truth values, True for what is
+        kept. A seed drops the same in every call. Raises `ArgumentError` where it is needed and missing; where nothing is drawn it is not
+        looked at.
         """
         lengths = self._checked(x, state, lengths, mask)
         random = uniform_numbers(self, self.params, x, rng) if training and self.drops else None
@@ -303,7 +345,7 @@ class Layer:
         def pullback(dy: Array | None, dstate: Any = None) -> Any:
             if dy is not None and (type(dy) is not type(y) or dy.dtype != y.dtype):
                 require_cotangent(y, dy)
-            if dy is not None and is_concrete(y) and tuple(getattr(dy, "shape", ())) != tuple(y.shape):
+            if dy is not None and tuple(getattr(dy, "shape", ())) != tuple(y.shape) and is_concrete(y):
                 raise ShapeError(
                     f"the cotangent `dy` has shape {tuple(getattr(dy, 'shape', ()))} but the result has shape {tuple(y.shape)}"
                 )
@@ -375,6 +417,9 @@ class Layer:
         for what, given, own in zip(("`params`", "`buffers`"), (params, buffers), self._names(), strict=True):
             _check_names(what, self, own, given)
         self._check_shapes({**params, **buffers})
+        for name, array in {**params, **buffers}.items():
+            if is_longdouble(array.dtype):
+                raise DTypeError(f"`{name}` has dtype {array.dtype}; expected {_called(self.xp, self.dtype)}, that of the layer")
 
     def check_fit(self) -> None:
         """Raise `CheckpointError` unless the arrays fit the attributes, as those of a layer do that was just made."""
@@ -403,6 +448,8 @@ class Layer:
         """
         _check_names("the state dict", self, self.state_dict().keys(), arrays)
         self._check_shapes(arrays)
+        for name, array in arrays.items():
+            namespace(**{name: array})
         groups = ((self.params, False), (self.buffers, True))
         self.assign(*({n: self._converted(arrays[n], like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
 
@@ -418,6 +465,7 @@ class Layer:
         groups = ((self.params, False), (self.buffers, True))
         self.xp, self.device, self.dtype = xp, device, load_dtype(xp, dtype)
         require_dtype(xp, self.dtype, device)
+        dtype_name(xp, self.dtype)
         self.assign(*({n: self._converted(a, like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
 
     def copy(self) -> Self:
@@ -428,7 +476,7 @@ class Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         """For `copy.deepcopy` and for other processes: the namespace goes by its name."""
-        return {**self.__dict__, "xp": self.xp.__name__, "dtype": dtype_name(self.xp, self.dtype)}
+        return {**self.__dict__, "xp": kept_name(self.xp), "dtype": dtype_name(self.xp, self.dtype)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update({**state, "changes": str(next(_NUMBERS))})
@@ -441,7 +489,7 @@ class Layer:
         if xp_of(array) is not self.xp:
             return self.xp.asarray(numpy.array(to_numpy(array)), dtype=dtype, device=self.device)
         (array,) = _constant({"": self.xp.astype(array, dtype)}).values()
-        return array if self.device is None else array_api_compat.to_device(array, self.device)
+        return array if self.device is None else library(array).to_device(array, self.device)
 
     def _dtype_of(self, statistic: bool) -> DType:
         """That of the layer, and of its running statistics at least float32: else small changes of them, and large variances, were lost."""
@@ -591,7 +639,7 @@ def _check_names(what: str, layer: Layer, own: Set[str], given: Mapping[str, Arr
     """Raise `CheckpointError` unless `given` has these names, and no others."""
     if not isinstance(given, Mapping):
         raise CheckpointError(f"{what} is a {type(given).__name__}; expected a mapping of the names of {type(layer).__name__} to arrays")
-    if given.keys() != own:
+    if {*given} != {*own}:  # sets, which paddle's to_static follows, unlike the keys of a dict
         missing, unknown = [n for n in sorted(own) if n not in given], [n for n in given if n not in own]
         raise CheckpointError(f"{what} does not fit {type(layer).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
 
@@ -623,6 +671,14 @@ class LayerFunction:
         return grads, None, dx, dstate
 
 
+def _called(xp: Namespace, dtype: DType) -> str:
+    """What a type is called, here or in its library."""
+    try:
+        return dtype_name(xp, dtype)
+    except DTypeError:
+        return str(dtype)
+
+
 def checked_call(
     layer: Layer, params: Mapping[str, Array], dtype: DType | None, x: Array, state: Any, lengths: Any, mask: Array | None = None
 ) -> Counted:
@@ -640,7 +696,9 @@ def checked_call(
         if not is_kind(xp, x.dtype, "integral"):
             raise DTypeError(f"`x` has dtype {x.dtype}; expected integers")
     elif dtype is not None and x.dtype != dtype:
-        raise DTypeError(f"`x` has dtype {x.dtype} but the layer has {dtype}; convert `x`, or the layer with layer.to(dtype=...)")
+        given, own = _called(xp, x.dtype), _called(xp, dtype)
+        way_out = f"layer.to(dtype={given!r})" if is_kind(xp, x.dtype, "real floating") else "layer.to(dtype=...)"
+        raise DTypeError(f"`x` has dtype {given} but the layer has {own}; convert `x` to {own}, or the layer with {way_out}")
     if mask is not None:
         if lengths is not None:
             raise UnsupportedError("`lengths` and `mask` are both given; expected one of them")

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Arrays = dict[str, Array]
 
 _WAYS = (
-    "a seed, a numpy.random.Generator, a key of jax.random for arrays of JAX, a torch.Generator for those of torch, or a mapping of "
-    "layer.random_shapes(steps, batch) to arrays of numbers uniform in [0, 1)"
+    "a seed, a numpy.random.Generator, a key of jax.random or of mx.random for arrays of JAX or MLX, a torch.Generator for those of torch, "
+    "or a mapping of layer.random_shapes(steps, batch) to arrays of numbers uniform in [0, 1)"
 )
 
 

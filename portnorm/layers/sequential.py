@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Self
 
-from portnorm.arrays import Array, DType, Namespace, xp_of
+from portnorm.arrays import Array, DType, Namespace, name_of, xp_of
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Arrays, Layer
@@ -41,7 +41,7 @@ class Sequential(Layer):
         for k, part in enumerate(parts):
             if part.xp is not first.xp or part.dtype != first.dtype:
                 raise UnsupportedError(
-                    f"part {k} has {part.dtype} arrays of {part.xp.__name__} but part 0 has {first.dtype} of {first.xp.__name__}; "
+                    f"part {k} has {part.dtype} arrays of {name_of(part.xp)} but part 0 has {first.dtype} of {name_of(first.xp)}; "
                     "make them alike with layer.to(...)"
                 )
         self.recurrent = any(part.recurrent for part in parts)

@@ -56,7 +56,7 @@ def check_out(x: Array, out: Array | None) -> None:
         raise ShapeError(f"`out` has shape {tuple(out.shape)}; expected {tuple(x.shape)}, that of `x`")
     if out.dtype != x.dtype:
         raise DTypeError(f"`out` has dtype {out.dtype}; expected {x.dtype}, that of `x`")
-    if not is_writeable_array(out):
+    if hasattr(out, "__array_namespace__") and not is_writeable_array(out):  # which takes only such arrays for arrays
         raise UnsupportedError("`out` cannot be written to; leave it out and use the result")
 
 
