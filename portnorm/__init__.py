@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from portnorm_onnx.training_step import export_training_step
     from portnorm_onnx.verify import verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded on first use: what reads and writes files, and what needs an extra. Each with the packages that it needs.
 _LAZY: dict[str, tuple[str, tuple[str, ...]]] = {
