@@ -26,6 +26,7 @@ exclude_patterns = ["examples"]
 nitpicky = True  # with -W a name or a link that leads nowhere ends the build
 myst_heading_anchors = 3
 autodoc_mock_imports = ["torch", "onnxscript", "sympy"]  # large, and read by nothing here but signatures
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # shapes and dtypes are in the text
 autodoc_member_order = "bysource"
 smartquotes = False
@@ -37,7 +38,7 @@ html_theme = "furo"
 html_title = f"portnorm {release}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 html_copy_source = False
 
 ELSEWHERE = {

@@ -1,7 +1,8 @@
 """Docstrings of portnorm are plain text; this is how they become reStructuredText for the reference.
 
-Text means what it says: `*`, `_` and `|` mark nothing up, and a name in backticks is code, with a link where it is a public name. A paragraph
-that begins with an equation (`y = …`, `h ← …`) keeps its lines. Indented lines are kept as they are, but for lists of `name: what it is`.
+Text means what it says: `*`, `_` and `|` mark nothing up, and a name in backticks is code, with a link where it is a public name. A
+paragraph that begins with equations (`y = …;  h ← …`) shows each on a line of its own. Indented lines are kept as they are, but for
+lists of `name: what it is`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def restructured(text: str, places: Mapping[str, str] = MappingProxyType({})) ->
     """The lines of a docstring as reStructuredText; `places` has the names that the reference knows, each with its full name.
 
     >>> restructured("y = a * x_0, for `x`. See `LSTM`.", {"LSTM": "portnorm.LSTM"})
-    ['| y = a \\\\* x\\\\_0, for ``x``. See :py:obj:`~portnorm.LSTM`.', '']
+    ['| y = a \\\\* x\\\\_0, for ``x``.', '', 'See :py:obj:`~portnorm.LSTM`.', '']
     """
     lines: list[str] = []
     for block in re.split(r"\n\s*\n", textwrap.dedent(text).strip("\n")):
@@ -55,21 +56,24 @@ def _block(lines: list[str], places: Mapping[str, str]) -> list[str]:
         return lines
     if not lines[0].startswith(" "):
         lines = _joined_code(lines)
-        if _EQUATION.match(lines[0]):
-            return [f"| {_inline(line, places)}" for line in _statements(lines)]
-        return [_inline(line, places) for line in lines]
+        if not _EQUATION.match(lines[0]):
+            return [_inline(line, places) for line in lines]
+        equations, after = _statements(" ".join(lines))
+        return [*(f"| {_inline(line, places)}" for line in equations), "", _inline(after, places)]
     plain = textwrap.dedent("\n".join(lines)).split("\n")
     if plain[0].startswith(">>> "):
         return plain
     heads = [line for line in plain if not line.startswith(" ")]
     if all(_FIELD.fullmatch(line) for line in heads):
         return [f"- ``{m[1]}``: {_inline(m[2], places)}" if (m := _FIELD.fullmatch(line)) else _inline(line, places) for line in plain]
-    return ["::", "", *(f"   {line}" for line in plain)]
+    return [".. code-block:: text", "", *(f"   {line}" for line in plain)]
 
 
-def _statements(lines: list[str]) -> list[str]:
-    """The equations of a paragraph, each on a line, and what is said of them."""
-    return re.split(r"(?<=;)  +", " ".join(line.strip() if k else line for k, line in enumerate(lines)).replace(";   ", ";  "))
+def _statements(paragraph: str) -> tuple[list[str], str]:
+    """The equations that a paragraph begins with, each by itself, and the sentences behind them."""
+    first = re.match(r"(?:.*?\S\.(?= +[A-Z`])|.*)", paragraph)
+    assert first is not None
+    return re.split(r"(?<=;) +", first[0]), paragraph[first.end() :].strip()
 
 
 def _joined_code(lines: list[str]) -> list[str]:

@@ -59,9 +59,10 @@ class StackResiduals(NamedTuple):
 class Recurrent(Layer):
     """What `LSTM`, `GRU` and `RNN` share: stacks, directions, states, running statistics.
 
-    `x` is (time, batch, features), or (batch, time, features) with `batch_first`, in the layer's dtype. `y` likewise has directions × hidden
-    features, or is (batch, directions × hidden), the h after each sequence's last step, with `return_sequences=False`. A state is a tuple of
-    arrays (layers × directions, batch, hidden); where batch statistics belong to steps, the number of steps comes after them.
+    `x` is (time, batch, features), or (batch, time, features) with `batch_first`, in the layer's dtype. `y` likewise has
+    directions × hidden features, or is (batch, directions × hidden), the h after each sequence's last step, with
+    `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch, hidden); where batch statistics belong to steps, the
+    number of steps comes after them.
 
     Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`.
 

@@ -1,0 +1,119 @@
+"""The reference site, as far as it can be seen without its generator: every public name has one place, and its text is right there."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import portnorm as pn
+from benchmarks.readme import ROOT
+
+DOCS = ROOT / "docs"
+sys.path.append(str(DOCS))
+from docstrings import first_sentence, restructured  # noqa: E402
+
+PLACES = {name: f"portnorm.{name}" for name in pn.__all__}
+AWAITED: set[str] = {"SGD", "RMSProp", "clip_by_global_norm"}
+"""Names that no example shows, or whose errors no text names, yet."""
+
+
+def source_of(name: str) -> Path:
+    """The file in which a public name is defined, whether or not its extra is installed."""
+    if name in pn._LAZY:
+        parts = pn._LAZY[name][0].split(".")
+        return next(p for folder in (".", "backends", "onnx_export") if (p := ROOT.joinpath(folder, *parts).with_suffix(".py")).exists())
+    found = getattr(pn, name)
+    return Path(inspect.getfile(inspect.unwrap(getattr(found, "definition", found))))
+
+
+def docstring_of(name: str) -> str | None:
+    """The docstring as it is written, read without importing; `None` for what has none, such as a table."""
+    for node in ast.walk(ast.parse(source_of(name).read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return ast.get_docstring(node)
+    return None
+
+
+DOCSTRINGS = {n: text for n in pn.__all__ if not isinstance(getattr(pn, n), dict | tuple) and (text := docstring_of(n)) is not None}
+
+
+def test_every_public_name_stands_on_one_page() -> None:
+    found = [
+        (name, page.name)
+        for page in (DOCS / "reference").glob("*.md")
+        for name in re.findall(
+            r"^\.\. (?:auto(?:function|class|exception)|py:data):: portnorm\.(\w+)$", page.read_text(), flags=re.MULTILINE
+        )
+    ]
+    assert sorted(name for name, _ in found) == sorted(pn.__all__)
+
+
+def test_every_page_is_in_the_menu() -> None:
+    menu = (DOCS / "index.md").read_text().split()
+    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in (*DOCS.glob("*.md"), *(DOCS / "reference").glob("*.md"))}
+    assert {name for name in pages if name != "index"} == {name for name in pages if name in menu}
+
+
+def test_every_function_and_class_has_a_docstring() -> None:
+    assert {n for n in pn.__all__ if not isinstance(getattr(pn, n), dict | tuple)} == set(DOCSTRINGS)
+
+
+def test_every_function_and_class_is_shown_in_an_example() -> None:
+    """One of its own, or where it is used beside another: `load` with `save`."""
+    lines = [line for text in DOCSTRINGS.values() for line in text.splitlines() if line.startswith((">>> ", "... "))]
+    shown = set(re.findall(r"\bpn\.(\w+)", "\n".join(lines)))
+    named = {n for n in DOCSTRINGS if not n.endswith(("Error", "Warning"))}
+    assert named - shown == AWAITED
+
+
+def test_every_function_says_what_it_raises() -> None:
+    silent = {n for n, text in DOCSTRINGS.items() if n[0].islower() and not re.search(r"`\w+Error`", text)}
+    assert silent <= AWAITED
+
+
+def plain(lines: list[str]) -> str:
+    """What a reader of the built page sees of our reStructuredText, in words."""
+    text = "\n".join(line for line in lines if line != ".. code-block:: text")
+    text = re.sub(r":py:obj:`~portnorm\.(\w+)`", r"`\1`", text)
+    text = re.sub(r"^\| |^- ", "", text.replace("``", "`"), flags=re.MULTILINE)
+    return " ".join(re.sub(r"\\([\\*_|])|\\ ", r"\1", text).split())
+
+
+@pytest.mark.parametrize("name", DOCSTRINGS)
+def test_nothing_of_a_docstring_is_lost(name: str) -> None:
+    """The same words in the same order, whatever is done for their form."""
+    text = (
+        re.sub(r"^  (\w+): ", r"  `\1`: ", DOCSTRINGS[name], flags=re.MULTILINE) if "\n  source: " in DOCSTRINGS[name] else DOCSTRINGS[name]
+    )
+    expected = " ".join(re.sub(r"`(?:portnorm|pn)\.(\w+)`", r"`\1`", text).split())
+    assert plain(restructured(DOCSTRINGS[name], PLACES)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Twice *x*, x_ and |x|.", ["Twice \\*x\\*, x\\_ and \\|x\\|.", ""]),
+        ("y = 2 · x;  z = y_1. Then more.", ["| y = 2 · x;", "| z = y\\_1.", "", "Then more.", ""]),
+        ("y = x, with\n`a` two\nlines.", ["| y = x, with ``a`` two lines.", "", "", ""]),
+        ("Of `b` and\n`pn.vjp` and `vjp`s.", ["Of ``b`` and", ":py:obj:`~portnorm.vjp` and :py:obj:`~portnorm.vjp`\\ s.", ""]),
+        ("Code `over\ntwo` lines.", ["Code ``over two`` lines.", ""]),
+        (
+            "Fields:\n  a_b: what `x` is,\n    and more.\n  c: d.",
+            ["Fields:", "", "- ``a_b``: what ``x`` is,", "  and more.", "- ``c``: d.", ""],
+        ),
+        ("So:\n\n    a = b   * c\n\nAnd.", ["So:", "", ".. code-block:: text", "", "   a = b   * c", "", "And.", ""]),
+        ("Text.\n>>> f(*x)\n1", ["Text.", "", ">>> f(*x)", "1", ""]),
+    ],
+    ids=("marks", "equations", "equation of lines", "links", "code of two lines", "fields", "kept lines", "example"),
+)
+def test_forms(text: str, expected: list[str]) -> None:
+    assert restructured(text, PLACES) == expected
+
+
+def test_first_sentence() -> None:
+    assert first_sentence("The x, e.g. of\n`vjp`: it is. More.\n\nAnd.", PLACES) == "The x, e.g. of :py:obj:`~portnorm.vjp`: it is."
