@@ -27,7 +27,7 @@ KINDS = {
     "moving data": ("#9aa0a6", ()),
 }
 SIZE, GAP = 11, 2
-WIDTH, LEFT = 560, 20
+WIDTH, LEFT = 574, 20
 
 
 def measure() -> dict[str, Any]:
