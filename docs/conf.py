@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sphinx.ext.autodoc.mock import mock
+from sphinx.ext.autodoc.mock import MockFinder
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 FOLDERS = [str(ROOT / folder) for folder in ("docs", ".", "backends", "onnx_export")]
 sys.path[:0] = FOLDERS
+sys.meta_path.insert(0, MockFinder(["torch", "onnxscript", "sympy"]))  # large, and only named here
 
 from docstrings import first_sentence, restructured  # noqa: E402
 
@@ -25,7 +26,6 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphin
 exclude_patterns = ["examples"]
 nitpicky = True  # with -W a name or a link that leads nowhere ends the build
 myst_heading_anchors = 3
-autodoc_mock_imports = ["torch", "onnxscript", "sympy"]  # large, and read by nothing here but signatures
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # shapes and dtypes are in the text
 autodoc_member_order = "bysource"
@@ -96,8 +96,7 @@ DATA = {
 
 def names() -> str:
     """A table of all public names, each with what its docstring says first."""
-    with mock(autodoc_mock_imports):
-        said = {name: DATA.get(name) or first_sentence(getattr(pn, name).__doc__, PLACES) for name in pn.__all__}
+    said = {name: DATA.get(name) or first_sentence(getattr(pn, name).__doc__, PLACES) for name in pn.__all__}
     rows = [f"   * - :py:obj:`~portnorm.{name}`\n     - {text}\n" for name, text in said.items()]
     return "```{eval-rst}\n.. list-table::\n   :class: names\n\n" + "".join(rows) + "```\n"
 

@@ -85,11 +85,16 @@ def _joined_code(lines: list[str]) -> list[str]:
 def _inline(line: str, places: Mapping[str, str]) -> str:
     out, at = [], 0
     for found in _CODE.finditer(line):
-        out += [_MARKS.sub(r"\\\1", line[at : found.start()]), _code(found[2], places)]
+        out += [_text(line[at : found.start()]), _code(found[2], places)]
         at = found.end()
         if line[at : at + 1].isalnum():
             out.append("\\ ")
-    return "".join([*out, _MARKS.sub(r"\\\1", line[at:])])
+    return "".join([*out, _text(line[at:])])
+
+
+def _text(text: str) -> str:
+    """Plain text; a page that it names becomes a link."""
+    return re.sub(r"\bdocs/([\w-]+)\.md", r":doc:`docs/\1.md </\1>`", _MARKS.sub(r"\\\1", text))
 
 
 def _code(code: str, places: Mapping[str, str]) -> str:

@@ -80,6 +80,7 @@ def plain(lines: list[str]) -> str:
     """What a reader of the built page sees of our reStructuredText, in words."""
     text = "\n".join(line for line in lines if line != ".. code-block:: text")
     text = re.sub(r":py:obj:`~portnorm\.(\w+)`", r"`\1`", text)
+    text = re.sub(r":doc:`(docs/[\w-]+\.md) </[\w-]+>`", r"\1", text)
     text = re.sub(r"^\| |^- ", "", text.replace("``", "`"), flags=re.MULTILINE)
     return " ".join(re.sub(r"\\([\\*_|])|\\ ", r"\1", text).split())
 
@@ -107,9 +108,10 @@ def test_nothing_of_a_docstring_is_lost(name: str) -> None:
             ["Fields:", "", "- ``a_b``: what ``x`` is,", "  and more.", "- ``c``: d.", ""],
         ),
         ("So:\n\n    a = b   * c\n\nAnd.", ["So:", "", ".. code-block:: text", "", "   a = b   * c", "", "And.", ""]),
+        ("See docs/real-models.md.", ["See :doc:`docs/real-models.md </real-models>`.", ""]),
         ("Text.\n>>> f(*x)\n1", ["Text.", "", ">>> f(*x)", "1", ""]),
     ],
-    ids=("marks", "equations", "equation of lines", "links", "code of two lines", "fields", "kept lines", "example"),
+    ids=("marks", "equations", "equation of lines", "links", "code of two lines", "fields", "kept lines", "page", "example"),
 )
 def test_forms(text: str, expected: list[str]) -> None:
     assert restructured(text, PLACES) == expected
