@@ -15,7 +15,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 FOLDERS = [str(ROOT / folder) for folder in ("docs", ".", "backends", "onnx_export")]
 sys.path[:0] = FOLDERS
-sys.meta_path.insert(0, MockFinder(["torch", "onnxscript", "sympy"]))  # large, and only named here
+sys.meta_path.insert(0, MockFinder(["torch", "onnxscript", "sympy", "sklearn"]))  # large, and only named here
 
 from docstrings import first_sentence, restructured  # noqa: E402
 
