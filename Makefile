@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest models behind lint types readme clean
+.PHONY: demo test test-all test-lowest models behind docs lint types readme clean
 
 # One stamp per set of extras; made again when the dependencies change.
 $(VENV)/.%: pyproject.toml
@@ -63,6 +63,18 @@ test-lowest: $(VENV)/.test
 	@$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct --editable ".[test]"
 	$(VENV)-lowest/bin/python -m pytest -n auto -m "not slow"
+	@$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct --editable ".[docs]"
+	$(VENV)-lowest/bin/python $(SPHINX)
+
+# The reference and the guides as a site that needs no network: out/docs/index.html. Every warning is an error, a link that leads nowhere too.
+SITE := out/docs
+SPHINX := -m sphinx --quiet --fresh-env --fail-on-warning --keep-going --doctree-dir out/doctrees docs $(SITE)
+
+docs: $(VENV)/.docs
+	$(BIN)/python $(SPHINX)
+	@! grep -rnoE '<(script|link|img|iframe)[^>]*(src|href)="(https?:)?//[^"]*"' --include='*.html' $(SITE)
+	@! grep -rnoE '(url\(|@import )["'"'"']?(https?:)?//' --include='*.css' $(SITE)
+	@echo "$(SITE)/index.html"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

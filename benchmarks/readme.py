@@ -1,4 +1,4 @@
-"""The generated tables of the README and of docs/: `make readme` writes them, a test holds them against what they are made from."""
+"""The generated parts of the README and of docs/: `make readme` writes them, a test holds them against what they are made from."""
 
 from __future__ import annotations
 
@@ -477,10 +477,7 @@ def filled(text: str) -> str:
     return text
 
 
-PAGES = (
-    ROOT / "README.md",
-    *(ROOT / "docs" / name for name in ("variants.md", "runtimes.md", "speed.md", "real-models.md", "behind-the-export.md")),
-)
+PAGES = (ROOT / "README.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if "<!-- generated: " in page.read_text()))
 """Pages with generated tables."""
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from portnorm_onnx.training_step import export_training_step
     from portnorm_onnx.verify import verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 loaders.fill()
 

@@ -197,6 +197,7 @@ def vjp(function: Op[..., Any], *args: Any, **attrs: Any) -> tuple[Any, Pullback
     The pullback maps a cotangent of `y` (its shape and dtype) to one cotangent per argument, dy ↦ dyᵀ·∂y/∂args, in the order of the
     signature up to the last that was given, with `None` for what was `None`, left out, or is no array. Arguments that can only be given by
     name are constants. The arrays must not be changed in place before the pullback has been called: it reads them again.
+    Raises `UnsupportedError` for what is no Op of portnorm, and what the Op raises; the pullback `ShapeError` where `dy` is not like `y`.
 
     >>> import numpy as np, portnorm as pn
     >>> x = np.array([[1.0, 2.0, 4.0]])

@@ -191,7 +191,8 @@ def clip_by_global_norm(grads: Mapping[str, Array], limit: float) -> tuple[Array
     """Gradients scaled to a global L2 norm of at most `limit`, and the norm before: g ← g · min(1, limit / ‖g‖) (Pascanu et al. 2013).
 
     Gradients whose squares leave the range of the type are clipped like others. A gradient that is not finite gives a norm that is not.
-    The norm is taken, and given, in at least float32; gradients keep their dtype.
+    The norm is taken, and given, in at least float32; gradients keep their dtype. Raises `DTypeError`, and `UnsupportedError` for a
+    `limit` that is not above 0.
 
     >>> import numpy as np, portnorm as pn
     >>> grads, norm = pn.clip_by_global_norm({"weight": np.array([[3.0, 0.0]]), "bias": np.array([4.0])}, 1.0)

@@ -99,6 +99,13 @@ def verify(
     Raises `ConformanceError` with the first output and step that differs, `ExportError` where the file is no valid graph or a runtime does
     not run it, and `MissingExtraError` where a runtime is not installed. With `runtimes="all"` every runtime has its row in
     `report.outcomes`, those that are not installed named as such, and what failed is there instead of raised.
+
+    >>> import portnorm as pn, tempfile, os
+    >>> path, lstm = os.path.join(tempfile.mkdtemp(), "m.onnx"), pn.LSTM(3, 4, norm="layer", rng=0)
+    >>> _ = pn.export(lstm, path)
+    >>> report = pn.verify(path, lstm, runtimes=["onnxruntime", "reference"])
+    >>> [(outcome.runtime, outcome.status) for outcome in report.outcomes]
+    [('onnxruntime', 'passed'), ('reference', 'passed')]
     """
     if model is not None and not isinstance(model, Layer):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")

@@ -70,6 +70,13 @@ class Variant:
       clip: LSTM: the largest magnitude of c', or `None`.
       zoneout: the part of h that stays as it was (Krueger et al. 2017; their c has none here): in training the features that stay are
         drawn in every step, inference takes the expectation.
+
+    Raises `UnsupportedError` for a value that a field does not take, and for fields that do not go together.
+
+    >>> import portnorm as pn
+    >>> mine = pn.Variant("mine", norm="rms", terms="sum", groups="gate", biases=("bias",))
+    >>> sorted(pn.LSTM(3, 4, norm=mine).params)
+    ['bias_l0', 'norm_sum_l0.bias', 'norm_sum_l0.weight', 'weight_hh_l0', 'weight_ih_l0']
     """
 
     source: str

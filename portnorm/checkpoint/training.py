@@ -42,6 +42,7 @@ class Training:
     it starts with that of `optimizer.init`; `rng` is a seed or a NumPy generator, which is yours to draw from: the order of cases, dropout.
     `notes` are of what JSON has, and arrays, for all else that a run keeps: curves, the best parameters so far. Functions are in no file:
     give an optimizer with a schedule again, and set a layer's `reduce` again.
+    Raises `UnsupportedError` for what is no layer, and for what is no optimizer.
 
     >>> import numpy as np, portnorm as pn, tempfile, os
     >>> model = pn.Sequential(pn.GRU(2, 4, return_sequences=False, rng=0), pn.Linear(4, 1, rng=1))

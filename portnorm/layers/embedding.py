@@ -16,6 +16,8 @@ from portnorm.scalars import whole_number
 class Embedding(StatelessLayer):
     """A vector for each of `num_embeddings` entries: integers (time, batch) to (time, batch, embedding_dim), as `torch.nn.Embedding`.
 
+    A call raises `DTypeError` where `x` are no integers, `ShapeError` for an entry that there is not; `UnsupportedError` for sizes.
+
     >>> import numpy as np, portnorm as pn
     >>> model = pn.Sequential(pn.Embedding(96, 16, rng=0), pn.LSTM(16, 8, norm="layer", rng=0))
     >>> model(np.zeros((5, 2), dtype=int))[0].shape

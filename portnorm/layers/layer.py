@@ -61,6 +61,13 @@ class Layer:
     What a layer was made with are its attributes, under the names of the arguments. One that is changed counts from then on, and is what
     `portnorm.save` and `portnorm.export` write. It is checked as when the layer is made, and refused where the layer would have other
     arrays.
+
+    >>> import numpy as np, portnorm as pn
+    >>> layer: pn.Layer = pn.LayerNorm(3, dtype="float64")
+    >>> y, pullback = layer.vjp(np.array([[1.0, 2.0, 4.0]]), training=True)
+    >>> dx, grads = pullback(np.ones_like(y))
+    >>> {name: a.shape for name, a in grads.items()}
+    {'weight': (3,), 'bias': (3,)}
     """
 
     takes_integers: bool = False

@@ -17,6 +17,8 @@ from portnorm.scalars import switch, whole_number
 class Linear(StatelessLayer):
     """y = x · weightᵀ + bias over the last axis, `weight` (out_features, in_features). Initial values and names as `torch.nn.Linear`.
 
+    A call gives the dtype of the layer, and raises `ShapeError` and `DTypeError` where `x` does not fit it; `UnsupportedError` for sizes.
+
     >>> import numpy as np, portnorm as pn
     >>> pn.Linear(3, 2, rng=0)(np.zeros((5, 4, 3), dtype="float32")).shape
     (5, 4, 2)

@@ -137,7 +137,12 @@ class LayerNorm(_Norm):
 
 
 class RMSNorm(LayerNorm):
-    """RMS normalization over the last axes, of shape `normalized_shape`. See `portnorm.rms_norm`, of `eps=None` too."""
+    """RMS normalization over the last axes, of shape `normalized_shape`. See `portnorm.rms_norm`, of `eps=None` too.
+
+    >>> import numpy as np, portnorm as pn
+    >>> pn.RMSNorm(2, eps=0.0, dtype="float64")(np.array([[3.0, 4.0]])).round(4)
+    array([[0.8485, 1.1314]])
+    """
 
     op: Op[..., Any] = rms_norm
 
@@ -247,6 +252,11 @@ class InstanceNorm(_Tracking):
 
     With `track_running_stats` inference takes running statistics in place of each case's own, as torch does: the averages over the cases
     of a batch of their means and of their unbiased variances, which training follows by `momentum`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> pn.InstanceNorm(2, dtype="float64")(np.array([[[1.0, 3.0], [10.0, 30.0]]])).round(4)
+    array([[[-1.,  1.],
+            [-1.,  1.]]])
     """
 
     op: Op[..., Any] = instance_norm
@@ -326,7 +336,12 @@ class InstanceNorm(_Tracking):
 
 
 class GroupNorm(_ChannelNorm):
-    """Group normalization of `num_features` channels in `num_groups` groups. See `portnorm.group_norm`; as `torch.nn.GroupNorm`."""
+    """Group normalization of `num_features` channels in `num_groups` groups. See `portnorm.group_norm`; as `torch.nn.GroupNorm`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> pn.GroupNorm(2, 4, dtype="float64")(np.array([[[1.0], [3.0], [10.0], [30.0]]]))[..., 0].round(4)
+    array([[-1.,  1., -1.,  1.]])
+    """
 
     op: Op[..., Any] = group_norm
 

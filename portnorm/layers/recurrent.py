@@ -60,29 +60,56 @@ class StackResiduals(NamedTuple):
 class Recurrent(Layer):
     """What `LSTM`, `GRU` and `RNN` share: stacks, directions, states, running statistics.
 
-    `norm` names a row of the cell's table of variants (`portnorm.VARIANTS`) or is a `portnorm.Variant`. `x` is (time, batch, features), or
-    (batch, time, features) with `batch_first`, in the layer's dtype; `y` likewise with directions × hidden features, or the last hidden
-    state (batch, directions × hidden) with `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch, hidden);
-    where batch statistics belong to steps the number of steps comes after them: `t_max` is the number of steps that have statistics of
-    their own, later ones share the last. `momentum` is the weight of a new value. `lengths` (batch,) counts each sequence's steps: what
-    follows is padding, gives 0, and enters nothing. `mask` (time, batch), or (batch, time) with `batch_first`, is True for the steps that
-    there are, wherever they lie. A masked step is none: it holds the state, gives the result of the step before once more, or the state
-    that came where there is none, but 0 with `bidirectional`, and is not counted among the steps that have statistics of their own.
-    That is Keras' `Masking`, as `lengths` are torch's packed sequences. `direction="reverse"` goes from the last step to the first, with
-    `y` in the order of `x` (ONNX); with `"backwards"` `y` has the last step of `x` first (Keras' `go_backwards`). Parameters are
-    `weight_ih_l0`, `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`. Initial values: torch's for the plain
-    cell; orthogonal matrices and the variant's gain and forget bias for the others, or `forget_bias`; `hidden_init` names another start of
-    the hidden weights (`"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or `"identity candidate"`, the start of
-    Cooijmans et al. 2016). With `learned_state` the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at
-    first, from which sequences start where no `state` is given.
-    In training, `dropout` is the part of the output of each layer but the last that is dropped, as in torch, and `recurrent_dropout` that
-    of h where it enters the matrix product with the hidden weights, the same in every step of a call (Gal & Ghahramani 2016; what is
-    carried beside the product, as z ⊙ h in a GRU, is whole). What is kept is divided by 1 − p. A call then takes `rng`.
-    `reduce`, which is not saved with the layer, is for batches that are parted among processes, as in `portnorm.batch_norm`: it sums an
-    array over all of them, each of which calls with sequences of its own, perhaps none, padded to the same number of steps.
+    `x` is (time, batch, features), or (batch, time, features) with `batch_first`, in the layer's dtype. `y` likewise has
+    directions × hidden features, or is (batch, directions × hidden), the h after each sequence's last step, with
+    `return_sequences=False`. A state is a tuple of arrays (layers × directions, batch, hidden); where batch statistics belong to steps, the
+    number of steps comes after them.
+
+    Parameters are `weight_ih_l0`, `weight_hh_l0`, … as in torch; a reverse direction has the suffix `_reverse`.
+
+    Arguments of a call, besides `x`:
+      state: what the steps before have left; unless given it is 0, or what was learned.
+      lengths: (batch,), the number of steps of each sequence. What follows is padding: it gives 0, and enters nothing.
+      mask: (time, batch), or (batch, time) with `batch_first`: True for the steps that there are, wherever they lie. A masked step is none.
+        It holds the state, and gives the result of the step before once more, or the state that came where there is none, but 0 with
+        `bidirectional`. It is not counted among the steps that have statistics of their own. That is Keras' `Masking`, as `lengths` are
+        torch's packed sequences.
+      training: whether batch statistics are those of the batch, and whether values are dropped.
+      rng: what draws the dropped values: a seed, a generator, a key of JAX, or the numbers.
+
+    Arguments of the layer:
+      norm: the name of a row of `portnorm.VARIANTS` or `portnorm.IMPLEMENTATIONS`, or a `portnorm.Variant`.
+      return_sequences: whether `y` has all steps, or the last alone.
+      direction: `"reverse"` goes from the last step to the first, with `y` in the order of `x` (ONNX); with `"backwards"` `y` has the last
+        step of `x` first (Keras' `go_backwards`).
+      t_max: how many steps have batch statistics of their own; later ones share the last.
+      momentum: the weight of a new value in the running statistics; `None` is the plain average of all.
+      forget_bias: in place of the variant's own. New weights are torch's for the plain cell; for the others orthogonal matrices, with the
+        gain and the forget bias of the variant.
+      hidden_init: another start of the hidden weights: `"uniform"`, `"orthogonal"` gate by gate, `"identity"` in every gate, or
+        `"identity candidate"`, that of Cooijmans et al. 2016.
+      proj_size: LSTM: the features of h, if they are to be fewer than those of c.
+      learned_state: whether the state before the first step is learned: parameters `h0_l0`, `c0_l0`, … (hidden,), 0 at first, from which
+        sequences start where no `state` is given.
+      dropout: the part of the output of each layer but the last that is dropped in training, as in torch.
+      recurrent_dropout: the part of h that is dropped in training where it enters the product with the hidden weights, the same in every
+        step of a call (Gal & Ghahramani 2016). What is carried beside the product, as z ⊙ h in a GRU, is whole. What is kept is divided by
+        1 − p.
+      quantize: `"int8"` or `"int4"`: products of integers, as in `portnorm.quantized`.
+      reduce: for batches that are parted among processes, as in `portnorm.batch_norm`; not saved with the layer. It sums an array over all
+        processes, each of which calls with sequences of its own, perhaps none, padded to the same number of steps.
+      xp: the library of the arrays, a module or its name. `device` and `dtype` are those of the parameters.
+      rng: a seed or generator for the first weights.
+
     Where fewer than two sequences are left at a step, there is no variance: the step is normalized to the shift alone, and the running
     statistics of the step, and its count of batches, stay as they were; so do all of them after an empty batch.
     Raises `ShapeError` (also for batch normalization in training with one sequence), `DTypeError`, `UnsupportedError`.
+
+    >>> import numpy as np, portnorm as pn
+    >>> lstm = pn.LSTM(3, 4, num_layers=2, bidirectional=True, return_sequences=False, rng=0)
+    >>> y, (h, c) = lstm(np.ones((7, 2, 3), dtype="float32"), lengths=[7, 5])
+    >>> y.shape, h.shape
+    ((2, 8), (4, 2, 4))
     """
 
     if TYPE_CHECKING:  # what a call of `Layer` gives here

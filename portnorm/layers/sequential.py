@@ -21,6 +21,7 @@ class Sequential(Layer):
     With a recurrent part it is called as `y, state = model(x, state=None, lengths=None)`, where `state` is the tuple of the states of
     the recurrent parts; else as `y = model(x)`. `lengths` or `mask` reaches every part, up to one that leaves the time axis out.
     A layer that is a part twice has one set of parameters, under the number of its first place; its gradients are the sum over both places.
+    Raises `UnsupportedError` for parts that are no layers, or of which only some are `batch_first`; a call raises what the parts raise.
 
     >>> import numpy as np, portnorm as pn
     >>> model = pn.Sequential(pn.LSTM(1, 8, norm="layer", rng=0), pn.Linear(8, 2, rng=0))
