@@ -33,6 +33,7 @@ from portnorm.updates import (
     require_arrays,
     set_learning_rate,
     set_rate,
+    shown,
     weights_only,
     wide,
     zeros,
@@ -78,6 +79,8 @@ class SGD:
     lr: Rate = 0.1
     momentum: float = 0.0
 
+    __repr__ = shown
+
     def __post_init__(self) -> None:
         set_learning_rate(self)
         set_rate(self, "momentum", 0.0, 1.0)
@@ -121,6 +124,8 @@ class RMSProp:
     lr: Rate = 1e-3
     decay: float = 0.9
     eps: float = 1e-8
+
+    __repr__ = shown
 
     def __post_init__(self) -> None:
         set_learning_rate(self)
@@ -167,6 +172,8 @@ class Adam:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+
+    __repr__ = shown
 
     def __post_init__(self) -> None:
         set_learning_rate(self)
@@ -225,6 +232,8 @@ class AdamW(Adam):
 
     weight_decay: float = 0.01
     decayed: Decayed = weights_only
+
+    __repr__ = shown
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -118,6 +119,13 @@ def set_learning_rate(optimizer: Any) -> None:
     """Keep `lr` as a float, or as the function that it is."""
     if not callable(optimizer.lr):
         set_rate(optimizer, "lr", 0.0, math.inf)
+
+
+def shown(optimizer: Any) -> str:
+    """An optimizer as a call that makes it, with the names of functions in it."""
+    given = {field.name: getattr(optimizer, field.name) for field in dataclasses.fields(optimizer)}
+    values = {name: getattr(value, "__qualname__", repr(value)) for name, value in given.items()}
+    return f"{type(optimizer).__name__}({', '.join(f'{name}={value}' for name, value in values.items())})"
 
 
 def _rate(name: str, value: Any, low: float, high: float) -> float:
