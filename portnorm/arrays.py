@@ -467,7 +467,8 @@ def _elsewhere(dtype: DType) -> str:
     """Who has a type that is not there."""
     if is_longdouble(dtype):
         return "; x.astype('float64') converts it"
-    having = " and ".join(row.name for row in SUPPORT.values() if "bfloat16" in row.dtypes)
+    *others, last = (row.name for row in SUPPORT.values() if "bfloat16" in row.dtypes)
+    having = f"{', '.join(others)} and {last}"
     return f"; bfloat16 is a type of {having}" if str(dtype) == "bfloat16" else ""
 
 

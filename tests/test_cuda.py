@@ -288,7 +288,7 @@ def test_bfloat16_is_a_floating_type_of_cupy(cupy: Any) -> None:
     assert xp.finfo(np.float16).bits == 16
     # The names of a library are those that all of its functions and layers take.
     for given in ("bfloat16", own):
-        with pytest.raises(pn.DTypeError, match=r"`dtype` is '?bfloat16'?[,;] .*; bfloat16 is a type of torch and jax"):
+        with pytest.raises(pn.DTypeError, match=r"`dtype` is '?bfloat16'?[,;] .*; bfloat16 is a type of numpy, torch, jax and mlx"):
             pn.LSTM(2, 3, xp=xp, dtype=given)
 
 

@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[pn.PortnormError], str]] = {
     "a layer of bfloat16 in a library without it": (
         lambda: pn.LSTM(3, 4, dtype="bfloat16", xp="array_api_strict"),
         pn.DTypeError,
-        "`dtype` is 'bfloat16', which array_api_strict does not have; .* such as float32; bfloat16 is a type of numpy and torch and jax",
+        "`dtype` is 'bfloat16', which array_api_strict does not have; .* such as float32; bfloat16 is a type of numpy, torch, jax and mlx",
     ),
     "a layer that moves to bfloat16": (
         lambda: pn.LayerNorm(3, xp="array_api_strict").to(dtype="bfloat16"),

@@ -96,7 +96,7 @@ def of_library(
 def of_function(function: Callable[..., Any], case: Case, *, library: str = "numpy", name: str = "function") -> Result:
     """Somebody's own `function(x, weight, bias, eps)` on one case, forward; arrays are of the named library and the case's type.
 
-    Where the library has no such type (bfloat16 in NumPy), or this machine none that is wider, the status is `not measured`.
+    Where the library has no such type (float16 in array_api_strict), or this machine none that is wider, the status is `not measured`.
     """
     if library not in LIBRARIES:
         raise UnsupportedError(f"`library` is {library!r}; expected one of {', '.join(LIBRARIES)}")
