@@ -15,9 +15,9 @@ from onnx import helper, numpy_helper
 import portnorm as pn
 import portnorm_onnx.export as export_module
 from portnorm.layers.recurrent import Recurrent
+from portnorm_onnx.bounds import STEP_ULP, nudged
 from portnorm_onnx.lowering import OPSETS
 from portnorm_onnx.storage import weights_of
-from portnorm_onnx.verify import STEP_ULP, nudged
 from tests.cases import COMBINATIONS, HEAVY_PRESETS, IMPLEMENTATIONS, random_recurrent
 from tests.tolerances import ONNX_OPERATOR
 

@@ -11,9 +11,9 @@ import onnxruntime as ort
 import pytest
 
 import portnorm as pn
+import portnorm_onnx.checked as checked_module
 import portnorm_onnx.export as export_module
 import portnorm_onnx.storage as storage
-import portnorm_onnx.verify as verify_module
 from portnorm_onnx.storage import weights_of
 from tests.processes import output_of
 from tests.test_export import LAYERS, a_little_off, recurrent, spoiled
@@ -53,7 +53,7 @@ def test_hidden_2048_takes_seconds_and_few_times_its_weights(cell: str, norm: An
 
 @pytest.fixture(autouse=True)
 def _everything_is_wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (export_module, storage, verify_module):
+    for module in (checked_module, export_module, storage):
         monkeypatch.setattr(module, "WIDE", 0)
     monkeypatch.setattr(storage, "_SMALL", 64)
 

@@ -16,8 +16,8 @@ from portnorm.errors import ConformanceError, DTypeError, ExportError
 from portnorm_backends.torch_calls import Given, is_floating, tensors_of
 from portnorm_backends.torch_limits import Limit
 from portnorm_backends.torch_module import TorchModule
+from portnorm_onnx.bounds import EPS, FACTOR, FLOOR, ROUNDINGS, nudged, of_turned_rounding
 from portnorm_onnx.report import Comparison
-from portnorm_onnx.verify import EPS, FACTOR, FLOOR, ROUNDINGS, nudged, of_turned_rounding
 from portnorm_onnx.workers import Session
 
 Arrays = list["numpy.ndarray[Any, Any]"]

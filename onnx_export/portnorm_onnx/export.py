@@ -22,6 +22,7 @@ from portnorm.layers.quantized import quantized, with_rounded_weights
 from portnorm.layers.recurrent import recurrent_parts
 from portnorm.quantization import QuantizeName
 from portnorm_onnx.build import Names, build, put_inside
+from portnorm_onnx.inputs import random_inputs
 from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.metadata import described, on_numpy, rounded
 from portnorm_onnx.namespace import NAMESPACE
@@ -31,7 +32,7 @@ from portnorm_onnx.signature import batch_axis, checked_dims, first_states, mask
 from portnorm_onnx.storage import WIDE, Draft, as_function, file_size, is_large, size_of
 from portnorm_onnx.symbolic import constant, graph_input
 from portnorm_onnx.targets import TARGETS, Target, TargetName, check_dtype, check_integers, check_types, checker, target_of
-from portnorm_onnx.verify import check, random_inputs, streaming_trajectory
+from portnorm_onnx.verify import check, streaming_trajectory
 
 _EVERYWHERE = TARGETS["portable"].last_opset
 TYPES = ("float16", "bfloat16", "float32", "float64")

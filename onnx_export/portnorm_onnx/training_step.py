@@ -20,8 +20,10 @@ from portnorm.losses import softmax_cross_entropy
 from portnorm.op import Op, vjp
 from portnorm.optimizers import Optimizer
 from portnorm.updates import clip_by_global_norm
+from portnorm_onnx.bounds import FACTOR, FLOOR, ROUNDINGS, nudged, wide
 from portnorm_onnx.build import build
 from portnorm_onnx.export import checked_opset, checked_path
+from portnorm_onnx.inputs import random_inputs
 from portnorm_onnx.lowering import training_opset
 from portnorm_onnx.metadata import TRAINING, described
 from portnorm_onnx.nothing import floats
@@ -31,7 +33,6 @@ from portnorm_onnx.signature import first_states, named_state, state_inputs
 from portnorm_onnx.storage import Draft
 from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, graph_input
 from portnorm_onnx.targets import TARGETS
-from portnorm_onnx.verify import FACTOR, FLOOR, ROUNDINGS, nudged, random_inputs, wide
 
 OUT = "next."
 """What stands before the name of an input in the name of its new value."""

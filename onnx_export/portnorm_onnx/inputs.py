@@ -1,0 +1,73 @@
+"""Inputs that a graph is checked on, where none are given: random numbers of a few lengths, ragged or with gaps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+from portnorm.layers.embedding import Embedding
+from portnorm.layers.layer import Layer
+from portnorm_onnx.bounds import NumPyArray
+from portnorm_onnx.signature import batch_axis, mask_dims, time_axis
+
+Inputs = tuple[NumPyArray, NumPyArray | None]
+"""`x`, and the lengths or the mask, if the graph takes one."""
+Stated = tuple[NumPyArray, NumPyArray | None, Any]
+"""The same and a state to begin with; `None` for the first one."""
+# (time, batch) of the cases; with `lengths`, every case but the first is ragged, with `mask` it has gaps.
+CASES = ((1, 1), (1, 3), (5, 2), (24, 7))
+# Of weights from `WIDE` bytes on, where each step reads all of them. There the eager run is held against runs of inputs moved by a unit in
+# the last place instead of a float64 run, whose weights alone were twice what the model has.
+WIDE_CASES = ((1, 1), (3, 2))
+WIDE_ROUNDINGS = 2
+
+
+def random_inputs(model: Layer, dims: Sequence[int | str], counts: str | None, sizes: Sequence[tuple[int, int]] = CASES) -> list[Inputs]:
+    """The same for a model and the shape of its `x`."""
+    rng = numpy.random.default_rng(0)
+    cases: list[Inputs] = []
+    for steps, batch in sizes:
+        # Without time the second length is space: more than one value, or the variance of every channel would be 0.
+        usual = {batch_axis(model): batch} | ({time_axis(model): steps} if model.recurrent else {1: steps + 4})
+        shape = [d if isinstance(d, int) else usual.get(axis, 5) for axis, d in enumerate(dims)]
+        if model.recurrent:  # some may be fixed
+            steps, batch = (shape[axis] for axis in (1 if model.batch_first else 0, batch_axis(model)))
+        x = rng.standard_normal(shape).astype(model.dtype) if not model.takes_integers else rng.integers(0, _entries(model), shape)
+        ragged = rng.integers(1, steps + 1, size=batch)
+        ragged[0] = steps
+        cases.append((x, None if counts is None else ragged if counts == "lengths" else _random_mask(model, shape, rng)))
+    return cases
+
+
+def _random_mask(model: Layer, shape: Sequence[Any], rng: numpy.random.Generator) -> NumPyArray:
+    """Gaps anywhere but in the first case; then, in turn, nothing at all, padding in front, and padding behind."""
+    dims: Any = mask_dims(model, shape)
+    mask: NumPyArray = rng.uniform(size=dims) < (1.0 if math.prod(dims) == 1 else 0.7)
+    if model.recurrent and math.prod(dims) > 1:
+        steps = mask if model.batch_first else mask.T  # (batch, time)
+        count, order = steps.sum(axis=1, keepdims=True), numpy.arange(steps.shape[1])
+        for first, rows in enumerate((numpy.zeros_like(steps), order >= steps.shape[1] - count, order < count)):
+            steps[1 + first :: 4] = rows[1 + first :: 4]
+    return mask
+
+
+def _entries(model: Layer) -> int:
+    """How many integers a model that starts with an embedding takes."""
+    return next(layer.num_embeddings for layer in model.layers() if isinstance(layer, Embedding))
+
+
+def steps_of(model: Layer, x: NumPyArray) -> int:
+    axis = time_axis(model)
+    return 1 if axis is None else int(x.shape[axis])
+
+
+def case_name(model: Layer, case: Inputs) -> str:
+    x, counted = case
+    if counted is None:
+        return f"x {tuple(x.shape)}"
+    if counted.dtype == bool:
+        return f"x {tuple(x.shape)} with a mask"
+    return f"x {tuple(x.shape)}" + (" ragged" if len(set(map(int, counted))) > 1 else " with lengths")
