@@ -18,7 +18,7 @@ import portnorm as pn
 from benchmarks.readme import ROOT
 from portnorm.arrays import leaves, library, without_kernels
 from portnorm.norm.normalize import Normalized, normalize
-from portnorm_backends.cpu import affine, memory, products, recurrent, threads
+from portnorm_backends.cpu import affine, memory, products, recurrent, registers, threads
 from portnorm_backends.cpu import normalize as cpu_normalize
 from portnorm_backends.cpu.normalize import KernelResiduals
 from portnorm_backends.cpu.recurrent import LoopResiduals
@@ -644,3 +644,20 @@ def test_without_numba_there_are_no_kernels_and_the_same_numbers() -> None:
     assert kernels == "0"
     # 64 steps of an LN-LSTM amplify the last bit; 1.2e-6 measured.
     assert float(value) == pytest.approx(float(output_of(CALL + "print(call())")), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["of_words", *(["of_bytes"] if registers.has_products_of_bytes() else [])])
+@pytest.mark.parametrize("inputs", [1, 3, 255, 256, 257, 1000])
+def test_products_of_integers_are_exact(name: str, inputs: int, rng: np.random.Generator) -> None:
+    """Also of the largest: 127 · 64 in every place, of one sign and of both."""
+    from portnorm_backends.cpu import integer_rows
+
+    x = rng.integers(-127, 128, (4, inputs))
+    x[1], x[2], x[3] = 127, -127, 0
+    weight = rng.integers(-64, 65, (5, inputs)).astype(np.int8)
+    weight[1], weight[2] = 64, -64
+    totals, sums = np.empty(5, np.int32), weight.sum(axis=-1, dtype=np.int32)
+    for row in x:
+        q = (row + 128).astype(np.uint8) if name == "of_bytes" else row.astype(np.int16)
+        getattr(integer_rows, name)(q, weight, sums, totals)
+        assert totals.tolist() == (weight.astype(np.int64) @ row).tolist()

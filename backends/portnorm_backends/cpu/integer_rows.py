@@ -1,21 +1,90 @@
-"""x · Wᵀ of a few rows, both as integers; compiled by numba, in whose loop over int16 × int8 LLVM finds the instruction that adds pairs."""
+"""x · Wᵀ of a few rows, both as integers; compiled by numba.
+
+A processor that multiplies bytes (VNNI) takes those of the weights beside those of `x`, which have no sign there: they are 128 more, and
+the result is less by 128 times the sum of the weights. Elsewhere `x` is of 16 bits: LLVM finds what multiplies and adds pairs of those.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from portnorm_backends.cpu.compiling import compiled
+from portnorm_backends.cpu.registers import has_products_of_bytes
 
 _LEVELS = np.int32(127)
 _STEP = np.float32(1.0) / np.float32(127.0)
 _LEAST = np.finfo(np.float32).smallest_normal
+_BYTES, _LANES, _TURNS = 64, 16, 4
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _multiplied(typing: Any, x: Any, weight: Any, turns: Any) -> Any:
+    """The sum over 256 · `turns` products of bytes, those at the address `x` without a sign, those at `weight` with one."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, weight, turns = args
+        lane = ir.IntType(32)
+        vector = ir.VectorType(lane, _LANES)
+        x, weight = (builder.inttoptr(a, vector.as_pointer()) for a in (x, weight))
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        multiply = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector, vector, vector]), name)
+        totals = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0] * _LANES)) for _ in range(_TURNS)]
+        with cgutils.for_range(builder, turns) as loop:
+            start = builder.mul(loop.index, loop.index.type(_TURNS))
+            for k, total in enumerate(totals):  # several, so that one need not wait for the other
+                at = builder.add(start, start.type(k))
+                pair = [builder.load(builder.gep(a, [at]), align=1) for a in (x, weight)]
+                builder.store(builder.call(multiply, [builder.load(total), *pair]), total)
+        whole = builder.load(totals[0])
+        for total in totals[1:]:
+            whole = builder.add(whole, builder.load(total))
+        add = cgutils.get_or_insert_function(builder.module, ir.FunctionType(lane, [vector]), f"llvm.vector.reduce.add.v{_LANES}i32")
+        return builder.call(add, [whole])
+
+    return types.int32(types.intp, types.intp, types.intp), codegen
 
 
 @compiled()
-def product(x: Any, bounded: bool, q: Any, weight: Any, steps: Any, y: Any) -> None:
-    """y (rows, outputs) = x (rows, inputs) · (weight ⊙ steps)ᵀ, with `x` rounded into `q` as `fake_quantize` does."""
+def of_bytes(q: Any, weight: Any, sums: Any, totals: Any) -> None:
+    """Rows of `weight` (outputs, inputs), whose sums are `sums`, times `q` (inputs,), which are 128 more than they should be."""
+    outputs, inputs = weight.shape
+    turns, x, start = inputs // (_BYTES * _TURNS), q.ctypes.data, weight.ctypes.data
+    for j in range(outputs):
+        total = _multiplied(x, start + j * inputs, turns)
+        for i in range(turns * _BYTES * _TURNS, inputs):
+            total += np.int32(weight[j, i]) * np.int32(q[i])
+        totals[j] = np.int32(total) - np.int32(128) * sums[j]
+
+
+@compiled()
+def of_words(q: Any, weight: Any, sums: Any, totals: Any) -> None:
+    """The same where `q` are as they are."""
+    outputs, inputs = weight.shape
+    for j in range(outputs):
+        total = np.int32(0)
+        for i in range(inputs):
+            total += np.int32(weight[j, i]) * np.int32(q[i])
+        totals[j] = np.int32(total)  # numba adds up in 64 bits, of which LLVM then knows that 32 do
+
+
+if has_products_of_bytes():
+    INTEGER: Any = np.uint8
+    _OFFSET, _multiply = np.float32(128.0), of_bytes
+else:
+    INTEGER = np.int16
+    _OFFSET, _multiply = np.float32(0.0), of_words
+
+
+@compiled()
+def product(x: Any, bounded: bool, q: Any, weight: Any, sums: Any, steps: Any, y: Any) -> None:
+    """y (rows, outputs) = x (rows, inputs) · (weight ⊙ steps)ᵀ, with `x` rounded into `q`, of type `INTEGER`, as `fake_quantize` does."""
+    totals = np.empty(weight.shape[0], np.int32)
     for r in range(x.shape[0]):
         largest, none = np.float32(1.0), np.float32(0.0)  # the latter NaN where a number of the row is none, which an integer cannot be
         if bounded:
@@ -27,10 +96,8 @@ def product(x: Any, bounded: bool, q: Any, weight: Any, steps: Any, y: Any) -> N
                 largest, none = max(largest, abs(x[r, i])), none + (x[r, i] - x[r, i])
         for i in range(x.shape[1]):
             share = np.rint((x[r, i] / largest) / _STEP)
-            q[r, i] = min(max(share, np.float32(-127.0)), np.float32(127.0))
+            q[r, i] = min(max(share, np.float32(-127.0)), np.float32(127.0)) + _OFFSET
         factor = _STEP * largest + none
+        _multiply(q[r], weight, sums, totals)
         for j in range(weight.shape[0]):
-            total = np.int32(0)
-            for i in range(weight.shape[1]):
-                total += np.int32(weight[j, i]) * np.int32(q[r, i])
-            y[r, j] = np.float32(np.int32(total)) * (steps[j] * factor)  # numba adds up in 64 bits, of which LLVM then knows that 32 do
+            y[r, j] = np.float32(totals[j]) * (steps[j] * factor)

@@ -21,10 +21,11 @@ _FLOAT32 = numpy.dtype("float32")
 
 
 class _Integers(NamedTuple):
-    """A weight (outputs, inputs) that was rounded: itself, and where it has eight bits its integers and the step of each row."""
+    """A weight (outputs, inputs) that was rounded: itself, and where it has eight bits its integers, their sum and the step of each row."""
 
     rounded: NumPyArray
     q: NumPyArray
+    sums: NumPyArray
     steps: NumPyArray
 
 
@@ -51,7 +52,7 @@ def _rounded(x: NumPyArray, **attrs: Any) -> NumPyArray:
     rounded: NumPyArray = fake_quantize.definition(x, **attrs)[0]
     rounded.flags.writeable = False
     q, steps = integers_of(rounded) if grid.levels == WEIGHTS else (_empty, _empty)
-    made, key = _Integers(rounded, q, steps), (id(x), grid)
+    made, key = _Integers(rounded, q, q.sum(axis=-1, dtype=numpy.int32), steps), (id(x), grid)
 
     def forget(_: Any) -> None:
         _of_rounded.pop(id(made.rounded), None)
@@ -76,8 +77,8 @@ def _product(x: NumPyArray, weight: NumPyArray, *, bound: float | None = None, b
 
     known, inputs = _of_rounded[id(weight)], x.shape[-1]
     rows = numpy.ascontiguousarray(x).reshape(-1, inputs)
-    q, y = numpy.empty(rows.shape, numpy.int16), numpy.empty((len(rows), len(weight)), numpy.float32)
-    integer_rows.product(rows, bound is not None, q, known.q, known.steps, y)
+    q, y = numpy.empty(rows.shape, integer_rows.INTEGER), numpy.empty((len(rows), len(weight)), numpy.float32)
+    integer_rows.product(rows, bound is not None, q, known.q, known.sums, known.steps, y)
     return y.reshape(*x.shape[:-1], len(weight))
 
 

@@ -21,6 +21,11 @@ WIDTH = 64 if "avx512f" in _FEATURES else 32 if _FEATURES & {"avx", "avx2"} else
 """Bytes of a register."""
 
 
+def has_products_of_bytes() -> bool:
+    """Whether one instruction multiplies 64 pairs of bytes and adds up each four of them (VNNI)."""
+    return has_avx512() and "avx512vnni" in _FEATURES
+
+
 def has_avx512() -> bool:
     """Whether a register is one of AVX-512, whose instructions LLVM has no other word for."""
     return WIDTH == 64 and "avx512f" in _FEATURES

@@ -84,8 +84,8 @@ def _products(dtype: str) -> None:
 
 def _integers(dtype: str) -> None:
     """Of float32 alone."""
-    module, x, q = importlib.import_module("portnorm_backends.cpu.integer_rows"), numpy.ones((1, 2), numpy.float32), numpy.int16
-    module.product(x, True, x.astype(q), x.astype(numpy.int8), x[0, :1], x[:, :1])
+    module, x = importlib.import_module("portnorm_backends.cpu.integer_rows"), numpy.ones((1, 2), numpy.float32)
+    module.product(x, True, x.astype(module.INTEGER), x.astype(numpy.int8), x[0, :1].astype(numpy.int32), x[0, :1], x[:, :1])
 
 
 def _loop(cell: type[Recurrent], training: bool) -> Callable[[str], None]:
