@@ -87,8 +87,7 @@ def test_every_op_is_lazy(case: OpCase, watched: Watched, rng: np.random.Generat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+@pytest.mark.parametrize(("cell", "norm", "training"), [(*p, t) for p in PRESETS for t in (False, True) if t or "batch" in str(p[1])])
 def test_recurrent(cell: str, norm: str | None, training: bool, rng: np.random.Generator) -> None:
     """Forward and backward over time, batch and features in chunks."""
     test_libraries.test_recurrent(cell, norm, True, [5, 2, 3], training, DASK, rng)
