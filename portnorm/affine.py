@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from portnorm.arrays import Array, Namespace, is_kind, namespace, require_given, require_lengths, require_real, xp_of
+from portnorm.arrays import Array, Namespace, namespace, require_given, require_lengths, xp_of
+from portnorm.dtypes import is_kind, require_real
 from portnorm.errors import ShapeError
 from portnorm.op import op
 from portnorm.sums import total_like

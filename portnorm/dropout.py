@@ -5,7 +5,8 @@ y = x / (1 − p) where kept, else 0
 
 from __future__ import annotations
 
-from portnorm.arrays import Array, is_kind, xp_of
+from portnorm.arrays import Array, xp_of
+from portnorm.dtypes import is_kind
 from portnorm.op import op
 
 

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import math
 
-from portnorm.arrays import (
-    Array,
-    default_integer,
-    device_of,
-    is_concrete,
-    is_kind,
-    namespace,
-    require_floating,
-    require_given,
-    require_lengths,
-    statistics_dtype,
-    xp_of,
-)
+from portnorm.arrays import Array, device_of, is_concrete, namespace, require_given, require_lengths, xp_of
+from portnorm.dtypes import default_integer, is_kind, require_floating, statistics_dtype
 from portnorm.errors import DTypeError, ShapeError
 from portnorm.op import op
 

@@ -5,20 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from portnorm.arrays import (
-    Array,
-    DType,
-    Namespace,
-    default_integer,
-    device_of,
-    is_concrete,
-    is_kind,
-    namespace,
-    require_floating,
-    require_given,
-    require_real,
-    statistics_dtype,
-)
+from portnorm.arrays import Array, DType, Namespace, device_of, is_concrete, namespace, require_given
+from portnorm.dtypes import default_integer, is_kind, require_floating, require_real, statistics_dtype
 from portnorm.errors import DTypeError, ShapeError
 from portnorm.op import op
 from portnorm.scalars import whole_number

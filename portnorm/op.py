@@ -25,7 +25,8 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
-from portnorm.arrays import Array, Kernel, Library, is_concrete, is_floating, is_kind, leaves, library, namespace, require_given
+from portnorm.arrays import Array, Kernel, Library, is_concrete, leaves, library, namespace, require_given
+from portnorm.dtypes import is_floating, is_kind
 from portnorm.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 
 P = ParamSpec("P")

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from portnorm.arrays import Array, default_integer, device_of, xp_of
+from portnorm.arrays import Array, device_of, xp_of
+from portnorm.dtypes import default_integer
 from portnorm.updates import (
     Arrays,
     Decayed,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
-from portnorm.arrays import Array, default_integer, device_of, is_concrete, namespace, statistics_dtype, xp_of
+from portnorm.arrays import Array, device_of, is_concrete, namespace, xp_of
+from portnorm.dtypes import default_integer, statistics_dtype
 from portnorm.errors import ShapeError
 from portnorm.norm.arguments import checked_mask
 from portnorm.op import op

@@ -16,7 +16,8 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, get_args
 
 from portnorm.affine import linear
-from portnorm.arrays import Array, constant, device_of, library, namespace, require_floating, require_given, statistics_dtype, xp_of
+from portnorm.arrays import Array, constant, device_of, library, namespace, require_given, xp_of
+from portnorm.dtypes import require_floating, statistics_dtype
 from portnorm.errors import UnsupportedError
 from portnorm.op import op
 from portnorm.scalars import real_number, whole_number

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from portnorm.affine import input_cotangent, linear, weight_cotangent
-from portnorm.arrays import Array, default_integer, device_of, library, statistics_dtype, xp_of
+from portnorm.arrays import Array, device_of, library, xp_of
 from portnorm.cells.cell import RecurrentCell
+from portnorm.dtypes import default_integer, statistics_dtype
 from portnorm.norm.normalize import Reduce
 from portnorm.norm.weight import weight_norm
 from portnorm.op import op

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from portnorm.arrays import Array, device_of, leaves, statistics_dtype, xp_of
+from portnorm.arrays import Array, device_of, leaves, xp_of
+from portnorm.dtypes import statistics_dtype
 from portnorm.op import op
 
 Params = dict[str, Array]

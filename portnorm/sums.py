@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from portnorm.arrays import Array, statistics_dtype, xp_of
+from portnorm.arrays import Array, xp_of
+from portnorm.dtypes import statistics_dtype
 
 _BLOCK = 64
 """Values that are added one after the other where a sum is not along the last axis."""

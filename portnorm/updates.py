@@ -8,7 +8,8 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
-from portnorm.arrays import Array, DType, device_of, is_concrete, namespace, require_floating, statistics_dtype, xp_of
+from portnorm.arrays import Array, DType, device_of, is_concrete, namespace, xp_of
+from portnorm.dtypes import require_floating, statistics_dtype
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.scalars import real_number
 from portnorm.sums import total

@@ -27,7 +27,8 @@ import numpy as np
 import pytest
 
 from benchmarks import models
-from portnorm.arrays import load_dtype, load_namespace, to_numpy
+from portnorm.arrays import load_namespace, to_numpy
+from portnorm.dtypes import load_dtype
 from portnorm.errors import MissingExtraError
 from portnorm.libraries import SUPPORT, Support
 from portnorm_backends.cpu import registers

@@ -10,7 +10,8 @@ import pytest
 
 import portnorm as pn
 from portnorm import arrays
-from portnorm.arrays import dtype_name, to_numpy, xp_of
+from portnorm.arrays import to_numpy, xp_of
+from portnorm.dtypes import dtype_name
 from tests.cases import IMPLEMENTATIONS, LAYERS, OPS, PRESETS, OpCase, random_recurrent, random_state
 from tests.conftest import Library
 from tests.tolerances import OPERATION, RECURRENT, relative

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import portnorm as pn
-from portnorm.arrays import dtype_name, to_numpy, xp_of
+from portnorm.arrays import to_numpy, xp_of
+from portnorm.dtypes import dtype_name
 from portnorm.op import Op
 from tests.cases import LAYERS, PRESETS
 from tests.conftest import LIBRARIES, Library

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import portnorm as pn
-from portnorm.arrays import float32_value
 from portnorm.conform.result import ulp
 from portnorm.conform.tolerances import FORWARD_ULP, GRADIENT_ULP
+from portnorm.dtypes import float32_value
 from tests.tolerances import CELL_SUM_ULP
 
 Shape = tuple[int, ...]

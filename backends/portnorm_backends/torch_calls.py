@@ -13,7 +13,8 @@ import torch
 from onnx.inliner import inline_local_functions
 from torch.utils import _pytree as pytree
 
-from portnorm.arrays import dtype_name, leaves, mapped
+from portnorm.arrays import leaves, mapped
+from portnorm.dtypes import dtype_name
 from portnorm.errors import ConformanceError, ExportError, PortnormError, UnsupportedError
 from portnorm.layers.layer import Layer, checked_call
 from portnorm.layers.quantized import with_rounded_weights

@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy
 import onnx
 
-from portnorm.arrays import DType, dtype_name, mapped, to_numpy
+from portnorm.arrays import DType, mapped, to_numpy
+from portnorm.dtypes import dtype_name
 from portnorm.errors import ExportError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.quantized import quantized, with_rounded_weights

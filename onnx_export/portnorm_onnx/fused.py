@@ -8,11 +8,11 @@ from typing import Any
 import numpy
 from onnx import numpy_helper
 
-from portnorm.arrays import float32_value
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.gru import GRUCell
 from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
+from portnorm.dtypes import float32_value
 from portnorm.norm.normalize import standard_deviation
 from portnorm.scan import sequence_mask
 from portnorm_onnx.namespace import NAMESPACE

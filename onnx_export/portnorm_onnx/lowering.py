@@ -16,7 +16,7 @@ import numpy
 import onnx
 from onnx import TensorProto, helper
 
-from portnorm.arrays import statistics_dtype
+from portnorm.dtypes import statistics_dtype
 from portnorm_onnx.fold import folded, product, table_rows
 from portnorm_onnx.fused import fused
 from portnorm_onnx.integers import fake_quantize, of_constant, product_of_bytes, product_of_nibbles, rows_of_bytes

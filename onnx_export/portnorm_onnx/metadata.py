@@ -22,9 +22,10 @@ import ml_dtypes
 import numpy
 import onnx
 
-from portnorm.arrays import DType, Namespace, load_dtype, load_namespace, to_numpy
+from portnorm.arrays import DType, Namespace, load_namespace, to_numpy
 from portnorm.checkpoint.described import from_json, to_json
 from portnorm.checkpoint.onnx_constants import File, graphs
+from portnorm.dtypes import load_dtype
 from portnorm.errors import ChangedFileWarning, CheckpointError
 from portnorm.layers.layer import Layer
 from portnorm_onnx.changed import changes, facts

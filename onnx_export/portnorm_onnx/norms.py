@@ -11,7 +11,7 @@ from typing import Any
 import array_api_compat.numpy as known
 import numpy
 
-from portnorm.arrays import float32_value
+from portnorm.dtypes import float32_value
 from portnorm.norm.normalize import standard_deviation
 from portnorm_onnx.fold import one_row, scaled
 from portnorm_onnx.namespace import NAMESPACE

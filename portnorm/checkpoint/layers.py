@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any, Literal, overload
 
-from portnorm.arrays import DType, Namespace, dtype_name, require_extra, to_numpy, xp_of
+from portnorm.arrays import DType, Namespace, require_extra, to_numpy, xp_of
 from portnorm.checkpoint import safetensors
 from portnorm.checkpoint.described import from_json, to_json
 from portnorm.checkpoint.training import TRAINING_KEY, Training, described, loaded, parted
+from portnorm.dtypes import dtype_name
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.optimizers import Optimizer

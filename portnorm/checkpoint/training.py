@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import Array, DType, default_integer, dtype_name, is_kind, load_dtype, to_numpy, xp_of
+from portnorm.arrays import Array, DType, to_numpy, xp_of
+from portnorm.dtypes import default_integer, dtype_name, is_kind, load_dtype
 from portnorm.errors import CheckpointError, DTypeError, PortnormError, UnsupportedError
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Layer

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import load_dtype, load_namespace, to_numpy, without_kernels
+from portnorm.arrays import load_namespace, to_numpy, without_kernels
+from portnorm.dtypes import load_dtype
 from portnorm.libraries import SUPPORT, Support
 
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from portnorm.arrays import float32_value
 from portnorm.conform.cases import Case, NumPyArray
+from portnorm.dtypes import float32_value
 
 WIDE = numpy.longdouble
 """The type of the truth for float64 cases; 64 bits of mantissa on x86."""

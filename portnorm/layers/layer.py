@@ -18,23 +18,25 @@ from portnorm.arrays import (
     Namespace,
     Narrow,
     constant,
-    default_integer,
     device_of,
-    dtype_name,
     is_concrete,
-    is_kind,
-    is_longdouble,
     kept_name,
     library,
-    load_dtype,
     load_namespace,
     namespace,
-    require_dtype,
-    require_floating,
     require_lengths,
-    statistics_dtype,
     to_numpy,
     xp_of,
+)
+from portnorm.dtypes import (
+    default_integer,
+    dtype_name,
+    is_kind,
+    is_longdouble,
+    load_dtype,
+    require_dtype,
+    require_floating,
+    statistics_dtype,
 )
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator

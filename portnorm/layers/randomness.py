@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
-from portnorm.arrays import Array, device_of, is_concrete, is_kind, leaves, library, namespace, xp_of
+from portnorm.arrays import Array, device_of, is_concrete, leaves, library, namespace, xp_of
 from portnorm.dropout import kept, scale
+from portnorm.dtypes import is_kind
 from portnorm.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 
 if TYPE_CHECKING:

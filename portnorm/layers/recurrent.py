@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy
 
-from portnorm.arrays import Array, DType, Namespace, default_integer, device_of, is_concrete, namespace, require_given, xp_of
+from portnorm.arrays import Array, DType, Namespace, device_of, is_concrete, namespace, require_given, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.gru import GRUCell
 from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
 from portnorm.cells.variants import NormName, Variant, variant_of
 from portnorm.dropout import dropout
+from portnorm.dtypes import default_integer
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.initial import HIDDEN, Generator, HiddenInit, Start, generator, initial_values
 from portnorm.layers.layer import Arrays, Layer

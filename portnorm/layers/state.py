@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from portnorm.arrays import Array, default_integer, device_of, is_concrete, is_kind, namespace, xp_of
+from portnorm.arrays import Array, device_of, is_concrete, namespace, xp_of
+from portnorm.dtypes import default_integer, is_kind
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 
 

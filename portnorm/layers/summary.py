@@ -7,7 +7,8 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-from portnorm.arrays import Array, default_integer
+from portnorm.arrays import Array
+from portnorm.dtypes import default_integer
 from portnorm.errors import UnsupportedError
 from portnorm.scalars import whole_number
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array_api_compat import is_writeable_array
 
-from portnorm.arrays import Array, Namespace, is_kind, namespace, require_floating
+from portnorm.arrays import Array, Namespace, namespace
+from portnorm.dtypes import is_kind, require_floating
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.scalars import real_number, whole_number
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from portnorm.arrays import Array, Namespace, default_integer, device_of, is_concrete, require_floating, require_lengths
+from portnorm.arrays import Array, Namespace, device_of, is_concrete, require_lengths
+from portnorm.dtypes import default_integer, require_floating
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.norm.arguments import check_affine, check_out, checked_channel_axis, checked_eps, checked_mask, checked_namespace
 from portnorm.norm.normalize import Normalized, Reduce, given_statistics_vjp, normalize

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from portnorm.arrays import Array, constant, float32_value, require_lengths, xp_of
+from portnorm.arrays import Array, constant, require_lengths, xp_of
+from portnorm.dtypes import float32_value
 from portnorm.norm.arguments import check_affine, checked_channel_axis, checked_eps, checked_namespace
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.normalize import Normalized

@@ -20,7 +20,8 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
-from portnorm.arrays import Array, Namespace, device_of, float32_value, statistics_dtype, xp_of
+from portnorm.arrays import Array, Namespace, device_of, xp_of
+from portnorm.dtypes import float32_value, statistics_dtype
 from portnorm.op import op
 from portnorm.sums import is_long, total
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from portnorm.arrays import Array, statistics_dtype
+from portnorm.arrays import Array
+from portnorm.dtypes import statistics_dtype
 from portnorm.norm.arguments import check_affine, check_out, checked_axes, checked_eps, checked_namespace
 from portnorm.norm.normalize import Normalized, normalize
 from portnorm.op import op

@@ -11,7 +11,8 @@ import math
 from typing import Any
 
 from portnorm.affine import linear
-from portnorm.arrays import Array, device_of, namespace, require_floating, require_given, statistics_dtype, xp_of
+from portnorm.arrays import Array, device_of, namespace, require_given, xp_of
+from portnorm.dtypes import require_floating, statistics_dtype
 from portnorm.errors import ShapeError
 from portnorm.norm.arguments import checked_axes, checked_eps
 from portnorm.norm.normalize import Axes, Normalized, normalize

@@ -8,19 +8,8 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import (
-    Array,
-    Namespace,
-    default_integer,
-    device_of,
-    is_concrete,
-    is_kind,
-    namespace,
-    require_given,
-    require_real,
-    to_numpy,
-    xp_of,
-)
+from portnorm.arrays import Array, Namespace, device_of, is_concrete, namespace, require_given, to_numpy, xp_of
+from portnorm.dtypes import default_integer, is_kind, require_real
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Layer, checked_lengths
 

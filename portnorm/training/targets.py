@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import Array, default_integer, is_concrete, is_kind, to_numpy, xp_of
+from portnorm.arrays import Array, is_concrete, to_numpy, xp_of
+from portnorm.dtypes import default_integer, is_kind
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.losses import mean_squared_error, softmax_cross_entropy

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from portnorm.arrays import Array, Kernel, float32_value
+from portnorm.arrays import Array, Kernel
+from portnorm.dtypes import float32_value
 from portnorm.norm.arguments import LARGEST
 from portnorm.norm.normalize import normalize, written
 from portnorm_backends.cpu import memory, threads

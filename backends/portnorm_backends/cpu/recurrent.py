@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from portnorm.arrays import Array, Kernel, float32_value
+from portnorm.arrays import Array, Kernel
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.gru import GRUCell
 from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
 from portnorm.cells.slots import Slot
+from portnorm.dtypes import float32_value
 from portnorm.norm.normalize import bessel
 from portnorm.recurrent import linear_scan
 from portnorm.scan import Params, State, scan

@@ -33,7 +33,8 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import dtype_name, load_namespace
+from portnorm.arrays import load_namespace
+from portnorm.dtypes import dtype_name
 from portnorm.errors import UnsupportedError
 from portnorm.files import written_whole
 from portnorm.interrupts import undone

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import cupy
 import numpy
 
-from portnorm.arrays import Array, float32_value
+from portnorm.arrays import Array
+from portnorm.dtypes import float32_value
 from portnorm.norm.normalize import written
 from portnorm_backends.cuda.kernels import BACKWARD, COLUMN_PACK, FORWARD, PACK, THREADS, TYPES, WITH_SUMS, launch, statistics_type
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import cupy
 import numpy
 
-from portnorm.arrays import Array, float32_value
+from portnorm.arrays import Array
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.gru import GRUCell
 from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
 from portnorm.cells.slots import Slot
+from portnorm.dtypes import float32_value
 from portnorm.scan import Params, State
 from portnorm_backends.cuda.kernels import CELLS, THREADS, TYPES, UNITS, launch
 from portnorm_backends.cuda.normalize import Plan, column_parts, statistics_dtype, sum_parts
