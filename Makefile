@@ -55,7 +55,8 @@ $(VENV)/.runtimes: $(VENV)/.test
 	@touch $@
 
 test-all: $(VENV)/.models $(VENV)/.runtimes
-	$(BIN)/python -m pytest -n auto --peers --models --runtimes installed $(if $(MARKS),-m "$(MARKS)")
+	$(BIN)/python -m pytest -n auto --peers --models --runtimes installed -m "$(if $(MARKS),($(MARKS)) and )not alone"
+	$(BIN)/python -m pytest --peers --models --runtimes installed -m alone
 
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 test-lowest: $(VENV)/.test

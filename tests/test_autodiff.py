@@ -258,7 +258,7 @@ def test_jax_forward_mode_of_an_op(case: OpCase, rng: np.random.Generator) -> No
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize(("cell", "norm"), SOME)
+@pytest.mark.parametrize(("cell", "norm"), [p for p in SOME if p.values in (("LSTM", "layer"), ("GRU", "batch"), ("RNN", None))])
 def test_jax_forward_mode_of_a_recurrent_layer(cell: str, norm: str | None, training: bool, rng: np.random.Generator) -> None:
     """Beside the definition, and the backward pass: ⟨w, J·t⟩ = ⟨Jᵀ·w, t⟩; with lengths, a state, counts of steps and buffers."""
     import jax

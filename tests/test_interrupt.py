@@ -38,6 +38,11 @@ def processes(token: str) -> dict[int, str]:
     return found
 
 
+def heeding() -> None:
+    """A shell lets what it runs in the background ignore interrupts, and what that starts as well."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def begun(token: str, process: int) -> bool:
     """Whether the command waits for interrupts: in a thread of its own."""
     return len(list(Path(f"/proc/{process}/task").iterdir())) > 1
@@ -57,8 +62,8 @@ def with_browser(token: str, process: int) -> bool:
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
     if "browser" in name:
-        return [pytest.mark.runtime("web-page")]
-    return [] if name.startswith(("demo, while it", "train")) else [pytest.mark.slow]
+        return [pytest.mark.runtime("web-page"), pytest.mark.alone]
+    return [] if name.startswith(("demo, while it", "train")) else [pytest.mark.slow, pytest.mark.alone]
 
 
 COMMANDS: dict[str, tuple[list[str], Callable[[str, int], bool], float]] = {
@@ -90,7 +95,13 @@ def test_an_interrupt_ends_a_command_and_all_that_it_started(name: str, whom: st
     environment = {**os.environ, **cache, **threads, "TOKEN": token, "PYTHONPATH": packages, "PORTNORM_KERNELS": "background"}
     with (tmp_path / "said").open("w+") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "portnorm", *command], cwd=tmp_path, env=environment, stdout=said, stderr=said, start_new_session=True
+            [sys.executable, "-m", "portnorm", *command],
+            cwd=tmp_path,
+            env=environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            preexec_fn=heeding,
         )
         try:
             until = time.monotonic() + 60

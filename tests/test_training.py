@@ -344,13 +344,12 @@ def test_what_stands_in_padding_changes_nothing(target: str, batch_first: bool, 
 
 def test_every_library_trains_as_numpy(eager: Library, rng: np.random.Generator) -> None:
     """Targets of each step with weights, ragged, validated; the model stays in its library."""
-    x, _ = some(rng, "float64")
+    x, _ = some(rng, eager.widest)
     y, weights = rng.integers(0, CLASSES, (STEPS, CASES)), rng.uniform(0.5, 2.0, (STEPS, CASES))
 
     def run(xp: Any, array: Any) -> Any:
-        model = pn.Sequential(
-            pn.GRU(FEATURES, 4, norm="layer", xp=xp, dtype="float64", rng=0), pn.Linear(4, CLASSES, rng=1, xp=xp, dtype="float64")
-        )
+        kind = eager.widest
+        model = pn.Sequential(pn.GRU(FEATURES, 4, norm="layer", xp=xp, dtype=kind, rng=0), pn.Linear(4, CLASSES, rng=1, xp=xp, dtype=kind))
         given = array(x), array(y), LENGTHS
         history = pn.fit(model, *given, weights=array(weights), epochs=2, batch=CASES, validation=(*given, array(weights)))
         assert all(type(p) is type(given[0]) for p in model.parameters().values())
@@ -359,9 +358,9 @@ def test_every_library_trains_as_numpy(eager: Library, rng: np.random.Generator)
     expected, params = run(None, np.asarray)
     found, theirs = run(eager.xp, eager.array)
     for key in ("losses", "gradient_norms", "validation"):
-        np.testing.assert_allclose(getattr(found, key), getattr(expected, key), **relative("float64", RECURRENT))
+        np.testing.assert_allclose(getattr(found, key), getattr(expected, key), **relative(eager.widest, RECURRENT))
     for mine, other in zip(eager.values([*theirs.values()]), params.values(), strict=True):
-        np.testing.assert_allclose(mine, other, **relative("float64", RECURRENT))
+        np.testing.assert_allclose(mine, other, **relative(eager.widest, RECURRENT))
 
 
 def test_a_validation_loss_is_the_mean_over_all_that_counts(rng: np.random.Generator) -> None:
