@@ -170,6 +170,7 @@ def test_what_is_there_and_no_file_stays_as_it_is(tmp_path: Path) -> None:
 def test_an_interrupt_while_a_process_is_started_comes_when_its_end_is_noted() -> None:
     code = """
 import os, signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from portnorm import interrupts
 interrupts.watch(lambda: None)
 try:

@@ -53,7 +53,8 @@ def test_op(case: OpCase, rng: np.random.Generator) -> None:
 
 
 def test_every_op_is_in_the_table() -> None:
-    assert {case.op.name for case in OPS} | NOT_TESTED_AS_ARRAYS_OF_NUMBERS == set(ALL_OPS)
+    own = {name for name, op in ALL_OPS.items() if op.definition.__module__.startswith("portnorm")}  # users make some too
+    assert {case.op.name for case in OPS} | NOT_TESTED_AS_ARRAYS_OF_NUMBERS == own
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
