@@ -102,9 +102,9 @@ def test_jax_grad_of_an_op(case: OpCase, rng: np.random.Generator) -> None:
 
 def definitions_of_jax() -> Any:
     """JAX differentiates the operations themselves in here."""
-    from portnorm_backends.jax import _outermost
+    from portnorm_backends.outermost import outermost
 
-    return _outermost()
+    return outermost()
 
 
 def recurrent_pair(cell: str, norm: Any, xp: str, rng: np.random.Generator, **keywords: Any) -> tuple[Any, Any, Any]:

@@ -3,9 +3,6 @@ Op and layer, whose transpose is the hand-written vjp."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -16,6 +13,7 @@ from portnorm.errors import UnsupportedError
 from portnorm.scan import Body
 from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
 from portnorm_backends.jax_derivatives import is_floating, tangents_of
+from portnorm_backends.outermost import is_inside, outermost
 
 
 def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = False) -> tuple[Any, Any, Any]:
@@ -29,21 +27,8 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = F
     return carry, outputs, keeps
 
 
-_inside: ContextVar[bool] = ContextVar("inside a function that brings its own vjp", default=False)
-
-
-@contextlib.contextmanager
-def _outermost() -> Iterator[None]:
-    """What is called in here is part of what is differentiated as a whole."""
-    token = _inside.set(True)
-    try:
-        yield
-    finally:
-        _inside.reset(token)
-
-
 def _records(args: Any) -> bool:
-    return not _inside.get() and any(isinstance(a, jax.core.Tracer) for a in leaves(args))
+    return not is_inside() and any(isinstance(a, jax.core.Tracer) for a in leaves(args))
 
 
 def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
@@ -52,12 +37,12 @@ def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]
     @jax.custom_jvp  # type: ignore[untyped-decorator]
     def value(*arrays: Array) -> Any:
         args, attrs = put_together(form, arrays)
-        with _outermost():
+        with outermost():
             return function(*args, **attrs)
 
     def derivative(arrays: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
         args, attrs = put_together(form, arrays)
-        with _outermost():
+        with outermost():
             y, residuals = function.forward(*args, **attrs)
         kept, form_of_kept = taken_apart((residuals, attrs), _is_array)
         results, form_of_results = taken_apart(y, _is_array)
@@ -67,7 +52,7 @@ def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]
             given = iter(dys)
             dy = put_together(form_of_results, [next(given) if is_floating(a) else None for a in results])
             residuals, attrs = put_together(form_of_kept, kept)
-            with _outermost():
+            with outermost():
                 found = cotangents_of_call(form, function.vjp(residuals, dy, **attrs))
             return [None if k not in found else found[k].astype(dtype) for k, dtype in enumerate(dtypes)]
 

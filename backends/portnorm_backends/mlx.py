@@ -6,10 +6,8 @@ traced, so `mx.compile(shapeless=True)` is an error of MLX.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy
@@ -18,24 +16,23 @@ from portnorm.arrays import Array, Autodiff, Differentiable, DType, Library
 from portnorm.errors import UnsupportedError
 from portnorm_backends.blocks import shortened
 from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
-
-_KINDS = {
-    "bool": ("bool",),
-    "signed integer": ("int8", "int16", "int32", "int64"),
-    "unsigned integer": ("uint8", "uint16", "uint32", "uint64"),
-    "real floating": ("float16", "bfloat16", "float32"),
-}
-_KINDS["integral"] = (*_KINDS["signed integer"], *_KINDS["unsigned integer"])
-_KINDS["numeric"] = (*_KINDS["integral"], *_KINDS["real floating"])
+from portnorm_backends.outermost import is_inside, outermost
+from portnorm_backends.standard import Namespace, axes_of
 
 
-class MLXNamespace:
+class MLXNamespace(Namespace):
     """MLX's functions of the Array API standard.
 
     float64 is none of its types here: exp and all that is made of it is good to seven digits in it, and Apple's GPUs do not have it.
     """
 
     __name__ = "mlx.core"
+    kinds: ClassVar = {
+        "bool": ("bool",),
+        "signed integer": ("int8", "int16", "int32", "int64"),
+        "unsigned integer": ("uint8", "uint16", "uint32", "uint64"),
+        "real floating": ("float16", "bfloat16", "float32"),
+    }
 
     def __getattr__(self, name: str) -> Any:
         if name == "float64":
@@ -54,12 +51,6 @@ class MLXNamespace:
     def astype(self, x: Array, dtype: DType, /, *, copy: bool = True, device: Any = None) -> Array:
         """`x` in another type. Arrays are values here: one of this type is no copy."""
         return x if x.dtype == dtype else x.astype(dtype)
-
-    def isdtype(self, dtype: DType, kind: Any) -> bool:
-        """Whether `dtype` is of this kind, or of one of a tuple of kinds."""
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        name = str(dtype).rpartition(".")[2]
-        return any(name in _KINDS[k] if isinstance(k, str) else k == dtype for k in kinds)
 
     def zeros(self, shape: Any, *, dtype: DType = None, device: Any = None) -> Array:
         _refuse(device)
@@ -116,7 +107,7 @@ class MLXNamespace:
 
     def sum(self, x: Array, /, *, axis: Any = None, dtype: DType = None, keepdims: bool = False) -> Array:
         """The sum in at least float32, in blocks: MLX itself adds one after the other on a processor, which takes it longer too."""
-        axes = _axes(x, axis)
+        axes = axes_of(x, axis)
         if not self.isdtype(x.dtype, "real floating"):
             return mx.sum(x, axis=axes, keepdims=keepdims) if axes else x
         if not axes:
@@ -130,15 +121,15 @@ class MLXNamespace:
 
     def mean(self, x: Array, /, *, axis: Any = None, keepdims: bool = False) -> Array:
         count = 1
-        for a in _axes(x, axis):
+        for a in axes_of(x, axis):
             count *= x.shape[a]
         return (self.sum(x, axis=axis, dtype=mx.float32, keepdims=keepdims) / count).astype(x.dtype)
 
     def max(self, x: Array, /, *, axis: Any = None, keepdims: bool = False) -> Array:
-        return mx.max(x, axis=_axes(x, axis), keepdims=keepdims)
+        return mx.max(x, axis=axes_of(x, axis), keepdims=keepdims)
 
     def min(self, x: Array, /, *, axis: Any = None, keepdims: bool = False) -> Array:
-        return mx.min(x, axis=_axes(x, axis), keepdims=keepdims)
+        return mx.min(x, axis=axes_of(x, axis), keepdims=keepdims)
 
 
 def _refuse(device: Any) -> None:
@@ -151,35 +142,17 @@ def _moved(x: Array, device: Any) -> Array:
     return x
 
 
-def _axes(x: Array, axis: Any) -> tuple[int, ...]:
-    given = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    return tuple(a % x.ndim for a in given)
-
-
-_inside: ContextVar[bool] = ContextVar("inside a function that brings its own vjp", default=False)
-
-
-@contextlib.contextmanager
-def _outermost() -> Iterator[None]:
-    """What is called in here is part of what is differentiated as a whole."""
-    token = _inside.set(True)
-    try:
-        yield
-    finally:
-        _inside.reset(token)
-
-
 def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]) -> Any:
     out = attrs.get("out")
     if out is not None:
-        with _outermost():
+        with outermost():
             return function(*args, **attrs)
     arrays, form = taken_apart((args, attrs), _is_array)
     forms: dict[str, Any] = {"derivatives": 0}
 
     def of_definition(*arrays: Array) -> list[Array]:
         args, attrs = put_together(form, arrays)
-        with _outermost():
+        with outermost():
             y, residuals = function.forward(*args, **attrs)
         results, forms["results"] = taken_apart(y, _is_array)
         kept, forms["kept"] = taken_apart((residuals, attrs), _is_array)
@@ -195,7 +168,7 @@ def _call(function: Differentiable, args: tuple[Any, ...], attrs: dict[str, Any]
             return _by_mlx(of_definition, _listed(primals), _listed(cotangents))
         given = _listed(cotangents)[: forms["count"]]
         residuals, attrs = put_together(forms["kept"], _listed(outputs)[forms["count"] :])
-        with _outermost():
+        with outermost():
             found = cotangents_of_call(form, function.vjp(residuals, put_together(forms["results"], given), **attrs))
         return [found[k].astype(a.dtype) if k in found else mx.zeros_like(a) for k, a in enumerate(_listed(primals))]
 
@@ -258,7 +231,7 @@ LIBRARY = Library(
     device=lambda x: None,
     to_device=_moved,
     is_concrete=_is_concrete,
-    autodiff=Autodiff(lambda args: not _inside.get(), _call, mx.stop_gradient, is_passing=lambda x: not _is_concrete(x)),
+    autodiff=Autodiff(lambda args: not is_inside(), _call, mx.stop_gradient, is_passing=lambda x: not _is_concrete(x)),
     draws=_draws,
     to_numpy=_to_numpy,
 )

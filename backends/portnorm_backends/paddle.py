@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import paddle
@@ -17,24 +17,22 @@ from portnorm.arrays import Array, Autodiff, Differentiable, DType, Library, lea
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm_backends.blocks import shortened
 from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
-
-_KINDS = {
-    "bool": ("bool",),
-    "signed integer": ("int8", "int16", "int32", "int64"),
-    "unsigned integer": ("uint8",),
-    "real floating": ("float32", "float64"),
-}
-_KINDS["integral"] = (*_KINDS["signed integer"], *_KINDS["unsigned integer"])
-_KINDS["numeric"] = (*_KINDS["integral"], *_KINDS["real floating"])
+from portnorm_backends.standard import Namespace, axes_of
 
 
-class PaddleNamespace:
+class PaddleNamespace(Namespace):
     """Paddle's functions of the Array API standard.
 
     float16 and bfloat16 are none of its types here: on a processor paddle has no product, mean or maximum of them.
     """
 
     __name__ = "paddle"
+    kinds: ClassVar = {
+        "bool": ("bool",),
+        "signed integer": ("int8", "int16", "int32", "int64"),
+        "unsigned integer": ("uint8",),
+        "real floating": ("float32", "float64"),
+    }
 
     def __getattr__(self, name: str) -> Any:
         if name in ("float16", "bfloat16"):
@@ -54,12 +52,6 @@ class PaddleNamespace:
 
     def astype(self, x: Array, dtype: DType, /, *, copy: bool = True, device: Any = None) -> Array:
         return x if x.dtype == dtype else x.astype(dtype)
-
-    def isdtype(self, dtype: DType, kind: Any) -> bool:
-        """Whether `dtype` is of this kind, or of one of a tuple of kinds."""
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        name = str(dtype).rpartition(".")[2]
-        return any(name in _KINDS[k] if isinstance(k, str) else k == dtype for k in kinds)
 
     def zeros(self, shape: Any, *, dtype: DType = None, device: Any = None) -> Array:
         return paddle.zeros(_shape(shape), dtype=dtype or paddle.float32, device=device)
@@ -125,7 +117,7 @@ class PaddleNamespace:
 
     def sum(self, x: Array, /, *, axis: Any = None, dtype: DType = None, keepdims: bool = False) -> Array:
         """The sum in blocks and their sums again."""
-        axes = _axes(x, axis)
+        axes = axes_of(x, axis)
         if not axes:
             return x
         if self.isdtype(x.dtype, "real floating"):
@@ -134,7 +126,7 @@ class PaddleNamespace:
         return paddle.sum(x, axis=list(axes), keepdim=keepdims)
 
     def mean(self, x: Array, /, *, axis: Any = None, keepdims: bool = False) -> Array:
-        count = math.prod([x.shape[a] for a in _axes(x, axis)])
+        count = math.prod([x.shape[a] for a in axes_of(x, axis)])
         return self.sum(x, axis=axis, keepdims=keepdims) / _number(count, x)  # in a program a number is one of float32
 
     def sqrt(self, x: Array, /) -> Array:
@@ -151,7 +143,7 @@ class PaddleNamespace:
         if not x.ndim:
             return x
         narrow = self.isdtype(x.dtype, "integral") and x.dtype != paddle.int64  # of which paddle has no maximum
-        found = function(x.astype("int64") if narrow else x, axis=list(_axes(x, axis)), keepdim=keepdims)
+        found = function(x.astype("int64") if narrow else x, axis=list(axes_of(x, axis)), keepdim=keepdims)
         return found.astype(x.dtype) if narrow else found
 
 
@@ -177,11 +169,6 @@ def _number(value: Any, like: Array) -> Array:
 
 def _shape(shape: Any) -> list[int]:
     return [shape] if isinstance(shape, int) else list(shape)
-
-
-def _axes(x: Array, axis: Any) -> tuple[int, ...]:
-    given = range(x.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
-    return tuple(a % x.ndim for a in given)
 
 
 class _Recorded(paddle.autograd.PyLayer):  # type: ignore[misc]

@@ -17,7 +17,6 @@ from numba.extending import intrinsic
 from portnorm_backends.cpu.compiling import compiled
 from portnorm_backends.cpu.registers import has_products_of_bytes
 
-_LEVELS = np.int32(127)
 _STEP = np.float32(1.0) / np.float32(127.0)
 _LEAST = np.finfo(np.float32).smallest_normal
 _BYTES, _LANES, _TURNS = 64, 16, 4

@@ -51,7 +51,7 @@ def _rounded(x: NumPyArray, **attrs: Any) -> NumPyArray:
         return known[1].rounded
     rounded: NumPyArray = fake_quantize.definition(x, **attrs)[0]
     rounded.flags.writeable = False
-    q, steps = integers_of(rounded) if grid.levels == WEIGHTS else (_empty, _empty)
+    q, steps = map(numpy.ascontiguousarray, integers_of(rounded)) if grid.levels == WEIGHTS else (_empty, _empty)
     made, key = _Integers(rounded, q, q.sum(axis=-1, dtype=numpy.int32), steps), (id(x), grid)
 
     def forget(_: Any) -> None:
