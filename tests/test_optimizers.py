@@ -13,7 +13,7 @@ import portnorm as pn
 from portnorm.optimizers import OPTIMIZERS
 from tests.cases import IMPLEMENTATIONS, LAYERS, PRESETS
 from tests.conftest import Library
-from tests.tolerances import RECURRENT, relative
+from tests.tolerances import OPTIMIZER
 
 STEPS = 5
 GRADS = [np.random.default_rng(k).standard_normal((2, 3)) for k in range(STEPS)]
@@ -43,7 +43,7 @@ def test_a_schedule_is_the_rate_of_each_step(name: str, library: Library) -> Non
     assert not np.allclose(expected[-1], run(make, 0.1)[-1])
     found = library.values(run(make, schedule, library.array))
     for mine, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(mine, theirs, **relative(library.widest))
+        np.testing.assert_allclose(mine, theirs, rtol=OPTIMIZER[library.widest])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -159,7 +159,7 @@ def test_adamw_is_that_of_torch_and_of_optax(decay: float, library: Library) -> 
         other = other + changes
         params, state = mine.update(params, {"weight": library.array(g)}, state)
         found = library.values([params["weight"]])[0]
-        np.testing.assert_allclose(found, theirs.detach().numpy(), **relative(library.widest, RECURRENT))
+        np.testing.assert_allclose(found, theirs.detach().numpy(), rtol=OPTIMIZER[library.widest])
         np.testing.assert_allclose(found, other, rtol=1e-5)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +17,10 @@ from portnorm.digits import Dataset, NumPyArray, sequential_digits
 from portnorm.errors import PortnormError, UnsupportedError
 from portnorm.files import require_place
 from portnorm.layers.sequential import Sequential
-from portnorm.op import vjp
 from portnorm.optimizers import OPTIMIZERS
 from portnorm.scalars import real_number, whole_number
 from portnorm.sequence_files import read
-from portnorm.training import classifier
+from portnorm.training import classifier, train
 
 _NORMS = {**VARIANTS["LSTM"], **IMPLEMENTATIONS["LSTM"]}
 _BATCH = 48
@@ -64,16 +63,11 @@ class _Task(NamedTuple):
         training, held_out = (part._replace(labels=((part.labels - mean) / scale).astype(numpy.float32)) for part in (training, held_out))
         return cls(training, held_out, y.shape[1], mean, scale)
 
-    def loss(self, y: Any, targets: Any) -> tuple[float, Any]:
-        """The mean loss of results, and its gradient by them."""
-        value, pullback = vjp(portnorm.softmax_cross_entropy if self.scale is None else portnorm.mean_squared_error, y, targets)
-        return float(value), pullback(numpy.ones_like(value))[0]
-
     def measured(self, model: Sequential) -> dict[str, Any]:
         """What the model gives for the sequences that are held out, in inference mode."""
         targets = self.held_out.labels
         y = numpy.concatenate([model(x, lengths=lengths)[0] for x, lengths in self.held_out.batches(500)])
-        loss, _ = self.loss(y, targets)
+        loss = float((portnorm.softmax_cross_entropy if self.scale is None else portnorm.mean_squared_error)(y, targets))
         if self.scale is None:
             return {"held_out_loss": loss, "held_out_accuracy": float(numpy.mean(numpy.argmax(y, axis=-1) == targets))}
         errors = (y.astype(numpy.float64) - targets) ** 2
@@ -101,11 +95,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = classifier(_norm(options), inputs, options.hidden, task.outputs, steps, options.seed)
     kind = "classes" if task.scale is None else "numbers (a regression, since y is of floating-point numbers)"
     _show(options, f"{count} sequences of {steps} steps and {inputs} features, {len(task.held_out.labels)} held out; {task.outputs} {kind}")
-    rows = []
-    with numpy.errstate(all="ignore"):  # a loss that is not finite is an error
-        for row in _epochs(model, task, options, ProgressLine(options.json)):
-            rows.append(row)
-            _show(options, f"epoch {row['epoch']:>3} of {options.epochs}  {_in_words(row)}")
+    rows = _trained(model, task, options)
     found = {
         key.removeprefix("held_out_"): value
         for key, value in rows[-1].items()
@@ -152,35 +142,36 @@ def _dataset(name: str) -> tuple[Dataset, Dataset]:
     return whole.take(order[held:]), whole.take(order[:held])
 
 
-def _epochs(model: Sequential, task: _Task, options: argparse.Namespace, progress: ProgressLine) -> Iterator[dict[str, Any]]:
-    """Train in place, a row for each epoch; batch normalization ends with population statistics.
+def _trained(model: Sequential, task: _Task, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train in place, and show a row for each epoch; that of the last is measured with the population statistics that training ends with.
 
     The last few sequences of an epoch that do not fill a batch are left out of it.
     """
-    data, size, rng = task.training, options.batch, numpy.random.default_rng(options.seed)
-    optimizer = OPTIMIZERS[options.optimizer](lr=options.lr)
-    state, noise, done = optimizer.init(model.parameters()), 0.1 if _NORMS[_norm(options)].timed else 0.0, 0
-    starts = range(0, len(data.labels) - size + 1, size)
-    for epoch in range(1, options.epochs + 1):
-        order, losses = rng.permutation(len(data.labels)), []
-        for start in starts:
-            part = data.take(order[start : start + size])
-            y, _, pullback = model.vjp(
-                part.x, model.initial_state(size, noise=noise, rng=rng), lengths=part.lengths, training=True, rng=rng
-            )
-            loss, dy = task.loss(y, part.labels)
-            grads, _ = portnorm.clip_by_global_norm(pullback(dy)[2], options.clip)
-            if not math.isfinite(loss):
-                raise PortnormError(f"the loss is {loss} after {done} updates; try a smaller learning rate than `--lr` {options.lr}")
-            params, state = optimizer.update(model.parameters(), grads, state)
-            model.assign(params)
-            losses.append(loss)
-            done += 1
-            progress(f"epoch {epoch} of {options.epochs}, update {done} of {options.epochs * len(starts)}, loss {loss:.3f}")
-        if epoch == options.epochs:
-            model.estimate_population((x, n, model.initial_state(x.shape[1], noise=noise, rng=rng)) for x, n in data.batches(size))
+    data, progress = task.training, ProgressLine(options.json)
+    each = len(data.labels) // options.batch
+    losses: list[float] = []
+    rows: list[dict[str, Any]] = []
+
+    def row() -> None:
         progress.clear()
-        yield {"epoch": epoch, "loss": float(numpy.mean(losses)), **task.measured(model)}
+        rows.append({"epoch": len(rows) + 1, "loss": float(numpy.mean(losses[-each:])), **task.measured(model)})
+        _show(options, f"epoch {len(rows):>3} of {options.epochs}  {_in_words(rows[-1])}")
+
+    def report(done: int, total: int, loss: float) -> None:
+        losses.append(loss)
+        progress(f"epoch {len(rows) + 1} of {options.epochs}, update {done} of {total}, loss {loss:.3f}")
+        if done % each == 0 and done < total:
+            row()
+
+    optimizer, noise = OPTIMIZERS[options.optimizer](lr=options.lr), 0.1 if _NORMS[_norm(options)].timed else 0.0
+    settings: dict[str, Any] = {"epochs": options.epochs, "batch": options.batch, "clip": options.clip, "seed": options.seed}
+    with numpy.errstate(all="ignore"):
+        try:
+            train(model, data, optimizer, state_noise=noise, progress=report, **settings)
+        except PortnormError as error:  # a loss that is not finite: all else was checked
+            raise PortnormError(f"{error}; it was `--lr` {options.lr}") from error
+        row()
+    return rows
 
 
 def _in_words(row: dict[str, Any]) -> str:
