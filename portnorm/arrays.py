@@ -20,8 +20,10 @@ from portnorm.libraries import LOADERS, SUPPORT
 
 Array: TypeAlias = Any
 """An array of any library that follows the Array API standard. The standard has no type for it that checkers understand."""
+
 Namespace: TypeAlias = Any
 """The module of functions that belongs to an array (`xp` in the standard)."""
+
 DType: TypeAlias = Any
 
 
@@ -109,6 +111,7 @@ class Library:
 
 
 _ENTRY_POINTS = "portnorm.backends"
+
 _libraries: dict[type, Library] = {}
 _namespaces: dict[type, Namespace] = {}
 
@@ -142,6 +145,7 @@ _OF_ANOTHER_KIND = {
     "mindspore": "x.asnumpy() makes an array of it: its tensors do not follow the Array API standard",
 }
 """Libraries by the root module of their arrays with which these functions do not work, and what to give instead."""
+
 _ANOTHER_MEANING = {
     "matrix": "numpy.asarray makes an array of it",
     "MaskedArray": "its mask would be ignored; x.filled(...) makes an array of it, and `mask=` or `lengths=` leave values out",

@@ -13,6 +13,7 @@ from portnorm_onnx.nothing import floats
 
 T = TypeVar("T")
 NumPyArray = numpy.ndarray[Any, Any]
+
 # One step: units in the last place of the largest value, at least of 1; 16 units of float32 are 1.9e-6. A matrix product summed in another
 # order moves a state by a few units. float64 has more room, since runtimes keep epsilon and some tables of constants in float32.
 STEP_ULP = {"float16": 16, "bfloat16": 16, "float32": 16, "float64": 2**14}

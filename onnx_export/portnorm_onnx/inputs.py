@@ -17,6 +17,7 @@ Inputs = tuple[NumPyArray, NumPyArray | None]
 """`x`, and the lengths or the mask, if the graph takes one."""
 Stated = tuple[NumPyArray, NumPyArray | None, Any]
 """The same and a state to begin with; `None` for the first one."""
+
 # (time, batch) of the cases; with `lengths`, every case but the first is ragged, with `mask` it has gaps.
 CASES = ((1, 1), (1, 3), (5, 2), (24, 7))
 # Of weights from `WIDE` bytes on, where each step reads all of them. There the eager run is held against runs of inputs moved by a unit in
@@ -26,7 +27,7 @@ WIDE_ROUNDINGS = 2
 
 
 def random_inputs(model: Layer, dims: Sequence[int | str], counts: str | None, sizes: Sequence[tuple[int, int]] = CASES) -> list[Inputs]:
-    """The same for a model and the shape of its `x`."""
+    """Standard normal inputs for a model whose `x` has this shape, with ragged lengths or a mask if the graph `counts` by one."""
     rng = numpy.random.default_rng(0)
     cases: list[Inputs] = []
     for steps, batch in sizes:
