@@ -77,8 +77,8 @@ class Narrow(NamedTuple):
     """The arrays of such a type, in any nesting, in the wider one, and all else as it is."""
     rounded: Callable[[Any], Any]
     """The floating arrays in any nesting in the narrow type."""
-    kernel: Callable[[Any], Kernel]
-    """An Op that takes such arrays."""
+    kernel: Callable[[Any], Kernel | None]
+    """An Op that takes such arrays; `None` where its definition does."""
 
 
 @dataclass(frozen=True)

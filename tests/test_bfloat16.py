@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
 
 import portnorm as pn
 from portnorm.arrays import leaves
 from portnorm.checkpoint import safetensors
+from portnorm_backends.cpu.channelwise import same
+from portnorm_backends.cpu.normalize import KernelResiduals
 from tests.cases import LAYERS, OPS, PRESETS, OpCase, random_state
 from tests.processes import output_of
 
@@ -198,3 +201,62 @@ except pn.MissingExtraError as error:
     print(error)
 """
     assert output_of(code).endswith('pip install "portnorm[bfloat16]"')
+
+
+FORMS: dict[str, tuple[Any, tuple[int, ...], int | tuple[int, ...], dict[str, Any]]] = {
+    "rows": (pn.layer_norm, (5, 70), 70, {}),
+    "rows of one value for each gain": (pn.layer_norm, (3, 2, 35), (2, 35), {"axis": (1, 2)}),
+    "rows without a mean": (pn.rms_norm, (4, 33), 33, {}),
+    "groups": (pn.group_norm, (3, 4, 35), 4, {}),
+    "cases": (pn.instance_norm, (3, 4, 35), 4, {}),
+    "channels": (pn.batch_norm, (6, 3, 35), 3, {}),
+    "columns": (pn.batch_norm, (70, 35), 35, {}),
+}
+
+
+@pytest.mark.parametrize("wide_parameters", [False, True], ids=["all", "values"])
+@pytest.mark.parametrize("form", FORMS)
+def test_kernels_read_and_write_its_bits(form: str, wide_parameters: bool, rng: np.random.Generator) -> None:
+    """Values of mean 3, whole and mixed: the kernel of float32 gives what is rounded, and nothing of the size of x is made wide."""
+    op, shape, parameters, how = FORMS[form]
+    more = (2,) if form == "groups" else ()
+    x = narrow(3 + rng.standard_normal(shape).astype(np.float32))
+    count = 1 if form == "rows without a mean" else 2
+    own = [rng.uniform(0.5, 2.0, parameters).astype(np.float32) for _ in range(count)]
+    own = own if wide_parameters else narrow(own)
+    y, residuals = op.forward(x, *more, *own, **how)
+    assert isinstance(residuals, KernelResiduals)
+    assert residuals.x.dtype == NARROW
+    expected, their = op.forward(wide(x), *more, *wide(own), **how)
+    assert isinstance(their, KernelResiduals)
+    assert_rounded(y, expected)
+    dy = narrow(rng.standard_normal(shape))
+    for given in (dy, wide(dy) * np.float32(1.001)):  # a cotangent of more bits is not rounded
+        of_x, *of_parameters = (d for d in op.vjp(residuals, given, **how) if d is not None)
+        of_wide, *of_wide_parameters = (d for d in op.vjp(their, wide(given), **how) if d is not None)
+        assert of_x.dtype == given.dtype
+        np.testing.assert_array_equal(wide(of_x), wide(of_wide.astype(given.dtype)))
+        for found, true, p in zip(of_parameters, of_wide_parameters, own, strict=True):
+            assert found.dtype == p.dtype
+            np.testing.assert_array_equal(wide(found), wide(true.astype(p.dtype)))
+
+
+def test_kernels_round_as_the_type_does() -> None:
+    """To the nearest, ties to even; the smallest numbers, infinities and what is no number too."""
+    bits = np.arange(2**16, dtype=np.uint32)
+    between = np.concatenate([(bits << 16) | low for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)]).view(np.float32)
+    found = np.empty(between.shape, np.uint16)
+    _copied(between.size, between, found)
+    with np.errstate(invalid="ignore"):
+        expected = between.astype(NARROW)
+    nothing = np.isnan(between)
+    np.testing.assert_array_equal(np.isnan(found.view(NARROW).astype(np.float32)), nothing)
+    np.testing.assert_array_equal(found[~nothing], expected.view(np.uint16)[~nothing])
+    back = np.empty_like(between)
+    _copied(found.size, found, back)
+    np.testing.assert_array_equal(back, found.view(NARROW).astype(np.float32))
+
+
+@numba.njit
+def _copied(n: int, x: Any, y: Any) -> None:
+    same(n, (x,), (y,))

@@ -20,6 +20,7 @@ OTHERS = [width for width in WIDTHS if width != WIDTH]
 FEW = [
     "tests/test_sums.py::test_like_terms[rows of rms_norm-4096-float32]",
     "tests/test_sums.py::test_like_terms[many rows of layer_norm-4096-float32]",
+    "tests/test_bfloat16.py::test_kernels_round_as_the_type_does",
     "tests/test_kernels.py::test_arrays_of_any_layout",
     "tests/test_kernels.py::test_the_presets_are_computed_by_kernels[5-RNN-layer]",
 ]

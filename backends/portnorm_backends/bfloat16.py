@@ -19,6 +19,10 @@ _COMMON = ("linear", "integer_product")
 """Ops whose result has the common type of all arrays; that of others has the type of the first."""
 
 
+_ITSELF = ("normalize", "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm")
+"""Ops whose definition takes values of any type into float32 and rounds what comes of them."""
+
+
 class Residuals(NamedTuple):
     """Those of the call in float32, and the types of the arguments, which their cotangents have."""
 
@@ -70,7 +74,10 @@ def _rounds(op: Op[..., Any], args: tuple[Any, ...]) -> bool:
 
 
 @functools.cache
-def _kernel(op: Op[..., Any]) -> Kernel:
+def _kernel(op: Op[..., Any]) -> Kernel | None:
+    if op.name in _ITSELF:
+        return None
+
     def forward(*args: Any, **attrs: Any) -> tuple[Any, Residuals]:
         out = attrs.pop("out", None)
         if out is not None:

@@ -74,6 +74,8 @@ class Layer:
 
     takes_integers: bool = False
     """Whether `x` holds integers, for example numbers of words; else it holds numbers of the layer's dtype."""
+    is_one_op: bool = False
+    """Whether a call is that of one Op, which rounds its result itself where the dtype is one that nobody computes in."""
     recurrent: bool = False
     """Whether a call takes and returns a state."""
     batch_first: bool = False
@@ -216,7 +218,7 @@ class Layer:
     ) -> tuple[Array, Any, Arrays]:
         training = self._trains(training)
         own = library(x)
-        if own.narrow is not None and own.narrow.holds(x, next(iter(params.values()), None)):
+        if own.narrow is not None and self._is_widened(own.narrow, params, x, lengths):
             params, buffers, x, state = own.narrow.wide((params, buffers, x, state))
             y, after, new = self._applied(params, buffers, x, state, lengths, training, random)
             return own.narrow.rounded(y), own.narrow.rounded(after), new
@@ -253,7 +255,7 @@ class Layer:
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         training = self._trains(training)
         narrow = library(x).narrow
-        if narrow is not None and narrow.holds(x, next(iter(params.values()), None)):
+        if narrow is not None and self._is_widened(narrow, params, x, lengths):
             return self._narrowly_applied_vjp(narrow, params, buffers, x, state, lengths, training, random)
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
@@ -267,6 +269,11 @@ class Layer:
             return self.backward(residuals, dy, dstate, training)
 
         return y, out, new, pullback
+
+    def _is_widened(self, narrow: Narrow, params: Arrays, x: Array, lengths: Counted) -> bool:
+        """Whether the whole call is computed in the wider type."""
+        itself = self.is_one_op and lengths is None
+        return not itself and narrow.holds(x, next(iter(params.values()), None))
 
     def _narrowly_applied_vjp(
         self,

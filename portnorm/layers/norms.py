@@ -30,6 +30,7 @@ _PARAMETERS = ("weight", "bias")
 class _Norm(StatelessLayer):
     """A layer that calls one normalization Op with its weight and bias."""
 
+    is_one_op = True
     op: Op[..., Any]
 
     def __init__(
@@ -442,6 +443,8 @@ class BatchRenorm(BatchNorm):
     array([[1.],
            [3.]])
     """
+
+    is_one_op = False
 
     def __init__(
         self,

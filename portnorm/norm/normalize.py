@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple, TypedDict
 
-from portnorm.arrays import Array, Namespace, device_of, xp_of
+from portnorm.arrays import Array, Namespace, device_of, is_bfloat16, xp_of
 from portnorm.dtypes import float32_value, statistics_dtype
 from portnorm.op import op
 from portnorm.sums import is_long, total
@@ -105,7 +105,7 @@ def normalize(
         empty = xp.sum(z, axis=axes, keepdims=True)
         residuals = Normalized(z, empty, None, empty, empty, None, None, None)
     else:
-        wide = float(xp.finfo(x.dtype).max) > 1e30
+        wide = is_bfloat16(x.dtype) or float(xp.finfo(x.dtype).max) > 1e30
         residuals = _with_own(xp, z, axes, eps, center, mask, eps_place, correction, wide, reduce)
     y = residuals.xhat
     if weight is not None:

@@ -27,7 +27,7 @@ def _is_worth(x: Any, weight: Any, bias: Any = None) -> bool:
 def _linear(x: NumPyArray, weight: NumPyArray, bias: NumPyArray | None = None) -> tuple[NumPyArray, Any]:
     from portnorm_backends.cpu import products
 
-    rows = taken(x, x, (x.size // x.shape[-1], x.shape[-1]))
+    rows = taken(x, x.dtype, (x.size // x.shape[-1], x.shape[-1]))
     y = products.affine(rows, weight.T, bias)
     return y.reshape(*x.shape[:-1], weight.shape[0]), (x, weight, bias)
 

@@ -19,7 +19,7 @@ import numpy
 from portnorm_backends.cpu.compiling import bare, compiled, fill
 from portnorm_backends.cpu.rowwise import guess, scaled, sums, sums_of_cotangents
 from portnorm_backends.cpu.sums import GROUP, TERMS, carried, carry
-from portnorm_backends.cpu.vectors import Vector, elementwise, fused, prefetch
+from portnorm_backends.cpu.vectors import Vector, elementwise, fused, kinds, like, prefetch
 
 _FIRST = 64
 """Rows that the first guess of a mean is taken of."""
@@ -29,6 +29,12 @@ _AHEAD = 4096
 
 
 # -- (groups, rows, channels) ------------------------------------------------------------------------------------------------------------
+
+
+@elementwise
+def same(x: Vector) -> tuple[Vector]:
+    """The values, in the type of where they are written."""
+    return (x,)
 
 
 @elementwise
@@ -59,7 +65,7 @@ def _back(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, rstd: Vecto
 def column_sums(x: Any, m: Any, first: Any, second: Any) -> None:
     """Σ (x − m) and Σ (x − m)² of each column."""
     rows, channels = x.shape
-    part, lost = numpy.zeros((2, channels), x.dtype), numpy.zeros((2, channels))
+    part, lost = numpy.zeros((2, channels), m.dtype), numpy.zeros((2, channels))
     fill(first, 0)
     fill(second, 0)
     a, b = part[0], part[1]
@@ -81,8 +87,7 @@ def column_statistics(x: Any, center: bool, m: Any, d: Any, var: Any) -> None:
     total, again = numpy.empty(channels), False
     fill(m, 0)
     if center:
-        for c in range(channels):
-            m[c] = x[0, c]
+        same(channels, (x[0],), (m,))
         column_sums(x[: min(_FIRST, rows)], m, total, var)
         for c in range(channels):
             m[c] += total[c] / min(_FIRST, rows)
@@ -108,7 +113,7 @@ def _columns_forward(
 ) -> bool:
     x, weight, bias, y, kept, var = bare(x), bare(weight), bare(bias), bare(y), bare(kept), bare(var)
     groups, rows, channels = x.shape
-    fine, gain, shift = True, numpy.empty(channels, x.dtype), numpy.zeros(channels, x.dtype)
+    fine, gain, shift = True, numpy.empty(channels, kept.dtype), numpy.zeros(channels, kept.dtype)
     for g in range(groups):
         m, d, rstd, spread = kept[0, g], kept[1, g], kept[2, g], var[g]
         column_statistics(x[g], center, m, d, spread)
@@ -128,7 +133,7 @@ def _columns_forward(
 def column_cotangents(x: Any, dy: Any, m: Any, d: Any, rstd: Any, first: Any, second: Any) -> None:
     """Σ dy and Σ dy · x̂ of each column."""
     rows, channels = x.shape
-    part, lost = numpy.zeros((2, channels), x.dtype), numpy.zeros((2, channels))
+    part, lost = numpy.zeros((2, channels), m.dtype), numpy.zeros((2, channels))
     fill(first, 0)
     fill(second, 0)
     a, b = part[0], part[1]
@@ -144,7 +149,7 @@ def _columns_scaled(x: Any, weight: Any, bias: Any, kept: Any, y: Any) -> None:
     """With statistics that are given."""
     x, weight, bias, kept, y = bare(x), bare(weight), bare(bias), bare(kept), bare(y)
     groups, rows, channels = x.shape
-    gain, shift = numpy.empty(channels, x.dtype), numpy.zeros(channels, x.dtype)
+    gain, shift = numpy.empty(channels, kept.dtype), numpy.zeros(channels, kept.dtype)
     for g in range(groups):
         for c in range(channels):
             gain[c] = kept[2, g, c] * weight[c] if weight.size else kept[2, g, c]
@@ -158,7 +163,7 @@ def _columns_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, own
     """`own`: the statistics were those of x; else they are constants."""
     x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
     groups, rows, channels = x.shape
-    room, found, lost = numpy.empty((3, channels), x.dtype), numpy.empty((2, channels)), numpy.zeros((2, channels))
+    room, found, lost = numpy.empty((3, channels), kept.dtype), numpy.empty((2, channels)), numpy.zeros((2, channels))
     gain, a, b, first, second = room[0], room[1], room[2], found[0], found[1]
     fill(dweight, 0)
     fill(dbias, 0)
@@ -225,19 +230,19 @@ def _channels_forward(
     outer, channels, inner = x.shape
     n, fine = outer * inner, True
     for c in range(channels):
-        m = guess(x[0, c]) if center else x.dtype.type(0)
+        m = guess(x[0, c]) if center else like(x, 0)
         a, b = _channel_sums(x, c, m)
         d = a / n if center else 0.0
         spread = b / n - d * d
         if not d * d <= 2.0 * spread:
-            m = x.dtype.type(m + d)
+            m = like(x, m + d)
             a, b = _channel_sums(x, c, m)
             d, spread = a / n, max(b / n - (a / n) ** 2, 0.0)
         if not (smallest < spread + eps < largest):
             fine = False
-        rest, rstd, var[c] = x.dtype.type(d), x.dtype.type(1.0 / math.sqrt(spread + eps)), spread
+        rest, rstd, var[c] = like(x, d), like(x, 1.0 / math.sqrt(spread + eps)), spread
         kept[0, c], kept[1, c], kept[2, c] = m, rest, rstd
-        gain, shift = weight[c] * rstd if weight.size else rstd, bias[c] if bias.size else x.dtype.type(0)
+        gain, shift = weight[c] * rstd if weight.size else rstd, bias[c] if bias.size else like(x, 0)
         for k in range(outer):
             _ahead(y, k, c)
             scaled(inner, (x[k, c], m, rest, gain, shift), (y[k, c],))
@@ -249,7 +254,7 @@ def _channels_scaled(x: Any, weight: Any, bias: Any, kept: Any, y: Any) -> None:
     outer, channels, inner = x.shape
     for k in range(outer):
         for c in range(channels):
-            gain, shift = weight[c] * kept[2, c] if weight.size else kept[2, c], bias[c] if bias.size else x.dtype.type(0)
+            gain, shift = weight[c] * kept[2, c] if weight.size else kept[2, c], bias[c] if bias.size else like(x, 0)
             scaled(inner, (x[k, c], kept[0, c], kept[1, c], gain, shift), (y[k, c],))
 
 
@@ -262,7 +267,7 @@ def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, ow
         gain = weight[c] * rstd if weight.size else rstd
         first, second = _channel_cotangents(x, dy, c, m, d, rstd)
         dbias[c], dweight[c] = first, second
-        one, two = x.dtype.type(first / n if own and center else 0.0), x.dtype.type(second / n if own else 0.0)
+        one, two = like(x, first / n if own and center else 0.0), like(x, second / n if own else 0.0)
         for k in range(outer):
             _ahead(dx, k, c)
             _back(inner, (x[k, c], dy[k, c], gain, m, d, rstd, one, two), (dx[k, c],))
@@ -271,27 +276,27 @@ def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, ow
 @functools.cache
 def forward(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., bool]:
     """The forward kernel for one type of values: `_channels_forward`, or without an inner axis `_columns_forward`."""
-    t, wide = numba.from_dtype(dtype), numba.float64
-    given, parameter = numba.types.Array(t, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
+    v, t, wide = *kinds(dtype), numba.float64
+    given, parameter = numba.types.Array(v, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
     kept, var = (t[:, ::1], wide[::1]) if inner else (t[:, :, ::1], wide[:, ::1])
-    signature = numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, t[:, :, ::1], kept, var)
+    signature = numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, v[:, :, ::1], kept, var)
     return compiled(signatures=signature)(_channels_forward if inner else _columns_forward)
 
 
 @functools.cache
 def scale(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., None]:
     """The kernel for given statistics."""
-    t = numba.from_dtype(dtype)
-    given, parameter = numba.types.Array(t, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
+    v, t = kinds(dtype)
+    given, parameter = numba.types.Array(v, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
     kept = t[:, ::1] if inner else t[:, :, ::1]
-    return compiled(signatures=numba.void(given, parameter, parameter, kept, t[:, :, ::1]))(_channels_scaled if inner else _columns_scaled)
+    return compiled(signatures=numba.void(given, parameter, parameter, kept, v[:, :, ::1]))(_channels_scaled if inner else _columns_scaled)
 
 
 @functools.cache
 def backward(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., None]:
     """The backward kernel for one type of values."""
-    t, wide = numba.from_dtype(dtype), numba.float64
-    given, parameter = numba.types.Array(t, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
+    v, t, wide = *kinds(dtype), numba.float64
+    given, parameter = numba.types.Array(v, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
     kept = numba.types.Array(t, 2 if inner else 3, "C", readonly=True)
-    signature = numba.void(given, given, parameter, kept, numba.boolean, numba.boolean, t[:, :, ::1], wide[::1], wide[::1])
+    signature = numba.void(given, given, parameter, kept, numba.boolean, numba.boolean, v[:, :, ::1], wide[::1], wide[::1])
     return compiled(signatures=signature)(_channels_backward if inner else _columns_backward)

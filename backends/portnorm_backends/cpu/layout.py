@@ -1,4 +1,7 @@
-"""What the compiled loops are given: arrays of one type, contiguous and aligned, and what belongs together as one tuple."""
+"""What the compiled loops are given: arrays of one type, contiguous and aligned, and what belongs together as one tuple.
+
+Of bfloat16 they are given the bits, beside parameters and statistics in float32.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,29 @@ from typing import Any, NamedTuple
 
 import numpy
 
+from portnorm.arrays import is_bfloat16
+
 NumPyArray = numpy.ndarray[Any, Any]
 
 RANGE = {numpy.dtype("float32"): (1e-28, 1e32), numpy.dtype("float64"): (1e-280, 1e280)}
 """Bounds of σ² + ε: beyond them sums of squares may leave the type or lose bits, and the definition scales the row first."""
 
 
-def taken(p: Any, x: NumPyArray, shape: tuple[int, ...]) -> NumPyArray:
-    """A parameter or a cotangent as a kernel takes it: in the type of `x`, contiguous and aligned, empty where there is none."""
+def computed(dtype: Any) -> Any:
+    """The type in which kernels compute with such values: float32 for bfloat16."""
+    return numpy.dtype("float32") if is_bfloat16(dtype) else dtype
+
+
+def bits(x: NumPyArray) -> NumPyArray:
+    """The values as compiled code sees them: those of bfloat16 by their bits, of which it makes numbers in its registers."""
+    return x.view(numpy.uint16) if is_bfloat16(x.dtype) else x
+
+
+def taken(p: Any, dtype: Any, shape: tuple[int, ...]) -> NumPyArray:
+    """A parameter or a cotangent as a kernel takes it: of this type, contiguous and aligned, empty where there is none."""
     if p is None:
-        return numpy.empty((0,) * len(shape), dtype=x.dtype)
-    values = numpy.ascontiguousarray(p, dtype=x.dtype)
+        return numpy.empty((0,) * len(shape), dtype=dtype)
+    values = numpy.ascontiguousarray(p, dtype=dtype)
     return (values if values.flags.aligned else values.copy()).reshape(shape)
 
 

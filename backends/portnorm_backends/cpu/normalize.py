@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from portnorm.arrays import Array, Kernel
+from portnorm.arrays import Array, Kernel, is_bfloat16
 from portnorm.dtypes import float32_value
 from portnorm.norm.arguments import LARGEST
 from portnorm.norm.normalize import normalize, written
 from portnorm_backends.cpu import memory, threads
-from portnorm_backends.cpu.layout import RANGE, NumPyArray, taken
+from portnorm_backends.cpu.layout import RANGE, NumPyArray, bits, computed, taken
 from portnorm_backends.cpu.warming import READY, ready
 
 
@@ -63,13 +63,13 @@ def _accepts(
     reduce: Any = None,
     **attrs: Any,
 ) -> bool:
-    """float32 or float64 values with their own biased variance: contiguous rows, or all axes but the one with the parameters.
+    """float32, float64 or bfloat16 values with their own biased variance: contiguous rows, or all axes but the one with the parameters.
 
     The latter with given statistics too.
     """
     if mask is not None or reduce is not None or correction or not (eps_place == "variance" or (eps_place == "floor" and eps == 0)):
         return False
-    if type(x) is not numpy.ndarray or not x.size or x.dtype not in RANGE:
+    if type(x) is not numpy.ndarray or not x.size or not (x.dtype in RANGE or is_bfloat16(x.dtype)):
         return False
     if not x.flags.aligned:
         return False
@@ -143,7 +143,12 @@ def _can_take(out: Any, *others: Any) -> bool:
 
 
 def _cotangents(p: Any, d: NumPyArray) -> NumPyArray | None:
-    return None if p is None else d.astype(p.dtype).reshape(p.shape)
+    return None if p is None else d.astype(computed(p.dtype)).astype(p.dtype, copy=False).reshape(p.shape)
+
+
+def _as_wide_as(x: NumPyArray, dy: Any) -> NumPyArray:
+    """`x`, but for a cotangent of more bits in the type that was computed in: the cotangent is not rounded."""
+    return x if x.dtype in RANGE or dy.dtype == x.dtype else x.astype(computed(x.dtype))
 
 
 def _forward_of_rows(
@@ -156,9 +161,10 @@ def _forward_of_rows(
     rows = _as_rows(x, first)
     assert rows is not None
     shape = (math.prod(x.shape[param_axes[0] : first]), math.prod(x.shape[first:last]))
-    kept = numpy.empty((rows.shape[0], 3), dtype=x.dtype)
-    parameters = (taken(weight, x, shape), taken(bias, x, shape))
-    if not _each_row(rowwise.forward(x.dtype), rows, parameters, (eps, center, *RANGE[x.dtype]), y.reshape(rows.shape), kept, shape[0]):
+    own = computed(x.dtype)
+    kept, parameters = numpy.empty((rows.shape[0], 3), dtype=own), (taken(weight, own, shape), taken(bias, own, shape))
+    how, into = (eps, center, *RANGE[own]), bits(y.reshape(rows.shape))
+    if not _each_row(rowwise.forward(x.dtype), bits(rows), parameters, how, into, kept, shape[0]):
         return None
     return KernelResiduals(x, kept, weight, bias, shape, None)
 
@@ -185,18 +191,20 @@ def _vjp_of_rows(
     residuals: KernelResiduals, dy: NumPyArray, *, axes: tuple[int, ...] = (-1,), center: bool = True, **attrs: Any
 ) -> tuple[Any, Any, Any]:
     x, kept, weight, bias, shape, *_ = residuals
-    first, dtype = axes[0] % x.ndim, x.dtype
+    x = _as_wide_as(x, dy)
+    first, dtype, computing = axes[0] % x.ndim, x.dtype, kept.dtype
     rows = x if x.ndim == 2 and first == 1 else _as_rows(x, first)
     assert shape is not None
     assert rows is not None
     given = _as_rows(dy, first) if type(dy) is numpy.ndarray and dy.dtype == dtype and dy.flags.aligned else None
     by_value = shape[1] == rows.shape[1] and not (weight is None and bias is None)
-    dx, part = memory.room(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), dtype)
+    dx, part = memory.room(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), computing)
     dweight, dbias = (numpy.zeros((2, *(shape if p is not None else (0, 0)))) for p in (weight, bias))
-    given = taken(dy, x, rows.shape) if given is None else given
-    backward, own = _plain(dtype)[1], taken(weight, x, shape)
+    given = taken(dy, dtype, rows.shape) if given is None else given
+    backward, own = _backward(dtype), taken(weight, computing, shape)
+    values, given, into = bits(rows), bits(given), bits(dx)
     if rows.size < 2 * _ROWS_WORTH:
-        backward(rows, given, own, kept, center, part, dx, dweight, dbias)
+        backward(values, given, own, kept, center, part, into, dweight, dbias)
     else:
         found = list[tuple[NumPyArray, NumPyArray]]()
 
@@ -204,7 +212,7 @@ def _vjp_of_rows(
             """The kernel over some rows, with shares of its own."""
             shares = (dweight.copy(), dbias.copy())
             found.append(shares)
-            backward(rows[a:b], given[a:b], own, kept[a:b], center, part.copy(), dx[a:b], *shares)
+            backward(values[a:b], given[a:b], own, kept[a:b], center, part.copy(), into[a:b], *shares)
 
         threads.each(threads.parts(rows.shape[0], rows.size / _ROWS_WORTH, shape[0]), some)
         dweight, dbias = (numpy.add.reduce([s[k] for s in found]) for k in (0, 1))
@@ -227,13 +235,14 @@ def _forward_of_channels(
     (channel,) = param_axes
     count, var = x.shape[channel], numpy.empty(tuple(1 if a in axes else n for a, n in enumerate(x.shape)))
     groups = var.size // count
-    blocks, kept = _by_channel(x, channel, groups), numpy.empty((3, groups, count), dtype=x.dtype)
-    parameters = (taken(weight, x, (count,)), taken(bias, x, (count,)))
+    own = computed(x.dtype)
+    blocks, kept = bits(_by_channel(x, channel, groups)), numpy.empty((3, groups, count), dtype=own)
+    parameters = (taken(weight, own, (count,)), taken(bias, own, (count,)))
     inner = math.prod(x.shape[channel + 1 :]) > 1
     room = (kept.reshape(3, count), var.reshape(count)) if inner else (kept, var.reshape(kept.shape[1:]))
-    if not channelwise.forward(x.dtype, inner)(blocks, *parameters, eps, center, *RANGE[x.dtype], y.reshape(blocks.shape), *room):
+    if not channelwise.forward(x.dtype, inner)(blocks, *parameters, eps, center, *RANGE[own], bits(y.reshape(blocks.shape)), *room):
         return None
-    return KernelResiduals(x, room[0], weight, bias, None, var.astype(x.dtype))
+    return KernelResiduals(x, room[0], weight, bias, None, var.astype(own))
 
 
 def _scaled_channels(
@@ -244,12 +253,14 @@ def _scaled_channels(
 
     (channel,) = param_axes
     count, inner = x.shape[channel], math.prod(x.shape[channel + 1 :]) > 1
-    m, spread = (s.astype(x.dtype, copy=False) for s in (mean, var))
+    own = computed(x.dtype)
+    m, spread = (s.astype(own, copy=False) for s in (mean, var))
     groups = spread.size // count
-    blocks, kept = _by_channel(x, channel, groups), numpy.zeros((3, groups, count), dtype=x.dtype)
+    blocks, kept = bits(_by_channel(x, channel, groups)), numpy.zeros((3, groups, count), dtype=own)
     kept[0], kept[2] = m.reshape(groups, count), 1.0 / numpy.sqrt(spread.reshape(groups, count) + eps)
     room = kept.reshape(3, count) if inner else kept
-    channelwise.scale(x.dtype, inner)(blocks, taken(weight, x, (count,)), taken(bias, x, (count,)), room, y.reshape(blocks.shape))
+    parameters = (taken(weight, own, (count,)), taken(bias, own, (count,)))
+    channelwise.scale(x.dtype, inner)(blocks, *parameters, room, bits(y.reshape(blocks.shape)))
     return KernelResiduals(x, room, weight, bias, None, spread)
 
 
@@ -260,12 +271,12 @@ def _vjp_of_channels(
 
     x, kept, weight, bias, _, var, _ = residuals
     assert var is not None
-    count = kept.shape[-1]
+    x, count = _as_wide_as(x, dy), kept.shape[-1]
     blocks = _by_channel(x, param_axes[0], var.size // count)
     dx, dweight, dbias = memory.room(blocks.shape, x.dtype), numpy.empty(count), numpy.empty(count)
-    given = taken(dy, x, blocks.shape)
+    given, gains = bits(taken(dy, x.dtype, blocks.shape)), taken(weight, kept.dtype, (count,))
     kernel = channelwise.backward(x.dtype, kept.ndim == 2)
-    kernel(blocks, given, taken(weight, x, (count,)), kept, center, mean is None, dx, dweight, dbias)
+    kernel(bits(blocks), given, gains, kept, center, mean is None, bits(dx), dweight, dbias)
     return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
 
@@ -285,12 +296,19 @@ class LastAxisResiduals(KernelResiduals):
 
 @functools.cache
 def _plain(dtype: Any) -> tuple[Any, ...]:
-    """For rows of one type: the kernels forward and backward, what the former takes for no parameter, the bounds of σ² + ε, and room for
-    statistics that nobody reads, so that it matters to no one who else writes there.
+    """For rows of one type: the kernel, what it takes for no parameter, the bounds of σ² + ε, and room for statistics that nobody reads, so
+    that it matters to no one who else writes there.
     """
     from portnorm_backends.cpu import rowwise
 
-    return rowwise.last_axis(dtype), rowwise.backward(dtype), numpy.empty((0,), dtype=dtype), *RANGE[dtype], numpy.empty((1, 3), dtype)
+    return rowwise.last_axis(dtype), numpy.empty((0,), dtype=dtype), *RANGE[dtype], numpy.empty((1, 3), dtype)
+
+
+@functools.cache
+def _backward(dtype: Any) -> Any:
+    from portnorm_backends.cpu import rowwise
+
+    return rowwise.backward(dtype)
 
 
 def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, eps: float = 1e-5, out: Any = None) -> bool:
@@ -298,7 +316,7 @@ def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, e
     if type(x) is not numpy.ndarray or type(axis) is not int or axis != -1 or type(eps) is not float or not 0 <= eps <= LARGEST:
         return False
     dtype, shape, flags = x.dtype, x.shape, x.flags
-    if not (flags.c_contiguous and flags.aligned and x.size and shape and (dtype in _ROWS or ready("rows", dtype))):
+    if not (flags.c_contiguous and flags.aligned and x.size and shape and dtype in RANGE and (dtype in _ROWS or ready("rows", dtype))):
         return False
     for p in (weight, bias):
         if p is not None:
@@ -314,7 +332,7 @@ def last_axis(op: Any, center: bool) -> Kernel:
     """The kernel of a public function for the arguments that most calls have; what others need is done by its definition."""
 
     def call(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
-        kernel, _, none, smallest, largest, unread = _plain(x.dtype)
+        kernel, none, smallest, largest, unread = _plain(x.dtype)
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         into = y if x.ndim == 2 else y.reshape(rows.shape)
@@ -323,7 +341,7 @@ def last_axis(op: Any, center: bool) -> Kernel:
         return y
 
     def forward(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
-        kernel, _, none, smallest, largest, _ = _plain(x.dtype)
+        kernel, none, smallest, largest, _ = _plain(x.dtype)
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         kept = numpy.empty((rows.shape[0], 3), x.dtype)

@@ -230,9 +230,13 @@ def _forward_of_inputs(
 def _input_terms(x: NumPyArray, params: Params, cell: RecurrentCell) -> Feed:
     """The terms of so many steps at a time that their product with the weights is a tall one."""
     products, slot, weight = _compiled("products"), cell.input_slot, params["weight_ih"]
-    multiply, inputs, dtype = products.affine_map(weight.T, params.get("bias"), x.shape[0] * x.shape[1]), taken(x, x, x.shape), x.dtype
+    multiply, inputs, dtype = (
+        products.affine_map(weight.T, params.get("bias"), x.shape[0] * x.shape[1]),
+        taken(x, x.dtype, x.shape),
+        x.dtype,
+    )
     if slot is not None:
-        own = [taken(params.get(f"norm_ih.{p}"), x, (1, weight.shape[0])) for p in ("weight", "bias")]
+        own = [taken(params.get(f"norm_ih.{p}"), x.dtype, (1, weight.shape[0])) for p in ("weight", "bias")]
         how = (float32_value(cell.variant.eps), cell.variant.norm != "rms", *RANGE[dtype])
         normalize, parts = _compiled("rowwise").forward(dtype), list(itertools.pairwise(_ends(slot.partition, weight.shape[0])))
 

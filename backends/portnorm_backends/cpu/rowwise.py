@@ -22,7 +22,7 @@ import numpy
 
 from portnorm_backends.cpu.compiling import bare, compiled, row_of
 from portnorm_backends.cpu.sums import GROUP, carried, carry
-from portnorm_backends.cpu.vectors import Vector, elementwise, fused, product, summed
+from portnorm_backends.cpu.vectors import Vector, elementwise, fused, kinds, leading, like, product, summed
 
 _FIRST = 64
 """Values that the first guess of a mean is taken of."""
@@ -59,7 +59,7 @@ def _cotangents_with_gains(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Ve
 def guess(row: Any) -> Any:
     """The mean of the first values of a row."""
     count = min(_FIRST, row.size)
-    return row[0] + row.dtype.type(_beside(count, (row, row[0]))[0] / count)
+    return leading(row) + like(row, _beside(count, (row, leading(row)))[0] / count)
 
 
 @compiled()
@@ -79,17 +79,17 @@ def sums_of_cotangents(row: Any, g: Any, m: Any, d: Any, factor: Any) -> tuple[f
 @compiled()
 def statistics(row: Any, center: bool) -> tuple[Any, Any, float]:
     """(m, d, σ²) of a row; m and d in the type of the row, 0 unless `center`."""
-    n, zero = row.size, row.dtype.type(0)
+    n, zero = row.size, like(row, 0)
     if not center:
         return zero, zero, _squares(n, (row,))[0] / n
     m = guess(row)
     a, b = sums(row, m)
     d, var = a / n, b / n - (a / n) ** 2
     if not d * d <= 2.0 * var:
-        m = row.dtype.type(m + d)
+        m = like(row, m + d)
         a, b = sums(row, m)
         d, var = a / n, max(b / n - (a / n) ** 2, 0.0)
-    return m, row.dtype.type(d), var
+    return m, like(row, d), var
 
 
 @elementwise
@@ -123,13 +123,13 @@ def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest:
         m, d, var = statistics(row, center)
         if not (smallest < var + eps < largest):
             fine = False
-        factor = x.dtype.type(1.0 / math.sqrt(var + eps))
+        factor = like(x, 1.0 / math.sqrt(var + eps))
         kept[k, 0], kept[k, 1], kept[k, 2] = m, d, factor
         if not by_value:
             for s in range(n // wide):
                 i, j = s * wide, (s + 1) * wide
                 gain = weight[r % weight.shape[0], s] * factor if weight.size else factor
-                shift = bias[r % bias.shape[0], s] if bias.size else x.dtype.type(0)
+                shift = bias[r % bias.shape[0], s] if bias.size else like(x, 0)
                 scaled(wide, (row[i:j], m, d, gain, shift), (out[i:j],))
         elif weight.size and bias.size:
             _scaled_twice(n, (row, m, d, factor, weight[r % weight.shape[0]], bias[r % bias.shape[0]]), (out,))
@@ -199,11 +199,11 @@ def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, 
                     dweight[0, p, s], dweight[1, p, s] = carried(dweight[0, p, s], dweight[1, p, s], with_x)
                 if dbias.size:
                     dbias[0, p, s], dbias[1, p, s] = carried(dbias[0, p, s], dbias[1, p, s], shift)
-        a, b = x.dtype.type(first / n if center else 0.0), x.dtype.type(second / n)
+        a, b = like(x, first / n if center else 0.0), like(x, second / n)
         if not by_value:
             for s in range(n // wide):
                 i, j = s * wide, (s + 1) * wide
-                gain = weight[p, s] if weight.size else x.dtype.type(1)
+                gain = weight[p, s] if weight.size else like(x, 1)
                 back(wide, (row[i:j], given[i:j], gain, m, d, factor, a, b), (out[i:j],))
         elif weight.size:
             with_x, alone = part[0, p], part[1, p]
@@ -221,10 +221,9 @@ def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, 
 @functools.cache
 def forward(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
     """`_forward` for one type of values. Inputs are declared read-only, so that those which are need no version of their own."""
-    t = numba.from_dtype(dtype)
-    apart, given = (numba.types.Array(t, 2, layout, readonly=True) for layout in "AC")
-    wide = numba.float64
-    signature = numba.boolean(apart, given, given, wide, numba.boolean, wide, wide, t[:, :], t[:, ::1])
+    v, t, wide = *kinds(dtype), numba.float64
+    apart, given = numba.types.Array(v, 2, "A", readonly=True), numba.types.Array(t, 2, "C", readonly=True)
+    signature = numba.boolean(apart, given, given, wide, numba.boolean, wide, wide, v[:, :], t[:, ::1])
     return compiled(signatures=signature)(_forward)
 
 
@@ -248,8 +247,7 @@ def last_axis(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
 @functools.cache
 def backward(dtype: numpy.dtype[Any]) -> Callable[..., None]:
     """`_backward` for one type of values."""
-    t = numba.from_dtype(dtype)
-    apart, given = (numba.types.Array(t, 2, layout, readonly=True) for layout in "AC")
-    wide = numba.float64[:, :, ::1]
-    signature = numba.void(apart, apart, given, given, numba.boolean, t[:, :, ::1], t[:, :], wide, wide)
+    v, t, wide = *kinds(dtype), numba.float64[:, :, ::1]
+    apart, given = numba.types.Array(v, 2, "A", readonly=True), numba.types.Array(t, 2, "C", readonly=True)
+    signature = numba.void(apart, apart, given, given, numba.boolean, t[:, :, ::1], v[:, :], wide, wide)
     return compiled(signatures=signature)(_backward)

@@ -10,6 +10,9 @@ the width, and a rest of up to 31.
 
     memory(n, (i, f, g, c), (y,))       # inputs are vectors (n,) or single numbers, outputs vectors; an output may be an input
 
+Vectors of uint16 are the bits of bfloat16: each is read as the float32 that it is the upper half of, and what is written there is rounded
+once. The loop computes in float32.
+
 Every operation rounds, as it must where differences are to cancel; `fused` is for where they are not, `product` for a term of a sum.
 Nothing is reassociated but the lanes of a sum.
 """
@@ -20,11 +23,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy
 from llvmlite import ir
-from numba import types
+from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from portnorm.arrays import is_bfloat16
 from portnorm_backends.cpu.registers import WIDTH, has_avx512
 from portnorm_backends.cpu.sums import TERMS
 
@@ -177,6 +182,21 @@ def mask_of(builder: Any, left: Any, lanes: int) -> Any:
     return builder.icmp_signed("<", numbers, splat(builder, left, lanes))
 
 
+BITS = types.uint16
+"""How compiled code sees bfloat16."""
+
+
+def computed(dtype: Any) -> Any:
+    """The numba type that loops over such values compute in."""
+    return types.float32 if dtype == BITS else dtype
+
+
+def kinds(dtype: numpy.dtype[Any]) -> tuple[Any, Any]:
+    """The numba types of values as a kernel is given them, and of what it computes of them."""
+    given = BITS if is_bfloat16(dtype) else from_dtype(dtype)
+    return given, computed(given)
+
+
 class Memory(NamedTuple):
     """Vectors at places in memory, of values of one type."""
 
@@ -185,7 +205,8 @@ class Memory(NamedTuple):
     size: int  # bytes of a value
 
     def _function(self, what: str, result: Any, *arguments: Any) -> Any:
-        name = f"llvm.masked.{what}.v{self.vector.count}f{8 * self.size}.p0"
+        letter = "i" if isinstance(self.vector.element, ir.IntType) else "f"
+        name = f"llvm.masked.{what}.v{self.vector.count}{letter}{8 * self.size}.p0"
         return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), name)
 
     def at(self, start: Any, offset: Any) -> Any:
@@ -208,40 +229,76 @@ class Memory(NamedTuple):
             self.builder.call(function, [value, place, ir.Constant(_PLACE, self.size), mask])
 
 
+class Bits(Memory):
+    """Vectors of float32 of which memory holds the upper halves: bfloat16."""
+
+    def load(self, place: Any, mask: Any = None) -> Any:
+        """The vector there, as numbers."""
+        return _number(self.builder, super().load(place, mask))
+
+    def store(self, value: Any, place: Any, mask: Any = None) -> None:
+        """Round the vector to the nearest, ties to even, and write it there; what is not a number stays none."""
+        builder, lanes = self.builder, self.vector.count
+        wide = ir.VectorType(ir.IntType(32), lanes)
+
+        def number(n: int) -> Any:
+            return ir.Constant(wide, [n] * lanes)
+
+        bits = builder.bitcast(value, wide)
+        upper = builder.lshr(bits, number(16))
+        nearest = builder.lshr(builder.add(builder.add(bits, number(0x7FFF)), builder.and_(upper, number(1))), number(16))
+        rounded = builder.select(builder.fcmp_unordered("uno", value, value), number(0x7FC0), nearest)
+        super().store(builder.trunc(rounded, self.vector), place, mask)
+
+
+def _number(builder: Any, bits: Any) -> Any:
+    """The float32 of which these are the upper halves: vectors, or one."""
+    whole, kind = ir.IntType(32), ir.FloatType()
+    shift: Any = ir.Constant(whole, 16)
+    if isinstance(bits.type, ir.VectorType):
+        lanes = bits.type.count
+        whole, kind, shift = ir.VectorType(whole, lanes), ir.VectorType(kind, lanes), ir.Constant(ir.VectorType(whole, lanes), [16] * lanes)
+    return builder.bitcast(builder.shl(builder.zext(bits, whole), shift), kind)
+
+
 class _Operands(NamedTuple):
     """The inputs of a loop: where vectors begin, and single numbers in every lane."""
 
-    memory: Memory
-    found: list[tuple[bool, Any]]
+    builder: Any
+    lanes: int
+    found: list[tuple[Memory | None, Any]]
 
     @classmethod
     def of(cls, context: Any, builder: Any, kind: Any, given: Any, dtype: Any) -> _Operands:
-        """From a numba tuple of vectors of type `dtype` and numbers."""
-        value, size = context.get_value_type(dtype), dtype.bitwidth // 8
-        lanes, found = WIDTH // size, []
+        """From a numba tuple of numbers and of vectors of type `dtype`, or of bits for which that is computed in."""
+        lanes, found = WIDTH // (dtype.bitwidth // 8), list[tuple[Memory | None, Any]]()
         for k, t in enumerate(kind):
             one = builder.extract_value(given, k)
             if isinstance(t, types.Array):
-                found.append((True, context.make_array(t)(context, builder, one).data))
+                value = ir.VectorType(context.get_value_type(t.dtype), lanes)
+                memory = (Bits if t.dtype == BITS else Memory)(builder, value, t.dtype.bitwidth // 8)
+                found.append((memory, context.make_array(t)(context, builder, one).data))
             else:
-                found.append((False, splat(builder, context.cast(builder, one, t, dtype), lanes)))
-        return cls(Memory(builder, ir.VectorType(value, lanes), size), found)
+                found.append((None, splat(builder, context.cast(builder, one, t, dtype), lanes)))
+        return cls(builder, lanes, found)
 
     def at(self, i: Any, count: int = 1, mask: Any = None) -> list[Vector]:
         """Their `count` registers from value i on."""
-        memory, step = self.memory, self.memory.vector.count
-        places = [memory.builder.add(i, ir.Constant(_INDEX, k * step)) for k in range(count)]
+        places = [self._place(i, k) for k in range(count)]
         return [
-            Vector(memory.builder, tuple(memory.load(memory.at(x, place), mask) if is_vector else x for place in places))
-            for is_vector, x in self.found
+            Vector(self.builder, tuple(x if memory is None else memory.load(memory.at(x, place), mask) for place in places))
+            for memory, x in self.found
         ]
 
     def write(self, i: Any, vectors: tuple[Vector, ...], mask: Any = None) -> None:
         """The vectors from value i on."""
-        for (_, start), vector in zip(self.found, vectors, strict=True):
+        for (memory, start), vector in zip(self.found, vectors, strict=True):
+            assert memory is not None
             for k, value in enumerate(vector.registers):
-                place = self.memory.builder.add(i, ir.Constant(_INDEX, k * self.memory.vector.count))
-                self.memory.store(value, self.memory.at(start, place), mask)
+                memory.store(value, memory.at(start, self._place(i, k)), mask)
+
+    def _place(self, i: Any, k: int) -> Any:
+        return self.builder.add(i, ir.Constant(_INDEX, k * self.lanes))
 
 
 def _loop(builder: Any, start: Any, stop: Any, step: int, body: Callable[[Any], None]) -> Any:
@@ -263,8 +320,8 @@ def _loop(builder: Any, start: Any, stop: Any, step: int, body: Callable[[Any], 
 
 
 def _dtype(*kinds: Any) -> Any:
-    """The type of the values of the first vector."""
-    return next(t.dtype for kind in kinds for t in kind if isinstance(t, types.Array))
+    """The type that a loop computes in, by the first vector."""
+    return computed(next(t.dtype for kind in kinds for t in kind if isinstance(t, types.Array)))
 
 
 def elementwise(formula: Formula) -> Any:
@@ -276,7 +333,7 @@ def elementwise(formula: Formula) -> Any:
             dtype = _dtype(outputs)
             operands = _Operands.of(context, builder, inputs, args[1], dtype)
             results = _Operands.of(context, builder, outputs, args[2], dtype)
-            lanes = operands.memory.vector.count
+            lanes = operands.lanes
 
             def some(i: Any, count: int = 1, mask: Any = None) -> None:
                 results.write(i, formula(*operands.at(i, count, mask)), mask)
@@ -303,7 +360,7 @@ def _summed(formula: Formula, count: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             dtype = _dtype(inputs)
             operands = _Operands.of(context, builder, inputs, args[1], dtype)
-            lanes, vector = WIDTH // (dtype.bitwidth // 8), operands.memory.vector
+            lanes, vector = operands.lanes, ir.VectorType(context.get_value_type(dtype), operands.lanes)
             zero, turns = ir.Constant(vector, None), max(1, 8 // count)
             parts = [[cgutils.alloca_once_value(builder, zero) for _ in range(turns)] for _ in range(count)]
             totals = [(cgutils.alloca_once_value(builder, zero), cgutils.alloca_once_value(builder, zero)) for _ in range(count)]
@@ -399,3 +456,21 @@ def prefetch(typing: Any, row: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(row), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def leading(typing: Any, row: Any) -> Any:
+    """The first value of a row, as a number."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        value = builder.load(context.make_array(row)(context, builder, args[0]).data)
+        return _number(builder, value) if row.dtype == BITS else value
+
+    return computed(row.dtype)(row), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def like(typing: Any, row: Any, number: Any) -> Any:
+    """A number in the type that loops over a row compute in."""
+    kind = computed(row.dtype)
+    return kind(row, number), lambda context, builder, signature, args: context.cast(builder, args[1], number, kind)

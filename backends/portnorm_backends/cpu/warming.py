@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import load_namespace
+from portnorm.arrays import is_bfloat16, load_namespace
 from portnorm.dtypes import dtype_name
 from portnorm.errors import UnsupportedError
 from portnorm.files import written_whole
@@ -42,6 +42,7 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
 from portnorm.layers.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from portnorm.layers.recurrent import GRU, LSTM, RNN, Recurrent
+from portnorm_backends import bfloat16
 from portnorm_backends.cpu.layout import RANGE
 from portnorm_backends.cpu.sources import digest
 
@@ -69,12 +70,14 @@ TRAINING = " training"
 
 
 def _rows(dtype: str) -> None:
-    rowwise, kind = importlib.import_module("portnorm_backends.cpu.rowwise"), numpy.dtype(dtype)
-    rowwise.forward(kind), rowwise.last_axis(kind), rowwise.backward(kind)
+    rowwise, kind = importlib.import_module("portnorm_backends.cpu.rowwise"), _type(dtype)
+    rowwise.forward(kind), rowwise.backward(kind)
+    if kind in RANGE:
+        rowwise.last_axis(kind)
 
 
 def _channels(dtype: str) -> None:
-    channelwise, kind = importlib.import_module("portnorm_backends.cpu.channelwise"), numpy.dtype(dtype)
+    channelwise, kind = importlib.import_module("portnorm_backends.cpu.channelwise"), _type(dtype)
     for inner in (False, True):
         channelwise.forward(kind, inner), channelwise.scale(kind, inner), channelwise.backward(kind, inner)
 
@@ -110,7 +113,9 @@ FAMILIES: dict[str, Callable[[str], None]] = {
 }
 """What is compiled together, and what compiles all of it for a type of values. That for training has all of inference."""
 
-_TYPES = tuple(map(str, RANGE))
+_TYPES = (*map(str, RANGE), "bfloat16")
+_OF_BITS = ("rows", "channels")
+"""The families that there are for bfloat16 too; all else computes in float32 what is in it."""
 
 _OF_LAYERS: dict[type[Layer], tuple[str, ...]] = {
     LayerNorm: ("rows",),
@@ -149,7 +154,7 @@ _ends = False
 
 def ready(family: str, dtype: Any) -> bool:
     """Whether kernels of this family take values of this type, now; if not they are on their way."""
-    return dtype in READY[family] or (dtype in RANGE and _ask((family, dtype.name)))
+    return dtype in READY[family] or ((dtype in RANGE or (family in _OF_BITS and is_bfloat16(dtype))) and _ask((family, dtype.name)))
 
 
 def _ask(wanted: Family) -> bool:
@@ -177,12 +182,12 @@ def _ask(wanted: Family) -> bool:
 
 
 def _is_there(family: Family) -> bool:
-    return numpy.dtype(family[1]) in READY[family[0]]
+    return _type(family[1]) in READY[family[0]]
 
 
 def _there(family: Family) -> None:
     for name in (family[0], family[0].removesuffix(TRAINING)):
-        READY[name].add(numpy.dtype(family[1]))
+        READY[name].add(_type(family[1]))
 
 
 def _work() -> None:
@@ -417,7 +422,7 @@ def warm(*layers: Layer, dtype: str = "float32") -> list[str]:
         return []
     if dtype not in _TYPES:
         raise UnsupportedError(f"`dtype` is {dtype!r}; expected one of {', '.join(_TYPES)}")
-    families = dict.fromkeys(_needed(layers) if layers else [(name, dtype) for name in FAMILIES])
+    families = dict.fromkeys(_needed(layers) if layers else [own for name in FAMILIES for own in _for(name, dtype)])
     for family in families:
         while family in _asked and family not in _failed and not _is_there(family):
             time.sleep(0.02)
@@ -445,15 +450,26 @@ def _needed(layers: tuple[Layer, ...]) -> Iterator[Family]:
         for part in layer.layers():
             dtype = dtype_name(part.xp, part.dtype)
             if dtype in _TYPES and part.xp is load_namespace("numpy"):
-                yield from ((name, dtype) for kind, names in _OF_LAYERS.items() if isinstance(part, kind) for name in names)
-                yield from [("integers", dtype)] if part.quantizes is not None else []
+                names = [name for kind, names in _OF_LAYERS.items() if isinstance(part, kind) for name in names]
+                names += ["integers"] if part.quantizes is not None else []
+                yield from (own for name in names for own in _for(name, dtype))
+
+
+def _for(name: str, dtype: str) -> list[Family]:
+    """What values of a type take of a family: bfloat16 that for float32 too, since what is computed as a whole is so in that."""
+    bits = [(name, dtype)] if name in _OF_BITS else []
+    return [*bits, (name, "float32")] if dtype == "bfloat16" else [(name, dtype)]
+
+
+def _type(name: str) -> Any:
+    return bfloat16.dtype() if name == "bfloat16" else numpy.dtype(name)
 
 
 def state() -> dict[str, Any]:
     """What `portnorm info` says: numba's version, the folder of the notes, and which kernels the cache holds, by type."""
     if importlib.util.find_spec("numba") is None:
         return {"numba": None}
-    kept = {kind: [name for name in FAMILIES if _is_kept((name, kind))] for kind in _TYPES}
+    kept = {kind: [name for name in FAMILIES if (name, kind) in _for(name, kind) and _is_kept((name, kind))] for kind in _TYPES}
     return {"numba": _numba(), "mode": MODE, "cache": str(_place()), "compiled": kept}
 
 
