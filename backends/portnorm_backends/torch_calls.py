@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from portnorm.arrays import leaves, mapped
 from portnorm.dtypes import dtype_name
 from portnorm.errors import ConformanceError, ExportError, PortnormError, UnsupportedError
-from portnorm.layers.layer import Layer, checked_call
+from portnorm.layers.arguments import checked_call
+from portnorm.layers.layer import Layer
 from portnorm.layers.quantized import with_rounded_weights
 from portnorm_backends.torch_module import TorchModule
 from portnorm_backends.torch_refusals import explained

@@ -17,7 +17,8 @@ import torch
 from portnorm.arrays import Array, Differentiable, leaves, mapped
 from portnorm.checkpoint.described import LAYERS, of_description
 from portnorm.errors import UnsupportedError
-from portnorm.layers.layer import Layer, LayerFunction
+from portnorm.layers.layer import Layer
+from portnorm.layers.pure import LayerFunction
 from portnorm.layers.recurrent import Recurrent
 from portnorm.layers.sequential import Sequential
 from portnorm.padding import Mask
@@ -35,6 +36,7 @@ def call(function: Differentiable, args: tuple[Any, ...]) -> Any:
     """`function(*args)` as one node. The compiler follows this, and compares what is read here before it calls the graph again."""
     assert isinstance(function, LayerFunction)
     layer, (params, buffers, x, state, lengths, random) = function.layer, args
+    assert isinstance(layer, Layer)
     state = mapped(lambda a: a if torch.is_tensor(a) else torch.scalar_tensor(a, dtype=torch.int64, device=x.device), state)
     arrays, form = taken_apart((params, buffers, x, state, lengths, random), torch.is_tensor)
     every = _every(layer)

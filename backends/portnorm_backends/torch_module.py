@@ -13,7 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from portnorm.arrays import Array, mapped, xp_of
 from portnorm.errors import ArgumentError, DTypeError, ExportError, ShapeError, UnsupportedError
-from portnorm.layers.layer import Arrays, Layer, checked_call
+from portnorm.layers.arguments import checked_call
+from portnorm.layers.layer import Layer
+from portnorm.layers.pure import Arrays
 from portnorm.layers.randomness import Draw
 from portnorm.layers.recurrent import Recurrent
 from portnorm_backends.torch_recurrent import AsInTorch, counts, packed_as, padded_as, unpacked

@@ -6,7 +6,8 @@ from typing import Any
 
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, normal
-from portnorm.layers.layer import Arrays, StatelessLayer
+from portnorm.layers.layer import StatelessLayer
+from portnorm.layers.pure import Arrays
 from portnorm.lookup import embedding
 from portnorm.padding import Counted
 from portnorm.quantization import SCHEMES, QuantizeName, checked_quantize, fake_quantize

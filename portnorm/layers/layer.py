@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy
@@ -16,15 +15,11 @@ from portnorm.arrays import (
     Array,
     DType,
     Namespace,
-    Narrow,
-    constant,
-    device_of,
     is_concrete,
     kept_name,
     library,
     load_namespace,
     namespace,
-    require_lengths,
     to_numpy,
     xp_of,
 )
@@ -35,25 +30,23 @@ from portnorm.dtypes import (
     is_longdouble,
     load_dtype,
     require_dtype,
-    require_floating,
     statistics_dtype,
 )
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
+from portnorm.layers.arguments import called, check_names, checked_call
 from portnorm.layers.initial import Generator
-from portnorm.layers.randomness import Draw, uniform_numbers
+from portnorm.layers.pure import Arrays, Pure, constants
+from portnorm.layers.randomness import uniform_numbers
 from portnorm.layers.summary import Call, Calls, Shape, Summary, SummaryRow, summarized
 from portnorm.op import require_cotangent
-from portnorm.padding import Counted, Mask, is_whole, leading, mask_of, steps_of, valid, without_padding
+from portnorm.padding import Counted
 from portnorm.quantization import QuantizeName
-from portnorm.scalars import switch
 from portnorm.statistics import BATCHES, VALUES
-
-Arrays = dict[str, Array]
 
 _NUMBERS = itertools.count(1)
 
 
-class Layer:
+class Layer(Pure):
     """Base of all layers.
 
     A subclass gives `forward` and `backward`, which are pure, and fills `params` and `buffers` when it is made. A layer is called as
@@ -72,33 +65,11 @@ class Layer:
     {'weight': (3,), 'bias': (3,)}
     """
 
-    takes_integers: bool = False
-    """Whether `x` holds integers, for example numbers of words; else it holds numbers of the layer's dtype."""
-    is_one_op: bool = False
-    """Whether a call is that of one Op, which rounds its result itself where the dtype is one that nobody computes in."""
-    recurrent: bool = False
-    """Whether a call takes and returns a state."""
-    batch_first: bool = False
-    """Whether sequences are (batch, time, features); else they are (time, batch, features)."""
-    orders_axes: bool = False
-    """Whether `batch_first` says something of the layer, since it takes whole sequences."""
     provenance: str = ""
     """Where the weights were imported from, and how that was recognised."""
-    keeps_time: bool = True
-    """Whether the result still has the time axis that the input had."""
-    turns_time: bool = False
-    """Whether the steps of the result are in the opposite order of those of the input."""
-    evaluates: bool = False
-    """Whether `eval` was called: the layer then computes as in evaluation, whatever the call around it says."""
-    masks: bool = False
-    """Whether `forward` says itself what `y` is at padding; else it is made 0 there."""
-    masks_channels: bool = False
-    """Whether a mask may vary along the features."""
     changes: str = "0"
     """Another text for every layer of this process, and after every change of an argument: whoever keeps something that was made of the
     configuration compares it. Not a number, of which `torch.compile` would think that the graph takes any."""
-    drops: bool = False
-    """Whether a call in training drops values at random, and so takes `rng`."""
     _settings: tuple[str, ...] = ()
     _given: tuple[str, ...] = ()
 
@@ -159,164 +130,6 @@ class Layer:
         layer = type(self)(**config)
         return layer, {name: tuple(a.shape) for name, a in layer.state_dict().items()}
 
-    # -- the pure form -------------------------------------------------------------------------------------------------------------
-
-    def forward(
-        self,
-        params: Arrays,
-        buffers: Arrays,
-        x: Array,
-        state: Any,
-        lengths: Counted,
-        training: bool,
-        keep: bool,
-        random: Arrays | None = None,
-    ) -> tuple[Array, Any, Arrays, Any]:
-        """`(y, state, buffers, residuals)`; without `keep` the residuals are not needed. `lengths` may be a `Mask` in its stead.
-
-        `random` has the uniform numbers of `random_shapes`; nothing is dropped where it is `None`.
-        """
-        raise NotImplementedError
-
-    def backward(self, residuals: Any, dy: Array | None, dstate: Any, training: bool) -> tuple[Array | None, Any, Arrays]:
-        """`(dx, dstate, dparams)`"""
-        raise NotImplementedError
-
-    def apply(
-        self,
-        params: Arrays,
-        buffers: Arrays,
-        x: Array,
-        state: Any = None,
-        lengths: Counted = None,
-        training: bool = False,
-        *,
-        mask: Array | None = None,
-        rng: Any = None,
-    ) -> tuple[Array, Any, Arrays]:
-        """The layer as a pure function: `(y, state, buffers)`. JAX transforms and the exporter use this form.
-
-        `rng` is that of a call. torch's autograd and JAX's differentiate it as one function, by `backward`; running statistics are
-        constants to them.
-        Raises `CheckpointError` where `params` or `buffers` have not just the names and shapes of the layer's.
-        """
-        self._check_given(params, buffers)
-        self._require_array(x)
-        if mask is not None:
-            lengths = mask_of(x, mask, self.feature_axes(x.ndim))
-        random = uniform_numbers(self, params, x, rng) if training and self.drops else None
-        return self._applied(params, buffers, x, state, lengths, training, random)
-
-    def _require_array(self, x: Array) -> None:
-        """Raise `UnsupportedError` or `DTypeError` where `x` is no array that a layer takes."""
-        xp = namespace(x=x)
-        if not self.takes_integers:
-            require_floating(xp, x=x)
-
-    def _applied(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, random: Arrays | None = None
-    ) -> tuple[Array, Any, Arrays]:
-        training = self._trains(training)
-        own = library(x)
-        if own.narrow is not None and self._is_widened(own.narrow, params, x, lengths):
-            params, buffers, x, state = own.narrow.wide((params, buffers, x, state))
-            y, after, new = self._applied(params, buffers, x, state, lengths, training, random)
-            return own.narrow.rounded(y), own.narrow.rounded(after), new
-        autodiff = own.autodiff
-        if lengths is not None:
-            x = without_padding(x, self.valid(x, lengths))
-        if autodiff is None or not (autodiff.records((params, buffers, x, state)) or (self.recurrent and autodiff.unrolls(self))):
-            y, state, new, _ = self.forward(params, buffers, x, state, lengths, training, False, random)
-        else:
-            y, state, new = autodiff.call(LayerFunction(self, training), (params, buffers, x, state, lengths, random), {})
-        there = None if lengths is None else self._there(y, lengths)
-        y = y if there is None else xp_of(y).where(there, y, 0.0)
-        return y, state, _constant(new) if training else buffers
-
-    def pure_vjp(
-        self,
-        params: Arrays,
-        buffers: Arrays,
-        x: Array,
-        state: Any = None,
-        lengths: Counted = None,
-        training: bool = False,
-        *,
-        rng: Any = None,
-    ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
-        """`(y, state, buffers, pullback)` with `dx, dstate, grads = pullback(dy, dstate)`: what `apply` computes, with its vjp."""
-        self._check_given(params, buffers)
-        self._require_array(x)
-        random = uniform_numbers(self, params, x, rng) if training and self.drops else None
-        return self._applied_vjp(params, buffers, x, state, lengths, training, random)
-
-    def _applied_vjp(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, random: Arrays | None = None
-    ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
-        training = self._trains(training)
-        narrow = library(x).narrow
-        if narrow is not None and self._is_widened(narrow, params, x, lengths):
-            return self._narrowly_applied_vjp(narrow, params, buffers, x, state, lengths, training, random)
-        if lengths is not None:
-            x = without_padding(x, self.valid(x, lengths))
-        y, out, new, residuals = self.forward(params, buffers, x, state, lengths, training, True, random)
-        there = None if lengths is None else self._there(y, lengths)
-        y = y if there is None else xp_of(y).where(there, y, 0.0)
-
-        def pullback(dy: Array | None, dstate: Any = None) -> tuple[Array | None, Any, Arrays]:
-            if there is not None and dy is not None:
-                dy = xp_of(dy).where(there, dy, 0.0)
-            return self.backward(residuals, dy, dstate, training)
-
-        return y, out, new, pullback
-
-    def _is_widened(self, narrow: Narrow, params: Arrays, x: Array, lengths: Counted) -> bool:
-        """Whether the whole call is computed in the wider type."""
-        itself = self.is_one_op and lengths is None
-        return not itself and narrow.holds(x, next(iter(params.values()), None))
-
-    def _narrowly_applied_vjp(
-        self,
-        narrow: Narrow,
-        params: Arrays,
-        buffers: Arrays,
-        x: Array,
-        state: Any,
-        lengths: Counted,
-        training: bool,
-        random: Arrays | None,
-    ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
-        """`_applied_vjp` in the wider type, whose results and cotangents are rounded."""
-        wide = narrow.wide
-        y, out, new, widely = self._applied_vjp(wide(params), wide(buffers), wide(x), wide(state), lengths, training, random)
-
-        def pullback(dy: Array | None, dstate: Any = None) -> tuple[Array | None, Any, Arrays]:
-            dx, dbefore, grads = widely(wide(dy), wide(dstate))
-            of_arrays = {n: narrow.rounded(d) if narrow.holds(params[n]) else d for n, d in grads.items()}
-            return narrow.rounded(dx) if narrow.holds(x) else dx, narrow.rounded(dbefore), of_arrays
-
-        return narrow.rounded(y), narrow.rounded(out), new, pullback
-
-    def _trains(self, training: Any) -> bool:
-        """Whether a call with this `training` computes as in training; raises `UnsupportedError` for what is neither true nor false."""
-        return (training if type(training) is bool else switch("training", training)) and not self.evaluates
-
-    # -- padding -------------------------------------------------------------------------------------------------------------------
-
-    def feature_axes(self, ndim: int) -> tuple[int, ...]:
-        """The axes of an `x` of so many that hold features; a mask lies along the others."""
-        return (ndim - 1,)
-
-    def valid(self, x: Array, counted: Array | Mask) -> Array:
-        """True where `x` counts, broadcastable to it; raises `ShapeError`."""
-        return valid(x, counted, self.feature_axes(x.ndim), self.batch_first, self.masks_channels)
-
-    def _there(self, y: Array, counted: Array | Mask) -> Array | None:
-        """Where `y` has values that count, if it is to be 0 elsewhere and is not yet."""
-        if self.masks or not self.keeps_time or (self.recurrent and isinstance(counted, Mask)):
-            return None
-        return leading(y, counted if isinstance(counted, Mask) else Mask(steps_of(y, counted, self.batch_first), (0, 1)))
-
     # -- the object ----------------------------------------------------------------------------------------------------------------
 
     def __call__(
@@ -356,7 +169,7 @@ class Layer:
         random = uniform_numbers(self, self.params, x, rng) if training and self.drops else None
         y, out, buffers, pure = self._applied_vjp(self.params, self.buffers, x, state, lengths, training, random)
         if training and not self.evaluates:
-            self._keep(_constant(buffers))
+            self._keep(constants(buffers))
 
         def pullback(dy: Array | None, dstate: Any = None) -> Any:
             if dy is not None and (type(dy) is not type(y) or dy.dtype != y.dtype):
@@ -431,11 +244,11 @@ class Layer:
     def _check_given(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> None:
         """Raise `CheckpointError` unless both mappings have the names and shapes of the layer's, and no others."""
         for what, given, own in zip(("`params`", "`buffers`"), (params, buffers), self._names(), strict=True):
-            _check_names(what, self, own, given)
+            check_names(what, self, own, given)
         self._check_shapes({**params, **buffers})
         for name, array in {**params, **buffers}.items():
             if is_longdouble(array.dtype):
-                raise DTypeError(f"`{name}` has dtype {array.dtype}; expected {_called(self.xp, self.dtype)}, that of the layer")
+                raise DTypeError(f"`{name}` has dtype {array.dtype}; expected {called(self.xp, self.dtype)}, that of the layer")
 
     def check_fit(self) -> None:
         """Raise `CheckpointError` unless the arrays fit the attributes, as those of a layer do that was just made."""
@@ -462,7 +275,7 @@ class Layer:
 
         Raises `CheckpointError` for a missing or unknown name or a shape that does not fit; the layer is then as it was.
         """
-        _check_names("the state dict", self, self.state_dict().keys(), arrays)
+        check_names("the state dict", self, self.state_dict().keys(), arrays)
         self._check_shapes(arrays)
         for name, array in arrays.items():
             namespace(**{name: array})
@@ -504,7 +317,7 @@ class Layer:
         dtype = self._dtype_of(statistic) if floating else default_integer(self.xp)
         if xp_of(array) is not self.xp:
             return self.xp.asarray(numpy.array(to_numpy(array)), dtype=dtype, device=self.device)
-        (array,) = _constant({"": self.xp.astype(array, dtype)}).values()
+        (array,) = constants({"": self.xp.astype(array, dtype)}).values()
         return array if self.device is None else library(array).to_device(array, self.device)
 
     def _dtype_of(self, statistic: bool) -> DType:
@@ -559,23 +372,6 @@ class Layer:
     def initial_state(self, batch: int, *, noise: float = 0.0, rng: int | Generator | None = None) -> Any:
         """The state before the first step; `None` for a layer that has none."""
         return None
-
-    def random_shapes(self, steps: Any, batch: Any) -> dict[str, tuple[Any, ...]]:
-        """The names and shapes of the numbers that a call in training on so many steps and sequences takes, as `rng` may give them.
-
-        For a recurrent layer, whether it has `batch_first` or not: `dropout` (layers − 1, time, batch, directions × hidden),
-        `recurrent_dropout` (layers × directions, batch, hidden), `zoneout` (layers × directions, time, batch, hidden). The time is that of
-        the steps as a direction takes them, a reverse one from the end. Parts of a `Sequential` have their place in front: `0.dropout`.
-
-        >>> import portnorm as pn
-        >>> pn.LSTM(3, 4, num_layers=2, dropout=0.2, recurrent_dropout=0.1).random_shapes(steps=7, batch=5)
-        {'dropout': (1, 7, 5, 4), 'recurrent_dropout': (2, 5, 4)}
-        """
-        return {name: draw.shape for name, draw in self.draws(steps, batch).items()}
-
-    def draws(self, steps: Any, batch: Any) -> dict[str, Draw]:
-        """`random_shapes` with the part that is dropped."""
-        return {}
 
     def input_dims(self) -> tuple[int | str, ...]:
         """The shape of `x` with names for the lengths that vary, as the exporter needs it."""
@@ -649,103 +445,6 @@ class StatelessLayer(Layer):
         def vjp(
             self, x: Array, state: None = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
         ) -> tuple[Array, Callable[[Array], tuple[Array | None, Arrays]]]: ...
-
-
-def _check_names(what: str, layer: Layer, own: Set[str], given: Mapping[str, Array]) -> None:
-    """Raise `CheckpointError` unless `given` has these names, and no others."""
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"{what} is a {type(given).__name__}; expected a mapping of the names of {type(layer).__name__} to arrays")
-    if {*given} != {*own}:  # sets, which paddle's to_static follows, unlike the keys of a dict
-        missing, unknown = [n for n in sorted(own) if n not in given], [n for n in given if n not in own]
-        raise CheckpointError(f"{what} does not fit {type(layer).__name__}: missing {missing or 'nothing'}, unknown {unknown or 'nothing'}")
-
-
-def _constant(arrays: Arrays) -> Arrays:
-    """The same arrays, through which no library differentiates."""
-    return {name: constant(array) for name, array in arrays.items()}
-
-
-@dataclass(frozen=True)
-class LayerFunction:
-    """A layer as a function of its arrays that brings its own vjp: `portnorm.arrays.Differentiable`."""
-
-    layer: Layer
-    training: bool
-
-    def __call__(self, *args: Any, **attrs: Any) -> Any:
-        params, buffers, x, state, lengths, random = args
-        return self.layer.forward(params, buffers, x, state, lengths, self.training, False, random)[:3]
-
-    def forward(self, *args: Any, **attrs: Any) -> tuple[Any, Any]:
-        params, buffers, x, state, lengths, random = args
-        y, state, buffers, residuals = self.layer.forward(params, buffers, x, state, lengths, self.training, True, random)
-        return (y, state, buffers), residuals
-
-    def vjp(self, residuals: Any, cotangent: Any, /, **attrs: Any) -> tuple[Any, ...]:
-        dy, dstate, _ = cotangent
-        dx, dstate, grads = self.layer.backward(residuals, dy, dstate, self.training)
-        return grads, None, dx, dstate
-
-
-def _called(xp: Namespace, dtype: DType) -> str:
-    """What a type is called, here or in its library."""
-    try:
-        return dtype_name(xp, dtype)
-    except DTypeError:
-        return str(dtype)
-
-
-def checked_call(
-    layer: Layer, params: Mapping[str, Array], dtype: DType | None, x: Array, state: Any, lengths: Any, mask: Array | None = None
-) -> Counted:
-    """`lengths` or `mask` as `forward` takes it, after the arguments were found to fit `layer` with these parameters, of this dtype or any.
-
-    Raises `ShapeError`, `DTypeError`, `UnsupportedError`.
-    """
-    if not layer.recurrent and state is not None:
-        raise UnsupportedError(f"`state` is given, but {type(layer).__name__} has none")
-    own = next(iter(params.values()), None)
-    xp = namespace(x=x) if own is None or x is None else namespace(parameters=own, x=x)
-    if layer.recurrent:
-        require_lengths(x=x)
-    if layer.takes_integers:
-        if not is_kind(xp, x.dtype, "integral"):
-            raise DTypeError(f"`x` has dtype {x.dtype}; expected integers")
-    elif dtype is not None and x.dtype != dtype:
-        given, own = _called(xp, x.dtype), _called(xp, dtype)
-        way_out = f"layer.to(dtype={given!r})" if is_kind(xp, x.dtype, "real floating") else "layer.to(dtype=...)"
-        raise DTypeError(f"`x` has dtype {given} but the layer has {own}; convert `x` to {own}, or the layer with {way_out}")
-    if mask is not None:
-        if lengths is not None:
-            raise UnsupportedError("`lengths` and `mask` are both given; expected one of them")
-        counted = mask_of(x, mask, layer.feature_axes(x.ndim))
-        layer.valid(x, counted)
-        return None if is_whole(counted) else counted
-    if lengths is None:
-        return None
-    lengths = checked_lengths(xp, x, lengths, layer.batch_first)
-    if not layer.recurrent:
-        layer.valid(x, lengths)
-    return lengths
-
-
-def checked_lengths(xp: Namespace, x: Array, lengths: Any, batch_first: bool = False) -> Array:
-    """`lengths` as an integer array (batch,) of the library of `x`, each between 0 and the number of steps."""
-    if x.ndim < 2:
-        raise ShapeError(f"`x` has shape {tuple(x.shape)}; expected (time, batch, features) where `lengths` is given")
-    steps, batch = (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
-    if not hasattr(lengths, "__array_namespace__") and not hasattr(lengths, "dtype"):
-        lengths = xp.asarray(numpy.asarray(lengths, dtype=int if batch == 0 else None), device=device_of(x))
-    namespace(x=x, lengths=lengths)
-    if not is_kind(xp, lengths.dtype, "integral"):
-        raise DTypeError(f"`lengths` has dtype {lengths.dtype}; expected integers")
-    if tuple(lengths.shape) != (batch,):
-        raise ShapeError(f"`lengths` has shape {tuple(lengths.shape)}; expected ({batch},), one for each sequence of `x` {tuple(x.shape)}")
-    if is_concrete(lengths) and batch:
-        low, high = int(xp.min(lengths)), int(xp.max(lengths))
-        if low < 0 or high > steps:
-            raise ShapeError(f"`lengths` reach from {low} to {high}; expected 0 to {steps}, the number of steps of `x` {tuple(x.shape)}")
-    return xp.astype(lengths, default_integer(xp))
 
 
 def _plain(value: Any) -> Any:

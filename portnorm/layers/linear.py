@@ -8,7 +8,8 @@ from typing import Any
 from portnorm.affine import linear
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, uniform
-from portnorm.layers.layer import Arrays, StatelessLayer
+from portnorm.layers.layer import StatelessLayer
+from portnorm.layers.pure import Arrays
 from portnorm.padding import Counted
 from portnorm.quantization import SCHEMES, QuantizeName, checked_quantize, fake_quantize, integer_product
 from portnorm.scalars import switch, whole_number

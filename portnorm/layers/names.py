@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from portnorm.layers.layer import Arrays
+from portnorm.layers.pure import Arrays
 
 
 def in_direction(name: str, layer: int, direction: int) -> str:

@@ -9,7 +9,8 @@ import numpy
 
 from portnorm.arrays import Array, DType, Namespace, device_of, xp_of
 from portnorm.errors import ShapeError, UnsupportedError
-from portnorm.layers.layer import Arrays, StatelessLayer
+from portnorm.layers.layer import StatelessLayer
+from portnorm.layers.pure import Arrays
 from portnorm.norm.arguments import checked_eps
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.batch_renorm import batch_renorm, checked_bounds

@@ -18,7 +18,7 @@ from portnorm.dtypes import is_kind
 from portnorm.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
 
 if TYPE_CHECKING:
-    from portnorm.layers.layer import Layer
+    from portnorm.layers.pure import Pure
 
 Arrays = dict[str, Array]
 
@@ -61,7 +61,7 @@ class Drawn(NamedTuple):
         }
 
 
-def uniform_numbers(layer: Layer, params: Mapping[str, Array], x: Array, rng: Any) -> Arrays:
+def uniform_numbers(layer: Pure, params: Mapping[str, Array], x: Array, rng: Any) -> Arrays:
     """The numbers that `layer` takes in training for a call on `x`, by name, drawn with `rng` or given by it.
 
     Raises `ArgumentError` without `rng`, and for names, `ShapeError`, `DTypeError` and `UnsupportedError` for arrays that do not fit.

@@ -8,7 +8,8 @@ from typing import Any, Self
 from portnorm.arrays import Array, DType, Namespace, name_of, xp_of
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator, generator
-from portnorm.layers.layer import Arrays, Layer
+from portnorm.layers.layer import Layer
+from portnorm.layers.pure import Arrays
 from portnorm.layers.randomness import Draw
 from portnorm.layers.summary import Calls
 from portnorm.padding import Counted, Mask, steps_of

@@ -11,7 +11,8 @@ import numpy
 from portnorm.arrays import Array, Namespace, device_of, is_concrete, namespace, require_given, to_numpy, xp_of
 from portnorm.dtypes import default_integer, is_kind, require_real
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
-from portnorm.layers.layer import Layer, checked_lengths
+from portnorm.layers.arguments import checked_lengths
+from portnorm.layers.layer import Layer
 
 NumPyArray = numpy.ndarray[Any, Any]
 
