@@ -21,10 +21,11 @@ from portnorm.errors import (
     ShapeError,
     UnsupportedError,
 )
+from portnorm.layers.channels import BatchNorm, BatchRenorm, GroupNorm, InstanceNorm
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
-from portnorm.layers.norms import BatchNorm, BatchRenorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from portnorm.layers.norms import LayerNorm, RMSNorm
 from portnorm.layers.quantized import quantized
 from portnorm.layers.recurrent import GRU, LSTM, RNN
 from portnorm.layers.sequential import Sequential
@@ -43,8 +44,9 @@ from portnorm.quantization import fake_quantize
 from portnorm.updates import clip_by_global_norm, weights_only
 
 if TYPE_CHECKING:
-    from portnorm.checkpoint.foreign import FORMATS, import_checkpoint, to_format
+    from portnorm.checkpoint.foreign import FORMATS, import_checkpoint
     from portnorm.checkpoint.layers import load, save
+    from portnorm.checkpoint.to_format import to_format
     from portnorm.checkpoint.training import Training
     from portnorm.training import fit, pad_sequences
     from portnorm_backends.cpu.warming import warm
@@ -69,7 +71,7 @@ _LAZY: dict[str, tuple[str, tuple[str, ...]]] = {
     "pad_sequences": ("portnorm.training", ()),
     "FORMATS": ("portnorm.checkpoint.foreign", ()),
     "import_checkpoint": ("portnorm.checkpoint.foreign", ()),
-    "to_format": ("portnorm.checkpoint.foreign", ()),
+    "to_format": ("portnorm.checkpoint.to_format", ()),
     "compile": ("portnorm_onnx.compiled", ("onnx",)),
     "export": ("portnorm_onnx.export", ("onnx",)),
     "export_torch": ("portnorm_backends.torch_export", ("torch", "onnx", "onnxscript")),

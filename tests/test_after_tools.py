@@ -19,8 +19,9 @@ import portnorm as pn
 from portnorm.__main__ import main
 from portnorm.checkpoint.onnx_constants import graphs
 from portnorm.layers.recurrent import Recurrent
-from portnorm_onnx.kept import checksum, entry, restored
+from portnorm_onnx.kept import entry, restored
 from portnorm_onnx.keys import props_of, set_props
+from portnorm_onnx.packed import checksum
 from portnorm_onnx.storage import weights_of
 from tests.cases import HEAVY_PRESETS, LAYERS
 from tests.test_export import lstm, recurrent

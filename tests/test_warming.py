@@ -19,12 +19,12 @@ from tests.tolerances import relative
 
 pytest.importorskip("numba")
 
-from portnorm_backends.cpu import warming
+from portnorm_backends.cpu import families
 
 CALL = """
 import json, os, sys, threading, time
 import numpy as np, portnorm as pn
-from portnorm_backends.cpu import warming
+from portnorm_backends.cpu import families, notes, warming
 from portnorm_backends.cpu.normalize import LastAxisResiduals
 
 x, w = np.linspace(-3, 5, 96, dtype="float32").reshape(4, 24), np.linspace(0.5, 2, 24, dtype="float32")
@@ -87,8 +87,8 @@ def test_a_note_of_what_is_no_longer_kept_is_none(cache: Path, tmp_path: Path) -
 
 def test_kernels_for_training_are_those_for_inference_too(tmp_path: Path) -> None:
     code = """
-warming._made_of = lambda: "x"
-(warming._place() / "portnorm-x-LSTM-training-float32.json").write_text("[]")
+notes.made_of = lambda: "x"
+(notes.place() / "portnorm-x-LSTM-training-float32.json").write_text("[]")
 print(json.dumps([warming._is_kept((name, "float32")) for name in ("LSTM", "LSTM training", "GRU")]))
 """
     assert run(tmp_path, code) == [True, True, False]
@@ -112,7 +112,7 @@ before = call()[1]
 wait(lambda: said)
 after = [call()[1] for _ in range(3)]
 waited = pn.warm(pn.LayerNorm(24))
-print(json.dumps([before, after, len(said), said[0], list(map(str, warming._place().glob("*.claim"))), call()[1]]))
+print(json.dumps([before, after, len(said), said[0], list(map(str, notes.place().glob("*.claim"))), call()[1]]))
 """
     before, after, count, said, claims, by_kernel = run(tmp_path, code)
     assert (before, after, count, claims, by_kernel) == (False, [False] * 3, 1, [], True)
@@ -144,7 +144,7 @@ def test_a_claim_of_a_process_that_is_no_more_holds_nobody_up(cache: Path, tmp_p
 
 def test_without_a_place_to_keep_them_the_thread_compiles(tmp_path: Path) -> None:
     code = """
-warming._place = lambda: None
+notes.place = lambda: None
 before = call()[1]
 wait(there)
 print(json.dumps([before, call()[1]]))
@@ -190,7 +190,7 @@ def nobody(*_):
     raise RuntimeError("Could not determine home directory.")
 
 warming.Path.expanduser = nobody
-warming._HERE = warming.Path("/proc/nowhere")
+notes._HERE = warming.Path("/proc/nowhere")
 del os.environ["NUMBA_CACHE_DIR"]
 """, True),
     "numba without metadata": ("""
@@ -267,9 +267,9 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_waits_for_its_own_kernels(name: str) -> None:
-    layer, families = LAYERS[name]
-    found = dict.fromkeys(" ".join(family) for family in warming._needed((layer(),)))  # type: ignore[no-untyped-call]
-    assert [family.removesuffix(" float32") for family in found] == families
+    layer, expected = LAYERS[name]
+    found = dict.fromkeys(" ".join(family) for family in families.needed((layer(),)))  # type: ignore[no-untyped-call]
+    assert [family.removesuffix(" float32") for family in found] == expected
 
 
 def test_what_cannot_be_waited_for_is_refused() -> None:
@@ -294,20 +294,20 @@ def test_the_command_line_says_what_is_compiled(capsys: pytest.CaptureFixture[st
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["kernels"]
     assert set(found["compiled"]) == {"float32", "float64", "bfloat16"}
-    assert all(set(names) <= set(warming.FAMILIES) for names in found["compiled"].values())
+    assert all(set(names) <= set(families.FAMILIES) for names in found["compiled"].values())
     assert main(["warm", "--dtype", "int8"]) == 2
     assert "`dtype` is 'int8'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*product(warming.FAMILIES, ("float32", "float64")), *product(("rows", "channels"), ("bfloat16",))]
+    ("family", "dtype"), [*product(families.FAMILIES, ("float32", "float64")), *product(("rows", "channels"), ("bfloat16",))]
 )
 def test_a_family_has_all_that_its_calls_need(family: str, dtype: str) -> None:
     """After it was loaded nothing of its own module is compiled any more, whichever layer or norm calls."""
     code = f"""
 import numpy as np, portnorm as pn
-from portnorm_backends.cpu import warming
+from portnorm_backends.cpu import families, notes, warming
 warming._load(({family!r}, {dtype!r}))
 from numba.core import event
 compiled = []
@@ -316,7 +316,7 @@ class Listener(event.Listener):
     def on_end(self, found): pass
 event.register("numba:compile", Listener())
 r = np.random.default_rng(0)
-def a(*shape): return r.standard_normal(shape).astype(warming._type({dtype!r}))
+def a(*shape): return r.standard_normal(shape).astype(families.type_named({dtype!r}))
 name, training = {family!r}.split()[0], {family!r}.endswith("training")
 if name == "rows":
     for op, p in ((pn.layer_norm, 2), (pn.rms_norm, 1)):

@@ -30,8 +30,10 @@ from portnorm.errors import ChangedFileWarning, CheckpointError
 from portnorm.layers.layer import Layer
 from portnorm_onnx.changed import changes, facts
 from portnorm_onnx.fused import OPERATORS
-from portnorm_onnx.kept import FORMS, Entry, checksum, entry, forms, restored
+from portnorm_onnx.held import FORMS, Entry, forms
+from portnorm_onnx.kept import entry, restored
 from portnorm_onnx.keys import props_of, set_props
+from portnorm_onnx.packed import checksum
 from portnorm_onnx.signature import places
 from portnorm_onnx.symbolic import NumPyArray
 

@@ -8,11 +8,12 @@ from typing import Any
 from portnorm.arrays import DType, Namespace
 from portnorm.cells.variants import Variant
 from portnorm.errors import CheckpointError, PortnormError
+from portnorm.layers.channels import BatchNorm, BatchRenorm, GroupNorm, InstanceNorm
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.initial import without_values
 from portnorm.layers.layer import Layer
 from portnorm.layers.linear import Linear
-from portnorm.layers.norms import BatchNorm, BatchRenorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from portnorm.layers.norms import LayerNorm, RMSNorm
 from portnorm.layers.recurrent import GRU, LSTM, RNN
 from portnorm.layers.sequential import Sequential
 

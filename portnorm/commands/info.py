@@ -117,10 +117,11 @@ def _runtimes() -> dict[str, dict[str, Any]]:
 def _of_kernels(kernels: dict[str, Any]) -> list[tuple[str, str | None, str]]:
     if not kernels["numba"]:
         return [("numba", None, 'definitions alone compute; pip install "portnorm[fast]"')]
-    families = importlib.import_module("portnorm_backends.cpu.warming").FAMILIES
+    families_of = importlib.import_module("portnorm_backends.cpu.families").families_of
     how = "compiles in the background" if kernels["mode"] == "background" else "compiles while a call waits"
     rows: list[tuple[str, str | None, str]] = [("numba", kernels["numba"], how)]
     for kind, there in kernels["compiled"].items():
+        families = families_of(kind)
         missing = [name for name in families if name not in there]
         said = [", ".join(there)] if there else []
         said += [f"not yet: {', '.join(missing)} (`portnorm warm --dtype {kind}`)"] if missing else []

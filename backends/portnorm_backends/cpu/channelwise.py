@@ -17,9 +17,10 @@ import numba
 import numpy
 
 from portnorm_backends.cpu.compiling import bare, compiled, fill
+from portnorm_backends.cpu.places import kinds
 from portnorm_backends.cpu.rowwise import guess, scaled, sums, sums_of_cotangents
 from portnorm_backends.cpu.sums import GROUP, TERMS, carried, carry
-from portnorm_backends.cpu.vectors import Vector, elementwise, fused, kinds, like, prefetch
+from portnorm_backends.cpu.vectors import Vector, elementwise, fused, like, prefetch
 
 _FIRST = 64
 """Rows that the first guess of a mean is taken of."""

@@ -25,8 +25,9 @@ from portnorm_backends.cpu import threads
 from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
 from portnorm_backends.cpu.layout import NumPyArray
 from portnorm_backends.cpu.memory import aligned
+from portnorm_backends.cpu.places import Memory, ask, mask_of, opaque, splat
 from portnorm_backends.cpu.registers import WIDTH
-from portnorm_backends.cpu.vectors import Memory, Vector, ask, elementwise, fused, mask_of, opaque, splat, summed
+from portnorm_backends.cpu.vectors import Vector, elementwise, fused, summed
 
 _HEIGHTS = {64: (12, 8, 4), 32: (6, 4)}.get(WIDTH, (4,))
 """Rows of the tiles that fit into the registers of such a processor."""

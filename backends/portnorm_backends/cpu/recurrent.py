@@ -25,8 +25,9 @@ from portnorm.norm.normalize import bessel
 from portnorm.recurrent import linear_scan
 from portnorm.scan import Params, State, scan
 from portnorm_backends.cpu import memory, threads
+from portnorm_backends.cpu.families import TRAINING
 from portnorm_backends.cpu.layout import GIVEN, NONE, OWN, RANGE, ROWS, SHIFT, NumPyArray, Shares, SlotArrays, Terms, rooms, taken, writable
-from portnorm_backends.cpu.warming import TRAINING, ready
+from portnorm_backends.cpu.warming import ready
 
 _AT_ONCE = 2**31
 """Multiplications of hidden products in one compiled call, some tens of milliseconds, during which Python does not see an interrupt."""

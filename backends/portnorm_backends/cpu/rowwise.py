@@ -21,8 +21,9 @@ import numba
 import numpy
 
 from portnorm_backends.cpu.compiling import bare, compiled, row_of
+from portnorm_backends.cpu.places import kinds
 from portnorm_backends.cpu.sums import GROUP, carried, carry
-from portnorm_backends.cpu.vectors import Vector, elementwise, fused, kinds, leading, like, product, summed
+from portnorm_backends.cpu.vectors import Vector, elementwise, fused, leading, like, product, summed
 
 _FIRST = 64
 """Values that the first guess of a mean is taken of."""

@@ -23,20 +23,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy
 from llvmlite import ir
-from numba import from_dtype, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from portnorm.arrays import is_bfloat16
+from portnorm_backends.cpu.places import BITS, INDEX, PLACE, Bits, Memory, ask, computed, mask_of, number_of, splat
 from portnorm_backends.cpu.registers import WIDTH, has_avx512
 from portnorm_backends.cpu.sums import TERMS
 
 _BESIDE = 4
 """Registers of each operand that a formula is computed for at once."""
-
-_INDEX, _PLACE = ir.IntType(64), ir.IntType(32)
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ def reciprocal(x: Vector) -> Vector:
     return fused(r, fused(-x, r, 1.0), r)
 
 
-_NEAREST = ir.Constant(_PLACE, 4)
+_NEAREST = ir.Constant(PLACE, 4)
 """Rounding as the processor is set to."""
 
 
@@ -167,98 +164,6 @@ def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
 
 
 Formula = Callable[..., tuple[Vector, ...]]
-
-
-def splat(builder: Any, one: Any, lanes: int) -> Any:
-    """A vector of the same value in every lane."""
-    undefined = ir.Constant(ir.VectorType(one.type, lanes), ir.Undefined)
-    first = builder.insert_element(undefined, one, ir.Constant(_PLACE, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_PLACE, lanes), [0] * lanes))
-
-
-def mask_of(builder: Any, left: Any, lanes: int) -> Any:
-    """Which of the lanes are among the `left` next values."""
-    numbers = ir.Constant(ir.VectorType(_INDEX, lanes), list(range(lanes)))
-    return builder.icmp_signed("<", numbers, splat(builder, left, lanes))
-
-
-BITS = types.uint16
-"""How compiled code sees bfloat16."""
-
-
-def computed(dtype: Any) -> Any:
-    """The numba type that loops over such values compute in."""
-    return types.float32 if dtype == BITS else dtype
-
-
-def kinds(dtype: numpy.dtype[Any]) -> tuple[Any, Any]:
-    """The numba types of values as a kernel is given them, and of what it computes of them."""
-    given = BITS if is_bfloat16(dtype) else from_dtype(dtype)
-    return given, computed(given)
-
-
-class Memory(NamedTuple):
-    """Vectors at places in memory, of values of one type."""
-
-    builder: Any
-    vector: Any  # the LLVM type
-    size: int  # bytes of a value
-
-    def _function(self, what: str, result: Any, *arguments: Any) -> Any:
-        letter = "i" if isinstance(self.vector.element, ir.IntType) else "f"
-        name = f"llvm.masked.{what}.v{self.vector.count}{letter}{8 * self.size}.p0"
-        return cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(result, arguments), name)
-
-    def at(self, start: Any, offset: Any) -> Any:
-        """The place `offset` values after `start`."""
-        return self.builder.bitcast(self.builder.gep(start, [offset]), self.vector.as_pointer())
-
-    def load(self, place: Any, mask: Any = None) -> Any:
-        """The vector there; 0 where it is masked out, which is not read."""
-        if mask is None:
-            return self.builder.load(place, align=self.size)
-        function = self._function("load", self.vector, place.type, _PLACE, mask.type, self.vector)
-        return self.builder.call(function, [place, ir.Constant(_PLACE, self.size), mask, ir.Constant(self.vector, None)])
-
-    def store(self, value: Any, place: Any, mask: Any = None) -> None:
-        """Write the vector there, but not where it is masked out."""
-        if mask is None:
-            self.builder.store(value, place, align=self.size)
-        else:
-            function = self._function("store", ir.VoidType(), self.vector, place.type, _PLACE, mask.type)
-            self.builder.call(function, [value, place, ir.Constant(_PLACE, self.size), mask])
-
-
-class Bits(Memory):
-    """Vectors of float32 of which memory holds the upper halves: bfloat16."""
-
-    def load(self, place: Any, mask: Any = None) -> Any:
-        """The vector there, as numbers."""
-        return _number(self.builder, super().load(place, mask))
-
-    def store(self, value: Any, place: Any, mask: Any = None) -> None:
-        """Round the vector to the nearest, ties to even, and write it there; what is not a number stays none."""
-        builder, lanes = self.builder, self.vector.count
-        wide = ir.VectorType(ir.IntType(32), lanes)
-
-        def number(n: int) -> Any:
-            return ir.Constant(wide, [n] * lanes)
-
-        bits = builder.bitcast(value, wide)
-        upper = builder.lshr(bits, number(16))
-        nearest = builder.lshr(builder.add(builder.add(bits, number(0x7FFF)), builder.and_(upper, number(1))), number(16))
-        rounded = builder.select(builder.fcmp_unordered("uno", value, value), number(0x7FC0), nearest)
-        super().store(builder.trunc(rounded, self.vector), place, mask)
-
-
-def _number(builder: Any, bits: Any) -> Any:
-    """The float32 of which these are the upper halves: vectors, or one."""
-    whole, kind = ir.IntType(32), ir.FloatType()
-    shift: Any = ir.Constant(whole, 16)
-    if isinstance(bits.type, ir.VectorType):
-        lanes = bits.type.count
-        whole, kind, shift = ir.VectorType(whole, lanes), ir.VectorType(kind, lanes), ir.Constant(ir.VectorType(whole, lanes), [16] * lanes)
-    return builder.bitcast(builder.shl(builder.zext(bits, whole), shift), kind)
 
 
 class _Operands(NamedTuple):
@@ -298,7 +203,7 @@ class _Operands(NamedTuple):
                 memory.store(value, memory.at(start, self._place(i, k)), mask)
 
     def _place(self, i: Any, k: int) -> Any:
-        return self.builder.add(i, ir.Constant(_INDEX, k * self.lanes))
+        return self.builder.add(i, ir.Constant(INDEX, k * self.lanes))
 
 
 def _loop(builder: Any, start: Any, stop: Any, step: int, body: Callable[[Any], None]) -> Any:
@@ -307,9 +212,9 @@ def _loop(builder: Any, start: Any, stop: Any, step: int, body: Callable[[Any], 
     entry = builder.block
     builder.branch(head)
     builder.position_at_end(head)
-    i = builder.phi(_INDEX)
+    i = builder.phi(INDEX)
     i.add_incoming(start, entry)
-    after = builder.add(i, ir.Constant(_INDEX, step))
+    after = builder.add(i, ir.Constant(INDEX, step))
     builder.cbranch(builder.icmp_signed("<=", after, stop), inside, end)
     builder.position_at_end(inside)
     body(i)
@@ -338,7 +243,7 @@ def elementwise(formula: Formula) -> Any:
             def some(i: Any, count: int = 1, mask: Any = None) -> None:
                 results.write(i, formula(*operands.at(i, count, mask)), mask)
 
-            i = _loop(builder, ir.Constant(_INDEX, 0), args[0], _BESIDE * lanes, lambda i: some(i, _BESIDE))
+            i = _loop(builder, ir.Constant(INDEX, 0), args[0], _BESIDE * lanes, lambda i: some(i, _BESIDE))
             i = _loop(builder, i, args[0], lanes, some)
             with builder.if_then(builder.icmp_signed("<", i, args[0])):
                 some(i, 1, mask_of(builder, builder.sub(args[0], i), lanes))
@@ -372,7 +277,7 @@ def _summed(formula: Formula, count: int) -> Any:
 
             def turns_of(i: Any) -> None:
                 for turn in range(turns):
-                    body(builder.add(i, ir.Constant(_INDEX, turn * lanes)), turn)
+                    body(builder.add(i, ir.Constant(INDEX, turn * lanes)), turn)
 
             def carry() -> None:
                 """Add the parts to the totals, so that they begin anew."""
@@ -381,11 +286,11 @@ def _summed(formula: Formula, count: int) -> Any:
                     for turn in part:
                         builder.store(zero, turn)
 
-            n, several = args[0], ir.Constant(_INDEX, TERMS * turns * lanes)
+            n, several = args[0], ir.Constant(INDEX, TERMS * turns * lanes)
             entry, some, again, end = (builder.block, *(builder.append_basic_block() for _ in range(3)))
             builder.branch(some)
             builder.position_at_end(some)
-            start = builder.phi(_INDEX)
+            start = builder.phi(INDEX)
             there = builder.add(start, several)
             stop = builder.select(builder.icmp_signed("<", there, n), there, n)
             i = _loop(builder, start, stop, turns * lanes, turns_of)
@@ -396,7 +301,7 @@ def _summed(formula: Formula, count: int) -> Any:
             builder.position_at_end(again)
             carry()
             builder.branch(some)
-            start.add_incoming(ir.Constant(_INDEX, 0), entry)
+            start.add_incoming(ir.Constant(INDEX, 0), entry)
             start.add_incoming(stop, again)
             builder.position_at_end(end)
             kind = ir.FunctionType(vector.element, [vector.element, vector])
@@ -430,20 +335,6 @@ def _carry(builder: Any, total: Any, lost: Any, part: Any) -> None:
     builder.store(builder.select(builder.fcmp_ordered("==", rest, rest), rest, ir.Constant(rest.type, None)), lost)
 
 
-def opaque(builder: Any, value: Any) -> Any:
-    """The same value, of which LLVM does not know where it comes from."""
-    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], side_effect=False)
-
-
-def ask(builder: Any, place: Any, level: int = 1) -> None:
-    """Ask for the cache line of a place in memory, into the nearest cache or that of another level."""
-    byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte, _PLACE, _PLACE, _PLACE])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    read, nearness, data = (ir.Constant(_PLACE, n) for n in (0, 4 - level, 1))
-    builder.call(function, [builder.bitcast(place, byte), read, nearness, data])
-
-
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
 def prefetch(typing: Any, row: Any) -> Any:
     """Ask for the memory of a contiguous row that is read soon: the processor itself sees no pattern in rows that are short."""
@@ -452,7 +343,7 @@ def prefetch(typing: Any, row: Any) -> Any:
         array = context.make_array(row)(context, builder, args[0])
         start = builder.bitcast(array.data, ir.IntType(8).as_pointer())
         size = builder.mul(builder.extract_value(array.shape, 0), array.itemsize)
-        _loop(builder, ir.Constant(_INDEX, 0), size, 64, lambda i: ask(builder, builder.gep(start, [i])))
+        _loop(builder, ir.Constant(INDEX, 0), size, 64, lambda i: ask(builder, builder.gep(start, [i])))
         return context.get_dummy_value()
 
     return types.void(row), generate
@@ -464,7 +355,7 @@ def leading(typing: Any, row: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = builder.load(context.make_array(row)(context, builder, args[0]).data)
-        return _number(builder, value) if row.dtype == BITS else value
+        return number_of(builder, value) if row.dtype == BITS else value
 
     return computed(row.dtype)(row), generate
 

@@ -12,39 +12,31 @@ from __future__ import annotations
 
 import atexit
 import functools
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
-import platform
 import queue
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy
-
-from portnorm.arrays import is_bfloat16, load_namespace
-from portnorm.dtypes import dtype_name
+from portnorm.arrays import is_bfloat16
 from portnorm.errors import UnsupportedError
 from portnorm.files import written_whole
 from portnorm.interrupts import undone
 from portnorm.layers.layer import Layer
-from portnorm.layers.linear import Linear
-from portnorm.layers.norms import BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
-from portnorm.layers.recurrent import GRU, LSTM, RNN, Recurrent
-from portnorm_backends import bfloat16
+from portnorm_backends.cpu.families import FAMILIES, OF_BITS, TRAINING, TYPES, Family, families_of, needed, parts_of, type_named
 from portnorm_backends.cpu.layout import RANGE
-from portnorm_backends.cpu.sources import digest
+from portnorm_backends.cpu.notes import claimed, note_of, numba_version, place
 
 LOG = logging.getLogger("portnorm")
 
@@ -54,80 +46,6 @@ MODE = os.environ.get("PORTNORM_KERNELS", MODES[0])
 if MODE not in MODES:
     raise UnsupportedError(f"`PORTNORM_KERNELS` is {MODE!r} in the environment; expected one of {', '.join(MODES)}")
 
-_HERE = Path(__file__).parent
-_PATIENCE = 600.0
-"""Seconds after which a note that somebody is compiling is one of a process that was ended."""
-
-Family = tuple[str, str]
-"""A name of `FAMILIES`, and the name of a type."""
-
-
-# -- the families --------------------------------------------------------------------------------------------------------------------------
-
-
-TRAINING = " training"
-"""Ends the name of a family that has the backward loops too."""
-
-
-def _rows(dtype: str) -> None:
-    rowwise, kind = importlib.import_module("portnorm_backends.cpu.rowwise"), _type(dtype)
-    rowwise.forward(kind), rowwise.backward(kind)
-    if kind in RANGE:
-        rowwise.last_axis(kind)
-
-
-def _channels(dtype: str) -> None:
-    channelwise, kind = importlib.import_module("portnorm_backends.cpu.channelwise"), _type(dtype)
-    for inner in (False, True):
-        channelwise.forward(kind, inner), channelwise.scale(kind, inner), channelwise.backward(kind, inner)
-
-
-def _products(dtype: str) -> None:
-    importlib.import_module("portnorm_backends.cpu.products").compiled_for(numpy.dtype(dtype))
-
-
-def _integers(dtype: str) -> None:
-    """Of float32 alone."""
-    module, x = importlib.import_module("portnorm_backends.cpu.integer_rows"), numpy.ones((1, 2), numpy.float32)
-    module.product(x, True, x.astype(module.INTEGER), x.astype(numpy.int8), x[0, :1].astype(numpy.int32), x[0, :1], x[:, :1])
-
-
-def _loop(cell: type[Recurrent], training: bool) -> Callable[[str], None]:
-    def calls(dtype: str) -> None:
-        layer, x = cell(2, 3, norm="layer", rng=0, dtype=dtype), numpy.ones((3, 2, 2), dtype)
-        y, *_, pullback = layer.vjp(x, training=training)
-        layer(x)
-        if training:
-            pullback(y)
-
-    return calls
-
-
-FAMILIES: dict[str, Callable[[str], None]] = {
-    "rows": _rows,
-    "channels": _channels,
-    "products": _products,
-    "integers": _integers,
-    **{cell.__name__: _loop(cell, False) for cell in (LSTM, GRU, RNN)},
-    **{f"{cell.__name__}{TRAINING}": _loop(cell, True) for cell in (LSTM, GRU, RNN)},
-}
-"""What is compiled together, and what compiles all of it for a type of values. That for training has all of inference."""
-
-_TYPES = (*map(str, RANGE), "bfloat16")
-_OF_BITS = ("rows", "channels")
-"""The families that there are for bfloat16 too; all else computes in float32 what is in it."""
-
-_OF_LAYERS: dict[type[Layer], tuple[str, ...]] = {
-    LayerNorm: ("rows",),
-    RMSNorm: ("rows",),
-    GroupNorm: ("rows",),
-    BatchNorm: ("channels",),
-    InstanceNorm: ("rows", "channels"),
-    Linear: ("products",),
-    Recurrent: ("rows", "channels", "products"),
-    **{cell: (f"{cell.__name__}{TRAINING}",) for cell in (LSTM, GRU, RNN)},
-}
-"""What the calls of a layer take."""
 
 READY: dict[str, set[Any]] = {name: set() for name in FAMILIES}
 """The types for which a family is there."""
@@ -154,7 +72,7 @@ _ends = False
 
 def ready(family: str, dtype: Any) -> bool:
     """Whether kernels of this family take values of this type, now; if not they are on their way."""
-    return dtype in READY[family] or ((dtype in RANGE or (family in _OF_BITS and is_bfloat16(dtype))) and _ask((family, dtype.name)))
+    return dtype in READY[family] or ((dtype in RANGE or (family in OF_BITS and is_bfloat16(dtype))) and _ask((family, dtype.name)))
 
 
 def _ask(wanted: Family) -> bool:
@@ -182,12 +100,12 @@ def _ask(wanted: Family) -> bool:
 
 
 def _is_there(family: Family) -> bool:
-    return _type(family[1]) in READY[family[0]]
+    return type_named(family[1]) in READY[family[0]]
 
 
 def _there(family: Family) -> None:
     for name in (family[0], family[0].removesuffix(TRAINING)):
-        READY[name].add(_type(family[1]))
+        READY[name].add(type_named(family[1]))
 
 
 def _work() -> None:
@@ -240,10 +158,10 @@ def _say() -> None:
 def _compiled_elsewhere(family: Family) -> bool:
     """Whether another process has compiled it into the cache, this one's or one that somebody else has started."""
     embedded = not Path(sys.executable or "").name.startswith("python")
-    if embedded or _place() is None:
+    if embedded or place() is None:
         return False
     while True:
-        with _claimed(family) as mine:
+        with claimed(family) as mine:
             if _is_kept(family):
                 return True
             if mine:
@@ -298,7 +216,7 @@ def _keep(family: Family) -> None:
     """Compile, and note that it is in the cache if it is."""
     _load(family)
     folders = importlib.import_module("portnorm_backends.cpu.compiling").folders()
-    note = _note(family)
+    note = note_of(family)
     if folders and note is not None:
         files = sorted(str(file) for folder in folders for file in Path(folder).glob("*.nbi"))
         with written_whole(note) as file:
@@ -309,99 +227,11 @@ def _is_kept(family: Family) -> bool:
     """Whether the cache is known to hold it."""
     name, dtype = family
     for own in (family, (f"{name}{TRAINING}", dtype)):
-        note = _note(own)
+        note = note_of(own)
         with suppress(OSError, ValueError):
             if note is not None and all(map(os.path.exists, json.loads(note.read_text()))):
                 return True
     return False
-
-
-def _note(family: Family) -> Path | None:
-    place = _place()
-    return None if place is None else place / f"portnorm-{_made_of()}-{'-'.join(family).replace(' ', '-')}.json"
-
-
-@functools.cache
-def _place() -> Path | None:
-    """The folder of the notes: where numba was told to keep what it compiles, else beside these files, else in that of the user."""
-    given = os.environ.get("NUMBA_CACHE_DIR")
-    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    for folder in [Path(given)] if given else [_HERE / "__pycache__", user / "portnorm"]:
-        with suppress(OSError, RuntimeError):  # the latter of a user who has no home
-            folder = folder.expanduser()
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
-    return None
-
-
-@functools.cache
-def _made_of() -> str:
-    """What the compiled code hangs on: these sources, numba, Python, the processor, and what numba was told."""
-    told = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_"))
-    found = (digest(), _numba(), sys.version, platform.machine(), _processor(), told)
-    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
-
-
-def _numba() -> str:
-    """Its version, without an import unless whoever packed it left the metadata out."""
-    try:
-        return importlib.metadata.version("numba")
-    except importlib.metadata.PackageNotFoundError:
-        return str(importlib.import_module("numba").__version__)
-
-
-def _processor() -> list[str]:
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return sorted({line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features", "CPU part")})
-    return [platform.processor()]
-
-
-# -- one process at a time -----------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _claimed(family: Family) -> Iterator[bool]:
-    """Whether this process is the one to compile; others then wait for it."""
-    note = _note(family)
-    claim = None if note is None else note.with_suffix(".claim")
-    if claim is None:
-        yield True
-        return
-    if _is_free(family):
-        claim.unlink(missing_ok=True)
-    try:
-        with claim.open("x") as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
-        yield False
-        return
-    forget = undone(lambda: claim.unlink(missing_ok=True))
-    try:
-        yield True
-    finally:
-        claim.unlink(missing_ok=True)
-        forget()
-
-
-def _is_free(family: Family) -> bool:
-    """Whether nobody is compiling it, or somebody said so who is no more."""
-    note = _note(family)
-    assert note is not None
-    claim = note.with_suffix(".claim")
-    try:
-        age, process = time.time() - claim.stat().st_mtime, int(claim.read_text() or "0")
-    except (OSError, ValueError):
-        return not claim.exists()
-    if process:
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
-            return True
-        except OSError:
-            pass
-    return age > _PATIENCE
 
 
 # -- waiting -------------------------------------------------------------------------------------------------------------------------------
@@ -420,9 +250,9 @@ def warm(*layers: Layer, dtype: str = "float32") -> list[str]:
     """
     if importlib.util.find_spec("numba") is None:
         return []
-    if dtype not in _TYPES:
-        raise UnsupportedError(f"`dtype` is {dtype!r}; expected one of {', '.join(_TYPES)}")
-    families = dict.fromkeys(_needed(layers) if layers else [own for name in FAMILIES for own in _for(name, dtype)])
+    if dtype not in TYPES:
+        raise UnsupportedError(f"`dtype` is {dtype!r}; expected one of {', '.join(TYPES)}")
+    families = dict.fromkeys(needed(layers) if layers else [own for name in FAMILIES for own in parts_of(name, dtype)])
     for family in families:
         while family in _asked and family not in _failed and not _is_there(family):
             time.sleep(0.02)
@@ -443,34 +273,12 @@ def waiting() -> Iterator[None]:
         MODE = before
 
 
-def _needed(layers: tuple[Layer, ...]) -> Iterator[Family]:
-    for layer in layers:
-        if not isinstance(layer, Layer):
-            raise UnsupportedError(f"`layers` has a {type(layer).__name__}; expected layers of portnorm")
-        for part in layer.layers():
-            dtype = dtype_name(part.xp, part.dtype)
-            if dtype in _TYPES and part.xp is load_namespace("numpy"):
-                names = [name for kind, names in _OF_LAYERS.items() if isinstance(part, kind) for name in names]
-                names += ["integers"] if part.quantizes is not None else []
-                yield from (own for name in names for own in _for(name, dtype))
-
-
-def _for(name: str, dtype: str) -> list[Family]:
-    """What values of a type take of a family: bfloat16 that for float32 too, since what is computed as a whole is so in that."""
-    bits = [(name, dtype)] if name in _OF_BITS else []
-    return [*bits, (name, "float32")] if dtype == "bfloat16" else [(name, dtype)]
-
-
-def _type(name: str) -> Any:
-    return bfloat16.dtype() if name == "bfloat16" else numpy.dtype(name)
-
-
 def state() -> dict[str, Any]:
     """What `portnorm info` says: numba's version, the folder of the notes, and which kernels the cache holds, by type."""
     if importlib.util.find_spec("numba") is None:
         return {"numba": None}
-    kept = {kind: [name for name in FAMILIES if (name, kind) in _for(name, kind) and _is_kept((name, kind))] for kind in _TYPES}
-    return {"numba": _numba(), "mode": MODE, "cache": str(_place()), "compiled": kept}
+    kept = {kind: [name for name in families_of(kind) if _is_kept((name, kind))] for kind in TYPES}
+    return {"numba": numba_version(), "mode": MODE, "cache": str(place()), "compiled": kept}
 
 
 # -- the end, and a beginning --------------------------------------------------------------------------------------------------------------

@@ -115,6 +115,11 @@ class Row:
     def title(self) -> str:
         return self.layer + (f"(norm={self.norm!r})" if self.norm else "")
 
+    @property
+    def order(self) -> str:
+        """Its gates in our order."""
+        return "".join(gate for gate in OUR_GATES.get(self.layer, "") if gate in self.gates)
+
 
 def without(row: Row, *names: str, **changes: Any) -> Row:
     """The same without some arrays."""
