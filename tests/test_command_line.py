@@ -132,7 +132,7 @@ def test_info_without_a_file(capsys: Any) -> None:
             assert (there["version"], there["note"] in str(error)) == (None, True)  # noqa: PT017
     for name in OPTIONAL:
         assert found[name] == (version(name) if found[name] else None)
-    assert set(found["kernels"]["compiled"]) == {"float32", "float64"}
+    assert set(found["kernels"]["compiled"]) == {"float32", "float64", "bfloat16"}
 
 
 def test_info_says_not_installed(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
