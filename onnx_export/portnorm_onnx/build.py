@@ -295,7 +295,9 @@ def _needed_of(body: Body, kept: tuple[int, ...]) -> Loop:
 
 
 def _dependent(outputs: Iterable[SymbolicArray], body: Body) -> set[Node]:
-    """Nodes whose result depends on the step; the others belong outside of the loop, where they run once."""
+    """Nodes whose result depends on the step; the others belong outside of the loop, where they run once. What is made of constants alone
+    stays too: a runtime computes it when it loads the graph, and not each can read it from outside.
+    """
     inputs, depends = set(body.inputs), {}
 
     def visit(a: SymbolicArray | None) -> bool:
@@ -308,7 +310,7 @@ def _dependent(outputs: Iterable[SymbolicArray], body: Body) -> set[Node]:
             return False
         if n not in depends:
             found = [visit(b) for b in n.inputs]
-            depends[n] = any(found)
+            depends[n] = any(found) or all(b is None or b.constant is not None for b in n.inputs)
         return depends[n]
 
     for a in outputs:

@@ -17,7 +17,7 @@ from portnorm.errors import ExportError
 from portnorm.layers.layer import Layer
 from portnorm.layers.quantized import with_rounded_weights
 from portnorm_onnx.bounds import ROUNDINGS, NumPyArray, T, nudged, of_turned_rounding
-from portnorm_onnx.inputs import CASES, WIDE_CASES, WIDE_ROUNDINGS, Inputs, random_inputs, steps_of
+from portnorm_onnx.inputs import CASES, WIDE_CASES, WIDE_ROUNDINGS, Inputs, far_inputs, random_inputs, steps_of
 from portnorm_onnx.loops import BEFORE, OPERATORS, count_given, loops_of, state_type
 from portnorm_onnx.metadata import graph_facts, on_numpy, rounded
 from portnorm_onnx.nothing import guarded
@@ -211,7 +211,8 @@ def _as_recorded(model: Layer, names: Sequence[Any]) -> Layer:
 
 def random_cases(graph: Graph) -> list[Inputs]:
     """Standard normal inputs for the named lengths of the graph's `x`, with ragged lengths or a mask if it takes them."""
-    return random_inputs(graph.model, graph.dims, graph.counts, WIDE_CASES if graph.wide else CASES)
+    cases = random_inputs(graph.model, graph.dims, graph.counts, WIDE_CASES if graph.wide else CASES)
+    return [*cases, *far_inputs(graph.model, cases)]
 
 
 def first(state: Any) -> Any:

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy
 
+from portnorm.layers.channels import GroupNorm, InstanceNorm
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
+from portnorm.layers.norms import LayerNorm, RMSNorm
 from portnorm_onnx.bounds import NumPyArray
 from portnorm_onnx.signature import batch_axis, mask_dims, time_axis
 
@@ -43,6 +45,33 @@ def random_inputs(model: Layer, dims: Sequence[int | str], counts: str | None, s
     return cases
 
 
+MEANS = {"float16": (100.0,), "bfloat16": (), "float32": (100.0, 1e4), "float64": (100.0, 1e4)}
+"""By type: means of which a spread of 1 can still be told."""
+SPREAD = 300.0
+"""One of which squares leave float16."""
+
+
+def far_inputs(model: Layer, cases: Sequence[Inputs]) -> list[Inputs]:
+    """Of a model that begins by normalizing values to their own mean, also values far from 0, where one pass for the variance cancels, as
+    temperatures in Kelvin or times have it; in float16 also some whose squares are too large for it.
+    """
+    if not centres_first(model):
+        return []
+    x, counted = max(cases, key=lambda case: case[0].size)
+    rng, kind = numpy.random.default_rng(1), numpy.dtype(model.dtype).name
+    drawn: NumPyArray = numpy.asarray(rng.standard_normal(x.shape))
+    values: list[NumPyArray] = [drawn + mean for mean in MEANS[kind]] + [SPREAD * drawn] * (kind == "float16")
+    return [(v.astype(model.dtype), counted) for v in values]
+
+
+def centres_first(model: Layer) -> bool:
+    """Whether the first part of a model takes the mean and the variance of its input's values."""
+    part = next(iter(model.layers()), model)
+    tracks = isinstance(part, InstanceNorm) and part.track_running_stats
+    own = isinstance(part, LayerNorm | GroupNorm | InstanceNorm) and not isinstance(part, RMSNorm)
+    return own and not tracks and not model.takes_integers
+
+
 def _random_mask(model: Layer, shape: Sequence[Any], rng: numpy.random.Generator) -> NumPyArray:
     """Gaps anywhere but in the first case; then, in turn, nothing at all, padding in front, and padding behind."""
     dims: Any = mask_dims(model, shape)
@@ -68,7 +97,15 @@ def steps_of(model: Layer, x: NumPyArray) -> int:
 def case_name(model: Layer, case: Inputs) -> str:
     x, counted = case
     if counted is None:
-        return f"x {tuple(x.shape)}"
+        return f"x {tuple(x.shape)}{_far(x)}"
     if counted.dtype == bool:
-        return f"x {tuple(x.shape)} with a mask"
-    return f"x {tuple(x.shape)}" + (" ragged" if len(set(map(int, counted))) > 1 else " with lengths")
+        return f"x {tuple(x.shape)}{_far(x)} with a mask"
+    return f"x {tuple(x.shape)}{_far(x)}" + (" ragged" if len(set(map(int, counted))) > 1 else " with lengths")
+
+
+def _far(x: NumPyArray) -> str:
+    """That the values are far from 0, where they are."""
+    if x.dtype.kind != "f" or x.size < 2:
+        return ""
+    mean, spread = float(x.mean(dtype=numpy.float64)), float(x.std(dtype=numpy.float64))
+    return f" of mean/std {mean / spread:.0e}" if 0.0 < spread < abs(mean) / 50 else ""

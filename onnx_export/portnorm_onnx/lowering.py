@@ -23,7 +23,7 @@ from portnorm_onnx.integers import fake_quantize, of_constant, product_of_bytes,
 from portnorm_onnx.namespace import NAMESPACE, shape_vector
 from portnorm_onnx.norms import normalize, normalize_with_rms
 from portnorm_onnx.scan import loop
-from portnorm_onnx.symbolic import Dim, Opset, SymbolicArray, constant, dims_of, node, nodes
+from portnorm_onnx.symbolic import Dim, Node, Opset, SymbolicArray, constant, dims_of, node, nodes, opset_of
 from portnorm_onnx.targets import Target
 
 Row = Callable[..., Any]
@@ -139,8 +139,24 @@ def _linear(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None 
     whole = product(x, weight, bias)
     if whole is not None:
         return whole
-    y = node("MatMul", x, NAMESPACE.matrix_transpose(weight))
+    y = _matmul(x, NAMESPACE.matrix_transpose(weight))
     return y if bias is None else node("Add", y, bias)
+
+
+def _matmul(x: Any, y: Any) -> SymbolicArray:
+    """In float32 where float16 is to be `accurate`: some processors add up products of float16 in float16. Weights stay what they are."""
+    opset = opset_of(x, y)
+    if opset is None or not opset.accurate or numpy.dtype(x.dtype) != numpy.float16:
+        made: SymbolicArray = _pointwise("MatMul", known.matmul)(x, y)
+        return made
+    return node("Cast", node("MatMul", *(_in_float32(a, opset) for a in (x, y))), to=TensorProto.FLOAT16)
+
+
+def _in_float32(a: SymbolicArray, opset: Opset) -> SymbolicArray:
+    """A node, of a weight too, which would else be stored in float32."""
+    cast = Node("Cast", (a,), {"to": TensorProto.FLOAT})
+    cast.outputs = (SymbolicArray(numpy.dtype("float32"), a.dims, opset, producer=cast),)
+    return cast.outputs[0]
 
 
 def _take(x: SymbolicArray, indices: SymbolicArray, axis: int) -> SymbolicArray:
@@ -270,7 +286,6 @@ _SAME: dict[str, str] = {
     "logical_and": "And",
     "logical_or": "Or",
     "logical_not": "Not",
-    "matmul": "MatMul",
     "round": "Round",
     "floor": "Floor",
     "cos": "Cos",
@@ -279,6 +294,7 @@ _SAME: dict[str, str] = {
 
 _ARRAY_API: dict[str, Row] = {
     **{name: _pointwise(op_type, getattr(known, name)) for name, op_type in _SAME.items()},
+    "matmul": _matmul,
     "where": _where,
     "clip": lambda x, low, high: node("Clip", x, *(constant(numpy.asarray(bound, dtype=x.dtype)) for bound in (low, high))),
     "isfinite": _is_finite,

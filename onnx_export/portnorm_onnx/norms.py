@@ -6,6 +6,7 @@ GroupNormalization is not used: its function body takes the variance as E[xÂ²] â
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import array_api_compat.numpy as known
@@ -81,6 +82,11 @@ def _as_defined(attrs: Any) -> bool:
 
 def normalize(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: float, **attrs: Any) -> SymbolicArray:
     """`portnorm.norm.normalize`, where it is one operator, or one between a multiplication and an addition."""
+    if x.opset is not None and x.opset.accurate and numpy.dtype(x.dtype).itemsize < 4:  # a sum of many would leave float16
+        wide = {n: NAMESPACE.astype(a, numpy.float32) for n, a in (("weight", weight), ("bias", bias)) if a is not None}
+        wide |= {n: NAMESPACE.astype(attrs[n], numpy.float32) for n in ("mean", "var") if attrs.get(n) is not None}
+        y: SymbolicArray = normalize(NAMESPACE.astype(x, numpy.float32), eps=eps, **{**attrs, **wide})
+        return NAMESPACE.astype(y, x.dtype)
     if attrs.get("mean") is not None:
         attrs |= {name: one_row(attrs[name]) for name in ("mean", "var")}
     return _ROWS[_fits(x, attrs) or ""](x, weight, bias, eps, attrs)
@@ -110,7 +116,11 @@ def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> 
 
 def _instance(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
     weight, bias = (_filled(x, (1,), value) if p is None else p for p, value in ((weight, 1), (bias, 0)))
-    return node("InstanceNormalization", _centred(x, attrs["axes"]), weight, bias, epsilon=eps)
+    given = [_centred(x, attrs["axes"]), weight, bias]
+    if x.opset is None or "InstanceNormalization" not in x.opset.target.narrow_statistics or numpy.dtype(x.dtype).itemsize >= 4:
+        return node("InstanceNormalization", *given, epsilon=eps)
+    y: SymbolicArray = node("InstanceNormalization", *(NAMESPACE.astype(a, numpy.float32) for a in given), epsilon=eps)
+    return NAMESPACE.astype(y, x.dtype)
 
 
 def _grouped(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
@@ -122,11 +132,21 @@ def _grouped(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -
 
 
 def _centred(x: SymbolicArray, axes: tuple[int, ...]) -> SymbolicArray:
-    """`x` less its mean where that was asked for: a runtime's operator then meets no mean that its statistics could cancel against."""
-    if x.opset is None or not x.opset.accurate:
+    """`x` less its mean where that was asked for, or needs to be: a runtime's operator then meets no mean that its statistics could cancel
+    against. A mean that is not exact is one that the operator finds again, and takes exactly, since it is small.
+    """
+    if x.opset is None or not (x.opset.accurate or _is_long(x, axes)):
         return x
     centred: SymbolicArray = x - NAMESPACE.mean(x, axis=axes, keepdims=True)
     return centred
+
+
+def _is_long(x: SymbolicArray, axes: tuple[int, ...]) -> bool:
+    """Whether a row has more values than the target adds up well."""
+    if x.opset is None or numpy.dtype(x.dtype).itemsize < 4:  # whose own steps are larger than what such a sum loses
+        return False
+    longest, lengths = x.opset.target.sums_in_order, [x.dims[a] for a in axes]
+    return longest is not None and math.prod(n for n in lengths if isinstance(n, int)) >= longest
 
 
 def _centred_product(x: SymbolicArray, axes: tuple[int, ...]) -> SymbolicArray | None:

@@ -43,6 +43,10 @@ class Target:
     """A length may be an output of the graph."""
     wide_gains: bool = False
     """LayerNormalization may have a gain over more axes than it normalizes."""
+    sums_in_order: int | None = None
+    """Values of a row from which on it is centred before it is normalized: sums are taken one term after the other, and are not exact."""
+    narrow_statistics: frozenset[str] = frozenset()
+    """Operators that take statistics in the type of the values, float16 too: these are converted before and after."""
     without: frozenset[str] = frozenset()
     """Operators that are traced instead."""
     integers: tuple[str, ...] = ("int8",)
@@ -54,6 +58,7 @@ class Target:
     reason: str = ""
 
 
+_NARROW = frozenset({"InstanceNormalization"})
 _LENGTHS = "sequence_lens gives wrong values in OpenVINO, and tract does not take it"
 
 TargetName = Literal["portable", "onnxruntime", "openvino", "tract", "web", "tensorrt"]
@@ -67,6 +72,7 @@ TARGETS: dict[str, Target] = {
             ("onnxruntime", "openvino", "tract", "web"),
             backward_slices=False,
             length_outputs=False,
+            narrow_statistics=_NARROW,
             dtypes=("float16", "float32", "float64"),
             reason=f"what all runtimes here do alike; {_LENGTHS}; OpenVINO's peepholes are off by 5e-3, and its "
             "LayerNormalization takes no gain over more axes than it normalizes",
@@ -103,8 +109,11 @@ TARGETS: dict[str, Target] = {
             backward_slices=False,
             length_outputs=False,
             wide_gains=True,
+            sums_in_order=1000,
+            narrow_statistics=_NARROW,
             reason="takes no sequence_lens that is not constant, and no backward slice of unknown length; one form of an "
-            "operator ended its process and is never written; its Python interface gives out no lengths; no Sigmoid in float64",
+            "operator ended its process and is never written; its Python interface gives out no lengths; no Sigmoid in float64; "
+            "adds up the values of a row one after the other, and in float16 those of InstanceNormalization",
         ),
         Target(
             "web",
