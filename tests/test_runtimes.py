@@ -267,3 +267,30 @@ def test_a_graph_that_differs_fails_the_command(tmp_path: Path, capsys: Any, run
     pn.save(lstm("layer"), tmp_path / "m.safetensors")
     assert main(["verify", str(path), "--against", str(tmp_path / "m.safetensors"), "--runtime", "all"]) == 1
     assert "differs" in capsys.readouterr().out
+
+
+FAR = {
+    "long rows": (pn.LayerNorm(4096), "tract", {}),
+    "float16, instances": (pn.InstanceNorm(6, dtype="float16"), "portable", {"input_shape": ("batch", 6, 40, 40)}),
+    "float16, groups": (pn.GroupNorm(3, 6, dtype="float16"), "tract", {"input_shape": ("batch", 6, "height", "width")}),
+    "float16, long rows": (pn.LayerNorm(4096, dtype="float16"), "tract", {}),
+}
+"""Where tract's sums go one after the other, or are of float16: as written for other targets it is far off, or gives NaN."""
+
+
+@pytest.mark.runtime("tract")
+@pytest.mark.parametrize("case", FAR)
+def test_statistics_of_values_far_from_zero_in_tract(case: str) -> None:
+    layer, target, keywords = FAR[case]
+    report = pn.export(layer, None, target=target, **keywords)
+    (outcome,) = check(Draft(report.model), layer, runtimes=("tract",)).outcomes
+    assert outcome.status == "passed"
+
+
+@pytest.mark.runtime("tract")
+@pytest.mark.parametrize("case", ["long rows", "float16, instances"])
+def test_the_gate_finds_what_the_target_is_for(case: str) -> None:
+    layer, _, keywords = FAR[case]
+    report = pn.export(layer, None, target="onnxruntime", **keywords)
+    with pytest.raises(pn.ConformanceError, match="tract: output 'y' is"):
+        check(Draft(report.model), layer, runtimes=("tract",))

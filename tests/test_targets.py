@@ -14,11 +14,13 @@ from onnx import compose, helper
 
 import portnorm as pn
 from portnorm.layers.recurrent import Recurrent
+from portnorm_onnx.inputs import centres_first
 from portnorm_onnx.keys import props_of, set_props
 from portnorm_onnx.lowering import OPSETS
 from portnorm_onnx.signature import named_state
-from portnorm_onnx.storage import LIMIT, weights_of
+from portnorm_onnx.storage import LIMIT, Draft, weights_of
 from portnorm_onnx.targets import TARGETS
+from portnorm_onnx.verify import check
 from tests.cases import HEAVY_PRESETS, IMPLEMENTATIONS, random_recurrent
 from tests.processes import output_of
 from tests.test_export import FUSED, LAYERS, lstm, recurrent
@@ -138,6 +140,66 @@ def test_accurate_keeps_a_large_mean_right_in_the_runtime(layer: pn.Layer, shape
         report = pn.export(layer, None, accurate=accurate, input_shape=shape)
         error[accurate] = float(np.max(np.abs(run(report.model, x=x)["y"] - exact)))
     assert error[True] < 2e-3 < error[False]
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if "float16" in TARGETS[name].dtypes])
+@pytest.mark.parametrize("norm", [None, "layer", "batch"])
+def test_accurate_float16_has_products_of_float32(norm: str | None, target: str) -> None:
+    """Inside of loops too, with weights of float16; the report of others says for which processors the check holds."""
+    layer = pn.LSTM(3, 4, norm=norm, rng=0, dtype="float16")
+    plain, wide = (pn.export(layer, None, target=target, accurate=accurate) for accurate in (False, True))
+    assert "products of float16 were checked on" in str(plain)
+    assert plain.to_dict()["remark"] == plain.remark != ""
+    assert wide.remark == ""
+    inner = [wide.model.graph, *(a.g for n in wide.model.graph.node for a in n.attribute if a.name == "body")]
+    cast = {name: n.input[0] for g in inner for n in g.node if n.op_type == "Cast" for name in n.output}
+    products = [n for g in inner for n in g.node if n.op_type == "MatMul"]
+    assert len(products) == 2
+    weights = {t.name: t.data_type for g in inner for t in g.initializer}
+    assert [weights[cast[n.input[1]]] for n in products] == [onnx.TensorProto.FLOAT16] * 2
+    assert all(n.input[0] in cast for n in products)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("first", [pn.LayerNorm(4), pn.GroupNorm(2, 4), pn.InstanceNorm(4)], ids=lambda layer: type(layer).__name__)
+def test_the_gate_tries_values_far_from_zero(first: pn.Layer, dtype: str) -> None:
+    """Where a model begins by taking the mean of its input; the mean of such cases stands in their names."""
+    shape = ("batch", 4) if isinstance(first, pn.LayerNorm) else ("batch", 4, 5)
+    target = "onnxruntime" if dtype == "bfloat16" and isinstance(first, pn.LayerNorm) else "openvino" if dtype == "bfloat16" else "portable"
+    found = [c.case for c in pn.export(first.to(dtype=dtype), None, input_shape=shape, target=target).trajectories]
+    means = {"float16": 1, "bfloat16": 0, "float32": 2, "float64": 2}[dtype]
+    assert sum("mean/std" in case for case in found) == means
+
+
+@pytest.mark.parametrize(
+    "first", [pn.RMSNorm(4), pn.BatchNorm(4), pn.Linear(4, 4, rng=0), pn.LSTM(4, 4, rng=0), pn.InstanceNorm(4, track_running_stats=True)]
+)
+def test_the_gate_tries_no_far_values_where_nothing_could_cancel(first: pn.Layer) -> None:
+    assert not centres_first(first)
+    assert centres_first(pn.Sequential(pn.LayerNorm(4), first)) is True
+
+
+def test_one_pass_for_the_variance_is_found_out() -> None:
+    """The graph that many write by hand: E[x²] − E[x]². At a mean of 0 it passes."""
+    layer = pn.LayerNorm(64, affine=False)
+    text = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    one_pass (float[batch, 64] x) => (float[batch, 64] y) {
+        axes = Constant <value = int64[1] {1}> ()
+        eps = Constant <value = float {0.00001}> ()
+        mean = ReduceMean (x, axes)
+        squares = Mul (x, x)
+        second = ReduceMean (squares, axes)
+        of_mean = Mul (mean, mean)
+        var = Sub (second, of_mean)
+        some = Add (var, eps)
+        std = Sqrt (some)
+        centred = Sub (x, mean)
+        y = Div (centred, std)
+    }
+    """
+    with pytest.raises(pn.ConformanceError, match=r"output 'y' is \S+ from the float64 run at x \(7, 64\) of mean/std 1e\+0[24]"):
+        check(Draft(onnx.parser.parse_model(text)), layer, runtimes=("onnxruntime",))
 
 
 # -- types -------------------------------------------------------------------------------------------------------------------------------

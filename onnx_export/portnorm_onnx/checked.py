@@ -212,7 +212,7 @@ def _as_recorded(model: Layer, names: Sequence[Any]) -> Layer:
 def random_cases(graph: Graph) -> list[Inputs]:
     """Standard normal inputs for the named lengths of the graph's `x`, with ragged lengths or a mask if it takes them."""
     cases = random_inputs(graph.model, graph.dims, graph.counts, WIDE_CASES if graph.wide else CASES)
-    return [*cases, *far_inputs(graph.model, cases)]
+    return [*cases, *far_inputs(graph.model, graph.dtype, cases)]
 
 
 def first(state: Any) -> Any:

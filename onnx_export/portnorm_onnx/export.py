@@ -74,7 +74,8 @@ def export(
     18 to 26 (18 unless stated, for onnxruntime 23), and up to 28 where the target and the installed onnxruntime read it. `dtype` converts
     first: float16, bfloat16, float32 or float64. `fold` writes batch normalization with fixed statistics into weights and tables, and plain
     cells as the operators LSTM, GRU and RNN; `fold=False` keeps each visible. `accurate=True` centres before operators that cancel where
-    |mean| ≫ std, at the cost of two nodes each.
+    |mean| ≫ std, and leaves cells and statistics unfolded; in float16 it writes float32 around normalizations and products, which some
+    processors sum in float16 (docs/runtimes.md says what it costs).
 
     `names` gives inputs and outputs other names ({"x": "features"}), `prefix` stands before every name inside, so that the graph merges
     into another with `onnx.compose`; `function=True` makes it one model-local function. `external_data` puts weights into a file of their

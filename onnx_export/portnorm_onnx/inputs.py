@@ -51,16 +51,16 @@ SPREAD = 300.0
 """One of which squares leave float16."""
 
 
-def far_inputs(model: Layer, cases: Sequence[Inputs]) -> list[Inputs]:
+def far_inputs(model: Layer, dtype: str, cases: Sequence[Inputs]) -> list[Inputs]:
     """Of a model that begins by normalizing values to their own mean, also values far from 0, where one pass for the variance cancels, as
     temperatures in Kelvin or times have it; in float16 also some whose squares are too large for it.
     """
     if not centres_first(model):
         return []
     x, counted = max(cases, key=lambda case: case[0].size)
-    rng, kind = numpy.random.default_rng(1), numpy.dtype(model.dtype).name
+    rng = numpy.random.default_rng(1)
     drawn: NumPyArray = numpy.asarray(rng.standard_normal(x.shape))
-    values: list[NumPyArray] = [drawn + mean for mean in MEANS[kind]] + [SPREAD * drawn] * (kind == "float16")
+    values: list[NumPyArray] = [drawn + mean for mean in MEANS[dtype]] + [SPREAD * drawn] * (dtype == "float16")
     return [(v.astype(model.dtype), counted) for v in values]
 
 

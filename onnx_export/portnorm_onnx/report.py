@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,13 +151,25 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """For JSON: everything but the model itself."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
-        found["horizon"] = self.horizon
+        found["horizon"], found["remark"] = self.horizon, self.remark
         found["trajectories"] = [dataclasses.asdict(c) for c in self.trajectories]
         found["change"] = None if self.change is None else dataclasses.asdict(self.change)
         found["outcomes"] = [dataclasses.asdict(o) for o in self.outcomes]
         found["empty"] = [dataclasses.asdict(c) for c in self.empty]
         found["steps"] = [dataclasses.asdict(c) for c in self.steps]
         return found
+
+    @property
+    def remark(self) -> str:
+        """What the check of products in float16 holds for; nothing where there are none."""
+        if self.model is None or not any(map(_sums_float16, graphs(self.model.graph))):
+            return ""
+        own, others = ("float16", "float32") if platform.machine().lower() in ("arm64", "aarch64") else ("float32", "float16")
+        arm = "ARM processors with half-precision arithmetic" if own == "float32" else "others"
+        return (
+            f"products of float16 were checked on {platform.machine()}, where they are summed in {own}; {arm} sum them in {others}. "
+            "accurate=True writes float32 around them"
+        )
 
     @property
     def _hardly(self) -> str:
@@ -177,6 +190,7 @@ class Report:
         inside = "".join(f" + {n} in a Scan" for n in self.body_nodes)
         lines = [f"{self.path or 'model in memory'}: opset {self.opset}, {self.nodes} nodes{inside}, {self.size:,} bytes"]
         lines += [f"  changed by a tool: {change}" for change in self.changes]
+        lines += [f"  {self.remark}"] if self.remark else []
         lines += [] if self.change is None else [f"  changed by integers: {self.change}{self._hardly}"]
         if len(self.outcomes) > 1:
             lines += [f"  {o.runtime:<17} {o.version:<10} {o.status:<14} {self._of(o)}" for o in self.outcomes]
@@ -192,3 +206,15 @@ def count_nodes(proto: onnx.ModelProto) -> tuple[int, tuple[int, ...]]:
     """(nodes of the graph, nodes inside each Scan)"""
     bodies = (helper.get_attribute_value(a) for n in proto.graph.node if n.op_type == "Scan" for a in n.attribute if a.name == "body")
     return len(proto.graph.node), tuple(len(body.node) for body in bodies)
+
+
+_PRODUCTS = ("MatMul", "Gemm", "LSTM", "GRU", "RNN")
+
+
+def _sums_float16(graph: onnx.GraphProto) -> bool:
+    """Whether a graph has products of float16: not where numbers are converted before each."""
+    types = {t.name: t.data_type for t in graph.initializer}
+    types |= {v.name: v.type.tensor_type.elem_type for v in graph.input}
+    cast = {name for n in graph.node if n.op_type == "Cast" for name in n.output}
+    halves = any(kind == onnx.TensorProto.FLOAT16 for kind in types.values())
+    return halves and any(name not in cast for n in graph.node if n.op_type in _PRODUCTS for name in n.input[:2])

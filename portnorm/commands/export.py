@@ -23,7 +23,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--streaming", action="store_true", help="one step with explicit states instead of a sequence")
     parser.add_argument("--no-fold", action="store_true", help="keep normalizations and cells visible that could be folded away")
-    parser.add_argument("--accurate", action="store_true", help="centre before operators that cancel where the mean is large")
+    parser.add_argument(
+        "--accurate",
+        action="store_true",
+        help="centre where operators would cancel; in float16, float32 around products",
+    )
     parser.add_argument("--prefix", default="", help="what stands before every name in the graph (default: nothing)")
     parser.add_argument("--function", action="store_true", help="write the model as one model-local function")
     parser.add_argument("--no-lengths", action="store_true", help="leave the input `lengths` out")
