@@ -294,3 +294,57 @@ def test_the_gate_finds_what_the_target_is_for(case: str) -> None:
     report = pn.export(layer, None, target="onnxruntime", **keywords)
     with pytest.raises(pn.ConformanceError, match="tract: output 'y' is"):
         check(Draft(report.model), layer, runtimes=("tract",))
+
+
+# -- what a runtime of one's own may give ------------------------------------------------------------------------------------------------
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "nothing": (lambda y: {}, r"mine gave nothing; expected arrays by the names of the outputs, y"),
+    "other names": (lambda y: {"z": y}, r"mine gave \['z'\]; expected arrays by the names of the outputs, y"),
+    "no mapping": (lambda y: [y], r"mine gave list; expected arrays by the names of the outputs, y"),
+    "a list": (lambda y: {"y": y.tolist()}, r"mine gave list for 'y'; expected an array of NumPy"),
+    "a wider type": (lambda y: {"y": y.astype(np.float64)}, r"mine gave float64 for 'y', which the graph says is float32"),
+    "an axis less": (lambda y: {"y": y.reshape(-1)}, r"mine gave 'y' with 1 axes, the graph says 2"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_result_that_is_not_what_the_graph_says_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, message = BROKEN[fault]
+
+    def load(model: Any) -> Any:
+        session = session_of("onnxruntime", model)
+        return lambda feed: change(session(feed)["y"])
+
+    monkeypatch.setitem(RUNTIMES, "mine", Runtime("mine", load, lambda: "1.0"))
+    layer = pn.LayerNorm(4)
+    report = pn.export(layer, None)
+    with pytest.raises(pn.ConformanceError, match=message):
+        check(Draft(report.model), layer, runtimes=("mine",))
+
+
+def test_what_a_runtime_has_no_answer_for_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load(model: Any) -> Any:
+        session = session_of("onnxruntime", model)
+
+        def run(feed: Any) -> Any:
+            if 0 in feed["x"].shape:
+                raise IndexError("0 is out of range")
+            return session(feed)
+
+        return run
+
+    layer, path = pn.RNN(3, 4, norm="layer", rng=0), tmp_path / "m.onnx"
+    pn.export(layer, path)
+    empty = r"mine does not run the graph on x \(0, 7, 3\), .*: IndexError: 0 is out of range; if it has no answer .* `no_steps`"
+    monkeypatch.setitem(RUNTIMES, "mine", Runtime("mine", load, lambda: "1.0"))
+    with pytest.raises(pn.ExportError, match=empty.replace("0, 7", r"\d+, \d+")):
+        pn.verify(path, layer, runtimes=["mine"])
+    for names in (("Scan",), ["Scan"], {"Scan"}):
+        row = Runtime("mine", load, lambda: "1.0", no_steps=names, no_sequences=names)  # type: ignore[arg-type]
+        monkeypatch.setitem(RUNTIMES, "mine", row)
+        assert pn.verify(path, layer, runtimes=["mine"]).outcomes[0].status == "passed"
+    with pytest.raises(
+        pn.UnsupportedError, match=r"`no_steps` of the runtime 'mine' is 'Scan'; expected names of operators, as \('Scan',\)"
+    ):
+        Runtime("mine", load, lambda: "1.0", no_steps="Scan")  # type: ignore[arg-type]

@@ -165,7 +165,7 @@ def export_torch(
                 raise UnsupportedError("`inputs` is empty; expected at least one, or nothing would be checked")
             beyond = made.beyond(eager, cases)
             for name in (runtime, "unrounded") if narrow else (runtime,):
-                session = session_of(name, draft.loadable())
+                session = session_of(name, draft.loadable(), draft.proto)
                 for position, case in enumerate((*cases, *beyond)):
                     try:
                         found = compared(eager, session, name, [case])

@@ -116,7 +116,7 @@ class Graph:
     def session(self, runtime: str, proto: onnx.ModelProto | None = None) -> Session:
         """The graph in a runtime; numbers come in the types that its inputs have, and a count that no step asks for is not given."""
         proto = self.proto if proto is None else proto
-        run = guarded(session_of(runtime, self.draft.loadable(proto)), runtime, proto, self.model, streaming=self.streaming)
+        run = guarded(session_of(runtime, self.draft.loadable(proto), proto), runtime, proto, self.model, streaming=self.streaming)
         types = {i.name: helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in proto.graph.input}
 
         def typed(feed: Mapping[str, Any]) -> dict[str, Any]:

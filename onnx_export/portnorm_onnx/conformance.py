@@ -98,7 +98,7 @@ def of_runtime(name: str, version: str, case: Case, arrays: dict[str, NumPyArray
     try:
         proto = graph_of(case, arrays)
         kind = onnx.helper.tensor_dtype_to_np_dtype(proto.graph.input[0].type.tensor_type.elem_type)
-        values = session_of(name, Draft(proto).loadable())({"x": arrays["x"].astype(kind)})["y"].astype(numpy.float64)
+        values = session_of(name, Draft(proto).loadable(), proto)({"x": arrays["x"].astype(kind)})["y"].astype(numpy.float64)
     except Exception as error:  # that of a runtime of one's own may be any
         yield Result(*about, "forward", "does not run", detail=_said(error), reproduce=case.reproduce())
         return

@@ -100,7 +100,7 @@ def measure(
         row = Latency(str(path), name, version, "measured", RUNTIMES[name].note, steps=call.steps, fed=tuple(call.pairs.values()))
         rows.append(row)
         try:
-            session = session_of(name, _loadable(path, proto))
+            session = session_of(name, _loadable(path, proto), proto)
             found = session(call.feed)
             runs[name], times[name] = _again(session, call), []
             for _ in range(2):

@@ -24,7 +24,7 @@ import onnx
 from onnx import helper
 
 from portnorm.arrays import require_extra
-from portnorm.errors import ExportError, MissingExtraError, UnsupportedError
+from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError
 from portnorm_onnx.bfloat16 import holds_bfloat16, in_float32
 from portnorm_onnx.storage import Draft, Loadable, is_large
 from portnorm_onnx.web.page import Page
@@ -44,6 +44,13 @@ class Runtime:
     """Operators that a sequence of no steps gets no answer from: an error, a wrong shape, or the end of the process."""
     no_sequences: frozenset[str] = frozenset()
     """The same for a batch of no sequences."""
+
+    def __post_init__(self) -> None:
+        for field in ("no_steps", "no_sequences"):
+            names = getattr(self, field)
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise UnsupportedError(f"`{field}` of the runtime {self.name!r} is {names!r}; expected names of operators, as ('Scan',)")
+            object.__setattr__(self, field, frozenset(names))
 
 
 def _package(name: str, extra: str) -> Callable[[], str]:
@@ -293,8 +300,49 @@ def runtime_of(name: str) -> Runtime:
     return rows[name]
 
 
-def session_of(runtime: str, model: Loadable) -> Session:
-    """A model loaded in the named runtime. Raises `MissingExtraError` where that is not installed, `ExportError` where it cannot."""
+def session_of(runtime: str, model: Loadable, proto: onnx.ModelProto | None = None) -> Session:
+    """A model loaded in the named runtime. Raises `MissingExtraError` where that is not installed, `ExportError` where it cannot.
+
+    `proto` is the same model, where it is at hand. A call raises `ExportError` for whatever the runtime raises, `ConformanceError` where
+    it does not give what the graph says.
+    """
     row = runtime_of(runtime)
     row.version()
-    return row.load(model)
+    session = row.load(model)
+    if proto is None:
+        proto = onnx.load_model_from_string(model) if isinstance(model, bytes) else onnx.load(model, load_external_data=False)
+    expected = {o.name: o.type.tensor_type for o in proto.graph.output}
+
+    def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            found = session(inputs)
+        except ExportError:
+            raise
+        except Exception as error:
+            given = ", ".join(f"{n} {tuple(numpy.shape(a))}" for n, a in inputs.items())
+            hint = "; if it has no answer for a length of 0, its row of RUNTIMES names the operators in `no_steps` or `no_sequences`"
+            nothing = any(0 in numpy.shape(a) for a in inputs.values())
+            raise ExportError(
+                f"{runtime} does not run the graph on {given}: {type(error).__name__}: {error}{hint if nothing else ''}"
+            ) from error
+        _check_outputs(runtime, expected, found)
+        return found
+
+    return run
+
+
+def _check_outputs(runtime: str, expected: Mapping[str, Any], found: Any) -> None:
+    """Raise `ConformanceError` unless all outputs are there, as arrays of the type and with the axes that the graph says."""
+    if not isinstance(found, Mapping) or not expected.keys() <= found.keys():
+        given = sorted(found) if isinstance(found, Mapping) else type(found).__name__
+        raise ConformanceError(f"{runtime} gave {given or 'nothing'}; expected arrays by the names of the outputs, {', '.join(expected)}")
+    for name, said in expected.items():
+        array = found[name]
+        if not isinstance(array, numpy.ndarray):
+            raise ConformanceError(f"{runtime} gave {type(array).__name__} for {name!r}; expected an array of NumPy")
+        types = [helper.tensor_dtype_to_np_dtype(said.elem_type)]
+        types += [numpy.dtype("float32")] * (said.elem_type == onnx.TensorProto.BFLOAT16)  # NumPy has no bfloat16 of its own
+        if array.dtype not in types:
+            raise ConformanceError(f"{runtime} gave {array.dtype} for {name!r}, which the graph says is {types[0]}")
+        if said.HasField("shape") and array.ndim != len(said.shape.dim):
+            raise ConformanceError(f"{runtime} gave {name!r} with {array.ndim} axes, the graph says {len(said.shape.dim)}")

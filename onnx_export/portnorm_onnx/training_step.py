@@ -176,7 +176,7 @@ UPDATES = 3
 
 def _check(draft: Draft, step: _Step, *, state: bool, lengths: bool) -> list[Comparison]:
     """Three updates in the runtime against three eager ones, each output relative to the distance of the eager run to float64."""
-    session = session_of("onnxruntime", draft.loadable())
+    session = session_of("onnxruntime", draft.loadable(), draft.proto)
     dtype = numpy.dtype(step.model.dtype).name
     double = _Step(step.model.to(dtype="float64"), step.loss, step.optimizer, step.clip)
     rng = numpy.random.default_rng(0)
