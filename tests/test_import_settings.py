@@ -519,3 +519,12 @@ def test_a_forward_of_somebody_is_not_taken_for_that_of_torch(name: str, own: bo
         with pytest.raises(pn.CheckpointError, match=r"the class Mine has a forward of its own.*ignore=\('forward',\)"):
             pn.import_checkpoint(module)
     assert type(pn.import_checkpoint(module, ignore=("forward",))).__name__ == name
+
+
+@pytest.mark.parametrize("given", [{}, {"batch_first": False}, {"batch_first": True}], ids=str)
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_that_arrays_do_not_say_the_order_of_axes_is_said(cell: str, given: dict[str, bool]) -> None:
+    arrays = pn.to_format(getattr(pn, cell)(3, 4, rng=0), "torch")
+    layer = pn.import_checkpoint(arrays, "torch", **given)
+    said = "not stored: the order of axes; x is (time, batch, features), batch_first=True makes it the other"
+    assert (said in layer.provenance) == (not given)

@@ -259,6 +259,9 @@ class _Reader:
         found = [f"said beside the arrays: {', '.join(said)}"] if said else []
         found += self.said.notes
         found += [f"not stored, taken as usual there: {', '.join(unsaid)}"] if unsaid else []
+        if isinstance(layer, Recurrent) and "batch_first" not in self.stated:
+            order = "batch, time" if layer.batch_first else "time, batch"
+            found.append(f"not stored: the order of axes; x is ({order}, features), batch_first={not layer.batch_first} makes it the other")
         found += [f"not stored, so {'1' if name == 'weight' else '0'}: {name}" for name in self.filled]
         return found
 
