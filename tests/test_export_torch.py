@@ -871,6 +871,18 @@ runpy.run_path("docs/examples/torch_speech.py", run_name="__main__")
     assert (tmp_path / "m.onnx").exists()
 
 
+@pytest.mark.slow
+def test_the_example_of_a_cell_of_ones_own_runs(tmp_path: Path) -> None:
+    code = f"""
+import runpy, sys
+sys.argv = ["torch_own_cell.py", "--out", {str(tmp_path / "m.onnx")!r}]
+runpy.run_path("docs/examples/torch_own_cell.py", run_name="__main__")
+"""
+    *_, far = output_of(code).splitlines()
+    assert far.startswith("300 steps: ")
+    assert float(far.split()[2]) < 5e-5
+
+
 def test_without_onnxscript_the_extra_is_named() -> None:
     code = """
 import sys
