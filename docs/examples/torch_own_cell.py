@@ -2,8 +2,8 @@
 
     python docs/examples/torch_own_cell.py [--out m.onnx]
 
-The cell is Ba, Kiros & Hinton 2016, equations 20 to 22, written from `nn.LSTMCell` and `nn.LayerNorm`. The function says which of its arrays
-is which of ours; `replace_modules` then runs the model before and after, so a wrong assignment is an error and not another model.
+The cell is Ba, Kiros & Hinton 2016, equations 20 to 22, written from `nn.LSTMCell` and `nn.LayerNorm`. The function says which of its
+arrays is which of ours; `replace_modules` then runs the model before and after, so a wrong assignment is an error and not another model.
 """
 
 from __future__ import annotations
