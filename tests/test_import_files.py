@@ -347,6 +347,15 @@ def test_a_cell_of_somebody_is_told_what_works(first: str, second: str) -> None:
         pn.import_checkpoint(keys, "torch")
 
 
+@pytest.mark.parametrize("format_", ["torch-fastrnns", "haste", "icefall"])
+@pytest.mark.parametrize("before", ["", "cell.", "rnn."])
+def test_normalizers_by_other_names_are_not_to_be_ignored(before: str, format_: str) -> None:
+    """The matrices have the names of the format, and the normalizers others: without these it would be another cell."""
+    names = {"weight_ih": (32, 4), "weight_hh": (32, 8), "ln_x.weight": (32,), "ln_x.bias": (32,), "ln_c.weight": (8,), "ln_c.bias": (8,)}
+    with pytest.raises(pn.CheckpointError, match=r"a recurrent cell of your own.*pn\.Variant.*replace_modules takes a function"):
+        pn.import_checkpoint({before + name: np.ones(shape, np.float32) for name, shape in names.items()}, format_)
+
+
 def test_the_ways_that_an_error_names_work(rng: np.random.Generator) -> None:
     """As the error says: a Variant and a function of names."""
     theirs = {

@@ -85,7 +85,7 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
         raise CheckpointError(f"the keys are those of {', '.join(_titles(exact))}, but no such layer has these shapes: {shapes}{other}")
     if near is None:
         raise CheckpointError(f"{clashes[0]}; name the one that is meant by `prefix`")
-    hint = own_cell({key: arrays[key] for key in near.unknown})
+    hint = own_cell(dict(arrays) if near.missing else {key: arrays[key] for key in near.unknown})
     rest = f"; what does not belong to the layer goes into `ignore`{hint}" if near.unknown else ""
     raise CheckpointError(
         f"the keys do not fit {near.row.format!r} {near.row.title}, the nearest: missing {near.missing or 'nothing'}, "
@@ -231,7 +231,7 @@ def own_cell(arrays: Arrays) -> str:
                     f". Are {other!r} and {key!r} a recurrent cell of your own? Then make its layer, with a pn.Variant that says where its "
                     "normalizers and biases are: layer = pn.LSTM(inputs, hidden, norm=pn.Variant(…)), and give it the weights by name, "
                     "layer.load_state_dict({ours: your_arrays[theirs(ours)] for ours in layer.state_dict()}); or call your arrays what "
-                    "pn.to_format(layer, format) calls them, and import that"
+                    "pn.to_format(layer, format) calls them, and import that. replace_modules takes a function from the module to that layer"
                 )
     return ""
 
