@@ -231,7 +231,7 @@ def own_cell(arrays: Arrays) -> str:
                     f". Are {other!r} and {key!r} a recurrent cell of your own? Then make its layer, with a pn.Variant that says where its "
                     "normalizers and biases are: layer = pn.LSTM(inputs, hidden, norm=pn.Variant(…)), and give it the weights by name, "
                     "layer.load_state_dict({ours: your_arrays[theirs(ours)] for ours in layer.state_dict()}); or call your arrays what "
-                    "pn.to_format(layer, format) calls them, and import that. replace_modules takes a function from the module to that layer"
+                    "pn.to_format(layer, format) calls them, and import that. replace_modules takes a function from module to layer"
                 )
     return ""
 
