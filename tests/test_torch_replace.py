@@ -801,6 +801,9 @@ BARE: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
 }
 """Norms without parameters, so that the gradient of the input is the only one."""
 PLACES = [(3.0, 2.0), (1.0, 100.0), (1.0, 0.0), (1e-3, 1.0)]
+"""The scale and the mean of an input."""
+CONSTANT = [(1e-6, 5.0), (0.0, 100.1), (1e-3, 1e4)]
+"""Those of inputs that are constant but for rounding, which is then all of a result, or most of it."""
 
 
 @pytest.mark.parametrize(("scale", "offset"), PLACES)
@@ -813,6 +816,20 @@ def test_a_norm_without_parameters_is_swapped_wherever_its_input_lies(name: str,
         model = torch.nn.Sequential(make())
         swapped = pn.replace_modules(model, {"0": "torch"}, args=scale * torch.randn(shape) + offset)
         assert ("training step", "gradients", 1) in [(c.mode, c.what, c.arrays) for c in swapped.compared]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", BARE)
+def test_a_norm_without_parameters_is_swapped_where_its_input_is_constant_but_for_rounding(name: str, dtype: Any) -> None:
+    """There rounding moves a result by all of it; that it is rounding shows in the other dtype, and so does what is none."""
+    make, shape = BARE[name]
+    for scale, offset in CONSTANT:
+        torch.manual_seed(0)
+        x = scale * torch.randn(shape, dtype=dtype) + offset
+        pn.replace_modules(torch.nn.Sequential(make()).to(dtype), {"0": "torch"}, args=x)
+    x = CONSTANT[0][0] * torch.randn(shape, dtype=dtype) + CONSTANT[0][1]
+    with pytest.raises(pn.ConformanceError, match="differ by"):
+        pn.replace_modules(torch.nn.Sequential(make()).to(dtype), {"0": wrong("eps")}, args=x)
 
 
 def wrong(part: str) -> Callable[[Any], pn.Layer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from portnorm.errors import ConformanceError, PortnormError, UnsupportedError
 from portnorm.layers.recurrent import Recurrent
-from portnorm_backends.torch_compare import SEEDS, Arrays, Call, arrays_in, as_it_was, compare, nudged, same_chance, unit
+from portnorm_backends.torch_compare import SEEDS, Arrays, Call, arrays_in, as_it_was, compare, copied_to, nudged, same_chance, unit
 from portnorm_backends.torch_standin import CellStandIn, Form, RecurrentStandIn, StandIn
 from portnorm_backends.torch_twin import Twin
 
@@ -135,8 +136,21 @@ def _compare(twin: Twin, call: Call, result: Any, least: float = 0.0) -> None:
     for seed in SEEDS:
         with nudged(twin.module, seed) as change:
             near.append(_named(twin.module(*(given := call.fresh(change)).args, **given.kwargs)))
+
+    @functools.cache
+    def again(dtype: torch.dtype) -> tuple[Arrays, Arrays] | None:
+        copies, given = copied_to(dtype, (twin.module, made)), call.fresh(lambda a: a.to(dtype))
+        try:
+            if copies is None:
+                return None
+            theirs, ours = (_named(module(*given.args, **given.kwargs)) for module in copies)
+            return theirs, ours
+        except (RuntimeError, PortnormError):  # of what has arrays of its own in one dtype
+            return None
+
     try:
-        compare("evaluation", "values", theirs, ours, near, max(least, unit(twin.module)), f"{title} and {made!r}")
+        least = max(least, unit(twin.module))
+        compare("evaluation", "values", theirs, ours, near, least, f"{title} and {made!r}", again=again)
     except ConformanceError as error:
         raise ConformanceError(f"{error}. {_HINT}") from error
 
