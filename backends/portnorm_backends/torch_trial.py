@@ -115,7 +115,7 @@ class Trial:
             swapped = f"{', '.join(repr(twin.path) for twin in self.twins)} {'was' if len(self.twins) == 1 else 'were'} swapped"
             title = f"`model` before and after {swapped} ({_name(mode)})"
             try:
-                with self._without_dropout():
+                with self._without_dropout(), self._counted(mode):
                     after = ran(self.model, self.call, mode, lambda: dict(self.model.named_buffers()))
             except Exception as error:  # whatever a model raises
                 raise UnsupportedError(
@@ -136,6 +136,28 @@ class Trial:
                 done = compare(_name(mode), what, *sides, others, self.unit, title, before.terms, again)
                 found += [done] if done is not None else []
         return found
+
+    @contextlib.contextmanager
+    def _counted(self, mode: bool) -> Iterator[None]:
+        """Raises `UnsupportedError` where what stands for a module is not called in evaluation as often as that was."""
+        count = dict.fromkeys([id(twin.made) for twin in self.twins], 0)
+
+        def hook(made: torch.nn.Module, *_: Any) -> None:
+            count[id(made)] += 1
+
+        handles = [] if mode else [twin.made.register_forward_hook(hook) for twin in self.twins]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for twin in self.twins if not mode else ():
+            before, after = len(self.calls[id(twin.module)]), count[id(twin.made)]
+            if before != after:
+                raise UnsupportedError(
+                    f"{twin.title} is called {before} times before the swap and {after} times after it: the model reaches the module in "
+                    "another way than by its name, such as a function or a list that holds it; reach it by its name, or leave it out"
+                )
 
     def _again(self, mode: bool, dtype: torch.dtype) -> tuple[Ran, Ran] | None:
         """Before and after the swap in another dtype, without statistics; `None` where the model does not run so."""
