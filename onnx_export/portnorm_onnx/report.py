@@ -119,6 +119,8 @@ class Report:
     """What a tool has changed in the file since it was exported."""
     change: Change | None = None
     """What integers have changed, where the graph has them."""
+    left: tuple[str, ...] = ()
+    """Files with the weights of earlier exports to the same path: this model does not read them, but a copy of an earlier one may."""
     model: onnx.ModelProto | None = field(default=None, repr=False)
 
     @classmethod
@@ -178,6 +180,7 @@ class Report:
         lines = [f"{self.path or 'model in memory'}: opset {self.opset}, {self.nodes} nodes{inside}, {self.size:,} bytes"]
         lines += [f"  changed by a tool: {change}" for change in self.changes]
         lines += [] if self.change is None else [f"  changed by integers: {self.change}{self._hardly}"]
+        lines += [f"  left of earlier exports: {name}, which this model does not read" for name in self.left]
         if len(self.outcomes) > 1:
             lines += [f"  {o.runtime:<17} {o.version:<10} {o.status:<14} {self._of(o)}" for o in self.outcomes]
             return "\n".join(lines)
