@@ -1042,6 +1042,12 @@ HELD: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
     "a method": (lambda m: m.forward, lambda held: held, "'rnn'"),
     "a partial": (lambda m: functools.partial(m, hx=None), lambda held: held, "'rnn'"),
     "a function": (lambda m: lambda x: m(x), lambda held: held, "'rnn'"),
+    "a default": (lambda m: lambda x, m=m: m(x), lambda held: held, "'rnn'"),
+    "an optimizer": (
+        lambda m: torch.optim.SGD(m.parameters(), 0.1),
+        lambda held: lambda x: (x * held.param_groups[0]["lr"],),
+        r"'rnn\.weight_ih_l0'",
+    ),
     "a parameter": (lambda m: [m, m.bias_hh_l0][1:], lambda held: lambda x: (x * held[0][0],), r"'rnn\.bias_hh_l0'"),
 }
 

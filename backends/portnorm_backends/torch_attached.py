@@ -104,7 +104,7 @@ def check_held(model: torch.nn.Module, swapped: Mapping[str, torch.nn.Module]) -
 
 
 def _held(value: Any, known: Mapping[int, str], depth: int) -> Iterator[str]:
-    """The names of what is known in containers, bound methods, and what functions have from around them."""
+    """The names of what is known in containers, optimizers and bound methods, and of what functions have from around them or by default."""
     if id(value) in known:
         yield known[id(value)]
     inner: Any = ()
@@ -117,7 +117,10 @@ def _held(value: Any, known: Mapping[int, str], depth: int) -> Iterator[str]:
     elif isinstance(value, functools.partial):
         inner = (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, types.FunctionType):
-        inner = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        around = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        inner = (*around, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    elif isinstance(value, torch.optim.Optimizer):
+        inner = [p for group in value.param_groups for p in group["params"]]
     for item in inner if depth else ():
         yield from _held(item, known, depth - 1)
 
