@@ -110,7 +110,7 @@ def test_a_wrong_weight_is_found(norm: Any, name: str, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("cell", "norm"), [("LSTM", "batch-input"), ("GRU", "batch"), ("RNN", "batch-input")])
+@pytest.mark.parametrize(("cell", "norm"), [("LSTM", "batch-input"), ("RNN", "batch-input")])
 def test_a_folded_matrix_is_made_once(cell: str, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is added to the product afterwards: wide ones would be there once for every bias."""
     made: dict[bytes, set[int]] = {}
