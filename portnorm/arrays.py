@@ -108,6 +108,8 @@ class Library:
     """What stands in for arithmetic in a type that arrays can have."""
     more_dtypes: Mapping[str, Callable[[], DType]] = field(default_factory=lambda: MappingProxyType({}))
     """Types that arrays can have and the namespace does not name."""
+    release: Callable[[], None] = lambda: None
+    """Gives back to the system the memory that waits for later results, before something that needs much of its own."""
 
 
 _ENTRY_POINTS = "portnorm.backends"

@@ -475,6 +475,36 @@ def test_one_of_merged_graphs_is_loaded_by_its_prefix(tmp_path: Path) -> None:
         pn.load(tmp_path / "m.safetensors", prefix="a/")
 
 
+@pytest.mark.parametrize(
+    ("cell", "norm", "keywords", "told"),
+    [
+        ("LSTM", "layer", {"external_data": True}, r"renamed 'norm_ih_l0\.weight' but not where a loop reads it"),
+        ("GRU", None, {"function": True}, "renamed ONNX's own operator as it did the function of its name"),
+    ],
+    ids=["external data", "function"],
+)
+def test_names_that_compose_leaves_as_they_were(cell: str, norm: Any, keywords: Any, told: str, tmp_path: Path) -> None:
+    """The way out that is named, `prefix=`, gives a file that passes."""
+    layer, path = recurrent(cell, norm), tmp_path / "m.onnx"
+    pn.export(layer, path, **keywords)
+    onnx.save(onnx.compose.add_prefix(onnx.load(path), "pre_"), tmp_path / "p.onnx")
+    with pytest.raises(pn.ExportError, match=f"{told}.*`prefix=` of export"):
+        pn.verify(tmp_path / "p.onnx", layer)
+    pn.export(layer, path, prefix="pre_", **keywords)
+    assert pn.verify(path).worst_step is not None
+
+
+def test_a_graph_with_more_behind_the_layer(tmp_path: Path) -> None:
+    made = pn.export(lstm("layer"), None, lengths=False).model
+    kind = helper.make_tensor_value_info
+    ends = [[kind(name, onnx.TensorProto.FLOAT, ["time", "batch", 8])] for name in ("q", "z")]
+    behind = helper.make_graph([helper.make_node("Relu", ["q"], ["z"])], "behind", *ends)
+    other = helper.make_model(behind, opset_imports=list(made.opset_import), ir_version=made.ir_version)
+    onnx.save(onnx.compose.merge_models(made, other, io_map=[("y", "q")]), tmp_path / "m.onnx")
+    with pytest.raises(pn.ExportError, match="of x, z, has 'y' inside: it holds more than the layer"):
+        pn.verify(tmp_path / "m.onnx")
+
+
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pn.save(lstm("layer"), tmp_path / "m.safetensors")
     saved, path, small = str(tmp_path / "m.safetensors"), tmp_path / "m.onnx", tmp_path / "small.onnx"

@@ -753,6 +753,14 @@ def test_refusals_of_torch_say_what_to_do() -> None:
         assert not any(word in str(raised.value) for word in ("TORCH", "draft_export", "http", "mark_dynamic", "specialized"))
 
 
+def test_an_opset_that_torch_does_not_write_is_named() -> None:
+    import torch
+
+    told = r"`opset` is 27, (and torch writes whole models in 18 to \d+$|which the installed onnxruntime does not load)"
+    with pytest.raises(pn.PortnormError, match=told):
+        pn.export_torch(pn.torch_module(pn.LayerNorm(3)), torch.randn(5, 3), None, opset=27, target="onnxruntime")
+
+
 @pytest.mark.parametrize("axis", [3, 7, -1, "time"])
 @pytest.mark.parametrize("form", ["by name", "in order", "inside"])
 def test_a_free_axis_that_an_input_does_not_have_is_named(form: str, axis: Any) -> None:

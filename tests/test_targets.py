@@ -503,6 +503,26 @@ def test_external_data(tmp_path: Path) -> None:
     assert LIMIT < 2**31
 
 
+def test_weights_of_earlier_exports_stay_and_are_named(tmp_path: Path) -> None:
+    """A copy of the earlier model still reads them. A file of somebody else's that is called nearly so is not taken for one."""
+    path, copied = tmp_path / "m.onnx", tmp_path / "copied.onnx"
+    first, second = (pn.LSTM(32, 64, norm="layer", rng=seed) for seed in range(2))
+    assert pn.export(first, path, external_data=True).left == ()
+    own = {p.name for p in tmp_path.glob("*.data")}
+    (tmp_path / "m.onnx.notes.data").write_bytes(b"mine")
+    copied.write_bytes(path.read_bytes())
+    for keywords in ({"external_data": True}, {}):
+        report = pn.export(second, path, **keywords)
+        assert own <= set(report.left)
+        assert str(report).count("left of earlier exports") == len(report.left) == len(own) + (not keywords)
+        np.testing.assert_array_equal(pn.load(path).params["weight_hh_l0"], second.params["weight_hh_l0"])
+        np.testing.assert_array_equal(pn.load(copied).params["weight_hh_l0"], first.params["weight_hh_l0"])
+        assert pn.verify(copied, first).worst_step is not None
+    assert pn.export(first, path, external_data=True).left == tuple(
+        sorted({p.name for p in tmp_path.glob("*.data")} - own - {"m.onnx.notes.data"})
+    )
+
+
 # -- back again --------------------------------------------------------------------------------------------------------------------------
 
 

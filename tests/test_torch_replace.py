@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib
 import random
 import warnings
@@ -801,6 +802,9 @@ BARE: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
 }
 """Norms without parameters, so that the gradient of the input is the only one."""
 PLACES = [(3.0, 2.0), (1.0, 100.0), (1.0, 0.0), (1e-3, 1.0)]
+"""The scale and the mean of an input."""
+CONSTANT = [(1e-6, 5.0), (0.0, 100.1), (1e-3, 1e4)]
+"""Those of inputs that are constant but for rounding, which is then all of a result, or most of it."""
 
 
 @pytest.mark.parametrize(("scale", "offset"), PLACES)
@@ -813,6 +817,20 @@ def test_a_norm_without_parameters_is_swapped_wherever_its_input_lies(name: str,
         model = torch.nn.Sequential(make())
         swapped = pn.replace_modules(model, {"0": "torch"}, args=scale * torch.randn(shape) + offset)
         assert ("training step", "gradients", 1) in [(c.mode, c.what, c.arrays) for c in swapped.compared]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", BARE)
+def test_a_norm_without_parameters_is_swapped_where_its_input_is_constant_but_for_rounding(name: str, dtype: Any) -> None:
+    """There rounding moves a result by all of it; that it is rounding shows in the other dtype, and so does what is none."""
+    make, shape = BARE[name]
+    for scale, offset in CONSTANT:
+        torch.manual_seed(0)
+        x = scale * torch.randn(shape, dtype=dtype) + offset
+        pn.replace_modules(torch.nn.Sequential(make()).to(dtype), {"0": "torch"}, args=x)
+    x = CONSTANT[0][0] * torch.randn(shape, dtype=dtype) + CONSTANT[0][1]
+    with pytest.raises(pn.ConformanceError, match="differ by"):
+        pn.replace_modules(torch.nn.Sequential(make()).to(dtype), {"0": wrong("eps")}, args=x)
 
 
 def wrong(part: str) -> Callable[[Any], pn.Layer]:
@@ -979,3 +997,113 @@ def test_a_forward_of_one_module_alone_is_named() -> None:
         pn.replace_modules(model, {"0": "torch"})
     del model[0].forward
     assert pn.replace_modules(model, {"0": "torch"}) == ["0"]
+
+
+class Own(torch.nn.GRU):  # type: ignore[misc]
+    """A call that is not torch's, and a forward that is."""
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return tuple(2 * a for a in super().__call__(*args, **named))
+
+
+def test_a_call_of_a_class_alone_is_named() -> None:
+    for given in (None, torch.randn(5, 2, 3)):
+        with pytest.raises(pn.CheckpointError, match=r"'0': the module .*Own has a __call__ of its own"):
+            pn.replace_modules(torch.nn.Sequential(Own(3, 4)), {torch.nn.GRU: "torch"}, args=given)
+
+
+def test_a_hook_of_all_modules_is_named_where_a_module_differs() -> None:
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, i, o: 2 * o if type(m) is torch.nn.LayerNorm else None)
+    try:
+        with pytest.raises(pn.ConformanceError, match=r"differ by .*<lambda>` is a hook of all modules"):
+            pn.replace_modules(torch.nn.Sequential(torch.nn.LayerNorm(4)), {"0": "torch"}, args=torch.randn(5, 4))
+    finally:
+        handle.remove()
+
+
+# -- what goes on with a module ------------------------------------------------------------------------------------------------------------
+
+
+class Holder(torch.nn.Module):  # type: ignore[misc]
+    """Calls its layer by what is in `held`, from which `run` takes it."""
+
+    def __init__(self, hold: Callable[[Any], Any], run: Callable[[Any], Any] = lambda held: held):
+        super().__init__()
+        self.rnn = torch.nn.GRU(3, 4)
+        self.held, self.run = hold(self.rnn), run
+
+    def forward(self, x: Any) -> Any:
+        return self.run(self.held)(x)[0]
+
+
+HELD: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
+    "a list": (lambda m: [m], lambda held: held[0], "'rnn'"),
+    "a dict in a tuple": (lambda m: ({"a": m},), lambda held: held[0]["a"], "'rnn'"),
+    "a method": (lambda m: m.forward, lambda held: held, "'rnn'"),
+    "a partial": (lambda m: functools.partial(m, hx=None), lambda held: held, "'rnn'"),
+    "a function": (lambda m: lambda x: m(x), lambda held: held, "'rnn'"),
+    "a default": (lambda m: lambda x, m=m: m(x), lambda held: held, "'rnn'"),
+    "an optimizer": (
+        lambda m: torch.optim.SGD(m.parameters(), 0.1),
+        lambda held: lambda x: (x * held.param_groups[0]["lr"],),
+        r"'rnn\.weight_ih_l0'",
+    ),
+    "a parameter": (lambda m: [m, m.bias_hh_l0][1:], lambda held: lambda x: (x * held[0][0],), r"'rnn\.bias_hh_l0'"),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_what_would_go_on_with_a_module_is_named(kind: str) -> None:
+    """With inputs and without: the model would compute with weights that nobody trains, and nothing would be seen of it at first."""
+    hold, run, name = HELD[kind]
+    x = torch.randn(5, 2, 3)
+    for given in (None, x):
+        model = torch.nn.Sequential(Holder(hold, run))
+        before = what_it_is(model)
+        with pytest.raises(pn.UnsupportedError, match=rf"`held` of '0' \(Holder\) holds {name.replace('rnn', '0[.]rnn')} and would go on"):
+            pn.replace_modules(model, {torch.nn.GRU: "torch"}, args=given)
+        assert_same(before, what_it_is(model))
+
+
+def test_a_module_that_is_reached_where_nobody_looks_is_named() -> None:
+    class Hidden:
+        """Not looked into."""
+
+    def hold(module: Any) -> Any:
+        found = Hidden()
+        found.module = module
+        return found
+
+    for run, after in ((lambda held: held.module, 0), (lambda held: lambda x: held.module(held.module.me(x)[0] @ torch.ones(4, 3)), 1)):
+        model = Holder(hold, run)
+        model.held.module.me = lambda x, model=model: model.rnn(x)
+        before = what_it_is(model)
+        with pytest.raises(
+            pn.UnsupportedError, match=rf"'rnn' \(GRU\) is called {after + 1} times before the swap and {after} times after"
+        ):
+            pn.replace_modules(model, {torch.nn.GRU: "torch"}, args=torch.randn(5, 2, 3))
+        assert_same(before, what_it_is(model))
+
+
+def test_a_compiled_module_inside_is_swapped_as_a_whole_or_not_at_all() -> None:
+    for given in (None, torch.randn(5, 2, 3)):
+        model = torch.nn.Sequential(torch.nn.GRU(3, 4))
+        model[0] = torch.compile(model[0], backend="eager")
+        with pytest.raises(pn.UnsupportedError, match=r"'0' was made by torch\.compile .*; swap it by the name '0', or before"):
+            pn.replace_modules(model, {torch.nn.GRU: "torch"}, args=given)
+        assert pn.replace_modules(model, {"0": "torch"}, args=given) == ["0"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_modules_of_torch_jit_are_named() -> None:
+    model = torch.nn.Sequential(torch.jit.script(torch.nn.LayerNorm(4)))
+    with pytest.raises(pn.UnsupportedError, match=r"'0' was compiled by torch\.jit"):
+        pn.replace_modules(model, {"0": "torch"}, args=torch.randn(5, 4))
+    for whole in (model, torch.jit.trace(torch.nn.Sequential(torch.nn.LayerNorm(4)), torch.randn(5, 4))):
+        with pytest.raises(pn.UnsupportedError, match=r"no module of LayerNorm inside; .*before the model is scripted or traced"):
+            pn.replace_modules(whole, {torch.nn.LayerNorm: "torch"}, args=torch.randn(5, 4))
+
+
+def test_a_call_that_a_layer_does_not_take_is_named_with_its_module() -> None:
+    with pytest.raises(pn.UnsupportedError, match=r"'0' \(InstanceNorm1d\) is called in a way that .* cannot be: `x` has shape \(4, 6\)"):
+        pn.replace_modules(torch.nn.Sequential(torch.nn.InstanceNorm1d(4)), {"0": "torch"}, args=torch.randn(4, 6))

@@ -13,7 +13,9 @@ import pytest
 import portnorm as pn
 import portnorm_onnx.checked as checked_module
 import portnorm_onnx.export as export_module
+import portnorm_onnx.fold as fold
 import portnorm_onnx.storage as storage
+from portnorm_backends.cpu import memory
 from portnorm_onnx.storage import weights_of
 from tests.processes import output_of
 from tests.test_export import LAYERS, a_little_off, recurrent, spoiled
@@ -106,3 +108,30 @@ def test_a_wrong_weight_is_found(norm: Any, name: str, tmp_path: Path, monkeypat
     with pytest.raises(pn.ConformanceError):
         pn.export(recurrent("LSTM", norm), path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("cell", "norm"), [("LSTM", "batch-input"), ("RNN", "batch-input")])
+def test_a_folded_matrix_is_made_once(cell: str, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is added to the product afterwards: wide ones would be there once for every bias."""
+    made: dict[bytes, set[int]] = {}
+    kept, matrix = [], fold.Affine.matrix
+
+    def counted(self: fold.Affine, dtype: Any) -> Any:
+        found = matrix(self, dtype)
+        if self.scale is not None:
+            kept.append(found)
+            made.setdefault(self.scale.tobytes() + self.weight.tobytes(), set()).add(id(found))
+        return found
+
+    monkeypatch.setattr(fold.Affine, "matrix", counted)
+    pn.export(recurrent(cell, norm), None)
+    assert len(kept) > len(made) > 0
+    assert {len(arrays) for arrays in made.values()} == {1}
+
+
+def test_memory_of_eager_runs_is_given_back() -> None:
+    """That of large results waits for the next ones; here a runtime needs it next."""
+    memory.room((2**20,), np.dtype("float32"))
+    assert memory._waiting
+    pn.export(recurrent("GRU", "weight"), None)
+    assert not memory._waiting

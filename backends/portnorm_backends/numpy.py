@@ -14,7 +14,7 @@ from portnorm.arrays import Library
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
 from portnorm_backends import bfloat16
-from portnorm_backends.cpu import affine, integers, normalize, recurrent
+from portnorm_backends.cpu import affine, integers, memory, normalize, recurrent
 
 _KERNELS = {
     "normalize": normalize.KERNEL,
@@ -43,4 +43,5 @@ LIBRARY = Library(
     fixed=_fixed,
     narrow=bfloat16.NARROW,
     more_dtypes={"bfloat16": bfloat16.dtype},
+    release=memory.release,
 )

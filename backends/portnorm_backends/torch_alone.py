@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from portnorm.errors import ConformanceError, PortnormError, UnsupportedError
 from portnorm.layers.recurrent import Recurrent
-from portnorm_backends.torch_compare import SEEDS, Arrays, Call, arrays_in, as_it_was, compare, nudged, same_chance, unit
+from portnorm_backends.torch_attached import hooks_of_all
+from portnorm_backends.torch_compare import SEEDS, Arrays, Call, arrays_in, as_it_was, compare, copied_to, nudged, same_chance, unit
 from portnorm_backends.torch_standin import CellStandIn, Form, RecurrentStandIn, StandIn
 from portnorm_backends.torch_twin import Twin
 
@@ -123,9 +125,9 @@ def _compare(twin: Twin, call: Call, result: Any, least: float = 0.0) -> None:
             if made._gives_state and made.bound(*call).get("state") is None and not made._takes_one:
                 made._form = Form.of(result[1])
         mine = made(*call.args, **call.kwargs)
-    except TypeError as error:
-        if isinstance(error, PortnormError):
-            raise
+    except UnsupportedError:
+        raise
+    except (TypeError, PortnormError) as error:
         raise UnsupportedError(f"{title} is called in a way that {made!r} cannot be: {error}") from error
     theirs, ours = _named(result), _named(mine)
     shapes = [[tuple(a.shape) for a in side.values()] for side in (theirs, ours)]
@@ -135,10 +137,23 @@ def _compare(twin: Twin, call: Call, result: Any, least: float = 0.0) -> None:
     for seed in SEEDS:
         with nudged(twin.module, seed) as change:
             near.append(_named(twin.module(*(given := call.fresh(change)).args, **given.kwargs)))
+
+    @functools.cache
+    def again(dtype: torch.dtype) -> tuple[Arrays, Arrays] | None:
+        copies, given = copied_to(dtype, (twin.module, made)), call.fresh(lambda a: a.to(dtype))
+        try:
+            if copies is None:
+                return None
+            theirs, ours = (_named(module(*given.args, **given.kwargs)) for module in copies)
+            return theirs, ours
+        except (RuntimeError, PortnormError):  # of what has arrays of its own in one dtype
+            return None
+
     try:
-        compare("evaluation", "values", theirs, ours, near, max(least, unit(twin.module)), f"{title} and {made!r}")
+        least = max(least, unit(twin.module))
+        compare("evaluation", "values", theirs, ours, near, least, f"{title} and {made!r}", again=again)
     except ConformanceError as error:
-        raise ConformanceError(f"{error}. {_HINT}") from error
+        raise ConformanceError(f"{error}. {_HINT}{hooks_of_all()}") from error
 
 
 def _named(result: Any) -> Arrays:

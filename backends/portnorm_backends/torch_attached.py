@@ -1,8 +1,11 @@
-"""What is attached to a module of torch and would not be on what stands in its place: hooks, and parametrizations of its parameters."""
+"""What is attached to a module of torch and would not be on what stands in its place: hooks, parametrizations of its parameters, and what
+holds the module beside its name in the model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -68,6 +71,65 @@ def parametrized(path: str, module: torch.nn.Module) -> Iterator[tuple[str, str,
             kind = _computes_a_parameter(hook)
             if kind is not None:
                 yield inner_path, getattr(hook, "name", getattr(hook, "_tensor_name", "")), type(hook).__name__, _REMOVED_BY[kind]
+
+
+_OWN = {"_modules", "_parameters", "_buffers"}
+"""What a module says by the names of its modules, parameters and buffers."""
+_DEPTH = 4
+"""So many containers and functions inside one another are looked into."""
+
+
+def check_held(model: torch.nn.Module, swapped: Mapping[str, torch.nn.Module]) -> None:
+    """Raise `UnsupportedError` where the model goes on with a module after the swap: what `torch.compile`, a list or a function holds."""
+    inside = {id(m) for module in swapped.values() for m in module.modules()}
+    known = {id(module): path for path, module in swapped.items()}
+    known |= {id(p): f"{path}.{name}" for path, module in swapped.items() for name, p in module.named_parameters()}
+    for path, holder in model.named_modules():
+        if id(holder) in inside:
+            continue
+        wrapped = dict(holder.named_children()).get("_orig_mod")
+        if wrapped is not None and id(wrapped) in known:
+            raise UnsupportedError(
+                f"{path!r} was made by torch.compile and goes on with the module that it was made of; swap it by the name {path!r}, or "
+                "before it is compiled"
+            )
+        for name, value in vars(holder).items():
+            found = next(_held(value, known, _DEPTH), None) if name not in _OWN else None
+            if found is not None:
+                where = f"{path!r} ({type(holder).__name__})" if path else f"the {type(holder).__name__}"
+                raise UnsupportedError(
+                    f"`{name}` of {where} holds {found!r} and would go on with it after the swap; swap before that is set, or take it away "
+                    "and set it anew afterwards"
+                )
+
+
+def _held(value: Any, known: Mapping[int, str], depth: int) -> Iterator[str]:
+    """The names of what is known in containers, optimizers and bound methods, and of what functions have from around them or by default."""
+    if id(value) in known:
+        yield known[id(value)]
+    inner: Any = ()
+    if isinstance(value, dict):
+        inner = value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        inner = value
+    elif isinstance(value, types.MethodType):
+        inner = (value.__self__, value.__func__)
+    elif isinstance(value, functools.partial):
+        inner = (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, types.FunctionType):
+        around = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        inner = (*around, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    elif isinstance(value, torch.optim.Optimizer):
+        inner = [p for group in value.param_groups for p in group["params"]]
+    for item in inner if depth else ():
+        yield from _held(item, known, depth - 1)
+
+
+def hooks_of_all() -> str:
+    """A hint where a hook that was registered for all modules may change what one gives."""
+    module = torch.nn.modules.module
+    found = [_name(hook) for group in (module._global_forward_pre_hooks, module._global_forward_hooks) for hook in group.values()]
+    return f". {', '.join(found)} is a hook of all modules (torch.nn.modules.module), which may tell them apart" if found else ""
 
 
 def _computes_a_parameter(hook: Any) -> str | None:

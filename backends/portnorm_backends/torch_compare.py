@@ -21,10 +21,15 @@ from portnorm.conform.tolerances import STEP_ULP, TRAJECTORY_FACTOR
 from portnorm.errors import ConformanceError, UnsupportedError
 
 Arrays = dict[str, Array]
+Again = Callable[[torch.dtype], tuple[Arrays, Arrays] | None]
+"""The same two runs in another dtype, where they can be had."""
 SEEDS = (1, 2, 3)
 """Runs from parameters and inputs that are moved by one unit in the last place: how far they go is what rounding does to a model."""
 _CAP = 0.1
-"""Never more than this part of the largest value: where rounding moves more, the comparison would say nothing."""
+"""Never more than this part of the largest value: where rounding moves more, as it does a variable that is constant but for rounding, it
+would hide what is wrong, and runs in another dtype say whether something is."""
+_SHRINKS = 2.0**-20
+"""A difference that is rounding is so much smaller in float64 than in float32, or more: the unit is 2⁻²⁹ of it. A fault stays as large."""
 _SMALL = 0.05
 """Sums that cancel, such as the gradient of a bias before a normalization, are as exact as their terms, taken to be this part of all."""
 _WEIGHTS = 0x6E6F726D
@@ -249,11 +254,13 @@ def compare(
     least: float,
     title: str,
     terms: Mapping[str, float] | None = None,
+    again: Again | None = None,
 ) -> Compared | None:
     """Raise `ConformanceError` where two runs differ by more than rounding explains; `title` says of what the runs are.
 
     Rounding allows `TRAJECTORY_FACTOR` times what the runs `near` differ by, and `STEP_ULP` units of the largest value. `terms` says how
-    large the terms of gradients are that may cancel.
+    large the terms of gradients are that may cancel. Where rounding moves more than a small part of a result, runs `again` in float64, or
+    in float32, have to differ by as much less, or more.
     """
     if before.keys() != after.keys():
         lacking, new = [n for n in before if n not in after], [n for n in after if n not in before]
@@ -267,12 +274,36 @@ def compare(
         largest = max(_largest(a), _SMALL * max(top, (terms or {}).get(name, 0.0)) if what == "gradients" else 0.0)
         least_allowed = STEP_ULP * eps * largest
         moved = max((_distance(a, other[name]) for other in near if other[name].shape == a.shape), default=0.0)
-        allowed = max(least_allowed, min(TRAJECTORY_FACTOR * moved + least_allowed, _CAP * largest))
+        explained = TRAJECTORY_FACTOR * moved + least_allowed
+        allowed = max(least_allowed, min(explained, _CAP * largest))
         difference = _distance(a, b)
+        if allowed < difference <= explained and again is not None and _is_rounding(name, again, difference, explained, eps):
+            allowed = explained
         if not difference <= allowed:
             raise ConformanceError(f"{title} differ by {difference:.3g} in {name}; rounding allows {allowed:.3g}")
         most = max(most, difference / allowed if allowed else 0.0)
     return Compared(mode, what, len(before), most) if before else None
+
+
+def _is_rounding(name: str, again: Again, difference: float, explained: float, eps: float) -> bool:
+    """Whether a difference in float64 is as much smaller than that in float32 as rounding makes it."""
+    fine = eps < torch.finfo(torch.float32).eps
+    others = again(torch.float32 if fine else torch.float64)
+    if others is None:
+        return False
+    apart = _distance(others[0][name], others[1][name])
+    return difference <= _SHRINKS * apart if fine else apart <= _SHRINKS * explained
+
+
+def copied_to(dtype: torch.dtype, modules: Any) -> Any:
+    """Copies of the modules in a tuple or list, which know one another as these do; `None` where one cannot be copied."""
+    try:
+        copies = copy.deepcopy(modules)
+    except (RuntimeError, TypeError):  # what a module keeps of a graph, or a handle of the system
+        return None
+    for module in pytree.tree_leaves(copies):
+        module.to(dtype)
+    return copies
 
 
 def _wide(a: Array) -> Array:

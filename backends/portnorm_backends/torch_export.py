@@ -178,6 +178,7 @@ def export_torch(
                 report.outcomes.append(Outcome(name, runtime_of(name).version(), "passed", detail))
             report.change = None if quantize is None else Change.of(_pairs(Eager(exact), eager, cases))
             draft.publish()
+            report.left = draft.left
         return report
     finally:
         for module, mode in modes.items():

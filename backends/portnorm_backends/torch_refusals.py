@@ -21,6 +21,7 @@ _OUTSIDE = re.compile(
 _SIZE = re.compile(r"L\['[^']*'\]\S*?\.size\(\)\[\d+\]")
 _UNBOUNDED = re.compile(r" and \S+ <= IntInfinity\(\)")
 _SUGGESTED = re.compile(r"^\s*\w+ = (Dim\(.*\))$", re.MULTILINE)
+_OPSETS = re.compile(r"Target opset version (\d+) is not supported\. Supported range: (\d+) to (\d+)")
 _PACKS = re.compile(r"\bpack\w*\(|pad_packed_sequence")
 _NOT_THEIRS = tuple(os.path.join(os.path.dirname(path), "") for path in (torch.__file__, __file__))
 _PYTHON = os.path.join(os.path.dirname(os.__file__), "")
@@ -153,7 +154,12 @@ def _named(said: str, model: torch.nn.Module) -> str | None:
     return f"`dynamic_shapes` names {found[2]}; expected every input, {found[1]}, with None for one whose lengths are all fixed"
 
 
-_RULES: tuple[Callable[[str, torch.nn.Module], str | None], ...] = (_seen_once, _fixed, _outside, _branches, _named)
+def _opsets(said: str, model: torch.nn.Module) -> str | None:
+    found = _OPSETS.search(said)
+    return None if found is None else f"`opset` is {found[1]}, and torch writes whole models in {found[2]} to {found[3]}"
+
+
+_RULES: tuple[Callable[[str, torch.nn.Module], str | None], ...] = (_seen_once, _fixed, _outside, _branches, _named, _opsets)
 
 
 def _input(name: str, inside: str) -> str:

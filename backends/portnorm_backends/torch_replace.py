@@ -15,7 +15,7 @@ from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent
 from portnorm_backends.torch_alone import check
-from portnorm_backends.torch_attached import check_hooks, check_parametrized
+from portnorm_backends.torch_attached import check_held, check_hooks, check_parametrized
 from portnorm_backends.torch_compare import Call, Compared
 from portnorm_backends.torch_settings import dropped_inside
 from portnorm_backends.torch_standin import stand_in
@@ -91,6 +91,7 @@ def replace_modules(
     firsts: dict[int, tuple[str, torch.nn.Module]] = {}
     for path, _, _, module in places:
         firsts.setdefault(id(module), (path, module))
+    check_held(model, dict(firsts.values()))
     twins = {key: _twin(path, module, rows[key], config) for key, (path, module) in firsts.items()}
     _check_ties(model, list(twins.values()))
     trial = None
@@ -174,6 +175,8 @@ def _found(model: torch.nn.Module, table: Table) -> tuple[list[tuple[str, torch.
         if own is not None:
             layer = f"portnorm.import_checkpoint(model, {own!r})" if isinstance(own, str) else "the layer that your function gives"
             way = f"; it is itself a {type(model).__name__}, which cannot be swapped in place: model = portnorm.torch_module({layer})"
+        elif any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            way = "; modules of torch.jit have no classes: swap before the model is scripted or traced"
         raise UnsupportedError(f"`model` has no module of {names} inside; expected at least one to swap{way}")
     return places, rows
 
@@ -206,6 +209,8 @@ def _places(
 
 
 def _twin(path: str, module: torch.nn.Module, row: Replacement, config: dict[str, Any]) -> Twin:
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedError(f"{path!r} was compiled by torch.jit, which keeps what it computes; swap before it is scripted or traced")
     if any(map(torch.nn.parameter.is_lazy, itertools.chain(module.parameters(), module.buffers()))):
         raise UnsupportedError(
             f"{path!r} ({type(module).__name__}) has no sizes yet; run the model once on its input: after that its class is one "

@@ -73,17 +73,26 @@ def _layer(module: torch.nn.Module) -> str | None:
     return next((name for kind, name in _LAYERS.items() if isinstance(module, kind)), None)
 
 
-def _forward_of(module: torch.nn.Module) -> str:
-    """Where what a module computes is defined."""
-    return next(kind.__module__ for kind in type(module).__mro__ if "forward" in vars(kind))
+_COMPUTES = ("forward", "__call__", "_call_impl", "_wrapped_call_impl", "permute_hidden")
+"""The methods of torch's modules that say what comes out of a call."""
+
+
+def _own_method(module: torch.nn.Module) -> str | None:
+    """The method that says what comes out of a call and is not torch's."""
+    for name in _COMPUTES:
+        where = next((kind.__module__ for kind in type(module).__mro__ if name in vars(kind)), "torch.")
+        if name in vars(module) or not where.startswith("torch."):
+            return name
+    return None
 
 
 def said_of(module: torch.nn.Module, name: str) -> Said:
     """The settings of a module: torch's own by class, others by the norms inside them and by what they call their ε."""
     kind = type(module).__name__
     said = Said(f"the module {name!r} of the class {kind}" if name else f"the module of the class {kind}", layer=_layer(module))
-    if said.layer is not None and ("forward" in vars(module) or not _forward_of(module).startswith("torch.")):
-        said.refused["forward"] = Refusal("a forward of its own, which may compute something else than torch's class")
+    own = _own_method(module) if said.layer is not None else None
+    if own is not None:
+        said.refused["forward"] = Refusal(f"a {own} of its own, which may compute something else than torch's class")
     if isinstance(module, torch.nn.RNN | torch.nn.RNNCell):
         said.values["activation"] = module.nonlinearity
     if isinstance(module, torch.nn.RNNBase):

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from portnorm.errors import UnsupportedError
 from portnorm_backends.torch_alone import Recorded
-from portnorm_backends.torch_compare import SEEDS, Arrays, Call, Compared, Ran, arrays_in, changed, compare, nudged, ran, steady, unit
+from portnorm_backends.torch_compare import (
+    SEEDS,
+    Arrays,
+    Call,
+    Compared,
+    Ran,
+    arrays_in,
+    changed,
+    compare,
+    copied_to,
+    nudged,
+    ran,
+    steady,
+    unit,
+)
 from portnorm_backends.torch_module import RecurrentModule
 from portnorm_backends.torch_twin import Twin
 
@@ -100,7 +115,7 @@ class Trial:
             swapped = f"{', '.join(repr(twin.path) for twin in self.twins)} {'was' if len(self.twins) == 1 else 'were'} swapped"
             title = f"`model` before and after {swapped} ({_name(mode)})"
             try:
-                with self._without_dropout():
+                with self._without_dropout(), self._counted(mode):
                     after = ran(self.model, self.call, mode, lambda: dict(self.model.named_buffers()))
             except Exception as error:  # whatever a model raises
                 raise UnsupportedError(
@@ -114,16 +129,62 @@ class Trial:
                 gradients={name: d for name, d in after.gradients.items() if name not in left_out},
                 statistics={name: a for name, a in after.statistics.items() if name in before.statistics},
             )
+            runs = functools.cache(functools.partial(self._again, mode))
             for what in ("values", "gradients", "statistics"):
-                others = [getattr(r, what) for r in near]
-                done = compare(_name(mode), what, getattr(before, what), getattr(after, what), others, self.unit, title, before.terms)
+                sides, others = (getattr(before, what), getattr(after, what)), [getattr(r, what) for r in near]
+                again = functools.partial(_part, runs, what) if what != "statistics" else None
+                done = compare(_name(mode), what, *sides, others, self.unit, title, before.terms, again)
                 found += [done] if done is not None else []
         return found
+
+    @contextlib.contextmanager
+    def _counted(self, mode: bool) -> Iterator[None]:
+        """Raises `UnsupportedError` where what stands for a module is not called in evaluation as often as that was."""
+        count = dict.fromkeys([id(twin.made) for twin in self.twins], 0)
+
+        def hook(made: torch.nn.Module, *_: Any) -> None:
+            count[id(made)] += 1
+
+        handles = [] if mode else [twin.made.register_forward_hook(hook) for twin in self.twins]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for twin in self.twins if not mode else ():
+            before, after = len(self.calls[id(twin.module)]), count[id(twin.made)]
+            if before != after:
+                raise UnsupportedError(
+                    f"{twin.title} is called {before} times before the swap and {after} times after it: the model reaches the module in "
+                    "another way than by its name, such as a function or a list that holds it; reach it by its name, or leave it out"
+                )
+
+    def _again(self, mode: bool, dtype: torch.dtype) -> tuple[Ran, Ran] | None:
+        """Before and after the swap in another dtype, without statistics; `None` where the model does not run so."""
+        with self._without_dropout():
+            copies = copied_to(dtype, (self.model, [(twin.module, twin.made) for twin in self.twins]))
+        if copies is None:
+            return None
+        model, pairs = copies
+        call = self.call.fresh(lambda a: a.to(dtype))
+        try:
+            after = ran(model, call, mode, dict)
+            for inner in model.modules():
+                for module, made in pairs:
+                    inner._modules |= {name: module for name, child in inner._modules.items() if child is made}
+            return self._ours(ran(model, call, mode, dict)), after
+        except Exception:  # whatever a model raises that has arrays of its own in one dtype
+            return None
 
     def _ours(self, before: Ran) -> Ran:
         """With gradients by the names that parameters have after the swap, without those of parameters that have no twin."""
         names = {theirs: ours for twin in self.twins for theirs, ours in twin.names().items()}
         return before._replace(gradients={new: d for name, d in before.gradients.items() if (new := names.get(name, name)) is not None})
+
+
+def _part(runs: Callable[[torch.dtype], tuple[Ran, Ran] | None], what: str, dtype: torch.dtype) -> tuple[Arrays, Arrays] | None:
+    found = runs(dtype)
+    return None if found is None else (getattr(found[0], what), getattr(found[1], what))
 
 
 def _name(training: bool) -> str:

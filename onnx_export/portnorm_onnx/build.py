@@ -221,7 +221,8 @@ class _Graph:
     def _initializer(self, a: SymbolicArray) -> str:
         assert a.constant is not None
         turned = a.constant.flags.f_contiguous
-        key = (str(a.dtype), a.constant.shape, turned, hashlib.sha256(a.constant.tobytes("F" if turned else "C")).digest(), a.name)
+        values = numpy.ascontiguousarray(a.constant.T if turned else a.constant).reshape(-1).view(numpy.uint8)  # no copy of a wide one
+        key = (str(a.dtype), a.constant.shape, turned, hashlib.sha256(values.data).digest(), a.name)
         if key not in self._by_content:
             name = self._by_content[key] = self._unique(a.name) if a.name else self._numbered("constant")
             self.initializers[name] = a.constant

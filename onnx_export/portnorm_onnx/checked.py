@@ -185,9 +185,17 @@ class Graph:
 
 
 def _renamed(proto: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:
-    """A copy without functions, with inputs and outputs renamed."""
+    """A copy without functions, with inputs and outputs renamed. Raises `ExportError` where one of the new names is inside already."""
     copy = onnx.ModelProto()
     copy.CopyFrom(inline_local_functions(proto) if proto.functions else proto)
+    inside = {name for n in copy.graph.node for name in n.output} | {i.name for i in copy.graph.input}
+    taken = sorted((set(names.values()) - set(names)) & inside)
+    if taken:
+        ends = ", ".join(v.name for v in (*copy.graph.input, *copy.graph.output))
+        raise ExportError(
+            f"the graph, of {ends}, has {', '.join(map(repr, taken))} inside: it holds more than the layer, as after a merge; verify the "
+            "layer's graph before that, or give the layer of the whole as `model`, made of parts that were exported with a `prefix` each"
+        )
     for value in (*copy.graph.input, *copy.graph.output):
         value.name = names.get(value.name, value.name)
     for n in copy.graph.node:

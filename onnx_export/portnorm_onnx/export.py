@@ -80,7 +80,7 @@ def export(
     `names` gives inputs and outputs other names ({"x": "features"}), `prefix` stands before every name inside, so that the graph merges
     into another with `onnx.compose`; `function=True` makes it one model-local function. `external_data` puts weights into a file of their
     own beside the model; by itself only where they exceed what one file can hold (2 GB). That file is named after its content, so an
-    earlier one stays: other models may refer to it.
+    earlier one stays, since other models may refer to it, and is named in `report.left`.
 
     `input_shape` states the shape of `x` where the model leaves it open, such as the space of feature maps, or where lengths are fixed;
     strings name those that vary. Where it is left out, `x` has as many axes as the first of `inputs`. That of a streaming graph has no
@@ -161,7 +161,7 @@ def export(
         if model.quantizes is not None:
             report.change = change_of(exact, cases if cases is not None else random_inputs(model, dims, None))
         draft.publish()
-    return dataclasses.replace(report, model=draft.proto, size=file_size(draft.proto), seconds=seconds)
+    return dataclasses.replace(report, left=draft.left, model=draft.proto, size=file_size(draft.proto), seconds=seconds)
 
 
 def _on_numpy(given: Any) -> Any:

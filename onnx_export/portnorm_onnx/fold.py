@@ -37,14 +37,18 @@ class Affine(NamedTuple):
     shift: NumPyArray
     name: str
     multiply: Multiply
+    product: NumPyArray | None = None
+    """weight ⊙ scale where that was made already."""
 
     def matrix(self, dtype: Any) -> NumPyArray:
         """weight ⊙ scale, rounded once."""
         if self.scale is None:
             return self.weight.astype(dtype, copy=False)
-        exact: NumPyArray = self.weight.astype(numpy.float64)
-        exact *= self.scale
-        return exact.astype(dtype, copy=False)
+        if self.product is not None and self.product.dtype == dtype:
+            return self.product
+        rounded: NumPyArray = numpy.empty(self.weight.shape, dtype)
+        # In float64 piece by piece, in NumPy's own buffers: wide weights are not there in it as a whole.
+        return numpy.multiply(self.weight, self.scale, out=rounded, dtype=numpy.float64, casting="unsafe")
 
 
 def product(
@@ -60,10 +64,11 @@ def product(
 
 
 def _made(a: Affine, dtype: Any) -> SymbolicArray:
-    y = a.multiply(a.x, a.matrix(dtype), a.name)
+    matrix = a.matrix(dtype)
+    y = a.multiply(a.x, matrix, a.name)
     if a.shift.any():
         y = node("Add", y, constant(a.shift.astype(dtype)))
-    y.affine = a
+    y.affine = a._replace(product=None if a.scale is None else matrix)
     return y
 
 
@@ -75,7 +80,7 @@ def scaled(y: SymbolicArray, scale: NumPyArray, shift: NumPyArray) -> SymbolicAr
     scale, shift = (numpy.asarray(v, dtype=numpy.float64).reshape(-1) for v in (scale, shift))
     name = a.name if a.name.endswith(".folded") else f"{a.name}.folded"
     whole = scale if a.scale is None else a.scale * scale
-    return _made(a._replace(scale=whole, shift=a.shift * scale + shift, name=name), y.dtype)
+    return _made(a._replace(scale=whole, shift=a.shift * scale + shift, name=name, product=None), y.dtype)
 
 
 def folded(op_type: str, args: tuple[SymbolicArray, ...], function: Callable[..., Any], row: Callable[..., SymbolicArray]) -> Any:

@@ -120,6 +120,8 @@ class Report:
     """What a tool has changed in the file since it was exported."""
     change: Change | None = None
     """What integers have changed, where the graph has them."""
+    left: tuple[str, ...] = ()
+    """Files with the weights of earlier exports to the same path: this model does not read them, but a copy of an earlier one may."""
     model: onnx.ModelProto | None = field(default=None, repr=False)
 
     @classmethod
@@ -192,6 +194,7 @@ class Report:
         lines += [f"  changed by a tool: {change}" for change in self.changes]
         lines += [f"  {self.remark}"] if self.remark else []
         lines += [] if self.change is None else [f"  changed by integers: {self.change}{self._hardly}"]
+        lines += [f"  left of earlier exports: {name}, which this model does not read" for name in self.left]
         if len(self.outcomes) > 1:
             lines += [f"  {o.runtime:<17} {o.version:<10} {o.status:<14} {self._of(o)}" for o in self.outcomes]
             return "\n".join(lines)

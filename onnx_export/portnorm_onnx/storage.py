@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -77,6 +78,8 @@ class Draft:
         self._folder: Path | None = None
         self._own: list[Path] = []
         self._data: Path | None = None
+        self.left: tuple[str, ...] = ()
+        """Files of weights of earlier models in this place, once it is published."""
         self._forget: Callable[[], None] | None = None
         self._aside = aside and not external and not is_external(proto) and size_of(proto) > WIDE
         if is_external(proto):
@@ -178,8 +181,7 @@ class Draft:
                 onnx.checker.check_model(self.proto, full_check=True)
                 onnx.shape_inference.infer_shapes(self.proto, check_type=True, strict_mode=True, data_prop=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            way = "; a tool has left the nodes in another order than they run in: sort them, as onnxslim does, and check that file"
-            raise ExportError(f"the graph is not valid ONNX: {error}{way if 'topologically sorted' in str(error) else ''}") from error
+            raise ExportError(f"the graph is not valid ONNX: {error}{_after_a_tool(self.proto, str(error))}") from error
 
     def publish(self) -> None:
         """Put the model in its place: weights first, then the model, each whole."""
@@ -191,6 +193,32 @@ class Draft:
         with written_whole(self.path) as file:
             for part in _serialized(self.proto)[0]:
                 file.write(part.raw_data if isinstance(part, onnx.TensorProto) else part)
+        own = None if self._data is None else self._data.name
+        names = (file.name for file in self.path.resolve().parent.iterdir())
+        earlier = re.compile(re.escape(self.path.name) + r"\.[0-9a-f]{12}\.data")
+        self.left = tuple(sorted(name for name in names if name != own and earlier.fullmatch(name)))
+
+
+_READ = re.compile(r"input '([^']+)' of node")
+_UNKNOWN = re.compile(r"No Op registered for (\S+)")
+
+
+def _after_a_tool(proto: onnx.ModelProto, said: str) -> str:
+    """What a tool has done to a graph of which the checker says this, and the way out."""
+    prefix = "; `prefix=` of export gives names that need no renaming"
+    read, unknown = _READ.search(said), _UNKNOWN.search(said)
+    if unknown is not None and unknown[1] in {f.name for f in proto.functions}:
+        return f"; a tool has renamed ONNX's own operator as it did the function of its name, as onnx.compose.add_prefix does{prefix}"
+    if read is None or "topologically sorted" not in said:
+        return ""
+    parts = list(graphs(proto.graph))
+    made = {name for g in parts for n in g.node for name in n.output} | {v.name for g in parts for v in (*g.input, *g.initializer)}
+    if read[1] not in made:
+        return (
+            f"; a tool has renamed {read[1]!r} but not where a loop reads it, as onnx.compose.add_prefix does to weights in a file of "
+            f"their own{prefix}"
+        )
+    return "; a tool has left the nodes in another order than they run in: sort them, as onnxslim does, and check that file"
 
 
 def _without_weights(proto: onnx.ModelProto, move: Callable[[onnx.TensorProto, onnx.TensorProto], None]) -> onnx.ModelProto:

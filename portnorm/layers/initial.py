@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy
 
 from portnorm.cells.cell import RecurrentCell
+from portnorm.errors import UnsupportedError
 
 if TYPE_CHECKING:  # NumPy loads its random module on first use, which takes as long as all of portnorm
     from numpy.random import Generator as Generator
@@ -21,8 +22,13 @@ NumPyArray: TypeAlias = "numpy.ndarray[Any, Any]"
 
 
 def generator(rng: int | Generator | None) -> Generator:
-    """A random generator from a seed, or the generator itself."""
-    return numpy.random.default_rng(rng)
+    """A random generator from a seed, or the generator itself; raises `UnsupportedError` for what is neither."""
+    try:
+        if not isinstance(rng, bool):  # which NumPy takes for 0 and 1
+            return numpy.random.default_rng(rng)
+    except (TypeError, ValueError):
+        pass
+    raise UnsupportedError(f"`rng` is {rng!r}; expected a seed, which is a whole number ≥ 0, a numpy.random.Generator, or None")
 
 
 _without: ContextVar[bool] = ContextVar("without", default=False)

@@ -47,6 +47,11 @@ def aligned(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> numpy.ndarray[An
     return block[start : start + count].view(dtype).reshape(shape)
 
 
+def release() -> None:
+    """Give back to the system what waits."""
+    _waiting.clear()
+
+
 def _block(count: int) -> numpy.ndarray[Any, Any]:
     size = -(-(count + _LINE) // _LARGE) * _LARGE
     try:
