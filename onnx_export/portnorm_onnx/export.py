@@ -49,6 +49,7 @@ def export(
     streaming: bool = False,
     fold: bool = True,
     accurate: bool = False,
+    unroll: bool = False,
     lengths: bool = True,
     mask: bool = False,
     state: bool = False,
@@ -82,6 +83,9 @@ def export(
     own beside the model; by itself only where they exceed what one file can hold (2 GB). That file is named after its content, so an
     earlier one stays, since other models may refer to it, and is named in `report.left`.
 
+    `unroll=True` writes every step of a loop out, for runtimes that have none: the same definition, as often as `input_shape` has steps,
+    with each weight stored once. Plain cells stay one operator.
+
     `input_shape` states the shape of `x` where the model leaves it open, such as the space of feature maps, or where lengths are fixed;
     strings name those that vary. Where it is left out, `x` has as many axes as the first of `inputs`. That of a streaming graph has no
     time: (1, 8).
@@ -110,6 +114,8 @@ def export(
     row = target_of(target)
     version = checked_opset(opset, row)
     checked_path(path)
+    if unroll and streaming:
+        raise UnsupportedError("`unroll` is for sequences; a streaming graph is one step, without a loop")
     if streaming and mask:
         raise UnsupportedError("`mask` is for sequences; a streaming graph is one step, which is left out by not taking it")
     if streaming and (not model.recurrent or any(part.goes_back for part in recurrent_parts(model))):
@@ -137,6 +143,7 @@ def export(
         streaming,
         mask=mask,
         metadata=metadata,
+        unroll=unroll,
     )
     started = time.perf_counter()
     proto = trace(model, shape)
@@ -187,6 +194,7 @@ class Shape(NamedTuple):
     mask: bool = False
     metadata: bool = True
     """Whether the file says what its layer is."""
+    unroll: bool = False
 
 
 def checked_opset(opset: int | None, target: Target) -> int:
@@ -223,7 +231,7 @@ def _traced(model: Layer, shape: Shape) -> tuple[onnx.ModelProto, dict[str, str]
     dtype: Any = numpy.dtype(ml_dtypes.bfloat16 if shape.dtype == "bfloat16" else shape.dtype)
     stateful = shape.state or shape.streaming
     last = stateful if shape.gives is None else any(name != "y" for name in shape.gives)
-    rows = opset(shape.version, shape.target, fold=shape.fold, final_state=last, accurate=shape.accurate)
+    rows = opset(shape.version, shape.target, fold=shape.fold, final_state=last, accurate=shape.accurate, unroll=shape.unroll)
     dims = checked_dims(model, shape.input_shape, streaming=shape.streaming)
     axis, batch = 1 if model.batch_first else 0, dims[batch_axis(model)]
     if shape.streaming:

@@ -119,6 +119,18 @@ def one_step(graph: Graph, session: Session, runtime: str, case: Inputs) -> Comp
     return worst
 
 
+def from_states(graph: Graph, case: Inputs) -> list[Stated]:
+    """The same input from the eager states after it, and after that."""
+    x, counted = case
+    given: dict[str, Any] = {} if counted is None or graph.counts is None else {graph.counts: counted}
+    found: list[Stated] = []
+    state: Any = None
+    for _ in range(ROUNDS - 1):
+        _, state = graph.model(x, state, **given)
+        found.append((x, counted, state))
+    return found
+
+
 def stepped(graph: Graph, model: Layer, x: NumPyArray, state: Any, mask: NumPyArray | None) -> tuple[dict[str, NumPyArray], Any]:
     """One eager step: its result and new states under the names of the graph that is asked, and the state as it is."""
     y, after = model(x, state, mask=mask)

@@ -342,9 +342,9 @@ OPSETS: dict[int, dict[str, Row]] = {version: _OPSET_18 if version < 23 else _OP
 """Rows by operator set, as far as the installed onnx knows them. `Split` and the reductions take their present form at the first."""
 
 
-def opset(version: int, target: Target, *, fold: bool, final_state: bool, accurate: bool) -> Opset:
+def opset(version: int, target: Target, *, fold: bool, final_state: bool, accurate: bool, unroll: bool) -> Opset:
     """The operator set of a version for a target, with its rows."""
-    return Opset(version, OPSETS[version], target, fold, final_state, accurate)
+    return Opset(version, OPSETS[version], target, fold, final_state, accurate, unroll)
 
 
 def training_opset(version: int) -> Opset:

@@ -6,15 +6,20 @@ runtime can do (OpenVINO cannot read an outer value that is no initializer).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
 from portnorm.arrays import leaves, mapped
-from portnorm.errors import ExportError
+from portnorm.errors import ExportError, UnsupportedError
+from portnorm_onnx.build import planned
 from portnorm_onnx.fold import Frame, table_rows
 from portnorm_onnx.symbolic import Body, Node, SymbolicArray, constant, graph_input, node, opset_of
+
+NODES = 10_000
+"""The most that a loop may have when it is written out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +34,8 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Any, reverse: bool = Fa
     initial, scanned = list(leaves(carry)), [a for a in leaves((xs, kept)) if not isinstance(a, Same)]
     opset = opset_of(*scanned, *initial)
     assert opset is not None, "the loop of an exported model has an input that is not constant"
-    if scanned[0].dims[0] == 1:
-        return _one_step(carry, xs, kept, body)
+    if scanned[0].dims[0] == 1 or opset.unroll:
+        return _step_by_step(carry, xs, kept, body, scanned[0].dims[0], reverse=reverse)
     inner = [graph_input("", a.dtype, a.dims, opset) for a in initial]
     frame = Frame(opset)
     first_serial = min((a.serial for a in inner), default=0)
@@ -56,17 +61,57 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Any, reverse: bool = Fa
     return mapped(lambda a: a if isinstance(a, Same) else next(flat), (new, outputs, keeps))  # type: ignore[no-any-return]
 
 
-def _one_step(carry: Any, xs: Any, kept: Any, body: Any) -> tuple[Any, Any, Any]:
-    """A sequence that is known to be one step needs no loop."""
+def _step_by_step(carry: Any, xs: Any, kept: Any, body: Any, steps: int | str, *, reverse: bool) -> tuple[Any, Any, Any]:
+    """Without a loop: a sequence that is known to be one step, or of a number of steps for a runtime that has none."""
+    if isinstance(steps, str):
+        raise UnsupportedError(
+            f"`unroll` writes every step out, but their number is open ({steps!r}); give it by `input_shape`, as (20, 'batch', 8)"
+        )
+    found = []
+    for t in reversed(range(steps)) if reverse else range(steps):
+        before = carry
+        carry, *made = body(carry, *mapped(functools.partial(_step, t=t, steps=steps), (xs, kept)))
+        found.append(made)
+        if len(found) == 2:
+            _check_size((before, found[0]), (carry, found), steps)
+    return (carry, *_stacked(found[::-1] if reverse else found))
+
+
+def _check_size(one: Any, two: Any, steps: int) -> None:
+    """Raise `UnsupportedError` where so many steps, as long as the second is, are no graph that tools read."""
+    first, both = (len(planned(a for a in leaves(found) if not isinstance(a, Same)).nodes) for found in (one, two))
+    if (whole := first + (both - first) * (steps - 1)) > NODES:
+        raise UnsupportedError(
+            f"`unroll` would write {whole:,} nodes for {steps} steps; expected at most {NODES:,}: give fewer steps by `input_shape`, or "
+            "leave `unroll` out for a loop of any length; `streaming=True` gives one step"
+        )
+
+
+def _step(a: Any, t: int, steps: int) -> Any:
+    """Step t of a scanned input."""
+    if isinstance(a, Same):
+        return a.array
+    if a.constant is not None:
+        return constant(a.constant[t if a.constant.shape[0] == steps else 0])
+    if a.rows_of is not None:
+        table, rows = a.rows_of
+        return table_rows(table, _step(rows, t, steps))
+    return node("Squeeze", a, constant(numpy.array([0]))) if steps == 1 else node("Gather", a, constant(numpy.int64(t)), axis=0)
+
+
+def _stacked(found: list[Any]) -> Any:
+    """What the steps gave, in order along a first axis; what is alike in all stays so."""
     first = constant(numpy.array([0]))
+    parts = [list(leaves(made)) for made in found]
+    columns = iter([[step[k] for step in parts] for k in range(len(parts[0]))])
 
-    def step(a: Any) -> Any:
-        if isinstance(a, Same):
-            return a.array
-        if a.rows_of is not None:
-            table, rows = a.rows_of
-            return table_rows(table, node("Squeeze", rows, first))
-        return constant(a.constant[0]) if a.constant is not None else node("Squeeze", a, first)
+    def together(_: Any) -> Any:
+        steps = next(columns)
+        if isinstance(steps[0], Same):
+            return steps[0]
+        if all(a.constant is not None for a in steps):
+            return constant(numpy.stack([a.constant for a in steps]))
+        rows = [node("Unsqueeze", a, first) for a in steps]
+        return rows[0] if len(rows) == 1 else node("Concat", *rows, axis=0)
 
-    new, outputs, keeps = body(carry, *mapped(step, (xs, kept)))
-    return (new, *mapped(lambda a: node("Unsqueeze", a, first), (outputs, keeps)))
+    return mapped(together, found[0])

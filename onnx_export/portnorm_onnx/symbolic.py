@@ -36,6 +36,8 @@ class Opset:
     """Whether somebody wants the states after the last step."""
     accurate: bool = False
     """Whether input with |mean| ≫ std is centred before an operator that cancels."""
+    unroll: bool = False
+    """Whether every step of a loop is written out."""
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ from portnorm.layers.layer import Layer
 from portnorm.scalars import real_number
 from portnorm_onnx.bounds import NumPyArray, distance
 from portnorm_onnx.checked import Graph, random_cases, with_states
-from portnorm_onnx.gates import one_step, trajectory
+from portnorm_onnx.gates import from_states, one_step, trajectory
 from portnorm_onnx.inputs import Inputs, Stated, steps_of
 from portnorm_onnx.loops import OPERATORS
 from portnorm_onnx.metadata import changes_of, graph_facts, read_layer
@@ -140,12 +140,17 @@ def _checked(graph: Graph, runtime: str, cases: Sequence[Inputs], *, with_empty:
     run = graph.stepwise(session) if graph.streaming else session
     empty = _empty(graph, runtime, longest[0]) if with_empty else []
     tried: list[Stated] = [*empty, *((x, counted, None) for x, counted in ([longest] if graph.streaming else cases))]
+    looped = any(n.op_type in ("Scan", *OPERATORS) for n in graph.proto.graph.node)
+    if graph.stated and not (
+        looped or graph.streaming
+    ):  # a loop that is written out, which the states that it starts from take the place of
+        tried += from_states(graph, longest)
     outputs = [run(graph.feed(*case)) for case in tried]
     steps = [one_step(graph, session, runtime, longest)] if graph.streaming else []
     del session, run
     found = [trajectory(graph, runtime, case, given) for case, given in zip(tried, outputs, strict=True)]
     _make_room(graph, longest[0])
-    if not graph.streaming and graph.model.recurrent and any(n.op_type in ("Scan", *OPERATORS) for n in graph.proto.graph.node):
+    if not graph.streaming and graph.model.recurrent and looped:
         steps = [one_step(graph, graph.session(runtime, with_states(graph)), runtime, longest)]
         _make_room(graph, longest[0])
     return found[len(empty) :], steps, found[: len(empty)]
