@@ -34,7 +34,7 @@ GUIDES = {
     "training.md": (4, {"run.safetensors", "own.safetensors"}),
     "weights.md": (2, set()),
     "arrays.md": (1, set()),
-    "onnx.md": (7, {"model.onnx", "step.onnx", "part.onnx", "train.onnx", "small.onnx", "fixed.onnx"}),
+    "onnx.md": (6, {"model.onnx", "step.onnx", "part.onnx", "train.onnx", "small.onnx", "fixed.onnx"}),
     "beyond-one-machine.md": (2, set()),
 }
 """Pages whose blocks run one after the other: how many, and the files that they leave."""
