@@ -195,11 +195,14 @@ def support() -> str:
 
 
 def unsupported() -> str:
-    """Every cell of the support table that is not a success: the reason, and the smallest case."""
+    """Every cell of the support table that is not a success: for each target and runtime the layers, and the reason of the first."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for r in _kept("support")["rows"]:
+        if r["status"] not in ("passed", "not installed"):
+            found.setdefault(r.get("target") or r["runtime"], []).append(r)
     lines = [
-        f"- {r['layer']}, {r.get('target') or r['runtime']}: {r['detail']} (`portnorm.export` of the layer alone shows it)"
-        for r in _kept("support")["rows"]
-        if r["status"] not in ("passed", "not installed")
+        f"- `{where}`: {', '.join(r['layer'] for r in rows)}. The first: {rows[0]['detail'].removeprefix(f'{where}: ')}"
+        for where, rows in found.items()
     ]
     return "\n".join(lines) or "None: every layer is exported for every target, and every portable graph agrees in every runtime above."
 

@@ -148,6 +148,16 @@ def _sequence_graph(cell: str, preset: NormName | None) -> onnx.ModelProto:
 # -- layers × targets × runtimes ---------------------------------------------------------------------------------------------------------
 
 
+_OF_INTEGERS: tuple[tuple[str, NormName | None], ...] = (
+    ("LSTM", None),
+    ("LSTM", "layer"),
+    ("LSTM", "batch"),
+    ("GRU", None),
+    ("GRU", "layer"),
+    ("RNN", "layer"),
+)
+
+
 def layers() -> Iterator[tuple[str, Layer, dict[str, Any]]]:
     """Every layer and preset, with a name and what `export` has to be told."""
     for cell, table in pn.VARIANTS.items():
@@ -170,6 +180,9 @@ def layers() -> Iterator[tuple[str, Layer, dict[str, Any]]]:
         layer.load_state_dict(arrays)
         name = "Embedding, LSTM layer in both directions, Linear" if isinstance(layer, pn.Sequential) else type(layer).__name__
         yield name, layer, keywords
+    for cell, preset in _OF_INTEGERS:
+        yield f"{cell} {preset or 'plain'}, int8", layer_of(cell, preset).to(dtype="float32"), {"quantize": "int8"}
+    yield "Linear, int8", pn.Linear(3, 4, rng=0), {"quantize": "int8"}
 
 
 def support(progress: Callable[[str], None] = lambda what: None) -> dict[str, Any]:
