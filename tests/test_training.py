@@ -169,10 +169,10 @@ def test_a_function_is_in_no_file(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("runs") / "run"
-    pn.save(
-        pn.Training(pn.Linear(2, 1, rng=0), pn.Adam(), rng=np.random.Generator(np.random.SFC64(0)), notes={"a": [np.ones(2), "b"]}), path
-    )
+    path, notes = tmp_path_factory.mktemp("runs") / "run", {"a": [np.ones(2), "b"]}
+    run = pn.Training(pn.Linear(2, 1, rng=0), pn.Adam(), rng=np.random.Generator(np.random.SFC64(0)), notes=notes)
+    run.result = pn.Linear(2, 1, rng=1).parameters(), {}
+    pn.save(run, path)
     return path.read_bytes()
 
 
@@ -193,7 +193,7 @@ def test_a_file_that_is_cut_off_or_damaged_is_named(saved: bytes, tmp_path: Path
     assert survived < header / 6
 
 
-@pytest.mark.parametrize("key", ["optimizer", "state", "step", "rng", "notes", "evaluates"])
+@pytest.mark.parametrize("key", ["optimizer", "state", "step", "rng", "notes", "evaluates", "trained"])
 @pytest.mark.parametrize("value", [None, 3, "x", {}, {"type": "Adam"}, {"array": "nothing"}, {"bit_generator": "os"}], ids=str)
 def test_a_file_that_says_something_else_is_named(key: str, value: Any, saved: bytes, tmp_path: Path) -> None:
     (tmp_path / "run").write_bytes(saved)
@@ -248,6 +248,65 @@ def test_fit_stopped_after_each_epoch_is_fit(cell: str, norm: str | None, dropou
             pieces = classifier(cell, norm, recurrent_dropout=dropout, rng=5)
     assert found == expected
     assert bits(pieces) == bits(whole)
+
+
+ENDINGS = [(cell, norm, patience) for cell, norm in PRESETS for patience in (None, 9)] + [("LSTM", "batch", 1), ("GRU", "layer", 1)]
+
+
+@pytest.mark.parametrize(("cell", "norm", "patience"), ENDINGS)
+def test_the_file_of_a_run_is_the_model_that_fit_leaves(cell: str, norm: str | None, patience: int | None, tmp_path: Path) -> None:
+    """Of labels by chance, so that the last epoch is not the best: after every end, also where the run goes on."""
+    rng, path = np.random.default_rng(3), tmp_path / "run.safetensors"
+    (x, y), other = some(rng), some(rng)
+    how: Any = {"batch": 3, "optimizer": pn.SGD(3.0, 0.5), "validation": other, "patience": patience, "checkpoint": path, "progress": False}
+    model = classifier(cell, norm)
+    how["state_noise"] = 0.1 if model.parts[0].timed else 0.0  # type: ignore[attr-defined]
+    for epochs in (2, 5, 5):
+        history = pn.fit(model, x, y, epochs=epochs, resume=True, **how)
+        assert bits(pn.load(path)) == bits(model)
+        run = pn.load(path, training=True)
+        assert run.step == 3 * len(history.epochs)
+        if patience == 9 and history.best_epoch != len(history.epochs):
+            assert bits(run.model) != bits(model)  # it goes on from its last epoch
+    alone = classifier(cell, norm)
+    pn.fit(alone, x, y, epochs=5, **{**how, "checkpoint": None})
+    assert bits(alone) == bits(model)
+
+
+@pytest.mark.parametrize("patience", [None, 9])
+def test_the_file_of_a_run_that_was_killed_is_the_best_so_far(patience: int | None, tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    seen: list[Any] = []
+    model = classifier("LSTM", "batch-input")
+
+    def interrupt(done: int, total: int, loss: float) -> None:
+        if done % 3 == 1:
+            seen.append(None if done == 1 else bits(pn.load(tmp_path / "run")))
+        if done == 16:
+            raise KeyboardInterrupt
+
+    how: Any = {"batch": 3, "optimizer": pn.SGD(3.0), "validation": some(rng), "patience": patience, "checkpoint": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        pn.fit(model, x, y, epochs=9, progress=interrupt, **how)
+    run = pn.load(tmp_path / "run", training=True)
+    validation = run.notes["history"]["validation"]
+    best = int(np.argmin(validation))
+    assert best < 4
+    assert (seen[5] == bits(run.model)) == (patience is None)
+    for epoch in range(1, 6):
+        lowest = int(np.argmin(validation[:epoch]))
+        assert (seen[epoch] == seen[lowest + 1]) == (patience is not None or lowest == epoch - 1)
+
+
+def test_an_update_by_hand_forgets_what_fit_came_to(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Else the file of a run that goes on in a loop of one's own would give the model of before."""
+    x, y = some(rng)
+    pn.fit(classifier(norm="batch"), x, y, epochs=1, checkpoint=tmp_path / "run")
+    run = pn.load(tmp_path / "run", training=True)
+    assert run.result is not None
+    updates(run, 1)
+    pn.save(run, tmp_path / "run")
+    assert bits(pn.load(tmp_path / "run")) == bits(run.model)
 
 
 def test_a_run_that_was_interrupted_goes_on_from_its_last_epoch(tmp_path: Path, rng: np.random.Generator) -> None:

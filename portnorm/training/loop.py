@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from portnorm.training.history import History
 from portnorm.training.progress import ProgressLine
 from portnorm.training.targets import Loss, check_targets, evaluate, loss_of
 from portnorm.updates import Arrays, clip_by_global_norm
+
+Kept = tuple[Arrays, Arrays]
+"""Parameters and buffers of an epoch."""
 
 Progress = Callable[[int, int, float], None]
 """Called after each update with the updates done, the updates in all, and the loss."""
@@ -74,9 +78,11 @@ def fit(
     `rng`, a seed or a NumPy generator, gives the order of cases, dropout and noise: the same seed, the same numbers, on one machine with
     the same versions. Kernels that are compiled in the background round differently from the definitions, which compute until they are
     there; `portnorm.warm(model)` beforehand waits for them. After each epoch `checkpoint` is written, a `portnorm.Training`, complete or
-    not at all. With `resume` a run whose file is there goes on after its last epoch up to `epochs`, and ends with the very numbers of one
-    that was not stopped; a file of another model, other settings or another number of cases is a `CheckpointError`. `progress` is True for
-    a line on a terminal after two seconds, False, or a function of the updates done, the updates in all, and the loss.
+    not at all. `portnorm.load` gives the model of that file: of a run that has ended the very one that `fit` leaves, of any other that of
+    the best epoch so far with `patience`, else that of the last. With `resume` a run whose file is there goes on after its last epoch up to
+    `epochs`, and ends with the very numbers of one that was not stopped; a file of another model, other settings or another number of cases
+    is a `CheckpointError`. `progress` is True for a line on a terminal after two seconds, False, or a function of the updates done, the
+    updates in all, and the loss.
 
     Arrays may be of any library that computes at once (NumPy, torch, JAX, array_api_strict, CuPy); parameters stay in it, on their device.
     Every update is computed by portnorm: for JAX's `jit`, torch's `compile` and their optimizers write the loop there (docs/training.md).
@@ -111,7 +117,8 @@ def fit(
     run = Training(model, optimizer or Adam(), rng=rng)
     params, buffers = {name: constant(p) for name, p in model.parameters().items()}, model.buffers  # of which no library records
     told = {"batch": batch, "whole_batches": whole_batches, "clip": clip, "state_noise": state_noise, "cases": cases.count}
-    history, best = History(), None
+    history: History = History()
+    best: Kept | None = None
     if resume and Path(os.fspath(checkpoint or "")).exists():
         run, history, best, params, buffers = _resumed(run, checkpoint, told)
     fixed = tuple(validation) if isinstance(validation, list | tuple) else None
@@ -143,13 +150,27 @@ def fit(
                 if history.best_epoch == len(history.validation):
                     best = model.parameters(), dict(model.buffers)
             if checkpoint is not None:
-                run.notes = {**run.notes, "fit": told, "history": asdict(history), "best": best if patience is not None else None}
-                save(run, checkpoint)
+                _save(run, checkpoint, told, history, best if patience is not None else None)
     history.stopped = _is_over(history, patience) and len(history.epochs) < epochs
-    if patience is not None and best is not None:
+    before = None if checkpoint is None else replace(run, model=model.copy(), rng=copy.deepcopy(run.rng))
+    if patience is None:
+        best = None
+    if best is not None:
         model.assign(*best)
     _end_with_population(model, cases, batch, state_noise, run.rng)
+    if before is not None:  # a run of more epochs goes on from here, while what it has come to is this model
+        _save(before, checkpoint, told, history, best, (model.parameters(), dict(model.buffers)))
     return history
+
+
+def _save(run: Training, path: Any, told: Any, history: History, best: Kept | None, result: Kept | None = None) -> None:
+    """Write the run; what `load` gives of it is `result`, else the best so far, else the model as it is.
+
+    Of the best epoch the buffers are noted too, which are population statistics in `result`.
+    """
+    run.notes = {**run.notes, "fit": told, "history": asdict(history), "best": None if best is None else best[1]}
+    run.result = result or best
+    save(run, path)
 
 
 # -- one update ----------------------------------------------------------------------------------------------------------------------------
@@ -269,7 +290,9 @@ def _resumed(run: Training, path: Any, told: dict[str, Any]) -> tuple[Training, 
     if _shape(old.state) != _shape(run.state):
         raise CheckpointError(f"`checkpoint` {name!r} has the state of another optimizer than {run.optimizer!r}")
     taken_up = Training(model, run.optimizer, old.state, old.step, old.rng, old.notes)
-    return taken_up, History(**measured), old.notes.get("best"), old.model.parameters(), old.model.buffers
+    buffers = old.notes.get("best")  # the moving statistics of the best epoch, where `result` has those of the population
+    best = None if buffers is None else ((old.model.parameters() if old.result is None else old.result[0]), buffers)
+    return taken_up, History(**measured), best, old.model.parameters(), old.model.buffers
 
 
 def _shape(state: Any) -> Any:
