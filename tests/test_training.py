@@ -328,26 +328,120 @@ def test_a_run_that_was_interrupted_goes_on_from_its_last_epoch(tmp_path: Path, 
     assert bits(again) == bits(whole)
 
 
-OTHER: dict[str, tuple[Any, str]] = {
-    "batch": ({"batch": 4}, "`batch` 3, which is 4 now"),
-    "clip": ({"clip": None}, "`clip` 1.0, which is None now"),
-    "cases": ({"x": slice(0, 8)}, "`cases` 9, which is 8 now"),
-    "model": ({"model": "RNN"}, "is of another model, Sequential"),
-    "optimizer": ({"optimizer": pn.SGD()}, r"has the state of another optimizer than SGD\("),
+HERE: dict[str, Any] = {"epochs": 2, "batch": 3, "optimizer": pn.AdamW(0.01), "lengths": LENGTHS, "weights": np.ones(CASES), "rng": 3}
+SPLIT = {**HERE, "validation": 0.25, "patience": 4}
+FIXED = {**HERE, "validation": (np.ones((STEPS, 2, FEATURES), "float32"), np.array([0, 1]), [6, 3], np.ones(2))}
+
+
+def fixed_but(place: int, value: Any) -> dict[str, Any]:
+    return {"validation": tuple(value if k == place else part for k, part in enumerate(FIXED["validation"]))}
+
+
+def changed(a: Any, at: Any, by: Any) -> Any:
+    found = np.array(a)
+    found[at] += by
+    return found
+
+
+OTHER: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "batch": (HERE, {"batch": 4}, "`batch` 3, which is 4 now"),
+    "whole batches": (HERE, {"whole_batches": True}, "`whole_batches` False, which is True now"),
+    "clip": (HERE, {"clip": None}, "`clip` 1.0, which is None now"),
+    "noise": (HERE, {"state_noise": 0.1}, "`state_noise` 0.0, which is 0.1 now"),
+    "cases": (HERE, {"cases": slice(0, 8)}, "`cases` 9, which is 8 now"),
+    "model": (HERE, {"model": "RNN"}, "is of another model, Sequential"),
+    "loss": (HERE, {"y": np.ones((CASES, CLASSES))}, "`loss` 'softmax_cross_entropy', which is 'mean_squared_error' now"),
+    "optimizer": (HERE, {"optimizer": pn.SGD()}, "the optimizer AdamW, which is SGD now"),
+    "an optimizer whose state is alike": (HERE, {"optimizer": pn.Adam(0.01)}, "the optimizer AdamW, which is Adam now"),
+    "rate": (HERE, {"optimizer": pn.AdamW(0.02)}, "`lr` of its optimizer 0.01, which is 0.02 now; .*lr=lambda step"),
+    "decay": (HERE, {"optimizer": pn.AdamW(0.01, weight_decay=0.5)}, "`weight_decay` of its optimizer 0.01, which is 0.5 now"),
+    "what decays": (HERE, {"optimizer": pn.AdamW(0.01, decayed=["*"])}, r"`decayed` of its optimizer .*, which is \('\*',\) now"),
+    "rate for a schedule": (
+        {**HERE, "optimizer": pn.SGD(lambda step: 0.1)},
+        {"optimizer": pn.SGD(0.1)},
+        "`lr` .* a function, which is 0.1",
+    ),
+    "seed": (HERE, {"rng": 9}, "another `rng`; expected the seed"),
+    "kind of generator": (HERE, {"rng": np.random.Generator(np.random.MT19937(3))}, "another `rng`"),
+    "no validation": (SPLIT, {"validation": None, "patience": None}, "`validation` 0.25, which is None now"),
+    "validation": (HERE, {"validation": 0.2}, "`validation` None, which is 0.2 now"),
+    "share": (SPLIT, {"validation": 0.26}, "`validation` 0.25, which is 0.26 now"),
+    "validation of its own": (SPLIT, {"validation": FIXED["validation"]}, "`validation` 0.25, which is 'cases of its own' now"),
+    "less patience": (SPLIT, {"patience": 3}, "`patience` 4, which is 3 now; expected as much"),
+    "patience": ({**SPLIT, "patience": None}, {"patience": 9}, "`patience` None, which is 9 now"),
+    "fewer epochs": (HERE, {"epochs": 1}, "of 2 epochs; expected `epochs` of as many at least"),
+    "x": (HERE, {"x": ((0, 4, 1), 1.0)}, "other numbers in `x`"),
+    "y": (HERE, {"y": ((4,), -1)}, "other numbers in `y`"),
+    "lengths": (HERE, {"lengths": [5, *LENGTHS[1:]]}, "other numbers in `lengths`"),
+    "no lengths": (HERE, {"lengths": None}, "other numbers in `lengths`"),
+    "weights": (HERE, {"weights": changed(np.ones(CASES), 2, 1)}, "other numbers in `weights`"),
+    "no weights": (HERE, {"weights": None}, "other numbers in `weights`"),
+    "x of validation": (FIXED, fixed_but(0, np.zeros((STEPS, 2, FEATURES), "float32")), "other numbers in `validation x`"),
+    "y of validation": (FIXED, fixed_but(1, np.array([1, 1])), "other numbers in `validation y`"),
+    "lengths of validation": (FIXED, fixed_but(2, [6, 2]), "other numbers in `validation lengths`"),
+    "weights of validation": (FIXED, fixed_but(3, np.array([1.0, 0.5])), "other numbers in `validation weights`"),
 }
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_a_checkpoint_of_another_run_is_named(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    x, y = some(rng)
-    pn.fit(classifier(), x, y, epochs=1, batch=3, checkpoint=tmp_path / "run")
-    change, message = OTHER[name]
-    how: Any = {"batch": 3} | {k: v for k, v in change.items() if k not in ("x", "model")}
-    cases, model = change.get("x", slice(None)), classifier(change.get("model", "GRU"))
+def test_a_checkpoint_of_another_run_is_named(name: str, tmp_path: Path) -> None:
+    """Whatever would make other numbers; the model and the file stay as they were."""
+    how, change, message = OTHER[name]
+    x, y = some(np.random.default_rng(0))
+    y = 1 + y % 2
+    pn.fit(classifier(), x, y, checkpoint=tmp_path / "run", **how)
+    file = (tmp_path / "run").read_bytes()
+    given = {"x": x, "y": y, **how}
+    for key, value in change.items():
+        given[key] = changed(given[key], *value) if isinstance(value, tuple) and key in ("x", "y") else value
+    cases, model = given.pop("cases", slice(None)), classifier(given.pop("model", "GRU"))
+    given |= {"x": given["x"][:, cases], **{key: given[key][cases] for key in ("y", "lengths", "weights") if given[key] is not None}}
     before = bits(model)
     with pytest.raises(pn.CheckpointError, match=message):
-        pn.fit(model, x[:, cases], y[cases], epochs=2, checkpoint=tmp_path / "run", resume=True, **how)
+        pn.fit(model, **{"epochs": 4, **given}, checkpoint=tmp_path / "run", resume=True)
     assert bits(model) == before
+    assert (tmp_path / "run").read_bytes() == file
+
+
+SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "the same": (SPLIT, {}),
+    "more epochs": (SPLIT, {"epochs": 5}),
+    "more patience": (SPLIT, {"patience": 5}),
+    "no patience": (SPLIT, {"patience": None}),
+    "the generator of the file": (SPLIT, {"rng": None}),
+    "a generator of that seed": (SPLIT, {"rng": np.random.Generator(np.random.PCG64(3))}),
+    "a schedule of the same rates": (SPLIT, {"optimizer": pn.AdamW(lambda step: 0.01)}),
+    "labels of another width": (SPLIT, {"y": "int8"}),
+    "other numbers behind the lengths": (SPLIT, {"x": 7.0}),
+    "cases of its own": (FIXED, {"epochs": 5}),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_checkpoint_of_the_same_run_is_taken_up(name: str, tmp_path: Path) -> None:
+    """To the numbers of a run that had all from its start; its file is in turn of the same run."""
+    how, change = SAME[name]
+    x, y = some(np.random.default_rng(0))
+    behind = np.arange(STEPS)[:, None] >= np.array(LENGTHS)
+    pn.fit(classifier(), x, y, **how, checkpoint=tmp_path / "run")
+    other_x = np.where(behind[:, :, None], np.float32(change["x"]), x) if "x" in change else x
+    now = {"epochs": 4, **how, **change, "x": other_x, "y": y.astype(change.get("y", int))}
+    for _ in range(2):
+        model = classifier(rng=4)
+        found = pn.fit(model, **now, checkpoint=tmp_path / "run", resume=True)
+    whole = classifier()
+    assert pn.fit(whole, **{**now, "rng": 3}) == found
+    assert bits(whole) == bits(model)
+
+
+def test_a_checkpoint_of_an_older_portnorm_is_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    pn.fit(classifier(), x, y, epochs=1, checkpoint=tmp_path / "run")
+    run = pn.load(tmp_path / "run", training=True)
+    del run.notes["fit"]["rng"]
+    pn.save(run, tmp_path / "run")
+    with pytest.raises(pn.CheckpointError, match="is of an older portnorm, which did not note `rng`"):
+        pn.fit(classifier(), x, y, epochs=2, checkpoint=tmp_path / "run", resume=True)
 
 
 def test_other_parts_that_evaluate_are_another_run(tmp_path: Path, rng: np.random.Generator) -> None:

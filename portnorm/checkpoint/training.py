@@ -44,8 +44,8 @@ class Training:
     `pn.save(training, path)` writes all of it as one safetensors file, complete or not at all, and `pn.load(path, training=True)` gives it
     back, bit by bit, so that a run that was stopped goes on as if it had not been; `pn.load(path)` gives the model alone. Without `state`
     it starts with that of `optimizer.init`; `rng` is a seed or a NumPy generator, which is yours to draw from: the order of cases, dropout.
-    `notes` are of what JSON has, and arrays, for all else that a run keeps, such as curves. `result`, parameters and buffers by name, is the
-    model that `pn.load(path)` gives where that is not the one which training goes on from: the best so far, say; an update forgets it.
+    `notes` are of what JSON has, and arrays, for all else that a run keeps, such as curves. `result`, parameters and buffers by name, is
+    the model that `pn.load(path)` gives where training goes on from another: the best so far, say. An update forgets it.
     Functions are in no file: give an optimizer with a schedule again, and set a layer's `reduce` again.
     Raises `UnsupportedError` for what is no layer, and for what is no optimizer.
 
@@ -115,10 +115,10 @@ def described(run: Training, arrays: NumPyArrays) -> str:
     other = any(a is not found[name] for name, a in model.items())
     about = {
         "version": 1,
-        "optimizer": _settings(run.optimizer),
+        "optimizer": settings(run.optimizer),
         "state": _tree(run.state, "optimizer", arrays),
         "step": run.step,
-        "rng": _json(_bits(run.rng), "rng"),
+        "rng": drawn_from(run.rng),
         "notes": _tree(run.notes, "notes", arrays),
         "evaluates": [layer.evaluates for layer in inside(run.model)],
         **({_TRAINED: _tree(model, _TRAINED, arrays)} if other else {}),
@@ -134,7 +134,7 @@ def inside(layer: Layer) -> Iterator[Layer]:
             yield from inside(part)
 
 
-def _settings(optimizer: Optimizer) -> dict[str, Any]:
+def settings(optimizer: Optimizer) -> dict[str, Any]:
     """The class of an optimizer, and its settings where it is one of ours; functions by name, or as something that has to be given."""
     kind = type(optimizer).__name__
     if type(optimizer) is not _OWN.get(kind):
@@ -178,11 +178,12 @@ def _json(value: Any, path: str) -> Any:
     return value.item() if isinstance(value, numpy.generic) else value
 
 
-def _bits(rng: Generator) -> dict[str, Any]:
+def drawn_from(rng: Generator) -> Any:
+    """The state of a generator, as JSON has it. Raises `CheckpointError` for one that is not NumPy's own."""
     state = dict(rng.bit_generator.state)
     if state.get("bit_generator") not in _BITS:
         raise CheckpointError(f"`rng` draws from {type(rng.bit_generator).__name__}; expected one of NumPy's own: {', '.join(_BITS)}")
-    return state
+    return _json(state, "rng")
 
 
 # -- from a file ---------------------------------------------------------------------------------------------------------------------------
