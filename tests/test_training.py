@@ -542,6 +542,63 @@ def test_a_case_of_no_weight_is_not_trained_on(rng: np.random.Generator) -> None
     assert found[0] == found[1]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_a_gradient_that_is_not_finite_changes_nothing(cell: str, norm: str | None, clip: float | None, rng: np.random.Generator) -> None:
+    """At 200 steps of zeros in front a norm inside the cell divides by √eps at each; a first state that is not 0 is a way out."""
+    x = np.concatenate([np.zeros((200, 6, FEATURES), "float32"), rng.standard_normal((4, 6, FEATURES), dtype="float32")])
+    y, model = rng.integers(0, CLASSES, 6), classifier(cell, norm, t_max=204)
+    before = bits(model)
+    inside = norm is not None and norm.startswith(("layer", "batch")) and "input" not in norm
+    if inside:
+        with pytest.raises(pn.PortnormError, match=r"the gradient of `[\w.]+` and \d+ more of \d+ is not finite at update 1, .* 1/√eps"):
+            pn.fit(model, x, y, epochs=2, clip=clip)
+        assert bits(model) == before
+    history = pn.fit(model, x, y, epochs=2, clip=clip, state_noise=0.1)
+    assert len(history.losses) == 2
+    assert all(np.isfinite(to_numpy(a)).all() for a in model.state_dict().values())
+
+
+def test_a_later_gradient_that_is_not_finite_leaves_what_was_learned(eager: Library, rng: np.random.Generator) -> None:
+    """In every library, by an Op whose gradient ends: the model and its file are those of the epoch before."""
+    from portnorm.op import op
+
+    calls: list[int] = []
+
+    @op
+    def breaking(y: Any, target: Any) -> Any:
+        return eager.xp.sum(y * target), (y, target)
+
+    @breaking.backward
+    def _(residuals: Any, dy: Any) -> Any:
+        calls.append(1)
+        return dy * residuals[1] * (math.inf if len(calls) == 3 else 1.0), None
+
+    kind = eager.widest
+    model = pn.Sequential(pn.BatchNorm(3, xp=eager.xp, dtype=kind), pn.Linear(3, 1, rng=0, xp=eager.xp, dtype=kind))
+    x, y = (eager.array(rng.standard_normal((8, n)).astype(kind)) for n in (3, 1))
+    seen: list[Any] = []
+
+    def after(done: int, total: int, loss: float) -> None:
+        seen.append(bits(model))
+
+    with pytest.raises(pn.PortnormError, match=r"not finite at update 3, while the loss is .* or try a smaller learning rate"):
+        pn.fit(model, x, y, loss=breaking, optimizer=pn.Adam(), epochs=5, progress=after)
+    assert len(seen) == 2
+    assert bits(model) == seen[-1]
+
+
+def test_a_loss_that_is_not_finite_leaves_the_statistics(rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    x[2, 3] = np.nan
+    model = classifier("LSTM", "batch")
+    before = bits(model)
+    with pytest.raises(pn.PortnormError, match="the loss is nan after 0 updates; look for NaN"):
+        pn.fit(model, x, y)
+    assert bits(model) == before
+
+
 def test_an_early_stop_ends_with_the_best(rng: np.random.Generator) -> None:
     """Of labels by chance: the parameters are those of the best epoch, as a run of so many epochs ends with them."""
     x, y = some(rng)

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import constant, to_numpy, xp_of
+from portnorm.arrays import constant, to_numpy
 from portnorm.checkpoint.layers import save
 from portnorm.checkpoint.training import Training
 from portnorm.errors import PortnormError, UnsupportedError
 from portnorm.layers.initial import Generator
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent
-from portnorm.op import vjp
 from portnorm.optimizers import Adam, Optimizer
 from portnorm.scalars import real_number, switch, whole_number
 from portnorm.training.cases import Cases, parts
@@ -28,7 +27,7 @@ from portnorm.training.history import History
 from portnorm.training.progress import ProgressLine
 from portnorm.training.resumed import Kept, Told, resumed, told_of
 from portnorm.training.targets import Loss, check_targets, evaluate, loss_of
-from portnorm.updates import clip_by_global_norm
+from portnorm.training.update import update
 
 Progress = Callable[[int, int, float], None]
 """Called after each update with the updates done, the updates in all, and the loss."""
@@ -87,7 +86,8 @@ def fit(
 
     Arrays may be of any library that computes at once (NumPy, torch, JAX, array_api_strict, CuPy); parameters stay in it, on their device.
     Every update is computed by portnorm: for JAX's `jit`, torch's `compile` and their optimizers write the loop there (docs/training.md).
-    Raises `ShapeError`, `DTypeError`, `UnsupportedError` before any work, and `PortnormError` where a loss is not finite.
+    Raises `ShapeError`, `DTypeError`, `UnsupportedError` before any work, and `PortnormError` where a loss or a gradient is not finite,
+    before the update, so that the model is as the last one left it.
 
     >>> import numpy as np, portnorm as pn
     >>> rng = np.random.default_rng(0)
@@ -141,7 +141,7 @@ def fit(
             order = run.rng.permutation(cases.count)
             orders = [order[k : k + batch] for k in range(0, len(order) - batch + 1, batch)] if whole_batches else parts(order, batch)
             for k, numbers in enumerate(orders):
-                _update(run, cases.take(numbers), chosen, clip, state_noise, history)
+                update(run, cases.take(numbers), chosen, clip, state_noise, history)
                 if report:
                     report(epoch * len(orders) + k + 1, epochs * len(orders), history.losses[-1])
             history.epochs.append(float(numpy.mean(history.losses[-len(orders) :])))
@@ -175,28 +175,6 @@ def _save(run: Training, path: Any, told: Any, history: History, best: Kept | No
     run.notes = {**run.notes, "fit": told, "history": asdict(history), "best": None if best is None else best[1]}
     run.result = result or best
     save(run, path)
-
-
-# -- one update ----------------------------------------------------------------------------------------------------------------------------
-
-
-def _update(run: Training, part: Cases, loss: Loss, clip: float | None, noise: float, history: History) -> None:
-    model, weights = run.model, part.counted()
-    if model.recurrent:
-        state = model.initial_state(part.count, noise=noise, rng=run.rng) if noise else None
-        y, _, pullback = model.vjp(part.x, state, part.lengths, training=True, rng=run.rng)
-    else:
-        y, pullback = model.vjp(part.x, training=True, rng=run.rng)
-    value, loss_pullback = vjp(loss, y, part.y, *(() if weights is None else (weights,)))
-    grads = pullback(loss_pullback(xp_of(value).ones_like(value))[0])[-1]
-    if clip is not None:
-        grads, norm = clip_by_global_norm(grads, clip)
-        history.gradient_norms.append(float(norm))
-    number = float(value)
-    if not math.isfinite(number):
-        raise PortnormError(f"the loss is {number} after {run.step} updates; try a smaller learning rate, or look for NaN in `x` and `y`")
-    run.update(grads)
-    history.losses.append(number)
 
 
 def _end_with_population(model: Layer, cases: Cases, batch: int, noise: float, rng: Generator) -> None:
