@@ -629,6 +629,21 @@ def test_targets_may_be_a_list(xp: Any, rng: np.random.Generator) -> None:
     assert pn.fit(classifier(xp=xp), array(x), rows, epochs=1).losses
 
 
+@pytest.mark.parametrize("xp", [None, pytest.param("torch", marks=pytest.mark.peers), "array_api_strict"])
+@pytest.mark.parametrize("each", [False, True])
+def test_one_number_of_each_needs_no_axis(each: bool, xp: Any, rng: np.random.Generator) -> None:
+    """(cases,) is (cases, 1) to a model that gives (cases, 1), and so at each step: in training, in validation, with weights."""
+    x, numbers = some(rng)[0], rng.standard_normal((STEPS, CASES) if each else CASES)
+    found = []
+    for y in (numbers, numbers[..., None]):
+        layer = pn.GRU(FEATURES, 4, return_sequences=each, xp=xp, rng=0)
+        model = pn.Sequential(layer, pn.Linear(4, 1, xp=xp, rng=1))
+        array = model.xp.asarray
+        given, weights = (array(x), array(y.astype("float32")), LENGTHS), array(np.linspace(0.5, 2.0, CASES, dtype="float32"))
+        found.append((pn.fit(model, *given, weights=weights, epochs=1, batch=4, validation=(*given, weights)), bits(model)))
+    assert found[0] == found[1]
+
+
 def test_every_case_is_in_every_epoch_once(rng: np.random.Generator) -> None:
     x, y = some(rng)
     x[:, :, 0] = np.arange(CASES)
@@ -694,9 +709,9 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "x is none": ((None, "x", Y), {}, pn.UnsupportedError, "`x` is a str; expected an array"),
     "no y": ((None, X, None), {}, pn.UnsupportedError, "`y` is None"),
     "no cases": ((None, X[:, :0], Y[:0]), {}, pn.UnsupportedError, r"`x` \(6, 0, 3\) has no cases"),
-    "an empty list": ((None, [], []), {}, pn.UnsupportedError, "`sequences` is empty"),
-    "features of a sequence": ((None, [X[:, 0], X[:, 1, :2]], Y[:2]), {}, pn.ShapeError, r"`sequences\[1\]` has shape \(6, 2\)"),
-    "dtype of a sequence": ((None, [X[:, 0], X[:, 1].astype(float)], Y[:2]), {}, pn.DTypeError, r"`sequences\[1\]` has dtype float64"),
+    "an empty list": ((None, [], []), {}, pn.UnsupportedError, "`x` is empty"),
+    "features of a sequence": ((None, [X[:, 0], X[:, 1, :2]], Y[:2]), {}, pn.ShapeError, r"`x\[1\]` has shape \(6, 2\)"),
+    "dtype of a sequence": ((None, [X[:, 0], X[:, 1].astype(float)], Y[:2]), {}, pn.DTypeError, r"`x\[1\]` has dtype float64"),
     "lengths of a list": ((None, [X[:, 0]], Y[:1], [6]), {}, pn.UnsupportedError, "`lengths` is given beside a list of sequences"),
     "targets of a list": ((EACH, [X[:, 0]], [Y[:5]]), {}, pn.ShapeError, r"`y\[0\]` has shape \(5,\); expected as many steps as `x\[0\]`"),
     "too few targets": ((None, X, Y[:5]), {}, pn.ShapeError, r"`y` has shape \(5,\); expected \(9, …\): one target for each case"),
@@ -711,9 +726,54 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         (None, X, np.zeros((CASES, 2))),
         {},
         pn.ShapeError,
-        r"`y` has shape \(cases, 2\); expected \(cases, 3\) for a model",
+        r"`y` has shape \(9, 2\) and dtype float64; expected \(9, 3\) for a model that gives \(9, 3\)$",
     ),
-    "a column of classes": ((None, X, Y[:, None]), {}, pn.ShapeError, r"`y` has shape \(cases, 1\); expected \(cases,\)"),
+    "a column of classes": ((None, X, Y[:, None]), {}, pn.ShapeError, r"`y` has shape \(9, 1\) .*; expected \(9,\) .*y\[\.\.\., 0\]"),
+    "classes that are one-hot": ((None, X, np.eye(3, dtype=int)[Y]), {}, pn.ShapeError, r"`y` has shape \(9, 3\) .*y\.argmax\(-1\)"),
+    "classes as floats": ((None, X, Y * 1.0), {}, pn.ShapeError, r"`y` has shape \(9,\) and dtype float64; .*\(9, 3\); .*y\.astype\(int\)"),
+    "classes of each step as floats": (
+        (EACH, X, X[..., 0]),
+        {},
+        pn.ShapeError,
+        r"`y` has shape \(6, 9\) .*; expected \(6, 9, 3\) .*; .*y\.astype\(int\)",
+    ),
+    "classes as floats to validate with": (
+        (None, X, Y),
+        {"validation": (X[:, :5], Y[:5] * 1.0)},
+        pn.DTypeError,
+        r"^`validation y` has dtype float64; expected integers.*y\.astype\(int\)",
+    ),
+    "numbers to validate with": (
+        (None, X, np.zeros((CASES, 3))),
+        {"validation": (X[:, :5], np.zeros(5))},
+        pn.ShapeError,
+        r"^`validation y` has shape \(5,\) and dtype float64; expected \(5, 3\)",
+    ),
+    "a label to validate with": (
+        (None, X, Y),
+        {"validation": (X[:, :5], np.array([0, 1, 2, 0, 7]))},
+        pn.ShapeError,
+        r"^`validation y` has the label 7 at \(4,\)",
+    ),
+    "a label among those that are held out": (
+        (None, X, Y + 3 * (np.arange(CASES) == 3)),
+        {"validation": 0.5},
+        pn.ShapeError,
+        r"^`y` has the label 3 at \(3,\)",
+    ),
+    "dtype of x to validate with": (
+        (None, X, Y),
+        {"validation": (X.astype(float), Y)},
+        pn.DTypeError,
+        "^in `validation`: `x` has dtype float64",
+    ),
+    "lengths to validate with": ((None, X, Y), {"validation": (X, Y, [7] * 9)}, pn.ShapeError, "^in `validation`: `lengths` reach from 7"),
+    "sequences to validate with": (
+        (None, X, Y),
+        {"validation": ([X[:, 0], X[:, 1, :2]], Y[:2])},
+        pn.ShapeError,
+        r"^`validation x\[1\]` has shape \(6, 2\)",
+    ),
     "a label": ((None, X, Y + 3 * (np.arange(CASES) == 3)), {}, pn.ShapeError, r"`y` has the label 3 at \(3,\); expected 0 to 2"),
     "a negative label": ((None, X, Y - 1), {}, pn.ShapeError, r"`y` has the label -1 at \(0,\)"),
     "words for labels": ((None, X, ["a"] * CASES), {}, pn.DTypeError, "`y` has dtype <U1; expected real numbers"),

@@ -22,7 +22,7 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent
 from portnorm.optimizers import Adam, Optimizer
 from portnorm.scalars import real_number, switch, whole_number
-from portnorm.training.cases import Cases, parts
+from portnorm.training.cases import Cases, parts, told_of_argument
 from portnorm.training.history import History
 from portnorm.training.progress import ProgressLine
 from portnorm.training.resumed import Kept, Told, resumed, told_of
@@ -61,7 +61,8 @@ def fit(
     `x` is (time, cases, features), or (cases, time, features) with `batch_first`, with `lengths` (cases,); or a list of arrays (time,
     features) of different length, which are padded. A model without a recurrent layer takes (cases, …). `y` has a target for each case,
     (cases,) or (cases, targets), where the model gives one result for a sequence (`return_sequences=False`); else a target for each step,
-    (time, cases) or (time, cases, targets) in the order of `x`, or a list as `x`. Padding enters neither a result nor the loss. `weights`
+    (time, cases) or (time, cases, targets) in the order of `x`, or a list as `x`. Integers are classes, without an axis for them; numbers
+    need none for targets where the model gives just one. Padding enters neither a result nor the loss. `weights`
     (cases,), for targets of each step also (time, cases), say how much a target counts; 0 leaves it out, as does the label −100. `loss` is
     an Op of result, target and weights: unless stated `softmax_cross_entropy` for integers `y`, else `mean_squared_error`. `optimizer` is
     `Adam(1e-3)` unless stated; `clip` is the largest global norm of a gradient. An epoch has as few batches of at most `batch` cases as it
@@ -120,7 +121,10 @@ def fit(
     history: History = History()
     best: Kept | None = None
     told: Told = {}
+    check_targets(model, cases, chosen)
     part = None if validation is None else _validation(model, cases, validation)
+    if isinstance(part, Cases):
+        check_targets(model, part, chosen)
     if checkpoint is not None:
         how = {"batch": batch, "whole_batches": whole_batches, "clip": clip, "state_noise": state_noise, "patience": patience}
         told = told_of(run, cases, part, **how, loss=chosen.name)
@@ -129,8 +133,6 @@ def fit(
     cases, held_out = _held_out(cases, part, run)
     if whole_batches and batch > cases.count:
         raise UnsupportedError(f"`batch` is {batch}; expected 1 to {cases.count}, the number of cases, since `whole_batches` is True")
-    for some in (cases, held_out):
-        check_targets(model, some, chosen)
     model.assign(params, buffers)
 
     with contextlib.ExitStack() as stack:
@@ -218,7 +220,8 @@ def _validation(model: Layer, cases: Cases, given: Any) -> Cases | float:
     if isinstance(given, list | tuple):
         if not 2 <= len(given) <= 4:
             raise UnsupportedError(f"`validation` has {len(given)} parts; expected (x, y), (x, y, lengths) or (x, y, lengths, weights)")
-        return Cases.of(model, *given, name="validation ")
+        with told_of_argument("validation "):
+            return Cases.of(model, *given, name="validation ")
     share = real_number("validation", given, 0.0, 1.0, "(x, y), (x, y, lengths), or a part of the cases such as 0.1")
     count = round(share * cases.count)
     if not 1 <= count < cases.count:

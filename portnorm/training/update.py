@@ -15,7 +15,7 @@ from portnorm.layers.recurrent import Recurrent
 from portnorm.op import vjp
 from portnorm.training.cases import Cases
 from portnorm.training.history import History
-from portnorm.training.targets import Loss
+from portnorm.training.targets import Loss, target_of
 from portnorm.updates import Arrays, clip_by_global_norm
 
 _DIVIDING = ("layer", "rms", "batch")
@@ -34,7 +34,7 @@ def update(run: Any, part: Cases, loss: Loss, clip: float | None, noise: float, 
             y, _, pullback = model.vjp(part.x, state, part.lengths, training=True, rng=run.rng)
         else:
             y, pullback = model.vjp(part.x, training=True, rng=run.rng)
-        value, loss_pullback = vjp(loss, y, part.y, *(() if weights is None else (weights,)))
+        value, loss_pullback = vjp(loss, y, target_of(y, part.y, loss), *(() if weights is None else (weights,)))
         number = float(value)
         if not math.isfinite(number):
             rate = "try a smaller learning rate, or " if run.step else ""
