@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import array_api_compat
 import numpy
 
-from portnorm.errors import MissingExtraError, ShapeError, UnsupportedError
+from portnorm.errors import MissingExtraError, ShapeError, UnsupportedError, install
 from portnorm.libraries import LOADERS, SUPPORT
 
 Array: TypeAlias = Any
@@ -426,6 +426,5 @@ def require_extra(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(
-            f'this needs the package {module.partition(".")[0]}, which is not installed: pip install "portnorm[{extra}]"'
-        ) from error
+        missing = (error.name or module).partition(".")[0]
+        raise MissingExtraError(f"this needs the package {missing}, which is not installed: {install(extra)}") from error

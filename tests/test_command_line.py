@@ -149,8 +149,8 @@ def test_info_says_not_installed(capsys: Any, monkeypatch: pytest.MonkeyPatch) -
     lines = capsys.readouterr().out.splitlines()
     for name in (*OPTIONAL, "array_api_strict", "torch", "jax", "cupy", "onnxruntime", "numba"):
         assert all("not installed" in line for line in lines if line.startswith(f"  {name} ")), name
-    assert any('pip install "portnorm[onnx]"' in line for line in lines)
-    assert any('pip install "portnorm[fast]"' in line for line in lines)
+    assert any('pip install ".[onnx]" in a checkout' in line for line in lines)
+    assert any('pip install ".[fast]" in a checkout' in line for line in lines)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
