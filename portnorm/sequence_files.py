@@ -49,7 +49,7 @@ def _arrays(name: str) -> dict[str, NumPyArray]:
             if isinstance(file, numpy.ndarray):
                 raise UnsupportedError(f"`--data` is {name!r}, a single array; {_EXPECTED}: numpy.savez('data.npz', x=x, y=y)")
             stack.enter_context(file)
-            arrays = {key: file[key] for key in file.files}
+            arrays = {key: _array(name, file, key) for key in file.files}
     except PortnormError:
         raise
     except OSError as error:
@@ -67,6 +67,22 @@ def _arrays(name: str) -> dict[str, NumPyArray]:
     if missing:
         raise UnsupportedError(f"`--data` is {name!r}, which has no {' and no '.join(map(repr, missing))}; {_EXPECTED}")
     return arrays
+
+
+def _array(name: str, file: Any, key: str) -> NumPyArray:
+    """One array of a file; raises `UnsupportedError` for one of Python objects, which could run code when they are read."""
+    try:
+        found: NumPyArray = file[key]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        way_out = (
+            "x, lengths = portnorm.pad_sequences(sequences, batch_first=True) pads sequences that differ in length; save x and lengths"
+            if key == "x"
+            else f"save numbers, {key}.astype(int) or {key}.astype(float)"
+        )
+        raise UnsupportedError(f"`{key}` of {name!r} is an array of Python objects, which is not read; {way_out}") from None
+    return found
 
 
 def _check_x(name: str, x: NumPyArray) -> None:

@@ -40,6 +40,12 @@ def put(a: Any, at: Any, value: Any) -> Any:
     return changed
 
 
+def ragged() -> Any:
+    found = np.empty(40, dtype=object)
+    found[:] = [X[k, : k % 5 + 1] for k in range(40)]
+    return found
+
+
 FILES: dict[str, tuple[Arrays, str]] = {
     "labels below 0": (arrays(y=Y - 1), "`y` .* reaches from -1 to 0"),
     "one label below 0": (arrays(y=put(Y, 3, -100)), "`y` .* reaches from -100"),
@@ -51,7 +57,11 @@ FILES: dict[str, tuple[Arrays, str]] = {
     "bytes": (arrays(y=np.array([b"a"] * 40)), "`y` .* dtype"),
     "complex": (arrays(y=1j * Y), "`y` .* dtype complex128"),
     "dates": (arrays(y=Y.astype("datetime64[s]")), "`y` .* dtype datetime64"),
-    "objects": (arrays(y=np.array([0, "a"] * 20, dtype=object)), "damaged .npz file .*[Oo]bject"),
+    "objects": (
+        arrays(y=np.array([0, "a"] * 20, dtype=object)),
+        r"`y` of .* is an array of Python objects, which is not read; save numbers, y\.astype\(int\)",
+    ),
+    "sequences of different length": (arrays(x=ragged()), r"`x` of .* Python objects.*pad_sequences\(sequences, batch_first=True\)"),
     "targets that are NaN": (arrays(y=put(Y.astype(float), 7, np.nan)), r"`y` .* nan at \(7,\)"),
     "targets that are infinite": (arrays(y=put(Y.astype(float), 7, -np.inf)), r"`y` .* -inf at \(7,\)"),
     "targets beyond float32": (arrays(y=1e300 * Y), "`y` .* inf at .*float32"),
