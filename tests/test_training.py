@@ -17,7 +17,7 @@ from portnorm import demo
 from portnorm.arrays import to_numpy
 from portnorm.checkpoint import safetensors
 from portnorm.optimizers import OPTIMIZERS
-from portnorm.training import Cases, evaluate
+from portnorm.training import Cases, History, evaluate
 from portnorm.training import progress as progress_module
 from portnorm_backends.cpu import warming
 from tests.cases import IMPLEMENTATIONS, LAYERS, PRESETS
@@ -642,6 +642,22 @@ def test_one_number_of_each_needs_no_axis(each: bool, xp: Any, rng: np.random.Ge
         given, weights = (array(x), array(y.astype("float32")), LENGTHS), array(np.linspace(0.5, 2.0, CASES, dtype="float32"))
         found.append((pn.fit(model, *given, weights=weights, epochs=1, batch=4, validation=(*given, weights)), bits(model)))
     assert found[0] == found[1]
+
+
+def test_a_history_says_itself_in_a_line(rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    assert repr(History()) == "History: no epoch yet, 0 updates"
+    history = pn.fit(classifier(), x, y, batch=3, epochs=60, optimizer=pn.Adam(0.3), validation=some(rng), patience=2)
+    line, count, best = str(history), len(history.epochs), history.best_epoch
+    assert best is not None
+    assert line.startswith(
+        f"History: {count} epochs of {3 * count} updates in all, loss {history.epochs[0]:.4g} → {history.epochs[-1]:.4g}"
+    )
+    assert line.endswith(f", lowest after epoch {best} ({min(history.validation):.4g}); stopped there")
+    assert len(line) < 200
+    assert repr(pn.fit(classifier(), x, y, epochs=1)).count("→") == 0
+    for field in (*vars(history), "best_epoch"):
+        assert f"`{field}`:" in (History.__doc__ or ""), field
 
 
 def test_every_case_is_in_every_epoch_once(rng: np.random.Generator) -> None:
