@@ -653,7 +653,7 @@ def test_a_history_says_itself_in_a_line(rng: np.random.Generator) -> None:
     assert line.startswith(
         f"History: {count} epochs of {3 * count} updates in all, loss {history.epochs[0]:.4g} → {history.epochs[-1]:.4g}"
     )
-    assert line.endswith(f", lowest after epoch {best} ({min(history.validation):.4g}); stopped there")
+    assert line.endswith(f", lowest after epoch {best} ({min(history.validation):.4g}); stopped early")
     assert len(line) < 200
     assert repr(pn.fit(classifier(), x, y, epochs=1)).count("→") == 0
     for field in (*vars(history), "best_epoch"):

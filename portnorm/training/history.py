@@ -47,7 +47,7 @@ class History:
         if self.best_epoch is not None:
             lowest = self.validation[self.best_epoch - 1]
             said += [f"validation loss {_course(self.validation)}", f"lowest after epoch {self.best_epoch} ({lowest:.4g})"]
-        return f"History: {', '.join(said)}{'; stopped there' if self.stopped else ''}"
+        return f"History: {', '.join(said)}{'; stopped early' if self.stopped else ''}"
 
 
 def _course(values: list[float]) -> str:
