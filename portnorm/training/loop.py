@@ -25,7 +25,7 @@ from portnorm.scalars import real_number, switch, whole_number
 from portnorm.training.cases import Cases, parts, told_of_argument
 from portnorm.training.history import History
 from portnorm.training.progress import ProgressLine
-from portnorm.training.resumed import Kept, Told, resumed, told_of
+from portnorm.training.resumed import Kept, RunFile, Told, resumed, told_of
 from portnorm.training.targets import Loss, check_targets, evaluate, loss_of
 from portnorm.training.update import update
 
@@ -172,10 +172,13 @@ def fit(
 def _save(run: Training, path: Any, told: Any, history: History, best: Kept | None, result: Kept | None = None) -> None:
     """Write the run; what `load` gives of it is `result`, else the best so far, else the model as it is.
 
-    Of the best epoch the buffers are noted too, which are population statistics in `result`.
+    Of the best epoch the buffers are noted too, which are population statistics in `result`; all of it where the file has other units.
     """
-    run.notes = {**run.notes, "fit": told, "history": asdict(history), "best": None if best is None else best[1]}
+    noted = best if best is None or isinstance(path, RunFile) else best[1]
+    run.notes = {**run.notes, "fit": told, "history": asdict(history), "best": noted}
     run.result = result or best
+    if isinstance(path, RunFile):
+        run.result = path.given(run.result or (run.model.parameters(), dict(run.model.buffers)))
     save(run, path)
 
 

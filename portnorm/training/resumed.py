@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +21,17 @@ from portnorm.updates import Arrays
 
 Kept = tuple[Arrays, Arrays]
 """Parameters and buffers of an epoch."""
+
+
+class RunFile(os.PathLike[str]):
+    """The file of a run whose model is trained in other units than it gives in the end: `load` gives of it what `given` makes of arrays."""
+
+    def __init__(self, path: str | os.PathLike[str], given: Callable[[Kept], Kept]):
+        self.path, self.given = path, given
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
 
 Told = dict[str, Any]
 """What makes a run the one that it is, beside its model: settings, and checksums of what it is trained on."""
@@ -73,8 +85,9 @@ def resumed(run: Training, path: Any, told: Told, any_rng: bool, epochs: int) ->
     history = History(**measured)
     if len(history.epochs) > epochs:
         raise CheckpointError(f"`checkpoint` {name!r} is of a run of {len(history.epochs)} epochs; expected `epochs` of as many at least")
-    buffers = old.notes.get("best")  # the moving statistics of the best epoch, where `result` has those of the population
-    best = None if buffers is None else ((old.model.parameters() if old.result is None else old.result[0]), buffers)
+    best = old.notes.get("best")
+    if isinstance(best, dict):  # the moving statistics of the best epoch alone, where `result` has those of the population
+        best = (old.model.parameters() if old.result is None else old.result[0]), best
     taken_up = Training(model, run.optimizer, old.state, old.step, old.rng, old.notes)
     return taken_up, history, best, (old.model.parameters(), old.model.buffers)
 
