@@ -313,6 +313,8 @@ def _no_array(name: str, x: Any, error: TypeError) -> UnsupportedError:
     said = str(error)
     known = said in (*_ANOTHER_MEANING.values(), *_OF_ANOTHER_KIND.values()) or said.startswith("the standard's")
     why = said if known else "numpy.asarray makes one of numbers"
+    if isinstance(x, list | tuple) and any(getattr(item, "ndim", 0) for item in x):
+        why += ", portnorm.pad_sequences of sequences that differ in length; portnorm.predict and fit take these as they are"
     return UnsupportedError(
         f"`{name}` is {'None' if x is None else f'a {type(x).__name__}'}; expected an array of {', '.join(SUPPORT)}, or of a library "
         f"that the entry points of {_ENTRY_POINTS} name; {why}"

@@ -34,6 +34,15 @@ def pad_sequences(sequences: Sequence[Array], *, batch_first: bool = False) -> t
 
 def padded(name: str, sequences: Any, batch_first: bool) -> tuple[Array, Array]:
     """As `pad_sequences`, of the argument of this name."""
+    xp, first = checked_sequences(name, sequences), sequences[0]
+    steps = max(a.shape[0] for a in sequences)
+    whole = [xp.concat([a, _zeros(xp, a, steps - a.shape[0])], axis=0) if a.shape[0] < steps else a for a in sequences]
+    lengths = xp.asarray([a.shape[0] for a in sequences], dtype=default_integer(xp), device=device_of(first))
+    return xp.stack(whole, axis=0 if batch_first else 1), lengths
+
+
+def checked_sequences(name: str, sequences: Any) -> Namespace:
+    """The namespace of sequences that differ in their first axis alone; raises where they are none."""
     if not isinstance(sequences, list | tuple) or not sequences:
         what = "empty" if isinstance(sequences, list | tuple) else f"a {type(sequences).__name__}"
         raise UnsupportedError(f"`{name}` is {what}; expected a list of arrays (time, features)")
@@ -44,10 +53,7 @@ def padded(name: str, sequences: Any, batch_first: bool) -> tuple[Array, Array]:
             raise ShapeError(f"`{name}[{k}]` has shape {tuple(a.shape)}; expected (time, {', '.join(map(str, first.shape[1:]))})")
         if a.dtype != first.dtype:
             raise DTypeError(f"`{name}[{k}]` has dtype {a.dtype}; expected {first.dtype}, that of the first")
-    steps = max(a.shape[0] for a in sequences)
-    whole = [xp.concat([a, _zeros(xp, a, steps - a.shape[0])], axis=0) if a.shape[0] < steps else a for a in sequences]
-    lengths = xp.asarray([a.shape[0] for a in sequences], dtype=default_integer(xp), device=device_of(first))
-    return xp.stack(whole, axis=0 if batch_first else 1), lengths
+    return xp
 
 
 @contextlib.contextmanager
@@ -61,7 +67,7 @@ def told_of_argument(name: str) -> Iterator[None]:
         raise type(error)(f"in `{name.strip()}`: {error}") from error
 
 
-def _unpacked(a: Any) -> Any:
+def unpacked(a: Any) -> Any:
     """The sequences of a NumPy array of objects, as some keep what differs in length."""
     return [*a] if isinstance(a, numpy.ndarray) and a.dtype == object and a.ndim == 1 else a
 
@@ -112,7 +118,7 @@ class Cases:
                 "`model` gives the last step of `x` first, so that its steps are not those of `y`; use direction='reverse', which goes the "
                 "same way, or return_sequences=False"
             )
-        x, y = (_unpacked(a) for a in (x, y))
+        x, y = (unpacked(a) for a in (x, y))
         if isinstance(x, list | tuple):
             if lengths is not None:
                 raise UnsupportedError(f"`{name}lengths` is given beside a list of sequences, which have lengths of their own")
