@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 
 from portnorm.arrays import xp_of
+from portnorm.checkpoint.training import Training
 from portnorm.dtypes import dtype_name
 from portnorm.errors import PortnormError
 from portnorm.layers.layer import Layer
@@ -22,7 +23,7 @@ _DIVIDING = ("layer", "rms", "batch")
 """Norms of a cell that divide by a spread, which is √eps where all that is normalized is alike."""
 
 
-def update(run: Any, part: Cases, loss: Loss, clip: float | None, noise: float, history: History) -> None:
+def update(run: Training, part: Cases, loss: Loss, clip: float | None, noise: float, history: History) -> None:
     """θ ← optimizer(θ, clip(∂ loss / ∂θ)) on one batch.
 
     Raises `PortnormError` where the loss or a gradient is not finite; the model is then as it was before.
