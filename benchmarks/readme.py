@@ -105,7 +105,7 @@ def libraries() -> str:
     for row in SUPPORT.values():
         kernels = ", ".join(f"`{name}`" for name in row.kernels) or "–"
         about = {"autodiff takes our vjps": row.autodiff, "lazy": row.lazy, "no `out=`": not row.out}
-        brings = f"`portnorm[{row.extra}]`" if row.extra else f"`{row.package}`"
+        brings = f"the extra `{row.extra}`" if row.extra else f"`{row.package}`"
         tested = "`make test`" if row.always else "`make test-all`"
         if row.gpu:
             tested = "`python -m benchmarks.gpu`" + ("" if GPU.exists() else ": not run here, for want of a GPU")

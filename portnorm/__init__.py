@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from portnorm.checkpoint.layers import load, save
     from portnorm.checkpoint.to_format import to_format
     from portnorm.checkpoint.training import Training
-    from portnorm.training import fit, pad_sequences
+    from portnorm.training import fit, pad_sequences, predict
     from portnorm_backends.cpu.warming import warm
     from portnorm_backends.torch_export import export_torch
     from portnorm_backends.torch_module import torch_module
@@ -69,6 +69,7 @@ _LAZY: dict[str, tuple[str, tuple[str, ...]]] = {
     "Training": ("portnorm.checkpoint.training", ()),
     "fit": ("portnorm.training", ()),
     "pad_sequences": ("portnorm.training", ()),
+    "predict": ("portnorm.training", ()),
     "FORMATS": ("portnorm.checkpoint.foreign", ()),
     "import_checkpoint": ("portnorm.checkpoint.foreign", ()),
     "to_format": ("portnorm.checkpoint.to_format", ()),
@@ -133,6 +134,7 @@ __all__ = [
     "load",
     "mean_squared_error",
     "pad_sequences",
+    "predict",
     "quantized",
     "replace_modules",
     "rms_norm",

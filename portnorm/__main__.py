@@ -6,6 +6,8 @@ import argparse
 import importlib
 import json
 import keyword
+import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +21,37 @@ from portnorm.interrupts import came, end, undo_all, watch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 if it did what was asked, 1 if a graph differs from its model, 2 for an error that the caller can mend.
 
-    An interrupt ends it within two seconds, with 130: files that are not whole and processes that were started are gone then.
+    An interrupt ends it within two seconds, with 130: files that are not whole and processes that were started are gone then. So does a
+    reader of standard output that has gone, such as `head`, with 141.
     """
+    try:
+        try:
+            return _interruptible(arguments)
+        finally:
+            _flush()
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        undo_all()
+        return 141
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output is the pipe that broke; what is left for it goes nowhere from now on."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    if not pipe.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def _interruptible(arguments: Sequence[str] | None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     left = [f"portnorm {' '.join(given[:1])}: interrupted; files that were not complete are not there"]
 

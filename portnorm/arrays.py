@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import array_api_compat
 import numpy
 
-from portnorm.errors import MissingExtraError, ShapeError, UnsupportedError
+from portnorm.errors import MissingExtraError, ShapeError, UnsupportedError, install
 from portnorm.libraries import LOADERS, SUPPORT
 
 Array: TypeAlias = Any
@@ -315,6 +315,8 @@ def _no_array(name: str, x: Any, error: TypeError) -> UnsupportedError:
     said = str(error)
     known = said in (*_ANOTHER_MEANING.values(), *_OF_ANOTHER_KIND.values()) or said.startswith("the standard's")
     why = said if known else "numpy.asarray makes one of numbers"
+    if isinstance(x, list | tuple) and any(getattr(item, "ndim", 0) for item in x):
+        why += ", portnorm.pad_sequences of sequences that differ in length; portnorm.predict and fit take these as they are"
     return UnsupportedError(
         f"`{name}` is {'None' if x is None else f'a {type(x).__name__}'}; expected an array of {', '.join(SUPPORT)}, or of a library "
         f"that the entry points of {_ENTRY_POINTS} name; {why}"
@@ -428,6 +430,5 @@ def require_extra(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(
-            f'this needs the package {module.partition(".")[0]}, which is not installed: pip install "portnorm[{extra}]"'
-        ) from error
+        missing = (error.name or module).partition(".")[0]
+        raise MissingExtraError(f"this needs the package {missing}, which is not installed: {install(extra)}") from error

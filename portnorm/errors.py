@@ -39,5 +39,10 @@ class MissingExtraError(PortnormError, ImportError):
     """An optional dependency is needed and not installed."""
 
 
+def install(extra: str) -> str:
+    """The command that brings an extra, for messages: portnorm is on no package index."""
+    return f'pip install ".[{extra}]" in a checkout of portnorm'
+
+
 class ChangedFileWarning(PortnormError, UserWarning):  # noqa: N818
     """A file holds other numbers than were written into it, since a tool has changed them; what is loaded is what it holds now."""

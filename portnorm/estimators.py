@@ -19,8 +19,8 @@ from portnorm.layers.linear import Linear
 from portnorm.layers.recurrent import GRU, LSTM, RNN, Recurrent
 from portnorm.layers.sequential import Sequential
 from portnorm.optimizers import AdamW
-from portnorm.training.cases import pad_sequences
 from portnorm.training.loop import fit
+from portnorm.training.predict import predict
 
 require_extra("sklearn", "sklearn")
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin  # noqa: E402
@@ -32,9 +32,6 @@ NumPyArray = numpy.ndarray[Any, Any]
 
 CELLS: dict[str, type[Recurrent]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
 """By the names that `cell` takes."""
-
-AT_ONCE = 256
-"""Sequences that are predicted at once, of nearly one length so that little is padding."""
 
 
 class _SequenceEstimator(BaseEstimator):  # type: ignore[misc]
@@ -185,13 +182,8 @@ class _SequenceEstimator(BaseEstimator):  # type: ignore[misc]
         """What the net gives for each sequence, in the order of `X`."""
         check_is_fitted(self)
         sequences = self._sequences(X)
-        order = numpy.argsort([len(s) for s in sequences], kind="stable")
-        found = numpy.empty((len(sequences), len(self.model_.params["1.bias"])), self.dtype)
-        for start in range(0, len(order), AT_ONCE):
-            part = order[start : start + AT_ONCE]
-            x, lengths = pad_sequences([self._scaled(sequences[k]) for k in part])
-            found[part] = self.model_(x, lengths=lengths)[0]
-        return found.astype(numpy.float64)
+        found: NumPyArray = predict(self.model_, [self._scaled(s) for s in sequences]).astype(numpy.float64)
+        return found
 
 
 class SequenceClassifier(ClassifierMixin, _SequenceEstimator):  # type: ignore[misc]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from portnorm.errors import MissingExtraError
+from portnorm.errors import MissingExtraError, install
 
 if TYPE_CHECKING:
     from portnorm.arrays import Library
@@ -66,8 +66,8 @@ class Support:
     def remedy(self) -> str:
         """What helps where it does not work."""
         needs = "it needs an NVIDIA GPU, its driver and " if self.gpu else ""
-        what = self.package if self.extra is None else f'"portnorm[{self.extra}]"'
-        return f"{needs}pip install {what}; else use another library, such as numpy"
+        what = f"pip install {self.package}" if self.extra is None else install(self.extra)
+        return f"{needs}{what}; else use another library, such as numpy"
 
 
 _EVERY = ("float16", "bfloat16", "float32", "float64")

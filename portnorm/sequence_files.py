@@ -25,8 +25,25 @@ def read(path: str | os.PathLike[str]) -> Dataset:
     `y` of which there is nothing to learn; `ShapeError` and `DTypeError` for what does not fit; `PortnormError` for NaN and infinity.
     """
     name = os.fspath(path)
-    arrays = _arrays(name)
-    x, y, lengths = arrays["x"], arrays["y"], arrays.get("lengths")
+    arrays = _arrays("--data", name, ("x", "y"))
+    x, lengths = _inputs(name, arrays)
+    if len(x) < 2:
+        raise ShapeError(f"`x` of {name!r} has shape {x.shape}; expected two cases at least, one of them to be held out")
+    y = _targets(name, arrays["y"])
+    return Dataset(numpy.ascontiguousarray(x.transpose(1, 0, 2)), y, lengths)
+
+
+def read_inputs(path: str | os.PathLike[str], dtype: str) -> tuple[NumPyArray, NumPyArray | None]:
+    """`x` (cases, time, features) of a file in this type, and its `lengths` or `None`; a `y` that is there is left alone.
+
+    Raises as `read`.
+    """
+    name = os.fspath(path)
+    return _inputs(name, _arrays("data", name, ("x",)), dtype)
+
+
+def _inputs(name: str, arrays: dict[str, NumPyArray], dtype: str = "float32") -> tuple[NumPyArray, NumPyArray | None]:
+    x, lengths = arrays["x"], arrays.get("lengths")
     _check_x(name, x)
     cases, steps = x.shape[:2]
     for key in ("y", "lengths"):
@@ -36,37 +53,53 @@ def read(path: str | os.PathLike[str]) -> Dataset:
     if lengths is not None:
         lengths = _checked_lengths(name, lengths, cases, steps)
     with numpy.errstate(over="ignore"):
-        x = x.astype(numpy.float32)
+        x = x.astype(dtype)
     there = numpy.ones((cases, steps), bool) if lengths is None else numpy.arange(steps) < lengths[:, None]
-    _check_finite(name, "x", numpy.where(there[:, :, None], x, numpy.float32(0)))
-    return Dataset(numpy.ascontiguousarray(x.transpose(1, 0, 2)), _targets(name, y), lengths)
+    _check_finite(name, "x", numpy.where(there[:, :, None], x, x.dtype.type(0)))
+    return x, lengths
 
 
-def _arrays(name: str) -> dict[str, NumPyArray]:
+def _arrays(argument: str, name: str, needed: tuple[str, ...]) -> dict[str, NumPyArray]:
     try:
         with contextlib.ExitStack() as stack:
             file = numpy.load(stack.enter_context(open(name, "rb")), allow_pickle=False)
             if isinstance(file, numpy.ndarray):
-                raise UnsupportedError(f"`--data` is {name!r}, a single array; {_EXPECTED}: numpy.savez('data.npz', x=x, y=y)")
+                raise UnsupportedError(f"`{argument}` is {name!r}, a single array; {_EXPECTED}: numpy.savez('data.npz', x=x, y=y)")
             stack.enter_context(file)
-            arrays = {key: file[key] for key in file.files}
+            arrays = {key: _array(name, file, key) for key in file.files}
     except PortnormError:
         raise
     except OSError as error:
-        raise UnsupportedError(f"`--data` is {name!r}, which cannot be read: {error.strerror or error}; {_EXPECTED}") from None
+        raise UnsupportedError(f"`{argument}` is {name!r}, which cannot be read: {error.strerror or error}; {_EXPECTED}") from None
     except Exception as error:  # whatever a file that is none brings NumPy and zipfile to
         what = f"a damaged .npz file ({error})" if zipfile.is_zipfile(name) else "no .npz file"
-        raise UnsupportedError(f"`--data` is {name!r}, which is {what}; {_EXPECTED}") from None
+        raise UnsupportedError(f"`{argument}` is {name!r}, which is {what}; {_EXPECTED}") from None
     if wrong := [key for key, a in arrays.items() if not isinstance(a, numpy.ndarray)]:
-        raise UnsupportedError(f"`--data` is {name!r}, a zip file with {', '.join(map(repr, wrong))}, which is no array; {_EXPECTED}")
-    unknown, missing = [key for key in arrays if key not in KEYS], [key for key in ("x", "y") if key not in arrays]
+        raise UnsupportedError(f"`{argument}` is {name!r}, a zip file with {', '.join(map(repr, wrong))}, which is no array; {_EXPECTED}")
+    unknown, missing = [key for key in arrays if key not in KEYS], [key for key in needed if key not in arrays]
     if unknown:
         meant = {key: difflib.get_close_matches(key.lower(), KEYS, 1, 0.6) for key in unknown}
         hints = [f"{key!r}{f' (did you mean {found[0]!r}?)' if found else ''}" for key, found in meant.items()]
-        raise UnsupportedError(f"`--data` is {name!r}, which has arrays of unknown names: {', '.join(hints)}; {_EXPECTED}")
+        raise UnsupportedError(f"`{argument}` is {name!r}, which has arrays of unknown names: {', '.join(hints)}; {_EXPECTED}")
     if missing:
-        raise UnsupportedError(f"`--data` is {name!r}, which has no {' and no '.join(map(repr, missing))}; {_EXPECTED}")
+        raise UnsupportedError(f"`{argument}` is {name!r}, which has no {' and no '.join(map(repr, missing))}; {_EXPECTED}")
     return arrays
+
+
+def _array(name: str, file: Any, key: str) -> NumPyArray:
+    """One array of a file; raises `UnsupportedError` for one of Python objects, which could run code when they are read."""
+    try:
+        found: NumPyArray = file[key]
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        way_out = (
+            "x, lengths = portnorm.pad_sequences(sequences, batch_first=True) pads sequences that differ in length; save x and lengths"
+            if key == "x"
+            else f"save numbers, {key}.astype(int) or {key}.astype(float)"
+        )
+        raise UnsupportedError(f"`{key}` of {name!r} is an array of Python objects, which is not read; {way_out}") from None
+    return found
 
 
 def _check_x(name: str, x: NumPyArray) -> None:
@@ -75,8 +108,8 @@ def _check_x(name: str, x: NumPyArray) -> None:
     if x.ndim != 3:
         hint = "; with one feature that is x[:, :, None]" if x.ndim == 2 else ""
         raise ShapeError(f"`x` of {name!r} has shape {x.shape}; expected (cases, time, features){hint}")
-    if 0 in x.shape or len(x) < 2:
-        raise ShapeError(f"`x` of {name!r} has shape {x.shape}: nothing to learn; expected two cases at least, one of them to be held out")
+    if 0 in x.shape:
+        raise ShapeError(f"`x` of {name!r} has shape {x.shape}: there is nothing in it; expected a case, a step and a feature at least")
 
 
 def _checked_lengths(name: str, lengths: NumPyArray, cases: int, steps: int) -> NumPyArray:
@@ -123,4 +156,4 @@ def _numbers(name: str, y: NumPyArray) -> NumPyArray:
 def _check_finite(name: str, key: str, a: NumPyArray) -> None:
     if not numpy.isfinite(a).all():
         at: Any = tuple(map(int, numpy.argwhere(~numpy.isfinite(a))[0]))
-        raise PortnormError(f"`{key}` of {name!r} has {a[at]} at {at}, in float32; expected finite numbers")
+        raise PortnormError(f"`{key}` of {name!r} has {a[at]} at {at}, in {a.dtype}; expected finite numbers")

@@ -200,7 +200,7 @@ try:
 except pn.MissingExtraError as error:
     print(error)
 """
-    assert output_of(code).endswith('pip install "portnorm[bfloat16]"')
+    assert output_of(code).endswith('pip install ".[bfloat16]" in a checkout of portnorm')
 
 
 FORMS: dict[str, tuple[Any, tuple[int, ...], int | tuple[int, ...], dict[str, Any]]] = {

@@ -6,7 +6,10 @@ import argparse
 import importlib
 import json
 import keyword
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -114,6 +117,48 @@ def test_an_error_is_one_line_and_exit_code_2(arguments: list[str], capsys: Any)
     assert "missing" in err
 
 
+@pytest.mark.parametrize("command", ["verify", "draw", "bench"])
+def test_a_checkpoint_is_no_graph(command: str, tmp_path: Path, capsys: Any) -> None:
+    path = str(tmp_path / "m.safetensors")
+    pn.save(pn.Linear(2, 3, rng=0), path)
+    assert main([command, path]) == 2
+    assert capsys.readouterr().err.endswith(f"{path!r} is no ONNX model; a checkpoint becomes one by `portnorm export {path} -o …`\n")
+
+
+KINDS = {
+    "d.npz": (lambda path: np.savez(path, x=np.ones(99)), "it is one of NumPy: .*`portnorm import`.*`portnorm train --data"),
+    "w.h5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "it is one of Keras or HDF5: .*`portnorm import`"),
+    "w.pt": (lambda path: path.write_bytes(b"PK\x03\x04" + b"\x01" * 99), "it looks like a pickle of PyTorch: portnorm.import_checkpoint"),
+}
+
+
+@pytest.mark.parametrize("command", ["export", "info"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_file_of_another_kind_is_no_checkpoint(name: str, command: str, tmp_path: Path, capsys: Any) -> None:
+    make, message = KINDS[name]
+    make(tmp_path / name)
+    assert main([command, str(tmp_path / name), *(["-o", str(tmp_path / "m.onnx")] if command == "export" else [])]) == 2
+    assert re.search(f"is no safetensors file or is cut off: .*; {message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"], ["warm", "--dtype", "float32"]], ids=" ".join)
+def test_a_reader_that_goes_ends_a_command(arguments: list[str]) -> None:
+    """As `head` does: no traceback, neither of the command nor of Python's end."""
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from portnorm.__main__ import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_warm_names_the_types_that_info_shows(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        main(["warm", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(json_of(capsys, "info")[1]["kernels"]["compiled"]) in shown
+
+
 def test_info_without_a_file(capsys: Any) -> None:
     code, found = json_of(capsys, "info")
     assert code == 0
@@ -149,8 +194,8 @@ def test_info_says_not_installed(capsys: Any, monkeypatch: pytest.MonkeyPatch) -
     lines = capsys.readouterr().out.splitlines()
     for name in (*OPTIONAL, "array_api_strict", "torch", "jax", "cupy", "onnxruntime", "numba"):
         assert all("not installed" in line for line in lines if line.startswith(f"  {name} ")), name
-    assert any('pip install "portnorm[onnx]"' in line for line in lines)
-    assert any('pip install "portnorm[fast]"' in line for line in lines)
+    assert any('pip install ".[onnx]" in a checkout' in line for line in lines)
+    assert any('pip install ".[fast]" in a checkout' in line for line in lines)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -40,6 +40,12 @@ def put(a: Any, at: Any, value: Any) -> Any:
     return changed
 
 
+def ragged() -> Any:
+    found = np.empty(40, dtype=object)
+    found[:] = [X[k, : k % 5 + 1] for k in range(40)]
+    return found
+
+
 FILES: dict[str, tuple[Arrays, str]] = {
     "labels below 0": (arrays(y=Y - 1), "`y` .* reaches from -1 to 0"),
     "one label below 0": (arrays(y=put(Y, 3, -100)), "`y` .* reaches from -100"),
@@ -51,7 +57,11 @@ FILES: dict[str, tuple[Arrays, str]] = {
     "bytes": (arrays(y=np.array([b"a"] * 40)), "`y` .* dtype"),
     "complex": (arrays(y=1j * Y), "`y` .* dtype complex128"),
     "dates": (arrays(y=Y.astype("datetime64[s]")), "`y` .* dtype datetime64"),
-    "objects": (arrays(y=np.array([0, "a"] * 20, dtype=object)), "damaged .npz file .*[Oo]bject"),
+    "objects": (
+        arrays(y=np.array([0, "a"] * 20, dtype=object)),
+        r"`y` of .* is an array of Python objects, which is not read; save numbers, y\.astype\(int\)",
+    ),
+    "sequences of different length": (arrays(x=ragged()), r"`x` of .* Python objects.*pad_sequences\(sequences, batch_first=True\)"),
     "targets that are NaN": (arrays(y=put(Y.astype(float), 7, np.nan)), r"`y` .* nan at \(7,\)"),
     "targets that are infinite": (arrays(y=put(Y.astype(float), 7, -np.inf)), r"`y` .* -inf at \(7,\)"),
     "targets beyond float32": (arrays(y=1e300 * Y), "`y` .* inf at .*float32"),
@@ -68,10 +78,10 @@ FILES: dict[str, tuple[Arrays, str]] = {
     "x with NaN": (arrays(x=put(X, (3, 4, 1), np.nan)), r"`x` .* nan at \(3, 4, 1\)"),
     "x with infinity": (arrays(x=put(X, (3, 4, 1), np.inf)), r"`x` .* inf at \(3, 4, 1\)"),
     "x beyond float32": (arrays(x=put(X.astype(float), (3, 4, 1), 1e39)), r"`x` .* inf at \(3, 4, 1\)"),
-    "no cases": (arrays(x=X[:0], y=Y[:0]), "`x` .* nothing to learn"),
+    "no cases": (arrays(x=X[:0], y=Y[:0]), "`x` .* nothing in it"),
     "one case": (arrays(x=X[:1], y=Y[:1]), "`x` .* two cases at least"),
-    "no steps": (arrays(x=X[:, :0]), "`x` .* nothing to learn"),
-    "no features": (arrays(x=X[..., :0]), "`x` .* nothing to learn"),
+    "no steps": (arrays(x=X[:, :0]), "`x` .* nothing in it"),
+    "no features": (arrays(x=X[..., :0]), "`x` .* nothing in it"),
     "lengths beyond the steps": (arrays(lengths=put(np.full(40, 5), 2, 6)), "`lengths` .* from 5 to 6; expected 1 to 5"),
     "lengths below 0": (arrays(lengths=put(np.full(40, 5), 2, -1)), "`lengths` .* from -1 to 5"),
     "a length of 0": (arrays(lengths=put(np.full(40, 5), 2, 0)), "`lengths` .* from 0 to 5"),
@@ -174,10 +184,11 @@ def test_a_file_that_is_none_is_refused(name: str, tmp_path: Path, capsys: Any) 
 
 
 NUMBERS = [
-    *((option, value) for option in ("hidden", "epochs", "batch") for value in ("0", "-1")),
+    *((option, value) for option in ("hidden", "epochs", "batch", "patience") for value in ("0", "-1")),
     ("batch", "33"),
     ("seed", "-1"),
     *((option, value) for option in ("lr", "clip") for value in ("nan", "0", "-0.1", "-inf")),
+    *(("state-noise", value) for value in ("nan", "-0.1", "inf")),
     ("lr", "inf"),
 ]
 
@@ -187,7 +198,7 @@ NUMBERS = [
 def test_a_number_out_of_range_is_refused(option: str, value: str, tmp_path: Path, capsys: Any) -> None:
     np.savez(tmp_path / "d.npz", **arrays())
     said = refused(capsys, tmp_path, ["--data", str(tmp_path / "d.npz"), f"--{option}={value}"])
-    assert said.startswith(f"`--{option}` is {float(value) if option in ('lr', 'clip') else value}; expected ")
+    assert said.startswith(f"`--{option}` is {float(value) if option in ('lr', 'clip', 'state-noise') else value}; expected ")
 
 
 @pytest.mark.parametrize("option", ["hidden", "epochs", "batch", "seed", "lr", "clip", "norm", "optimizer"])
@@ -220,7 +231,7 @@ def test_a_loss_that_is_not_finite_leaves_the_old_checkpoint(tmp_path: Path, cap
     np.savez(tmp_path / "d.npz", **arrays(y=X[:, :, 0].sum(1)))
     said = refused(capsys, tmp_path, ["--data", str(tmp_path / "d.npz"), "--lr", "1e30", "--optimizer", "sgd", "--norm", "none"])
     assert "after" in said
-    assert "`--lr` 1e+30" in said
+    assert "`--lr` is 1e+30" in said
 
 
 # -- what is learned -----------------------------------------------------------------------------------------------------------------------
@@ -240,7 +251,8 @@ def test_integers_are_classes(dtype: str, tmp_path: Path, capsys: Any) -> None:
     assert [row["epoch"] for row in found["epochs"]] == list(range(1, 13))
     assert all(set(row) == {"epoch", "loss", "held_out_loss", "held_out_accuracy"} for row in found["epochs"])
     assert found["epochs"][-1]["held_out_loss"] < found["epochs"][0]["held_out_loss"]
-    assert model(np.zeros((5, 3, 2), np.float32))[0].shape == (3, 2)
+    assert found["takes"] == ["cases", "time", 2]
+    assert model(np.zeros((3, 5, 2), np.float32))[0].shape == (3, 2)
 
 
 @pytest.mark.parametrize("norm", [name or "none" for name in train._NORMS if name != "fastrnns-decomposed"])
@@ -248,7 +260,7 @@ def test_every_variant_learns(norm: str, tmp_path: Path, capsys: Any) -> None:
     found, model = trained(capsys, tmp_path, arrays(60, lengths=np.arange(60) % 5 + 1), "--epochs", "4", "--norm", norm, "--batch", "12")
     losses = [row["loss"] for row in found["epochs"]]
     assert losses[-1] < losses[0]
-    assert np.isfinite(model(np.ones((5, 1, 2), np.float32))[0]).all()
+    assert np.isfinite(model(np.ones((1, 5, 2), np.float32))[0]).all()
 
 
 def test_a_variant_without_eps_takes_no_lengths(tmp_path: Path, capsys: Any) -> None:
@@ -268,7 +280,7 @@ def test_floating_point_numbers_are_a_regression_in_their_own_unit(outputs: int 
     assert "test_accuracy" not in found
     assert found["r_squared"] > 0.8
     held_out = np.random.default_rng(0).permutation(150)[:30]
-    given = model(data["x"][held_out].transpose(1, 0, 2))[0]
+    given = model(data["x"][held_out])[0]
     errors = (given - y.reshape(150, -1)[held_out]) ** 2
     assert found["mean_squared_error"] == pytest.approx(float(errors.mean()), rel=1e-3)
     spread = ((y - y[held_out].mean(axis=0)) ** 2).reshape(150, -1)[held_out]
@@ -300,6 +312,89 @@ def test_the_same_seed_gives_the_same_bits(tmp_path: Path, capsys: Any) -> None:
         trained(capsys, tmp_path, arrays(), "--epochs", "2", "--seed", seed)
         files.append((tmp_path / "m.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
+
+
+@pytest.mark.parametrize("patience", [[], ["--patience", "9"]], ids=["all", "patience"])
+@pytest.mark.parametrize("norm", ["none", "layer", "batch"])
+@pytest.mark.parametrize("task", ["classes", "numbers"])
+def test_a_run_that_was_stopped_goes_on(task: str, norm: str, patience: list[str], tmp_path: Path, capsys: Any) -> None:
+    """To the model of a run that was not, and its file gives that model, in the units of the data."""
+    data = arrays(60, lengths=np.arange(60) % 5 + 1)
+    if task == "numbers":
+        data["y"] = 1e3 * (3 + data["x"][:, 0, 0])
+    run, how = ["--checkpoint", str(tmp_path / "run.safetensors")], ["--norm", norm, "--batch", "12", "--lr", "0.3", *patience]
+    whole, expected = trained(capsys, tmp_path, data, *how, "--epochs", "4")
+    for epochs in ("2", "4", "4"):
+        found, model = trained(capsys, tmp_path, data, *how, *run, "--epochs", epochs, "--resume")
+        given = pn.load(tmp_path / "run.safetensors").state_dict()
+        assert all(np.array_equal(a, given[name]) for name, a in model.state_dict().items())
+    assert all(np.array_equal(a, model.state_dict()[name]) for name, a in expected.state_dict().items())
+    results = {"test_accuracy", "mean_squared_error", "r_squared", "loss", "best_epoch"} & {*whole}
+    assert {key: found[key] for key in results} == {key: whole[key] for key in results}
+    assert [row["loss"] for row in found["epochs"]] == [row["loss"] for row in whole["epochs"]]
+    assert ("best_epoch" in whole) == bool(patience)
+
+
+def test_the_file_of_a_regression_that_was_killed_is_in_the_units_of_its_data(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, run = arrays(150), tmp_path / "run.safetensors"
+    y = 1e5 * (3 + data["x"].sum(axis=1))
+    measured = train._Task.measured
+
+    def killed(task: Any, model: Any) -> Any:
+        if run.exists():
+            raise KeyboardInterrupt
+        return measured(task, model)
+
+    monkeypatch.setattr(train._Task, "measured", killed)
+    np.savez(tmp_path / "d.npz", **(data | {"y": y}))
+    given = ["--data", str(tmp_path / "d.npz"), "-o", str(tmp_path / "m.safetensors"), "--checkpoint", str(run), "--batch", "20", "--json"]
+    assert main(["train", *given]) == 130
+    assert not (tmp_path / "m.safetensors").exists()
+    assert abs(float(pn.load(run)(data["x"])[0].mean()) / float(y.mean()) - 1) < 0.5
+
+
+def test_patience_keeps_the_best_epoch(tmp_path: Path, capsys: Any) -> None:
+    """Of labels by chance, which are learned by heart: what is written is what the best row measured."""
+    data = arrays(60, y=np.random.default_rng(5).standard_normal(60))
+    found, model = trained(capsys, tmp_path, data, "--epochs", "60", "--batch", "12", "--lr", "0.05", "--patience", "3")
+    rows, best = found["epochs"], found["best_epoch"]
+    assert len(rows) == best + 3 < 60
+    assert best == 1 + int(np.argmin([row["held_out_loss"] for row in rows]))
+    assert found["mean_squared_error"] == rows[best - 1]["held_out_mse"] < rows[-1]["held_out_mse"]
+    held_out = np.random.default_rng(0).permutation(60)[:12]
+    errors = (model(data["x"][held_out])[0][:, 0] - data["y"][held_out]) ** 2
+    assert found["mean_squared_error"] == pytest.approx(float(errors.mean()), rel=1e-3)
+
+
+def test_another_run_is_refused_by_name(tmp_path: Path, capsys: Any) -> None:
+    run, place = ["--checkpoint", str(tmp_path / "run.safetensors")], ["--data", str(tmp_path / "d.npz")]
+    trained(capsys, tmp_path, arrays(), *run, "--epochs", "2")
+    size = ["--hidden", "8", "--epochs", "2"]
+    assert "another `rng`; expected the seed" in refused(capsys, tmp_path, [*place, *run, *size, "--resume", "--seed", "1"])
+    assert "`lr` of its optimizer 0.01, which is 0.02" in refused(capsys, tmp_path, [*place, *run, *size, "--resume", "--lr", "0.02"])
+    np.savez(tmp_path / "d.npz", **arrays(x=X + 1))
+    assert "other numbers in `x`" in refused(capsys, tmp_path, [*place, *run, *size, "--resume"])
+
+
+@pytest.mark.usefixtures("no_work")
+def test_a_run_needs_a_file_of_its_own(tmp_path: Path, capsys: Any) -> None:
+    np.savez(tmp_path / "d.npz", **arrays())
+    place = ["--data", str(tmp_path / "d.npz")]
+    assert "`--resume` is given without `--checkpoint`" in refused(capsys, tmp_path, [*place, "--resume"])
+    assert "expected two files" in refused(capsys, tmp_path, [*place, "--checkpoint", str(tmp_path / "m.safetensors")])
+    assert "`--checkpoint` is" in refused(capsys, tmp_path, [*place, "--checkpoint", str(tmp_path / "no" / "r.safetensors")])
+
+
+def test_steps_of_zeros_in_front_are_named(tmp_path: Path, capsys: Any) -> None:
+    x = np.concatenate([np.zeros((40, 200, 2), np.float32), X], axis=1)
+    np.savez(tmp_path / "d.npz", **arrays(x=x))
+    place = ["--data", str(tmp_path / "d.npz"), "--epochs", "1"]
+    said = refused(capsys, tmp_path, place)
+    assert re.search(r"the gradient of `[\w.]+` and \d+ more of \d+ is not finite at update 1.*state_noise", said), said
+    found, _ = trained(capsys, tmp_path, arrays(x=x), "--epochs", "1", "--state-noise", "0.1")
+    assert np.isfinite(found["loss"])
 
 
 def test_rows_of_epochs_need_no_rich(tmp_path: Path) -> None:

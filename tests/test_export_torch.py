@@ -902,7 +902,7 @@ try:
 except portnorm.MissingExtraError as error:
     print(error)
 """
-    assert output_of(code) == 'this needs the package onnxscript, which is not installed: pip install "portnorm[torch]"'
+    assert output_of(code) == 'this needs the package onnxscript, which is not installed: pip install ".[torch]" in a checkout of portnorm'
 
 
 # -- in pieces -------------------------------------------------------------------------------------------------------------------------

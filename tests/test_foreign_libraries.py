@@ -109,18 +109,18 @@ def zeros(shape):
 @pytest.mark.parametrize(
     ("cupy", "call", "kind", "messages"),
     [
-        (CUPY_THAT_DOES_NOT_LOAD, "pn.LayerNorm(3, xp='cupy')", "MissingExtraError", ("`xp` names cupy", "libcuda.so.1", "portnorm[cupy]")),
+        (CUPY_THAT_DOES_NOT_LOAD, "pn.LayerNorm(3, xp='cupy')", "MissingExtraError", ("`xp` names cupy", "libcuda.so.1", ".[cupy]")),
         (
             CUPY_WITHOUT_A_DEVICE,
             "pn.LayerNorm(3, xp='cupy')",
             "UnsupportedError",
-            ("`xp` is 'cupy'", "cudaErrorNoDevice", "portnorm[cupy]"),
+            ("`xp` is 'cupy'", "cudaErrorNoDevice", ".[cupy]"),
         ),
         (
             CUPY_WITHOUT_A_DEVICE,
             "pn.layer_norm(__import__('cupy').ndarray())",
             "MissingExtraError",
-            ("`x` is an array of cupy, which does not work here", "portnorm[cupy]"),
+            ("`x` is an array of cupy, which does not work here", ".[cupy]"),
         ),
     ],
     ids=["not loaded", "no device", "an array without a device"],

@@ -100,7 +100,18 @@ try:
 except portnorm.MissingExtraError as error:
     print(error)
 """
-    assert output_of(code) == 'this needs the package onnx, which is not installed: pip install "portnorm[onnx]"'
+    assert output_of(code) == 'this needs the package onnx, which is not installed: pip install ".[onnx]" in a checkout of portnorm'
+
+
+def test_one_function_says_how_an_extra_is_installed() -> None:
+    """From a checkout, since portnorm is on no package index; and what is named is an extra."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    places = [path for folder in ("portnorm", "backends", "onnx_export", "docs") for path in (ROOT / folder).rglob("*.*")]
+    for path in (ROOT / "README.md", *(path for path in places if path.suffix in (".py", ".md"))):
+        text = path.read_text()
+        assert not re.search(r"portnorm\[\w", text), path
+        named = re.findall(r"""\binstall\(['"](\w+)['"]\)|require_extra\([^()]*, "(\w+)"\)|"\.\[([\w,-]+)\]\"""", text)
+        assert {extra for found in named for extra in "".join(found).split(",")} <= {*extras}, path
 
 
 def test_numpy_is_not_called_on_user_arrays() -> None:

@@ -31,7 +31,7 @@ DOORS = {
 
 GUIDES = {
     "variants.md": (4, set()),
-    "training.md": (4, {"run.safetensors", "own.safetensors"}),
+    "training.md": (5, {"run.safetensors", "own.safetensors"}),
     "weights.md": (2, set()),
     "arrays.md": (1, set()),
     "onnx.md": (6, {"model.onnx", "step.onnx", "part.onnx", "train.onnx", "small.onnx", "fixed.onnx"}),

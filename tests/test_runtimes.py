@@ -246,7 +246,7 @@ def test_what_is_not_installed_is_named_and_never_passes(tmp_path: Path, capsys:
     assert outcomes.keys() == RUNTIMES.keys()
     for name in ("openvino", "openvino-default", "tract"):
         assert outcomes[name].status == "not installed"
-        assert 'pip install "portnorm[runtimes]"' in outcomes[name].detail
+        assert 'pip install ".[runtimes]"' in outcomes[name].detail
     assert outcomes["web"].status == outcomes["web-page"].status == "not installed"
     assert outcomes["onnxruntime"].status == outcomes["reference"].status == "passed"
     with pytest.raises(pn.MissingExtraError, match="openvino is not installed"):

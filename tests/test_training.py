@@ -17,7 +17,7 @@ from portnorm import demo
 from portnorm.arrays import to_numpy
 from portnorm.checkpoint import safetensors
 from portnorm.optimizers import OPTIMIZERS
-from portnorm.training import Cases, evaluate
+from portnorm.training import Cases, History, evaluate
 from portnorm.training import progress as progress_module
 from portnorm_backends.cpu import warming
 from tests.cases import IMPLEMENTATIONS, LAYERS, PRESETS
@@ -169,10 +169,10 @@ def test_a_function_is_in_no_file(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("runs") / "run"
-    pn.save(
-        pn.Training(pn.Linear(2, 1, rng=0), pn.Adam(), rng=np.random.Generator(np.random.SFC64(0)), notes={"a": [np.ones(2), "b"]}), path
-    )
+    path, notes = tmp_path_factory.mktemp("runs") / "run", {"a": [np.ones(2), "b"]}
+    run = pn.Training(pn.Linear(2, 1, rng=0), pn.Adam(), rng=np.random.Generator(np.random.SFC64(0)), notes=notes)
+    run.result = pn.Linear(2, 1, rng=1).parameters(), {}
+    pn.save(run, path)
     return path.read_bytes()
 
 
@@ -193,7 +193,7 @@ def test_a_file_that_is_cut_off_or_damaged_is_named(saved: bytes, tmp_path: Path
     assert survived < header / 6
 
 
-@pytest.mark.parametrize("key", ["optimizer", "state", "step", "rng", "notes", "evaluates"])
+@pytest.mark.parametrize("key", ["optimizer", "state", "step", "rng", "notes", "evaluates", "trained"])
 @pytest.mark.parametrize("value", [None, 3, "x", {}, {"type": "Adam"}, {"array": "nothing"}, {"bit_generator": "os"}], ids=str)
 def test_a_file_that_says_something_else_is_named(key: str, value: Any, saved: bytes, tmp_path: Path) -> None:
     (tmp_path / "run").write_bytes(saved)
@@ -250,6 +250,65 @@ def test_fit_stopped_after_each_epoch_is_fit(cell: str, norm: str | None, dropou
     assert bits(pieces) == bits(whole)
 
 
+ENDINGS = [(cell, norm, patience) for cell, norm in PRESETS for patience in (None, 9)] + [("LSTM", "batch", 1), ("GRU", "layer", 1)]
+
+
+@pytest.mark.parametrize(("cell", "norm", "patience"), ENDINGS)
+def test_the_file_of_a_run_is_the_model_that_fit_leaves(cell: str, norm: str | None, patience: int | None, tmp_path: Path) -> None:
+    """Of labels by chance, so that the last epoch is not the best: after every end, also where the run goes on."""
+    rng, path = np.random.default_rng(3), tmp_path / "run.safetensors"
+    (x, y), other = some(rng), some(rng)
+    how: Any = {"batch": 3, "optimizer": pn.SGD(3.0, 0.5), "validation": other, "patience": patience, "checkpoint": path, "progress": False}
+    model = classifier(cell, norm)
+    how["state_noise"] = 0.1 if model.parts[0].timed else 0.0  # type: ignore[attr-defined]
+    for epochs in (2, 5, 5):
+        history = pn.fit(model, x, y, epochs=epochs, resume=True, **how)
+        assert bits(pn.load(path)) == bits(model)
+        run = pn.load(path, training=True)
+        assert run.step == 3 * len(history.epochs)
+        if patience == 9 and history.best_epoch != len(history.epochs):
+            assert bits(run.model) != bits(model)  # it goes on from its last epoch
+    alone = classifier(cell, norm)
+    pn.fit(alone, x, y, epochs=5, **{**how, "checkpoint": None})
+    assert bits(alone) == bits(model)
+
+
+@pytest.mark.parametrize("patience", [None, 9])
+def test_the_file_of_a_run_that_was_killed_is_the_best_so_far(patience: int | None, tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    seen: list[Any] = []
+    model = classifier("LSTM", "batch-input")
+
+    def interrupt(done: int, total: int, loss: float) -> None:
+        if done % 3 == 1:
+            seen.append(None if done == 1 else bits(pn.load(tmp_path / "run")))
+        if done == 16:
+            raise KeyboardInterrupt
+
+    how: Any = {"batch": 3, "optimizer": pn.SGD(3.0), "validation": some(rng), "patience": patience, "checkpoint": tmp_path / "run"}
+    with pytest.raises(KeyboardInterrupt):
+        pn.fit(model, x, y, epochs=9, progress=interrupt, **how)
+    run = pn.load(tmp_path / "run", training=True)
+    validation = run.notes["history"]["validation"]
+    best = int(np.argmin(validation))
+    assert best < 4
+    assert (seen[5] == bits(run.model)) == (patience is None)
+    for epoch in range(1, 6):
+        lowest = int(np.argmin(validation[:epoch]))
+        assert (seen[epoch] == seen[lowest + 1]) == (patience is not None or lowest == epoch - 1)
+
+
+def test_an_update_by_hand_forgets_what_fit_came_to(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Else the file of a run that goes on in a loop of one's own would give the model of before."""
+    x, y = some(rng)
+    pn.fit(classifier(norm="batch"), x, y, epochs=1, checkpoint=tmp_path / "run")
+    run = pn.load(tmp_path / "run", training=True)
+    assert run.result is not None
+    updates(run, 1)
+    pn.save(run, tmp_path / "run")
+    assert bits(pn.load(tmp_path / "run")) == bits(run.model)
+
+
 def test_a_run_that_was_interrupted_goes_on_from_its_last_epoch(tmp_path: Path, rng: np.random.Generator) -> None:
     x, y = some(rng)
     whole, stopped = classifier(), classifier()
@@ -269,26 +328,120 @@ def test_a_run_that_was_interrupted_goes_on_from_its_last_epoch(tmp_path: Path, 
     assert bits(again) == bits(whole)
 
 
-OTHER: dict[str, tuple[Any, str]] = {
-    "batch": ({"batch": 4}, "`batch` 3, which is 4 now"),
-    "clip": ({"clip": None}, "`clip` 1.0, which is None now"),
-    "cases": ({"x": slice(0, 8)}, "`cases` 9, which is 8 now"),
-    "model": ({"model": "RNN"}, "is of another model, Sequential"),
-    "optimizer": ({"optimizer": pn.SGD()}, r"has the state of another optimizer than SGD\("),
+HERE: dict[str, Any] = {"epochs": 2, "batch": 3, "optimizer": pn.AdamW(0.01), "lengths": LENGTHS, "weights": np.ones(CASES), "rng": 3}
+SPLIT = {**HERE, "validation": 0.25, "patience": 4}
+FIXED = {**HERE, "validation": (np.ones((STEPS, 2, FEATURES), "float32"), np.array([0, 1]), [6, 3], np.ones(2))}
+
+
+def fixed_but(place: int, value: Any) -> dict[str, Any]:
+    return {"validation": tuple(value if k == place else part for k, part in enumerate(FIXED["validation"]))}
+
+
+def changed(a: Any, at: Any, by: Any) -> Any:
+    found = np.array(a)
+    found[at] += by
+    return found
+
+
+OTHER: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "batch": (HERE, {"batch": 4}, "`batch` 3, which is 4 now"),
+    "whole batches": (HERE, {"whole_batches": True}, "`whole_batches` False, which is True now"),
+    "clip": (HERE, {"clip": None}, "`clip` 1.0, which is None now"),
+    "noise": (HERE, {"state_noise": 0.1}, "`state_noise` 0.0, which is 0.1 now"),
+    "cases": (HERE, {"cases": slice(0, 8)}, "`cases` 9, which is 8 now"),
+    "model": (HERE, {"model": "RNN"}, "is of another model, Sequential"),
+    "loss": (HERE, {"y": np.ones((CASES, CLASSES))}, "`loss` 'softmax_cross_entropy', which is 'mean_squared_error' now"),
+    "optimizer": (HERE, {"optimizer": pn.SGD()}, "the optimizer AdamW, which is SGD now"),
+    "an optimizer whose state is alike": (HERE, {"optimizer": pn.Adam(0.01)}, "the optimizer AdamW, which is Adam now"),
+    "rate": (HERE, {"optimizer": pn.AdamW(0.02)}, "`lr` of its optimizer 0.01, which is 0.02 now; .*lr=lambda step"),
+    "decay": (HERE, {"optimizer": pn.AdamW(0.01, weight_decay=0.5)}, "`weight_decay` of its optimizer 0.01, which is 0.5 now"),
+    "what decays": (HERE, {"optimizer": pn.AdamW(0.01, decayed=["*"])}, r"`decayed` of its optimizer .*, which is \('\*',\) now"),
+    "rate for a schedule": (
+        {**HERE, "optimizer": pn.SGD(lambda step: 0.1)},
+        {"optimizer": pn.SGD(0.1)},
+        "`lr` .* a function, which is 0.1",
+    ),
+    "seed": (HERE, {"rng": 9}, "another `rng`; expected the seed"),
+    "kind of generator": (HERE, {"rng": np.random.Generator(np.random.MT19937(3))}, "another `rng`"),
+    "no validation": (SPLIT, {"validation": None, "patience": None}, "`validation` 0.25, which is None now"),
+    "validation": (HERE, {"validation": 0.2}, "`validation` None, which is 0.2 now"),
+    "share": (SPLIT, {"validation": 0.26}, "`validation` 0.25, which is 0.26 now"),
+    "validation of its own": (SPLIT, {"validation": FIXED["validation"]}, "`validation` 0.25, which is 'cases of its own' now"),
+    "less patience": (SPLIT, {"patience": 3}, "`patience` 4, which is 3 now; expected as much"),
+    "patience": ({**SPLIT, "patience": None}, {"patience": 9}, "`patience` None, which is 9 now"),
+    "fewer epochs": (HERE, {"epochs": 1}, "of 2 epochs; expected `epochs` of as many at least"),
+    "x": (HERE, {"x": ((0, 4, 1), 1.0)}, "other numbers in `x`"),
+    "y": (HERE, {"y": ((4,), -1)}, "other numbers in `y`"),
+    "lengths": (HERE, {"lengths": [5, *LENGTHS[1:]]}, "other numbers in `lengths`"),
+    "no lengths": (HERE, {"lengths": None}, "other numbers in `lengths`"),
+    "weights": (HERE, {"weights": changed(np.ones(CASES), 2, 1)}, "other numbers in `weights`"),
+    "no weights": (HERE, {"weights": None}, "other numbers in `weights`"),
+    "x of validation": (FIXED, fixed_but(0, np.zeros((STEPS, 2, FEATURES), "float32")), "other numbers in `validation x`"),
+    "y of validation": (FIXED, fixed_but(1, np.array([1, 1])), "other numbers in `validation y`"),
+    "lengths of validation": (FIXED, fixed_but(2, [6, 2]), "other numbers in `validation lengths`"),
+    "weights of validation": (FIXED, fixed_but(3, np.array([1.0, 0.5])), "other numbers in `validation weights`"),
 }
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_a_checkpoint_of_another_run_is_named(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
-    x, y = some(rng)
-    pn.fit(classifier(), x, y, epochs=1, batch=3, checkpoint=tmp_path / "run")
-    change, message = OTHER[name]
-    how: Any = {"batch": 3} | {k: v for k, v in change.items() if k not in ("x", "model")}
-    cases, model = change.get("x", slice(None)), classifier(change.get("model", "GRU"))
+def test_a_checkpoint_of_another_run_is_named(name: str, tmp_path: Path) -> None:
+    """Whatever would make other numbers; the model and the file stay as they were."""
+    how, change, message = OTHER[name]
+    x, y = some(np.random.default_rng(0))
+    y = 1 + y % 2
+    pn.fit(classifier(), x, y, checkpoint=tmp_path / "run", **how)
+    file = (tmp_path / "run").read_bytes()
+    given = {"x": x, "y": y, **how}
+    for key, value in change.items():
+        given[key] = changed(given[key], *value) if isinstance(value, tuple) and key in ("x", "y") else value
+    cases, model = given.pop("cases", slice(None)), classifier(given.pop("model", "GRU"))
+    given |= {"x": given["x"][:, cases], **{key: given[key][cases] for key in ("y", "lengths", "weights") if given[key] is not None}}
     before = bits(model)
     with pytest.raises(pn.CheckpointError, match=message):
-        pn.fit(model, x[:, cases], y[cases], epochs=2, checkpoint=tmp_path / "run", resume=True, **how)
+        pn.fit(model, **{"epochs": 4, **given}, checkpoint=tmp_path / "run", resume=True)
     assert bits(model) == before
+    assert (tmp_path / "run").read_bytes() == file
+
+
+SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "the same": (SPLIT, {}),
+    "more epochs": (SPLIT, {"epochs": 5}),
+    "more patience": (SPLIT, {"patience": 5}),
+    "no patience": (SPLIT, {"patience": None}),
+    "the generator of the file": (SPLIT, {"rng": None}),
+    "a generator of that seed": (SPLIT, {"rng": np.random.Generator(np.random.PCG64(3))}),
+    "a schedule of the same rates": (SPLIT, {"optimizer": pn.AdamW(lambda step: 0.01)}),
+    "labels of another width": (SPLIT, {"y": "int8"}),
+    "other numbers behind the lengths": (SPLIT, {"x": 7.0}),
+    "cases of its own": (FIXED, {"epochs": 5}),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_checkpoint_of_the_same_run_is_taken_up(name: str, tmp_path: Path) -> None:
+    """To the numbers of a run that had all from its start; its file is in turn of the same run."""
+    how, change = SAME[name]
+    x, y = some(np.random.default_rng(0))
+    behind = np.arange(STEPS)[:, None] >= np.array(LENGTHS)
+    pn.fit(classifier(), x, y, **how, checkpoint=tmp_path / "run")
+    other_x = np.where(behind[:, :, None], np.float32(change["x"]), x) if "x" in change else x
+    now = {"epochs": 4, **how, **change, "x": other_x, "y": y.astype(change.get("y", int))}
+    for _ in range(2):
+        model = classifier(rng=4)
+        found = pn.fit(model, **now, checkpoint=tmp_path / "run", resume=True)
+    whole = classifier()
+    assert pn.fit(whole, **{**now, "rng": 3}) == found
+    assert bits(whole) == bits(model)
+
+
+def test_a_checkpoint_of_an_older_portnorm_is_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    pn.fit(classifier(), x, y, epochs=1, checkpoint=tmp_path / "run")
+    run = pn.load(tmp_path / "run", training=True)
+    del run.notes["fit"]["rng"]
+    pn.save(run, tmp_path / "run")
+    with pytest.raises(pn.CheckpointError, match="is of an older portnorm, which did not note `rng`"):
+        pn.fit(classifier(), x, y, epochs=2, checkpoint=tmp_path / "run", resume=True)
 
 
 def test_other_parts_that_evaluate_are_another_run(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -389,6 +542,63 @@ def test_a_case_of_no_weight_is_not_trained_on(rng: np.random.Generator) -> None
     assert found[0] == found[1]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("clip", [1.0, None])
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_a_gradient_that_is_not_finite_changes_nothing(cell: str, norm: str | None, clip: float | None, rng: np.random.Generator) -> None:
+    """At 200 steps of zeros in front a norm inside the cell divides by √eps at each; a first state that is not 0 is a way out."""
+    x = np.concatenate([np.zeros((200, 6, FEATURES), "float32"), rng.standard_normal((4, 6, FEATURES), dtype="float32")])
+    y, model = rng.integers(0, CLASSES, 6), classifier(cell, norm, t_max=204)
+    before = bits(model)
+    inside = norm is not None and norm.startswith(("layer", "batch")) and "input" not in norm
+    if inside:
+        with pytest.raises(pn.PortnormError, match=r"the gradient of `[\w.]+` and \d+ more of \d+ is not finite at update 1, .* 1/√eps"):
+            pn.fit(model, x, y, epochs=2, clip=clip)
+        assert bits(model) == before
+    history = pn.fit(model, x, y, epochs=2, clip=clip, state_noise=0.1)
+    assert len(history.losses) == 2
+    assert all(np.isfinite(to_numpy(a)).all() for a in model.state_dict().values())
+
+
+def test_a_later_gradient_that_is_not_finite_leaves_what_was_learned(eager: Library, rng: np.random.Generator) -> None:
+    """In every library, by an Op whose gradient ends: the model and its file are those of the epoch before."""
+    from portnorm.op import op
+
+    calls: list[int] = []
+
+    @op
+    def breaking(y: Any, target: Any) -> Any:
+        return eager.xp.sum(y * target), (y, target)
+
+    @breaking.backward
+    def _(residuals: Any, dy: Any) -> Any:
+        calls.append(1)
+        return dy * residuals[1] * (math.inf if len(calls) == 3 else 1.0), None
+
+    kind = eager.widest
+    model = pn.Sequential(pn.BatchNorm(3, xp=eager.xp, dtype=kind), pn.Linear(3, 1, rng=0, xp=eager.xp, dtype=kind))
+    x, y = (eager.array(rng.standard_normal((8, n)).astype(kind)) for n in (3, 1))
+    seen: list[Any] = []
+
+    def after(done: int, total: int, loss: float) -> None:
+        seen.append(bits(model))
+
+    with pytest.raises(pn.PortnormError, match=r"not finite at update 3, while the loss is .* or try a smaller learning rate"):
+        pn.fit(model, x, y, loss=breaking, optimizer=pn.Adam(), epochs=5, progress=after)
+    assert len(seen) == 2
+    assert bits(model) == seen[-1]
+
+
+def test_a_loss_that_is_not_finite_leaves_the_statistics(rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    x[2, 3] = np.nan
+    model = classifier("LSTM", "batch")
+    before = bits(model)
+    with pytest.raises(pn.PortnormError, match="the loss is nan after 0 updates; look for NaN"):
+        pn.fit(model, x, y)
+    assert bits(model) == before
+
+
 def test_an_early_stop_ends_with_the_best(rng: np.random.Generator) -> None:
     """Of labels by chance: the parameters are those of the best epoch, as a run of so many epochs ends with them."""
     x, y = some(rng)
@@ -417,6 +627,37 @@ def test_targets_may_be_a_list(xp: Any, rng: np.random.Generator) -> None:
     assert found[1] == found[2] == found[0]
     rows = [array(row) for row in np.eye(CLASSES, dtype="float32")[y]]
     assert pn.fit(classifier(xp=xp), array(x), rows, epochs=1).losses
+
+
+@pytest.mark.parametrize("xp", [None, pytest.param("torch", marks=pytest.mark.peers), "array_api_strict"])
+@pytest.mark.parametrize("each", [False, True])
+def test_one_number_of_each_needs_no_axis(each: bool, xp: Any, rng: np.random.Generator) -> None:
+    """(cases,) is (cases, 1) to a model that gives (cases, 1), and so at each step: in training, in validation, with weights."""
+    x, numbers = some(rng)[0], rng.standard_normal((STEPS, CASES) if each else CASES)
+    found = []
+    for y in (numbers, numbers[..., None]):
+        layer = pn.GRU(FEATURES, 4, return_sequences=each, xp=xp, rng=0)
+        model = pn.Sequential(layer, pn.Linear(4, 1, xp=xp, rng=1))
+        array = model.xp.asarray
+        given, weights = (array(x), array(y.astype("float32")), LENGTHS), array(np.linspace(0.5, 2.0, CASES, dtype="float32"))
+        found.append((pn.fit(model, *given, weights=weights, epochs=1, batch=4, validation=(*given, weights)), bits(model)))
+    assert found[0] == found[1]
+
+
+def test_a_history_says_itself_in_a_line(rng: np.random.Generator) -> None:
+    x, y = some(rng)
+    assert repr(History()) == "History: no epoch yet, 0 updates"
+    history = pn.fit(classifier(), x, y, batch=3, epochs=60, optimizer=pn.Adam(0.3), validation=some(rng), patience=2)
+    line, count, best = str(history), len(history.epochs), history.best_epoch
+    assert best is not None
+    assert line.startswith(
+        f"History: {count} epochs of {3 * count} updates in all, loss {history.epochs[0]:.4g} → {history.epochs[-1]:.4g}"
+    )
+    assert line.endswith(f", lowest after epoch {best} ({min(history.validation):.4g}); stopped early")
+    assert len(line) < 200
+    assert repr(pn.fit(classifier(), x, y, epochs=1)).count("→") == 0
+    for field in (*vars(history), "best_epoch"):
+        assert f"`{field}`:" in (History.__doc__ or ""), field
 
 
 def test_every_case_is_in_every_epoch_once(rng: np.random.Generator) -> None:
@@ -484,9 +725,9 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
     "x is none": ((None, "x", Y), {}, pn.UnsupportedError, "`x` is a str; expected an array"),
     "no y": ((None, X, None), {}, pn.UnsupportedError, "`y` is None"),
     "no cases": ((None, X[:, :0], Y[:0]), {}, pn.UnsupportedError, r"`x` \(6, 0, 3\) has no cases"),
-    "an empty list": ((None, [], []), {}, pn.UnsupportedError, "`sequences` is empty"),
-    "features of a sequence": ((None, [X[:, 0], X[:, 1, :2]], Y[:2]), {}, pn.ShapeError, r"`sequences\[1\]` has shape \(6, 2\)"),
-    "dtype of a sequence": ((None, [X[:, 0], X[:, 1].astype(float)], Y[:2]), {}, pn.DTypeError, r"`sequences\[1\]` has dtype float64"),
+    "an empty list": ((None, [], []), {}, pn.UnsupportedError, "`x` is empty"),
+    "features of a sequence": ((None, [X[:, 0], X[:, 1, :2]], Y[:2]), {}, pn.ShapeError, r"`x\[1\]` has shape \(6, 2\)"),
+    "dtype of a sequence": ((None, [X[:, 0], X[:, 1].astype(float)], Y[:2]), {}, pn.DTypeError, r"`x\[1\]` has dtype float64"),
     "lengths of a list": ((None, [X[:, 0]], Y[:1], [6]), {}, pn.UnsupportedError, "`lengths` is given beside a list of sequences"),
     "targets of a list": ((EACH, [X[:, 0]], [Y[:5]]), {}, pn.ShapeError, r"`y\[0\]` has shape \(5,\); expected as many steps as `x\[0\]`"),
     "too few targets": ((None, X, Y[:5]), {}, pn.ShapeError, r"`y` has shape \(5,\); expected \(9, …\): one target for each case"),
@@ -501,9 +742,54 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         (None, X, np.zeros((CASES, 2))),
         {},
         pn.ShapeError,
-        r"`y` has shape \(cases, 2\); expected \(cases, 3\) for a model",
+        r"`y` has shape \(9, 2\) and dtype float64; expected \(9, 3\) for a model that gives \(9, 3\)$",
     ),
-    "a column of classes": ((None, X, Y[:, None]), {}, pn.ShapeError, r"`y` has shape \(cases, 1\); expected \(cases,\)"),
+    "a column of classes": ((None, X, Y[:, None]), {}, pn.ShapeError, r"`y` has shape \(9, 1\) .*; expected \(9,\) .*y\[\.\.\., 0\]"),
+    "classes that are one-hot": ((None, X, np.eye(3, dtype=int)[Y]), {}, pn.ShapeError, r"`y` has shape \(9, 3\) .*y\.argmax\(-1\)"),
+    "classes as floats": ((None, X, Y * 1.0), {}, pn.ShapeError, r"`y` has shape \(9,\) and dtype float64; .*\(9, 3\); .*y\.astype\(int\)"),
+    "classes of each step as floats": (
+        (EACH, X, X[..., 0]),
+        {},
+        pn.ShapeError,
+        r"`y` has shape \(6, 9\) .*; expected \(6, 9, 3\) .*; .*y\.astype\(int\)",
+    ),
+    "classes as floats to validate with": (
+        (None, X, Y),
+        {"validation": (X[:, :5], Y[:5] * 1.0)},
+        pn.DTypeError,
+        r"^`validation y` has dtype float64; expected integers.*y\.astype\(int\)",
+    ),
+    "numbers to validate with": (
+        (None, X, np.zeros((CASES, 3))),
+        {"validation": (X[:, :5], np.zeros(5))},
+        pn.ShapeError,
+        r"^`validation y` has shape \(5,\) and dtype float64; expected \(5, 3\)",
+    ),
+    "a label to validate with": (
+        (None, X, Y),
+        {"validation": (X[:, :5], np.array([0, 1, 2, 0, 7]))},
+        pn.ShapeError,
+        r"^`validation y` has the label 7 at \(4,\)",
+    ),
+    "a label among those that are held out": (
+        (None, X, Y + 3 * (np.arange(CASES) == 3)),
+        {"validation": 0.5},
+        pn.ShapeError,
+        r"^`y` has the label 3 at \(3,\)",
+    ),
+    "dtype of x to validate with": (
+        (None, X, Y),
+        {"validation": (X.astype(float), Y)},
+        pn.DTypeError,
+        "^in `validation`: `x` has dtype float64",
+    ),
+    "lengths to validate with": ((None, X, Y), {"validation": (X, Y, [7] * 9)}, pn.ShapeError, "^in `validation`: `lengths` reach from 7"),
+    "sequences to validate with": (
+        (None, X, Y),
+        {"validation": ([X[:, 0], X[:, 1, :2]], Y[:2])},
+        pn.ShapeError,
+        r"^`validation x\[1\]` has shape \(6, 2\)",
+    ),
     "a label": ((None, X, Y + 3 * (np.arange(CASES) == 3)), {}, pn.ShapeError, r"`y` has the label 3 at \(3,\); expected 0 to 2"),
     "a negative label": ((None, X, Y - 1), {}, pn.ShapeError, r"`y` has the label -1 at \(0,\)"),
     "words for labels": ((None, X, ["a"] * CASES), {}, pn.DTypeError, "`y` has dtype <U1; expected real numbers"),
@@ -588,7 +874,7 @@ def test_the_page_about_training_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(compile(block, page.name, "exec"), names)
     assert {p.name for p in tmp_path.iterdir()} == {"run.safetensors", "own.safetensors"}

@@ -26,7 +26,7 @@ from portnorm.arrays import DType, Namespace, load_namespace, to_numpy
 from portnorm.checkpoint.described import from_json, to_json
 from portnorm.checkpoint.onnx_constants import File, graphs
 from portnorm.dtypes import load_dtype
-from portnorm.errors import ChangedFileWarning, CheckpointError
+from portnorm.errors import ChangedFileWarning, CheckpointError, ExportError
 from portnorm.layers.layer import Layer
 from portnorm_onnx.changed import changes, facts
 from portnorm_onnx.fused import OPERATORS
@@ -35,6 +35,7 @@ from portnorm_onnx.kept import entry, restored
 from portnorm_onnx.keys import props_of, set_props
 from portnorm_onnx.packed import checksum
 from portnorm_onnx.signature import places
+from portnorm_onnx.storage import read_model
 from portnorm_onnx.symbolic import NumPyArray
 
 _LAYER, _GRAPH, _ARRAYS, _TORCH = "portnorm", "portnorm.graph", "portnorm.arrays", "portnorm.torch"
@@ -138,9 +139,9 @@ def read_layer(
     """`load_layer`, and what there is to say of the numbers."""
     file = os.fspath(path)
     try:
-        proto = onnx.load(file, load_external_data=False)
-    except Exception as error:
-        raise CheckpointError(f"cannot read {file!r} as an ONNX model: {error}") from error
+        proto = read_model(file)
+    except ExportError as error:
+        raise CheckpointError(str(error)) from None
     props = props_of(proto)
     prefix = _chosen(file, props, prefix)
     layer = from_json(props[f"{prefix}{_LAYER}"], xp=xp, device=device, dtype=dtype)

@@ -24,7 +24,7 @@ import onnx
 from onnx import helper
 
 from portnorm.arrays import require_extra
-from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError
+from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError, install
 from portnorm_onnx.bfloat16 import holds_bfloat16, in_float32
 from portnorm_onnx.storage import Draft, Loadable, is_large
 from portnorm_onnx.web.page import Page
@@ -58,7 +58,7 @@ def _package(name: str, extra: str) -> Callable[[], str]:
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            raise MissingExtraError(f'{name} is not installed: pip install "portnorm[{extra}]"') from None
+            raise MissingExtraError(f"{name} is not installed: {install(extra)}") from None
 
     return version
 

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy
-import onnx
 
 from portnorm.arrays import library
 from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError
@@ -31,7 +30,7 @@ from portnorm_onnx.nothing import empty_cases, unanswered
 from portnorm_onnx.report import Comparison, Outcome, Report
 from portnorm_onnx.runtimes import RUNTIMES, runtime_of
 from portnorm_onnx.signature import time_axis
-from portnorm_onnx.storage import Draft
+from portnorm_onnx.storage import Draft, read_model
 
 ALL = "all"
 """Names every runtime that there is a row for."""
@@ -72,10 +71,7 @@ def verify(
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
     if tolerance is not None:
         tolerance = real_number("tolerance", tolerance, 0.0, sys.float_info.max, "a number that is not negative")
-    try:
-        proto = onnx.load(os.fspath(path), load_external_data=False)
-    except Exception as error:
-        raise ExportError(f"cannot read {os.fspath(path)!r} as an ONNX model: {error}") from error
+    proto = read_model(path)
     holds = graph_facts(proto)["holds"]
     if holds:
         raise UnsupportedError(f"{os.fspath(path)!r} holds {holds}, which was checked when it was exported; this checks graphs of layers")

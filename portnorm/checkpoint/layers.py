@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 from portnorm.arrays import DType, Namespace, require_extra, to_numpy, xp_of
 from portnorm.checkpoint import safetensors
 from portnorm.checkpoint.described import from_json, to_json
-from portnorm.checkpoint.training import TRAINING_KEY, Training, described, loaded, parted
+from portnorm.checkpoint.training import TRAINING_KEY, Training, described, given_out, loaded, parted
 from portnorm.dtypes import dtype_name
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
@@ -33,7 +33,7 @@ def save(layer: Layer | Training, path: str | os.PathLike[str]) -> None:
     model = layer.model if isinstance(layer, Training) else layer
     if not isinstance(model, Layer):
         raise UnsupportedError(f"`layer` is a {type(layer).__name__}; expected a layer of portnorm, or a portnorm.Training")
-    values = model.state_dict()
+    values = given_out(layer) if isinstance(layer, Training) else model.state_dict()
     halved = {name for name, a in values.items() if dtype_name(xp_of(a), a.dtype) == "bfloat16"}
     arrays = {name: to_numpy(a) for name, a in values.items()}
     about = {TRAINING_KEY: described(layer, arrays)} if isinstance(layer, Training) else {}
@@ -76,7 +76,8 @@ def load(
 ) -> Layer | Training:
     """The layer that `save` or `export` wrote, on NumPy or in the library, on the device and of the dtype asked for.
 
-    With `training=True` the `portnorm.Training` that was saved; without it a file of one gives the model alone. `optimizer` takes the place
+    With `training=True` the `portnorm.Training` that was saved; without it a file of one gives the model alone: its `result`, where it has
+    one (of a run of `fit` what that returned, or the best so far). `optimizer` takes the place
     of the one in the file, whose state it goes on from; it is needed where a function (a schedule) is among the settings, since files hold
     no functions.
     A file that ends in `.onnx` is a graph of `portnorm.export`, `export_torch` or `export_training_step`: its configuration and weights

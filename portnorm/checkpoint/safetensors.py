@@ -96,8 +96,9 @@ def _header(file: BinaryIO, total: int, path: str) -> tuple[dict[str, Any], int]
         raise CheckpointError(f"{path!r} has {len(first)} bytes and is no safetensors file; it may be cut off")
     (size,) = struct.unpack("<Q", first)
     if size > min(total - 8, _HEADER_LIMIT):
-        hint = "; it looks like a PyTorch or pickle file: convert it with safetensors first" if first[:2] in (b"PK", b"\x80\x02") else ""
-        raise CheckpointError(f"{path!r} is no safetensors file or is cut off: header of {size} bytes in a file of {total}{hint}")
+        raise CheckpointError(
+            f"{path!r} is no safetensors file or is cut off: header of {size} bytes in a file of {total}{_hint(path, first)}"
+        )
     try:
         header = json.loads(file.read(size))
     except (ValueError, RecursionError) as error:
@@ -105,6 +106,20 @@ def _header(file: BinaryIO, total: int, path: str) -> tuple[dict[str, Any], int]
     if not isinstance(header, dict):
         raise CheckpointError(f"{path!r} is damaged: its header is no map")
     return header, 8 + size
+
+
+def _hint(path: str, first: bytes) -> str:
+    """What a file of another kind is, and what reads it."""
+    weights = "weights that another library stored become a checkpoint by `portnorm import`"
+    if path.endswith(".npz"):
+        return f"; it is one of NumPy: {weights}, and sequences are data, `portnorm train --data {path}`"
+    if first[:4] == b"\x89HDF" or path.endswith((".h5", ".hdf5", ".keras")):
+        return f"; it is one of Keras or HDF5: {weights}"
+    if first[:2] in (b"PK", b"\x80\x02"):
+        return (
+            "; it looks like a pickle of PyTorch: portnorm.import_checkpoint(torch.load(path, weights_only=True)) makes a layer of weights"
+        )
+    return ""
 
 
 def _offsets(item: tuple[str, Any]) -> tuple[int, int]:

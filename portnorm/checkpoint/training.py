@@ -19,10 +19,13 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.sequential import Sequential
 from portnorm.optimizers import OPTIMIZERS, Optimizer
 from portnorm.scalars import switch, whole_number
-from portnorm.updates import OptimizerState, weights_only
+from portnorm.updates import Arrays, OptimizerState, weights_only
 
 TRAINING_KEY = "portnorm.training"
 """Under which the metadata of a file says what it holds beside the model."""
+
+_TRAINED = "trained"
+"""Under which it says which arrays training goes on from, where these are not the model's in the file."""
 
 _OWN = {c.__name__: c for c in OPTIMIZERS.values()}
 _BITS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
@@ -41,8 +44,9 @@ class Training:
     `pn.save(training, path)` writes all of it as one safetensors file, complete or not at all, and `pn.load(path, training=True)` gives it
     back, bit by bit, so that a run that was stopped goes on as if it had not been; `pn.load(path)` gives the model alone. Without `state`
     it starts with that of `optimizer.init`; `rng` is a seed or a NumPy generator, which is yours to draw from: the order of cases, dropout.
-    `notes` are of what JSON has, and arrays, for all else that a run keeps: curves, the best parameters so far. Functions are in no file:
-    give an optimizer with a schedule again, and set a layer's `reduce` again.
+    `notes` are of what JSON has, and arrays, for all else that a run keeps, such as curves. `result`, parameters and buffers by name, is
+    the model that `pn.load(path)` gives where training goes on from another: the best so far, say. An update forgets it.
+    Functions are in no file: give an optimizer with a schedule again, and set a layer's `reduce` again.
     Raises `UnsupportedError` for what is no layer, and for what is no optimizer.
 
     >>> import numpy as np, portnorm as pn, tempfile, os
@@ -69,6 +73,7 @@ class Training:
     step: int = 0
     rng: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
+    result: tuple[Arrays, Arrays] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, Layer):
@@ -89,22 +94,34 @@ class Training:
         assert self.state is not None
         params, state = self.optimizer.update(self.model.parameters(), grads, self.state)
         self.model.assign(params)
-        self.state, self.step = state, self.step + 1
+        self.state, self.step, self.result = state, self.step + 1, None
 
 
 # -- to a file -----------------------------------------------------------------------------------------------------------------------------
 
 
+def given_out(run: Training) -> Arrays:
+    """The arrays that a file of the run has as its model's: those of `result`, where there is one."""
+    if run.result is None:
+        return run.model.state_dict()
+    run.model.copy().assign(*run.result)  # raises where they are not those of the model
+    params, buffers = run.result
+    return {**params, **buffers}
+
+
 def described(run: Training, arrays: NumPyArrays) -> str:
     """What a file says of a run beside its model; its own arrays join `arrays`. Raises `CheckpointError` for what no file can hold."""
+    model, found = run.model.state_dict(), given_out(run)
+    other = any(a is not found[name] for name, a in model.items())
     about = {
         "version": 1,
-        "optimizer": _settings(run.optimizer),
+        "optimizer": settings(run.optimizer),
         "state": _tree(run.state, "optimizer", arrays),
         "step": run.step,
-        "rng": _json(_bits(run.rng), "rng"),
+        "rng": drawn_from(run.rng),
         "notes": _tree(run.notes, "notes", arrays),
         "evaluates": [layer.evaluates for layer in inside(run.model)],
+        **({_TRAINED: _tree(model, _TRAINED, arrays)} if other else {}),
     }
     return json.dumps(about)
 
@@ -117,7 +134,7 @@ def inside(layer: Layer) -> Iterator[Layer]:
             yield from inside(part)
 
 
-def _settings(optimizer: Optimizer) -> dict[str, Any]:
+def settings(optimizer: Optimizer) -> dict[str, Any]:
     """The class of an optimizer, and its settings where it is one of ours; functions by name, or as something that has to be given."""
     kind = type(optimizer).__name__
     if type(optimizer) is not _OWN.get(kind):
@@ -161,11 +178,12 @@ def _json(value: Any, path: str) -> Any:
     return value.item() if isinstance(value, numpy.generic) else value
 
 
-def _bits(rng: Generator) -> dict[str, Any]:
+def drawn_from(rng: Generator) -> Any:
+    """The state of a generator, as JSON has it. Raises `CheckpointError` for one that is not NumPy's own."""
     state = dict(rng.bit_generator.state)
     if state.get("bit_generator") not in _BITS:
         raise CheckpointError(f"`rng` draws from {type(rng.bit_generator).__name__}; expected one of NumPy's own: {', '.join(_BITS)}")
-    return state
+    return _json(state, "rng")
 
 
 # -- from a file ---------------------------------------------------------------------------------------------------------------------------
@@ -177,7 +195,8 @@ def parted(arrays: NumPyArrays, metadata: Mapping[str, str], path: str | os.Path
         return arrays, {}, None
     try:
         about = json.loads(metadata[TRAINING_KEY])
-        beside = {*_named(about["state"]), *_named(about["notes"])}
+        trees = (about["state"], about["notes"], *([about[_TRAINED]] if _TRAINED in about else []))
+        beside = {name for tree in trees for name in _named(tree)}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{os.fspath(path)!r} is damaged: what it says of its training is not understood ({error!r})") from None
     missing = sorted(name for name in beside if name not in arrays)
@@ -201,6 +220,10 @@ def loaded(
     try:
         for layer, evaluates in zip(inside(model), about["evaluates"], strict=True):
             layer.evaluates = switch("evaluates", evaluates)
+        result = None
+        if _TRAINED in about:
+            result = model.parameters(), dict(model.buffers)
+            model.load_state_dict({name: beside[branch["array"]] for name, branch in about[_TRAINED]["dict"].items()})
         return Training(
             model,
             optimizer or _made(about["optimizer"], path),
@@ -208,6 +231,7 @@ def loaded(
             int(about["step"]),
             _drawn(about["rng"]),
             _grown(about["notes"], _placed(model, beside, None)),
+            result,
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, CheckpointError):

@@ -3,6 +3,7 @@
 COMMANDS = {
     "demo": "train three LSTMs on real digits in NumPy, export them, check them in onnxruntime",
     "train": "train a classifier or a regression of sequences: an LSTM, its last state, a linear layer",
+    "predict": "write what a model gives for the sequences of a file",
     "import": "make a checkpoint from weights that another library stored",
     "export": "write a checkpoint as an ONNX file, checked in onnxruntime first",
     "verify": "check an ONNX file against a checkpoint, or against the layer that it says it holds",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import portnorm
-from portnorm.errors import MissingExtraError
+from portnorm.errors import MissingExtraError, install
 from portnorm.libraries import SUPPORT, Support
 
 _OF_DEVELOPERS = ("all", "test", "tools")
@@ -50,9 +50,15 @@ def _of_here(options: argparse.Namespace) -> dict[str, Any]:
         print(f"portnorm {here['portnorm']}, Python {here['python']}, {where}, in {Path(portnorm.__file__).parent}")
         _print("array libraries", [(n, v, "" if v else SUPPORT[n].remedy().partition(";")[0]) for n, v in libraries.items()])
         _print("inference runtimes", [(name, row["version"], row["note"]) for name, row in runtimes.items()])
-        _print("packages", [(n, v, f"portnorm[{extras[n]}]" if n in extras else "") for n, v in packages.items()])
+        _print("packages", [(n, v, _note_of(n, v, extras)) for n, v in packages.items()])
         _print("kernels for NumPy arrays", _of_kernels(kernels))
     return {**here, **packages, "libraries": libraries, "runtimes": runtimes, "kernels": kernels}
+
+
+def _note_of(package: str, version: str | None, extras: dict[str, str]) -> str:
+    """The extra that brings a package; how to install it where it is not there."""
+    extra = extras.get(package)
+    return "" if extra is None else f"extra {extra}" if version else install(extra)
 
 
 def _print(title: str, rows: list[tuple[str, str | None, str]]) -> None:
@@ -104,7 +110,7 @@ def _of_library(row: Support) -> str | None:
 def _runtimes() -> dict[str, dict[str, Any]]:
     """Every runtime that graphs are checked in, with its version, and what it is or what is missing."""
     if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("ml_dtypes") is None:
-        return {"onnxruntime": {"version": None, "note": 'pip install "portnorm[onnx]"; then the others are listed too'}}
+        return {"onnxruntime": {"version": None, "note": f"{install('onnx')}; then the others are listed too"}}
     found = {}
     for name, row in importlib.import_module("portnorm_onnx.runtimes").RUNTIMES.items():
         try:
@@ -116,7 +122,7 @@ def _runtimes() -> dict[str, dict[str, Any]]:
 
 def _of_kernels(kernels: dict[str, Any]) -> list[tuple[str, str | None, str]]:
     if not kernels["numba"]:
-        return [("numba", None, 'definitions alone compute; pip install "portnorm[fast]"')]
+        return [("numba", None, f"definitions alone compute; {install('fast')}")]
     families_of = importlib.import_module("portnorm_backends.cpu.families").families_of
     how = "compiles in the background" if kernels["mode"] == "background" else "compiles while a call waits"
     rows: list[tuple[str, str | None, str]] = [("numba", kernels["numba"], how)]

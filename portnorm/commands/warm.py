@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from typing import Any
 
 import portnorm
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", action="append", help="float32 or float64; may be repeated (default: float32)")
+    types = importlib.import_module("portnorm_backends.cpu.families").TYPES
+    parser.add_argument("--dtype", action="append", help=f"{', '.join(types)}; may be repeated (default: float32)")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def checked_call(
             raise DTypeError(f"`x` has dtype {x.dtype}; expected integers")
     elif dtype is not None and x.dtype != dtype:
         given, own = called(xp, x.dtype), called(xp, dtype)
+        if given == "object":
+            raise DTypeError("`x` has dtype object; portnorm.pad_sequences([*x]) makes an array of sequences that differ in length")
         way_out = f"layer.to(dtype={given!r})" if is_kind(xp, x.dtype, "real floating") else "layer.to(dtype=...)"
         raise DTypeError(f"`x` has dtype {given} but the layer has {own}; convert `x` to {own}, or the layer with {way_out}")
     if mask is not None:

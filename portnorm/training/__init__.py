@@ -10,6 +10,7 @@ from portnorm.training.cases import Cases, pad_sequences
 from portnorm.training.classifier import accuracy, classifier, loss_and_gradients, predictions, train
 from portnorm.training.history import History
 from portnorm.training.loop import Progress, fit
+from portnorm.training.predict import predict
 from portnorm.training.targets import evaluate
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "fit",
     "loss_and_gradients",
     "pad_sequences",
+    "predict",
     "predictions",
     "train",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy
 
 from portnorm.arrays import Array, Namespace, device_of, is_concrete, namespace, require_given, to_numpy, xp_of
 from portnorm.dtypes import default_integer, is_kind, require_real
-from portnorm.errors import DTypeError, ShapeError, UnsupportedError
+from portnorm.errors import DTypeError, PortnormError, ShapeError, UnsupportedError
 from portnorm.layers.arguments import checked_lengths
 from portnorm.layers.layer import Layer
 
@@ -28,23 +29,45 @@ def pad_sequences(sequences: Sequence[Array], *, batch_first: bool = False) -> t
     >>> x.shape, lengths
     ((3, 2, 2), array([3, 1]))
     """
+    return padded("sequences", sequences, batch_first)
+
+
+def padded(name: str, sequences: Any, batch_first: bool) -> tuple[Array, Array]:
+    """As `pad_sequences`, of the argument of this name."""
+    xp, first = checked_sequences(name, sequences), sequences[0]
+    steps = max(a.shape[0] for a in sequences)
+    whole = [xp.concat([a, _zeros(xp, a, steps - a.shape[0])], axis=0) if a.shape[0] < steps else a for a in sequences]
+    lengths = xp.asarray([a.shape[0] for a in sequences], dtype=default_integer(xp), device=device_of(first))
+    return xp.stack(whole, axis=0 if batch_first else 1), lengths
+
+
+def checked_sequences(name: str, sequences: Any) -> Namespace:
+    """The namespace of sequences that differ in their first axis alone; raises where they are none."""
     if not isinstance(sequences, list | tuple) or not sequences:
         what = "empty" if isinstance(sequences, list | tuple) else f"a {type(sequences).__name__}"
-        raise UnsupportedError(f"`sequences` is {what}; expected a list of arrays (time, features)")
-    xp = namespace(**{f"sequences[{k}]": a for k, a in enumerate(sequences)})
+        raise UnsupportedError(f"`{name}` is {what}; expected a list of arrays (time, features)")
+    xp = namespace(**{f"{name}[{k}]": a for k, a in enumerate(sequences)})
     first = sequences[0]
     for k, a in enumerate(sequences):
         if a.ndim < 1 or tuple(a.shape[1:]) != tuple(first.shape[1:]):
-            raise ShapeError(f"`sequences[{k}]` has shape {tuple(a.shape)}; expected (time, {', '.join(map(str, first.shape[1:]))})")
+            raise ShapeError(f"`{name}[{k}]` has shape {tuple(a.shape)}; expected (time, {', '.join(map(str, first.shape[1:]))})")
         if a.dtype != first.dtype:
-            raise DTypeError(f"`sequences[{k}]` has dtype {a.dtype}; expected {first.dtype}, that of the first")
-    steps = max(a.shape[0] for a in sequences)
-    padded = [xp.concat([a, _zeros(xp, a, steps - a.shape[0])], axis=0) if a.shape[0] < steps else a for a in sequences]
-    lengths = xp.asarray([a.shape[0] for a in sequences], dtype=default_integer(xp), device=device_of(first))
-    return xp.stack(padded, axis=0 if batch_first else 1), lengths
+            raise DTypeError(f"`{name}[{k}]` has dtype {a.dtype}; expected {first.dtype}, that of the first")
+    return xp
 
 
-def _unpacked(a: Any) -> Any:
+@contextlib.contextmanager
+def told_of_argument(name: str) -> Iterator[None]:
+    """Errors that do not name the argument of `fit` in which something is wrong are told of it."""
+    try:
+        yield
+    except PortnormError as error:
+        if not name or f"`{name.strip()}" in str(error):
+            raise
+        raise type(error)(f"in `{name.strip()}`: {error}") from error
+
+
+def unpacked(a: Any) -> Any:
     """The sequences of a NumPy array of objects, as some keep what differs in length."""
     return [*a] if isinstance(a, numpy.ndarray) and a.dtype == object and a.ndim == 1 else a
 
@@ -80,6 +103,8 @@ class Cases:
     weights: Array | None
     axis: int
     each_step: bool
+    name: str = ""
+    """What stands before the names of arguments in errors."""
 
     @classmethod
     def of(cls, model: Layer, x: Any, y: Any, lengths: Any = None, weights: Any = None, *, name: str = "") -> Cases:
@@ -93,14 +118,14 @@ class Cases:
                 "`model` gives the last step of `x` first, so that its steps are not those of `y`; use direction='reverse', which goes the "
                 "same way, or return_sequences=False"
             )
-        x, y = (_unpacked(a) for a in (x, y))
+        x, y = (unpacked(a) for a in (x, y))
         if isinstance(x, list | tuple):
             if lengths is not None:
                 raise UnsupportedError(f"`{name}lengths` is given beside a list of sequences, which have lengths of their own")
             if each_step and isinstance(y, list | tuple):
                 _check_alike(name, x, y)
-                y, _ = pad_sequences(y, batch_first=axis == 0)
-            x, lengths = pad_sequences(x, batch_first=axis == 0)
+                y, _ = padded(f"{name}y", y, axis == 0)
+            x, lengths = padded(f"{name}x", x, axis == 0)
         xp = namespace(**{f"{name}x": x})
         y, weights = (_gathered(xp, x, a, f"{name}{what}") for a, what in ((y, "y"), (weights, "weights")))
         namespace(**{f"{name}x": x, f"{name}y": y, f"{name}weights": weights})
@@ -123,7 +148,7 @@ class Cases:
                 raise UnsupportedError(
                     f"`{name}lengths` has 0 at {empty}: a sequence without a step, of which nothing can be learned; leave it out"
                 )
-        cases = cls(x, y, lengths, weights, axis, each_step)
+        cases = cls(x, y, lengths, weights, axis, each_step, name)
         leading = tuple(x.shape[:2]) if each_step else (x.shape[axis],)
         if tuple(y.shape[: len(leading)]) != leading:
             what = (

@@ -22,9 +22,11 @@ from portnorm.training.history import History
 from portnorm.training.loop import Progress, fit
 
 
-def classifier(norm: NormName | Variant | None, inputs: int, hidden: int, classes: int, steps: int, seed: int = 0) -> Sequential:
+def classifier(
+    norm: NormName | Variant | None, inputs: int, hidden: int, classes: int, steps: int, seed: int = 0, batch_first: bool = False
+) -> Sequential:
     """LSTM and linear layer that read a sequence and name its class. All variants start with a forget bias of 1."""
-    lstm = LSTM(inputs, hidden, norm=norm, return_sequences=False, t_max=steps, forget_bias=1.0, rng=seed)
+    lstm = LSTM(inputs, hidden, norm=norm, return_sequences=False, t_max=steps, forget_bias=1.0, rng=seed, batch_first=batch_first)
     return Sequential(lstm, Linear(hidden, classes, rng=seed))
 
 

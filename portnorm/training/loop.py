@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from portnorm.arrays import constant, to_numpy, xp_of
-from portnorm.checkpoint.layers import load, save
-from portnorm.checkpoint.training import Training, inside
-from portnorm.errors import CheckpointError, PortnormError, UnsupportedError
+from portnorm.arrays import constant, to_numpy
+from portnorm.checkpoint.layers import save
+from portnorm.checkpoint.training import Training
+from portnorm.errors import PortnormError, UnsupportedError
 from portnorm.layers.initial import Generator
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent
-from portnorm.op import vjp
 from portnorm.optimizers import Adam, Optimizer
 from portnorm.scalars import real_number, switch, whole_number
-from portnorm.training.cases import Cases, parts
+from portnorm.training.cases import Cases, parts, told_of_argument
 from portnorm.training.history import History
 from portnorm.training.progress import ProgressLine
+from portnorm.training.resumed import Kept, RunFile, Told, resumed, told_of
 from portnorm.training.targets import Loss, check_targets, evaluate, loss_of
-from portnorm.updates import Arrays, clip_by_global_norm
+from portnorm.training.update import update
 
 Progress = Callable[[int, int, float], None]
 """Called after each update with the updates done, the updates in all, and the loss."""
@@ -60,7 +61,8 @@ def fit(
     `x` is (time, cases, features), or (cases, time, features) with `batch_first`, with `lengths` (cases,); or a list of arrays (time,
     features) of different length, which are padded. A model without a recurrent layer takes (cases, …). `y` has a target for each case,
     (cases,) or (cases, targets), where the model gives one result for a sequence (`return_sequences=False`); else a target for each step,
-    (time, cases) or (time, cases, targets) in the order of `x`, or a list as `x`. Padding enters neither a result nor the loss. `weights`
+    (time, cases) or (time, cases, targets) in the order of `x`, or a list as `x`. Integers are classes, without an axis for them; numbers
+    need none for targets where the model gives just one. Padding enters neither a result nor the loss. `weights`
     (cases,), for targets of each step also (time, cases), say how much a target counts; 0 leaves it out, as does the label −100. `loss` is
     an Op of result, target and weights: unless stated `softmax_cross_entropy` for integers `y`, else `mean_squared_error`. `optimizer` is
     `Adam(1e-3)` unless stated; `clip` is the largest global norm of a gradient. An epoch has as few batches of at most `batch` cases as it
@@ -74,13 +76,19 @@ def fit(
     `rng`, a seed or a NumPy generator, gives the order of cases, dropout and noise: the same seed, the same numbers, on one machine with
     the same versions. Kernels that are compiled in the background round differently from the definitions, which compute until they are
     there; `portnorm.warm(model)` beforehand waits for them. After each epoch `checkpoint` is written, a `portnorm.Training`, complete or
-    not at all. With `resume` a run whose file is there goes on after its last epoch up to `epochs`, and ends with the very numbers of one
-    that was not stopped; a file of another model, other settings or another number of cases is a `CheckpointError`. `progress` is True for
-    a line on a terminal after two seconds, False, or a function of the updates done, the updates in all, and the loss.
+    not at all. `portnorm.load` gives the model of that file: of a run that has ended the very one that `fit` leaves, of any other that of
+    the best epoch so far with `patience`, else that of the last. With `resume` a run whose file is there goes on after its last epoch up to
+    `epochs`, and ends with the very numbers of one that was not stopped. The file of another run is a `CheckpointError` that names what
+    differs: the model, a setting, a rate of the optimizer, `rng`, or the numbers in `x`, `y`, `lengths`, `weights` and `validation`, of
+    which checksums are kept. `epochs` and `patience` may be larger than before, `rng=None` goes on with the generator of the file, and
+    functions (a schedule, a loss of one's own) are in no file and are taken as they are given: `lr=lambda step: …` changes a rate on the
+    way. `progress` is True for a line on a terminal after two seconds, False, or a function of the updates done, the updates in all, and
+    the loss.
 
     Arrays may be of any library that computes at once (NumPy, torch, JAX, array_api_strict, CuPy); parameters stay in it, on their device.
     Every update is computed by portnorm: for JAX's `jit`, torch's `compile` and their optimizers write the loop there (docs/training.md).
-    Raises `ShapeError`, `DTypeError`, `UnsupportedError` before any work, and `PortnormError` where a loss is not finite.
+    Raises `ShapeError`, `DTypeError`, `UnsupportedError` before any work, and `PortnormError` where a loss or a gradient is not finite,
+    before the update, so that the model is as the last one left it.
 
     >>> import numpy as np, portnorm as pn
     >>> rng = np.random.default_rng(0)
@@ -110,16 +118,21 @@ def fit(
     chosen = loss_of(loss, cases)
     run = Training(model, optimizer or Adam(), rng=rng)
     params, buffers = {name: constant(p) for name, p in model.parameters().items()}, model.buffers  # of which no library records
-    told = {"batch": batch, "whole_batches": whole_batches, "clip": clip, "state_noise": state_noise, "cases": cases.count}
-    history, best = History(), None
-    if resume and Path(os.fspath(checkpoint or "")).exists():
-        run, history, best, params, buffers = _resumed(run, checkpoint, told)
-    fixed = tuple(validation) if isinstance(validation, list | tuple) else None
-    cases, held_out = (cases, None) if validation is None else _validation(model, cases, fixed, validation, run)
+    history: History = History()
+    best: Kept | None = None
+    told: Told = {}
+    check_targets(model, cases, chosen)
+    part = None if validation is None else _validation(model, cases, validation)
+    if isinstance(part, Cases):
+        check_targets(model, part, chosen)
+    if checkpoint is not None:
+        how = {"batch": batch, "whole_batches": whole_batches, "clip": clip, "state_noise": state_noise, "patience": patience}
+        told = told_of(run, cases, part, **how, loss=chosen.name)
+        if resume and Path(os.fspath(checkpoint)).exists():
+            run, history, best, (params, buffers) = resumed(run, checkpoint, told, rng is None, epochs)
+    cases, held_out = _held_out(cases, part, run)
     if whole_batches and batch > cases.count:
         raise UnsupportedError(f"`batch` is {batch}; expected 1 to {cases.count}, the number of cases, since `whole_batches` is True")
-    for some in (cases, held_out):
-        check_targets(model, some, chosen)
     model.assign(params, buffers)
 
     with contextlib.ExitStack() as stack:
@@ -129,8 +142,8 @@ def fit(
                 break
             order = run.rng.permutation(cases.count)
             orders = [order[k : k + batch] for k in range(0, len(order) - batch + 1, batch)] if whole_batches else parts(order, batch)
-            for k, part in enumerate(orders):
-                _update(run, cases.take(part), chosen, clip, state_noise, history)
+            for k, numbers in enumerate(orders):
+                update(run, cases.take(numbers), chosen, clip, state_noise, history)
                 if report:
                     report(epoch * len(orders) + k + 1, epochs * len(orders), history.losses[-1])
             history.epochs.append(float(numpy.mean(history.losses[-len(orders) :])))
@@ -143,35 +156,30 @@ def fit(
                 if history.best_epoch == len(history.validation):
                     best = model.parameters(), dict(model.buffers)
             if checkpoint is not None:
-                run.notes = {**run.notes, "fit": told, "history": asdict(history), "best": best if patience is not None else None}
-                save(run, checkpoint)
+                _save(run, checkpoint, told, history, best if patience is not None else None)
     history.stopped = _is_over(history, patience) and len(history.epochs) < epochs
-    if patience is not None and best is not None:
+    before = None if checkpoint is None else replace(run, model=model.copy(), rng=copy.deepcopy(run.rng))
+    if patience is None:
+        best = None
+    if best is not None:
         model.assign(*best)
     _end_with_population(model, cases, batch, state_noise, run.rng)
+    if before is not None:  # a run of more epochs goes on from here, while what it has come to is this model
+        _save(before, checkpoint, told, history, best, (model.parameters(), dict(model.buffers)))
     return history
 
 
-# -- one update ----------------------------------------------------------------------------------------------------------------------------
+def _save(run: Training, path: Any, told: Any, history: History, best: Kept | None, result: Kept | None = None) -> None:
+    """Write the run; what `load` gives of it is `result`, else the best so far, else the model as it is.
 
-
-def _update(run: Training, part: Cases, loss: Loss, clip: float | None, noise: float, history: History) -> None:
-    model, weights = run.model, part.counted()
-    if model.recurrent:
-        state = model.initial_state(part.count, noise=noise, rng=run.rng) if noise else None
-        y, _, pullback = model.vjp(part.x, state, part.lengths, training=True, rng=run.rng)
-    else:
-        y, pullback = model.vjp(part.x, training=True, rng=run.rng)
-    value, loss_pullback = vjp(loss, y, part.y, *(() if weights is None else (weights,)))
-    grads = pullback(loss_pullback(xp_of(value).ones_like(value))[0])[-1]
-    if clip is not None:
-        grads, norm = clip_by_global_norm(grads, clip)
-        history.gradient_norms.append(float(norm))
-    number = float(value)
-    if not math.isfinite(number):
-        raise PortnormError(f"the loss is {number} after {run.step} updates; try a smaller learning rate, or look for NaN in `x` and `y`")
-    run.update(grads)
-    history.losses.append(number)
+    Of the best epoch the buffers are noted too, which are population statistics in `result`; all of it where the file has other units.
+    """
+    noted = best if best is None or isinstance(path, RunFile) else best[1]
+    run.notes = {**run.notes, "fit": told, "history": asdict(history), "best": noted}
+    run.result = result or best
+    if isinstance(path, RunFile):
+        run.result = path.given(run.result or (run.model.parameters(), dict(run.model.buffers)))
+    save(run, path)
 
 
 def _end_with_population(model: Layer, cases: Cases, batch: int, noise: float, rng: Generator) -> None:
@@ -210,69 +218,32 @@ def _check_place(path: str | os.PathLike[str]) -> None:
         raise UnsupportedError(f"`checkpoint` is {os.fspath(path)!r}, which is a directory; expected a file such as run.safetensors")
 
 
-def _validation(model: Layer, cases: Cases, fixed: tuple[Any, ...] | None, part: Any, run: Training) -> tuple[Cases, Cases]:
-    """Cases to train on and to validate with. Those that are held out are noted with the run, so that a resumed one has the same."""
-    if fixed is not None:
-        if not 2 <= len(fixed) <= 4:
-            raise UnsupportedError(f"`validation` has {len(fixed)} parts; expected (x, y), (x, y, lengths) or (x, y, lengths, weights)")
-        return cases, Cases.of(model, *fixed, name="validation ")
-    share = real_number("validation", part, 0.0, 1.0, "(x, y), (x, y, lengths), or a part of the cases such as 0.1")
+def _validation(model: Layer, cases: Cases, given: Any) -> Cases | float:
+    """Cases to validate with, or the share of those that are held out."""
+    if isinstance(given, list | tuple):
+        if not 2 <= len(given) <= 4:
+            raise UnsupportedError(f"`validation` has {len(given)} parts; expected (x, y), (x, y, lengths) or (x, y, lengths, weights)")
+        with told_of_argument("validation "):
+            return Cases.of(model, *given, name="validation ")
+    share = real_number("validation", given, 0.0, 1.0, "(x, y), (x, y, lengths), or a part of the cases such as 0.1")
     count = round(share * cases.count)
     if not 1 <= count < cases.count:
         raise UnsupportedError(
             f"`validation` is {share:g} of {cases.count} cases, which is {count}; expected one at least, and one to train on"
         )
+    return share
+
+
+def _held_out(cases: Cases, part: Cases | float | None, run: Training) -> tuple[Cases, Cases | None]:
+    """Cases to train on and to validate with. Those that are held out are noted with the run, so that a resumed one has the same."""
+    if not isinstance(part, float):
+        return cases, part
     if "held_out" not in run.notes:
-        run.notes["held_out"] = numpy.sort(run.rng.permutation(cases.count)[:count])
+        run.notes["held_out"] = numpy.sort(run.rng.permutation(cases.count)[: round(part * cases.count)])
     held_out = to_numpy(run.notes["held_out"])
-    if len(held_out) != count:
-        raise CheckpointError(
-            f"`checkpoint` is of a run that held out {len(held_out)} cases; now `validation` is {share:g}, which is {count}"
-        )
     return cases.take(numpy.setdiff1d(numpy.arange(cases.count), held_out)), cases.take(held_out)
 
 
 def _is_over(history: History, patience: int | None) -> bool:
     best = history.best_epoch
     return patience is not None and best is not None and len(history.validation) - best >= patience
-
-
-# -- taking a run up again -----------------------------------------------------------------------------------------------------------------
-
-
-def _resumed(run: Training, path: Any, told: dict[str, Any]) -> tuple[Training, History, Any, Arrays, Arrays]:
-    """The run of a file with the model and the optimizer that are given, what it measured, its best arrays, and those that it has now.
-
-    Raises `CheckpointError` where it is another run.
-    """
-    model, name = run.model, os.fspath(path)
-    old = load(path, xp=model.xp, device=model.device, training=True, optimizer=run.optimizer)
-    if old.model.told() != model.told():
-        raise CheckpointError(f"`checkpoint` {name!r} is of another model, {old.model!r}; expected {model!r}")
-    if [layer.evaluates for layer in inside(old.model)] != [layer.evaluates for layer in inside(model)]:
-        raise CheckpointError(
-            f"`checkpoint` {name!r} is of a model of which other parts evaluate; call `eval` and `train` of them as before"
-        )
-    before = old.notes.get("fit")
-    measured = old.notes.get("history")
-    if not isinstance(before, dict) or not isinstance(measured, dict) or measured.keys() != asdict(History()).keys():
-        raise CheckpointError(
-            f"`checkpoint` {name!r} is of a run that `fit` did not write; go on by pn.load(…, training=True) and its update"
-        )
-    for key, value in told.items():
-        if before.get(key) != value:
-            raise CheckpointError(
-                f"`checkpoint` {name!r} is of a run with `{key}` {before.get(key)!r}, which is {value!r} now; expected the same"
-            )
-    assert run.state is not None
-    assert old.state is not None
-    if _shape(old.state) != _shape(run.state):
-        raise CheckpointError(f"`checkpoint` {name!r} has the state of another optimizer than {run.optimizer!r}")
-    taken_up = Training(model, run.optimizer, old.state, old.step, old.rng, old.notes)
-    return taken_up, History(**measured), old.notes.get("best"), old.model.parameters(), old.model.buffers
-
-
-def _shape(state: Any) -> Any:
-    if isinstance(state, dict):
-        return {name: _shape(branch) for name, branch in state.items()}
-    return tuple(getattr(state, "shape", ()))
