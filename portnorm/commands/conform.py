@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import difflib
-import importlib
-import importlib.util
-import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import numpy
 import portnorm
 from portnorm.arrays import require_extra
 from portnorm.commands.progress import ProgressLine
+from portnorm.conform.modules import load_modules
 from portnorm.errors import UnsupportedError
 from portnorm.files import require_place, written_whole
 from portnorm.libraries import SUPPORT
@@ -52,8 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from portnorm import conform
     from portnorm.conform.recurrent import chosen
 
-    for name in options.modules:
-        _import(name)
+    load_modules(options.modules)
     subjects = _subjects(options.subjects)
     asked = (options.operation, options.regime, options.dtype)
     cases = list(conform.cases(*asked))
@@ -76,10 +72,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _measured(subjects: list[str], options: argparse.Namespace) -> dict[str, Any]:
     from portnorm import conform
     from portnorm.conform import report
+    from portnorm.conform.apart import measure_apart
 
     progress = ProgressLine(options.json)
     asked = {"operations": options.operation, "regimes": options.regime, "dtypes": options.dtype}
-    results = list(conform.measure(subjects, **asked, progress=progress))
+    found: dict[str, list[conform.Result]] = {name: [] for name in subjects}
+    for result in measure_apart(subjects, asked=asked, modules=options.modules, progress=progress):
+        found[result.subject].append(result)
+    results = [result for part in found.values() for result in part]
     progress.clear()
     about = {
         "portnorm": portnorm.__version__,
@@ -104,33 +104,19 @@ def _measured(subjects: list[str], options: argparse.Namespace) -> dict[str, Any
     return {"about": about, "results": [r.to_dict() for r in results]}
 
 
-def _import(name: str) -> None:
-    """A module, of the working directory too, or a file; whatever it raises is named."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        if not name.endswith(".py"):
-            importlib.import_module(name)
-            return
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[spec.name] = module
-    except Exception as error:
-        raise UnsupportedError(f"`--import` names {name!r}: {type(error).__name__}: {error}") from error
-
-
 def _subjects(names: list[str]) -> list[str]:
     """Those that are asked for; raises `UnsupportedError` for one that there is not."""
     from portnorm.conform.libraries import LIBRARIES
+    from portnorm.conform.subjects import subjects_of_others
 
     if not names:
         return [*SUPPORT]
     if set(names) <= {*LIBRARIES}:
         return names
-    known = [*LIBRARIES, *require_extra("portnorm_onnx.runtimes", "onnx").RUNTIMES]
+    others = subjects_of_others()
+    if set(names) <= {*LIBRARIES, *others}:
+        return names
+    known = [*LIBRARIES, *require_extra("portnorm_onnx.runtimes", "onnx").RUNTIMES, *others]
     for name in names:
         if name not in (*known, "all"):
             near = difflib.get_close_matches(name, known, 1)
