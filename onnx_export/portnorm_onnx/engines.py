@@ -51,11 +51,11 @@ def opencv(model: onnx.ModelProto) -> Run:
 
 
 def mnn(model: onnx.ModelProto) -> Run:
+    import _tools  # MNN's converter; its module mnnconvert runs pip when it is imported
     import MNN
     import MNN.expr
     import MNN.nn
     import MNN.numpy
-    from MNN.tools import _tools  # mnnconvert itself runs pip when it is imported
 
     names = [o.name for o in model.graph.output]
     with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
@@ -110,13 +110,11 @@ def litert(model: onnx.ModelProto) -> Run:
 
     folder = tempfile.TemporaryDirectory(prefix="portnorm-")
     onnx.save(model, f"{folder.name}/m.onnx")
-    onnx2tf.convert(
-        input_onnx_file_path=f"{folder.name}/m.onnx",
-        output_folder_path=folder.name,
-        keep_ncw_or_nchw_or_ncdhw_input_names=["x"],
-        non_verbose=True,
-        not_use_onnxsim=True,
-    )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            onnx2tf.convert(input_onnx_file_path=f"{folder.name}/m.onnx", output_folder_path=folder.name, non_verbose=True)
+    except SystemExit as error:
+        raise ExportError("onnx2tf does not convert the graph") from error
     interpreter = Interpreter(model_path=f"{folder.name}/m_float32.tflite", num_threads=1)
     interpreter.allocate_tensors()
     (given,), found = interpreter.get_input_details(), interpreter.get_output_details()
@@ -124,9 +122,11 @@ def litert(model: onnx.ModelProto) -> Run:
 
     def run(x: NumPyArray) -> list[NumPyArray]:
         assert kept
-        interpreter.set_tensor(given["index"], x.astype(given["dtype"]))
+        laid = numpy.moveaxis(x, 1, -1) if x.ndim > 2 else x  # channels last is what it converts to
+        interpreter.set_tensor(given["index"], laid.astype(given["dtype"]))
         interpreter.invoke()
-        return [interpreter.get_tensor(o["index"]) for o in found]
+        results = [interpreter.get_tensor(o["index"]) for o in found]
+        return [numpy.moveaxis(a, -1, 1) if a.ndim > 2 else a for a in results]
 
     return run
 

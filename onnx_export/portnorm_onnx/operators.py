@@ -53,8 +53,17 @@ Load = Callable[[onnx.ModelProto], Run]
 
 def _calls(load: Load) -> dict[str, Call]:
     @lru_cache(maxsize=8)
+    def tried(model: bytes) -> Run | Exception:
+        try:
+            return load(onnx.load_from_string(model))
+        except Exception as error:
+            return error
+
     def loaded(model: bytes) -> Run:
-        return load(onnx.load_from_string(model))
+        found = tried(model)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def run(operation: str, x: NumPyArray, given: dict[str, NumPyArray], **attributes: Any) -> list[NumPyArray]:
         return loaded(graph_of(operation, x, given, **attributes).SerializeToString())(x)
@@ -97,16 +106,32 @@ def _of_table(name: str) -> Load:
     return load
 
 
-def _row(name: str, load: Load, version: Callable[[], str], note: str = "graphs of one node") -> Subject:
-    return Subject(f"onnx-{name}", version, _calls(load), dtypes=("float32", "float16"), note=note)
+ADVICE = {
+    "onnxruntime": "no GroupNormalization-21; Reshape and InstanceNormalization, which `portnorm.export` writes, are right",
+    "web": "no GroupNormalization-21; Reshape and InstanceNormalization are right",
+    "reference": "no yardstick for float16, nor for GroupNormalization: compare with float64",
+    "opencv": "subtract a common mean in front of the graph, or run it in onnxruntime",
+    "mnn": "export in evaluation mode: training_mode=1 is ignored without a word",
+    "litert": "export in evaluation mode: training_mode=1 is ignored without a word",
+    "tract": "blocks of a thousand values in longer rows; float32 around InstanceNormalization in float16",
+    "tvm": "no GroupNormalization-21; float32 around InstanceNormalization in float16; momentum is taken the other way round",
+    "iree": "float32 around what it does not compile in float16",
+}
+
+
+BOTH = ("float32", "float16")
+
+
+def _row(name: str, load: Load, version: Callable[[], str], note: str = "graphs of one node", dtypes: tuple[str, ...] = BOTH) -> Subject:
+    return Subject(f"onnx-{name}", version, _calls(load), dtypes=dtypes, note=note, advice=ADVICE.get(name, ""))
 
 
 SUBJECTS = (
     *(_row(name, _of_table(name), RUNTIMES[name].version) for name in ("onnxruntime", "openvino", "tract", "web", "reference")),
     _row("opencv", engines.opencv, installed("opencv-python-headless")),
     _row("mnn", engines.mnn, installed("MNN")),
-    _row("ncnn", engines.ncnn, installed("ncnn", "pnnx"), "graphs of one node, converted by pnnx"),
-    _row("litert", engines.litert, installed("ai-edge-litert", "onnx2tf"), "graphs of one node, converted by onnx2tf"),
+    _row("ncnn", engines.ncnn, installed("ncnn", "pnnx"), "graphs of one node, converted by pnnx", ("float32",)),
+    _row("litert", engines.litert, installed("ai-edge-litert", "onnx2tf"), "graphs of one node, converted by onnx2tf", ("float32",)),
     _row("tvm", engines.tvm, installed("apache-tvm")),
     _row("iree", engines.iree, installed("iree-base-compiler", "iree-base-runtime")),
     _row("tinygrad", engines.tinygrad, installed("tinygrad")),

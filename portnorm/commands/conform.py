@@ -22,7 +22,7 @@ from portnorm.libraries import SUPPORT
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "subjects", nargs="*", metavar="SUBJECT", help="libraries and runtimes, or `all` (default: libraries that are installed)"
+        "subjects", nargs="*", metavar="SUBJECT", help="libraries, runtimes and others' normalizations, or `all` (default: libraries)"
     )
     parser.add_argument("--operation", action="append", help='only this operation or cell ("LSTM layer"); may be repeated (default: all)')
     parser.add_argument("--regime", action="append", help="only this regime of values; may be repeated (default: all)")
@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="a module, in the working directory too, or a .py file, that adds cases or runtimes; may be repeated (default: none)",
+        help="a module, in the working directory too, or a .py file, that adds cases or subjects; may be repeated (default: none)",
     )
 
 
@@ -73,6 +73,8 @@ def _measured(subjects: list[str], options: argparse.Namespace) -> dict[str, Any
     from portnorm import conform
     from portnorm.conform import report
     from portnorm.conform.apart import measure_apart
+    from portnorm.conform.forms import forms
+    from portnorm.conform.subjects import subjects_of_others
 
     progress = ProgressLine(options.json)
     asked = {"operations": options.operation, "regimes": options.regime, "dtypes": options.dtype}
@@ -81,6 +83,7 @@ def _measured(subjects: list[str], options: argparse.Namespace) -> dict[str, Any
         found[result.subject].append(result)
     results = [result for part in found.values() for result in part]
     progress.clear()
+    named = forms(results, subjects_of_others())
     about = {
         "portnorm": portnorm.__version__,
         "python": platform.python_version(),
@@ -88,20 +91,25 @@ def _measured(subjects: list[str], options: argparse.Namespace) -> dict[str, Any
         "machine": platform.machine(),
         "date": datetime.date.today().isoformat(),
     }
-    for path, text in ((options.html, report.to_html), (options.junit, lambda found, _: report.to_junit(found))):
-        if path is not None:
-            with written_whole(path) as file:
-                file.write(text(results, about).encode())
+    if options.html is not None:
+        _write(options.html, report.to_html(results, about, named))
+    if options.junit is not None:
+        _write(options.junit, report.to_junit(results))
     if not options.json:
         print(report.laid_out(report.table(results)))
         print("largest error in ULP, units in the last place of the largest value of the same statistic, and its limit")
         for r in results:
             if r.status == "not installed":
                 print(f"not installed: {r.subject}: {r.detail}")
-        for line in report.failures(results):
+        for line in (*report.forms_told(named), *report.failures(results)):
             print(line)
     options.failed = any(r.failed for r in results)
-    return {"about": about, "results": [r.to_dict() for r in results]}
+    return {"about": about, "results": [r.to_dict() for r in results], "forms": [f.to_dict() for f in named]}
+
+
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as file:
+        file.write(text.encode())
 
 
 def _subjects(names: list[str]) -> list[str]:

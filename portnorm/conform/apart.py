@@ -164,6 +164,8 @@ def _process(group: Group, asked: dict[str, Any], modules: Sequence[str], second
         finally:
             process.kill()
             process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
             forget()
 
 

@@ -177,7 +177,11 @@ REGIMES: dict[str, Regime] = {
         Regime("near the largest", _near_the_largest, like="a training run that diverges", field=True),
         *(
             Regime(f"rows of {n}, mean {name} std", _with_mean(mean), values=n, dtypes=_WIDE, like=like, field=True)
-            for n, like in ((4**3, "a head of attention"), (4**6, "the width of a language model"), (4**8, "a picture or a second of sound"))
+            for n, like in (
+                (4**3, "a head of attention"),
+                (4**6, "the width of a language model"),
+                (4**8, "a picture or a second of sound"),
+            )
             for name, mean in (("1e2", 1e2), ("1e4", 1e4))
         ),
         Regime("image, mean 1e2 std", _with_mean(1e2), shape=_image, dtypes=_WIDE, like="a feature map of a ResNet", field=True),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 
 from portnorm.conform.cases import STATISTICS, Case, find
-from portnorm.conform.formulas import formulas_of
+from portnorm.conform.formulas import CUT, ONE_PASS, formulas_of
 from portnorm.conform.oracle import truth
 from portnorm.conform.result import Result
 from portnorm.conform.subjects import Subject
@@ -62,8 +62,9 @@ def errors_of_formulas(operation: str, dtype: str) -> dict[str, list[dict[str, f
         arrays = case.arrays()
         for form, formulas in formulas_of(case).items():
             rows = found.setdefault(form, [{} for _ in formulas])
-            for row, formula in zip(rows, formulas, strict=True):
-                row[regime] = error_of(formula(case, arrays), case, arrays)
+            with numpy.errstate(all="ignore"):
+                for row, formula in zip(rows, formulas, strict=True):
+                    row[regime] = error_of(formula(case, arrays), case, arrays)
     return found
 
 
@@ -99,11 +100,14 @@ def forms(results: Iterable[Result], subjects: Mapping[str, Subject]) -> list[Fo
 
 
 def _nearest(operation: str, dtype: str, measured: Mapping[str, Result]) -> str:
-    """The name of the nearest formula that is near."""
+    """The name of the nearest formula that is near. What gives NaN is not cut off at 0, and what gives none is."""
+    other = CUT if _not_finite(measured) else ONE_PASS
     mine = {regime: math.inf if measured[regime].nonfinite else measured[regime].max_abs or 0.0 for regime in TELLING[dtype]}
     floor = FLOOR * (1000 if dtype == "float16" else 1)
     best, name = math.inf, NONE
     for form, formulas in errors_of_formulas(operation, dtype).items():
+        if form == other:
+            continue
         for row in formulas:
             apart = [abs(_power(mine[regime], floor) - _power(row[regime], floor)) for regime in TELLING[dtype]]
             average = sum(apart) / len(apart)
@@ -116,13 +120,13 @@ def _nearest(operation: str, dtype: str, measured: Mapping[str, Result]) -> str:
 
 
 def _power(error: float, floor: float) -> float:
-    """The power of ten of an error. What is not finite is as far off as a standard deviation that is that of ε."""
-    return math.log10(min(max(error, floor), 1e3))
+    """The power of ten of an error. How far beyond ten standard deviations, or whether it is finite, is chance."""
+    return math.log10(min(max(error, floor), 10.0))
 
 
 def _not_finite(measured: Mapping[str, Result]) -> list[str]:
     bad = [regime for regime, r in measured.items() if r.nonfinite and regime != "near the largest"]
-    return [f"not finite at {', '.join(bad)}"] if bad else []
+    return [f"not finite at {bad[0]}" + (f" and {len(bad) - 1} more" if bad[1:] else "")] if bad else []
 
 
 def _negative(statistics: Sequence[Result]) -> list[str]:
@@ -135,18 +139,15 @@ _MUCH = 10.0
 
 
 def _unlike(mine: Mapping[str, Result], twin: Mapping[str, Result], name: str) -> list[str]:
-    """Where an error is more than ten times that of the same without a compiler, or less than a tenth of it."""
-    worst, said = _MUCH, ""
+    """Where an error is over ten times that of the same without a compiler, or under a tenth: the worst, of constant rows apart."""
+    found: dict[bool, tuple[float, str]] = {}
     for regime, r in mine.items():
         if regime in twin and regime != "near the largest":
             a, b = (math.inf if q.nonfinite else max(q.max_abs or 0.0, 2 * FLOOR) for q in (r, twin[regime]))
-            if a == b:
-                continue
-            times = max(a, b) / min(a, b)
-            if times > worst:
-                worst = times
-                said = f"{_as_times(times)} {'less' if a > b else 'more'} exact than {name} at {regime}"
-    return [said] if said else []
+            times, constant = (1.0 if a == b else max(a, b) / min(a, b)), regime.startswith("constant")
+            if times > max(_MUCH, found.get(constant, (0.0, ""))[0]):
+                found[constant] = times, f"{_as_times(times)} {'less' if a > b else 'more'} exact than {name} at {regime}"
+    return [said for _, (_, said) in sorted(found.items())]
 
 
 def _as_times(times: float) -> str:

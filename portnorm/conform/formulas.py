@@ -1,11 +1,11 @@
 """The float32 formulas by which normalizations are computed in the field, each written out: what a subject is compared with.
 
-    two passes               m = Σx / n,  v = Σ(x − m)² / n
-    sums in order            the same, each sum one term after the other, where NumPy adds halves to halves
-    one pass                 m = Σx / n,  v = Σx² / n − m²,  which is rounding alone where m² ≫ v, and may be negative
-    cut off at 0             the same with max(v, 0)
-    exact                    two passes in float64, rounded once at the end
-    folded, subtracted       given statistics, as x · s + t with s = γ / √(v + ε) and t = β − m · s; or as (x − m) · s + β
+two passes               m = Σx / n,  v = Σ(x − m)² / n
+sums in order            the same, each sum one term after the other, where NumPy adds halves to halves
+one pass                 m = Σx / n,  v = Σx² / n − m²,  which is rounding alone where m² ≫ v, and may be negative
+cut off at 0             the same with max(v, 0)
+exact                    two passes in float64, rounded once at the end
+folded, subtracted       given statistics, as x · s + t with s = γ / √(v + ε) and t = β − m · s; or as (x − m) · s + β
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy
 
+import portnorm as pn
 from portnorm.conform.cases import Case, NumPyArray
 
 Formula = Callable[[Case, dict[str, NumPyArray]], NumPyArray]
@@ -23,19 +24,32 @@ Formula = Callable[[Case, dict[str, NumPyArray]], NumPyArray]
 Mean = Callable[[NumPyArray, tuple[int, ...]], NumPyArray]
 
 
-def _halves(a: NumPyArray, axes: tuple[int, ...]) -> NumPyArray:
-    found: NumPyArray = numpy.mean(a, axis=axes, keepdims=True, dtype=a.dtype)
-    return found
+def _mean_by(add: Callable[[NumPyArray], NumPyArray]) -> Mean:
+    """A mean over axes, of a function that adds up the last axis; it is rounded to the type."""
+
+    def mean(a: NumPyArray, axes: tuple[int, ...]) -> NumPyArray:
+        moved = numpy.moveaxis(a, axes, range(-len(axes), 0))
+        rows = numpy.ascontiguousarray(moved).reshape(*moved.shape[: a.ndim - len(axes)], -1)
+        sums = add(rows)
+        found = (sums / sums.dtype.type(rows.shape[-1])).astype(a.dtype)
+        shaped: NumPyArray = found.reshape([1 if k in axes else n for k, n in enumerate(a.shape)])
+        return shaped
+
+    return mean
 
 
-def _in_order(a: NumPyArray, axes: tuple[int, ...]) -> NumPyArray:
-    last = tuple(range(-len(axes), 0))
-    moved = numpy.moveaxis(a, axes, last)
-    rows = numpy.ascontiguousarray(moved).reshape(*moved.shape[: a.ndim - len(axes)], -1)
-    sums = numpy.add.accumulate(rows, axis=-1, dtype=a.dtype)[..., -1]
-    kept = [1 if k in axes else n for k, n in enumerate(a.shape)]
-    found: NumPyArray = (sums / a.dtype.type(rows.shape[-1])).reshape(kept)
-    return found
+def _in_lanes(rows: NumPyArray) -> NumPyArray:
+    """Eight sums in order, as the lanes of a vector register, and those added."""
+    padded = numpy.concatenate([rows, numpy.zeros((*rows.shape[:-1], -rows.shape[-1] % 8), rows.dtype)], axis=-1)
+    lanes: NumPyArray = numpy.add.accumulate(padded.reshape(*rows.shape[:-1], -1, 8), axis=-2, dtype=rows.dtype)[..., -1, :]
+    return numpy.add.reduce(lanes, axis=-1, dtype=rows.dtype)  # type: ignore[no-any-return]
+
+
+HALVES = _mean_by(lambda rows: numpy.add.reduce(rows, axis=-1, dtype=rows.dtype))
+IN_ORDER = _mean_by(lambda rows: numpy.add.accumulate(rows, axis=-1, dtype=rows.dtype)[..., -1])
+LANES = _mean_by(_in_lanes)
+WIDER = _mean_by(lambda rows: numpy.add.reduce(rows, axis=-1, dtype={2: numpy.float32, 4: numpy.float64, 8: numpy.float64}[rows.itemsize]))
+"""Added in a wider type, and rounded."""
 
 
 def _laid(case: Case, arrays: dict[str, NumPyArray], kind: Any) -> tuple[dict[str, NumPyArray], tuple[int, ...], Any]:
@@ -44,19 +58,6 @@ def _laid(case: Case, arrays: dict[str, NumPyArray], kind: Any) -> tuple[dict[st
     along = [n if a == 1 or (op.groups is not None and a == 2) else 1 for a, n in enumerate(shape)]
     laid = {name: a.astype(kind).reshape(shape if name in ("x", "dy") else along) for name, a in arrays.items()}
     return laid, op.axes(shape), numpy.dtype(kind).type(case.eps)
-
-
-def _in_lanes(a: NumPyArray, axes: tuple[int, ...]) -> NumPyArray:
-    """Eight sums in order, as the lanes of a vector register, and those added."""
-    last = tuple(range(-len(axes), 0))
-    moved = numpy.moveaxis(a, axes, last)
-    rows = numpy.ascontiguousarray(moved).reshape(*moved.shape[: a.ndim - len(axes)], -1)
-    count = rows.shape[-1]
-    rows = numpy.concatenate([rows, numpy.zeros((*rows.shape[:-1], -count % 8), rows.dtype)], axis=-1)
-    lanes = numpy.add.accumulate(rows.reshape(*rows.shape[:-1], -1, 8), axis=-2, dtype=a.dtype)[..., -1, :]
-    kept = [1 if k in axes else n for k, n in enumerate(a.shape)]
-    found: NumPyArray = (lanes.sum(axis=-1, dtype=a.dtype) / a.dtype.type(count)).reshape(kept)
-    return found
 
 
 def _two_passes(mean: Mean, kind: Any = numpy.float32, *, folded: bool = False) -> Formula:
@@ -94,26 +95,34 @@ def _folded(case: Case, arrays: dict[str, NumPyArray]) -> NumPyArray:
     return a["x"] * s + (a["bias"] - a["mean"] * s)  # type: ignore[no-any-return]
 
 
-TWO_PASSES, ONE_PASS, FOLDED, SUBTRACTED = "two passes", "one pass", "folded, x·s + t", "subtracted, (x − m)·s"
+def _untrained(case: Case, arrays: dict[str, NumPyArray]) -> NumPyArray:
+    """What is not told to take the statistics of the batch: mean 0 and variance 1, which running statistics begin with."""
+    a, _, eps = _laid(case, arrays, numpy.float32)
+    return a["x"] / numpy.sqrt(1 + eps) * a["weight"] + a["bias"]  # type: ignore[no-any-return]
+
+
+TWO_PASSES, ONE_PASS, CUT = "two passes", "one pass", "one pass, cut off at 0"
+FOLDED, SUBTRACTED = "folded, x·s + t", "subtracted, (x − m)·s"
 
 CENTRED: dict[str, tuple[Formula, ...]] = {
-    "exact": (_two_passes(_halves, numpy.float64),),
-    TWO_PASSES: (_two_passes(_halves), _two_passes(_halves, folded=True)),
-    "two passes, sums in order": (_two_passes(_in_order), _two_passes(_in_order, folded=True), _two_passes(_in_lanes)),
-    "one pass, cut off at 0": (_one_pass(_halves, cut=True), _one_pass(_in_order, cut=True)),
-    ONE_PASS: (_one_pass(_halves, cut=False), _one_pass(_in_order, cut=False)),
+    "exact": (_two_passes(HALVES, numpy.float64),),
+    TWO_PASSES: tuple(_two_passes(mean, folded=folded) for mean in (HALVES, WIDER) for folded in (False, True)),
+    "two passes, sums in order": tuple(_two_passes(mean, folded=folded) for mean in (IN_ORDER, LANES) for folded in (False, True)),
+    CUT: tuple(_one_pass(mean, cut=True) for mean in (HALVES, WIDER, LANES, IN_ORDER)),
+    ONE_PASS: tuple(_one_pass(mean, cut=False) for mean in (HALVES, WIDER, LANES, IN_ORDER)),
 }
 """Forms of what takes its own statistics, by name, the more exact first. A form is what any of its formulas gives."""
 
-NOT_CENTRED = {
-    "mean of squares": (_two_passes(_halves),),
-    "mean of squares, sums in order": (_two_passes(_in_order), _two_passes(_in_lanes)),
+TRAINING = {**CENTRED, "training ignored: the given statistics": (_untrained,)}
+NOT_CENTRED: dict[str, tuple[Formula, ...]] = {
+    "mean of squares": (_two_passes(HALVES), _two_passes(WIDER)),
+    "mean of squares, sums in order": (_two_passes(IN_ORDER), _two_passes(LANES)),
 }
-GIVEN = {SUBTRACTED: (_subtracted,), FOLDED: (_folded,)}
+GIVEN: dict[str, tuple[Formula, ...]] = {SUBTRACTED: (_subtracted,), FOLDED: (_folded,)}
 
 HALF: dict[str, tuple[Formula, ...]] = {
-    "statistics in float32": (_two_passes(_halves),),
-    "statistics in float16": (_two_passes(_halves, numpy.float16), _two_passes(_in_order, numpy.float16)),
+    "statistics in float32": (_two_passes(HALVES),),
+    "statistics in float16": tuple(_two_passes(mean, numpy.float16) for mean in (HALVES, IN_ORDER, WIDER)),
 }
 """Forms of what takes float16 values."""
 
@@ -124,4 +133,4 @@ def formulas_of(case: Case) -> dict[str, tuple[Formula, ...]]:
         return GIVEN
     if case.dtype == "float16":
         return HALF
-    return CENTRED if case.operation.center else NOT_CENTRED
+    return NOT_CENTRED if not case.operation.center else TRAINING if case.operation.call is pn.batch_norm else CENTRED

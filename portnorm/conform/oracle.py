@@ -41,7 +41,8 @@ def truth(case: Case, arrays: dict[str, NumPyArray] | None = None) -> Truth:
             return Truth(*plain, axes)
         exact = _given_in_two_doubles(case, laid) if case.operation.given else _in_two_doubles(case, laid, axes)
         finite = numpy.isfinite(numpy.max(numpy.abs(laid["x"]), axis=axes, keepdims=True) + laid.get("var", 0.0))
-        return Truth(*(numpy.where(finite, a, b) for a, b in zip(exact, plain, strict=True)), axes)
+        y, dx = (numpy.where(finite, a, b) for a, b in zip(exact, plain, strict=True))
+        return Truth(y, dx, axes)
 
 
 def _laid(case: Case, made: dict[str, NumPyArray], kind: Any) -> dict[str, NumPyArray]:
@@ -93,7 +94,8 @@ def _in_two_doubles(case: Case, laid: dict[str, NumPyArray], axes: tuple[int, ..
     g = dy.times(weight)
     centred = g.minus(g.mean(axes)) if case.operation.center else g
     dx = centred.minus(xhat.times(g.times(xhat).mean(axes))).times(rstd).high
-    return xhat.times(weight).plus(bias).high, numpy.ldexp(numpy.ldexp(dx, up // 2), up - up // 2)
+    y = z.times(rstd.times(weight)).plus(bias)  # one product with z, which may be below all normal numbers
+    return y.high, numpy.ldexp(numpy.ldexp(dx, up // 2), up - up // 2)
 
 
 def _given_in_two_doubles(case: Case, laid: dict[str, NumPyArray]) -> tuple[NumPyArray, NumPyArray]:

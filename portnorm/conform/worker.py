@@ -1,8 +1,8 @@
 """The process that `apart.py` starts: measures what it is told on standard input, and says each thing on a line of standard output.
 
-    {"at": "torch / layer_norm / normal / float32"}    before each case
-    {"result": {...}}                                  a `Result`
-    {"end": true}                                      when all is measured
+{"at": "torch / layer_norm / normal / float32"}    before each case
+{"result": {...}}                                  a `Result`
+{"end": true}                                      when all is measured
 """
 
 from __future__ import annotations

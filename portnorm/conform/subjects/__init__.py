@@ -32,7 +32,7 @@ def installed(*packages: str) -> Callable[[], str]:
 
     def found() -> str:
         try:
-            return [version(name) for name in packages][0]
+            return {name: version(name) for name in packages}[packages[0]]
         except PackageNotFoundError as error:
             raise MissingExtraError(f"{error.name} is not installed: pip install {' '.join(packages)}") from None
 
@@ -59,6 +59,8 @@ class Subject:
     """The subject that computes the same without being compiled."""
     note: str = ""
     """A line for tables."""
+    advice: str = ""
+    """What to do where its answer is not right."""
 
     def refusal(self, operation: str, dtype: str) -> str | None:
         """Why an operation is not measured in a type, `None` where it is."""

@@ -21,7 +21,9 @@ def _keras(backend: str) -> Any:
     import keras
 
     if keras.backend.backend() != backend:
-        raise MissingExtraError(f"keras is imported with the backend {keras.backend.backend()} in this process: measure keras-{backend} alone")
+        raise MissingExtraError(
+            f"keras is imported with the backend {keras.backend.backend()} in this process: measure keras-{backend} alone"
+        )
     return keras
 
 
@@ -108,6 +110,11 @@ SUBJECTS = tuple(
         values=_values,
         dtypes=("float32", "float16"),
         note=f"layers of Keras 3 on {backend}; instance_norm is GroupNormalization(groups=-1)",
+        advice=advice,
     )
-    for backend, package in (("jax", "jax"), ("torch", "torch"), ("tensorflow", "tensorflow"))
+    for backend, package, advice in (
+        ("jax", "jax", ""),
+        ("torch", "torch", "take another backend, or torch's own layers, for Group and BatchNormalization of data that is not centred"),
+        ("tensorflow", "tensorflow", ""),
+    )
 )

@@ -57,7 +57,7 @@ def _layer(kind: str, channels: int, eps: float, groups: int | None, compiled: b
             setattr(layer, name, a)
         return layer.eval()(x)
 
-    return mx.compile(call) if compiled else call  # type: ignore[no-any-return]
+    return mx.compile(call) if compiled else call
 
 
 def _calls(compiled: bool) -> dict[str, Call]:
@@ -96,6 +96,6 @@ def _calls(compiled: bool) -> dict[str, Call]:
 
 
 SUBJECTS = (
-    Subject("mlx-nn", installed("mlx"), _calls(False), _array, _values),
+    Subject("mlx-nn", installed("mlx"), _calls(False), _array, _values, advice="train BatchNorm in float32"),
     Subject("mlx-compiled", installed("mlx"), _calls(True), _array, _values, eager="mlx-nn", note="mx.compile, but for training"),
 )

@@ -197,8 +197,26 @@ def _haiku_given(x: Any, weight: Any, bias: Any, eps: float, mean: Any, var: Any
 HALVES = ("float32", "float16", "bfloat16")
 
 SUBJECTS = (
-    Subject("flax", installed("flax", "jax"), _flax(True), _array, _values, HALVES, note="nnx, as it comes: use_fast_variance=True"),
-    Subject("flax-two-pass", installed("flax", "jax"), _flax(False), _array, _values, HALVES, note="nnx with use_fast_variance=False"),
+    Subject(
+        "flax",
+        installed("flax", "jax"),
+        _flax(True),
+        _array,
+        _values,
+        HALVES,
+        note="nnx, as it comes: use_fast_variance=True",
+        advice="use_fast_variance=False; keep the statistics of BatchNorm in a layer of float32",
+    ),
+    Subject(
+        "flax-two-pass",
+        installed("flax", "jax"),
+        _flax(False),
+        _array,
+        _values,
+        HALVES,
+        note="nnx with use_fast_variance=False",
+        advice="in float16 give BatchNorm dtype=float32: the variance that is given is rounded to the layer's dtype",
+    ),
     Subject(
         "equinox",
         installed("equinox", "jax"),
@@ -214,6 +232,7 @@ SUBJECTS = (
         _values,
         HALVES,
         note="vmap over the batch; instance_norm is GroupNorm with a group for each channel",
+        advice="BatchNorm in float32: its statistics are of the layer's dtype",
     ),
     Subject(
         "haiku",
@@ -229,5 +248,6 @@ SUBJECTS = (
         _array,
         _values,
         HALVES,
+        advice="normalize in float32; no BatchNorm in training on data that is not centred: subtract a common mean first",
     ),
 )

@@ -76,5 +76,6 @@ SUBJECTS = (
         _values,
         dtypes=("float32", "float16"),
         note="paddle.nn.functional",
+        advice="instance_norm and layer_norm are right; group_norm only for centred data. Float16 on a GPU only",
     ),
 )

@@ -1,4 +1,4 @@
-"""What TensorFlow has below Keras: `tf.nn.moments` with `tf.nn.batch_normalization`, and the fused operator; eager, as a graph, and in XLA."""
+"""What TensorFlow has below Keras, eager, as a graph and in XLA: `tf.nn.moments` with `batch_normalization`, and the fused operator."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _given(x: Any, weight: Any, bias: Any, eps: float, mean: Any, var: Any) -> A
 
 
 def _later(call: Call, **keywords: Any) -> Call:
-    """The function compiled at its first call, and traced anew for another shape, type or ε."""
+    """A function compiled at its first call, and traced anew for another shape, type or ε."""
 
     @cache
     def compiled() -> Any:
@@ -92,8 +92,10 @@ def _later(call: Call, **keywords: Any) -> Call:
     return lambda *given, **more: compiled()(*given, **more)
 
 
-def _rows(name: str, way: Way, note: str, eager: str | None = None) -> Subject:
-    calls = {
+def _rows(
+    name: str, way: Way, note: str, eager: str | None = None, advice: str = "cast float16 to float32 before tf.nn.moments"
+) -> Subject:
+    calls: dict[str, Call] = {
         "layer_norm": _layer,
         "group_norm": _group,
         "instance_norm": _instance,
@@ -110,11 +112,18 @@ def _rows(name: str, way: Way, note: str, eager: str | None = None) -> Subject:
         refused={"rms_norm": "has no rms_norm but that of Keras"},
         eager=eager,
         note=f"{note}: tf.nn.moments and batch_normalization; fused_batch_norm for batch_norm",
+        advice=advice,
     )
 
 
 SUBJECTS = (
     _rows("tensorflow-eager", lambda call: call, "eager"),
     _rows("tensorflow-function", lambda call: _later(call), "tf.function", "tensorflow-eager"),
-    _rows("tensorflow-xla", lambda call: _later(call, jit_compile=True), "tf.function(jit_compile=True)", "tensorflow-eager"),
+    _rows(
+        "tensorflow-xla",
+        lambda call: _later(call, jit_compile=True),
+        "tf.function(jit_compile=True)",
+        "tensorflow-eager",
+        "no fused_batch_norm (tf_keras' BatchNormalization) in training under jit_compile: tf.nn.moments, or Keras 3, is right there",
+    ),
 )

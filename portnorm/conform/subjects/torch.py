@@ -104,13 +104,25 @@ def _rows(name: str, how: Callable[[Call], Call], note: str, eager: str | None =
 
 
 SUBJECTS = (
-    _rows("torch-eager", lambda call: call, "contiguous", dtypes=("float32", "float16", "bfloat16", "float64")),
-    _rows("torch-channels-last", _channels_last, "eager, images in channels-last memory"),
-    _rows("torch-compiled", _compiled_later, "torch.compile, contiguous", "torch-eager"),
+    _rows(
+        "torch-eager",
+        lambda call: call,
+        "contiguous",
+        dtypes=("float32", "float16", "bfloat16", "float64"),
+        advice="fine up to a mean of 100 standard deviations; beyond, subtract a common mean first",
+    ),
+    _rows(
+        "torch-channels-last",
+        _channels_last,
+        "eager, images in channels-last memory",
+        advice="give `group_norm` contiguous memory (`x.contiguous()`), or compile the model",
+    ),
+    _rows("torch-compiled", _compiled_later, "torch.compile, contiguous", "torch-eager", dtypes=("float32", "float16")),
     _rows(
         "torch-compiled-channels-last",
         lambda call: _channels_last(_compiled_later(call)),
         "torch.compile, images in channels-last memory",
         "torch-channels-last",
+        dtypes=("float32", "float16"),
     ),
 )
