@@ -63,8 +63,14 @@ def cell(found: dict[str, Any], row: dict[str, Any], operation: str, column: str
     times = max(c[3] / yardstick(found, operation, *key) for key, c in measured)
     name, mark = next((name, mark) for limit, name, mark in LEVELS if times <= limit)
     error = max(c[3] for _, c in measured)
-    shown = f"{error:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e") if error >= 1e-12 else "0"
-    return f'<span class="{name}">{shown}{mark}</span>'
+    return f'<span class="{name}">{_short_number(error)}{mark}</span>'
+
+
+def _short_number(error: float) -> str:
+    if error < 1e-12:
+        return "0"
+    digit = float(f"{error:.0e}")
+    return f"{digit:g}" if 0.01 <= digit < 1000 else f"{digit:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def forms_of(row: dict[str, Any], operation: str) -> str:

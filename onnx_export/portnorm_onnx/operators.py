@@ -111,7 +111,7 @@ ADVICE = {
     "web": "no GroupNormalization-21; Reshape and InstanceNormalization are right",
     "reference": "no yardstick for float16, nor for GroupNormalization: compare with float64",
     "opencv": "subtract a common mean in front of the graph, or run it in onnxruntime",
-    "mnn": "export in evaluation mode: training_mode=1 is ignored without a word",
+    "mnn": "export in evaluation mode; write GroupNormalization and RMSNormalization in other operators, as `portnorm.export` does",
     "litert": "export in evaluation mode: training_mode=1 is ignored without a word",
     "tract": "blocks of a thousand values in longer rows; float32 around InstanceNormalization in float16",
     "tvm": "no GroupNormalization-21; float32 around InstanceNormalization in float16; momentum is taken the other way round",
