@@ -238,7 +238,8 @@ def test_two_doubles_are_as_true_as_a_wider_type(operation: str, monkeypatch: py
                 np.testing.assert_array_equal(np.isnan(mine), np.isnan(other))
                 largest = np.max(np.where(finite, np.abs(other), 0), axis=wide.axes, keepdims=True).astype(np.float64)
                 off = np.where(finite, np.abs(mine - other), 0) / np.spacing(np.maximum(largest, np.finfo(np.float64).tiny))
-                limit = 64.0 if case.regime.name == "one value" else 1.0  # a gradient of 0, of which rounding is all there is
+                # A gradient of 0, of which rounding is all there is; and values below the normal ones, which are rounded twice.
+                limit = {"one value": 64.0, "subnormal": 2.0}.get(case.regime.name, 1.0)
                 assert np.max(off) <= limit, f"{case.name}: {float(np.max(off))}"
 
 
