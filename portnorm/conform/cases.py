@@ -92,6 +92,8 @@ class Regime:
     """Whether the gradient is measured. That of one value is 0, or what is left of a difference of equal terms."""
     like: str = ""
     """What data looks like that."""
+    immense: tuple[str, ...] = ()
+    """Types in which the variance is beyond what statistics are kept in, so that none can be given."""
     field: bool = False
     """Whether normalizations of other libraries are measured in it too; the rest is what portnorm promises beyond that."""
 
@@ -174,7 +176,7 @@ REGIMES: dict[str, Regime] = {
             like="outlier features of a transformer; a square leaves float16",
             field=True,
         ),
-        Regime("near the largest", _near_the_largest, like="a training run that diverges", field=True),
+        Regime("near the largest", _near_the_largest, immense=("bfloat16", *_WIDE), like="a training run that diverges", field=True),
         *(
             Regime(f"rows of {n}, mean {name} std", _with_mean(mean), values=n, dtypes=_WIDE, like=like, field=True)
             for n, like in (
@@ -319,7 +321,7 @@ def _cases(operations: Any, regimes: Any, dtypes: Any) -> Iterator[Case]:
                     chosen is None or name in chosen
                     for chosen, name in ((operations, operation.name), (regimes, regime.name), (dtypes, dtype))
                 )
-                if wanted and dtype in regime.dtypes and (regime.field or not operation.given):
+                if wanted and dtype in regime.dtypes and (not operation.given or (regime.field and dtype not in regime.immense)):
                     yield Case(operation, regime, dtype)
 
 
@@ -331,9 +333,13 @@ def find(operation: str, regime: str, dtype: str = "float32") -> Case:
         raise UnsupportedError(f"there is no case {operation!r}, {regime!r}, {dtype!r}: {error}") from None
     found = next(_cases([operation], [regime], [dtype]), None)
     if found is None:
+        row, of = OPERATIONS.get(operation), REGIMES[regime]
+        why = f"this regime is of {', '.join(of.dtypes)}"
+        if row is not None and row.given and dtype in of.dtypes:
+            why = "statistics are given in the regimes of the field, where they are finite"
         raise UnsupportedError(
-            f"there is no case {operation!r}, {regime!r}, {dtype!r}; this regime is of {', '.join(REGIMES[regime].dtypes)}"
-            if operation in OPERATIONS
+            f"there is no case {operation!r}, {regime!r}, {dtype!r}; {why}"
+            if row is not None
             else f"there is no case {operation!r}, which is a recurrent cell; portnorm.conform.measure takes those"
         )
     return found
