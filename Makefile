@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest models behind docs lint types readme clean
+.PHONY: demo test test-all test-lowest models behind accuracy docs lint types readme clean
 
 # One stamp per set of extras; made again when the dependencies change.
 $(VENV)/.%: pyproject.toml
@@ -48,6 +48,27 @@ $(VENV)-tools/.installed: pyproject.toml
 behind: $(VENV)-tools/.installed
 	PYTHONPATH=.:backends:onnx_export $(VENV)-tools/bin/python -m benchmarks.behind
 
+# Who is right where the mean is large (docs/accuracy.md): every library of the field, those that do not go together in environments of their
+# own. What cannot be installed is left out, and the page says so by name.
+ACCURACY := tensorflow runtimes litert tvm iree
+accuracy_tensorflow := tensorflow keras
+accuracy_runtimes := MNN ncnn pnnx tinygrad opencv-python-headless>=5
+accuracy_litert := tensorflow tf_keras onnx-graphsurgeon sng4onnx psutil onnx2tf ai-edge-litert
+accuracy_tvm := apache-tvm
+accuracy_iree := iree-base-compiler[onnx] iree-base-runtime
+
+$(VENV)-accuracy-%/.installed: pyproject.toml
+	@test -x $(VENV)-accuracy-$*/bin/python || $(PYTHON) -m venv $(VENV)-accuracy-$*
+	@$(VENV)-accuracy-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[onnx]"
+	@for package in $(foreach package,$(accuracy_$*),"$(package)"); do \
+		$(VENV)-accuracy-$*/bin/python -m pip install --quiet --disable-pip-version-check "$$package" || echo "$$package is left out"; done
+	@touch $@
+
+accuracy: $(VENV)/.peers $(VENV)/.runtimes $(ACCURACY:%=$(VENV)-accuracy-%/.installed)
+	@for python in $(BIN)/python $(ACCURACY:%=$(VENV)-accuracy-%/bin/python); do $$python -W ignore -m benchmarks.accuracy measure || exit 1; done
+	$(BIN)/python -m benchmarks.accuracy draw
+	$(BIN)/python -m benchmarks.readme
+
 # Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.
 $(VENV)/.runtimes: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[runtimes]"
@@ -88,4 +109,4 @@ readme: $(VENV)/.test
 	$(BIN)/python -m benchmarks.readme
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools out dist build
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools $(ACCURACY:%=$(VENV)-accuracy-%) out dist build

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import portnorm as pn
+from benchmarks import accuracy_tables
 from portnorm import bench
 from portnorm.checkpoint.formats import ROWS
 from portnorm.conform import LIBRARIES, REGIMES
@@ -440,6 +441,7 @@ def behind_versions() -> str:
 
 
 TABLES = {
+    **accuracy_tables.TABLES,
     "behind": behind,
     "behind_files": behind_files,
     "behind_versions": behind_versions,

@@ -33,6 +33,7 @@ GUIDES = {
     "variants.md": (4, set()),
     "training.md": (5, {"run.safetensors", "own.safetensors"}),
     "weights.md": (2, set()),
+    "accuracy.md": (1, set()),
     "arrays.md": (1, set()),
     "onnx.md": (6, {"model.onnx", "step.onnx", "part.onnx", "train.onnx", "small.onnx", "fixed.onnx"}),
     "beyond-one-machine.md": (2, set()),

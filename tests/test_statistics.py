@@ -13,7 +13,7 @@ from portnorm.arrays import to_numpy
 from portnorm.statistics import moved
 from tests.cases import random_lstm
 from tests.conftest import Library
-from tests.tolerances import relative
+from tests.tolerances import STATISTICS_ULP, relative
 
 CLOSE = relative("float64")
 
@@ -371,3 +371,27 @@ def test_population_of_tables_weighs_by_live_sequences(norm: str, t_max: int, ra
             for name, function in (("mean", np.mean), ("var", np.var)):
                 expected = np.average([function(p, axis=0) for p in parts], axis=0, weights=weights)
                 np.testing.assert_allclose(layer.buffers[f"norm_ih{suffix}.running_{name}"][at], expected, **CLOSE)
+
+
+# -- how exact they are --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (64, 6), (8, 4, 6, 7), (4096, 2)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_statistics_are_exact_at_every_mean(library: Library, dtype: str, shape: tuple[int, ...]) -> None:
+    """Those that go to running averages, however large the mean is against the spread."""
+    if dtype not in library.dtypes:
+        return
+    axes = tuple(a for a in range(len(shape)) if a != 1)
+    for mean in (0.0, 1.0, 3.0, 10.0, 1e2, -1e3, 1e4, -1e6, 1e7):
+        x = (mean + np.random.default_rng(int(abs(mean))).standard_normal(shape)).astype(dtype)
+        first = x[tuple(slice(1) if a in axes else slice(None) for a in range(x.ndim))].astype(np.longdouble)
+        beside = x.astype(np.longdouble) - first
+        own = beside.mean(axis=axes, keepdims=True)
+        exact = {"mean": (first + own).reshape(-1), "variance": ((beside - own) ** 2).mean(axis=axes)}
+        layer = pn.BatchNorm(shape[1], momentum=1.0, unbiased=False, xp=library.support.module, dtype=dtype)
+        layer(library.array(x, dtype), training=True)
+        units = {"mean": np.maximum(np.abs(exact["mean"]), np.sqrt(exact["variance"])), "variance": exact["variance"]}
+        for name, buffer in (("mean", "running_mean"), ("variance", "running_var")):
+            off = np.abs(to_numpy(layer.buffers[buffer]).astype(np.longdouble) - exact[name]) / np.spacing(units[name].astype(dtype))
+            assert np.max(off) <= STATISTICS_ULP[name], f"{name} at {mean}: {float(np.max(off))} ULP"

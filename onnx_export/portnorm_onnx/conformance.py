@@ -17,7 +17,7 @@ import portnorm as pn
 from portnorm.cells.variants import NormName
 from portnorm.conform.cases import Case, NumPyArray, cases
 from portnorm.conform.oracle import Truth, truth
-from portnorm.conform.recurrent import inputs, layer_of
+from portnorm.conform.recurrent import REGIME, inputs, layer_of
 from portnorm.conform.result import Result, compared
 from portnorm.conform.tolerances import HORIZON
 from portnorm.errors import ConformanceError, MissingExtraError, PortnormError, UnsupportedError
@@ -51,10 +51,10 @@ def version(name: str) -> str:
 def _layer(case: Case, arrays: dict[str, NumPyArray]) -> tuple[Layer, tuple[int | str, ...]]:
     """The layer of a case's operation with its parameters, and the shape of `x` with the batch unknown.
 
-    Batch normalization has the statistics of its own `x`, so that the truth is the same as in training.
+    Batch normalization has the statistics that are given, or those of its own `x`, so that the truth is the same as in training.
     """
     operation, shape = case.operation, case.shape
-    kind = operation.name.split(" of ")[0]
+    kind = operation.name.split(" ")[0]
     channels = shape[operation.channel]
     made: Layer
     if kind == "layer_norm":
@@ -73,7 +73,8 @@ def _layer(case: Case, arrays: dict[str, NumPyArray]) -> tuple[Layer, tuple[int 
     if "running_mean" in buffers:
         axes = operation.axes(shape)
         with numpy.errstate(all="ignore"):
-            buffers |= {"running_mean": arrays["x"].mean(axis=axes), "running_var": arrays["x"].var(axis=axes)}
+            own = {"mean": arrays["x"].mean(axis=axes), "var": arrays["x"].var(axis=axes)}
+        buffers |= {f"running_{s}": arrays.get(s, a) for s, a in own.items()}
     with numpy.errstate(over="ignore"):  # of values near the end of a type's range, of which the variance is beyond it
         made.assign(params, {name: numpy.asarray(a).astype(made.buffers[name].dtype) for name, a in buffers.items()})
     return made, ("batch", *shape[1:])
@@ -114,11 +115,12 @@ def _said(error: Exception) -> str:
 
 
 def of_cells(
-    name: str, version: str, dtypes: tuple[str, ...], progress: Callable[[str], None], those: Iterable[tuple[str, NormName | None]]
+    name: str, version: str, dtypes: tuple[str, ...], starts: Callable[[str], bool], those: Iterable[tuple[str, NormName | None]]
 ) -> Iterator[Result]:
-    """Cells and presets as portable graphs, one step and a whole run, in float32."""
+    """Cells and presets as portable graphs, one step and a whole run, in float32; each that `starts` says so of."""
     for cell, preset in those if set(dtypes) & set(RECURRENT_DTYPES) else ():
-        progress(f"{name} / {cell} {preset or 'plain'}")
+        if not starts(f"{name} / {cell} {preset or 'plain'} / {REGIME} / float32"):
+            continue
         about = (name, version, f"{cell} {preset or 'plain'}", "normal", "float32")
         code = f"from portnorm.conform import recurrent\nlayer = recurrent.layer_of({cell!r}, {preset!r}).to(dtype='float32')"
         layer = layer_of(cell, preset).to(dtype="float32")

@@ -105,7 +105,7 @@ class Slot:
 
     def _statistics(self, kept: Normalized) -> tuple[Array, Array]:
         """Mean and variance without the axes that they were taken over: (features,) for one step, (time, features) for all."""
-        mean, var = kept.statistics()
+        mean, var = kept.statistics(int(self.variant.variance == "unbiased"))
         if self.variant.variance == "running":
             var = var * bessel(var, kept.counted, kept.shape, self._batch_axes(len(kept.shape)))
         at = (..., 0, slice(None)) if self.variant.timed else (0, 0, slice(None))

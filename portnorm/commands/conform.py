@@ -5,11 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import difflib
-import importlib
-import importlib.util
-import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import numpy
 import portnorm
 from portnorm.arrays import require_extra
 from portnorm.commands.progress import ProgressLine
+from portnorm.conform.modules import load_modules
 from portnorm.errors import UnsupportedError
 from portnorm.files import require_place, written_whole
 from portnorm.libraries import SUPPORT
@@ -25,7 +22,7 @@ from portnorm.libraries import SUPPORT
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "subjects", nargs="*", metavar="SUBJECT", help="libraries and runtimes, or `all` (default: libraries that are installed)"
+        "subjects", nargs="*", metavar="SUBJECT", help="libraries, runtimes and others' normalizations, or `all` (default: libraries)"
     )
     parser.add_argument("--operation", action="append", help='only this operation or cell ("LSTM layer"); may be repeated (default: all)')
     parser.add_argument("--regime", action="append", help="only this regime of values; may be repeated (default: all)")
@@ -44,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="a module, in the working directory too, or a .py file, that adds cases or runtimes; may be repeated (default: none)",
+        help="a module, in the working directory too, or a .py file, that adds cases or subjects; may be repeated (default: none)",
     )
 
 
@@ -52,8 +49,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from portnorm import conform
     from portnorm.conform.recurrent import chosen
 
-    for name in options.modules:
-        _import(name)
+    load_modules(options.modules)
     subjects = _subjects(options.subjects)
     asked = (options.operation, options.regime, options.dtype)
     cases = list(conform.cases(*asked))
@@ -76,11 +72,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _measured(subjects: list[str], options: argparse.Namespace) -> dict[str, Any]:
     from portnorm import conform
     from portnorm.conform import report
+    from portnorm.conform.apart import measure_apart
+    from portnorm.conform.forms import forms
+    from portnorm.conform.subjects import subjects_of_others
 
     progress = ProgressLine(options.json)
     asked = {"operations": options.operation, "regimes": options.regime, "dtypes": options.dtype}
-    results = list(conform.measure(subjects, **asked, progress=progress))
+    found: dict[str, list[conform.Result]] = {name: [] for name in subjects}
+    for result in measure_apart(subjects, asked=asked, modules=options.modules, progress=progress):
+        found[result.subject].append(result)
+    results = [result for part in found.values() for result in part]
     progress.clear()
+    named = forms(results, subjects_of_others())
     about = {
         "portnorm": portnorm.__version__,
         "python": platform.python_version(),
@@ -88,49 +91,40 @@ def _measured(subjects: list[str], options: argparse.Namespace) -> dict[str, Any
         "machine": platform.machine(),
         "date": datetime.date.today().isoformat(),
     }
-    for path, text in ((options.html, report.to_html), (options.junit, lambda found, _: report.to_junit(found))):
-        if path is not None:
-            with written_whole(path) as file:
-                file.write(text(results, about).encode())
+    if options.html is not None:
+        _write(options.html, report.to_html(results, about, named))
+    if options.junit is not None:
+        _write(options.junit, report.to_junit(results))
     if not options.json:
         print(report.laid_out(report.table(results)))
         print("largest error in ULP, units in the last place of the largest value of the same statistic, and its limit")
         for r in results:
             if r.status == "not installed":
                 print(f"not installed: {r.subject}: {r.detail}")
-        for line in report.failures(results):
+        for line in (*report.forms_told(named), *report.failures(results)):
             print(line)
     options.failed = any(r.failed for r in results)
-    return {"about": about, "results": [r.to_dict() for r in results]}
+    return {"about": about, "results": [r.to_dict() for r in results], "forms": [f.to_dict() for f in named]}
 
 
-def _import(name: str) -> None:
-    """A module, of the working directory too, or a file; whatever it raises is named."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        if not name.endswith(".py"):
-            importlib.import_module(name)
-            return
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        sys.modules[spec.name] = module
-    except Exception as error:
-        raise UnsupportedError(f"`--import` names {name!r}: {type(error).__name__}: {error}") from error
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as file:
+        file.write(text.encode())
 
 
 def _subjects(names: list[str]) -> list[str]:
     """Those that are asked for; raises `UnsupportedError` for one that there is not."""
     from portnorm.conform.libraries import LIBRARIES
+    from portnorm.conform.subjects import subjects_of_others
 
     if not names:
         return [*SUPPORT]
     if set(names) <= {*LIBRARIES}:
         return names
-    known = [*LIBRARIES, *require_extra("portnorm_onnx.runtimes", "onnx").RUNTIMES]
+    others = subjects_of_others()
+    if set(names) <= {*LIBRARIES, *others}:
+        return names
+    known = [*LIBRARIES, *require_extra("portnorm_onnx.runtimes", "onnx").RUNTIMES, *others]
     for name in names:
         if name not in (*known, "all"):
             near = difflib.get_close_matches(name, known, 1)

@@ -4,6 +4,8 @@
     portnorm conform --html report.html      one page with a heat map; --json and --junit for machines; --vectors DIR for makers of runtimes
     portnorm conform mine --import mine.py   a runtime, a library or a regime of one's own, in a module or a file
 
+    portnorm conform keras-torch             another's own normalizations, and by which form each computes
+
 In Python, `measure(subjects)` yields a `Result` for each case. A function of one's own is measured by `of_function`, for example in a test:
 
     >>> import numpy as np
@@ -18,6 +20,10 @@ In Python, `measure(subjects)` yields a `Result` for each case. A function of on
 
 A regime is a row of `REGIMES`, an operation one of `OPERATIONS`, a library one of `LIBRARIES`, a runtime one of
 `portnorm_onnx.runtimes.RUNTIMES`: adding to one of these tables adds to every measurement (`portnorm conform --import your_module`).
+
+Others' own normalizations are rows too, `Subject`, by the entry points of `portnorm.subjects`: torch's, Keras', flax', TensorFlow's, those
+of ONNX in each runtime, and what any installed package names there (docs/accuracy.md). The command line measures every subject in a process
+of its own, so that one which ends or hangs is a row that says so; `measure` runs in this one.
 
 A runtime of one's own is two functions. `load(model)` takes the bytes of a model, or the path of one whose weights lie in files beside it.
 It returns `run(inputs)`, which takes NumPy arrays by the names of the graph's inputs and returns all outputs by name, as NumPy arrays of
@@ -43,6 +49,7 @@ from portnorm.conform.cases import OPERATIONS, REGIMES, Case, Operation, Regime,
 from portnorm.conform.libraries import LIBRARIES, Library
 from portnorm.conform.result import Result
 from portnorm.conform.runner import measure, of_function
+from portnorm.conform.subjects import Subject
 
 __all__ = [
     "LIBRARIES",
@@ -53,6 +60,7 @@ __all__ = [
     "Operation",
     "Regime",
     "Result",
+    "Subject",
     "cases",
     "find",
     "measure",

@@ -34,6 +34,10 @@ class Operation:
     channel: int = 1
     center: bool = True
     groups: int | None = None
+    field: bool = True
+    """Whether others' normalizations are measured on it unless operations are named."""
+    given: bool = False
+    """Whether mean and variance are given, as a trained model has them, and are those of `x` rounded to the type that they are kept in."""
 
     def arguments(self, x: Any, weight: Any, bias: Any) -> tuple[Any, ...]:
         groups = () if self.groups is None else (self.groups,)
@@ -54,6 +58,9 @@ def _all_but_channels(shape: Shape) -> tuple[int, ...]:
     return tuple(a for a in range(len(shape)) if a != 1)
 
 
+STATISTICS = "batch_norm with statistics"
+"""The operation that a trained batch normalization is."""
+
 OPERATIONS: dict[str, Operation] = {
     row.name: row
     for row in (
@@ -61,8 +68,9 @@ OPERATIONS: dict[str, Operation] = {
         Operation("rms_norm", pn.rms_norm, (16, 96), lambda n: (2, n), lambda s: (1,), center=False),
         Operation("group_norm", pn.group_norm, (4, 6, 7, 5), lambda n: (1, 4, n // 4, 2), lambda s: (2, *range(3, len(s))), groups=2),
         Operation("instance_norm", pn.instance_norm, (4, 5, 8, 9), lambda n: (1, 2, math.isqrt(n), math.isqrt(n)), _space),
-        Operation("batch_norm", pn.batch_norm, (64, 6), lambda n: (n, 2), _all_but_channels),
+        Operation("batch_norm", pn.batch_norm, (64, 6), lambda n: (n, 2), _all_but_channels, field=False),
         Operation("batch_norm of a map", pn.batch_norm, (8, 4, 6, 7), lambda n: (n // 64, 2, 8, 8), _all_but_channels),
+        Operation(STATISTICS, pn.batch_norm, (8, 4, 6, 7), lambda n: (n // 64, 2, 8, 8), _all_but_channels, given=True),
     )
 }
 
@@ -82,6 +90,12 @@ class Regime:
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
     gradient: bool = True
     """Whether the gradient is measured. That of one value is 0, or what is left of a difference of equal terms."""
+    like: str = ""
+    """What data looks like that."""
+    immense: tuple[str, ...] = ()
+    """Types in which the variance is beyond what statistics are kept in, so that none can be given."""
+    field: bool = False
+    """Whether normalizations of other libraries are measured in it too; the rest is what portnorm promises beyond that."""
 
 
 def _normal(rng: numpy.random.Generator, shape: Shape, dtype: Any) -> NumPyArray:
@@ -102,6 +116,8 @@ def _constant(value: float, jitter: float = 0.0, units: int = 0) -> Callable[...
 
     def make(rng: numpy.random.Generator, shape: Shape, dtype: Any) -> NumPyArray:
         whole = as_type(numpy.full(shape, value), dtype)
+        if not (jitter or units):
+            return whole
         unit = 2.0 ** (math.floor(math.log2(value)) - {"float32": 23, "float64": 52}[dtype])
         return whole + jitter * rng.uniform(-1, 1, shape) + unit * rng.integers(-units, units + 1, shape)
 
@@ -115,19 +131,62 @@ def _with_holes(rng: numpy.random.Generator, shape: Shape, dtype: Any) -> NumPyA
     return x
 
 
+def _near_the_largest(rng: numpy.random.Generator, shape: Shape, dtype: Any) -> NumPyArray:
+    largest = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38, "float64": 1.797e308}[dtype]
+    return rng.choice([-1.0, 1.0], shape) * rng.uniform(0.5, 0.99, shape) * largest
+
+
+def _image(shape: Shape) -> Shape:
+    """64 channels of 56 × 56, twice; its positions as rows where an operation takes those."""
+    return (2, 64, 56, 56) if len(shape) == 4 else (2 * 56 * 56, 64)
+
+
+_WIDE = ("float32", "float64")
+_HALF = ("float16", "bfloat16")
+
 REGIMES: dict[str, Regime] = {
     row.name: row
     for row in (
-        Regime("normal", _normal),
-        Regime("mean 1e2 std", _with_mean(1e2)),
-        Regime("mean 1e3 std", _with_mean(1e3)),
-        Regime("mean 1e4 std", _with_mean(1e4), dtypes=("float16", "float32", "float64")),
-        Regime("mean 1e6 std", _with_mean(1e6), dtypes=("float32", "float64")),
+        Regime("normal", _normal, like="activations, and inputs that were standardized", field=True),
+        Regime("mean 3 std", _with_mean(3.0), like="photographs, with pixels from 0 to 255", field=True),
+        Regime("mean 10 std", _with_mean(10.0), like="kelvin over a year, pulse, blood pressure", field=True),
+        Regime("mean 1e2 std", _with_mean(1e2), like="kelvin in a room, audio in dB where nobody speaks, CT within the liver", field=True),
+        Regime("mean 1e3 std", _with_mean(1e3), like="air pressure in pascal over a day", field=True),
+        Regime(
+            "mean 1e4 std",
+            _with_mean(1e4),
+            dtypes=("float16", "float32", "float64"),
+            like="the frequency of the grid in hertz, altitude of a satellite in metres",
+            field=True,
+        ),
+        Regime("mean 1e6 std", _with_mean(1e6), dtypes=_WIDE, like="timestamps in seconds within an hour", field=True),
         Regime("mean 1e8 std", _with_mean(1e8), dtypes=("float32", "float64")),
         Regime("N(1e4, 0.01)", _with_mean(1e4, 0.01), dtypes=("float32", "float64")),
         Regime("tiny variance", _with_mean(1.0, 1e-6), dtypes=("float32", "float64")),
         Regime("constant", lambda rng, shape, dtype: numpy.full(shape, 1234.5)),
+        Regime("constant 0.1", _constant(0.1), like="padding, a dead channel", field=True),
+        Regime("constant 1234", _constant(1234.0), like="CT outside of the body, a sensor that is stuck", field=True),
+        Regime("constant 1e6", _constant(1e6), dtypes=("bfloat16", *_WIDE), like="a counter that nothing moves", field=True),
         Regime("largest float16", lambda rng, shape, dtype: rng.choice([-1.0, 1.0], shape) * rng.uniform(3e4, 6.5e4, shape)),
+        Regime("spread of 30", _with_mean(0.0, 30.0), dtypes=_HALF, like="logits; sums of squares leave float16 at 30 values", field=True),
+        Regime(
+            "±300",
+            lambda rng, shape, dtype: rng.choice([-300.0, 300.0], shape) * rng.uniform(0.9, 1.1, shape),
+            dtypes=_HALF,
+            like="outlier features of a transformer; a square leaves float16",
+            field=True,
+        ),
+        Regime("near the largest", _near_the_largest, immense=("bfloat16", *_WIDE), like="a training run that diverges", field=True),
+        *(
+            Regime(f"rows of {n}, mean {name} std", _with_mean(mean), values=n, dtypes=_WIDE, like=like, field=True)
+            for n, like in (
+                (4**3, "a head of attention"),
+                (4**6, "the width of a language model"),
+                (4**8, "a picture or a second of sound"),
+            )
+            for name, mean in (("1e2", 1e2), ("1e4", 1e4))
+        ),
+        Regime("image, mean 1e2 std", _with_mean(1e2), shape=_image, dtypes=_WIDE, like="a feature map of a ResNet", field=True),
         # Squares overflow, or underflow, in the type of the statistics.
         Regime("huge", _scaled(lambda d: {"float32": 100.0, "float64": 800.0}[d]), dtypes=("float32", "float64")),
         Regime("tiny", _scaled(lambda d: {"float32": -100.0, "float64": -900.0}[d]), dtypes=("float32", "float64")),
@@ -156,7 +215,10 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Case:
-    """One operation in one regime and type. The arrays are made anew at every call, from the case's own seed."""
+    """One operation in one regime and type. The arrays are made anew at every call, from the case's own seed.
+
+    Gain and shift are those of the operation, type and number of channels, so that regimes can share what is compiled of them.
+    """
 
     operation: Operation
     regime: Regime
@@ -177,16 +239,26 @@ class Case:
         return self.regime.eps
 
     def arrays(self) -> dict[str, NumPyArray]:
-        """`x`, `weight`, `bias` and a cotangent `dy`, in float64 but with values of the case's type."""
+        """`x`, `weight`, `bias` and a cotangent `dy`, in float64 but with values of the case's type.
+
+        Where statistics are given, `mean` and `var` too, with values of at least float32.
+        """
         rng = numpy.random.default_rng(zlib.crc32(self.name.encode()))
         shape, channels = self.shape, self.shape[self.operation.channel]
+        shared = numpy.random.default_rng(zlib.crc32(f"{self.operation.name} {channels} {self.dtype}".encode()))
         made = {
             "x": self.regime.make(rng, shape, self.dtype),
-            "weight": rng.uniform(0.5, 2.0, channels),
-            "bias": rng.uniform(-1.0, 1.0, channels) if self.operation.center else numpy.zeros(channels),
+            "weight": shared.uniform(0.5, 2.0, channels),
+            "bias": shared.uniform(-1.0, 1.0, channels) if self.operation.center else numpy.zeros(channels),
             "dy": rng.standard_normal(shape),
         }
-        return {name: as_type(a, self.dtype) for name, a in made.items()}
+        found = {name: as_type(a, self.dtype) for name, a in made.items()}
+        if self.operation.given:
+            axes, kept = self.operation.axes(shape), statistics_type(self.dtype)
+            with numpy.errstate(over="ignore", invalid="ignore"):
+                statistics = {"mean": (found["x"] * 2.0**-30).mean(axis=axes) * 2.0**30, "var": found["x"].var(axis=axes)}
+            found |= {name: as_type(a, kept) for name, a in statistics.items()}
+        return found
 
     def reproduce(self) -> str:
         """Lines of Python that make the arrays."""
@@ -195,6 +267,11 @@ class Case:
             f"case = conform.find({self.operation.name!r}, {self.regime.name!r}, {self.dtype!r})\n"
             "arrays = case.arrays()  # x, weight, bias, dy in float64"
         )
+
+
+def statistics_type(dtype: str) -> str:
+    """What statistics of values of a type are kept in."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 def as_type(a: NumPyArray, dtype: str) -> NumPyArray:
@@ -244,7 +321,7 @@ def _cases(operations: Any, regimes: Any, dtypes: Any) -> Iterator[Case]:
                     chosen is None or name in chosen
                     for chosen, name in ((operations, operation.name), (regimes, regime.name), (dtypes, dtype))
                 )
-                if wanted and dtype in regime.dtypes:
+                if wanted and dtype in regime.dtypes and (not operation.given or (regime.field and dtype not in regime.immense)):
                     yield Case(operation, regime, dtype)
 
 
@@ -256,9 +333,13 @@ def find(operation: str, regime: str, dtype: str = "float32") -> Case:
         raise UnsupportedError(f"there is no case {operation!r}, {regime!r}, {dtype!r}: {error}") from None
     found = next(_cases([operation], [regime], [dtype]), None)
     if found is None:
+        row, of = OPERATIONS.get(operation), REGIMES[regime]
+        why = f"this regime is of {', '.join(of.dtypes)}"
+        if row is not None and row.given and dtype in of.dtypes:
+            why = "statistics are given in the regimes of the field, where they are finite"
         raise UnsupportedError(
-            f"there is no case {operation!r}, {regime!r}, {dtype!r}; this regime is of {', '.join(REGIMES[regime].dtypes)}"
-            if operation in OPERATIONS
+            f"there is no case {operation!r}, {regime!r}, {dtype!r}; {why}"
+            if row is not None
             else f"there is no case {operation!r}, which is a recurrent cell; portnorm.conform.measure takes those"
         )
     return found

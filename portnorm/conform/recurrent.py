@@ -55,14 +55,13 @@ def of_cells(
     library: Library,
     version: str,
     dtypes: tuple[str, ...],
-    progress: Callable[[str], None],
+    starts: Callable[[str], bool],
     those: Iterable[tuple[str, NormName | None]],
 ) -> Iterator[Result]:
-    """Cells and presets on the arrays of one library, in float32 and float64."""
+    """Cells and presets on the arrays of one library, in float32 and float64; each that `starts` says so of."""
     for cell, preset in those:
         for dtype in ("float32", "float64"):
-            if dtype in dtypes and dtype in library.dtypes:
-                progress(f"{library.name} / {cell} {preset or 'plain'} / {dtype}")
+            if dtype in dtypes and dtype in library.dtypes and starts(f"{library.name} / {cell} {preset or 'plain'} / {REGIME} / {dtype}"):
                 yield from _of_cell(library, version, cell, preset, dtype)
 
 

@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 from xml.etree import ElementTree
 
+from portnorm.conform.forms import Form
 from portnorm.conform.result import Result
 
 
@@ -31,10 +32,10 @@ def to_junit(results: Sequence[Result]) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
 
 
-def to_html(results: Iterable[Result], about: dict[str, Any]) -> str:
-    """One self-contained page: subjects × cases as a heat map, the worst value and how to reproduce it behind every cell."""
+def to_html(results: Iterable[Result], about: dict[str, Any], named: Sequence[Form] = ()) -> str:
+    """One self-contained page: subjects × cases as a heat map, the worst value and how to reproduce it behind every cell, and forms."""
     template = resources.files("portnorm.conform").joinpath("page.html").read_text(encoding="utf-8")
-    data = json.dumps({"about": about, "results": [r.to_dict() for r in results]})
+    data = json.dumps({"about": about, "results": [r.to_dict() for r in results], "forms": [f.to_dict() for f in named]})
     for character, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
         data = data.replace(character, code)
     return template.replace("/*DATA*/null", data)
@@ -66,6 +67,18 @@ def _cell(group: Sequence[Result]) -> str:
     worst = max(measured, key=lambda r: (bool(r.nonfinite), (r.max_ulp or 0.0) / (r.limit or 1.0)))
     said = "not finite" if worst.nonfinite else f"{worst.max_ulp:.3g} of {worst.limit:.3g}"
     return said if not bad else f"{said}, {len(bad)} of {len(group)} beyond"
+
+
+def forms_told(named: Sequence[Form]) -> list[str]:
+    """A line for each subject: the forms of its operations, like ones together."""
+    lines = []
+    for subject in dict.fromkeys(f.subject for f in named):
+        found: dict[str, list[str]] = {}
+        for f in named:
+            if f.subject == subject:
+                found.setdefault(str(f), []).append(f.operation + ("" if f.dtype == "float32" else f" in {f.dtype}"))
+        lines.append(f"{subject} computes by: " + "; ".join(f"{form} ({', '.join(which)})" for form, which in found.items()))
+    return lines
 
 
 _SHOWN = 12

@@ -1,9 +1,9 @@
-"""Measure subjects on cases: every library and runtime that is asked for, or a function of one's own."""
+"""Measure subjects on cases: libraries, runtimes and others' own normalizations, or a function of one's own, all in this process."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -11,10 +11,11 @@ import numpy
 import portnorm as pn
 from portnorm.arrays import require_extra
 from portnorm.conform import recurrent
-from portnorm.conform.cases import DTYPES, Case, NumPyArray, cases
+from portnorm.conform.cases import DTYPES, Case, NumPyArray, cases, statistics_type
 from portnorm.conform.libraries import LIBRARIES, Library
-from portnorm.conform.oracle import Truth, is_measurable, truth
+from portnorm.conform.oracle import Truth, truth
 from portnorm.conform.result import Result, compared
+from portnorm.conform.subjects import Subject, subjects_of_others
 from portnorm.errors import MissingExtraError, UnsupportedError
 
 Progress = Callable[[str], None]
@@ -26,15 +27,19 @@ def measure(
     operations: Iterable[str] | None = None,
     regimes: Iterable[str] | None = None,
     dtypes: Iterable[str] | None = None,
+    skip: Collection[str] = (),
     progress: Progress = lambda what: None,
 ) -> Iterator[Result]:
-    """Every named library and runtime on every case; the definitions of portnorm forward and backward, runtimes forward.
+    """Every named subject on every case: the definitions of portnorm on a library's arrays forward and backward, all else forward.
 
-    Recurrent cells are among the operations by names such as "LSTM layer", and of the regime "normal". A subject that is not installed
-    gives one row that says so. Raises `UnsupportedError` for a name that is none.
+    Recurrent cells are among the operations by names such as "LSTM layer", and of the regime "normal". Others' own normalizations are
+    measured in the regimes of the field, or in those that are named. A subject that is not installed gives one row that says so.
+    `progress` is told "subject / operation / regime / dtype" before each, and what `skip` holds is left out.
+    Raises `UnsupportedError` for a name that is none.
     """
     operations, regimes, dtypes = (None if some is None else list(some) for some in (operations, regimes, dtypes))
-    runtimes = [name for name in subjects if name not in LIBRARIES]
+    others = subjects_of_others() if set(subjects) - {*LIBRARIES} else {}
+    runtimes = [name for name in subjects if name not in LIBRARIES and name not in others]
     conformance: Any = require_extra("portnorm_onnx.conformance", "onnx") if runtimes else None
     for name in runtimes:
         conformance.check_known(name)
@@ -42,27 +47,38 @@ def measure(
     installed: dict[str, Any] = {}
     for name in subjects:
         try:
-            installed[name] = LIBRARIES[name].version() if name in LIBRARIES else conformance.version(name)
+            row = LIBRARIES.get(name) or others.get(name)
+            installed[name] = conformance.version(name) if row is None else row.version()
         except MissingExtraError as error:
             yield Result(name, "", "all", "all", "all", "forward", "not installed", detail=str(error))
+
+    def starts(text: str) -> bool:
+        if text in skip:
+            return False
+        progress(text)
+        return True
+
     for case in chosen:
-        progress(case.name)
-        if not is_measurable(case):
-            yield Result("truth", "", case.operation.name, case.regime.name, case.dtype, "forward", "not measured", detail="no wider type")
+        field = (case.regime.field or regimes is not None) and (case.operation.field or operations is not None)
+        due = [name for name in installed if (name not in others or field) and f"{name} / {case.name}" not in skip]
+        if not due:
             continue
         arrays = case.arrays()
         exact = truth(case, arrays)
-        for name, version in installed.items():
+        for name in due:
+            progress(f"{name} / {case.name}")
             if name in LIBRARIES:
-                yield from of_library(LIBRARIES[name], version, case, arrays, exact)
+                yield from of_library(LIBRARIES[name], installed[name], case, arrays, exact)
+            elif name in others:
+                yield from of_subject(others[name], installed[name], case, arrays, exact)
             else:
-                yield from conformance.of_runtime(name, version, case, arrays, exact)
+                yield from conformance.of_runtime(name, installed[name], case, arrays, exact)
     those, kinds = recurrent.chosen(operations, regimes), tuple(DTYPES if dtypes is None else dtypes)
     for name, version in installed.items():
         if name in LIBRARIES and not LIBRARIES[name].lazy:  # cells step by step take a library that computes at once
-            yield from recurrent.of_cells(LIBRARIES[name], version, kinds, progress, those)
-        elif name not in LIBRARIES:
-            yield from conformance.of_cells(name, version, kinds, progress, those)
+            yield from recurrent.of_cells(LIBRARIES[name], version, kinds, starts, those)
+        elif name not in LIBRARIES and name not in others:
+            yield from conformance.of_cells(name, version, kinds, starts, those)
 
 
 def of_library(
@@ -80,9 +96,9 @@ def of_library(
     try:
         with library.context(), numpy.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = {name: library.array(a, case.dtype) for name, a in arrays.items()}
+            made = {name: library.array(a, _type_of(name, case)) for name, a in arrays.items()}
             arguments = case.operation.arguments(made["x"], made["weight"], made["bias"])
-            y, pullback = pn.vjp(case.operation.call, *arguments, eps=case.eps)
+            y, pullback = pn.vjp(case.operation.call, *arguments, eps=case.eps, **_statistics(made))
             found = {"forward": library.values(y)}
             if case.regime.gradient:
                 found["gradient"] = library.values(pullback(made["dy"])[0])
@@ -93,10 +109,60 @@ def of_library(
         yield compared(about, side, values, exact.y if side == "forward" else exact.dx, case, arrays, exact.axes)
 
 
+def _type_of(name: str, case: Case) -> str:
+    return statistics_type(case.dtype) if name in ("mean", "var") else case.dtype
+
+
+def _statistics(made: dict[str, Any]) -> dict[str, Any]:
+    return {name: made[name] for name in ("mean", "var") if name in made}
+
+
+def of_subject(
+    subject: Subject, version: str, case: Case, arrays: dict[str, NumPyArray] | None = None, exact: Truth | None = None
+) -> Iterator[Result]:
+    """Another's own normalization on one case; what it has not, or does not run, is a row that says so."""
+    about = (subject.name, version, case.operation.name, case.regime.name, case.dtype)
+    if (why := subject.refusal(case.operation.name, case.dtype)) is not None:
+        yield Result(*about, "forward", "not measured", detail=why)
+        return
+    arrays = case.arrays() if arrays is None else arrays
+    exact = truth(case, arrays) if exact is None else exact
+    try:
+        with numpy.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = subject.run(case, arrays)
+    except Exception as error:  # that of another's code may be any
+        yield Result(*about, "forward", "does not run", detail=told(error), reproduce=case.reproduce())
+        return
+    if found["forward"].shape != case.shape:
+        detail = f"the result has shape {found['forward'].shape}; expected {case.shape}"
+        yield Result(*about, "forward", "does not run", detail=detail, reproduce=case.reproduce())
+        return
+    yield compared(about, "forward", found["forward"], exact.y, case, arrays, exact.axes)
+    for side, values in found.items():
+        if side != "forward":
+            yield of_statistic(about, side, values, case, arrays)
+
+
+def of_statistic(about: tuple[str, str, str, str, str], side: str, values: NumPyArray, case: Case, arrays: dict[str, NumPyArray]) -> Result:
+    """The mean or the variance of each channel that a batch normalization returns in training. A negative variance is named."""
+    axes, x = case.operation.axes(case.shape), arrays["x"].astype(numpy.longdouble)
+    with numpy.errstate(all="ignore"):
+        exact = x.mean(axis=axes) if side == "mean" else x.var(axis=axes)
+    found = compared(about, side, values, exact, case, arrays, (), statistics_type(case.dtype))
+    return found.beyond(f"{float(values.min()):.3g} is a negative variance") if side == "variance" and (values < 0).any() else found
+
+
+def told(error: Exception) -> str:
+    """What an error says, on one line that is not long."""
+    return " ".join((str(error) if isinstance(error, pn.PortnormError) else f"{type(error).__name__}: {error}").split())[:300]
+
+
 def of_function(function: Callable[..., Any], case: Case, *, library: str = "numpy", name: str = "function") -> Result:
     """Somebody's own `function(x, weight, bias, eps)` on one case, forward; arrays are of the named library and the case's type.
 
-    Where the library has no such type (float16 in array_api_strict), or this machine none that is wider, the status is `not measured`.
+    The statistics of "batch_norm with statistics" are given by name, as `mean` and `var`. Where the library has no such type (float16 in
+    array_api_strict), the status is `not measured`.
     """
     if library not in LIBRARIES:
         raise UnsupportedError(f"`library` is {library!r}; expected one of {', '.join(LIBRARIES)}")
@@ -106,11 +172,9 @@ def of_function(function: Callable[..., Any], case: Case, *, library: str = "num
         has = [other for other, support in LIBRARIES.items() if case.dtype in support.dtypes]
         detail = f"{library} has no {case.dtype}; `library` may be {' or '.join(map(repr, has))}"
         return Result(*about, "forward", "not measured", detail=detail)
-    if not is_measurable(case):
-        return Result(*about, "forward", "not measured", detail="no wider type")
     arrays = case.arrays()
     with row.context():
-        made = {key: row.array(a, case.dtype) for key, a in arrays.items()}
-        values = row.values(function(made["x"], made["weight"], made["bias"], case.eps))
+        made = {key: row.array(a, _type_of(key, case)) for key, a in arrays.items()}
+        values = row.values(function(made["x"], made["weight"], made["bias"], case.eps, **_statistics(made)))
     exact = truth(case, arrays)
     return compared(about, "forward", values, exact.y, case, arrays, exact.axes)

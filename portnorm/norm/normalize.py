@@ -54,11 +54,27 @@ class Normalized(NamedTuple):
         shape: tuple[int, ...] = self.xhat.shape
         return shape
 
-    def statistics(self) -> tuple[Array, Array]:
-        """μ and the biased σ² of `x` itself."""
+    def statistics(self, correction: int = 0) -> tuple[Array, Array]:
+        """μ and σ² of `x` itself, as they go to running averages; `correction` is that of the call.
+
+        Without a mask each is within 3 units in the last place. Like terms that are added one after the other round in one direction; what
+        σ² lacks is the mean of x̂² − σ² / (σ² + ε), of which the terms are small and of both signs.
+        """
+        mean, var = self.mean, self.var if self.counted is not None else self._refined(correction)
         if self.scale is None:
-            return self.mean, self.var
-        return self.mean / self.scale, self.var / self.scale / self.scale
+            return mean, var
+        return mean / self.scale, var / self.scale / self.scale
+
+    def _refined(self, correction: int) -> Array:
+        xp, axes = xp_of(self.var), tuple(a for a, n in enumerate(self.var.shape) if n != self.xhat.shape[a])
+        if not axes:
+            return self.var
+        more = bessel(self.var, None, self.shape, axes) if correction else 1.0
+        there = self.rstd > 0  # not where ε is a floor that a row without spread does not reach
+        square = xp.where(there, self.rstd * self.rstd, 1.0)
+        part = self.var * square / more
+        rest = _average(xp, self.xhat * self.xhat - part, axes, None)
+        return self.var + xp.where(there, rest * more / square, 0.0)
 
 
 # Per bits of the statistics dtype: rows whose largest magnitude is above `big` are multiplied by `down`, below `small` by `up`;

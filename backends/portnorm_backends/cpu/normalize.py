@@ -41,7 +41,7 @@ class KernelResiduals(NamedTuple):
         mean: NumPyArray = self.kept[:2].sum(axis=0).reshape(self.var.shape)
         return mean
 
-    def statistics(self) -> tuple[NumPyArray, NumPyArray]:
+    def statistics(self, correction: int = 0) -> tuple[NumPyArray, NumPyArray]:
         """μ and the biased σ² of each channel."""
         assert self.var is not None
         return self.mean, self.var

@@ -31,7 +31,7 @@ class KernelResiduals(NamedTuple):
         shape: tuple[int, ...] = self.x.shape
         return shape
 
-    def statistics(self) -> tuple[Array, Array]:
+    def statistics(self, correction: int = 0) -> tuple[Array, Array]:
         """μ and the biased σ² of each channel."""
         return self.mean, self.var
 
