@@ -129,6 +129,48 @@ def test_a_subject_that_is_not_installed_or_not_known(monkeypatch: pytest.Monkey
         conform.find("layer_norm", "nice")
 
 
+def test_a_library_whose_arrays_are_of_another_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "mylib.py").write_text("from numpy import *\n\ndef mean(x, axis=None, keepdims=False):\n    return 0.0 * x\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(conform.LIBRARIES, "mylib", conform.Library("mylib", "mylib", "numpy"))
+    found = list(conform.measure(["mylib"], operations=["layer_norm"], regimes=["normal"], dtypes=["float32"]))
+    assert {r.status for r in found} == {"does not run"}
+    assert all("arrays of mylib are those of NumPy, which computes with them: mylib would not be called" in r.detail for r in found)
+
+
+def test_a_result_says_itself_in_a_line() -> None:
+    case = conform.find("layer_norm", "mean 1e4 std")
+
+    def layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        return pn.layer_norm(x, weight, bias, eps=eps)
+
+    right, wrong, none = (
+        conform.of_function(function, case) for function in (layer_norm, lambda x, w, b, eps: x * w + b, lambda x, w, b, eps: x * np.nan)
+    )
+    assert str(right).startswith("ok: ")
+    assert str(right).endswith(" of 8 ULP")
+    assert re.fullmatch(r"beyond: \S+ of 8 ULP, at \(\d+, \d+\): .*, the truth is .*", str(wrong))
+    assert str(none).startswith(f"beyond: {math.prod(case.shape)} values are not finite, at (")
+    with pytest.raises(pn.ShapeError, match=r"`function` gave shape \(16,\) for .*; expected \(16, 96\), that of `x`"):
+        conform.of_function(lambda x, w, b, eps: x[:, 0], case)
+
+
+def test_a_runtime_of_ones_own_is_verified_and_timed_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "own_runtime.py").write_text(
+        "from portnorm_onnx.runtimes import RUNTIMES, Runtime, session_of\n"
+        "RUNTIMES['own'] = Runtime('own', lambda model: session_of('onnxruntime', model), lambda: '1.0')\n"
+    )
+    path, own = str(tmp_path / "m.onnx"), str(tmp_path / "own_runtime.py")
+    pn.export(pn.LayerNorm(4), path)
+    try:
+        assert main(["verify", path, "--import", own, "--runtime", "own", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["outcomes"][0]["runtime"] == "own"
+        assert main(["bench", path, "--import", own, "--runtime", "own", "--json", "--seconds", "0.001", "--rounds", "1"]) == 0
+        assert [row["runtime"] for row in json.loads(capsys.readouterr().out)["rows"]] == ["own"]
+    finally:
+        runtimes.RUNTIMES.pop("own", None)
+
+
 def test_a_case_and_a_runtime_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     """A few lines each: a regime is measured everywhere, a runtime on every case; also from the command line with --import."""
     (tmp_path / "mine.py").write_text(

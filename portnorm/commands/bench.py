@@ -9,7 +9,9 @@ from typing import Any
 
 from portnorm import bench
 from portnorm.arrays import require_extra
+from portnorm.commands.modules import add_option
 from portnorm.commands.progress import ProgressLine
+from portnorm.conform.modules import load_modules
 from portnorm.errors import UnsupportedError
 from portnorm.scalars import real_number, whole_number
 
@@ -37,9 +39,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seconds", type=float, default=0.1, help="time per work, engine and round (default: 0.1)")
     parser.add_argument("--rounds", type=int, default=5, help="how often engines, or runtimes, take turns (default: 5)")
+    add_option(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    load_modules(options.modules)
     whole_number("--cores", options.cores, 1), whole_number("--rounds", options.rounds, 1)
     real_number("--seconds", options.seconds, 0.0, 3600.0, "a number from 0 to 3600")
     graphs = [name for name in options.what if name not in bench.ENGINES and (name.endswith(".onnx") or Path(name).exists())]

@@ -13,6 +13,7 @@ import numpy
 
 import portnorm
 from portnorm.arrays import require_extra
+from portnorm.commands.modules import add_option
 from portnorm.commands.progress import ProgressLine
 from portnorm.conform.modules import load_modules
 from portnorm.errors import UnsupportedError
@@ -35,14 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="write the cases in the layout of ONNX's backend tests; alone it measures nothing (default: none)",
     )
-    parser.add_argument(
-        "--import",
-        dest="modules",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module, in the working directory too, or a .py file, that adds cases or subjects; may be repeated (default: none)",
-    )
+    add_option(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import portnorm
+from portnorm.commands.modules import add_option
+from portnorm.conform.modules import load_modules
 from portnorm.errors import ConformanceError
 
 
@@ -20,9 +22,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="allow this difference instead, for a graph that was made smaller on purpose (default: two gates, see docs)",
     )
+    add_option(parser)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
+    load_modules(options.modules)
     model = None if options.against is None else portnorm.load(options.against)
     runtimes = options.runtime or ["onnxruntime"]
     report = portnorm.verify(options.model, model, runtimes="all" if "all" in runtimes else runtimes, tolerance=options.tolerance)

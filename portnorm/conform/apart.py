@@ -132,7 +132,7 @@ def _process(group: Group, asked: dict[str, Any], modules: Sequence[str], second
     with tempfile.TemporaryFile() as errors:
         with held_back():
             process = subprocess.Popen(
-                [sys.executable, "-m", "portnorm.conform.worker"],
+                [sys.executable, "-W", "ignore", "-m", "portnorm.conform.worker"],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -12,6 +12,7 @@ import numpy
 
 from portnorm.arrays import load_namespace, to_numpy, without_kernels
 from portnorm.dtypes import load_dtype
+from portnorm.errors import UnsupportedError
 from portnorm.libraries import SUPPORT, Support
 
 
@@ -27,7 +28,13 @@ class Library(Support):
     def array(self, values: Any, dtype: str) -> Any:
         """An array of float64 values in a type of the library."""
         xp = load_namespace(self.module)
-        return xp.asarray(values, dtype=load_dtype(xp, dtype))
+        made = xp.asarray(values, dtype=load_dtype(xp, dtype))
+        if type(made) is numpy.ndarray and self.module != "numpy":
+            raise UnsupportedError(
+                f"arrays of {self.module} are those of NumPy, which computes with them: {self.module} would not be called. Give it a "
+                "type of its own, or measure its functions by conform.of_function"
+            )
+        return made
 
     def values(self, a: Any) -> Any:
         """A NumPy float64 array of the values of an array."""

@@ -46,6 +46,13 @@ class Result:
         """The same, named as wrong for a reason that no number says."""
         return replace(self, status="beyond", detail=detail)
 
+    def __str__(self) -> str:
+        """In a line: how far off, and of what is not `ok` where or why."""
+        if self.max_ulp is None:
+            return f"{self.status}: {self.detail}"
+        far = f"{self.nonfinite} values are not finite" if self.nonfinite else f"{self.max_ulp:.4g} of {self.limit:g} ULP"
+        return f"{self.status}: {far}" + (f", {self.detail}" if self.failed else "")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -16,7 +16,7 @@ from portnorm.conform.libraries import LIBRARIES, Library
 from portnorm.conform.oracle import Truth, truth
 from portnorm.conform.result import Result, compared
 from portnorm.conform.subjects import Subject, subjects_of_others
-from portnorm.errors import MissingExtraError, UnsupportedError
+from portnorm.errors import MissingExtraError, ShapeError, UnsupportedError
 
 Progress = Callable[[str], None]
 
@@ -162,7 +162,7 @@ def of_function(function: Callable[..., Any], case: Case, *, library: str = "num
     """Somebody's own `function(x, weight, bias, eps)` on one case, forward; arrays are of the named library and the case's type.
 
     The statistics of "batch_norm with statistics" are given by name, as `mean` and `var`. Where the library has no such type (float16 in
-    array_api_strict), the status is `not measured`.
+    array_api_strict), the status is `not measured`. Raises `ShapeError` for a result that is not like `x`.
     """
     if library not in LIBRARIES:
         raise UnsupportedError(f"`library` is {library!r}; expected one of {', '.join(LIBRARIES)}")
@@ -176,5 +176,7 @@ def of_function(function: Callable[..., Any], case: Case, *, library: str = "num
     with row.context():
         made = {key: row.array(a, _type_of(key, case)) for key, a in arrays.items()}
         values = row.values(function(made["x"], made["weight"], made["bias"], case.eps, **_statistics(made)))
+    if values.shape != case.shape:
+        raise ShapeError(f"`function` gave shape {values.shape} for {case.name}; expected {case.shape}, that of `x`")
     exact = truth(case, arrays)
     return compared(about, "forward", values, exact.y, case, arrays, exact.axes)
