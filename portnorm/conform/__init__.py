@@ -28,14 +28,14 @@ of its own, so that one which ends or hangs is a row that says so; `measure` run
 A runtime of one's own is two functions. `load(model)` takes the bytes of a model, or the path of one whose weights lie in files beside it.
 It returns `run(inputs)`, which takes NumPy arrays by the names of the graph's inputs and returns all outputs by name, as NumPy arrays of
 the types and shapes that the graph says; it is called many times, with other lengths and batches. What it cannot load or run it says by
-`portnorm.ExportError`. `version()` returns a string, or raises `portnorm.MissingExtraError` where the runtime is not installed. `verify`
-and `portnorm bench` take it too.
+`portnorm.ExportError`. `version()` returns a string, or raises `portnorm.MissingExtraError` where the runtime is not installed.
+`portnorm.verify` takes it too, and on the command line `portnorm verify` and `portnorm bench` with `--import`.
 
     >>> from portnorm_onnx.runtimes import RUNTIMES, Runtime
     >>> def load(model):
-    ...     import onnx.reference
-    ...     evaluator = onnx.reference.ReferenceEvaluator(model)
-    ...     return lambda inputs: dict(zip(evaluator.output_names, evaluator.run(None, inputs)))
+    ...     import onnxruntime
+    ...     session = onnxruntime.InferenceSession(model)
+    ...     return lambda inputs: dict(zip([o.name for o in session.get_outputs()], session.run(None, dict(inputs))))
     >>> RUNTIMES["mine"] = Runtime("mine", load, version=lambda: "1.0", note="a line for tables")
     >>> [r.status for r in conform.measure(["mine"], operations=["rms_norm"], regimes=["normal"], dtypes=["float32"])]
     ['ok']
