@@ -13,7 +13,7 @@ import pytest
 
 import portnorm as pn
 from portnorm.arrays import leaves, mapped
-from tests.cases import random_recurrent, random_state
+from tests.cases import PRESETS, random_recurrent, random_state
 from tests.processes import output_of
 from tests.test_autodiff import of_jax
 from tests.tolerances import WAYS_OUT, WAYS_OUT_GRADIENT
@@ -144,6 +144,28 @@ numpy.savez(folder + "/found.npz", **jax.grad(lambda params: (program.call(param
     for name, gradient in expected.items():
         assert np.abs(gradient).max() > 0
         np.testing.assert_allclose(found[name], gradient, rtol=0, atol=WAYS_OUT_GRADIENT * np.abs(gradient).max())
+
+
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_a_step_is_a_pure_function_with_states_as_a_cell_has_them(cell: str, norm: str | None) -> None:
+    """In an artifact of `jax.jit` with any number of sequences; the whole sequence by steps."""
+    import jax
+
+    own = random_recurrent(cell, norm, np.random.default_rng(0)).to(dtype="float32")
+    layer, (batch,) = own.to(xp="jax"), jax.export.symbolic_shape("B")
+    x = inputs_of(own, (), 3, 2)["x"]
+    state = tuple(a.astype("float32") if a.ndim else a for a in map(np.asarray, random_state(own, 2, np.random.default_rng(1), time=0)))
+    given = jax.tree.map(_to_jax, (x[0], tuple(a[0] if a.ndim else a for a in state)))
+    program = jax.export.export(jax.jit(layer.step))(
+        *jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]) if a.ndim else (), a.dtype), given)
+    )
+    expected, last = own(x, state)
+    found = given[1]
+    for t in range(3):
+        h, found = program.call(_to_jax(x[t]), found)
+        assert {tuple(a.shape) for a in found if a.ndim} == {(2, own.hidden_size)}
+        np.testing.assert_allclose(np.asarray(h), expected[t], rtol=0, atol=WAYS_OUT)
+    assert_close([a[None] if a.ndim else a for a in found], last)
 
 
 # -- torch.export --------------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The time loop of an exported program: torch's `while_loop` operator, so that the numbers of steps and of sequences stay open.
 
-What is written out instead has the steps that it was exported with, and compilers of such programs do not check that: they give as many
-steps for any input. Autograd differentiates the operator.
+What is written out instead, where the number of steps is fixed or under `torch.jit.trace`, has the steps that it was made with. It takes
+them apart by `unbind`, which is the check that goes into the artifact: a trace, and what OpenVINO makes of one, refuse another number.
+Steps taken one by one would be as many for any input, without an error. Autograd differentiates both.
 """
 
 from __future__ import annotations
@@ -13,17 +14,39 @@ import torch
 
 from portnorm.arrays import Array, leaves
 from portnorm.errors import UnsupportedError
-from portnorm.scan import Body
+from portnorm.scan import Body, Kept
 from portnorm_backends.flat import put_together, taken_apart
 
 
-def is_open(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = False) -> bool:
-    """Whether a program is exported now whose number of steps is told when it runs. One with a fixed number is written out."""
-    return kept is None and torch.compiler.is_exporting() and isinstance(next(leaves(xs)).shape[0], torch.SymInt)
+def is_followed(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = False) -> bool:
+    """Whether a program or a trace is made now of a loop that has steps."""
+    if kept is not None or not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+        return False
+    return _is_open(xs) or (not reverse and next(leaves(xs)).shape[0] > 0)
 
 
-def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = False) -> tuple[Any, tuple[Array, ...], None]:
-    """`portnorm.scan.loop` forward in time, of a body that keeps nothing. Raises `UnsupportedError` for others."""
+def _is_open(xs: Any) -> bool:
+    """Whether the number of steps is told when the program runs."""
+    return torch.compiler.is_exporting() and isinstance(next(leaves(xs)).shape[0], torch.SymInt)
+
+
+def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = False) -> tuple[Any, tuple[Array, ...], Any]:
+    """`portnorm.scan.loop`, of a body that keeps nothing where the number of steps is open. Raises `UnsupportedError` for others."""
+    return _open(carry, xs, body, reverse) if _is_open(xs) else _written_out(carry, xs, body)
+
+
+def _written_out(carry: Any, xs: Any, body: Body) -> tuple[Any, tuple[Array, ...], Kept]:
+    """Each step of the example."""
+    columns = [None if x is None else x.unbind(0) for x in xs]
+    outputs, keeps = [], []
+    for t in range(len(next(column for column in columns if column is not None))):
+        carry, out, keep = body(carry, tuple(None if column is None else column[t] for column in columns), None)
+        outputs.append(out)
+        keeps.append(keep)
+    return carry, tuple(torch.stack(column) for column in zip(*outputs, strict=True)), Kept(keeps)
+
+
+def _open(carry: Any, xs: Any, body: Body, reverse: bool) -> tuple[Any, tuple[Array, ...], None]:
     first = next(leaves(xs))
     steps = first.shape[0]
     before, form = taken_apart(carry, torch.is_tensor)

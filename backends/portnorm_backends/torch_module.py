@@ -18,6 +18,7 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.pure import Arrays
 from portnorm.layers.randomness import Draw
 from portnorm.layers.recurrent import Recurrent
+from portnorm.layers.state import is_of_one_cell, of_layers, of_one_cell
 from portnorm_backends.torch_recurrent import AsInTorch, counts, packed_as, padded_as, unpacked
 from portnorm_backends.torch_refusals import packing
 
@@ -27,7 +28,8 @@ def torch_module(layer: Layer) -> TorchModule:
 
     A recurrent layer takes a `PackedSequence` too, and then gives one, with states in the order in which the sequences were before they
     were packed, as torch's do; `m(x, lengths)` is `m(x, lengths=lengths)`. It has the attributes and methods of torch.nn.LSTM
-    (`hidden_size`, `batch_first`, `flatten_parameters()`, …), and `h, state = m.step(x, state)` for one step, `x` (batch, features).
+    (`hidden_size`, `batch_first`, `flatten_parameters()`, …), and `h, state = m.step(x, state)` for one step, `x` (batch, features), with
+    states as torch's cells have them.
 
     Parameters and buffers are copies of the layer's, under its names; a state dict of the module is one of the layer. `train()` takes the
     batch's statistics and updates the running ones, `eval()` takes those. What is dropped in training is drawn by torch's own generator
@@ -220,8 +222,23 @@ class RecurrentModule(TorchModule, AsInTorch):
 
     _layer: Recurrent
 
+    def forward(
+        self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, kept: Mapping[str, Array] | None = None
+    ) -> Any:
+        """As `TorchModule.forward`; a layer alone takes the states of a step too, and then gives such."""
+        if counts(state):
+            state, lengths = lengths, state
+        layer, states = self._layer, len(self._layer.cell.states)
+        alone = state is not None and layer.num_layers * layer.num_directions == 1 and is_of_one_cell(state, states)
+        y, after = super().forward(x, of_layers(state, states) if alone else state, lengths, mask=mask, kept=kept)
+        return y, of_one_cell(after, states) if alone else after
+
     def step(self, x: Array, state: Any = None, kept: Mapping[str, Array] | None = None) -> tuple[Array, Any]:
         """One time step, for a loop of one's own: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence.
+
+        A layer of one layer takes and gives its states as torch's cells do, each (batch, hidden): `(h, c)`, or `(h,)`. A state
+        (layers, batch, hidden), as a call gives it, is taken too, and given where it came and of a stack. With batch statistics the time
+        stands behind.
 
         With `recurrent_dropout` a step in training takes `kept`, what is kept in all steps of these sequences: `m.kept(batch)` draws it,
         once for every sequence. Dropout between layers and zoneout are drawn in each step, as in a whole call. Raises `ArgumentError`
@@ -229,8 +246,10 @@ class RecurrentModule(TorchModule, AsInTorch):
         """
         self._check_step(kept)
         axis = 1 if self._layer.batch_first else 0
-        y, state = self(x.unsqueeze(axis), state, kept=kept)
-        return (y.squeeze(axis) if self._layer.keeps_time else y), state
+        y, after = self(x.unsqueeze(axis), state, kept=kept)
+        if state is None and self._layer.num_layers == 1:
+            after = of_one_cell(after, len(self._layer.cell.states))
+        return (y.squeeze(axis) if self._layer.keeps_time else y), after
 
     def _check_step(self, kept: Mapping[str, Array] | None) -> None:
         self._layer.check_goes_forward()
