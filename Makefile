@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest models behind docs lint types readme clean
+.PHONY: demo test test-all test-lowest models behind ways-out docs lint types readme clean
 
 # One stamp per set of extras; made again when the dependencies change.
 $(VENV)/.%: pyproject.toml
@@ -48,6 +48,19 @@ $(VENV)-tools/.installed: pyproject.toml
 behind: $(VENV)-tools/.installed
 	PYTHONPATH=.:backends:onnx_export $(VENV)-tools/bin/python -m benchmarks.behind
 
+# Other ways out of Python than ONNX (docs/ways-out.md), in an environment of their own. One that cannot be installed is left out, and the
+# table says so.
+$(VENV)-ways/.installed: pyproject.toml
+	@test -x $(VENV)-ways/bin/python || $(PYTHON) -m venv $(VENV)-ways
+	@$(VENV)-ways/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(VENV)-ways/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[onnx,torch,runtimes]" jax flatbuffers
+	@for door in executorch litert-torch coremltools; do \
+		$(VENV)-ways/bin/python -m pip install --quiet --disable-pip-version-check $$door torch==2.13.0 || echo "$$door is left out"; done
+	@touch $@
+
+ways-out: $(VENV)-ways/.installed
+	PYTHONPATH=.:backends:onnx_export $(VENV)-ways/bin/python -m benchmarks.ways_out
+
 # Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.
 $(VENV)/.runtimes: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[runtimes]"
@@ -88,4 +101,4 @@ readme: $(VENV)/.test
 	$(BIN)/python -m benchmarks.readme
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools out dist build
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools $(VENV)-ways out dist build

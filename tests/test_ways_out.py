@@ -195,7 +195,7 @@ def given_to_torch(layer: Any, given: tuple[str, ...], steps: int, batch: int) -
     return tuple(mapped(torch.as_tensor, inputs.get(name)) for name in ("x", "lengths", "state", "mask"))
 
 
-def exported_by_torch(layer: Any, given: tuple[str, ...]) -> tuple[Any, Any]:
+def exported_by_torch(layer: Any, given: tuple[str, ...], strict: bool = False) -> tuple[Any, Any]:
     import torch
 
     model, T, B = Model(layer), torch.export.Dim("T"), torch.export.Dim("B")
@@ -208,15 +208,21 @@ def exported_by_torch(layer: Any, given: tuple[str, ...]) -> tuple[Any, Any]:
         "state": states,
         "mask": {0: T, 1: B} if "mask" in given else None,
     }
-    return model, torch.export.export(model, given_to_torch(layer, given, 5, 3), dynamic_shapes=shapes)
+    return model, torch.export.export(model, given_to_torch(layer, given, 5, 3), dynamic_shapes=shapes, strict=strict)
 
 
-@pytest.mark.parametrize(("cell", "norm", "form"), CASES)
-def test_torch_export_keeps_time_and_batch_open(cell: str, norm: str | None, form: str) -> None:
+STRICT = [("LSTM", "layer", "both directions, stacked"), ("GRU", None, "state"), ("RNN", "batch-input", "lengths")]
+"""Where the code is followed instead of its operations, it takes three times as long."""
+
+
+@pytest.mark.parametrize(
+    ("cell", "norm", "form", "strict"), [*((*case, False) for case in CASES), *((*case, True) for case in STRICT)]
+)
+def test_torch_export_keeps_time_and_batch_open(cell: str, norm: str | None, form: str, strict: bool) -> None:
     import torch
 
     given, layer = FORMS[form][1], layer_of(cell, norm, form)
-    model, program = exported_by_torch(layer, given)
+    model, program = exported_by_torch(layer, given, strict)
     for size in SIZES:
         inputs = given_to_torch(layer, given, *size)
         found = torch.utils._pytree.tree_leaves(program.module()(*inputs))
@@ -328,3 +334,22 @@ def test_a_traced_module_has_values_and_gradients_of_the_module(name: str) -> No
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=WAYS_OUT_GRADIENT * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("cell", "norm", "form"), [("LSTM", "layer", "plain"), ("LSTM", "batch", "plain"), ("GRU", None, "last step"), ("RNN", None, "mask")]
+)
+def test_a_trace_refuses_another_number_of_steps(cell: str, norm: str | None, form: str, tmp_path: Path) -> None:
+    """Read from its file, too, and for more sequences than it was made of."""
+    import torch
+
+    layer = layer_of(cell, norm, form)
+    model = pn.torch_module(layer).eval()
+    x = {steps: torch.as_tensor(inputs_of(layer, (), steps, 4)["x"]) for steps in (4, 5, 9, 10)}
+    torch.jit.save(torch.jit.trace(model, (x[5].narrow(0 if layer.batch_first else 1, 0, 2),)), tmp_path / "trace.pt")
+    loaded = torch.jit.load(tmp_path / "trace.pt")
+    assert_close([loaded(x[5])[0].detach()], [model(x[5])[0].detach()])
+    for steps in (4, 9, 10):
+        with pytest.raises(RuntimeError, match=f"Expected 5 elements in a list but found {steps}"):
+            loaded(x[steps])

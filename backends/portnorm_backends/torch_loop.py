@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from portnorm.arrays import Array, leaves
 from portnorm.errors import UnsupportedError
@@ -27,7 +28,7 @@ def is_followed(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: b
 
 def _is_open(xs: Any) -> bool:
     """Whether the number of steps is told when the program runs."""
-    return torch.compiler.is_exporting() and isinstance(next(leaves(xs)).shape[0], torch.SymInt)
+    return torch.compiler.is_exporting() and not has_static_value(next(leaves(xs)).shape[0])
 
 
 def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = False) -> tuple[Any, tuple[Array, ...], Any]:
@@ -68,7 +69,11 @@ def _open(carry: Any, xs: Any, body: Body, reverse: bool) -> tuple[Any, tuple[Ar
         written = [whole.index_copy(0, at, y.unsqueeze(0)) for whole, y in zip(state[len(before) :], ys, strict=True)]
         return t + 1, *[a.clone() for a in arrays], *written  # a state may be what came in, which the operator does not give back
 
-    with warnings.catch_warnings():  # the operator looks at a gradient that nobody asks for, and warns of that
-        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor", UserWarning)
-        _, *found = torch.while_loop(goes_on, step, (torch.zeros((), dtype=torch.int64, device=first.device), *before, *outputs))
+    start = (torch.zeros((), dtype=torch.int64, device=first.device), *before, *outputs)
+    if torch.compiler.is_dynamo_compiling():  # `strict=True`, which does not follow filters of warnings
+        _, *found = torch.while_loop(goes_on, step, start)
+    else:
+        with warnings.catch_warnings():  # the operator looks at a gradient that nobody asks for, and warns of that
+            warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor", UserWarning)
+            _, *found = torch.while_loop(goes_on, step, start)
     return put_together(form, found[: len(before)]), tuple(found[len(before) :]), None
