@@ -97,7 +97,7 @@ def shapes_of(way: Way, example: tuple[Any, ...]) -> dict[str, Any]:
         axes = {0: way.batch and batch} if way.step else {0: way.time and steps, 1: way.batch and batch}
         return {axis: name for axis, name in axes.items() if name} if a.ndim else None
 
-    return {"x": of(example[0]), "state": tuple(of(a) for a in example[1:])}
+    return {"x": of(example[0]), **({"state": tuple(of(a) for a in example[1:])} if way.step else {})}
 
 
 def program_of(layer: pn.Layer, way: Way) -> Any:

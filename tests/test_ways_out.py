@@ -229,16 +229,33 @@ def test_torch_export_keeps_time_and_batch_open(cell: str, norm: str | None, for
         assert_close([a.detach() for a in found], [a.detach() for a in torch.utils._pytree.tree_leaves(model(*inputs))])
 
 
-def test_autograd_differentiates_an_exported_program() -> None:
-    layer = layer_of("LSTM", "layer", "lengths")
-    model, program = exported_by_torch(layer, ("lengths",))
-    inputs, loaded = given_to_torch(layer, ("lengths",), 9, 2), program.module()
-    loaded(*inputs)[0].square().sum().backward()
-    model(*inputs)[0].square().sum().backward()
-    found = dict(loaded.named_parameters())
-    for name, p in model.named_parameters():
-        assert p.grad.abs().max() > 0
-        np.testing.assert_allclose(found[name].grad, p.grad, rtol=0, atol=WAYS_OUT_GRADIENT * float(p.grad.abs().max()))
+ASKED = {"everything": "", "the recurrent weights alone": "weight_hh", "the input alone": "x", "the state alone": "state"}
+"""What has a gradient, by the beginning of its name."""
+
+
+@pytest.mark.parametrize(("cell", "norm"), [("LSTM", "layer"), ("GRU", None)])
+def test_autograd_differentiates_an_exported_program(cell: str, norm: str | None) -> None:
+    """Through every step, whatever has a gradient: beside the vjp of the layer in NumPy."""
+    import torch
+
+    layer, given = layer_of(cell, norm, "state"), FORMS["state"][1]
+    loaded = exported_by_torch(layer, given)[1].module()
+    params = {name.removeprefix("inner."): p for name, p in loaded.named_parameters()}
+    y, _, pullback = layer.vjp(**inputs_of(layer, given, 9, 2))
+    dy = np.random.default_rng(1).standard_normal(y.shape).astype(np.float32)
+    dx, dstate, grads = pullback(dy)
+    expected = {**grads, "x": dx, **{f"state {k}": part for k, part in enumerate(dstate)}}
+    for beginning in ASKED.values():
+        x, lengths, state, mask = given_to_torch(layer, given, 9, 2)
+        found = {**params, "x": x, **{f"state {k}": part for k, part in enumerate(state)}}
+        assert found.keys() == expected.keys()
+        asked = {name: a for name, a in found.items() if name.startswith(beginning)}
+        for name, a in found.items():
+            a.requires_grad_(name in asked)
+        gradients = torch.autograd.grad(loaded(x, lengths, state, mask)[0], list(asked.values()), torch.as_tensor(dy))
+        for name, gradient in zip(asked, gradients, strict=True):
+            assert np.abs(expected[name]).max() > 0
+            np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=WAYS_OUT_GRADIENT * np.abs(expected[name]).max(), err_msg=name)
 
 
 def test_an_exported_program_is_as_large_for_any_number_of_steps_and_loads_without_portnorm(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Steps taken one by one would be as many for any input, without an error. Autogra
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -51,12 +52,14 @@ def _open(carry: Any, xs: Any, body: Body, reverse: bool) -> tuple[Any, tuple[Ar
     first = next(leaves(xs))
     steps = first.shape[0]
     before, form = taken_apart(carry, torch.is_tensor)
-    before = [a.clone() for a in before]  # of parts of one array, as the states of two directions are, torch would fix the batch
     none = tuple(None if x is None else x.new_zeros(x.shape[1:]) for x in xs)
-    _, shapes, keep = body(carry, none, None)
+    after_one, shapes, keep = body(carry, none, None)
     if reverse or keep is not None:
         raise UnsupportedError("a vjp of portnorm is not exported with open time; differentiate the exported program, or fix the steps")
-    outputs = [y.new_zeros((steps, *y.shape)) for y in shapes]
+    recorded = _zero_of([*leaves(after_one), *shapes, *leaves(xs)])
+    # Not as they came: of parts of one array, as the states of two directions are, torch would fix the batch.
+    before = [a + recorded.to(a.dtype) if a.is_floating_point() else a.clone() for a in before]
+    outputs = [y.new_zeros((steps, *y.shape)) + recorded.to(y.dtype) for y in shapes]
 
     def goes_on(t: Array, *_: Array) -> Array:
         return t < steps
@@ -77,3 +80,13 @@ def _open(carry: Any, xs: Any, body: Body, reverse: bool) -> tuple[Any, tuple[Ar
             warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor", UserWarning)
             _, *found = torch.while_loop(goes_on, step, start)
     return put_together(form, found[: len(before)]), tuple(found[len(before) :]), None
+
+
+def _zero_of(arrays: list[Array]) -> Array:
+    """0, as a sum of none of the values of `arrays`.
+
+    torch 2.13 passes no cotangent from one step to the step before through a state that began without a gradient: without a word, gradients
+    would be those of every step alone. So states and outputs begin at a 0 that has one wherever something in the loop has.
+    """
+    none: list[Array] = [a.reshape(-1)[:0].sum() for a in arrays if a.is_floating_point()]
+    return functools.reduce(torch.add, none)
