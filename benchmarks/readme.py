@@ -482,7 +482,10 @@ def ways_out_said() -> str:
             said.setdefault((door, row["word"], " ".join(text[:160].split())), []).append(f"{way} {kind}")
     return table(
         ("door", "what comes of it", "of", "what it says"),
-        ((door, word, f"{where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''}", text) for (door, word, text), where in said.items()),
+        (
+            (door, word, f"{where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''}", text)
+            for (door, word, text), where in said.items()
+        ),
     )
 
 

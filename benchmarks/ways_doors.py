@@ -172,7 +172,9 @@ def core_ml(layer: pn.Layer, way: Way, source: Any) -> dict[str, Any]:
         return coremltools.TensorType(shape=shape or (1,), dtype=a.dtype if a.dtype.kind == "f" else "int32")
 
     given = [of(a) for a in inputs_of(layer, way, way.sizes[0])]
-    coremltools.convert(source, inputs=given, compute_precision=coremltools.precision.FLOAT32, minimum_deployment_target=coremltools.target.iOS16)
+    coremltools.convert(
+        source, inputs=given, compute_precision=coremltools.precision.FLOAT32, minimum_deployment_target=coremltools.target.iOS16
+    )
     return {}
 
 
@@ -181,7 +183,7 @@ def core_ml_trace(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
 
 
 def core_ml_export(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
-    return core_ml(layer, way, program_of(layer, way).run_decompositions({}))
+    return core_ml(layer, way, program_of(layer, way).run_decompositions())
 
 
 # -- OpenVINO ------------------------------------------------------------------------------------------------------------------------------

@@ -48,9 +48,9 @@ class Way:
 
 
 WAYS = (
-    Way("fixed", False, False, ((STEPS, BATCH),), ((9, BATCH), (10, BATCH), (STEPS, 4))),
+    Way("fixed", False, False, ((STEPS, BATCH),), ((9, BATCH), (10, BATCH), (10, 1), (STEPS, 4))),
     Way("open time", True, True, ((STEPS, BATCH), (9, 2), (40, 1), (1, 4))),
-    Way("open batch", False, True, ((STEPS, BATCH), (STEPS, 1), (STEPS, 4)), ((9, 2), (10, 2))),
+    Way("open batch", False, True, ((STEPS, BATCH), (STEPS, 1), (STEPS, 4)), ((9, 2), (10, 2), (10, 1))),
     Way("step", False, True, ((1, BATCH), (1, 1), (1, 4)), step=True),
     Way("step of one batch", False, False, ((1, BATCH),), step=True),
 )

@@ -163,7 +163,7 @@ LOADERS = {
 
 def main() -> None:
     """Answer every job. portnorm cannot be imported, and whatever a runtime prints goes elsewhere."""
-    sys.modules.update({name: None for name in ("portnorm", "portnorm_backends", "portnorm_onnx")})  # type: ignore[misc]
+    sys.modules.update(dict.fromkeys(("portnorm", "portnorm_backends", "portnorm_onnx")))  # type: ignore[misc]
     with os.fdopen(os.dup(1), "w") as channel:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         loaded: tuple[Any, Any] = (None, None)

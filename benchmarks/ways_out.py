@@ -206,7 +206,8 @@ def main(names: list[str]) -> None:
     found.sort(key=lambda r: order.index(r["door"]))
     packages = sorted({p for d in DOORS for p in d.packages})
     RESULTS.write_text(
-        json.dumps({"about": machine() | {"packages": {p: version(p) for p in packages}}, "rows": found}, indent=1, ensure_ascii=False) + "\n"
+        json.dumps({"about": machine() | {"packages": {p: version(p) for p in packages}}, "rows": found}, indent=1, ensure_ascii=False)
+        + "\n"
     )
 
 

@@ -66,7 +66,9 @@ def test_a_door_of_the_readme_opens(door: str, tmp_path: Path) -> None:
         assert float(re.findall(r"([\d.]+)% of the held-out waves", done.stdout)[0]) > 90
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.peers] * (n in ("beyond-one-machine.md", "ways-out.md"))) for n in GUIDES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.peers] * (n in ("beyond-one-machine.md", "ways-out.md"))) for n in GUIDES]
+)
 def test_code_of_the_guides_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

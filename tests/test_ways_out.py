@@ -215,9 +215,7 @@ STRICT = [("LSTM", "layer", "both directions, stacked"), ("GRU", None, "state"),
 """Where the code is followed instead of its operations, it takes three times as long."""
 
 
-@pytest.mark.parametrize(
-    ("cell", "norm", "form", "strict"), [*((*case, False) for case in CASES), *((*case, True) for case in STRICT)]
-)
+@pytest.mark.parametrize(("cell", "norm", "form", "strict"), [*((*case, False) for case in CASES), *((*case, True) for case in STRICT)])
 def test_torch_export_keeps_time_and_batch_open(cell: str, norm: str | None, form: str, strict: bool) -> None:
     import torch
 
@@ -255,7 +253,9 @@ def test_autograd_differentiates_an_exported_program(cell: str, norm: str | None
         gradients = torch.autograd.grad(loaded(x, lengths, state, mask)[0], list(asked.values()), torch.as_tensor(dy))
         for name, gradient in zip(asked, gradients, strict=True):
             assert np.abs(expected[name]).max() > 0
-            np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=WAYS_OUT_GRADIENT * np.abs(expected[name]).max(), err_msg=name)
+            np.testing.assert_allclose(
+                gradient, expected[name], rtol=0, atol=WAYS_OUT_GRADIENT * np.abs(expected[name]).max(), err_msg=name
+            )
 
 
 def test_an_exported_program_is_as_large_for_any_number_of_steps_and_loads_without_portnorm(tmp_path: Path) -> None:
@@ -368,5 +368,5 @@ def test_a_trace_refuses_another_number_of_steps(cell: str, norm: str | None, fo
     loaded = torch.jit.load(tmp_path / "trace.pt")
     assert_close([loaded(x[5])[0].detach()], [model(x[5])[0].detach()])
     for steps in (4, 9, 10):
-        with pytest.raises(RuntimeError, match=f"Expected 5 elements in a list but found {steps}"):
+        with pytest.raises(RuntimeError, match=r"shape '\[5, .*is invalid for input of size"):
             loaded(x[steps])

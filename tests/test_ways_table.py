@@ -35,10 +35,10 @@ def test_a_wrong_artifact_gets_its_word() -> None:
     right, refused = {"shape": [5, 3, 6], "difference": CLOSE / 2}, {"said": "no"}
     cut, wrong = {"shape": [5, 3, 6], "difference": None}, {"shape": [9, 3, 6], "difference": 1.0}
     for rows, shown in (
-        ([right, refused, refused, refused], "✓ 1e-5"),
-        ([right, right, refused, refused], "✓ 1e-5"),
-        ([right, cut, refused, refused], "✓ 1e-5, frozen"),
-        ([right, refused, wrong, refused], "✓ 1e-5, frozen"),
+        ([right, refused, refused, refused, refused], "✓ 1e-5"),
+        ([right, right, refused, refused, refused], "✓ 1e-5"),
+        ([right, cut, refused, refused, refused], "✓ 1e-5, frozen"),
+        ([right, refused, wrong, refused, right], "✓ 1e-5, frozen"),
         ([wrong, right, right, right], "wrong"),
         ([refused, right, right, right], "does not run"),
     ):

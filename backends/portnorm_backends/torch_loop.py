@@ -1,8 +1,9 @@
 """The time loop of an exported program: torch's `while_loop` operator, so that the numbers of steps and of sequences stay open.
 
 What is written out instead, where the number of steps is fixed or under `torch.jit.trace`, has the steps that it was made with. It takes
-them apart by `unbind`, which is the check that goes into the artifact: a trace, and what OpenVINO makes of one, refuse another number.
-Steps taken one by one would be as many for any input, without an error. Autograd differentiates both.
+them apart by `reshape` and `unbind`, which are the check that goes into the artifact: a trace, and what OpenVINO makes of one, refuse another
+number. (By `unbind` alone OpenVINO makes five steps of two sequences of ten steps of one.) Steps taken one by one would be as many for any
+input, without an error. Autograd differentiates both.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = F
 
 def _written_out(carry: Any, xs: Any, body: Body) -> tuple[Any, tuple[Array, ...], Kept]:
     """Each step of the example."""
-    columns = [None if x is None else x.unbind(0) for x in xs]
+    steps = len(next(leaves(xs)).unbind(0))  # a number, under a trace too
+    columns = [None if x is None else x.reshape(steps, *x.shape[1:]).unbind(0) for x in xs]
     outputs, keeps = [], []
-    for t in range(len(next(column for column in columns if column is not None))):
+    for t in range(steps):
         carry, out, keep = body(carry, tuple(None if column is None else column[t] for column in columns), None)
         outputs.append(out)
         keeps.append(keep)

@@ -42,11 +42,14 @@ def torch_module(layer: Layer) -> TorchModule:
     nothing inside is computed in less. As any module of torch it starts in training mode. Under `torch.compile` a recurrent layer is one
     node, compiled once for all lengths.
 
-    Ways out: `portnorm.export_torch` writes a model with such modules as ONNX, each as its own checked graph. `torch.export.export` with
-    `Dim("T")` for time gives a program whose loop is torch's `while_loop`, with time and batch open, which AOTInductor and
-    torch.onnx.export take too. Without it, and under `torch.jit.trace`, the steps of the example are written out; a trace, and a program
-    that AOTInductor has compiled, then give that many for any input, without an error. Raises `UnsupportedError` for what is no layer; a
-    call raises what the layer raises.
+    Ways out. For ONNX `portnorm.export_torch`, which writes a model with such modules, each as its own checked graph. For a program with
+    time and batch open `torch.export.export` with `Dim("T")` for time, of an example of two sequences or more: its loop is torch's
+    `while_loop`, which AOTInductor and torch.onnx.export take too. For phones `m.step`, with a loop of your own around it. Without
+    `Dim("T")`, and under `torch.jit.trace`, the steps of the example are written out; a trace, a program, and what OpenVINO makes of either
+    refuse another number. A package of AOTInductor does not look unless `AOTI_RUNTIME_CHECK_INPUTS=1` is set where it runs: of such a
+    program it gives the steps of the example for any input, without an error.
+
+    Raises `UnsupportedError` for what is no layer; a call raises what the layer raises.
 
     >>> import portnorm as pn
     >>> m = pn.torch_module(pn.LSTM(3, 4, norm="layer", rng=0))
