@@ -66,6 +66,9 @@ def test_a_door_of_the_readme_opens(door: str, tmp_path: Path) -> None:
         assert float(re.findall(r"([\d.]+)% of the held-out waves", done.stdout)[0]) > 90
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*the trace to be incorrect", "ignore:.*the trace might not generalize"
+)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.peers] * (n in ("beyond-one-machine.md", "ways-out.md"))) for n in GUIDES]
 )

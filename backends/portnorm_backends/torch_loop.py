@@ -1,9 +1,9 @@
 """The time loop of an exported program: torch's `while_loop` operator, so that the numbers of steps and of sequences stay open.
 
 What is written out instead, where the number of steps is fixed or under `torch.jit.trace`, has the steps that it was made with. It takes
-them apart by `reshape` and `unbind`, which are the check that goes into the artifact: a trace, and what OpenVINO makes of one, refuse another
-number. (By `unbind` alone OpenVINO makes five steps of two sequences of ten steps of one.) Steps taken one by one would be as many for any
-input, without an error. Autograd differentiates both.
+them apart by `reshape` and `unbind`, which are the check that goes into the artifact: a trace, and what OpenVINO makes of one, refuse
+another number. (By `unbind` alone OpenVINO makes five steps of two sequences of ten steps of one.) Steps taken one by one would be as many
+for any input, without an error. Autograd differentiates both.
 """
 
 from __future__ import annotations
