@@ -474,12 +474,13 @@ def ways_out() -> str:
 
 
 def ways_out_said() -> str:
-    """What is said where an artifact is refused, and of which kinds; once for each beginning."""
+    """What is said where an artifact is refused, once for each text."""
     said: dict[tuple[str, str, str], list[str]] = {}
     for (door, way, kind), row in _ways_out().items():
         if row["said"] and row["word"] != "right":
-            text = re.sub(r"[|<>`*_\[\]]", " ", row["said"])
-            said.setdefault((door, row["word"], " ".join(text[:160].split())), []).append(f"{way} {kind}")
+            text = " ".join(re.sub(r"[|<>`*_\[\]]", " ", row["said"]).split())
+            text = text if len(text) <= 150 else f"{text[:80]} … {text[-60:]}"
+            said.setdefault((door, row["word"], text), []).append(f"{way} {kind}")
     return table(
         ("door", "what comes of it", "of", "what it says"),
         (

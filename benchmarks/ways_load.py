@@ -103,10 +103,10 @@ def litert(path: str) -> Run:
 
     interpreter = Interpreter(path)
     runner = interpreter.get_signature_runner()
-    names, outputs = list(runner.get_input_details()), list(runner.get_output_details())
+    given, outputs = runner.get_input_details(), list(runner.get_output_details())
 
     def run(inputs: list[Any]) -> list[Any]:
-        found = runner(**dict(zip(names, inputs, strict=True)))
+        found = runner(**{name: a.astype(told["dtype"]) for (name, told), a in zip(given.items(), inputs, strict=True)})
         return [found[name] for name in sorted(outputs, key=lambda name: int(name.rpartition("_")[2]))]
 
     return run

@@ -15,9 +15,10 @@ from portnorm.arrays import Array, mapped, xp_of
 from portnorm.errors import ArgumentError, DTypeError, ExportError, ShapeError, UnsupportedError
 from portnorm.layers.arguments import checked_call
 from portnorm.layers.layer import Layer
+from portnorm.layers.names import without_suffix
 from portnorm.layers.pure import Arrays
 from portnorm.layers.randomness import Draw
-from portnorm.layers.recurrent import Recurrent
+from portnorm.layers.recurrent import Recurrent, recurrent_parts
 from portnorm.layers.state import is_of_one_cell, of_layers, of_one_cell
 from portnorm_backends.torch_recurrent import AsInTorch, counts, packed_as, padded_as, unpacked
 from portnorm_backends.torch_refusals import packing
@@ -82,6 +83,9 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         self._layer, self._dtype = kept, kept.dtype
         for array in (*self.parameters(), *self.buffers(), torch.empty(0)):
             xp_of(array)  # known from now on: torch.compile cannot follow how a type is looked up for the first time
+        for part in recurrent_parts(kept):  # and torch.export warns where names are
+            for suffix, _, _ in part._places():
+                without_suffix(part.params | part.buffers, suffix)
 
     def _apply(self, fn: Callable[[Array], Array], recurse: bool = True) -> TorchModule:
         """What `half()` and `to(...)` do: running statistics move, but stay in at least float32."""
