@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest models behind accuracy docs lint types readme clean
+.PHONY: demo test test-all test-lowest models behind accuracy ways-out docs lint types readme clean
 
 # One stamp per set of extras; made again when the dependencies change.
 $(VENV)/.%: pyproject.toml
@@ -69,6 +69,19 @@ accuracy: $(VENV)/.peers $(VENV)/.runtimes $(ACCURACY:%=$(VENV)-accuracy-%/.inst
 	$(BIN)/python -m benchmarks.accuracy draw
 	$(BIN)/python -m benchmarks.readme
 
+# Other ways out of Python than ONNX (docs/ways-out.md), in an environment of their own. One that cannot be installed is left out, and the
+# table says so.
+$(VENV)-ways/.installed: pyproject.toml
+	@test -x $(VENV)-ways/bin/python || $(PYTHON) -m venv $(VENV)-ways
+	@$(VENV)-ways/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(VENV)-ways/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[onnx,torch,runtimes]" jax flatbuffers
+	@for door in executorch litert-torch coremltools; do \
+		$(VENV)-ways/bin/python -m pip install --quiet --disable-pip-version-check $$door torch==2.13.0 || echo "$$door is left out"; done
+	@touch $@
+
+ways-out: $(VENV)-ways/.installed
+	PYTHONPATH=.:backends:onnx_export $(VENV)-ways/bin/python -m benchmarks.ways_out
+
 # Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.
 $(VENV)/.runtimes: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[runtimes]"
@@ -109,4 +122,4 @@ readme: $(VENV)/.test
 	$(BIN)/python -m benchmarks.readme
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools $(ACCURACY:%=$(VENV)-accuracy-%) out dist build
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools $(VENV)-ways $(ACCURACY:%=$(VENV)-accuracy-%) out dist build

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -440,11 +441,86 @@ def behind_versions() -> str:
     return f"{packages}; on {about['processor']}, {'with' if about['vnni'] else 'without'} VNNI."
 
 
+# -- docs/ways-out.md, kept from a run of benchmarks/ways_out.py -------------------------------------------------------------------------
+
+_WAYS = ("fixed", "open time", "open batch", "step", "training")
+
+
+def _of_door(row: dict[str, Any]) -> str:
+    """What a way of a door comes to, in a word, with the largest difference."""
+    if row["word"] == "none":
+        return "–"
+    difference = row.get("difference")
+    shown = "" if difference is None else " 0" if difference == 0 else f" {difference:.0e}".replace("e-0", "e-")
+    return f"✓{shown}{', frozen' if row.get('cuts') else ''}" if row["word"] == "right" else f"{row['word']}{shown}"
+
+
+def _ways_out() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """By door, way and kind; a step for one number of sequences stands where there is none for any."""
+    found = {(r["door"], r["way"], r["kind"]): r for r in _kept("ways_out")["rows"]}
+    for (door, way, kind), row in found.copy().items():
+        if way == "step of one batch" and row["word"] in ("right", "converts"):
+            found[door, "step", kind] = row | {"one batch": True}
+    return found
+
+
+def ways_out() -> str:
+    """Doors and ways × kinds."""
+    found = _ways_out()
+    kinds = list(dict.fromkeys(kind for _, _, kind in found))
+    rows = []
+    for door in dict.fromkeys(door for door, _, _ in found):
+        for way in _WAYS:
+            cells = [found[door, way, kind] for kind in kinds if (door, way, kind) in found]
+            if cells:
+                rows.append((door, way, *(_of_door(r) + ", one batch" * r.get("one batch", False) for r in cells)))
+    return table(("door", "way", *kinds), rows)
+
+
+def ways_out_said() -> str:
+    """What is said where an artifact is refused, once for each text."""
+    said: dict[tuple[str, str, str], list[str]] = {}
+    for (door, way, kind), row in _ways_out().items():
+        if row["said"] and row["word"] != "right":
+            text = " ".join(re.sub(r"[|<>`*_\[\]]", " ", row["said"]).split())
+            text = text if len(text) <= 150 else f"{text[:80]} … {text[-60:]}"
+            said.setdefault((door, row["word"], text), []).append(f"{way} {kind}")
+    return table(
+        ("door", "what comes of it", "of", "what it says"),
+        (
+            (door, word, f"{where[0]}{f' and {len(where) - 1} more' if len(where) > 1 else ''}", text)
+            for (door, word, text), where in said.items()
+        ),
+    )
+
+
+def ways_out_pieces() -> str:
+    """Into how many parts a phone's runtime takes a step and a sequence of five, by kind."""
+    rows = [r for r in _kept("ways_out")["rows"] if "delegates" in r and r["way"] in ("fixed", "step", "step of one batch")]
+    kinds = list(dict.fromkeys(r["kind"] for r in rows))
+    shown = []
+    for door in dict.fromkeys(r["door"] for r in rows):
+        for name, ways in (("one step", ("step", "step of one batch")), ("five steps", ("fixed",))):
+            of = {r["kind"]: str(r["delegates"]) for r in rows if r["door"] == door and r["way"] in ways}
+            shown.append((door, name, *(of.get(kind, "–") for kind in kinds)))
+    return table(("door", "", *kinds), shown)
+
+
+def ways_out_versions() -> str:
+    about = _kept("ways_out")["about"]
+    packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in about["packages"].items())
+    return f"{packages}; on {about['processor']}."
+
+
 TABLES = {
     **accuracy_tables.TABLES,
     "behind": behind,
     "behind_files": behind_files,
     "behind_versions": behind_versions,
+    "ways_out": ways_out,
+    "ways_out_pieces": ways_out_pieces,
+    "ways_out_said": ways_out_said,
+    "ways_out_versions": ways_out_versions,
     "models": models,
     "models_in_short": models_in_short,
     "speed": speed,

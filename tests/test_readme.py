@@ -37,6 +37,7 @@ GUIDES = {
     "arrays.md": (1, set()),
     "onnx.md": (6, {"model.onnx", "step.onnx", "part.onnx", "train.onnx", "small.onnx", "fixed.onnx"}),
     "beyond-one-machine.md": (2, set()),
+    "ways-out.md": (7, {"model.onnx", "step.onnx", "model.jax", "model.pt2", "model.pt"}),
 }
 """Pages whose blocks run one after the other: how many, and the files that they leave."""
 
@@ -66,7 +67,12 @@ def test_a_door_of_the_readme_opens(door: str, tmp_path: Path) -> None:
         assert float(re.findall(r"([\d.]+)% of the held-out waves", done.stdout)[0]) > 90
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.peers] * (n == "beyond-one-machine.md")) for n in GUIDES])
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*the trace to be incorrect", "ignore:.*the trace might not generalize"
+)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.peers] * (n in ("beyond-one-machine.md", "ways-out.md"))) for n in GUIDES]
+)
 def test_code_of_the_guides_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}

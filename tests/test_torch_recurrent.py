@@ -153,6 +153,43 @@ def test_step_by_step_is_the_whole_sequence(cell: str, norm: str | None, batch_f
         pn.torch_module(pn.LSTM(3, 4, bidirectional=True)).step(torch.ones(2, 3))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_a_layer_alone_steps_with_states_as_a_cell_of_torch_has_them(cell: str, norm: str | None, batch_first: bool) -> None:
+    """From none, (batch, hidden) or (layers, batch, hidden), each given back as it came; a call goes on from the states of a step."""
+    module = pn.torch_module(getattr(pn, cell)(3, 4, norm=norm, batch_first=batch_first, rng=0, dtype="float64")).eval()
+    x, axis = torch.randn(5, 2, 3, dtype=torch.float64), int(batch_first)
+    stacked = module.to_layer().initial_state(2, noise=1.0, rng=1)
+    flat = tuple(a[0] if a.ndim else a for a in stacked)
+    for first, shape in ((None, (2, 4)), (flat, (2, 4)), (stacked, (1, 2, 4))):
+        y, last = module(x.transpose(0, 1) if batch_first else x, stacked if first is flat else first)
+        hs, state = [], first
+        for one in x[:3]:
+            h, state = module.step(one, state)
+            assert {tuple(a.shape) for a in state if a.ndim} == {shape}
+            hs.append(h)
+        assert torch.equal(state[0] if state[0].ndim == 2 else state[0][0], hs[-1])
+        rest, state = module(x[3:].transpose(0, 1) if batch_first else x[3:], state)
+        torch.testing.assert_close(torch.cat([torch.stack(hs, axis), rest], axis), y)
+        for a, b in zip(state, last, strict=True):
+            torch.testing.assert_close(a, b[0] if a.ndim == 2 else b)
+    with pytest.raises(pn.ShapeError, match=r"`state` has h of shape \(2, 4\); expected .* = \(2, 2, 4\)"):
+        pn.torch_module(getattr(pn, cell)(3, 4, norm=norm, num_layers=2, dtype="float64")).step(x[0], flat)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_step_is_that_of_the_cell_of_torch(cell: str) -> None:
+    theirs, ours = getattr(torch.nn, f"{cell}Cell")(3, 4), pn.torch_module(getattr(pn, cell)(3, 4))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            dict(ours.named_parameters())[f"{name}_l0"].copy_(p)
+    x, state = torch.randn(2, 3), tuple(torch.randn(2, 4) for _ in range(2 if cell == "LSTM" else 1))
+    expected = theirs(x, state if cell == "LSTM" else state[0])
+    torch.testing.assert_close(ours.step(x, state)[1], expected if cell == "LSTM" else (expected,))
+    again = theirs(x)
+    torch.testing.assert_close(ours.step(x)[1], again if cell == "LSTM" else (again,))
+
+
 ASKED = {
     "plain": {},
     "stack": {"num_layers": 2, "bidirectional": True, "batch_first": True},

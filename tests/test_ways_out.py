@@ -13,7 +13,7 @@ import pytest
 
 import portnorm as pn
 from portnorm.arrays import leaves, mapped
-from tests.cases import random_recurrent, random_state
+from tests.cases import PRESETS, random_recurrent, random_state
 from tests.processes import output_of
 from tests.test_autodiff import of_jax
 from tests.tolerances import WAYS_OUT, WAYS_OUT_GRADIENT
@@ -146,6 +146,28 @@ numpy.savez(folder + "/found.npz", **jax.grad(lambda params: (program.call(param
         np.testing.assert_allclose(found[name], gradient, rtol=0, atol=WAYS_OUT_GRADIENT * np.abs(gradient).max())
 
 
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_a_step_is_a_pure_function_with_states_as_a_cell_has_them(cell: str, norm: str | None) -> None:
+    """In an artifact of `jax.jit` with any number of sequences; the whole sequence by steps."""
+    import jax
+
+    own = random_recurrent(cell, norm, np.random.default_rng(0)).to(dtype="float32")
+    layer, (batch,) = own.to(xp="jax"), jax.export.symbolic_shape("B")
+    x = inputs_of(own, (), 3, 2)["x"]
+    state = tuple(a.astype("float32") if a.ndim else a for a in map(np.asarray, random_state(own, 2, np.random.default_rng(1), time=0)))
+    given = jax.tree.map(_to_jax, (x[0], tuple(a[0] if a.ndim else a for a in state)))
+    program = jax.export.export(jax.jit(layer.step))(
+        *jax.tree.map(lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]) if a.ndim else (), a.dtype), given)
+    )
+    expected, last = own(x, state)
+    found = given[1]
+    for t in range(3):
+        h, found = program.call(_to_jax(x[t]), found)
+        assert {tuple(a.shape) for a in found if a.ndim} == {(2, own.hidden_size)}
+        np.testing.assert_allclose(np.asarray(h), expected[t], rtol=0, atol=WAYS_OUT)
+    assert_close([a[None] if a.ndim else a for a in found], last)
+
+
 # -- torch.export --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -173,7 +195,7 @@ def given_to_torch(layer: Any, given: tuple[str, ...], steps: int, batch: int) -
     return tuple(mapped(torch.as_tensor, inputs.get(name)) for name in ("x", "lengths", "state", "mask"))
 
 
-def exported_by_torch(layer: Any, given: tuple[str, ...]) -> tuple[Any, Any]:
+def exported_by_torch(layer: Any, given: tuple[str, ...], strict: bool = False) -> tuple[Any, Any]:
     import torch
 
     model, T, B = Model(layer), torch.export.Dim("T"), torch.export.Dim("B")
@@ -186,31 +208,54 @@ def exported_by_torch(layer: Any, given: tuple[str, ...]) -> tuple[Any, Any]:
         "state": states,
         "mask": {0: T, 1: B} if "mask" in given else None,
     }
-    return model, torch.export.export(model, given_to_torch(layer, given, 5, 3), dynamic_shapes=shapes)
+    return model, torch.export.export(model, given_to_torch(layer, given, 5, 3), dynamic_shapes=shapes, strict=strict)
 
 
-@pytest.mark.parametrize(("cell", "norm", "form"), CASES)
-def test_torch_export_keeps_time_and_batch_open(cell: str, norm: str | None, form: str) -> None:
+STRICT = [("LSTM", "layer", "both directions, stacked"), ("GRU", None, "state"), ("RNN", "batch-input", "lengths")]
+"""Where the code is followed instead of its operations, it takes three times as long."""
+
+
+@pytest.mark.parametrize(("cell", "norm", "form", "strict"), [*((*case, False) for case in CASES), *((*case, True) for case in STRICT)])
+def test_torch_export_keeps_time_and_batch_open(cell: str, norm: str | None, form: str, strict: bool) -> None:
     import torch
 
     given, layer = FORMS[form][1], layer_of(cell, norm, form)
-    model, program = exported_by_torch(layer, given)
+    model, program = exported_by_torch(layer, given, strict)
     for size in SIZES:
         inputs = given_to_torch(layer, given, *size)
         found = torch.utils._pytree.tree_leaves(program.module()(*inputs))
         assert_close([a.detach() for a in found], [a.detach() for a in torch.utils._pytree.tree_leaves(model(*inputs))])
 
 
-def test_autograd_differentiates_an_exported_program() -> None:
-    layer = layer_of("LSTM", "layer", "lengths")
-    model, program = exported_by_torch(layer, ("lengths",))
-    inputs, loaded = given_to_torch(layer, ("lengths",), 9, 2), program.module()
-    loaded(*inputs)[0].square().sum().backward()
-    model(*inputs)[0].square().sum().backward()
-    found = dict(loaded.named_parameters())
-    for name, p in model.named_parameters():
-        assert p.grad.abs().max() > 0
-        np.testing.assert_allclose(found[name].grad, p.grad, rtol=0, atol=WAYS_OUT_GRADIENT * float(p.grad.abs().max()))
+ASKED = {"everything": "", "the recurrent weights alone": "weight_hh", "the input alone": "x", "the state alone": "state"}
+"""What has a gradient, by the beginning of its name."""
+
+
+@pytest.mark.parametrize(("cell", "norm"), [("LSTM", "layer"), ("GRU", None)])
+def test_autograd_differentiates_an_exported_program(cell: str, norm: str | None) -> None:
+    """Through every step, whatever has a gradient: beside the vjp of the layer in NumPy."""
+    import torch
+
+    layer, given = layer_of(cell, norm, "state"), FORMS["state"][1]
+    loaded = exported_by_torch(layer, given)[1].module()
+    params = {name.removeprefix("inner."): p for name, p in loaded.named_parameters()}
+    y, _, pullback = layer.vjp(**inputs_of(layer, given, 9, 2))
+    dy = np.random.default_rng(1).standard_normal(y.shape).astype(np.float32)
+    dx, dstate, grads = pullback(dy)
+    expected = {**grads, "x": dx, **{f"state {k}": part for k, part in enumerate(dstate)}}
+    for beginning in ASKED.values():
+        x, lengths, state, mask = given_to_torch(layer, given, 9, 2)
+        found = {**params, "x": x, **{f"state {k}": part for k, part in enumerate(state)}}
+        assert found.keys() == expected.keys()
+        asked = {name: a for name, a in found.items() if name.startswith(beginning)}
+        for name, a in found.items():
+            a.requires_grad_(name in asked)
+        gradients = torch.autograd.grad(loaded(x, lengths, state, mask)[0], list(asked.values()), torch.as_tensor(dy))
+        for name, gradient in zip(asked, gradients, strict=True):
+            assert np.abs(expected[name]).max() > 0
+            np.testing.assert_allclose(
+                gradient, expected[name], rtol=0, atol=WAYS_OUT_GRADIENT * np.abs(expected[name]).max(), err_msg=name
+            )
 
 
 def test_an_exported_program_is_as_large_for_any_number_of_steps_and_loads_without_portnorm(tmp_path: Path) -> None:
@@ -306,3 +351,22 @@ def test_a_traced_module_has_values_and_gradients_of_the_module(name: str) -> No
         gradients.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=WAYS_OUT_GRADIENT * max(1.0, float(b.abs().max())))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    ("cell", "norm", "form"), [("LSTM", "layer", "plain"), ("LSTM", "batch", "plain"), ("GRU", None, "last step"), ("RNN", None, "mask")]
+)
+def test_a_trace_refuses_another_number_of_steps(cell: str, norm: str | None, form: str, tmp_path: Path) -> None:
+    """Read from its file, too, and for more sequences than it was made of."""
+    import torch
+
+    layer = layer_of(cell, norm, form)
+    model = pn.torch_module(layer).eval()
+    x = {steps: torch.as_tensor(inputs_of(layer, (), steps, 4)["x"]) for steps in (4, 5, 9, 10)}
+    torch.jit.save(torch.jit.trace(model, (x[5].narrow(0 if layer.batch_first else 1, 0, 2),)), tmp_path / "trace.pt")
+    loaded = torch.jit.load(tmp_path / "trace.pt")
+    assert_close([loaded(x[5])[0].detach()], [model(x[5])[0].detach()])
+    for steps in (4, 9, 10):
+        with pytest.raises(RuntimeError, match=r"shape '\[5, .*is invalid for input of size"):
+            loaded(x[steps])

@@ -118,7 +118,7 @@ def _to_numpy(x: Array) -> Any:
 LIBRARY = Library(
     "torch",
     kernels={
-        "loop": Kernel(call=torch_loop.loop, accepts=torch_loop.is_open),
+        "loop": Kernel(call=torch_loop.loop, accepts=torch_loop.is_followed),
         "sigmoid": Kernel(call=torch.sigmoid, forward=_sigmoid),
         "steps_so_far": Kernel(call=_steps_so_far),
         "steps_at": Kernel(call=_steps_at),

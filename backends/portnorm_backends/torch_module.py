@@ -15,9 +15,11 @@ from portnorm.arrays import Array, mapped, xp_of
 from portnorm.errors import ArgumentError, DTypeError, ExportError, ShapeError, UnsupportedError
 from portnorm.layers.arguments import checked_call
 from portnorm.layers.layer import Layer
+from portnorm.layers.names import without_suffix
 from portnorm.layers.pure import Arrays
 from portnorm.layers.randomness import Draw
-from portnorm.layers.recurrent import Recurrent
+from portnorm.layers.recurrent import Recurrent, recurrent_parts
+from portnorm.layers.state import is_of_one_cell, of_layers, of_one_cell
 from portnorm_backends.torch_recurrent import AsInTorch, counts, packed_as, padded_as, unpacked
 from portnorm_backends.torch_refusals import packing
 
@@ -27,7 +29,8 @@ def torch_module(layer: Layer) -> TorchModule:
 
     A recurrent layer takes a `PackedSequence` too, and then gives one, with states in the order in which the sequences were before they
     were packed, as torch's do; `m(x, lengths)` is `m(x, lengths=lengths)`. It has the attributes and methods of torch.nn.LSTM
-    (`hidden_size`, `batch_first`, `flatten_parameters()`, …), and `h, state = m.step(x, state)` for one step, `x` (batch, features).
+    (`hidden_size`, `batch_first`, `flatten_parameters()`, …), and `h, state = m.step(x, state)` for one step, `x` (batch, features), with
+    states as torch's cells have them.
 
     Parameters and buffers are copies of the layer's, under its names; a state dict of the module is one of the layer. `train()` takes the
     batch's statistics and updates the running ones, `eval()` takes those. What is dropped in training is drawn by torch's own generator
@@ -40,11 +43,14 @@ def torch_module(layer: Layer) -> TorchModule:
     nothing inside is computed in less. As any module of torch it starts in training mode. Under `torch.compile` a recurrent layer is one
     node, compiled once for all lengths.
 
-    Ways out: `portnorm.export_torch` writes a model with such modules as ONNX, each as its own checked graph. `torch.export.export` with
-    `Dim("T")` for time gives a program whose loop is torch's `while_loop`, with time and batch open, which AOTInductor and
-    torch.onnx.export take too. Without it, and under `torch.jit.trace`, the steps of the example are written out; a trace, and a program
-    that AOTInductor has compiled, then give that many for any input, without an error. Raises `UnsupportedError` for what is no layer; a
-    call raises what the layer raises.
+    Ways out. For ONNX `portnorm.export_torch`, which writes a model with such modules, each as its own checked graph. For a program with
+    time and batch open `torch.export.export` with `Dim("T")` for time, of an example of two sequences or more: its loop is torch's
+    `while_loop`, which AOTInductor and torch.onnx.export take too. For phones `m.step`, with a loop of your own around it. Without
+    `Dim("T")`, and under `torch.jit.trace`, the steps of the example are written out; a trace, a program, and what OpenVINO makes of either
+    refuse another number. A package of AOTInductor does not look unless `AOTI_RUNTIME_CHECK_INPUTS=1` is set where it runs: of such a
+    program it gives the steps of the example for any input, without an error.
+
+    Raises `UnsupportedError` for what is no layer; a call raises what the layer raises.
 
     >>> import portnorm as pn
     >>> m = pn.torch_module(pn.LSTM(3, 4, norm="layer", rng=0))
@@ -77,6 +83,9 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         self._layer, self._dtype = kept, kept.dtype
         for array in (*self.parameters(), *self.buffers(), torch.empty(0)):
             xp_of(array)  # known from now on: torch.compile cannot follow how a type is looked up for the first time
+        for part in recurrent_parts(kept):  # and torch.export warns where names are
+            for suffix, _, _ in part._places():
+                without_suffix(part.params | part.buffers, suffix)
 
     def _apply(self, fn: Callable[[Array], Array], recurse: bool = True) -> TorchModule:
         """What `half()` and `to(...)` do: running statistics move, but stay in at least float32."""
@@ -220,8 +229,23 @@ class RecurrentModule(TorchModule, AsInTorch):
 
     _layer: Recurrent
 
+    def forward(
+        self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, kept: Mapping[str, Array] | None = None
+    ) -> Any:
+        """As `TorchModule.forward`; a layer alone takes the states of a step too, and then gives such."""
+        if counts(state):
+            state, lengths = lengths, state
+        layer, states = self._layer, len(self._layer.cell.states)
+        alone = state is not None and layer.num_layers * layer.num_directions == 1 and is_of_one_cell(state, states)
+        y, after = super().forward(x, of_layers(state, states) if alone else state, lengths, mask=mask, kept=kept)
+        return y, of_one_cell(after, states) if alone else after
+
     def step(self, x: Array, state: Any = None, kept: Mapping[str, Array] | None = None) -> tuple[Array, Any]:
         """One time step, for a loop of one's own: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence.
+
+        A layer of one layer takes and gives its states as torch's cells do, each (batch, hidden): `(h, c)`, or `(h,)`. A state
+        (layers, batch, hidden), as a call gives it, is taken too, and given where it came and of a stack. With batch statistics the time
+        stands behind.
 
         With `recurrent_dropout` a step in training takes `kept`, what is kept in all steps of these sequences: `m.kept(batch)` draws it,
         once for every sequence. Dropout between layers and zoneout are drawn in each step, as in a whole call. Raises `ArgumentError`
@@ -229,8 +253,10 @@ class RecurrentModule(TorchModule, AsInTorch):
         """
         self._check_step(kept)
         axis = 1 if self._layer.batch_first else 0
-        y, state = self(x.unsqueeze(axis), state, kept=kept)
-        return (y.squeeze(axis) if self._layer.keeps_time else y), state
+        y, after = self(x.unsqueeze(axis), state, kept=kept)
+        if state is None and self._layer.num_layers == 1:
+            after = of_one_cell(after, len(self._layer.cell.states))
+        return (y.squeeze(axis) if self._layer.keeps_time else y), after
 
     def _check_step(self, kept: Mapping[str, Array] | None) -> None:
         self._layer.check_goes_forward()

@@ -19,6 +19,7 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.names import with_suffix, without_suffix
 from portnorm.layers.pure import Arrays
 from portnorm.layers.stack import Stack
+from portnorm.layers.state import is_of_one_cell, of_layers, of_one_cell
 from portnorm.layers.summary import Shape, SummaryRow, count
 from portnorm.norm.normalize import Reduce
 from portnorm.quantization import QuantizeName, checked_quantize
@@ -272,11 +273,24 @@ class Recurrent(Stack):
     # -- step by step ----------------------------------------------------------------------------------------------------------------------
 
     def step(self, x: Array, state: Any = None) -> tuple[Array, State]:
-        """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence."""
+        """One time step for streaming: `x` (batch, features) to `(h, state)`; step by step equals the whole sequence.
+
+        A layer alone takes (batch, hidden) for each state too, and then gives that. Under `jax.jit` a step is a pure function of `x` and
+        `state`; `apply` is one of the parameters too.
+
+        >>> import numpy as np, portnorm as pn
+        >>> lstm = pn.LSTM(3, 4, norm="layer", rng=0)
+        >>> state = (np.zeros((2, 4), "float32"), np.zeros((2, 4), "float32"))
+        >>> h, (h_n, c_n) = lstm.step(np.ones((2, 3), "float32"), state)
+        >>> h.shape, c_n.shape
+        ((2, 4), (2, 4))
+        """
         self.check_goes_forward()
-        xp = xp_of(x)
-        y, state = self(xp.expand_dims(x, axis=1 if self.batch_first else 0), state)
-        return (xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y), state
+        xp, states = xp_of(x), len(self.cell.states)
+        alone = state is not None and self.num_layers == 1 and is_of_one_cell(state, states)
+        y, state = self(xp.expand_dims(x, axis=1 if self.batch_first else 0), of_layers(state, states) if alone else state)
+        h = xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y
+        return h, of_one_cell(state, states) if alone else state
 
     def check_goes_forward(self) -> None:
         """Raise `UnsupportedError` where it cannot go step by step."""

@@ -287,7 +287,7 @@ class Stack(Layer):
             return PlacedState(None, xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if self.timed else None)
         if not isinstance(state, tuple | list) or len(state) != len(names):
             length = f" of length {len(state)}" if isinstance(state, tuple | list) else ""
-            raise ShapeError(f"`state` is {type(state).__name__}{length}; expected ({', '.join(names)})")
+            raise ShapeError(f"`state` is {type(state).__name__}{length}; expected ({', '.join(names)}{',' * (len(names) == 1)})")
         for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
             expected = (places, batch, size)
             require_given(state=array)

@@ -32,3 +32,18 @@ def checked_time(x: Array, time: Any) -> Array:
     if is_concrete(time) and int(time) < 0:
         raise UnsupportedError(f"`state` has time {int(time)}; expected the number of steps before, at least 0")
     return time
+
+
+def is_of_one_cell(state: Any, count: int) -> bool:
+    """Whether the first `count` parts of a state are (batch, hidden), as one cell has them, without an axis for layers."""
+    return isinstance(state, tuple | list) and len(state) >= count and all(getattr(a, "ndim", None) == 2 for a in state[:count])
+
+
+def of_layers(state: Any, count: int) -> tuple[Any, ...]:
+    """A state of one cell as that of a stack of one layer."""
+    return (*(a[None, ...] for a in state[:count]), *state[count:])
+
+
+def of_one_cell(state: Any, count: int) -> tuple[Any, ...]:
+    """A state of a stack of one layer as that of one cell."""
+    return (*(a[0, ...] for a in state[:count]), *state[count:])
