@@ -67,7 +67,7 @@ class Normalized(NamedTuple):
 
     def _refined(self, correction: int) -> Array:
         xp, axes = xp_of(self.var), tuple(a for a, n in enumerate(self.var.shape) if n != self.xhat.shape[a])
-        if not axes:
+        if not axes or 0 in self.shape:
             return self.var
         more = bessel(self.var, None, self.shape, axes) if correction else 1.0
         there = self.rstd > 0  # not where ε is a floor that a row without spread does not reach
