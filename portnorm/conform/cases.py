@@ -89,7 +89,9 @@ class Regime:
     """What becomes of the operation's shape."""
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32", "float64")
     gradient: bool = True
-    """Whether the gradient is measured: not where it is 0, or what is left of a difference of equal terms."""
+    """Whether the gradient is measured. That of one value is 0, or what is left of a difference of equal terms."""
+    subnormal: tuple[str, ...] = ()
+    """Sides on which results lie below the smallest normal number: not measured of a library that takes those as 0."""
     like: str = ""
     """What data looks like that."""
     immense: tuple[str, ...] = ()
@@ -176,11 +178,10 @@ REGIMES: dict[str, Regime] = {
             like="outlier features of a transformer; a square leaves float16",
             field=True,
         ),
-        # Its gradients are among the smallest numbers, which not every library keeps.
         Regime(
             "near the largest",
             _near_the_largest,
-            gradient=False,
+            subnormal=("gradient",),
             immense=("bfloat16", *_WIDE),
             like="a training run that diverges",
             field=True,
@@ -203,6 +204,7 @@ REGIMES: dict[str, Regime] = {
             "subnormal",
             _scaled(lambda d: {"float16": -18.0, "bfloat16": -128.0, "float32": -132.0, "float64": -1040.0}[d]),
             dtypes=("float16", "float32", "float64"),
+            subnormal=("forward", "gradient"),
         ),
         Regime("rows of 2^20", _normal, values=2**20, dtypes=("float32", "float64")),
         Regime("rows of 2^20, mean 1e4 std", _with_mean(1e4), values=2**20, dtypes=("float32", "float64")),

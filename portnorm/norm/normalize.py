@@ -57,8 +57,8 @@ class Normalized(NamedTuple):
     def statistics(self, correction: int = 0) -> tuple[Array, Array]:
         """μ and σ² of `x` itself, as they go to running averages; `correction` is that of the call.
 
-        Without a mask each is within 3 units in the last place. Like terms that are added one after the other round in one direction; what
-        σ² lacks is the mean of x̂² − σ² / (σ² + ε), of which the terms are small and of both signs.
+        Without a mask μ is within 1 unit in the last place, σ² within 4 (3.7 measured). Like terms that are added one after the other round
+        in one direction; what σ² lacks is the mean of x̂² − σ² / (σ² + ε), of which the terms are small and of both signs.
         """
         mean, var = self.mean, self.var if self.counted is not None else self._refined(correction)
         if self.scale is None:

@@ -195,15 +195,11 @@ def _ahead(x: Any, k: int, c: int) -> None:
 def _channel_sums(x: Any, c: int, m: Any) -> tuple[float, float]:
     """Σ (x − m) and Σ (x − m)² of one channel."""
     first = second = lost_first = lost_second = 0.0
-    for start in range(0, x.shape[0], TERMS):
-        part_first = part_second = 0.0
-        for k in range(start, min(start + TERMS, x.shape[0])):
-            _ahead(x, k, c)
-            a, b = sums(x[k, c], m)
-            part_first += a
-            part_second += b
-        first, lost_first = carried(first, lost_first, part_first)
-        second, lost_second = carried(second, lost_second, part_second)
+    for k in range(x.shape[0]):
+        _ahead(x, k, c)
+        a, b = sums(x[k, c], m)
+        first, lost_first = carried(first, lost_first, a)
+        second, lost_second = carried(second, lost_second, b)
     return first, second
 
 
@@ -211,16 +207,12 @@ def _channel_sums(x: Any, c: int, m: Any) -> tuple[float, float]:
 def _channel_cotangents(x: Any, dy: Any, c: int, m: Any, d: Any, rstd: Any) -> tuple[float, float]:
     """Σ dy and Σ dy · x̂ of one channel."""
     first = second = lost_first = lost_second = 0.0
-    for start in range(0, x.shape[0], TERMS):
-        part_first = part_second = 0.0
-        for k in range(start, min(start + TERMS, x.shape[0])):
-            _ahead(x, k, c)
-            _ahead(dy, k, c)
-            a, b = sums_of_cotangents(x[k, c], dy[k, c], m, d, rstd)
-            part_first += a
-            part_second += b
-        first, lost_first = carried(first, lost_first, part_first)
-        second, lost_second = carried(second, lost_second, part_second)
+    for k in range(x.shape[0]):
+        _ahead(x, k, c)
+        _ahead(dy, k, c)
+        a, b = sums_of_cotangents(x[k, c], dy[k, c], m, d, rstd)
+        first, lost_first = carried(first, lost_first, a)
+        second, lost_second = carried(second, lost_second, b)
     return first, second
 
 
