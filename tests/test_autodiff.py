@@ -202,6 +202,26 @@ def test_jax_vmap_is_one_case_after_the_other(rng: np.random.Generator) -> None:
             assert_same(mapped[name][k], gradient)
 
 
+@pytest.mark.parametrize("norm", [None, "layer"])
+def test_a_step_outside_of_jit_compiles_nothing_again(norm: Any, rng: np.random.Generator) -> None:
+    """A loop of one step was compiled at each call, for a quarter of a second."""
+    import jax
+
+    layer, _, _ = recurrent_pair("LSTM", norm, "jax", rng)
+    x, compiled = jax.numpy.asarray(rng.standard_normal((4, 1, 3, 4))), []
+    _, state = layer(x[0])
+    layer(x[1], state)
+    jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **more: compiled.append(event))
+    try:
+        for each in (x[2], x[3]):
+            _, state = layer(each, state)
+        assert not [event for event in compiled if "backend_compile" in event]
+        jax.jit(lambda a: a + 1.5)(x)
+        assert [event for event in compiled if "backend_compile" in event]
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
 ONE_OF_EACH = {case.op.name: case for case in reversed(OPS) if not case.straight_through}
 """Forms of one Op differ in their vjp, which is tried above; what turns a vjp into tangents is the same for all."""
 

@@ -17,7 +17,11 @@ from portnorm_backends.outermost import is_inside, outermost
 
 
 def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = False) -> tuple[Any, Any, Any]:
-    """`portnorm.scan.loop`; what the body keeps is stacked over time."""
+    """`portnorm.scan.loop`; what the body keeps is stacked over time. One step is no loop: outside of `jax.jit` each would be compiled."""
+    length = next(leaves((xs, kept))).shape[0]
+    if isinstance(length, int) and length == 1:
+        carry, *found = body(carry, *jax.tree.map(lambda a: a[0], (xs, kept)))
+        return carry, *jax.tree.map(lambda a: a[None], tuple(found))
 
     def step(carry: Any, inputs: Any) -> tuple[Any, Any]:
         carry, outputs, keep = body(carry, *inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from portnorm.files import written_whole
 from portnorm.layers.layer import Layer
 from portnorm_onnx.build import Names
 from portnorm_onnx.export import TYPES, Shape, trace
-from portnorm_onnx.runtimes import RUNTIMES, session_of
+from portnorm_onnx.runtimes import RUNTIMES, Runtime, Session, runtime_of, session_of
 from portnorm_onnx.storage import Draft
 from portnorm_onnx.targets import TARGETS, TargetName
 from portnorm_onnx.verify import ALL, check
@@ -87,6 +87,12 @@ def graph_of(case: Case, arrays: dict[str, NumPyArray]) -> onnx.ModelProto:
     return trace(layer, shape)
 
 
+@lru_cache(maxsize=64)
+def _session(name: str, row: Runtime, model: bytes) -> Session:
+    """The model in a runtime, loaded once for the regimes that share it: most time goes into loading. `row` is that of the name."""
+    return session_of(name, model)
+
+
 def of_runtime(name: str, version: str, case: Case, arrays: dict[str, NumPyArray], exact: Truth) -> Iterator[Result]:
     """One runtime on one case, forward."""
     about = (name, version, case.operation.name, case.regime.name, case.dtype)
@@ -99,7 +105,7 @@ def of_runtime(name: str, version: str, case: Case, arrays: dict[str, NumPyArray
     try:
         proto = graph_of(case, arrays)
         kind = onnx.helper.tensor_dtype_to_np_dtype(proto.graph.input[0].type.tensor_type.elem_type)
-        values = session_of(name, Draft(proto).loadable(), proto)({"x": arrays["x"].astype(kind)})["y"].astype(numpy.float64)
+        values = _session(name, runtime_of(name), proto.SerializeToString())({"x": arrays["x"].astype(kind)})["y"].astype(numpy.float64)
     except Exception as error:  # that of a runtime of one's own may be any
         yield Result(*about, "forward", "does not run", detail=_said(error), reproduce=case.reproduce())
         return

@@ -206,8 +206,9 @@ REGIMES: dict[str, Regime] = {
             dtypes=("float16", "float32", "float64"),
             subnormal=("forward", "gradient"),
         ),
-        Regime("rows of 2^20", _normal, values=2**20, dtypes=("float32", "float64")),
-        Regime("rows of 2^20, mean 1e4 std", _with_mean(1e4), values=2**20, dtypes=("float32", "float64")),
+        # The truth of float64 is slow to compute, and has 65536 values at most above.
+        Regime("rows of 2^20", _normal, values=2**20, dtypes=("float32",)),
+        Regime("rows of 2^20, mean 1e4 std", _with_mean(1e4), values=2**20, dtypes=("float32",)),
         # Like terms: each addition rounds in the same direction. The square of this value has no zeros at its end.
         *(
             Regime(f"{name}, rows of {values}", _constant(1.9438, jitter, units), values=values, dtypes=("float32", "float64"))

@@ -66,17 +66,20 @@ def _back(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, rstd: Vecto
 def column_sums(x: Any, m: Any, first: Any, second: Any) -> None:
     """Σ (x − m) and Σ (x − m)² of each column."""
     rows, channels = x.shape
-    part, lost = numpy.zeros((2, channels), m.dtype), numpy.zeros((2, channels))
+    part, lost = numpy.zeros((4, channels), m.dtype), numpy.zeros((2, channels))
     fill(first, 0)
     fill(second, 0)
-    a, b = part[0], part[1]
+    a, b, c, d = part[0], part[1], part[2], part[3]
     for start in range(0, rows, 4 * TERMS):
         stop = min(start + 4 * TERMS, rows)
-        fours = start + (stop - start) // 4 * 4
-        for k in range(start, fours, 4):
+        eights = start + (stop - start) // 8 * 8
+        for k in range(start, eights, 8):  # two sums of half as many terms
             _add_moments_of_four(channels, (x[k], x[k + 1], x[k + 2], x[k + 3], m, a, b), (a, b))
-        for k in range(fours, stop):
+            _add_moments_of_four(channels, (x[k + 4], x[k + 5], x[k + 6], x[k + 7], m, c, d), (c, d))
+        for k in range(eights, stop):
             _add_moments(channels, (x[k], m, a, b), (a, b))
+        for i in range(channels):
+            a[i], b[i], c[i], d[i] = a[i] + c[i], b[i] + d[i], 0, 0
         carry(first, lost[0], a)
         carry(second, lost[1], b)
 
