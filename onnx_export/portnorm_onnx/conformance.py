@@ -25,10 +25,11 @@ from portnorm.files import written_whole
 from portnorm.layers.layer import Layer
 from portnorm_onnx.build import Names
 from portnorm_onnx.export import TYPES, Shape, trace
-from portnorm_onnx.runtimes import RUNTIMES, Runtime, Session, runtime_of, session_of
+from portnorm_onnx.runtimes import RUNTIMES, Runtime, runtime_of, session_of
 from portnorm_onnx.storage import Draft
 from portnorm_onnx.targets import TARGETS, TargetName
 from portnorm_onnx.verify import ALL, check
+from portnorm_onnx.workers import Session
 
 OPSET = 23
 """The first with an operator for RMS normalization."""
