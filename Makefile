@@ -85,7 +85,7 @@ ways-out: $(VENV)-ways/.installed
 # Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.
 $(VENV)/.runtimes: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[runtimes]"
-	@if command -v npm > /dev/null; then npm install --silent --prefix $(VENV)/web onnxruntime-web; else echo "no npm: onnxruntime-web is left out"; fi
+	@if command -v npm > /dev/null; then npm install --loglevel=error --no-audit --no-fund --prefix $(VENV)/web onnxruntime-web; else echo "no npm: onnxruntime-web is left out"; fi
 	@touch $@
 
 test-all: $(VENV)/.models $(VENV)/.runtimes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,11 +71,11 @@ def jax_export(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
 # -- torch ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def module_of(layer: pn.Layer, way: Way) -> tuple[Any, tuple[Any, ...]]:
+def module_of(layer: pn.Layer, way: Way, exact: bool = True) -> tuple[Any, tuple[Any, ...]]:
     """A module that takes and gives arrays alone, and its example."""
     import torch
 
-    inner = pn.torch_module(layer).eval()
+    inner = pn.torch_module(layer, exact=exact).eval()
 
     class Alone(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -100,10 +101,10 @@ def shapes_of(way: Way, example: tuple[Any, ...]) -> dict[str, Any]:
     return {"x": of(example[0]), **({"state": tuple(of(a) for a in example[1:])} if way.step else {})}
 
 
-def program_of(layer: pn.Layer, way: Way) -> Any:
+def program_of(layer: pn.Layer, way: Way, exact: bool = True) -> Any:
     import torch
 
-    model, example = module_of(layer, way)
+    model, example = module_of(layer, way, exact)
     return torch.export.export(model, example, dynamic_shapes=shapes_of(way, example))
 
 
@@ -138,21 +139,21 @@ def torch_trace(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
 # -- phones --------------------------------------------------------------------------------------------------------------------------------
 
 
-def executorch(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
+def executorch(layer: pn.Layer, way: Way, path: Path, exact: bool = True) -> dict[str, Any]:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    lowered = to_edge_transform_and_lower(program_of(layer, way), partitioner=[XnnpackPartitioner()])
+    lowered = to_edge_transform_and_lower(program_of(layer, way, exact), partitioner=[XnnpackPartitioner()])
     path.write_bytes(lowered.to_executorch().buffer)
     nodes = lowered.exported_program().graph.nodes
     return {"delegates": sum("executorch_call_delegate" in str(node.target) for node in nodes)}
 
 
-def litert(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
+def litert(layer: pn.Layer, way: Way, path: Path, exact: bool = True) -> dict[str, Any]:
     import litert_torch
     from ai_edge_litert.interpreter import Interpreter
 
-    model, example = module_of(layer, way)
+    model, example = module_of(layer, way, exact)
     shapes = shapes_of(way, example) if way.time or way.batch else None
     litert_torch.convert(model, example, dynamic_shapes=shapes).export(str(path))
     interpreter = Interpreter(str(path))
@@ -222,6 +223,8 @@ def onnx(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
 
 
 TORCH = ("torch",)
+PLAIN: dict[str, Any] = {"ways": ("fixed", "step", "step of one batch")}
+"""Of a module of `torch_module(layer, exact=False)`, which differs by its normalizations alone."""
 DOORS = (
     Door("jax.export", ("jax", "flatbuffers"), jax_export, "jax_export", ".jax", "jax_gradient"),
     Door("torch.export", TORCH, torch_export, "torch_export", ".pt2", "torch_export_gradient"),
@@ -237,7 +240,9 @@ DOORS = (
     ),
     Door("torch.jit.trace", TORCH, torch_trace, "torch_trace", ".pt", "torch_trace_gradient"),
     Door("ExecuTorch, XNNPACK", (*TORCH, "executorch"), executorch, "executorch", ".pte"),
+    Door("ExecuTorch, exact=False", (*TORCH, "executorch"), functools.partial(executorch, exact=False), "executorch", ".pte", **PLAIN),
     Door("litert-torch", (*TORCH, "litert-torch"), litert, "litert", ".tflite"),
+    Door("litert-torch, exact=False", (*TORCH, "litert-torch"), functools.partial(litert, exact=False), "litert", ".tflite", **PLAIN),
     Door("OpenVINO of a trace", (*TORCH, "openvino"), openvino_trace, "openvino", ".xml"),
     Door("OpenVINO of torch.export", (*TORCH, "openvino"), openvino_export, "openvino", ".xml"),
     Door("Core ML of a trace", (*TORCH, "coremltools"), core_ml_trace, "", ".none"),

@@ -14,6 +14,13 @@ Residuals = tuple[Array, Array, Array | None]
 
 
 @op
+def times_transposed(x: Array, weight: Array) -> tuple[Array, None]:
+    """x · weightᵀ for `x` (rows, inputs) and `weight` (outputs, inputs), without checks: what a library may have as one operator."""
+    xp = xp_of(x)
+    return xp.matmul(x, xp.matrix_transpose(weight)), None
+
+
+@op
 def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, Residuals]:
     """y = x · weightᵀ + bias, for `x` (…, inputs), `weight` (outputs, inputs) as torch stores it, and `bias` (outputs,).
 
@@ -30,7 +37,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, R
         require_real(xp, x=x, weight=weight)
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(f"`weight` has shape {tuple(weight.shape)}; expected (outputs, inputs) for the last axis of `x` {tuple(x.shape)}")
-    y = xp.matmul(_rows(xp, x), xp.matrix_transpose(weight))
+    y = times_transposed(_rows(xp, x), weight)
     if bias is not None:
         if tuple(bias.shape) != (weight.shape[0],):
             raise ShapeError(f"`bias` has shape {tuple(bias.shape)} but `weight` {tuple(weight.shape)} has {weight.shape[0]} outputs")

@@ -5,6 +5,7 @@ Each is made of five steps and three sequences, and is then asked for other numb
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import portnorm as pn
+from benchmarks.behind_graphs import random_numbers
 from portnorm.arrays import leaves, mapped
 from tests.cases import PRESETS, random_recurrent, random_state
 from tests.processes import output_of
@@ -317,6 +319,49 @@ TRACED = {
     "Linear": lambda: pn.Linear(4, 2, rng=0),
     "both": lambda: pn.Sequential(pn.LSTM(4, 3, rng=0), pn.LayerNorm(3)),
 }
+
+
+PLAIN = {
+    "LN-LSTM": lambda: pn.LSTM(4, 6, norm="layer", num_layers=2, rng=0),
+    "LN-LSTM, of each gate": lambda: pn.LSTM(4, 6, norm="layer-gates", rng=0),
+    "RMS-LSTM": lambda: pn.LSTM(4, 6, norm=dataclasses.replace(pn.VARIANTS["LSTM"]["layer"], norm="rms"), rng=0),
+    "LN-GRU": lambda: pn.GRU(4, 6, norm="layer", rng=0),
+    "BN-LSTM": lambda: pn.LSTM(4, 6, norm="batch", rng=0),
+    "LayerNorm": lambda: pn.LayerNorm(4),
+    "RMSNorm": lambda: pn.RMSNorm(4),
+    "GroupNorm of a map": lambda: pn.GroupNorm(3, 3),
+    "GroupNorm": lambda: pn.GroupNorm(2, 4, channel_axis=-1),
+}
+"""Layers whose normalizations torch has as operators, and two that have none: over the batch, and with channels behind."""
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", PLAIN)
+def test_normalizations_without_a_guard_are_as_right_and_have_no_branches(name: str, traced: bool) -> None:
+    import torch
+
+    layer = random_numbers(PLAIN[name]())
+    x = np.random.default_rng(0).standard_normal((5, 3, 4)).astype("float32") + 100
+    x = np.reshape(x, (5, 3, 2, 2)) if name == "GroupNorm of a map" else x
+    exact, plain = (pn.torch_module(layer, exact=exact).eval() for exact in (True, False))
+    given = (torch.as_tensor(x),)
+    made = torch.jit.trace(plain, given) if traced else torch.export.export(plain, given)
+    text = str(made.inlined_graph if traced else made.graph)
+    found = leaves((made if traced else made.module())(*given))
+    for a, b in zip(found, leaves(layer(x)), strict=True):
+        np.testing.assert_allclose(a.detach().numpy(), b, rtol=2e-4, atol=2e-4)  # a mean of 100 standard deviations
+    has = name not in ("BN-LSTM", "GroupNorm")
+    assert ("layer_norm" in text or "rms_norm" in text) == has
+    assert not (has and ("where" in text or "amax" in text))
+    largest = 1e30 * given[0]  # outside of an export nothing changes
+    for a, b in zip(leaves(plain(largest)), leaves(exact(largest)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_exact_is_true_or_false() -> None:
+    with pytest.raises(pn.UnsupportedError, match="`exact` is 'no'; expected True or False"):
+        pn.torch_module(pn.LayerNorm(4), exact="no")  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")

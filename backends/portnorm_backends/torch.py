@@ -14,7 +14,7 @@ import torch
 
 from portnorm.arrays import Array, Autodiff, Differentiable, Kernel, Library, leaves
 from portnorm.errors import UnsupportedError
-from portnorm_backends import torch_compiled, torch_loop
+from portnorm_backends import torch_compiled, torch_loop, torch_plain
 from portnorm_backends.flat import cotangents_of_call, put_together, taken_apart
 
 
@@ -119,8 +119,11 @@ LIBRARY = Library(
     "torch",
     kernels={
         "loop": Kernel(call=torch_loop.loop, accepts=torch_loop.is_followed),
+        "normalize": Kernel(call=torch_plain.call, forward=torch_plain.forward, accepts=torch_plain.accepts),
         "sigmoid": Kernel(call=torch.sigmoid, forward=_sigmoid),
         "steps_so_far": Kernel(call=_steps_so_far),
+        # One operator, which backends of phones take; of a transposed matrix and a product they take neither.
+        "times_transposed": Kernel(call=torch.nn.functional.linear, accepts=lambda x, weight: torch_plain.is_followed()),
         "steps_at": Kernel(call=_steps_at),
     },
     is_concrete=_is_concrete,

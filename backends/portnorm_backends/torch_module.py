@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from portnorm.arrays import Array, mapped, xp_of
+from portnorm.dtypes import float32_value
 from portnorm.errors import ArgumentError, DTypeError, ExportError, ShapeError, UnsupportedError
 from portnorm.layers.arguments import checked_call
 from portnorm.layers.layer import Layer
@@ -20,11 +22,13 @@ from portnorm.layers.pure import Arrays
 from portnorm.layers.randomness import Draw
 from portnorm.layers.recurrent import Recurrent, recurrent_parts
 from portnorm.layers.state import is_of_one_cell, of_layers, of_one_cell
+from portnorm.scalars import switch
+from portnorm_backends.torch_plain import Plain
 from portnorm_backends.torch_recurrent import AsInTorch, counts, packed_as, padded_as, unpacked
 from portnorm_backends.torch_refusals import packing
 
 
-def torch_module(layer: Layer) -> TorchModule:
+def torch_module(layer: Layer, *, exact: bool = True) -> TorchModule:
     """`layer` as a `torch.nn.Module`, called as the layer is: `y = m(x)`, or `y, state = m(x, state=None, lengths=None)`.
 
     A recurrent layer takes a `PackedSequence` too, and then gives one, with states in the order in which the sequences were before they
@@ -50,6 +54,10 @@ def torch_module(layer: Layer) -> TorchModule:
     refuse another number. A package of AOTInductor does not look unless `AOTI_RUNTIME_CHECK_INPUTS=1` is set where it runs: of such a
     program it gives the steps of the example for any input, without an error.
 
+    With `exact=False` a program or a trace has torch's own `layer_norm` or `rms_norm` for each normalization along the last axes, in
+    float32, which backends of phones take in fewer pieces. What is lost are rows of which the squares leave the range of float32,
+    magnitudes above 1e16 or so. Calls outside of an export stay as they are.
+
     Raises `UnsupportedError` for what is no layer; a call raises what the layer raises.
 
     >>> import portnorm as pn
@@ -58,7 +66,7 @@ def torch_module(layer: Layer) -> TorchModule:
     >>> y.shape, y.requires_grad
     (torch.Size([7, 2, 4]), True)
     """
-    return RecurrentModule(layer) if isinstance(layer, Recurrent) else TorchModule(layer)
+    return RecurrentModule(layer, exact) if isinstance(layer, Recurrent) else TorchModule(layer, exact)
 
 
 class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked into
@@ -67,8 +75,9 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
     recorder: Callable[..., Any] | None = None
     """What takes the calls while the model around is exported: `recorder(module, x, state, lengths, mask)`."""
 
-    def __init__(self, layer: Layer):
+    def __init__(self, layer: Layer, exact: bool = True):
         super().__init__()
+        self._exact = switch("exact", exact)
         if not isinstance(layer, Layer):
             raise UnsupportedError(f"`layer` is a {type(layer).__name__}; expected a layer of portnorm")
         kept = layer.to(xp="torch")
@@ -83,7 +92,10 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         self._layer, self._dtype = kept, kept.dtype
         for array in (*self.parameters(), *self.buffers(), torch.empty(0)):
             xp_of(array)  # known from now on: torch.compile cannot follow how a type is looked up for the first time
-        for part in recurrent_parts(kept):  # and torch.export warns where names are
+        for part in kept.layers():  # and torch.export warns where something is remembered
+            eps = part.variant.eps if isinstance(part, Recurrent) else getattr(part, "eps", None)
+            float32_value(torch.finfo(torch.float32).eps if eps is None else eps)
+        for part in recurrent_parts(kept):
             for suffix, _, _ in part._places():
                 without_suffix(part.params | part.buffers, suffix)
 
@@ -164,7 +176,8 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         copied = self.training or (torch.is_grad_enabled() and not torch.jit.is_tracing())
         before = {name: a.clone() for name, a in buffers.items()} if copied else buffers
         drawn = self._drawn(x, kept, packed) if self.training and self._layer.drops else None
-        y, state, new = self._layer.apply(params, before, x, state, lengths, self.training, rng=drawn)
+        with contextlib.nullcontext() if self._exact else Plain():
+            y, state, new = self._layer.apply(params, before, x, state, lengths, self.training, rng=drawn)
         if self.training:
             with torch.no_grad():
                 for name, buffer in buffers.items():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from portnorm.affine import times_transposed
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.slots import Slot, Slots
 from portnorm.cells.variants import Variant
@@ -192,7 +193,7 @@ class RecurrentCell:
     def product(self, params: Mapping[str, Array], h: Array, weight: Array) -> Array:
         """h · weightᵀ, of integers where the cell is to `quantize`; `h` may be what gates make of it."""
         if self.quantize is None:
-            return xp_of(h).matmul(h, xp_of(h).matrix_transpose(weight))
+            return times_transposed(h, weight)
         return integer_product(h, weight, bound=self._bound(params), block=SCHEMES[self.quantize].inputs.block)
 
     def factor(self, params: Mapping[str, Array], h: Array) -> Array:
