@@ -22,14 +22,14 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.quantized import quantized, with_rounded_weights
 from portnorm.layers.recurrent import recurrent_parts
 from portnorm.quantization import QuantizeName
-from portnorm_onnx.build import Names, build, put_inside
+from portnorm_onnx.build import Names, build, keep_apart, put_inside
 from portnorm_onnx.inputs import random_inputs
 from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.metadata import described, on_numpy, rounded
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report, change_of
 from portnorm_onnx.runtimes import loads_opset
-from portnorm_onnx.signature import batch_axis, checked_dims, first_states, mask_dims, named_state, state_inputs
+from portnorm_onnx.signature import batch_axis, checked_dims, first_states, mask_dims, named_state, repeated_output, state_inputs
 from portnorm_onnx.storage import WIDE, Draft, as_function, file_size, is_large, size_of
 from portnorm_onnx.symbolic import constant, graph_input
 from portnorm_onnx.targets import TARGETS, Target, TargetName, check_dtype, check_integers, check_types, checker, target_of
@@ -72,7 +72,7 @@ def export(
     `lengths` and no `mask`.
 
     `target` names who will run the graph: "portable" (all of them), "onnxruntime", "openvino", "tract", "web" or "tensorrt"; any opset from
-    18 to 26 (18 unless stated, for onnxruntime 23), and up to 28 where the target and the installed onnxruntime read it. `dtype` converts
+    17 to 26 (18 unless stated, for onnxruntime 23), and up to 28 where the target and the installed onnxruntime read it. `dtype` converts
     first: float16, bfloat16, float32 or float64. `fold` writes batch normalization with fixed statistics into weights and tables, and plain
     cells as the operators LSTM, GRU and RNN; `fold=False` keeps each visible. `accurate=True` centres before operators that cancel where
     |mean| ≫ std, and leaves cells and statistics unfolded; in float16 it writes float32 around normalizations and products, which some
@@ -159,7 +159,7 @@ def export(
             del whole
         if function:
             draft.proto = as_function(draft.proto, prefix or type(model).__name__)
-        elif not external:
+        else:
             put_inside(draft.proto)
         runtime = checker(draft.proto, kind)
         report = check(draft, model, runtimes=(runtime,), cases=cases)
@@ -219,6 +219,8 @@ def checked_path(path: str | os.PathLike[str] | None) -> None:
 def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     """The ONNX model of a layer on NumPy, not checked yet."""
     proto, names = _traced(model, shape)
+    if shape.gives is None:  # else it becomes a part of a graph
+        keep_apart(proto.graph, shape.names.prefix)
     if size_of(proto) > WIDE:
         gc.collect()  # symbolic arrays and nodes know each other, and hold what is in the model now
     if shape.metadata:
@@ -258,6 +260,8 @@ def _traced(model: Layer, shape: Shape) -> tuple[onnx.ModelProto, dict[str, str]
         outputs |= named_state(model, after, "_n")
     if shape.gives is not None:
         outputs = {name: outputs[name] for name in shape.gives}
+    elif not shape.target.repeats:
+        outputs.pop(repeated_output(model, streaming=shape.streaming) or "", None)
     proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names, captures=shape.target.captures)
     check_types(proto, shape.target, shape.dtype)
     return proto, {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}

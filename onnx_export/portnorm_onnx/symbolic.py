@@ -259,6 +259,14 @@ def nodes(
     return made.outputs
 
 
+def reduction(op_type: str, x: SymbolicArray, axes: tuple[int, ...], *, keepdims: int = 0) -> SymbolicArray:
+    """A node that takes axes away, or leaves a length of 1. They became an input at opset 18, those of a sum before."""
+    opset = opset_of(x)
+    if opset is not None and opset.version < 18 and op_type != "ReduceSum":
+        return node(op_type, x, axes=axes, keepdims=keepdims)
+    return node(op_type, x, constant(numpy.array(axes, dtype=numpy.int64)), keepdims=keepdims)
+
+
 def foreign_node(domain: str, op_type: str, *inputs: SymbolicArray, like: SymbolicArray, features: int, **attributes: Any) -> SymbolicArray:
     """A node of an operator that is not ONNX's own, whose output has the shape and type of `like` but for the last length."""
     made = Node(op_type, inputs, attributes, domain=domain)
