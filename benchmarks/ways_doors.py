@@ -30,6 +30,10 @@ class Door:
     """Of the environment where it is run."""
     ways: tuple[str, ...] = ()
     """Those alone, if any; the others are those of the door above."""
+    environment: str = ""
+    """Where it is run, beside the one where it is made, and what `packages` are in: `.venv-ways-training` of "training"."""
+    updates: bool = False
+    """Whether training gives parameters after an update, not gradients."""
 
 
 # -- JAX -----------------------------------------------------------------------------------------------------------------------------------
@@ -221,6 +225,12 @@ def onnx(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
     return {}
 
 
+def onnx_trainable(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
+    """onnxruntime-training has operators up to opset 21."""
+    pn.export(layer, path, trainable=True, input_shape=("time", "batch", INPUTS), lengths=False)
+    return {}
+
+
 TORCH = ("torch",)
 DOORS = (
     Door("jax.export", ("jax", "flatbuffers"), jax_export, "jax_export", ".jax", "jax_gradient"),
@@ -242,6 +252,17 @@ DOORS = (
     Door("OpenVINO of torch.export", (*TORCH, "openvino"), openvino_export, "openvino", ".xml"),
     Door("Core ML of a trace", (*TORCH, "coremltools"), core_ml_trace, "", ".none"),
     Door("Core ML of torch.export", (*TORCH, "coremltools"), core_ml_export, "", ".none"),
-    Door("ONNX", ("onnx", "onnxruntime"), onnx, "onnxruntime", ".onnx", "onnxruntime_update"),
+    Door("ONNX", ("onnx", "onnxruntime"), onnx, "onnxruntime", ".onnx", "onnxruntime_update", updates=True),
+    Door(
+        "onnxruntime-training",
+        ("onnxruntime-training-cpu",),
+        onnx_trainable,
+        "onnxruntime_training_step",
+        ".onnx",
+        "onnxruntime_training_step",
+        ways=("training",),
+        environment="training",
+        updates=True,
+    ),
 )
 """In the order of the table."""

@@ -142,7 +142,9 @@ def _linear(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None 
     if whole is not None:
         return whole
     y = _matmul(x, NAMESPACE.matrix_transpose(weight))
-    return y if bias is None else node("Add", y, bias)
+    y = y if bias is None else node("Add", y, bias)
+    y.linear_of = (x, weight, bias) if y.opset is not None and y.opset.trainable else None
+    return y
 
 
 def _matmul(x: Any, y: Any) -> SymbolicArray:
@@ -346,9 +348,9 @@ OPSETS: dict[int, dict[str, Row]] = {version: _OPSET_17 if version < 23 else _OP
 take their present form at the second."""
 
 
-def opset(version: int, target: Target, *, fold: bool, final_state: bool, accurate: bool, unroll: bool) -> Opset:
+def opset(version: int, target: Target, **asked: bool) -> Opset:
     """The operator set of a version for a target, with its rows."""
-    return Opset(version, OPSETS[version], target, fold, final_state, accurate, unroll)
+    return Opset(version, OPSETS[version], target, **asked)
 
 
 def training_opset(version: int) -> Opset:

@@ -38,6 +38,8 @@ class Opset:
     """Whether input with |mean| ≫ std is centred before an operator that cancels."""
     unroll: bool = False
     """Whether every step of a loop is written out."""
+    trainable: bool = False
+    """Whether parameters are inputs of the nodes as they are, and operators give out what their gradients take."""
 
 
 @dataclass(eq=False)
@@ -129,6 +131,8 @@ class SymbolicArray:
     serial: int = field(default_factory=lambda: next(_serial))
     affine: Any = None
     """The product that it is, where that is known (`fold.py`)."""
+    linear_of: Any = None
+    """(x, weight, bias) where it is that linear map of parameters that are trained."""
     rows_of: Any = None
     """(table, rows) where it is rows of a constant table."""
     shaped_as: SymbolicArray | None = None

@@ -25,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--streaming", action="store_true", help="one step with explicit states instead of a sequence")
     parser.add_argument("--unroll", action="store_true", help="write every step of a loop out (needs --shape with their number)")
+    parser.add_argument("--trainable", action="store_true", help="write what onnxruntime-training differentiates (no loops)")
     parser.add_argument(
         "--shape",
         type=_shape,
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         fold=not options.no_fold,
         accurate=options.accurate,
         unroll=options.unroll,
+        trainable=options.trainable,
         input_shape=_input_shape(model, options.shape, options.streaming),
         lengths=not options.no_lengths,
         mask=options.mask,
