@@ -197,6 +197,8 @@ def _has_steps(x: SymbolicArray) -> SymbolicArray | None:
 def _is_zero(state: SymbolicArray) -> bool:
     """Whether a state is the one that the operator starts from by itself."""
     made = state.producer
+    if state.constant is not None:
+        return not state.constant.any()
     if made is None or made.op_type != "ConstantOfShape":
         return False
     return not numpy_helper.to_array(made.attributes["value"]).any()
