@@ -348,9 +348,9 @@ OPSETS: dict[int, dict[str, Row]] = {version: _OPSET_17 if version < 23 else _OP
 take their present form at the second."""
 
 
-def opset(version: int, target: Target, **asked: bool) -> Opset:
+def opset(version: int, target: Target, *, fold: bool, final_state: bool, accurate: bool, unroll: bool, trainable: bool) -> Opset:
     """The operator set of a version for a target, with its rows."""
-    return Opset(version, OPSETS[version], target, **asked)
+    return Opset(version, OPSETS[version], target, fold, final_state, accurate, unroll, trainable)
 
 
 def training_opset(version: int) -> Opset:

@@ -38,10 +38,10 @@ class Opset:
     """Whether input with |mean| ≫ std is centred before an operator that cancels."""
     unroll: bool = False
     """Whether every step of a loop is written out."""
-    written: list[int] = field(default_factory=list, repr=False)
-    """How many nodes each of the loops so far is when it is written out."""
     trainable: bool = False
     """Whether parameters are inputs of the nodes as they are, and operators give out what their gradients take."""
+    written: list[int] = field(default_factory=list, repr=False)
+    """How many nodes each of the loops so far is when it is written out."""
 
 
 @dataclass(eq=False)
