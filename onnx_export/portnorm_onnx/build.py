@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -48,13 +49,21 @@ def build(
     opsets += [helper.make_opsetid(domain, 1) for domain in sorted(graph.domains)]
     model = helper.make_model(proto, opset_imports=opsets, producer_name="portnorm", ir_version=least)
     weights = {**graph.initializers, **(defaults or {})}
+    for a in graph.names:
+        a.constant = None  # so that each is there once more at most, while it is put into the model
     del graph
+    if sum(a.nbytes for a in weights.values()) > _WIDE:
+        gc.collect()  # symbolic arrays and nodes know each other
     while weights:
         label = next(iter(weights))
         _put(model.graph.initializer.add(), label, weights.pop(label))
     keep_transposed(model)
     copy_shared(model.graph)
     return model
+
+
+_WIDE = 2**24
+"""Bytes of weights from which on memory is looked after."""
 
 
 def keep_transposed(proto: onnx.ModelProto) -> None:
