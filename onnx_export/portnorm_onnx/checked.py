@@ -52,9 +52,10 @@ class Graph:
     """Whether the steps before cannot be given, since a tool has folded their count away."""
 
     @classmethod
-    def of(cls, draft: Draft, model: Layer, tolerance: float | None = None) -> Graph:
+    def of(cls, draft: Draft, model: Layer, tolerance: float | None = None, *, as_is: bool = False) -> Graph:
+        """Of a model that is not `as_is`, weights are rounded as the file says."""
         facts = graph_facts(draft.proto)
-        if facts["quantize"] is not None:
+        if facts["quantize"] is not None and not as_is:
             model = with_rounded_weights(_as_recorded(model, facts["quantize"]))
         there = {v.name for v in (*draft.proto.graph.input, *draft.proto.graph.output)}
         if not (facts["described"] and {facts["names"].get(name, name) for name in ("x", "y")} <= there):

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy
 import onnx
 
-from portnorm.arrays import DType, mapped, to_numpy
+from portnorm.arrays import DType, library, mapped, to_numpy
 from portnorm.dtypes import dtype_name
 from portnorm.errors import ExportError, UnsupportedError
 from portnorm.layers.layer import Layer
@@ -128,18 +128,23 @@ def export(
         raise UnsupportedError("`mask` is for sequences; a streaming graph is one step, which is left out by not taking it")
     if streaming and (not model.recurrent or any(part.goes_back for part in recurrent_parts(model))):
         raise UnsupportedError("`streaming` needs a recurrent model that goes forward only; a reverse direction starts at the end")
-    model = model if quantize is None else quantized(model, quantize)
+    plain, model = model, model if quantize is None else quantized(model, quantize)
     kind = _dtype_of(model, dtype, row)
     model = rounded(on_numpy(model, "float32" if kind == "bfloat16" else kind), kind)
-    exact = model
     if model.quantizes is not None:
         check_integers(row, kind, model.quantizes)
-        model = with_rounded_weights(model)
     if trainable:
         check_trainable(model, version, kind, function=function)
     named = Names(prefix, dict(names or {}))
     cases = None if inputs is None else [_on_numpy(item) if isinstance(item, tuple) else (_on_numpy(item), None) for item in inputs]
     dims = checked_dims(model, input_shape, streaming=streaming, like=cases[0][0] if cases else None)
+    change = None
+    if model.quantizes is not None:
+        model = with_rounded_weights(model)
+        plain = rounded(on_numpy(plain, kind), kind)
+        change = change_of(plain, model, cases if cases is not None else random_inputs(model, dims, None))
+        library(next(iter(model.params.values()))).release()
+    del plain
     shape = Shape(
         version,
         row,
@@ -175,13 +180,11 @@ def export(
         else:
             put_inside(draft.proto)
         runtime = checker(draft.proto, kind)
-        report = check(draft, model, runtimes=(runtime,), cases=cases)
+        report = check(draft, model, runtimes=(runtime,), cases=cases, as_is=True)
         if streaming:
             report.trajectories += streaming_trajectory(draft, sequence, model, runtime)
-        if model.quantizes is not None:
-            report.change = change_of(exact, cases if cases is not None else random_inputs(model, dims, None))
         draft.publish()
-    return dataclasses.replace(report, left=draft.left, model=draft.proto, size=file_size(draft.proto), seconds=seconds)
+    return dataclasses.replace(report, left=draft.left, model=draft.proto, size=file_size(draft.proto), seconds=seconds, change=change)
 
 
 def _on_numpy(given: Any) -> Any:

@@ -71,7 +71,8 @@ fake_quantize.accepts = lambda x, **attrs: numpy.dtype(x.dtype) == numpy.float32
 
 def of_constant(x: SymbolicArray, **attrs: Any) -> SymbolicArray:
     """A weight as integers can say it, under its name."""
-    found = constant(OPS["fake_quantize"].definition(x.constant, **attrs)[0], x.name)
+    assert x.constant is not None
+    found = constant(OPS["fake_quantize"](x.constant[...], **attrs), x.name)
     found.integers = attrs
     return found
 
