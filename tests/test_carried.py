@@ -16,6 +16,7 @@ from onnx import compose, helper, utils
 import portnorm as pn
 from portnorm.__main__ import main
 from portnorm.checkpoint.onnx_constants import graphs
+from portnorm_onnx.runtimes import RUNTIMES
 from portnorm_onnx.targets import TARGETS
 from tests.cases import HEAVY_PRESETS, random_recurrent
 
@@ -72,6 +73,20 @@ def test_one_number_is_a_number(form: str, steps: Any, batch: Any, rng: np.rando
         model = exported("GRU", norm, form, rng, steps, batch).model
         found = {d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim} - {""}
         assert found == {d for d in (steps, batch) if isinstance(d, str)} - ({"time"} if "one step" in form else set())
+
+
+@pytest.mark.parametrize(
+    "runtime", [pytest.param(n, marks=pytest.mark.runtime(n)) for n in RUNTIMES if n not in ("onnxruntime", "reference", "openvino-default")]
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_other_runtimes_run_them(form: str, runtime: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """The numbers of a graph's steps are constants then; the gate has no count to set."""
+    options, keywords = FORMS[form]
+    for cell, norm in (("LSTM", None), ("LSTM", "layer"), ("GRU", "batch")):
+        layer, path = random_recurrent(cell, norm, rng, INPUTS, 4, **options).to(dtype="float32"), tmp_path / "m.onnx"
+        for opset in (17, 18):
+            pn.export(layer, path, input_shape=shape_of(layer, keywords, STEPS, BATCH), opset=opset, **keywords)
+            assert pn.verify(path, layer, runtimes=[runtime]).outcomes[0].status == "passed"
 
 
 @pytest.mark.parametrize("text", ["batch=2", "2,3"])
