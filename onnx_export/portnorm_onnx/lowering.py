@@ -112,6 +112,8 @@ def _getitem(x: SymbolicArray, key: Any) -> SymbolicArray:
 
 def _flip(x: SymbolicArray, axis: int) -> SymbolicArray:
     length = x.shape[axis]
+    if length == 1:
+        return x
     if isinstance(length, Dim) and x.opset is not None and not x.opset.target.backward_slices:
         steps = NAMESPACE.arange(length)
         return node("Gather", x, (length - 1) - steps, axis=axis)
