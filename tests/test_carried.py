@@ -76,7 +76,8 @@ def test_one_number_is_a_number(form: str, steps: Any, batch: Any, rng: np.rando
 
 
 @pytest.mark.parametrize(
-    "runtime", [pytest.param(n, marks=pytest.mark.runtime(n)) for n in RUNTIMES if n not in ("onnxruntime", "reference", "openvino-default")]
+    "runtime",
+    [pytest.param(n, marks=pytest.mark.runtime(n)) for n in RUNTIMES if n not in ("onnxruntime", "reference", "openvino-default")],
 )
 @pytest.mark.parametrize("form", FORMS)
 def test_other_runtimes_run_them(form: str, runtime: str, tmp_path: Path, rng: np.random.Generator) -> None:
