@@ -79,7 +79,14 @@ $(VENV)-ways/.installed: pyproject.toml
 		$(VENV)-ways/bin/python -m pip install --quiet --disable-pip-version-check $$door torch==2.13.0 || echo "$$door is left out"; done
 	@touch $@
 
-ways-out: $(VENV)-ways/.installed
+# The gradients of onnxruntime are a package that takes the place of onnxruntime.
+$(VENV)-ways-training/.installed: pyproject.toml
+	@test -x $(VENV)-ways-training/bin/python || $(PYTHON) -m venv $(VENV)-ways-training
+	@$(VENV)-ways-training/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-training-cpu onnx torch==2.13.0 \
+		|| echo "onnxruntime-training is left out"
+	@touch $@
+
+ways-out: $(VENV)-ways/.installed $(VENV)-ways-training/.installed
 	PYTHONPATH=.:backends:onnx_export $(VENV)-ways/bin/python -m benchmarks.ways_out
 
 # Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.
@@ -122,4 +129,4 @@ readme: $(VENV)/.test
 	$(BIN)/python -m benchmarks.readme
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools $(VENV)-ways $(ACCURACY:%=$(VENV)-accuracy-%) out dist build
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools $(VENV)-ways $(VENV)-ways-training $(ACCURACY:%=$(VENV)-accuracy-%) out dist build

@@ -31,6 +31,10 @@ class Door:
     """Of the environment where it is run."""
     ways: tuple[str, ...] = ()
     """Those alone, if any; the others are those of the door above."""
+    environment: str = ""
+    """Where it is run, beside the one where it is made, and what `packages` are in: `.venv-ways-training` of "training"."""
+    updates: bool = False
+    """Whether training gives parameters after an update, not gradients."""
 
 
 # -- JAX -----------------------------------------------------------------------------------------------------------------------------------
@@ -222,6 +226,12 @@ def onnx(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
     return {}
 
 
+def onnx_trainable(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
+    """onnxruntime-training has operators up to opset 21."""
+    pn.export(layer, path, trainable=True, input_shape=("time", "batch", INPUTS), lengths=False)
+    return {}
+
+
 TORCH = ("torch",)
 PLAIN: dict[str, Any] = {"ways": ("fixed", "step", "step of one batch")}
 """Of a module of `torch_module(layer, exact=False)`, which differs by its normalizations alone."""
@@ -247,6 +257,17 @@ DOORS = (
     Door("OpenVINO of torch.export", (*TORCH, "openvino"), openvino_export, "openvino", ".xml"),
     Door("Core ML of a trace", (*TORCH, "coremltools"), core_ml_trace, "", ".none"),
     Door("Core ML of torch.export", (*TORCH, "coremltools"), core_ml_export, "", ".none"),
-    Door("ONNX", ("onnx", "onnxruntime"), onnx, "onnxruntime", ".onnx", "onnxruntime_update"),
+    Door("ONNX", ("onnx", "onnxruntime"), onnx, "onnxruntime", ".onnx", "onnxruntime_update", updates=True),
+    Door(
+        "onnxruntime-training",
+        ("onnxruntime-training-cpu",),
+        onnx_trainable,
+        "onnxruntime_training_step",
+        ".onnx",
+        "onnxruntime_training_step",
+        ways=("training",),
+        environment="training",
+        updates=True,
+    ),
 )
 """In the order of the table."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -142,6 +143,38 @@ def onnxruntime_update(path: str) -> Run:
     return lambda inputs: list(session.run(names, dict(zip(("x", "target"), inputs, strict=True))))
 
 
+def onnxruntime_training_step(path: str) -> Run:
+    """What one step of gradient descent with rate 1 makes of the parameters, in the order of their names."""
+    import onnx
+    from onnxruntime.training import artifacts
+    from onnxruntime.training.api import CheckpointState, Module, Optimizer
+
+    def run(inputs: list[Any]) -> list[Any]:
+        model = onnx.load(path)
+        names = sorted(t.name for t in model.graph.initializer if not t.name.startswith("constant_"))
+        with tempfile.TemporaryDirectory() as folder:
+            artifacts.generate_artifacts(
+                model, names, loss=artifacts.LossType.MSELoss, optimizer=artifacts.OptimType.SGD, artifact_directory=folder
+            )
+            written = onnx.load(f"{folder}/optimizer_model.onnx")
+            written.ir_version = model.ir_version  # that of the installed onnx is later than what it reads
+            onnx.save(written, f"{folder}/optimizer_model.onnx")
+            state = CheckpointState.load_checkpoint(f"{folder}/checkpoint")
+            module = Module(f"{folder}/training_model.onnx", state, f"{folder}/eval_model.onnx")
+            optimizer = Optimizer(f"{folder}/optimizer_model.onnx", module)
+            optimizer.set_learning_rate(1.0)
+            module.train()
+            module(*inputs)
+            optimizer.step()
+            return [np.array(state.parameters[name].data).reshape(shape_of(model, name)) for name in names]
+
+    return run
+
+
+def shape_of(model: Any, name: str) -> list[int]:
+    return next(list(t.dims) for t in model.graph.initializer if t.name == name)
+
+
 LOADERS = {
     f.__name__: f
     for f in (
@@ -157,6 +190,7 @@ LOADERS = {
         openvino,
         onnxruntime,
         onnxruntime_update,
+        onnxruntime_training_step,
     )
 }
 

@@ -49,15 +49,15 @@ EVERY = (*WAYS, TRAINING)
 class Process:
     """A process that answers each line with a line; started again where it has ended."""
 
-    def __init__(self, *command: str, **settings: str):
-        self.command, self.settings = command, settings
+    def __init__(self, *command: str, python: str = sys.executable, **settings: str):
+        self.command, self.settings = (python, *command), settings
         self.running: subprocess.Popen[bytes] | None = None
 
     def ask(self, question: list[Any]) -> tuple[str, Any]:
         """A word where there is no answer, and the answer."""
         if self.running is None:
             self.running = subprocess.Popen(
-                [sys.executable, *self.command],
+                self.command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -127,7 +127,7 @@ def at_size(door: Door, kind: str, way: Way, size: tuple[int, int], path: Path, 
         if door.name == "ONNX" and len(layer.input_dims()) == 2:  # a norm of rows, as its training step takes it
             inputs[0] = inputs[0].reshape(-1, INPUTS)
         x, y = inputs[0], expected_of(layer, way, inputs)[0]
-        wanted = update_of(layer, x, cotangent_of(y)) if door.name == "ONNX" else gradients_of(layer, x)
+        wanted = update_of(layer, x, cotangent_of(y)) if door.updates else gradients_of(layer, x)
         inputs += [cotangent_of(y), *([layer.params[n] for n in wanted] if door.name == "jax.export" else [])]
         expected = list(wanted.values())
     else:
@@ -163,10 +163,25 @@ def judged(way: Way, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"word": "right", "said": "", "difference": difference, "cuts": bool(cut)}
 
 
+def python_of(door: Door) -> str:
+    return str(Path(f"{sys.prefix}-{door.environment}", "bin", "python")) if door.environment else sys.executable
+
+
+def version_of(door: Door, package: str) -> str:
+    """That of a package where the door is run; nothing where it is not installed."""
+    if not door.environment:
+        return version(package)
+    asked = f"import importlib.metadata as m; print(m.version({package!r}))"
+    try:
+        return subprocess.run([python_of(door), "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
 def rows_of(door: Door, kinds: list[str], folder: Path) -> list[dict[str, Any]]:
     making = Process("-m", "benchmarks.ways_out", "makes", door.name)
-    runs = Process(str(Path(__file__).with_name("ways_load.py")), **door.settings)
-    missing, found = [p for p in door.packages if not version(p)], []
+    runs = Process(str(Path(__file__).with_name("ways_load.py")), python=python_of(door), **door.settings)
+    missing, found = [p for p in door.packages if not version_of(door, p)], []
     for kind in kinds:
         for way in [w for w in EVERY if not door.ways or w.name in door.ways]:
             row: dict[str, Any] = {"door": door.name, "kind": kind, "way": way.name}
@@ -204,11 +219,8 @@ def main(names: list[str]) -> None:
             found += rows_of(door, list(KINDS), Path(folder))
     order = [d.name for d in DOORS]
     found.sort(key=lambda r: order.index(r["door"]))
-    packages = sorted({p for d in DOORS for p in d.packages})
-    RESULTS.write_text(
-        json.dumps({"about": machine() | {"packages": {p: version(p) for p in packages}}, "rows": found}, indent=1, ensure_ascii=False)
-        + "\n"
-    )
+    packages = dict(sorted({p: version_of(d, p) for d in DOORS for p in d.packages}.items()))
+    RESULTS.write_text(json.dumps({"about": machine() | {"packages": packages}, "rows": found}, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -126,9 +126,10 @@ class Direction:
         this call (batch normalization only). `hidden_mask` (batch, outputs) is what every step multiplies h with before its matrix product;
         `moves` (time, batch, outputs), in the order of the steps, is False where zoneout leaves h as it was.
         """
-        params, weights = _normalized_weights(params)
         cell = self.cells[training if moves is None else 2]
         by_batch = cell.variant.norm == "batch"
+        whole = keep or (by_batch and training) or moves is not None
+        params, weights = _normalized_weights(params, whole)
         mask = sequence_mask(x, lengths) if lengths is not None and (keep or (by_batch and training)) else None
         if self.reverse:
             x = reverse_sequences(x, lengths)
@@ -138,7 +139,7 @@ class Direction:
             x = fake_quantize(x, **scheme.inputs.arguments) if keep else x
         residuals = None
         masked = {} if hidden_mask is None else {"hidden_mask": hidden_mask}
-        if keep or (by_batch and training) or moves is not None:
+        if whole:
             drawn = {} if moves is None else {"zoneout": moves}
             y, state, buffers, residuals = self._run(
                 params, buffers, x, state, time, lengths, mask, training, keep, momentum, cell, masked, drawn
@@ -350,12 +351,16 @@ def _rows(parameter: Array, t_max: int) -> Array:
     return parameter if parameter.ndim == 2 else xp.broadcast_to(parameter[None, :], (t_max, parameter.shape[0]))
 
 
-def _normalized_weights(params: Params) -> tuple[Params, dict[str, Any]]:
-    """Parameters with the matrix beside its direction `.v` and lengths `.g` where it is given by them, and the residuals of each."""
+def _normalized_weights(params: Params, keep: bool) -> tuple[Params, dict[str, Any]]:
+    """Parameters with the matrix beside its direction `.v` and lengths `.g` where it is given by them, and to `keep` the residuals of each,
+    which are as large.
+    """
     found, residuals = dict(params), {}
     for name in ("weight_ih", "weight_hh"):
         if f"{name}.v" in params:
             found[name], residuals[name] = weight_norm.forward(params[f"{name}.v"], params[f"{name}.g"])
+            if not keep:
+                del residuals[name]
     return found, residuals
 
 

@@ -304,9 +304,9 @@ def test_an_interrupted_write_leaves_what_was_there(error: Any, seen: Any, tmp_p
     assert path.read_bytes() == b"before"
 
 
-@pytest.mark.parametrize("opset", [-1, 0, 17, 29, "18", True])
+@pytest.mark.parametrize("opset", [-1, 0, 16, 29, "18", True])
 def test_unknown_opset(opset: Any) -> None:
-    with pytest.raises(pn.UnsupportedError, match=r"`opset` is .*expected a number from 18 to 26 for target 'portable'$"):
+    with pytest.raises(pn.UnsupportedError, match=r"`opset` is .*expected a number from 17 to 26 for target 'portable'$"):
         pn.export(lstm(None), None, opset=opset)
 
 
@@ -327,7 +327,7 @@ def test_the_newest_opsets_where_they_are_read(norm: str | None, target: Any, op
 @pytest.mark.parametrize("target", ["portable", "web", "tensorrt"])
 def test_the_newest_opsets_where_they_are_not_read(target: Any, opset: int, monkeypatch: pytest.MonkeyPatch) -> None:
     last = 22 if target == "tensorrt" else 26
-    with pytest.raises(pn.UnsupportedError, match=rf"`opset` is {opset}; expected .* 18 to {last} for .*target='onnxruntime' or"):
+    with pytest.raises(pn.UnsupportedError, match=rf"`opset` is {opset}; expected .* 17 to {last} for .*target='onnxruntime' or"):
         pn.export(lstm(None), None, opset=opset, target=target)
     monkeypatch.setattr(export_module, "loads_opset", lambda version: False)
     with pytest.raises(pn.UnsupportedError, match=rf"`opset` is {opset}, which the installed onnxruntime does not load; expected .* 26"):

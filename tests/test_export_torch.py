@@ -158,7 +158,7 @@ def test_the_graph_says_what_it_is_and_not_where_it_was_made() -> None:
 
 
 def test_a_layer_that_is_called_twice_and_its_states(tmp_path: Path) -> None:
-    """Weights of one layer are there once; states go from one call to the next, in and out of the graph."""
+    """Each loop has weights of its own, under the layer's name; states go from one call to the next, in and out of the graph."""
     import torch
 
     class Model(torch.nn.Module):
@@ -179,9 +179,11 @@ def test_a_layer_that_is_called_twice_and_its_states(tmp_path: Path) -> None:
     report = pn.export_torch(model, (torch.randn(5, 3, 4), (zeros, zeros)), tmp_path / "m.onnx", dynamic_shapes=free)
     kinds = [n.op_type for n in report.model.graph.node]
     assert kinds.count("Scan") == 3
-    names = [t.name for t in report.model.graph.initializer]
-    assert names.count("rnn.weight_hh_l0.T") == 1
+    names = [t.name for graph in graphs(report.model.graph) for t in graph.initializer]
+    assert [n for n in names if "weight_hh" in n] == ["rnn.weight_hh_l0.T", "rnn.weight_hh_l0.T_inside_1", "other.weight_hh_l0.T"]
     assert not any("weight" in name and "call_" in name for name in names)
+    onnx.checker.check_model(onnx.compose.add_prefix(report.model, "pre_"), full_check=True)
+    assert pn.load(tmp_path / "m.onnx", prefix="rnn").state_dict().keys() == model.rnn.to_layer().state_dict().keys()
     x, h, c = torch.randn(9, 2, 4), torch.randn(1, 2, 4), torch.randn(1, 2, 4)
     with torch.no_grad():
         y, state = model(x, (h, c))

@@ -255,7 +255,7 @@ def test_a_type_that_a_target_lacks(dtype: str, target: str, message: str) -> No
 def test_unknown_target_and_opset_of_a_target() -> None:
     with pytest.raises(pn.UnsupportedError, match="`target` is 'toaster'; expected one of portable"):
         pn.export(lstm(None), None, target="toaster")
-    with pytest.raises(pn.UnsupportedError, match="`opset` is 26; expected a number from 18 to 22"):
+    with pytest.raises(pn.UnsupportedError, match="`opset` is 26; expected a number from 17 to 22"):
         pn.export(lstm(None), None, target="tensorrt", opset=26)
 
 

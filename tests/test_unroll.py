@@ -84,10 +84,14 @@ def test_what_cannot_be_written_out_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(pn.UnsupportedError, match="`unroll` is for sequences"):
         pn.export(layer, None, unroll=True, streaming=True)
     assert unrolled(layer, lengths=False).nodes < 100
-    monkeypatch.setattr(scan, "NODES", 80)
-    message = r"`unroll` would write 8\d nodes for 5 steps; expected at most 80: give fewer steps by `input_shape`.*`streaming=True`"
+    monkeypatch.setattr(scan, "NODES", 70)
+    message = r"`unroll` would write 7\d nodes for 5 steps; expected at most 70: give fewer steps by `input_shape`.*`streaming=True`"
     with pytest.raises(pn.UnsupportedError, match=message):
         unrolled(layer, lengths=False)
+    monkeypatch.setattr(scan, "NODES", 140)  # of one loop twice as many as it has, of two of them too few
+    for keywords in ({"num_layers": 2}, {"bidirectional": True}):
+        with pytest.raises(pn.UnsupportedError, match=r"`unroll` would write 1\d\d nodes for 5 steps; expected at most 140"):
+            unrolled(pn.LSTM(3, 4, norm="layer", rng=0, **keywords), lengths=False)
 
 
 SHAPES = {

@@ -37,16 +37,25 @@ for keywords in {ways!r}:
     print(f"{{most / weights:.3f}} {{seconds:.3f}} {{len(reports[0].trajectories)}}")
 """
 WAYS: list[dict[str, Any]] = [{}, {"target": "onnxruntime"}, {"external_data": True}, {"streaming": True}]
+WIDEST: dict[tuple[str, Any], list[dict[str, Any]]] = {
+    ("LSTM", None): [*WAYS, {"quantize": "int8"}],
+    ("LSTM", "layer"): WAYS,
+    ("LSTM", "weight"): [{"streaming": True}],
+    ("LSTM", "batch-input"): [{"streaming": True}],
+    ("GRU", "layer"): [{}],
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cell", "norm"), [("LSTM", None), ("LSTM", "layer"), ("GRU", "layer")])
+@pytest.mark.parametrize(("cell", "norm"), WIDEST)
 def test_hidden_2048_takes_seconds_and_few_times_its_weights(cell: str, norm: Any, tmp_path: Path) -> None:
-    lines = output_of(CODE.format(cell=cell, norm=norm, ways=WAYS, path=str(tmp_path / "m.onnx"))).splitlines()
-    for way, line in zip(WAYS, lines, strict=True):
+    ways = WIDEST[cell, norm]
+    lines = output_of(CODE.format(cell=cell, norm=norm, ways=ways, path=str(tmp_path / "m.onnx"))).splitlines()
+    for way, line in zip(ways, lines, strict=True):
         memory, seconds, trajectories = map(float, line.split())
         assert trajectories, f"{way}: nothing was checked"
-        assert memory <= 3.0, f"{way}: {lines}"
+        rounds = "quantize" in way  # the rounded weights are there beside the others, and again in each eager run
+        assert memory <= (4.0 if rounds else 3.0), f"{way}: {lines}"
         assert seconds <= 10, f"{way}: {lines}"
 
 

@@ -170,7 +170,7 @@ class Recorder:
             mask = mask.squeeze(away) if away else mask
             counted = [mask if tuple(mask.shape) == tuple(shape_of_mask) else mask.expand(shape_of_mask)]
         own = layer.input_dims() if layer.recurrent else tuple(f"d{k}" for k in range(x.ndim))
-        free = [isinstance(d, str) and (layer.recurrent or not isinstance(n, int)) for d, n in zip(own, x.shape, strict=True)]
+        free = [isinstance(d, str) and (not isinstance(n, int) or n == 0) for d, n in zip(own, x.shape, strict=True)]
         dims = tuple(d if is_free else int(n) for d, n, is_free in zip(own, x.shape, free, strict=True))
         shape = self.shape._replace(
             dtype=kind, lengths=lengths is not None, mask=mask is not None, state=state is not None, input_shape=dims

@@ -24,7 +24,7 @@ from portnorm_backends.torch_gate import Case, Eager, compared
 from portnorm_backends.torch_module import TorchModule
 from portnorm_backends.torch_stream import Stream
 from portnorm_onnx.bfloat16 import holds_bfloat16
-from portnorm_onnx.build import Names, keep_transposed
+from portnorm_onnx.build import Names, copy_shared, keep_apart, keep_transposed, put_inside
 from portnorm_onnx.export import TYPES, Shape, checked_opset, checked_path
 from portnorm_onnx.metadata import layers_described
 from portnorm_onnx.report import Change, Outcome, Report
@@ -133,9 +133,12 @@ def export_torch(
         started = time.perf_counter()
         program, proto = translated(model, example, dynamic_shapes, recorder, version, input_names, output_names)
         parts = {call.name: call.inserted(recorder) for call in recorder.calls}
-        proto = spliced(proto, DOMAIN, parts, inside=external_data is not True)
+        proto = spliced(proto, DOMAIN, parts)
         without_traces(proto)
         keep_transposed(proto)
+        keep_apart(proto.graph)
+        copy_shared(proto.graph)
+        put_inside(proto)
         if metadata:
             layers = {call.path: (call.layer, call.shape.dtype) for call in recorder.calls}
             layers_described(proto, {f"{path}." if path else "": layer for path, layer in layers.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -48,13 +49,21 @@ def build(
     opsets += [helper.make_opsetid(domain, 1) for domain in sorted(graph.domains)]
     model = helper.make_model(proto, opset_imports=opsets, producer_name="portnorm", ir_version=least)
     weights = {**graph.initializers, **(defaults or {})}
+    for a in graph.names:
+        a.constant = None  # so that each is there once more at most, while it is put into the model
     del graph
+    if sum(a.nbytes for a in weights.values()) > _WIDE:
+        gc.collect()  # symbolic arrays and nodes know each other
     while weights:
         label = next(iter(weights))
         _put(model.graph.initializer.add(), label, weights.pop(label))
     keep_transposed(model)
-    _copy_small(model.graph)
+    copy_shared(model.graph)
     return model
+
+
+_WIDE = 2**24
+"""Bytes of weights from which on memory is looked after."""
 
 
 def keep_transposed(proto: onnx.ModelProto) -> None:
@@ -91,27 +100,34 @@ def _put(tensor: onnx.TensorProto, name: str, values: NumPyArray) -> None:
     tensor.raw_data = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-_SMALL = 2**16
-"""Bytes up to which a weight is copied for every loop that reads it: those of vectors, which are few beside matrices."""
-
-
-def _copy_small(graph: onnx.GraphProto) -> None:
-    """Give each loop small weights of its own where others read them too: tools may not look for what a body reads from outside."""
+def copy_shared(graph: onnx.GraphProto) -> None:
+    """Give each loop weights of its own where others read them too: tools do not look for what a body reads from outside."""
     given = {i.name for i in graph.input}
-    shared = {t.name: t for t in graph.initializer if len(t.raw_data) <= _SMALL and t.name not in given}
     readers = _readers(graph)
-    for name, tensor in shared.items():
-        found = readers.get(name, [])
-        for k, inner in enumerate(found if len(found) > 1 else []):
-            if inner is graph:
-                continue
+    for tensor in [t for t in graph.initializer if t.name not in given and len(readers.get(t.name, [])) > 1]:
+        name, (_, *others) = tensor.name, readers[tensor.name]
+        for k, inner in enumerate(others, 1):  # the first reader keeps the weight and its name
             own = inner.initializer.add()
             own.CopyFrom(tensor)
             own.name = f"{name}_inside_{k}"
             for n in inner.node:
-                n.input[:] = [own.name if end == name else end for end in n.input]
-        if len(found) > 1 and graph not in found:
-            graph.initializer.remove(tensor)
+                _rename(n, name, own.name)
+
+
+def keep_apart(graph: onnx.GraphProto, prefix: str = "") -> None:
+    """Let no node read an output of the graph, but an Identity give it: converters to float16 put a cast behind the node that gives an
+    output, and others that read it are left with the other type.
+    """
+    read = {name for n in graph.node for name in (*n.input, *(end for body in _bodies(n) for m in body.node for end in m.input))}
+    made = {name for n in graph.node for name in n.output}
+    taken = made | {v.name for v in (*graph.input, *graph.initializer)}
+    for output in [o.name for o in graph.output if o.name in read & made]:
+        inside = f"{prefix}{output.removeprefix(prefix)}_inside"
+        while inside in taken:
+            inside += "_"
+        for n in graph.node:
+            _rename(n, output, inside)
+        graph.node.append(helper.make_node("Identity", [inside], [output], name=f"{inside}_out"))
 
 
 def put_inside(proto: onnx.ModelProto) -> None:
@@ -128,11 +144,23 @@ def put_inside(proto: onnx.ModelProto) -> None:
 def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.GraphProto]]:
     """Which of a graph and the bodies in it read a value, by its name."""
     readers: dict[str, list[onnx.GraphProto]] = {}
-    bodies = [a.g for n in graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH]
-    for inner in (graph, *bodies):
+    for inner in (graph, *(body for n in graph.node for body in _bodies(n))):
         for name in {name for n in inner.node for name in n.input} | {o.name for o in inner.output}:
             readers.setdefault(name, []).append(inner)
     return readers
+
+
+def _bodies(n: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [a.g for a in n.attribute if a.type == onnx.AttributeProto.GRAPH]
+
+
+def _rename(n: onnx.NodeProto, name: str, other: str) -> None:
+    """In what a node gives and takes, in the bodies in it too."""
+    for ends in (n.output, n.input):
+        if name in ends:
+            ends[:] = [other if end == name else end for end in ends]
+    for inner in (m for body in _bodies(n) for m in body.node):
+        _rename(inner, name, other)
 
 
 @dataclass(frozen=True)

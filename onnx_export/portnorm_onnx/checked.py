@@ -22,7 +22,17 @@ from portnorm_onnx.loops import BEFORE, OPERATORS, count_given, loops_of, state_
 from portnorm_onnx.metadata import graph_facts, on_numpy, rounded
 from portnorm_onnx.nothing import guarded
 from portnorm_onnx.runtimes import session_of
-from portnorm_onnx.signature import TIME, batch_axis, by_place, mask_dims, named_state, recurrent_places, state_names, time_axis
+from portnorm_onnx.signature import (
+    TIME,
+    batch_axis,
+    by_place,
+    mask_dims,
+    named_state,
+    recurrent_places,
+    repeated_output,
+    state_names,
+    time_axis,
+)
 from portnorm_onnx.storage import WIDE, Draft, size_of
 from portnorm_onnx.workers import Session
 
@@ -42,9 +52,10 @@ class Graph:
     """Whether the steps before cannot be given, since a tool has folded their count away."""
 
     @classmethod
-    def of(cls, draft: Draft, model: Layer, tolerance: float | None = None) -> Graph:
+    def of(cls, draft: Draft, model: Layer, tolerance: float | None = None, *, as_is: bool = False) -> Graph:
+        """Of a model that is not `as_is`, weights are rounded as the file says."""
         facts = graph_facts(draft.proto)
-        if facts["quantize"] is not None:
+        if facts["quantize"] is not None and not as_is:
             model = with_rounded_weights(_as_recorded(model, facts["quantize"]))
         there = {v.name for v in (*draft.proto.graph.input, *draft.proto.graph.output)}
         if not (facts["described"] and {facts["names"].get(name, name) for name in ("x", "y")} <= there):
@@ -118,10 +129,12 @@ class Graph:
         proto = self.proto if proto is None else proto
         run = guarded(session_of(runtime, self.draft.loadable(proto), proto), runtime, proto, self.model, streaming=self.streaming)
         types = {i.name: helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in proto.graph.input}
+        repeated = repeated_output(self.model, streaming=self.streaming) if self.stated else None
 
         def typed(feed: Mapping[str, Any]) -> dict[str, Any]:
             given = {n: a for n, a in feed.items() if n in types or not (n == BEFORE or n.endswith(f"{TIME}_0"))}
-            return run({n: a.astype(types[n], copy=False) if a.dtype.kind == "f" and n in types else a for n, a in given.items()})
+            found = run({n: a.astype(types[n], copy=False) if a.dtype.kind == "f" and n in types else a for n, a in given.items()})
+            return found if repeated is None else {repeated: found["y"][None], **found}  # it may be left out of the graph
 
         return typed
 

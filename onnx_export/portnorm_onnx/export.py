@@ -15,24 +15,25 @@ import ml_dtypes
 import numpy
 import onnx
 
-from portnorm.arrays import DType, mapped, to_numpy
+from portnorm.arrays import DType, library, mapped, to_numpy
 from portnorm.dtypes import dtype_name
 from portnorm.errors import ExportError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.quantized import quantized, with_rounded_weights
 from portnorm.layers.recurrent import recurrent_parts
 from portnorm.quantization import QuantizeName
-from portnorm_onnx.build import Names, build, put_inside
+from portnorm_onnx.build import Names, build, keep_apart, put_inside
 from portnorm_onnx.inputs import random_inputs
 from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.metadata import described, on_numpy, rounded
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report, change_of
 from portnorm_onnx.runtimes import loads_opset
-from portnorm_onnx.signature import batch_axis, checked_dims, first_states, mask_dims, named_state, state_inputs
+from portnorm_onnx.signature import batch_axis, checked_dims, first_states, mask_dims, named_state, repeated_output, state_inputs
 from portnorm_onnx.storage import WIDE, Draft, as_function, file_size, is_large, size_of
 from portnorm_onnx.symbolic import constant, graph_input
 from portnorm_onnx.targets import TARGETS, Target, TargetName, check_dtype, check_integers, check_types, checker, target_of
+from portnorm_onnx.trainable import check_gradients, check_trainable, target_for_training
 from portnorm_onnx.verify import check, streaming_trajectory
 
 _EVERYWHERE = TARGETS["portable"].last_opset
@@ -50,6 +51,7 @@ def export(
     fold: bool = True,
     accurate: bool = False,
     unroll: bool = False,
+    trainable: bool = False,
     lengths: bool = True,
     mask: bool = False,
     state: bool = False,
@@ -72,7 +74,7 @@ def export(
     `lengths` and no `mask`.
 
     `target` names who will run the graph: "portable" (all of them), "onnxruntime", "openvino", "tract", "web" or "tensorrt"; any opset from
-    18 to 26 (18 unless stated, for onnxruntime 23), and up to 28 where the target and the installed onnxruntime read it. `dtype` converts
+    17 to 26 (18 unless stated, for onnxruntime 23), and up to 28 where the target and the installed onnxruntime read it. `dtype` converts
     first: float16, bfloat16, float32 or float64. `fold` writes batch normalization with fixed statistics into weights and tables, and plain
     cells as the operators LSTM, GRU and RNN; `fold=False` keeps each visible. `accurate=True` centres before operators that cancel where
     |mean| ≫ std, and leaves cells and statistics unfolded; in float16 it writes float32 around normalizations and products, which some
@@ -85,6 +87,10 @@ def export(
 
     `unroll=True` writes every step of a loop out, for runtimes that have none: the same definition, as often as `input_shape` has steps,
     with each weight stored once. Plain cells stay one operator.
+
+    `trainable=True` writes what onnxruntime-training differentiates, for training on a device: each parameter is an initializer under its
+    name and in its shape, so that a step by its gradient is a step of the layer, and nothing is folded into it. It has no gradient for
+    loops, which is an `UnsupportedError`; `export_training_step` writes an update of its own, for every layer and any onnxruntime.
 
     `input_shape` states the shape of `x` where the model leaves it open, such as the space of feature maps, or where lengths are fixed;
     strings name those that vary. Where it is left out, `x` has as many axes as the first of `inputs`. That of a streaming graph has no
@@ -114,22 +120,31 @@ def export(
     row = target_of(target)
     version = checked_opset(opset, row)
     checked_path(path)
+    if trainable:
+        row = target_for_training(row)
     if unroll and streaming:
         raise UnsupportedError("`unroll` is for sequences; a streaming graph is one step, without a loop")
     if streaming and mask:
         raise UnsupportedError("`mask` is for sequences; a streaming graph is one step, which is left out by not taking it")
     if streaming and (not model.recurrent or any(part.goes_back for part in recurrent_parts(model))):
         raise UnsupportedError("`streaming` needs a recurrent model that goes forward only; a reverse direction starts at the end")
-    model = model if quantize is None else quantized(model, quantize)
+    plain, model = model, model if quantize is None else quantized(model, quantize)
     kind = _dtype_of(model, dtype, row)
     model = rounded(on_numpy(model, "float32" if kind == "bfloat16" else kind), kind)
-    exact = model
     if model.quantizes is not None:
         check_integers(row, kind, model.quantizes)
-        model = with_rounded_weights(model)
+    if trainable:
+        check_trainable(model, version, kind, function=function)
     named = Names(prefix, dict(names or {}))
     cases = None if inputs is None else [_on_numpy(item) if isinstance(item, tuple) else (_on_numpy(item), None) for item in inputs]
     dims = checked_dims(model, input_shape, streaming=streaming, like=cases[0][0] if cases else None)
+    change = None
+    if model.quantizes is not None:
+        model = with_rounded_weights(model)
+        plain = rounded(on_numpy(plain, kind), kind)
+        change = change_of(plain, model, cases if cases is not None else random_inputs(model, dims, None))
+        library(next(iter(model.params.values()))).release()
+    del plain
     shape = Shape(
         version,
         row,
@@ -144,31 +159,32 @@ def export(
         mask=mask,
         metadata=metadata,
         unroll=unroll,
+        trainable=trainable,
     )
     started = time.perf_counter()
     proto = trace(model, shape)
     seconds = time.perf_counter() - started
     check_names(proto, named)
+    if trainable:
+        check_gradients(proto)
     external = is_large(proto) if external_data is None else external_data
     with contextlib.ExitStack() as drafts:
         draft = drafts.enter_context(Draft(proto, path, external, aside=True))
         del proto
         if streaming:  # before anything runs, which needs room of its own
-            whole = trace(model, shape._replace(streaming=False, state=True, lengths=False, names=Names()))
+            whole = trace(model, shape._replace(streaming=False, state=True, lengths=False, names=Names(), trainable=False))
             sequence = drafts.enter_context(Draft(whole, aside=True))
             del whole
         if function:
             draft.proto = as_function(draft.proto, prefix or type(model).__name__)
-        elif not external:
+        else:
             put_inside(draft.proto)
         runtime = checker(draft.proto, kind)
-        report = check(draft, model, runtimes=(runtime,), cases=cases)
+        report = check(draft, model, runtimes=(runtime,), cases=cases, as_is=True)
         if streaming:
             report.trajectories += streaming_trajectory(draft, sequence, model, runtime)
-        if model.quantizes is not None:
-            report.change = change_of(exact, cases if cases is not None else random_inputs(model, dims, None))
         draft.publish()
-    return dataclasses.replace(report, left=draft.left, model=draft.proto, size=file_size(draft.proto), seconds=seconds)
+    return dataclasses.replace(report, left=draft.left, model=draft.proto, size=file_size(draft.proto), seconds=seconds, change=change)
 
 
 def _on_numpy(given: Any) -> Any:
@@ -195,6 +211,7 @@ class Shape(NamedTuple):
     metadata: bool = True
     """Whether the file says what its layer is."""
     unroll: bool = False
+    trainable: bool = False
 
 
 def checked_opset(opset: int | None, target: Target) -> int:
@@ -219,6 +236,8 @@ def checked_path(path: str | os.PathLike[str] | None) -> None:
 def trace(model: Layer, shape: Shape) -> onnx.ModelProto:
     """The ONNX model of a layer on NumPy, not checked yet."""
     proto, names = _traced(model, shape)
+    if shape.gives is None:  # else it becomes a part of a graph
+        keep_apart(proto.graph, shape.names.prefix)
     if size_of(proto) > WIDE:
         gc.collect()  # symbolic arrays and nodes know each other, and hold what is in the model now
     if shape.metadata:
@@ -231,7 +250,8 @@ def _traced(model: Layer, shape: Shape) -> tuple[onnx.ModelProto, dict[str, str]
     dtype: Any = numpy.dtype(ml_dtypes.bfloat16 if shape.dtype == "bfloat16" else shape.dtype)
     stateful = shape.state or shape.streaming
     last = stateful if shape.gives is None else any(name != "y" for name in shape.gives)
-    rows = opset(shape.version, shape.target, fold=shape.fold, final_state=last, accurate=shape.accurate, unroll=shape.unroll)
+    asked = {"accurate": shape.accurate, "unroll": shape.unroll, "trainable": shape.trainable}
+    rows = opset(shape.version, shape.target, fold=shape.fold and not shape.trainable, final_state=last, **asked)
     dims = checked_dims(model, shape.input_shape, streaming=shape.streaming)
     axis, batch = 1 if model.batch_first else 0, dims[batch_axis(model)]
     if shape.streaming:
@@ -248,17 +268,30 @@ def _traced(model: Layer, shape: Shape) -> tuple[onnx.ModelProto, dict[str, str]
     kept = dtype if dtype.itemsize >= 4 else numpy.dtype("float32")  # of running statistics
     groups = ((model.params, dtype), (model.buffers, kept))
     params, buffers = ({n: constant(_cast(to_numpy(a), t), n) for n, a in group.items()} for group, t in groups)
+    trained = {n: graph_input(n, a.dtype, a.dims, rows) for n, a in params.items()} if shape.trainable else {}
     before: Any = first_states(model)
     if stateful:
         states, before = state_inputs(model, rows, dtype, batch)
         inputs += states
-    y, after, _ = model.apply(params, buffers, x, before, lengths, mask=mask)
+    y, after, _ = model.apply(trained or params, buffers, x, before, lengths, mask=mask)
     outputs = {"y": NAMESPACE.squeeze(y, axis=axis) if shape.streaming and model.keeps_time else y}
     if last and model.recurrent:
         outputs |= named_state(model, after, "_n")
     if shape.gives is not None:
         outputs = {name: outputs[name] for name in shape.gives}
-    proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names, captures=shape.target.captures)
+    elif not shape.target.repeats:
+        outputs.pop(repeated_output(model, streaming=shape.streaming) or "", None)
+    proto = build(
+        (*inputs, *trained.values()),
+        outputs,
+        shape.version,
+        type(model).__name__,
+        names=shape.names,
+        defaults={shape.names.of(n): a.constant for n, a in params.items() if n in trained and a.constant is not None},
+        captures=shape.target.captures or shape.trainable,  # loops are refused for what they lack, not for what they read
+    )
+    if shape.trainable:
+        del proto.graph.input[len(inputs) :]  # of a parameter the initializer is left
     check_types(proto, shape.target, shape.dtype)
     return proto, {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}
 

@@ -61,10 +61,13 @@ def _is_plain(cell: RecurrentCell, params: Any) -> bool:
 def accepts(xs: Any, state: Any, params: Any, *, cell: Any, lengths: Any = None, sequences: bool = True, keep: bool = True) -> bool:
     """Whether the operator computes this: the input term is a known affine map of the input, and the hidden weights are known."""
     u = xs[0]
-    if keep or u.opset is None or not u.opset.fold or not u.opset.target.fused or numpy.dtype(u.dtype).name not in _DTYPES:
+    if keep or u.opset is None or not u.opset.target.fused or numpy.dtype(u.dtype).name not in _DTYPES:
         return False
-    if u.affine is None or not isinstance(cell, RecurrentCell) or cell.quantize is not None or not _is_plain(cell, params):
+    known = u.linear_of if u.opset.trainable else u.affine if u.opset.fold else None
+    if known is None or not isinstance(cell, RecurrentCell) or cell.quantize is not None or not _is_plain(cell, params):
         return False
+    if u.opset.trainable:  # RNN has no gradient there, and the others are those with functions of their own
+        return type(cell) is not RNNCell and not cell.variant.peepholes and cell.variant.activations() == _USUAL
     if cell.variant.peepholes and not u.opset.target.peepholes:
         return False
     if not u.opset.target.functions and not _has_usual_functions(cell):
@@ -114,21 +117,10 @@ def fused(
 ) -> tuple[tuple[SymbolicArray, ...], tuple[SymbolicArray, ...]]:
     """`portnorm.scan.scan` as one node. Where `sequence_lens` is not safe, the padding is masked, and h is taken at each sequence's end."""
     u, operator = xs[0], OPERATORS[type(cell)]
-    weights = _hidden(xs, params, cell)
-    assert weights is not None
-    hidden, x = weights[0].shape[1], u.affine.x
-    dtype, count = u.dtype, len(operator.gates)
-
-    def ordered(values: NumPyArray) -> NumPyArray:
-        return values.reshape(count, hidden, -1)[list(operator.gates)].reshape(count * hidden, *values.shape[1:])
-
-    slot = cell.slots.get("norm_hh")
-    changed = ".folded" if slot is not None and slot.normalizes else ""
-    w, r = (
-        constant(ordered(m.astype(dtype, copy=False))[None], f"{name}.gates")
-        for m, name in ((u.affine.matrix(dtype).T, u.affine.name.replace(".T", "")), (weights[0], f"{params['weight_hh'].name}{changed}"))
-    )
-    b = constant(numpy.concatenate([ordered(u.affine.shift), ordered(weights[1])])[None].astype(dtype))
+    hidden, dtype = params["weight_hh"].shape[1], u.dtype
+    x, w, r, b = (_trained if u.opset.trainable else _known)(xs, params, cell, operator)
+    if u.opset.trainable:
+        state = tuple(s + params["weight_hh"][0, 0] * 0.0 for s in state)
     by_operator = lengths is not None and u.opset.target.fused_lengths
     xp = NAMESPACE
     initial = [None if u.opset.target.fused_start and _is_zero(s) else xp.expand_dims(s, axis=0) for s in state]
@@ -153,6 +145,37 @@ def fused(
     return tuple(ends), (every,) if sequences else ()
 
 
+def _known(xs: Any, params: Any, cell: RecurrentCell, operator: Operator) -> tuple[SymbolicArray, ...]:
+    """(x, W, R, B) of weights whose numbers are known."""
+    u, weights = xs[0], _hidden(xs, params, cell)
+    assert weights is not None
+    hidden, dtype, count = weights[0].shape[1], u.dtype, len(operator.gates)
+
+    def ordered(values: NumPyArray) -> NumPyArray:
+        return values.reshape(count, hidden, -1)[list(operator.gates)].reshape(count * hidden, *values.shape[1:])
+
+    slot = cell.slots.get("norm_hh")
+    changed = ".folded" if slot is not None and slot.normalizes else ""
+    w, r = (
+        constant(ordered(m.astype(dtype, copy=False))[None], f"{name}.gates")
+        for m, name in ((u.affine.matrix(dtype).T, u.affine.name.replace(".T", "")), (weights[0], f"{params['weight_hh'].name}{changed}"))
+    )
+    b = constant(numpy.concatenate([ordered(u.affine.shift), ordered(weights[1])])[None].astype(dtype))
+    return u.affine.x, w, r, b
+
+
+def _trained(xs: Any, params: Any, cell: RecurrentCell, operator: Operator) -> tuple[SymbolicArray, ...]:
+    """The same of parameters: their gates are put in order by nodes, so that each has its own gradient."""
+    xp, (x, weight, bias) = NAMESPACE, xs[0].linear_of
+    hidden = params["weight_hh"].shape[1]
+    rows = constant(numpy.concatenate([numpy.arange(gate * hidden, (gate + 1) * hidden) for gate in operator.gates]))
+    none = params["weight_hh"][:, 0] * 0.0
+    inside = [params[name] for name in ("bias_hh", "norm_hh.bias") if name in params]
+    halves = [none if bias is None else bias, sum(inside[1:], start=inside[0]) if inside else none]
+    w, r = (xp.expand_dims(xp.take(m, rows, axis=0), axis=0) for m in (weight, params["weight_hh"]))
+    return x, w, r, xp.expand_dims(xp.concat([xp.take(half, rows, axis=0) for half in halves], axis=0), axis=0)
+
+
 def _at_end(every: SymbolicArray, before: SymbolicArray, lengths: SymbolicArray) -> SymbolicArray:
     """h (batch, hidden) after each sequence's last step, of those after every step; of a sequence without steps, that before."""
     xp = NAMESPACE
@@ -174,6 +197,8 @@ def _has_steps(x: SymbolicArray) -> SymbolicArray | None:
 def _is_zero(state: SymbolicArray) -> bool:
     """Whether a state is the one that the operator starts from by itself."""
     made = state.producer
+    if state.constant is not None:
+        return not state.constant.any()
     if made is None or made.op_type != "ConstantOfShape":
         return False
     return not numpy_helper.to_array(made.attributes["value"]).any()

@@ -20,7 +20,7 @@ from onnx import TensorProto
 
 from portnorm.op import OPS
 from portnorm.quantization import INPUTS, integers_of
-from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, foreign_node, node
+from portnorm_onnx.symbolic import NumPyArray, SymbolicArray, constant, foreign_node, node, reduction
 
 _ZERO = 128
 _BYTES_AS_THEY_ARE = 4
@@ -44,7 +44,7 @@ def fake_quantize(
     largest = None
     if x.dims[-1] != 0 and bound is None:
         least = constant(numpy.asarray(numpy.finfo(x.dtype).smallest_normal, x.dtype))
-        largest = node("Max", node("ReduceMax", node("Abs", x), _last(x), keepdims=1), least)
+        largest = node("Max", reduction("ReduceMax", node("Abs", x), _last(x), keepdims=1), least)
         largest = node("Add", largest, _no_number(x))  # what is largest beside a NaN may be any number
     elif bound not in (None, 1.0):
         largest = constant(numpy.asarray(bound, x.dtype))
@@ -58,12 +58,12 @@ def fake_quantize(
 
 def _no_number(x: SymbolicArray) -> SymbolicArray:
     """0 for each row, or NaN where a number of it is infinite or NaN, which an integer cannot be."""
-    return node("ReduceL1", node("Sub", x, x), _last(x), keepdims=1)
+    return reduction("ReduceL1", node("Sub", x, x), _last(x), keepdims=1)
 
 
-def _last(x: SymbolicArray) -> SymbolicArray:
+def _last(x: SymbolicArray) -> tuple[int, ...]:
     """The last axis, counted from the front: onnxruntime 1.30 does not reduce a batch of none over an axis that is counted from behind."""
-    return constant(numpy.array([x.ndim - 1]))
+    return (x.ndim - 1,)
 
 
 fake_quantize.accepts = lambda x, **attrs: numpy.dtype(x.dtype) == numpy.float32 and set(attrs) <= {"levels", "bound"}  # type: ignore[attr-defined]
@@ -71,7 +71,8 @@ fake_quantize.accepts = lambda x, **attrs: numpy.dtype(x.dtype) == numpy.float32
 
 def of_constant(x: SymbolicArray, **attrs: Any) -> SymbolicArray:
     """A weight as integers can say it, under its name."""
-    found = constant(OPS["fake_quantize"].definition(x.constant, **attrs)[0], x.name)
+    assert x.constant is not None
+    found = constant(OPS["fake_quantize"](x.constant[...], **attrs), x.name)
     found.integers = attrs
     return found
 

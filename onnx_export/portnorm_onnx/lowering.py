@@ -23,7 +23,7 @@ from portnorm_onnx.integers import fake_quantize, of_constant, product_of_bytes,
 from portnorm_onnx.namespace import NAMESPACE, shape_vector
 from portnorm_onnx.norms import normalize, normalize_with_rms
 from portnorm_onnx.scan import loop
-from portnorm_onnx.symbolic import Dim, Node, Opset, SymbolicArray, constant, dims_of, node, nodes, opset_of
+from portnorm_onnx.symbolic import Dim, Node, Opset, SymbolicArray, constant, dims_of, node, nodes, opset_of, reduction
 from portnorm_onnx.targets import Target
 
 Row = Callable[..., Any]
@@ -53,9 +53,11 @@ def _pointwise(op_type: str, function: Callable[..., Any]) -> Row:
 
 
 def _reduce(op_type: str) -> Row:
-    return lambda x, axis=None, keepdims=False: node(
-        op_type, x, _axes(tuple(range(x.ndim)) if axis is None else axis), keepdims=int(keepdims)
-    )
+    def row(x: SymbolicArray, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> SymbolicArray:
+        axes = tuple(range(x.ndim)) if axis is None else (axis,) if isinstance(axis, int) else axis
+        return reduction(op_type, x, axes, keepdims=int(keepdims))
+
+    return row
 
 
 def _where(condition: SymbolicArray, x: Any, y: Any) -> SymbolicArray:
@@ -110,6 +112,8 @@ def _getitem(x: SymbolicArray, key: Any) -> SymbolicArray:
 
 def _flip(x: SymbolicArray, axis: int) -> SymbolicArray:
     length = x.shape[axis]
+    if length == 1:
+        return x
     if isinstance(length, Dim) and x.opset is not None and not x.opset.target.backward_slices:
         steps = NAMESPACE.arange(length)
         return node("Gather", x, (length - 1) - steps, axis=axis)
@@ -140,7 +144,9 @@ def _linear(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None 
     if whole is not None:
         return whole
     y = _matmul(x, NAMESPACE.matrix_transpose(weight))
-    return y if bias is None else node("Add", y, bias)
+    y = y if bias is None else node("Add", y, bias)
+    y.linear_of = (x, weight, bias) if y.opset is not None and y.opset.trainable else None
+    return y
 
 
 def _matmul(x: Any, y: Any) -> SymbolicArray:
@@ -224,8 +230,9 @@ def _concat(arrays: Sequence[SymbolicArray], axis: int = 0) -> SymbolicArray:
 
 
 def _split(x: SymbolicArray, parts: int | tuple[int, ...]) -> tuple[SymbolicArray, ...]:
-    if isinstance(parts, int):
+    if isinstance(parts, int) and x.opset is not None and x.opset.version >= 18:
         return nodes("Split", parts, x, axis=-1, num_outputs=parts)
+    parts = (1,) * parts if isinstance(parts, int) else parts
     unit = int(x.dims[-1]) // sum(parts)
     return nodes("Split", len(parts), x, _ints(*(unit * part for part in parts)), axis=-1)
 
@@ -333,18 +340,19 @@ _OPS: dict[str, Row] = {
     "scan": fused,
 }
 
-_OPSET_18 = {**_ARRAY_API, **_OPS}
-_OPSET_23 = {**_OPSET_18, "normalize": normalize_with_rms}
+_OPSET_17 = {**_ARRAY_API, **_OPS}
+_OPSET_23 = {**_OPSET_17, "normalize": normalize_with_rms}
 
 _LAST = min(28, onnx.defs.onnx_opset_version())
 
-OPSETS: dict[int, dict[str, Row]] = {version: _OPSET_18 if version < 23 else _OPSET_23 for version in range(18, _LAST + 1)}
-"""Rows by operator set, as far as the installed onnx knows them. `Split` and the reductions take their present form at the first."""
+OPSETS: dict[int, dict[str, Row]] = {version: _OPSET_17 if version < 23 else _OPSET_23 for version in range(17, _LAST + 1)}
+"""Rows by operator set, as far as the installed onnx knows them. LayerNormalization is there from the first on; `Split` and the reductions
+take their present form at the second."""
 
 
-def opset(version: int, target: Target, *, fold: bool, final_state: bool, accurate: bool, unroll: bool) -> Opset:
+def opset(version: int, target: Target, *, fold: bool, final_state: bool, accurate: bool, unroll: bool, trainable: bool) -> Opset:
     """The operator set of a version for a target, with its rows."""
-    return Opset(version, OPSETS[version], target, fold, final_state, accurate, unroll)
+    return Opset(version, OPSETS[version], target, fold, final_state, accurate, unroll, trainable)
 
 
 def training_opset(version: int) -> Opset:

@@ -16,10 +16,10 @@ from portnorm.dtypes import float32_value
 from portnorm.norm.normalize import standard_deviation
 from portnorm_onnx.fold import one_row, scaled
 from portnorm_onnx.namespace import NAMESPACE
-from portnorm_onnx.symbolic import SymbolicArray, constant, node
+from portnorm_onnx.symbolic import SymbolicArray, constant, node, nodes
 
 
-def _fits(x: SymbolicArray, attrs: Any) -> str | None:
+def _fits(x: SymbolicArray, weight: Any, attrs: Any) -> str | None:
     """The operator that computes these arguments, or `None`."""
     axes, params, opset = attrs["axes"], attrs["param_axes"], x.opset
     if _folds(x, attrs):
@@ -39,7 +39,8 @@ def _fits(x: SymbolicArray, attrs: Any) -> str | None:
     if params == (1,) and axes[0] == 2 and instance:
         return "InstanceNormalization"
     if static:
-        return "LayerNormalization"
+        alone = weight is None or params != axes  # whose gain would be ones
+        return None if opset.trainable and alone else "LayerNormalization"
     return "grouped" if params == (1, 2) and axes[0] == 2 and instance else None
 
 
@@ -89,7 +90,7 @@ def normalize(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: fl
         return NAMESPACE.astype(y, x.dtype)
     if attrs.get("mean") is not None:
         attrs |= {name: one_row(attrs[name]) for name in ("mean", "var")}
-    return _ROWS[_fits(x, attrs) or ""](x, weight, bias, eps, attrs)
+    return _ROWS[_fits(x, weight, attrs) or ""](x, weight, bias, eps, attrs)
 
 
 def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
@@ -100,11 +101,14 @@ def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> 
     x = _centred(x, axes)
     wide = x.opset is not None and x.opset.target.wide_gains
     fits = params == tuple(range(params[0], x.ndim)) and (params[0] == axes[0] or (wide and params[0] < axes[0]))
-    y = node(
+    trainable = x.opset is not None and x.opset.trainable
+    shift = bias if fits else None
+    y, *_ = nodes(
         "LayerNormalization",
+        3 if trainable else 1,
         x,
         weight if weight is not None and fits else _filled(x, axes, 1),
-        bias if fits else None,
+        weight * 0.0 if shift is None and trainable else shift,
         axis=axes[0],
         epsilon=eps,
     )
@@ -196,7 +200,7 @@ def _filled(x: SymbolicArray, axes: tuple[int, ...], value: float) -> SymbolicAr
     return constant(numpy.full([x.dims[a] for a in axes], value, dtype=x.dtype))
 
 
-normalize.accepts = lambda x, weight=None, bias=None, **attrs: _fits(x, attrs) is not None  # type: ignore[attr-defined]
+normalize.accepts = lambda x, weight=None, bias=None, **attrs: _fits(x, weight, attrs) is not None  # type: ignore[attr-defined]
 normalize_with_rms.accepts = (  # type: ignore[attr-defined]
-    lambda x, weight=None, bias=None, **attrs: _is_rms(x, bias, attrs) or _fits(x, attrs) is not None
+    lambda x, weight=None, bias=None, **attrs: _is_rms(x, bias, attrs) or _fits(x, weight, attrs) is not None
 )

@@ -81,9 +81,11 @@ class Change:
         return f"{self.largest:.2e} at most, {self.mean:.2e} on average; the largest feature is the same in {100 * self.same:.1f} %"
 
 
-def change_of(model: Layer, cases: Iterable[Any]) -> Change:
-    """The change that integers make to the outputs of `model`, which `quantizes`, over cases `(x, lengths or mask)`."""
-    exact = model.copy()
+def change_of(plain: Layer, model: Layer, cases: Iterable[Any]) -> Change:
+    """The change that integers make, from the outputs of `plain`, if it did not round, to those of `model`, which `quantizes`, over cases
+    `(x, lengths or mask)`.
+    """
+    exact = plain.copy()
     for part in exact.layers():
         if getattr(part, "quantize", None) is not None:
             part.quantize = None

@@ -19,7 +19,7 @@ from portnorm_onnx.fold import Frame, table_rows
 from portnorm_onnx.symbolic import Body, Node, SymbolicArray, constant, graph_input, node, opset_of
 
 NODES = 10_000
-"""The most that a loop may have when it is written out."""
+"""The most that the loops of a graph may have when they are written out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +79,11 @@ def _step_by_step(carry: Any, xs: Any, kept: Any, body: Any, steps: int | str, *
 
 def _check_size(one: Any, two: Any, steps: int) -> None:
     """Raise `UnsupportedError` where so many steps, as long as the second is, are no graph that tools read."""
+    opset = opset_of(*leaves(two[0]))
+    assert opset is not None
     first, both = (len(planned(a for a in leaves(found) if not isinstance(a, Same)).nodes) for found in (one, two))
-    if (whole := first + (both - first) * (steps - 1)) > NODES:
+    opset.written.append((both - first) * steps)
+    if (whole := sum(opset.written)) > NODES:
         raise UnsupportedError(
             f"`unroll` would write {whole:,} nodes for {steps} steps; expected at most {NODES:,}: give fewer steps by `input_shape`, or "
             "leave `unroll` out for a loop of any length; `streaming=True` gives one step"

@@ -48,6 +48,15 @@ def named_state(model: Layer, state: Any, suffix: str) -> dict[str, Any]:
     return {f"{name}{suffix}": a for name, a in zip(state_names(model), leaves(state), strict=True)}
 
 
+def repeated_output(model: Layer, *, streaming: bool) -> str | None:
+    """The state that has the numbers of `y`, with an axis in front: where `y` is h of one step, or of the last, of one layer."""
+    if not model.recurrent or (model.keeps_time and not streaming):
+        return None
+    prefix, last = recurrent_places(model)[-1]
+    alone = last is list(model.layers())[-1] and last.num_layers * last.num_directions == 1
+    return f"{prefix}{last.cell.states[0]}_n" if alone else None
+
+
 def state_inputs(model: Layer, opset: Opset, dtype: Any, batch: int | str) -> tuple[list[SymbolicArray], Any]:
     """Inputs of a graph for the states of `batch` sequences, and the same as the state that the model takes."""
     inputs = []
@@ -137,11 +146,14 @@ def by_place(proto: onnx.ModelProto, model: Layer) -> dict[str, Any]:
     types = [(v.type.tensor_type.elem_type, len(v.type.tensor_type.shape.dim)) for v in inputs]
     counted = ["lengths"] if (onnx.TensorProto.INT64, 1) in types[1:2] else ["mask"] if onnx.TensorProto.BOOL in dict(types[1:2]) else []
     own = ["x", *counted, *(f"{name}_0" for name in state_names(model))]
-    given = ["y", *(f"{name}_n" for name in state_names(model))]
     rank = types[0][1] if types else 0
+    streaming = model.recurrent and rank == len(model.input_dims()) - 1
+    left_out = repeated_output(model, streaming=streaming)
+    given = ["y", *(f"{name}_n" for name in state_names(model))]
+    given = [name for name in given if name != left_out] if len(outputs) == len(given) - 1 else given
     names = {name: v.name for found, known in ((inputs, own), (outputs, given)) for name, v in zip(known, found, strict=False)}
     return {
         "names": {name: there for name, there in names.items() if name != there},
         "dtype": helper.tensor_dtype_to_np_dtype(outputs[0].type.tensor_type.elem_type).name if outputs else None,
-        "streaming": model.recurrent and rank == len(model.input_dims()) - 1,
+        "streaming": streaming,
     }

@@ -9,7 +9,7 @@ import onnx
 from onnx import helper
 
 from portnorm.errors import ExportError
-from portnorm_onnx.build import Names, put_inside
+from portnorm_onnx.build import Names
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Inserted:
     """`graph(names, outputs)`: the model with those outputs."""
 
 
-def spliced(proto: onnx.ModelProto, domain: str, inserted: dict[str, Inserted], *, inside: bool = True) -> onnx.ModelProto:
+def spliced(proto: onnx.ModelProto, domain: str, inserted: dict[str, Inserted]) -> onnx.ModelProto:
     """`proto` with every node of `domain` replaced by the graph of its operator type; weights of one place are there once.
 
-    With `inside`, what one loop alone reads lies in its body. Raises `ExportError` where a node lies inside another one's graph.
+    Raises `ExportError` where a node lies inside another one's graph.
     """
     graph = proto.graph
     read = {name for n in graph.node for name in _read_by(n)} | {o.name for o in graph.output}
@@ -48,8 +48,6 @@ def spliced(proto: onnx.ModelProto, domain: str, inserted: dict[str, Inserted], 
         if not outputs:
             continue
         inner = part.graph(Names(prefix, {**dict(zip(part.inputs, n.input, strict=False)), **outputs}), tuple(outputs))
-        if inside and part.alone:
-            put_inside(inner)
         renamed = {}
         for t in inner.graph.initializer:
             name = part.place + t.name.removeprefix(prefix)

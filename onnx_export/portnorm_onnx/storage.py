@@ -215,8 +215,8 @@ def _after_a_tool(proto: onnx.ModelProto, said: str) -> str:
     made = {name for g in parts for n in g.node for name in n.output} | {v.name for g in parts for v in (*g.input, *g.initializer)}
     if read[1] not in made:
         return (
-            f"; a tool has renamed {read[1]!r} but not where a loop reads it, as onnx.compose.add_prefix does to weights in a file of "
-            f"their own{prefix}"
+            f"; a tool has renamed {read[1]!r} but not where a loop reads it, as onnx.compose.add_prefix does where another tool "
+            f"has put the weights of a loop outside of it{prefix}"
         )
     return "; a tool has left the nodes in another order than they run in: sort them, as onnxslim does, and check that file"
 

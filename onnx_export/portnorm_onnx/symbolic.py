@@ -38,6 +38,10 @@ class Opset:
     """Whether input with |mean| ≫ std is centred before an operator that cancels."""
     unroll: bool = False
     """Whether every step of a loop is written out."""
+    trainable: bool = False
+    """Whether parameters are inputs of the nodes as they are, and operators give out what their gradients take."""
+    written: list[int] = field(default_factory=list, repr=False)
+    """How many nodes each of the loops so far is when it is written out."""
 
 
 @dataclass(eq=False)
@@ -129,6 +133,8 @@ class SymbolicArray:
     serial: int = field(default_factory=lambda: next(_serial))
     affine: Any = None
     """The product that it is, where that is known (`fold.py`)."""
+    linear_of: Any = None
+    """(x, weight, bias) where it is that linear map of parameters that are trained."""
     rows_of: Any = None
     """(table, rows) where it is rows of a constant table."""
     shaped_as: SymbolicArray | None = None
@@ -257,6 +263,14 @@ def nodes(
         for dtype, shape in _inferred(op_type, count, inputs, attributes, opset.version)
     )
     return made.outputs
+
+
+def reduction(op_type: str, x: SymbolicArray, axes: tuple[int, ...], *, keepdims: int = 0) -> SymbolicArray:
+    """A node that takes axes away, or leaves a length of 1. They became an input at opset 18, those of a sum before."""
+    opset = opset_of(x)
+    if opset is not None and opset.version < 18 and op_type != "ReduceSum":
+        return node(op_type, x, axes=axes, keepdims=keepdims)
+    return node(op_type, x, constant(numpy.array(axes, dtype=numpy.int64)), keepdims=keepdims)
 
 
 def foreign_node(domain: str, op_type: str, *inputs: SymbolicArray, like: SymbolicArray, features: int, **attributes: Any) -> SymbolicArray:

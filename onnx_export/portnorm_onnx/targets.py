@@ -41,6 +41,8 @@ class Target:
     """A slice of unknown length may go backward."""
     length_outputs: bool = True
     """A length may be an output of the graph."""
+    repeats: bool = True
+    """Numbers may be an output twice: a step gives `h_n` beside `y`, which is the same but for an axis in front. Else `h_n` is left out."""
     wide_gains: bool = False
     """LayerNormalization may have a gain over more axes than it normalizes."""
     sums_in_order: int | None = None

@@ -99,10 +99,11 @@ def check(
     runtimes: Sequence[str] | str,
     cases: Sequence[Inputs] | None = None,
     tolerance: float | None = None,
+    as_is: bool = False,
 ) -> Report:
-    """`verify`, of a model that may not be in its place yet."""
+    """`verify`, of a model that may not be in its place yet; `as_is` where it has the graph's rounded weights."""
     draft.check_form()
-    graph = Graph.of(draft, model, tolerance)
+    graph = Graph.of(draft, model, tolerance, as_is=as_is)
     made = cases if cases is not None else random_cases(graph)
     names = tuple(RUNTIMES) if runtimes == ALL else (runtimes,) if isinstance(runtimes, str) else tuple(runtimes)
     if not made or not names:
@@ -170,7 +171,7 @@ def _empty(graph: Graph, runtime: str, like: NumPyArray) -> list[Stated]:
 
 def streaming_trajectory(draft: Draft, whole: Draft, model: Layer, runtime: str) -> list[Comparison]:
     """Step by step through the streaming graph against the sequence graph of the same weights, both in the runtime."""
-    graph, sequence = Graph.of(draft, model), Graph.of(whole, model)
+    graph, sequence = Graph.of(draft, model, as_is=True), Graph.of(whole, model, as_is=True)
     case = random_cases(graph)[-1]
     feed = graph.feed(case[0], None, None)
     stepped = graph.stepwise(graph.session(runtime))(feed)

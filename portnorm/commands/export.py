@@ -15,7 +15,7 @@ from portnorm.layers.layer import Layer
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="what `portnorm train`, `portnorm import` or `pn.save` wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write (.onnx)")
-    parser.add_argument("--opset", type=int, help="18 to 26, for some targets 28 (default: 18; 23 for onnxruntime)")
+    parser.add_argument("--opset", type=int, help="17 to 26, for some targets 28 (default: 18; 23 for onnxruntime)")
     parser.add_argument("--target", default="portable", help="who will run it (default: portable, which is all of them)")
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32", "float64"), help="type of the graph (default: that of the checkpoint)"
@@ -25,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--streaming", action="store_true", help="one step with explicit states instead of a sequence")
     parser.add_argument("--unroll", action="store_true", help="write every step of a loop out (needs --shape with their number)")
+    parser.add_argument("--trainable", action="store_true", help="write what onnxruntime-training differentiates (no loops)")
     parser.add_argument(
         "--shape",
         type=_shape,
@@ -59,6 +60,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         fold=not options.no_fold,
         accurate=options.accurate,
         unroll=options.unroll,
+        trainable=options.trainable,
         input_shape=_input_shape(model, options.shape, options.streaming),
         lengths=not options.no_lengths,
         mask=options.mask,

@@ -65,7 +65,7 @@ def with_rounded_weights(layer: Layer) -> Layer:
         copy = _without_weight_norm(layer)
     scheme = SCHEMES[layer.quantizes]
     grid = (scheme.tables if isinstance(layer, Embedding) else scheme.weights).arguments
-    copy.assign(copy.params | {name: fake_quantize(a, **grid) + 0.0 for name, a in copy.params.items() if _is_matrix(copy, name)})
+    copy.assign(copy.params | {name: fake_quantize(a[...], **grid) + 0.0 for name, a in copy.params.items() if _is_matrix(copy, name)})
     return copy
 
 

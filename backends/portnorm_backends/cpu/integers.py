@@ -17,6 +17,8 @@ from portnorm_backends.cpu.layout import NumPyArray
 from portnorm_backends.cpu.warming import ready
 
 _ROWS = 8
+_WIDE, _PART = 2**22, 2**20
+"""Bytes of a matrix that is rounded by so many bytes of its rows at a time."""
 _FLOAT32 = numpy.dtype("float32")
 
 
@@ -44,12 +46,26 @@ def _is_fixed(x: Any, *, levels: int = INPUTS, bound: float | None = None, block
     return x.ndim == 2 and x.size > 0 and not x.flags.writeable and x.base is None and x.flags.c_contiguous
 
 
+def _is_wide(x: Any, *, bound: float | None = None, **attrs: Any) -> bool:
+    """A matrix of which several are not to be there at a time."""
+    return bound is None and type(x) is numpy.ndarray and x.ndim == 2 and x.dtype in (_FLOAT32, numpy.float64) and x.nbytes >= _WIDE
+
+
+def _by_rows(x: NumPyArray, **attrs: Any) -> NumPyArray:
+    rounded, count = numpy.empty(x.shape, x.dtype), max(1, len(x) * _PART // x.nbytes)
+    for start in range(0, len(x), count):
+        rounded[start : start + count] = fake_quantize.definition(x[start : start + count], **attrs)[0]
+    return rounded
+
+
 def _rounded(x: NumPyArray, **attrs: Any) -> NumPyArray:
+    if not _is_fixed(x, **attrs):
+        return _by_rows(x, **attrs)
     grid = Grid(**attrs)
     known = _of_weight.get((id(x), grid))
     if known is not None and known[0]() is x:
         return known[1].rounded
-    rounded: NumPyArray = fake_quantize.definition(x, **attrs)[0]
+    rounded = _by_rows(x, **attrs) if _is_wide(x) else fake_quantize.definition(x, **attrs)[0]
     rounded.flags.writeable = False
     q, steps = map(numpy.ascontiguousarray, integers_of(rounded)) if grid.levels == WEIGHTS else (_empty, _empty)
     made, key = _Integers(rounded, q, q.sum(axis=-1, dtype=numpy.int32), steps), (id(x), grid)
@@ -82,5 +98,9 @@ def _product(x: NumPyArray, weight: NumPyArray, *, bound: float | None = None, b
     return y.reshape(*x.shape[:-1], len(weight))
 
 
-ROUNDED = Kernel(call=_rounded, forward=lambda x, **attrs: (_rounded(x, **attrs), ()), accepts=_is_fixed)
+ROUNDED = Kernel(
+    call=_rounded,
+    forward=lambda x, **attrs: (_rounded(x, **attrs), ()),
+    accepts=lambda x, **attrs: _is_fixed(x, **attrs) or _is_wide(x, **attrs),
+)
 PRODUCT = Kernel(call=_product, accepts=_is_few)
