@@ -8,39 +8,16 @@ import json
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-import numpy
-
 from portnorm.errors import ExportError
 from portnorm.interrupts import held_back, undone
+from portnorm_onnx.frames import Session, arrays_of, send
 from portnorm_onnx.storage import Loadable, beside
 
-Session = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""A loaded model: named input arrays to named output arrays."""
-
-
-def send(stream: IO[bytes], arrays: Mapping[str, Any], session: int = 0) -> None:
-    """Write named arrays: a line of JSON that tells their names, types and shapes, then their bytes."""
-    values = {name: numpy.ascontiguousarray(a) for name, a in arrays.items()}
-    head = [{"name": n, "dtype": str(a.dtype), "shape": list(numpy.shape(arrays[n]))} for n, a in values.items()]
-    stream.write(json.dumps({"session": session, "arrays": head}).encode() + b"\n")
-    for a in values.values():
-        stream.write(a.tobytes())
-    stream.flush()
-
-
-def arrays_of(head: Mapping[str, Any], stream: IO[bytes]) -> dict[str, Any]:
-    """The arrays that a head announces."""
-    found = {}
-    for entry in head["arrays"]:
-        dtype, shape = numpy.dtype(entry["dtype"]), tuple(entry["shape"])
-        data = stream.read(dtype.itemsize * int(numpy.prod(shape, dtype=int)))
-        found[entry["name"]] = numpy.frombuffer(data, dtype=dtype).reshape(shape).copy()
-    return found
-
+__all__ = ["Session", "Worker", "arrays_of", "receive", "send"]
 
 def receive(stream: IO[bytes]) -> dict[str, Any] | None:
     """Read what `send` wrote; `None` at the end. Raises `ExportError` with an error that was sent instead."""
@@ -76,6 +53,12 @@ class Worker:
         if worker is None or worker._process.poll() is not None:
             worker = cls._running[name] = cls(name, command)
         return worker
+
+    @classmethod
+    def end(cls, name: str) -> None:
+        """End the process of a runtime, which whoever waits for an answer of it is told."""
+        if name in cls._running:
+            cls._running[name]._process.kill()
 
     def load(self, model: Loadable) -> Session:
         self._sessions += 1

@@ -1,12 +1,17 @@
-// Runs models in onnxruntime-web: node worker.mjs PACKAGE, told what to do on its standard input. See runtimes.py.
-import { readFileSync } from "node:fs";
+// Runs models in onnxruntime-web or onnxruntime-node: node worker.mjs PACKAGE, told what to do on its standard input. See runtimes.py.
+import { existsSync, readFileSync } from "node:fs";
+import { createRequire } from "node:module";
 import { dirname, join } from "node:path";
 import { pathToFileURL } from "node:url";
 
 const [folder] = process.argv.slice(2);
-const ort = await import(pathToFileURL(join(folder, "dist", "ort.wasm.min.mjs")).href);
-ort.env.wasm.numThreads = 1;
-ort.env.wasm.wasmPaths = pathToFileURL(join(folder, "dist") + "/").href;
+const script = join(folder, "dist", "ort.wasm.min.mjs");
+const isWeb = existsSync(script);
+const ort = isWeb ? await import(pathToFileURL(script).href) : createRequire(import.meta.url)(folder);
+if (isWeb) {
+  ort.env.wasm.numThreads = 1;
+  ort.env.wasm.wasmPaths = pathToFileURL(join(folder, "dist") + "/").href;
+}
 
 const TYPES = {
   float16: ["float16", Uint16Array], float32: ["float32", Float32Array], float64: ["float64", Float64Array],
@@ -33,10 +38,11 @@ const line = async () => await take((b) => (b.indexOf(10) < 0 ? null : b.indexOf
 const sessions = new Map();
 
 async function load(model, beside) {
-  return await ort.InferenceSession.create(readFileSync(model), {
-    executionProviders: ["wasm"],
+  return await ort.InferenceSession.create(isWeb ? readFileSync(model) : model, {
+    executionProviders: [isWeb ? "wasm" : "cpu"],
     logSeverityLevel: 3,
-    externalData: beside.map((name) => ({ path: name, data: readFileSync(join(dirname(model), name)) })),
+    intraOpNumThreads: 1,
+    externalData: (isWeb ? beside : []).map((name) => ({ path: name, data: readFileSync(join(dirname(model), name)) })),
   });
 }
 
