@@ -128,7 +128,7 @@ def mnn(path: str) -> Run:
 
 
 def ncnn(path: str) -> Run:
-    """ncnn, converted by pnnx: of an axis without a meaning in front it makes a batch, which ncnn has not, so rows go one by one."""
+    """ncnn, converted by pnnx, which takes a first axis of length 1, or in front of images, for a batch; ncnn has none, so it is not given."""
     import ncnn as library
 
     graph = _graph(path)
@@ -158,7 +158,7 @@ def ncnn(path: str) -> Run:
         arrays = [given[i.name] for i in graph.input]
         if rows:
             return _named(graph.output, [numpy.stack([one([case])[0] for case in arrays[0]])])
-        found = one([a[0] if a.ndim > 2 else a for a in arrays])
+        found = one([a[0] if a.shape[:1] == (1,) and a.ndim > 1 else a for a in arrays])
         return _named(graph.output, [a.reshape(_fixed(o, "ncnn")) for o, a in zip(graph.output, found, strict=True)])
 
     return run

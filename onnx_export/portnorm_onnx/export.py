@@ -269,7 +269,7 @@ def _traced(model: Layer, shape: Shape) -> tuple[onnx.ModelProto, dict[str, str]
     y, after, _ = model.apply(params, buffers, x, before, lengths, mask=mask)
     outputs = {"y": NAMESPACE.squeeze(y, axis=axis) if shape.streaming and model.keeps_time else y}
     if last and model.recurrent:
-        outputs |= state_outputs(model, rows, after)
+        outputs |= state_outputs(model, rows, after, outputs["y"])
     if shape.gives is not None:
         outputs = {name: outputs[name] for name in shape.gives}
     proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names, captures=shape.target.captures)

@@ -113,9 +113,8 @@ def _stacked(found: list[Any]) -> Any:
             return steps[0]
         if all(a.constant is not None for a in steps):
             return constant(numpy.stack([a.constant for a in steps]))
-        if steps[0].dims and all(isinstance(d, int) for d in steps[0].dims):
-            whole = node("Concat", *steps, axis=0) if len(steps) > 1 else steps[0]
-            return node("Reshape", whole, constant(numpy.array((len(steps), *steps[0].dims))))
+        if len(steps) > 1 and steps[0].dims and all(isinstance(d, int) for d in steps[0].dims):
+            return node("Reshape", node("Concat", *steps, axis=0), constant(numpy.array((len(steps), *steps[0].dims))))
         rows = [node("Unsqueeze", a, first) for a in steps]
         return rows[0] if len(rows) == 1 else node("Concat", *rows, axis=0)
 

@@ -16,7 +16,7 @@ from portnorm.layers.recurrent import Recurrent
 from portnorm.layers.sequential import Sequential
 from portnorm.layers.state import PlacedState
 from portnorm_onnx.namespace import NAMESPACE
-from portnorm_onnx.symbolic import Opset, SymbolicArray, constant, graph_input
+from portnorm_onnx.symbolic import Opset, SymbolicArray, constant, graph_input, node
 
 TIME = "time"
 """The state that counts the steps before."""
@@ -70,8 +70,11 @@ def state_inputs(model: Layer, opset: Opset, dtype: Any, batch: int | str) -> tu
     return inputs, mapped(lambda _: next(flat), model.initial_state(1))
 
 
-def state_outputs(model: Layer, opset: Opset, state: Any) -> dict[str, SymbolicArray]:
-    """The outputs of a graph for a state, shaped as its inputs are."""
+def state_outputs(model: Layer, opset: Opset, state: Any, y: SymbolicArray) -> dict[str, SymbolicArray]:
+    """The outputs of a graph for a state, shaped as its inputs are.
+
+    What is `y` too is a Reshape of it to the shape that it has where converters of flat graphs meet it: they take no Identity there.
+    """
     found: dict[str, SymbolicArray] = {}
     for name, a in named_state(model, state, "_n").items():
         counts, target = name.endswith(f"{TIME}_n"), opset.target
@@ -79,6 +82,8 @@ def state_outputs(model: Layer, opset: Opset, state: Any) -> dict[str, SymbolicA
             found[name] = a if target.scalars else NAMESPACE.expand_dims(a, axis=0)
         else:
             found[name] = NAMESPACE.squeeze(a, axis=0) if target.flat_states else a
+            if target.flat_states and found[name] is y:
+                found[name] = node("Reshape", y, constant(numpy.array(y.dims)))
     return found
 
 
