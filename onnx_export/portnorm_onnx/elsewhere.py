@@ -94,11 +94,16 @@ def version_of(name: str) -> str:
     return _place(name, tuple(environments()))[1]
 
 
-def load(name: str, model: Loadable) -> Session:
-    """A model in the process of a runtime."""
-    place, _ = _place(name, tuple(environments()))
-    if not ENGINES[name].node:
-        return Worker.of(name, [str(place), "-P", str(Path(__file__).with_name("engine_worker.py")), name]).load(model)
+def worker_of(name: str) -> Worker:
+    """The process of a runtime; "onnxruntime" is the one of this environment."""
+    place = Path(sys.executable) if name == "onnxruntime" else _place(name, tuple(environments()))[0]
+    if name == "onnxruntime" or not ENGINES[name].node:
+        return Worker.of(name, [str(place), "-P", str(Path(__file__).with_name("engine_worker.py")), name])
     if shutil.which("node") is None:
         raise MissingExtraError("Node.js is not installed")
-    return Worker.of(name, ["node", str(Path(__file__).parent / "web" / "worker.mjs"), str(place)]).load(model)
+    return Worker.of(name, ["node", str(Path(__file__).parent / "web" / "worker.mjs"), str(place)])
+
+
+def load(name: str, model: Loadable) -> Session:
+    """A model in the process of a runtime."""
+    return worker_of(name).load(model)

@@ -55,15 +55,20 @@ def _kind(value: Value) -> Any:
     return onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
 
 
-def _named(outputs: Sequence[Value], arrays: Sequence[Any]) -> dict[str, NumPyArray]:
-    """Results in the graph's types and number of axes: some runtimes have no int64, or no array without axes."""
-    found = {}
-    for said, a in zip(outputs, arrays, strict=True):
-        values = numpy.array(a)
-        if not said.type.tensor_type.shape.dim and values.size == 1:
-            values = values.reshape(())
-        found[said.name] = values.astype(_kind(said), copy=False) if values.dtype.kind == numpy.dtype(_kind(said)).kind else values
-    return found
+def _naming(outputs: Sequence[Value]) -> Callable[[Sequence[Any]], dict[str, NumPyArray]]:
+    """Results by name, in the graph's types and number of axes: some runtimes have no int64, or no array without axes."""
+    said = [(o.name, numpy.dtype(_kind(o)), len(_dims(o))) for o in outputs]
+
+    def named(arrays: Sequence[Any]) -> dict[str, NumPyArray]:
+        found = {}
+        for (name, kind, axes), given in zip(said, arrays, strict=True):
+            a = numpy.asarray(given)
+            if axes == 0 and a.size == 1:
+                a = a.reshape(())
+            found[name] = a.astype(kind) if a.dtype != kind and a.dtype.kind == kind.kind else a
+        return found
+
+    return named
 
 
 def _command(*words: str, folder: str) -> None:
@@ -87,11 +92,13 @@ def opencv(path: str) -> Run:
     import cv2
 
     net, graph = cv2.dnn.readNetFromONNX(path), _graph(path)
+    names, named = [o.name for o in graph.output], _naming(graph.output)
+    cv2.setNumThreads(1)
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
         for name, a in given.items():
             net.setInput(numpy.ascontiguousarray(a), name)
-        return _named(graph.output, net.forward([o.name for o in graph.output]))
+        return named([a.copy() for a in net.forward(names)])
 
     return run
 
@@ -105,6 +112,7 @@ def mnn(path: str) -> Run:
     import MNN.numpy
 
     graph = _graph(path)
+    inputs, named = [i.name for i in graph.input], _naming(graph.output)
     kinds = {"f": MNN.numpy.float32, "i": MNN.numpy.int32, "b": MNN.numpy.int32}
     with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
         made = f"{folder}/m.mnn"
@@ -113,7 +121,7 @@ def mnn(path: str) -> Run:
             _tools.mnnconvert([*words, "--useOriginRNNImpl"])
         if not os.path.exists(made):
             raise Refused("MNN's converter writes no file for the graph")
-        net = MNN.nn.load_module_from_file(made, [i.name for i in graph.input], [o.name for o in graph.output])
+        net = MNN.nn.load_module_from_file(made, inputs, [o.name for o in graph.output])
 
     def placed(a: NumPyArray) -> Any:
         laid = MNN.expr.placeholder([*a.shape], MNN.expr.NCHW, kinds[a.dtype.kind])
@@ -121,8 +129,8 @@ def mnn(path: str) -> Run:
         return laid
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
-        found = net.onForward([placed(given[i.name]) for i in graph.input])
-        return _named(graph.output, [MNN.expr.convert(a, MNN.expr.NCHW).read() for a in found])
+        found = net.onForward([placed(given[name]) for name in inputs])
+        return named([numpy.array(MNN.expr.convert(a, MNN.expr.NCHW).read()) for a in found])
 
     return run
 
@@ -145,21 +153,24 @@ def ncnn(path: str) -> Run:
         if net.load_param(f"{folder}/m.ncnn.param") or net.load_model(f"{folder}/m.ncnn.bin"):
             raise Refused("ncnn does not load what pnnx makes of the graph")
 
+    outputs = [_fixed(o, "ncnn") for o in graph.output]
+    names, named = [i.name for i in graph.input], _naming(graph.output)
+
     def one(given: Sequence[NumPyArray]) -> list[NumPyArray]:
         extractor = net.create_extractor()
         for k, a in enumerate(given):
             extractor.input(f"in{k}", library.Mat(numpy.ascontiguousarray(a, dtype=numpy.float32)).clone())
-        found = [extractor.extract(f"out{k}") for k in range(len(graph.output))]
+        found = [extractor.extract(f"out{k}") for k in range(len(outputs))]
         if any(code for code, _ in found):
             raise Refused(f"ncnn does not run the graph: {[code for code, _ in found]}")
         return [numpy.array(a) for _, a in found]
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
-        arrays = [given[i.name] for i in graph.input]
+        arrays = [given[name] for name in names]
         if rows:
-            return _named(graph.output, [numpy.stack([one([case])[0] for case in arrays[0]])])
+            return named([numpy.stack([one([case])[0] for case in arrays[0]])])
         found = one([a[0] if a.shape[:1] == (1,) and a.ndim > 1 else a for a in arrays])
-        return _named(graph.output, [a.reshape(_fixed(o, "ncnn")) for o, a in zip(graph.output, found, strict=True)])
+        return named([a.reshape(shape) for shape, a in zip(outputs, found, strict=True)])
 
     return run
 
@@ -186,26 +197,29 @@ def litert(path: str) -> Run:
         raise Refused("onnx2tf does not convert the graph") from error
     interpreter = Interpreter(model_path=f"{folder.name}/m_float32.tflite", num_threads=1)
     interpreter.allocate_tensors()
-    taken = {d["name"].removesuffix(":0").removeprefix("serving_default_"): d for d in interpreter.get_input_details()}
+    taken = {
+        d["name"].removesuffix(":0").removeprefix("serving_default_"): (d["index"], d["dtype"], tuple(d["shape"]))
+        for d in interpreter.get_input_details()
+    }
     found = sorted(interpreter.get_output_details(), key=lambda d: [int(n) for n in re.findall(r"\d+", d["name"])])  # Identity, Identity_1, …
     if len(found) != len(graph.output):
         raise Refused(f"onnx2tf makes {len(found)} outputs of {len(graph.output)}")
-    kept = folder
+    indices, outputs, named, kept = [d["index"] for d in found], [tuple(_fixed(o, "LiteRT")) for o in graph.output], _naming(graph.output), folder
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
         assert kept
         for name, a in given.items():
-            interpreter.set_tensor(taken[name]["index"], a.astype(taken[name]["dtype"]).reshape(taken[name]["shape"]))
+            index, kind, shape = taken[name]
+            interpreter.set_tensor(index, a if a.dtype == kind and a.shape == shape else a.astype(kind).reshape(shape))
         interpreter.invoke()
-        arrays = [interpreter.get_tensor(d["index"]) for d in found]
-        return _named(graph.output, [_channels_second(a, _fixed(o, "LiteRT")) for o, a in zip(graph.output, arrays, strict=True)])
+        return named([_channels_second(interpreter.get_tensor(k), shape) for k, shape in zip(indices, outputs, strict=True)])
 
     return run
 
 
-def _channels_second(a: NumPyArray, shape: Sequence[int]) -> NumPyArray:
+def _channels_second(a: NumPyArray, shape: tuple[int, ...]) -> NumPyArray:
     """A result in the order of the graph, where the converter has put channels last."""
-    return a if list(a.shape) == shape else numpy.moveaxis(a, -1, 1)
+    return a if a.shape == shape else numpy.moveaxis(a, -1, 1)
 
 
 def tvm(path: str) -> Run:
@@ -225,9 +239,11 @@ def tvm(path: str) -> Run:
     module = from_onnx(model, shape_dict=shapes, dtype_dict={i.name: str(_kind(i)) for i in inputs}, keep_params_in_input=False)
     machine = relax.VirtualMachine(relax.build(module, target="llvm"), library.cpu())
 
+    names, named = [i.name for i in inputs], _naming(outputs)
+
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
-        found = machine["main"](*(library.runtime.tensor(given[i.name]) for i in inputs))
-        return _named(outputs, [a.numpy() for a in ([found] if hasattr(found, "numpy") else found)])
+        found = machine["main"](*(library.runtime.tensor(given[name]) for name in names))
+        return named([a.numpy() for a in ([found] if hasattr(found, "numpy") else found)])
 
     return run
 
@@ -247,10 +263,11 @@ def iree(path: str) -> Run:
     context = runtime.SystemContext(config=config)
     context.add_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, made))
     function = context.modules.module[graph.name]
+    names, named = [i.name for i in graph.input], _naming(graph.output)
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
-        found = function(*(given[i.name] for i in graph.input))
-        return _named(graph.output, [a.to_host() for a in (found if isinstance(found, tuple | list) else [found])])
+        found = function(*(given[name] for name in names))
+        return named([a.to_host() for a in (found if isinstance(found, tuple | list) else [found])])
 
     return run
 
@@ -262,6 +279,7 @@ def tinygrad(path: str) -> Run:
 
     graph = _graph(path)
     model = onnx.load(path).SerializeToString()
+    names, named = [o.name for o in graph.output], _naming(graph.output)
     nets: dict[tuple[Any, ...], Any] = {}  # one holds on to the lengths that it has met first
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
@@ -269,7 +287,7 @@ def tinygrad(path: str) -> Run:
         if shapes not in nets:
             nets[shapes] = OnnxRunner(Tensor(model))
         found = nets[shapes]({name: Tensor(numpy.ascontiguousarray(a)) for name, a in given.items()})
-        return _named(graph.output, [found[o.name].numpy() for o in graph.output])
+        return named([found[name].numpy() for name in names])
 
     return run
 
@@ -282,13 +300,20 @@ def onnx2pytorch(path: str) -> Run:
     torch.set_num_threads(1)
     graph = _graph(path)
     module = ConvertModel(onnx.load(path), experimental=True).eval()
+    names, named = [i.name for i in graph.input], _naming(graph.output)
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
         with torch.no_grad():
-            found = module(*(torch.from_numpy(numpy.ascontiguousarray(given[i.name])) for i in graph.input))
-        return _named(graph.output, [a.numpy() for a in (found if isinstance(found, tuple | list) else [found])])
+            found = module(*(torch.from_numpy(numpy.ascontiguousarray(given[name])) for name in names))
+        return named([a.numpy() for a in (found if isinstance(found, tuple | list) else [found])])
 
     return run
+
+
+C_OPTIONS = ("--large-weight-threshold", "0", "--large-temp-threshold", "0")
+"""All weights in the C itself: by itself it puts more than 100 kB into a file that the program has to load first. And no memory but the stack."""
+CC_OPTIONS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only")
+"""Sums in any order, or no product is vectorized; NaN stays NaN."""
 
 
 def c(path: str) -> Run:
@@ -299,16 +324,22 @@ def c(path: str) -> Run:
     if compiler is None:
         raise Refused("there is no C compiler: none of cc, gcc, clang")
     with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
-        _command("emx-onnx-cgen", "compile", _inside(path, folder), "m.c", "--model-name", "portnorm_model", folder=folder)
-        _command(compiler, "-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "m.c", "-o", "m.so", "-lm", folder=folder)
+        _command("emx-onnx-cgen", "compile", _inside(path, folder), "m.c", *C_OPTIONS, "--model-name", "portnorm_model", folder=folder)
+        _command(compiler, *CC_OPTIONS, "-shared", "-fPIC", "m.c", "-o", "m.so", "-lm", folder=folder)
         library = ctypes.CDLL(f"{folder}/m.so")
-    function = library.portnorm_model
+    function, names, named = library.portnorm_model, [i.name for i in graph.input], _naming(graph.output)
+    function.restype = None
+    arrays = [numpy.zeros(shape, _kind(v)) for shape, v in zip(shapes, (*graph.input, *graph.output), strict=True)]
+    places = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
+    count = len(names)
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
-        arrays = [numpy.ascontiguousarray(given[i.name], dtype=_kind(i)) for i in graph.input]
-        found = [numpy.empty(shape, _kind(o)) for shape, o in zip(shapes[len(arrays) :], graph.output, strict=True)]
-        function(*(ctypes.c_void_p(a.ctypes.data) for a in (*arrays, *found)))
-        return _named(graph.output, found)
+        for name, a in zip(names, arrays, strict=False):
+            if given[name].shape != a.shape:
+                raise Refused(f"{name!r} has shape {given[name].shape}; expected {a.shape}")
+            a[...] = given[name]
+        function(*places)
+        return named([a.copy() for a in arrays[count:]])
 
     return run
 
@@ -329,6 +360,7 @@ def onnxruntime(path: str) -> Run:
 
 
 LOADS: dict[str, Load] = {
+    "onnxruntime": onnxruntime,
     "mnn": mnn,
     "litert": litert,
     "ncnn": ncnn,

@@ -8,7 +8,7 @@ import json
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -61,6 +61,16 @@ class Worker:
             cls._running[name]._process.kill()
 
     def load(self, model: Loadable) -> Session:
+        """A session of the model."""
+        session = self._loaded(model)
+        return lambda inputs: self._asked("does not run", lambda stream: send(stream, inputs, session))
+
+    def load_looped(self, model: Loadable, fed: Mapping[str, str]) -> Session:
+        """Steps with states fed back, in that process alone: see `frames.looped`."""
+        session = self._loaded(model)
+        return lambda inputs: self._asked("does not run", lambda stream: send(stream, inputs, session, fed=dict(fed)))
+
+    def _loaded(self, model: Loadable) -> int:
         self._sessions += 1
         session = self._sessions
         if isinstance(model, bytes):
@@ -69,7 +79,7 @@ class Worker:
             model = str(path)
         head = json.dumps({"session": session, "load": model, "beside": beside(model)}).encode() + b"\n"
         self._asked("does not load", lambda stream: (stream.write(head), stream.flush()))
-        return lambda inputs: self._asked("does not run", lambda stream: send(stream, inputs, session))
+        return session
 
     def _asked(self, failed: str, ask: Callable[[IO[bytes]], Any]) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -46,6 +46,27 @@ async function load(model, beside) {
   });
 }
 
+// Steps of x (steps, …), what an output gives fed into the input that `fed` names; microseconds per step by turn.
+async function looped(session, given, fed) {
+  const { x, ...states } = given;
+  const [steps, ...shape] = x.dims;
+  const size = x.data.length / steps;
+  const rows = Array.from({ length: steps }, (_, t) => new ort.Tensor(x.type, x.data.slice(t * size, (t + 1) * size), shape));
+  const [y, microseconds] = [[], []];
+  for (let turn = 0; turn < 3; turn++) {
+    const feeds = { ...states };
+    const started = performance.now();
+    for (const row of rows) {
+      feeds.x = row;
+      const found = await session.run(feeds);
+      for (const [output, taken] of Object.entries(fed)) feeds[taken] = found[output];
+      if (turn === 0) y.push(found.y);
+    }
+    microseconds.push(((performance.now() - started) * 1000) / steps);
+  }
+  return { y, microseconds };
+}
+
 for (;;) {
   const told = await line();
   if (told === null) break;
@@ -64,6 +85,17 @@ for (;;) {
       feeds[name] = new ort.Tensor(type, new Typed(Uint8Array.from(bytes).buffer), shape);
     }
     const session = sessions.get(head.session);
+    if (head.fed) {
+      const { y, microseconds } = await looped(session, feeds, head.fed);
+      const times = Buffer.from(Float64Array.from(microseconds).buffer);
+      const parts = y.map((t) => Buffer.from(t.data.buffer, t.data.byteOffset, t.data.byteLength));
+      const arrays = [
+        { name: "y", dtype: y[0].type, shape: [y.length, ...y[0].dims] },
+        { name: "microseconds", dtype: "float64", shape: [microseconds.length] },
+      ];
+      answer({ arrays }, [...parts, times]);
+      continue;
+    }
     const results = await session.run(feeds);
     const named = session.outputNames.map((name) => [name, results[name]]);
     answer(
