@@ -1,7 +1,7 @@
 """A hundred steps with states fed back in each of the further runtimes: `python -m benchmarks.further_steps`, or `make runtimes-more`.
 
-The loop is in the process of the runtime, onnxruntime's in one of its own too. They take turns, on one thread. Results stand beside those of
-`further.py`, as "steps".
+The loop is in the process of the runtime, onnxruntime's in one of its own too. They take turns, on one thread. Results stand beside those
+of `further.py`, as "steps".
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def in_turns(norm: str | None) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"subject": name, "said": said.get(name, "")}
         if name in runs:
             ratios = sorted(t / o for t, o in zip(times[name], times["onnxruntime"], strict=True))
-            row |= {"microseconds": round(min(times[name]), 1), "ratio": round(statistics.median(ratios), 3), "ratios": [round(r, 3) for r in ratios]}
+            row |= {
+                "microseconds": round(min(times[name]), 1),
+                "ratio": round(statistics.median(ratios), 3),
+                "ratios": [round(r, 3) for r in ratios],
+            }
             row |= {"difference": float(f"{found[name]:.2g}"), "eager": float(f"{np.max(np.abs(eager - exact)):.2g}")}
         rows.append(row)
     return rows

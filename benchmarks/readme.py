@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import portnorm as pn
-from benchmarks import accuracy_tables
+from benchmarks import accuracy_tables, further_tables
 from portnorm import bench
 from portnorm.checkpoint.formats import ROWS
 from portnorm.conform import LIBRARIES, REGIMES
@@ -514,6 +514,7 @@ def ways_out_versions() -> str:
 
 TABLES = {
     **accuracy_tables.TABLES,
+    **further_tables.TABLES,
     "behind": behind,
     "behind_files": behind_files,
     "behind_versions": behind_versions,

@@ -1,7 +1,8 @@
 """Runtimes that have an environment of their own, since what they ask for does not go together: where each is found, and how it is started.
 
-An environment is a folder: this one, those that the variable PORTNORM_RUNTIMES names, and those that `make runtimes-more` makes beside this
-one or in the working directory (`.venv-more-NAME`). The first that has all packages of an engine is taken.
+An environment is a folder: this one, those that the variable PORTNORM_RUNTIMES names, and those that `make runtimes-more` and
+`make accuracy` make beside this one or in the working directory (`.venv-more-NAME`, `.venv-accuracy-NAME`). The first that has all packages
+is taken.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def environments() -> Iterator[Path]:
     yield Path(sys.prefix)
     yield from (Path(folder) for folder in os.environ.get(VARIABLE, "").split(os.pathsep) if folder)
     for beside in dict.fromkeys((Path(sys.prefix).parent, Path.cwd())):
-        yield from sorted(beside.glob(".venv-more-*"))
+        yield from (folder for kind in ("more", "accuracy") for folder in sorted(beside.glob(f".venv-{kind}-*")))
 
 
 def _has(folder: Path, packages: tuple[str, ...]) -> str | None:
@@ -82,7 +83,9 @@ def _place(name: str, where: tuple[Path, ...]) -> tuple[Path, str]:
                 return package, str(json.loads((package / "package.json").read_text())["version"])
         elif version := _has(folder, engine.packages):
             return next(p for p in (folder / "bin" / "python", folder / "Scripts" / "python.exe") if p.exists()), version
-    asked = f"npm install --ignore-scripts --prefix FOLDER {engine.packages[0]}" if engine.node else f"pip install {' '.join(engine.packages)}"
+    asked = (
+        f"npm install --ignore-scripts --prefix FOLDER {engine.packages[0]}" if engine.node else f"pip install {' '.join(engine.packages)}"
+    )
     raise MissingExtraError(
         f"{engine.packages[0]} is not installed: `make runtimes-more` in a checkout of portnorm, or `{asked}` in an environment that "
         f"{VARIABLE} names"
@@ -94,9 +97,14 @@ def version_of(name: str) -> str:
     return _place(name, tuple(environments()))[1]
 
 
+def place_of(name: str) -> Path:
+    """The Python of its environment, or the folder of a package of npm; raises `MissingExtraError` where it is in none."""
+    return _place(name, tuple(environments()))[0]
+
+
 def worker_of(name: str) -> Worker:
     """The process of a runtime; "onnxruntime" is the one of this environment."""
-    place = Path(sys.executable) if name == "onnxruntime" else _place(name, tuple(environments()))[0]
+    place = Path(sys.executable) if name == "onnxruntime" else place_of(name)
     if name == "onnxruntime" or not ENGINES[name].node:
         return Worker.of(name, [str(place), "-P", str(Path(__file__).with_name("engine_worker.py")), name])
     if shutil.which("node") is None:

@@ -2,7 +2,7 @@
 
 What runs it takes arrays by the names of the graph's inputs and gives those by the names of its outputs, in the graph's types. Nothing here
 needs more than NumPy, onnx and the runtime, so that it runs in an environment that has no more (`engine_worker.py`). What a runtime does
-not take it says by an exception of its own, or by `Refused`.
+not take it says by an exception of its own, or by `RefusedError`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Run = Callable[[Mapping[str, NumPyArray]], dict[str, NumPyArray]]
 Load = Callable[[str], Run]
 
 
-class Refused(RuntimeError):
+class RefusedError(RuntimeError):
     """A runtime, or its converter, does not take a graph."""
 
 
@@ -44,10 +44,10 @@ def _dims(value: Value) -> list[int | str]:
 
 
 def _fixed(value: Value, runtime: str) -> list[int]:
-    """The shape of an input; raises `Refused` where lengths are open."""
+    """The shape of an input; raises `RefusedError` where lengths are open."""
     dims = _dims(value)
     if any(isinstance(d, str) for d in dims):
-        raise Refused(f"{runtime} takes fixed shapes only, and {value.name!r} is {dims}: export with numbers in `input_shape`")
+        raise RefusedError(f"{runtime} takes fixed shapes only, and {value.name!r} is {dims}: export with numbers in `input_shape`")
     return [d for d in dims if isinstance(d, int)]
 
 
@@ -72,12 +72,12 @@ def _naming(outputs: Sequence[Value]) -> Callable[[Sequence[Any]], dict[str, Num
 
 
 def _command(*words: str, folder: str) -> None:
-    """Run a converter; raises `Refused` with the end of what it says."""
+    """Run a converter; raises `RefusedError` with the end of what it says."""
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-        raise Refused(f"{words[0]} does not convert the graph: {next((line for line in said if 'rror' in line), said[-1])[:250]}")
+        raise RefusedError(f"{words[0]} does not convert the graph: {next((line for line in said if 'rror' in line), said[-1])[:250]}")
 
 
 def _inside(path: str, folder: str) -> str:
@@ -120,7 +120,7 @@ def mnn(path: str) -> Run:
         with contextlib.redirect_stdout(io.StringIO()):
             _tools.mnnconvert([*words, "--useOriginRNNImpl"])
         if not os.path.exists(made):
-            raise Refused("MNN's converter writes no file for the graph")
+            raise RefusedError("MNN's converter writes no file for the graph")
         net = MNN.nn.load_module_from_file(made, inputs, [o.name for o in graph.output])
 
     def placed(a: NumPyArray) -> Any:
@@ -136,7 +136,7 @@ def mnn(path: str) -> Run:
 
 
 def ncnn(path: str) -> Run:
-    """ncnn, converted by pnnx, which takes a first axis of length 1, or in front of images, for a batch; ncnn has none, so it is not given."""
+    """ncnn, converted by pnnx, which takes a first axis of length 1, or in front of images, for a batch; ncnn is given none."""
     import ncnn as library
 
     graph = _graph(path)
@@ -151,7 +151,7 @@ def ncnn(path: str) -> Run:
         net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = net.opt.use_bf16_storage = False
         net.opt.num_threads = 1
         if net.load_param(f"{folder}/m.ncnn.param") or net.load_model(f"{folder}/m.ncnn.bin"):
-            raise Refused("ncnn does not load what pnnx makes of the graph")
+            raise RefusedError("ncnn does not load what pnnx makes of the graph")
 
     outputs = [_fixed(o, "ncnn") for o in graph.output]
     names, named = [i.name for i in graph.input], _naming(graph.output)
@@ -162,7 +162,7 @@ def ncnn(path: str) -> Run:
             extractor.input(f"in{k}", library.Mat(numpy.ascontiguousarray(a, dtype=numpy.float32)).clone())
         found = [extractor.extract(f"out{k}") for k in range(len(outputs))]
         if any(code for code, _ in found):
-            raise Refused(f"ncnn does not run the graph: {[code for code, _ in found]}")
+            raise RefusedError(f"ncnn does not run the graph: {[code for code, _ in found]}")
         return [numpy.array(a) for _, a in found]
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
@@ -194,17 +194,24 @@ def litert(path: str) -> Run:
                 keep_shape_absolutely_input_names=keep or None,
             )
     except SystemExit as error:
-        raise Refused("onnx2tf does not convert the graph") from error
+        raise RefusedError("onnx2tf does not convert the graph") from error
     interpreter = Interpreter(model_path=f"{folder.name}/m_float32.tflite", num_threads=1)
     interpreter.allocate_tensors()
     taken = {
         d["name"].removesuffix(":0").removeprefix("serving_default_"): (d["index"], d["dtype"], tuple(d["shape"]))
         for d in interpreter.get_input_details()
     }
-    found = sorted(interpreter.get_output_details(), key=lambda d: [int(n) for n in re.findall(r"\d+", d["name"])])  # Identity, Identity_1, …
+    found = sorted(
+        interpreter.get_output_details(), key=lambda d: [int(n) for n in re.findall(r"\d+", d["name"])]
+    )  # Identity, Identity_1, …
     if len(found) != len(graph.output):
-        raise Refused(f"onnx2tf makes {len(found)} outputs of {len(graph.output)}")
-    indices, outputs, named, kept = [d["index"] for d in found], [tuple(_fixed(o, "LiteRT")) for o in graph.output], _naming(graph.output), folder
+        raise RefusedError(f"onnx2tf makes {len(found)} outputs of {len(graph.output)}")
+    indices, outputs, named, kept = (
+        [d["index"] for d in found],
+        [tuple(_fixed(o, "LiteRT")) for o in graph.output],
+        _naming(graph.output),
+        folder,
+    )
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
         assert kept
@@ -233,9 +240,7 @@ def tvm(path: str) -> Run:
     shapes: dict[str, Any] = {}
     symbols: dict[str, Any] = {}
     for value in inputs:
-        shapes[value.name] = [
-            d if isinstance(d, int) else symbols.setdefault(d, library.tirx.Var(d, "int64")) for d in _dims(value)
-        ]
+        shapes[value.name] = [d if isinstance(d, int) else symbols.setdefault(d, library.tirx.Var(d, "int64")) for d in _dims(value)]
     module = from_onnx(model, shape_dict=shapes, dtype_dict={i.name: str(_kind(i)) for i in inputs}, keep_params_in_input=False)
     machine = relax.VirtualMachine(relax.build(module, target="llvm"), library.cpu())
 
@@ -311,7 +316,7 @@ def onnx2pytorch(path: str) -> Run:
 
 
 C_OPTIONS = ("--large-weight-threshold", "0", "--large-temp-threshold", "0")
-"""All weights in the C itself: by itself it puts more than 100 kB into a file that the program has to load first. And no memory but the stack."""
+"""Weights in the C: by itself it puts more than 100 kB into a file that the program has to load first. No memory but the stack."""
 CC_OPTIONS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only")
 """Sums in any order, or no product is vectorized; NaN stays NaN."""
 
@@ -322,7 +327,7 @@ def c(path: str) -> Run:
     shapes = [_fixed(v, "C") for v in (*graph.input, *graph.output)]
     compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
     if compiler is None:
-        raise Refused("there is no C compiler: none of cc, gcc, clang")
+        raise RefusedError("there is no C compiler: none of cc, gcc, clang")
     with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
         _command("emx-onnx-cgen", "compile", _inside(path, folder), "m.c", *C_OPTIONS, "--model-name", "portnorm_model", folder=folder)
         _command(compiler, *CC_OPTIONS, "-shared", "-fPIC", "m.c", "-o", "m.so", "-lm", folder=folder)
@@ -336,7 +341,7 @@ def c(path: str) -> Run:
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
         for name, a in zip(names, arrays, strict=False):
             if given[name].shape != a.shape:
-                raise Refused(f"{name!r} has shape {given[name].shape}; expected {a.shape}")
+                raise RefusedError(f"{name!r} has shape {given[name].shape}; expected {a.shape}")
             a[...] = given[name]
         function(*places)
         return named([a.copy() for a in arrays[count:]])

@@ -22,6 +22,7 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.quantized import quantized, with_rounded_weights
 from portnorm.layers.recurrent import recurrent_parts
 from portnorm.quantization import QuantizeName
+from portnorm_onnx.as_loop import as_loops
 from portnorm_onnx.build import Names, build, put_inside
 from portnorm_onnx.inputs import random_inputs
 from portnorm_onnx.lowering import OPSETS, opset
@@ -273,6 +274,8 @@ def _traced(model: Layer, shape: Shape) -> tuple[onnx.ModelProto, dict[str, str]
     if shape.gives is not None:
         outputs = {name: outputs[name] for name in shape.gives}
     proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names, captures=shape.target.captures)
+    if shape.target.as_loop:
+        as_loops(proto)
     check_types(proto, shape.target, shape.dtype)
     return proto, {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}
 

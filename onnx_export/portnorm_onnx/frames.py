@@ -37,7 +37,7 @@ TURNS, SECONDS = 3, 2.0
 
 
 def looped(session: Session, given: Mapping[str, Any], fed: Mapping[str, str]) -> dict[str, Any]:
-    """Steps of `x` (steps, …), what an output gives fed into the input that `fed` names: `y` of every step, and microseconds per step by turn."""
+    """Steps of `x` (steps, …), what an output gives fed into the input that `fed` names: `y` of each, and microseconds per step by turn."""
     ys, times = [], []
     for turn in range(TURNS):
         feed, started = dict(given), time.perf_counter()

@@ -358,4 +358,6 @@ def opset(version: int, target: Target, *, fold: bool, final_state: bool, accura
 
 def training_opset(version: int) -> Opset:
     """The same for a graph that goes backward too: no operator gives out what the vjps of normalizations and cells need."""
-    return Opset(version, {name: row for name, row in OPSETS[version].items() if name not in ("normalize", "scan", "linear_scan", "without_padding")})
+    return Opset(
+        version, {name: row for name, row in OPSETS[version].items() if name not in ("normalize", "scan", "linear_scan", "without_padding")}
+    )

@@ -122,7 +122,7 @@ def _of_one_axis(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: An
     axes, params = attrs["axes"], attrs["param_axes"]
     rows = NAMESPACE.reshape(x, (*x.shape[: axes[0]], math.prod(int(x.dims[a]) for a in axes)))
     last = (rows.ndim - 1,)
-    y = NAMESPACE.reshape(_layer(rows, None, None, eps, {"axes": last, "param_axes": last}), x.shape)
+    y: SymbolicArray = NAMESPACE.reshape(_layer(rows, None, None, eps, {"axes": last, "param_axes": last}), x.shape)
     along = tuple(x.shape[a] if a in params else 1 for a in range(x.ndim))
     y = y if weight is None else y * NAMESPACE.reshape(weight, along)
     return y if bias is None else y + NAMESPACE.reshape(bias, along)

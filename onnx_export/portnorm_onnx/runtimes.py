@@ -260,11 +260,11 @@ FITTED = "Reshape to (0, …, −1)"
 ANY = "any operator"
 """Every graph has one: the runtime is not asked for nothing at all."""
 _ORT: dict[str, frozenset[str]] = {
-    "no_steps": frozenset({"Scan", "GRU"}),
+    "no_steps": frozenset({"Scan", "Loop", "GRU"}),
     "no_sequences": frozenset({"LSTM", "GRU", "DynamicQuantizeLSTM", FITTED}),
 }
-_LOOPS = frozenset({"Scan"})
-_RECURRENT = frozenset({"Scan", "LSTM", "GRU", "RNN"})
+_LOOPS = frozenset({"Scan", "Loop"})
+_RECURRENT = frozenset({"Scan", "Loop", "LSTM", "GRU", "RNN"})
 
 RUNTIMES: dict[str, Runtime] = {
     row.name: row

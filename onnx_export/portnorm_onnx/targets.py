@@ -39,6 +39,8 @@ class Target:
     """The LSTM operator may have peepholes."""
     loops: bool = True
     """There is a loop; else every step of a known number is written out."""
+    as_loop: bool = False
+    """Where the number of steps is open the loop is a Loop that takes its steps by Gather; else it is a Scan."""
     open_shapes: bool = True
     """Lengths may be open."""
     sequences: bool = True
@@ -105,6 +107,7 @@ TargetName = Literal[
     "onnx2pytorch",
 ]
 """The names that `target=` takes."""
+
 
 def _further(name: str, **fields: Any) -> Target:
     """A runtime with an environment of its own, measured at opset 18 and in float32."""
@@ -191,7 +194,7 @@ TARGETS: dict[str, Target] = {
             open_shapes=False,
             scalars=False,
             backward_slices=False,
-            without=frozenset({"BatchNormalization", "RMSNormalization"}),
+            without=frozenset({"BatchNormalization"}),
             reason="onnx2tf makes a file that cannot be loaded of what it does not have, and takes open lengths for 1; a backward slice "
             "is 1 to 2 off without an error; BatchNormalization is x·s + t, 1e-3 off at a mean of 10,000",
         ),
@@ -202,18 +205,16 @@ TARGETS: dict[str, Target] = {
             resets_before=False,
             where_broadcasts=False,
             backward_slices=False,
-            without=frozenset({"BatchNormalization", "RMSNormalization"}),
+            without=frozenset({"BatchNormalization"}),
             reason="without an error: sequence_lens and direction=reverse are ignored, linear_before_reset=0 is computed as 1, Where takes "
             "wrong values for a last input with fewer values; BatchNormalization is x·s + t, 1e-3 off at a mean of 10,000; no loop",
         ),
         _further(
             "ncnn",
-            loops=False,
             open_shapes=False,
             sequences=False,
             batches=False,
             flat_states=True,
-            scalars=False,
             biased_norms=True,
             one_axis=True,
             fused=False,
@@ -221,14 +222,13 @@ TARGETS: dict[str, Target] = {
             last_opset=23,
             without=frozenset({"BatchNormalization"}),
             lacks=frozenset({"Gather", "Where"}),
-            reason="has no batch, and no axis that stands for it but the first; LayerNormalization of one axis, with a bias; no Gather, which "
-            "tables of statistics need; pnnx ends with exit status 0 and a file that cannot be loaded where an operator is lacking",
+            reason="has no batch, and no axis that stands for it but the first; LayerNormalization of one axis, with a bias; no Gather, "
+            "which tables of statistics need; pnnx ends with exit status 0 and a file that cannot be loaded where an operator is lacking",
         ),
         _further(
             "iree",
             open_shapes=False,
             backward_slices=False,
-            without=frozenset({"RMSNormalization"}),
             reason="without an error: an open length comes out of a loop as 1, InstanceNormalization over an open axis is NaN, a backward "
             "slice is 1 to 6 off, sequence_lens is ignored",
         ),
@@ -236,7 +236,6 @@ TARGETS: dict[str, Target] = {
             "tvm",
             fused=False,
             loops=False,
-            without=frozenset({"RMSNormalization"}),
             reason="has neither loops nor LSTM, GRU and RNN",
         ),
         _further(
@@ -244,23 +243,22 @@ TARGETS: dict[str, Target] = {
             fused=False,
             loops=False,
             scalars=False,
-            without=frozenset({"RMSNormalization"}),
             reason="has neither loops nor LSTM, GRU and RNN",
         ),
         _further(
             "c",
             open_shapes=False,
             backward_slices=False,
-            without=frozenset({"RMSNormalization"}),
             reason="emx-onnx-cgen takes fixed shapes, no slice that goes backward, and computes direction=reverse 0.5 off without an error",
         ),
         _further(
             "opencv",
-            loops=False,
-            without=frozenset({"BatchNormalization", "RMSNormalization", "RNN"}),
+            as_loop=True,
+            without=frozenset({"BatchNormalization", "RNN"}),
             one_pass=frozenset({"LayerNormalization", "InstanceNormalization"}),
-            reason="takes variances in one pass, 4e-3 off at a mean of 100 standard deviations; BatchNormalization is x·s + t; without an error: sequence_lens, clip, "
-            "direction=reverse and peepholes are ignored or wrong; no Scan, no RNN",
+            reason="takes variances in one pass, 4e-3 off at a mean of 100 standard deviations; BatchNormalization is x·s + t; without an "
+            "error: sequence_lens, clip, direction=reverse and peepholes are ignored or wrong, and two states of a Loop that begin as one value are one; no "
+            "Scan, no RNN",
         ),
         _further(
             "onnx2pytorch",
@@ -293,9 +291,7 @@ def check_dims(target: Target, dims: Sequence[int | str], *, batch: int, time: i
     given = [d for axis, d in enumerate(dims) if not (streaming and axis == time)]
     asked = ", ".join(str(d) if isinstance(d, int) else {"batch": "1", "time": "20"}.get(d, "16") for d in given)
     if time is not None and not (target.sequences or streaming):
-        raise UnsupportedError(
-            f"target {target.name!r} takes one step at a time; export with `streaming=True`, and feed the states back"
-        )
+        raise UnsupportedError(f"target {target.name!r} takes one step at a time; export with `streaming=True`, and feed the states back")
     if not target.open_shapes and any(isinstance(d, str) for d in given):
         names = ", ".join(repr(d) for d in given if isinstance(d, str))
         raise UnsupportedError(

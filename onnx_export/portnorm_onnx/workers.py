@@ -19,6 +19,7 @@ from portnorm_onnx.storage import Loadable, beside
 
 __all__ = ["Session", "Worker", "arrays_of", "receive", "send"]
 
+
 def receive(stream: IO[bytes]) -> dict[str, Any] | None:
     """Read what `send` wrote; `None` at the end. Raises `ExportError` with an error that was sent instead."""
     line = stream.readline()
