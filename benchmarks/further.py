@@ -1,4 +1,4 @@
-"""Which graph runs in which of the further runtimes: `python -m benchmarks.further [TARGET …]`, or `make runtimes-more`.
+"""Which graph runs in which of the further runtimes: `python -m benchmarks.further [TARGET …] [LAYER …]`, or `make runtimes-more`.
 
 Every kind of layer is exported for every target in three ways, and verified in the target's runtime, which runs in a process of its own in
 an environment of its own. Writes benchmarks/results/further.json, from which `make readme` makes tables of docs/runtimes.md.
@@ -21,7 +21,7 @@ from benchmarks.behind_graphs import random_numbers
 from benchmarks.ways_out import short
 from portnorm.bench.runner import machine
 from portnorm.errors import ConformanceError, ExportError, MissingExtraError, PortnormError, UnsupportedError
-from portnorm.layers.recurrent import Recurrent
+from portnorm.layers.recurrent import Recurrent, recurrent_parts
 from portnorm_onnx.elsewhere import ENGINES
 from portnorm_onnx.runtimes import runtime_of
 from portnorm_onnx.storage import Draft
@@ -53,6 +53,7 @@ class Kind:
     fixed: tuple[int, ...]
     open: tuple[int | str, ...]
     batch_open: tuple[int | str, ...]
+    step: tuple[int, ...] = (1, INPUTS)
     mean: float = 0.0
     """Of the values that it is tried on, in standard deviations."""
 
@@ -67,7 +68,7 @@ def _recurrent(cell: type[Recurrent], norm: Any, **keywords: Any) -> Kind:
 
 
 def _rows(make: Callable[[], pn.Layer], mean: float = 0.0) -> Kind:
-    return Kind(make, (3, INPUTS), ("batch", INPUTS), ("batch", INPUTS), mean)
+    return Kind(make, (3, INPUTS), ("batch", INPUTS), ("batch", INPUTS), mean=mean)
 
 
 def _images(make: Callable[[], pn.Layer]) -> Kind:
@@ -81,6 +82,11 @@ def _far() -> pn.Layer:
     return layer
 
 
+def _tagger() -> pn.Layer:
+    lstm = random_numbers(pn.LSTM(INPUTS, HIDDEN, norm="layer", rng=1))
+    return pn.Sequential(pn.Embedding(9, INPUTS, rng=0), lstm, pn.Linear(HIDDEN, 3, rng=2))
+
+
 _BEFORE = pn.Variant(source="Cho et al. 2014", biases=("bias_ih", "bias_hh"), reset="before")
 KINDS: dict[str, Kind] = {
     "LSTM": _recurrent(pn.LSTM, None),
@@ -92,6 +98,13 @@ KINDS: dict[str, Kind] = {
     "BN-LSTM": _recurrent(pn.LSTM, "batch"),
     "LSTM, two directions": _recurrent(pn.LSTM, None, bidirectional=True),
     "LN-LSTM, two directions": _recurrent(pn.LSTM, "layer", bidirectional=True),
+    "two layers of LN-GRU, batch first": Kind(
+        lambda: random_numbers(pn.GRU(INPUTS, HIDDEN, norm="layer", num_layers=2, batch_first=True, rng=0)),
+        (1, STEPS, INPUTS),
+        ("batch", "time", INPUTS),
+        ("batch", STEPS, INPUTS),
+    ),
+    "Embedding, LN-LSTM, Linear": Kind(_tagger, (STEPS, 1), ("time", "batch"), (STEPS, "batch"), (1,)),
     "LayerNorm": _rows(lambda: random_numbers(pn.LayerNorm(INPUTS))),
     "LayerNorm, mean 10,000 σ": _rows(lambda: random_numbers(pn.LayerNorm(INPUTS)), FAR),
     "RMSNorm": _rows(lambda: random_numbers(pn.RMSNorm(INPUTS))),
@@ -103,11 +116,11 @@ KINDS: dict[str, Kind] = {
 
 
 def goes_back(layer: pn.Layer) -> bool:
-    return isinstance(layer, Recurrent) and layer.goes_back
+    return any(part.goes_back for part in recurrent_parts(layer))
 
 
 def shape_of(kind: Kind, way: str) -> tuple[int | str, ...]:
-    return (1, INPUTS) if way == "step" else {"fixed": kind.fixed, "open": kind.open, "batch open": kind.batch_open}[way]
+    return {"step": kind.step, "fixed": kind.fixed, "open": kind.open, "batch open": kind.batch_open}[way]
 
 
 def cell(subject: str, name: str, way: str) -> dict[str, Any]:
@@ -149,9 +162,9 @@ def cell(subject: str, name: str, way: str) -> dict[str, Any]:
     return {"word": "right", "said": "", "difference": float(f"{worst:.2g}"), "nodes": report.nodes}
 
 
-def rows_of(subject: str) -> list[dict[str, Any]]:
+def rows_of(subject: str, kinds: list[str]) -> list[dict[str, Any]]:
     found = []
-    for name in KINDS:
+    for name in kinds:
         for way in WAYS:
             row = cell(subject, name, way)
             if way == "open" and row["word"] != "right" and KINDS[name].make().recurrent:
@@ -171,13 +184,14 @@ def version(subject: str) -> str | None:
 
 
 def main(names: list[str]) -> None:
-    """Measure all, or those that are named, and keep the rest as it was."""
-    chosen = [s for s in SUBJECTS if not names or s in names]
+    """Measure all, or the targets and the layers that are named, and keep the rest as it was."""
+    chosen = [s for s in SUBJECTS if s in names] or [*SUBJECTS]
+    kinds = [k for k in KINDS if k in names] or [*KINDS]
     kept = json.loads(RESULTS.read_text()) if names and RESULTS.exists() else {"rows": [], "about": {"versions": {}}}
-    rows = [r for r in kept["rows"] if r["subject"] not in chosen]
+    rows = [r for r in kept["rows"] if r["subject"] not in chosen or r["kind"] not in kinds]
     for subject in chosen:
-        rows += rows_of(subject)
-    rows.sort(key=lambda r: list(SUBJECTS).index(r["subject"]))
+        rows += rows_of(subject, kinds)
+    rows.sort(key=lambda r: (list(SUBJECTS).index(r["subject"]), list(KINDS).index(r["kind"]), WAYS.index(r["way"])))
     versions = {s: version(s) if s in chosen else kept["about"]["versions"].get(s) for s in SUBJECTS}
     RESULTS.write_text(json.dumps(kept | {"about": machine() | {"versions": versions}, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
 

@@ -22,6 +22,7 @@ from portnorm_onnx.elsewhere import ENGINES, VARIABLE, version_of, worker_of
 from portnorm_onnx.export import Shape, trace
 from portnorm_onnx.metadata import on_numpy
 from portnorm_onnx.runtimes import FURTHER, RUNTIMES
+from portnorm_onnx.signature import batch_axis, checked_dims, time_axis
 from portnorm_onnx.targets import TARGETS, Target, check_dims
 from portnorm_onnx.workers import Worker
 
@@ -36,15 +37,13 @@ def graphs(row: Target) -> Iterator[tuple[str, onnx.ModelProto]]:
         for way in ("step", "fixed", "batch open"):
             if way == "step" and (not layer.recurrent or goes_back(layer)):
                 continue
-            dims = shape_of(kind, way)
-            dims = ("time", *dims) if way == "step" else dims
+            dims = checked_dims(layer, shape_of(kind, way), streaming=way == "step")
             try:
-                where = {"batch": 1 if layer.recurrent else 0, "time": 0 if layer.recurrent else None}
-                check_dims(row, dims, streaming=way == "step", **where)  # type: ignore[arg-type]
+                check_dims(row, dims, batch=batch_axis(layer), time=time_axis(layer), streaming=way == "step")
                 shape = Shape(row.opset, row, "float32", True, False, way == "batch open", False, dims, Names(), way == "step")
                 yield f"{name}, {way}", trace(layer, shape)
             except pn.UnsupportedError:
-                assert way == "batch open" or not row.sequences or "BN" in name
+                assert way == "batch open" or not row.sequences or row.lacks or row.flat_states
 
 
 @pytest.mark.parametrize("target", FURTHER_TARGETS)
@@ -60,7 +59,7 @@ def test_a_graph_has_nothing_that_its_target_does_not_take(target: str) -> None:
         }
         made = {name: n.op_type for n in graph.node for name in n.output}
         types = {n.op_type for n in graph.node}
-        assert not types & (row.without | row.lacks | ({"Scan"} if not row.loops else set())), title
+        assert not types & (row.without | row.lacks | ({"Scan"} if not row.loops or row.as_loop else set())), title
         assert row.fused or not types & set(RECURRENT), title
         assert proto.opset_import[0].version <= row.last_opset, title
         for v in graph.input:
@@ -68,6 +67,8 @@ def test_a_graph_has_nothing_that_its_target_does_not_take(target: str) -> None:
             assert row.scalars or shape, title
             assert row.open_shapes or all(isinstance(d, int) for d in shape), title
             assert not row.flat_states or len(shape) < 3 or not v.name.endswith("_0"), title
+        begun = [start for n in graph.node if n.op_type == "Loop" for start in n.input[2:]]
+        assert len({*begun}) == len(begun), f"{title}: states that begin as one value"
         for n in graph.node:
             given = {a.name: helper.get_attribute_value(a) for a in n.attribute}
             if n.op_type in RECURRENT:
@@ -139,7 +140,9 @@ def test_what_a_target_does_not_take_is_refused_with_the_way_out(case: str) -> N
 @pytest.mark.parametrize("target", [name for name, row in FURTHER_TARGETS.items() if not row.open_shapes])
 def test_open_lengths_are_refused(target: Any) -> None:
     for layer in (pn.LayerNorm(3), pn.BatchNorm(3)):
-        with pytest.raises(pn.UnsupportedError, match=rf"target '{target}' takes fixed shapes only; 'batch' of `x` is open: .* as \(1, 3\)"):
+        with pytest.raises(
+            pn.UnsupportedError, match=rf"target '{target}' takes fixed shapes only; 'batch' of `x` is open: .* as \(1, 3\)"
+        ):
             pn.export(layer, None, target=target)
 
 

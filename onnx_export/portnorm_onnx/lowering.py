@@ -231,6 +231,14 @@ def _concat(arrays: Sequence[SymbolicArray], axis: int = 0) -> SymbolicArray:
     return arrays[0] if len(arrays) == 1 else node("Concat", *arrays, axis=axis)
 
 
+def _stack(arrays: Sequence[SymbolicArray], axis: int = 0) -> SymbolicArray:
+    """Along a first axis one Concat and one Reshape, where lengths are numbers: onnx2tf puts an axis of length 1 for each elsewhere."""
+    dims = arrays[0].dims
+    if axis == 0 and len(arrays) > 1 and dims and all(isinstance(d, int) for d in dims):
+        return node("Reshape", node("Concat", *arrays, axis=0), _ints(len(arrays), *(int(d) for d in dims)))
+    return _concat([_expand_dims(a, axis) for a in arrays], axis)
+
+
 def _split(x: SymbolicArray, parts: int | tuple[int, ...]) -> tuple[SymbolicArray, ...]:
     if isinstance(parts, int):
         return nodes("Split", parts, x, axis=-1, num_outputs=parts)
@@ -319,7 +327,7 @@ _ARRAY_API: dict[str, Row] = {
     "take": _take,
     "take_along_axis": lambda x, indices, axis: node("GatherElements", x, indices, axis=axis),
     "concat": _concat,
-    "stack": lambda arrays, axis=0: _concat([_expand_dims(a, axis) for a in arrays], axis),
+    "stack": _stack,
     "expand_dims": _expand_dims,
     "squeeze": _squeeze,
     "permute_dims": lambda x, axes: node("Transpose", x, perm=list(axes)),

@@ -103,7 +103,6 @@ def _step(a: Any, t: int, steps: int) -> Any:
 
 def _stacked(found: list[Any]) -> Any:
     """What the steps gave, in order along a first axis; what is alike in all stays so."""
-    first = constant(numpy.array([0]))
     parts = [list(leaves(made)) for made in found]
     columns = iter([[step[k] for step in parts] for k in range(len(parts[0]))])
 
@@ -113,9 +112,7 @@ def _stacked(found: list[Any]) -> Any:
             return steps[0]
         if all(a.constant is not None for a in steps):
             return constant(numpy.stack([a.constant for a in steps]))
-        if len(steps) > 1 and steps[0].dims and all(isinstance(d, int) for d in steps[0].dims):
-            return node("Reshape", node("Concat", *steps, axis=0), constant(numpy.array((len(steps), *steps[0].dims))))
-        rows = [node("Unsqueeze", a, first) for a in steps]
-        return rows[0] if len(rows) == 1 else node("Concat", *rows, axis=0)
+        stacked: SymbolicArray = NAMESPACE.stack(steps, axis=0)
+        return stacked
 
     return mapped(together, found[0])

@@ -257,8 +257,8 @@ TARGETS: dict[str, Target] = {
             without=frozenset({"BatchNormalization", "RNN"}),
             one_pass=frozenset({"LayerNormalization", "InstanceNormalization"}),
             reason="takes variances in one pass, 4e-3 off at a mean of 100 standard deviations; BatchNormalization is x·s + t; without an "
-            "error: sequence_lens, clip, direction=reverse and peepholes are ignored or wrong, and two states of a Loop that begin as one value are one; no "
-            "Scan, no RNN",
+            "error: sequence_lens, clip, direction=reverse and peepholes are ignored or wrong, and two states of a Loop that begin as one "
+            "value are one; no Scan, no RNN",
         ),
         _further(
             "onnx2pytorch",
