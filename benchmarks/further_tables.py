@@ -83,6 +83,7 @@ def runtimes() -> str:
 _FIELDS: list[tuple[str, Any]] = [
     ("one step of one sequence", lambda t: not t.sequences),
     ("every length a number", lambda t: not t.open_shapes),
+    ("a Loop where it has a Scan, and no RNN operator", lambda t: t.as_loop),
     ("every step written out", lambda t: t.sequences and not t.loops),
     ("no LSTM, GRU or RNN operator", lambda t: not t.fused),
     ("no first state of zeros", lambda t: t.fused_start),
