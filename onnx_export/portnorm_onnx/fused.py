@@ -68,7 +68,11 @@ def accepts(xs: Any, state: Any, params: Any, *, cell: Any, lengths: Any = None,
         return False
     if u.opset.trainable:  # RNN has no gradient there, and the others are those with functions of their own
         return type(cell) is not RNNCell and not cell.variant.peepholes and cell.variant.activations() == _USUAL
+    if type(cell) is GRUCell and cell.variant.reset == "before" and not u.opset.target.resets_before:
+        return False
     if cell.variant.peepholes and not u.opset.target.peepholes:
+        return False
+    if OPERATORS[type(cell)].name in u.opset.target.without:
         return False
     if not u.opset.target.functions and not _has_usual_functions(cell):
         return False
@@ -196,9 +200,9 @@ def _has_steps(x: SymbolicArray) -> SymbolicArray | None:
 
 def _is_zero(state: SymbolicArray) -> bool:
     """Whether a state is the one that the operator starts from by itself."""
-    made = state.producer
     if state.constant is not None:
         return not state.constant.any()
+    made = state.producer
     if made is None or made.op_type != "ConstantOfShape":
         return False
     return not numpy_helper.to_array(made.attributes["value"]).any()
