@@ -40,6 +40,7 @@ models: $(VENV)/.models
 # One that cannot be installed is left out, and the table says so.
 $(VENV)-tools/.installed: pyproject.toml
 	@test -x $(VENV)-tools/bin/python || $(PYTHON) -m venv $(VENV)-tools
+	@echo "installing into $(VENV)-tools"
 	@$(VENV)-tools/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[onnx,fast]"
 	@sed -n '/^tools = \[/,/^\]/s/^    "\([^"]*\)",/\1/p' pyproject.toml | grep -v '^portnorm' | while read -r tool; do \
 		$(VENV)-tools/bin/python -m pip install --quiet --disable-pip-version-check "$$tool" || echo "$$tool is left out"; done
@@ -49,16 +50,17 @@ behind: $(VENV)-tools/.installed
 	PYTHONPATH=.:backends:onnx_export $(VENV)-tools/bin/python -m benchmarks.behind
 
 # Who is right where the mean is large (docs/accuracy.md): every library of the field, those that do not go together in environments of their
-# own. What cannot be installed is left out, and the page says so by name.
+# own. What cannot be installed is left out, and the page says so by name. (Later versions of onnx2tf ask for a NumPy before 2.)
 ACCURACY := tensorflow runtimes litert tvm iree
 accuracy_tensorflow := tensorflow keras
 accuracy_runtimes := MNN ncnn pnnx tinygrad opencv-python-headless>=5
-accuracy_litert := tensorflow tf_keras onnx-graphsurgeon sng4onnx psutil onnx2tf ai-edge-litert
+accuracy_litert := tensorflow tf_keras onnx-graphsurgeon sng4onnx psutil onnx2tf==1.28.8 ai-edge-litert
 accuracy_tvm := apache-tvm
 accuracy_iree := iree-base-compiler[onnx] iree-base-runtime
 
 $(VENV)-accuracy-%/.installed: pyproject.toml
 	@test -x $(VENV)-accuracy-$*/bin/python || $(PYTHON) -m venv $(VENV)-accuracy-$*
+	@echo "installing into $(VENV)-accuracy-$*"
 	@$(VENV)-accuracy-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[onnx]"
 	@for package in $(foreach package,$(accuracy_$*),"$(package)"); do \
 		$(VENV)-accuracy-$*/bin/python -m pip install --quiet --disable-pip-version-check "$$package" || echo "$$package is left out"; done
@@ -73,6 +75,7 @@ accuracy: $(VENV)/.peers $(VENV)/.runtimes $(ACCURACY:%=$(VENV)-accuracy-%/.inst
 # table says so.
 $(VENV)-ways/.installed: pyproject.toml
 	@test -x $(VENV)-ways/bin/python || $(PYTHON) -m venv $(VENV)-ways
+	@echo "installing into $(VENV)-ways"
 	@$(VENV)-ways/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	@$(VENV)-ways/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[onnx,torch,runtimes]" jax flatbuffers
 	@for door in executorch litert-torch coremltools; do \
@@ -82,6 +85,7 @@ $(VENV)-ways/.installed: pyproject.toml
 # The gradients of onnxruntime are a package that takes the place of onnxruntime.
 $(VENV)-ways-training/.installed: pyproject.toml
 	@test -x $(VENV)-ways-training/bin/python || $(PYTHON) -m venv $(VENV)-ways-training
+	@echo "installing into $(VENV)-ways-training"
 	@$(VENV)-ways-training/bin/python -m pip install --quiet --disable-pip-version-check onnxruntime-training-cpu onnx torch==2.13.0 \
 		|| echo "onnxruntime-training is left out"
 	@touch $@
@@ -98,13 +102,14 @@ more_torch := onnx2pytorch torch
 
 $(VENV)-more-%/.installed: pyproject.toml
 	@test -x $(VENV)-more-$*/bin/python || $(PYTHON) -m venv $(VENV)-more-$*
+	@echo "installing into $(VENV)-more-$*"
 	@for package in numpy onnx $(foreach package,$(more_$*),"$(package)"); do \
 		$(VENV)-more-$*/bin/python -m pip install --quiet --disable-pip-version-check "$$package" || echo "$$package is left out"; done
 	@touch $@
 
 $(VENV)-more-node/.installed: pyproject.toml
 	@mkdir -p $(VENV)-more-node
-	@if command -v npm > /dev/null; then npm install --silent --ignore-scripts --prefix $(VENV)-more-node onnxruntime-node; \
+	@if command -v npm > /dev/null; then npm install --loglevel=error --no-audit --no-fund --ignore-scripts --prefix $(VENV)-more-node onnxruntime-node; \
 		else echo "no npm: onnxruntime-node is left out"; fi
 	@touch $@
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 
 from portnorm.bench.runner import machine
+from portnorm.commands.progress import ProgressLine
 from portnorm.conform.apart import measure_apart
 from portnorm.conform.cases import OPERATIONS, REGIMES, find
 from portnorm.conform.forms import Form, error_of, forms
@@ -89,7 +90,7 @@ def measure(names: list[str]) -> None:
     for result in measure_apart(
         [*own, *(name for name in others if name in names or not names)],
         asked=asked,
-        progress=lambda text: print(f"\r\x1b[K{text}", end="", file=sys.stderr),
+        progress=ProgressLine(),
     ):
         results.setdefault(result.subject, []).append(result)
     print(file=sys.stderr)

@@ -125,7 +125,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "open steps": ("mnn", {}, r"target 'mnn', which has no loop, writes every step out, but their number is open \('time'\)"),
     "another type": ("tvm", {"dtype": "float64"}, "`target` 'tvm' does not compute in float64"),
-    "a later opset": ("iree", {"opset": 23}, "`opset` is 23; expected a number from 18 to 18 for target 'iree'"),
+    "a later opset": ("iree", {"opset": 23}, "`opset` is 23; expected a number from 17 to 18 for target 'iree'"),
     "integers": ("mnn", {"quantize": "int8", "input_shape": (5, 1, 3)}, "target 'mnn' has no MatMulInteger"),
 }
 
