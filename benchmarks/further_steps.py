@@ -20,7 +20,7 @@ from portnorm.bench.runner import machine
 from portnorm.errors import PortnormError
 from portnorm_onnx.elsewhere import worker_of
 
-INPUTS, HIDDEN, STEPS, ROUNDS = 64, 256, 100, 5
+INPUTS, HIDDEN, STEPS, ROUNDS = 64, 256, 100, 7
 UNROLLED = 100
 KINDS = {"LN-LSTM": "layer"}
 

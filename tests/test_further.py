@@ -5,6 +5,7 @@ What the runtimes make of the graphs is measured by `make runtimes-more`; its ta
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,17 @@ def test_a_process_that_ends_is_an_error_and_others_go_on(nowhere: Path, tmp_pat
     with pytest.raises(pn.ExportError, match="mnn does not load the graph: its process ended with 3: an error: no luck"):
         pn.verify(path, runtimes="mnn")
     assert pn.verify(path).outcomes[0].status == "passed"
+
+
+def test_a_process_that_gives_no_answer_can_be_ended(nowhere: Path) -> None:
+    environment(nowhere / ".venv-more-phones", "mnn", "exec sleep 60")
+    model = pn.export(pn.LayerNorm(3), None, target="mnn").model
+    assert model is not None
+    timer = threading.Timer(0.3, lambda: Worker.end("mnn"))
+    timer.start()
+    with pytest.raises(pn.ExportError, match="mnn does not load the graph: its process ended with -9"):
+        FURTHER["mnn"].load(model.SerializeToString())
+    timer.join()
 
 
 def test_a_bare_environment_runs_graphs(nowhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
