@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest models behind accuracy ways-out docs lint types readme clean
+.PHONY: demo test test-all test-lowest models behind accuracy ways-out runtimes-more docs lint types readme clean
 
 # One stamp per set of extras; made again when the dependencies change.
 $(VENV)/.%: pyproject.toml
@@ -82,6 +82,31 @@ $(VENV)-ways/.installed: pyproject.toml
 ways-out: $(VENV)-ways/.installed
 	PYTHONPATH=.:backends:onnx_export $(VENV)-ways/bin/python -m benchmarks.ways_out
 
+# Runtimes that have a converter or a compiler of their own (docs/runtimes.md), each in an environment of its own: those of `accuracy`, and
+# these. What cannot be installed is left out, and the table says so.
+MORE := c openvino torch
+more_c := emx-onnx-cgen
+more_openvino := onnxruntime-openvino
+more_torch := onnx2pytorch torch
+
+$(VENV)-more-%/.installed: pyproject.toml
+	@test -x $(VENV)-more-$*/bin/python || $(PYTHON) -m venv $(VENV)-more-$*
+	@for package in numpy onnx $(foreach package,$(more_$*),"$(package)"); do \
+		$(VENV)-more-$*/bin/python -m pip install --quiet --disable-pip-version-check "$$package" || echo "$$package is left out"; done
+	@touch $@
+
+$(VENV)-more-node/.installed: pyproject.toml
+	@mkdir -p $(VENV)-more-node
+	@if command -v npm > /dev/null; then npm install --silent --ignore-scripts --prefix $(VENV)-more-node onnxruntime-node; \
+		else echo "no npm: onnxruntime-node is left out"; fi
+	@touch $@
+
+runtimes-more: $(VENV)/.test $(patsubst %,$(VENV)-accuracy-%/.installed,runtimes litert tvm iree) $(patsubst %,$(VENV)-more-%/.installed,$(MORE) node)
+	$(BIN)/python -m benchmarks.further
+	$(BIN)/python -m benchmarks.further_steps
+	$(BIN)/python docs/examples/deploy/everywhere.py
+	$(BIN)/python -m benchmarks.readme
+
 # Inference runtimes besides onnxruntime. onnxruntime-web needs npm, its page Chromium; the tests say what is not there.
 $(VENV)/.runtimes: $(VENV)/.test
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[runtimes]"
@@ -122,4 +147,4 @@ readme: $(VENV)/.test
 	$(BIN)/python -m benchmarks.readme
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools $(VENV)-ways $(ACCURACY:%=$(VENV)-accuracy-%) out dist build
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-tools $(VENV)-ways $(ACCURACY:%=$(VENV)-accuracy-%) $(patsubst %,$(VENV)-more-%,$(MORE) node) out dist build

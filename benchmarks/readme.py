@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import portnorm as pn
-from benchmarks import accuracy_tables
+from benchmarks import accuracy_tables, further_tables
 from portnorm import bench
 from portnorm.checkpoint.formats import ROWS
 from portnorm.conform import LIBRARIES, REGIMES
@@ -183,7 +183,7 @@ def _operators(names: frozenset[str]) -> str:
 
 def support() -> str:
     """Layers × targets, each checked in the runtime of the target; the portable graph in every runtime that was there."""
-    kept = _kept("support")
+    kept, own = _kept("support"), [t.name for t in TARGETS.values() if not t.further]
     there = [name for name, version in kept["versions"].items() if version]
     found: dict[str, dict[str, Any]] = {}
     for r in kept["rows"]:
@@ -191,9 +191,9 @@ def support() -> str:
     marks = {"passed": "✓", "differs": "differs", "does not run": "no", "failed": "no"}
     rows = []
     for layer, cells in found.items():
-        made = [cells[t]["nodes"] if cells[t]["status"] == "passed" else "no" for t in TARGETS]
+        made = [cells[t]["nodes"] if cells[t]["status"] == "passed" else "no" for t in own]
         rows.append((layer, *made, *(marks[cells[f"in {name}"]["status"]] for name in there)))
-    return table(("layer", *(f"`{t}`" for t in TARGETS), *there), rows)
+    return table(("layer", *(f"`{t}`" for t in own), *there), rows)
 
 
 def unsupported() -> str:
@@ -514,6 +514,7 @@ def ways_out_versions() -> str:
 
 TABLES = {
     **accuracy_tables.TABLES,
+    **further_tables.TABLES,
     "behind": behind,
     "behind_files": behind_files,
     "behind_versions": behind_versions,

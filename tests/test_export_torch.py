@@ -652,6 +652,8 @@ def test_errors_name_the_argument(tmp_path: Path) -> None:
     with pytest.raises(pn.UnsupportedError, match="`target` 'tensorrt' does not compute in float64, the dtype of layer '0'"):
         pn.export_torch(torch.nn.Sequential(norm).double(), x.double(), None, target="tensorrt")
     norm.float()
+    with pytest.raises(pn.UnsupportedError, match=r"`target` 'mnn' is for layers of portnorm: .* export with target='portable'"):
+        pn.export_torch(torch.nn.Sequential(norm), x, None, target="mnn")
     with pytest.raises(pn.ExportError, match="no such directory"):
         pn.export_torch(norm, x, tmp_path / "absent" / "m.onnx")
     with pytest.raises(pn.UnsupportedError, match="`opset` is 9"):

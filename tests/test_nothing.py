@@ -47,6 +47,7 @@ PAIRS = [
     pytest.param(target, name, id=f"{target}-{name}", marks=() if name == "onnxruntime" else pytest.mark.runtime(name))
     for target, row in TARGETS.items()
     for name in row.runtimes
+    if not row.further
 ] + [pytest.param("portable", name, id=f"portable-{name}") for name in ("reference",)]
 
 

@@ -104,6 +104,11 @@ def export_torch(
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a torch.nn.Module")
     row = target_of(target)
+    if row.further:
+        raise UnsupportedError(
+            f"`target` {target!r} is for layers of portnorm: the rest of this model is torch's own translation, which does not avoid what "
+            "that runtime computes wrongly; export with target='portable', and compare there"
+        )
     kind = None if dtype is None else _dtype_named(dtype, row)
     model = model if kind is None and quantize is None else copy.deepcopy(model)
     model = model if kind is None else model.to(kind)

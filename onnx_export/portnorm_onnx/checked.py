@@ -118,10 +118,13 @@ class Graph:
         proto = self.proto if proto is None else proto
         run = guarded(session_of(runtime, self.draft.loadable(proto), proto), runtime, proto, self.model, streaming=self.streaming)
         types = {i.name: helper.tensor_dtype_to_np_dtype(i.type.tensor_type.elem_type) for i in proto.graph.input}
+        ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in (*proto.graph.input, *proto.graph.output)}
+        own = {f"{name}_n": 0 if name.endswith(TIME) else 3 for name in state_names(self.model)}
 
         def typed(feed: Mapping[str, Any]) -> dict[str, Any]:
             given = {n: a for n, a in feed.items() if n in types or not (n == BEFORE or n.endswith(f"{TIME}_0"))}
-            return run({n: a.astype(types[n], copy=False) if a.dtype.kind == "f" and n in types else a for n, a in given.items()})
+            found = run({n: _of_rank(a.astype(types[n], copy=False) if a.dtype.kind == "f" else a, ranks[n]) for n, a in given.items()})
+            return {n: _of_rank(a, own.get(n, a.ndim)) for n, a in found.items()}
 
         return typed
 
@@ -182,6 +185,13 @@ class Graph:
             return {"y": numpy.stack(ys, axis=axis) if self.model.keeps_time else ys[-1], **last}
 
         return run
+
+
+def _of_rank(a: NumPyArray, rank: int) -> NumPyArray:
+    """A state with as many axes as the graph has for it, or the model: first ones of length 1 come or go."""
+    while a.ndim > rank and a.shape[0] == 1:
+        a = a[0]
+    return a.reshape((1,) * (rank - a.ndim) + a.shape) if a.ndim < rank else a
 
 
 def _renamed(proto: onnx.ModelProto, names: Mapping[str, str]) -> onnx.ModelProto:

@@ -200,7 +200,7 @@ def support(progress: Callable[[str], None] = lambda what: None) -> dict[str, An
             versions[name] = ""
     for name, layer, keywords in layers():
         progress(name)
-        for target in typing.get_args(TargetName):
+        for target in (name for name in typing.get_args(TargetName) if not TARGETS[name].further):
             try:
                 report = pn.export(layer, None, target=target, **keywords)
                 own = [name for name in TARGETS[target].runtimes if versions[name]]

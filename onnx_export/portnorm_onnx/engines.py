@@ -1,184 +1,379 @@
-"""Runtimes that are measured on graphs of one node: each function loads a model of one input `x` and gives what runs it.
+"""Runtimes that have a converter or a compiler of their own: each function takes a model's path and gives what runs it.
 
-What a runtime does not take it says by an exception of its own.
+What runs it takes arrays by the names of the graph's inputs and gives those by the names of its outputs, in the graph's types. Nothing here
+needs more than NumPy, onnx and the runtime, so that it runs in an environment that has no more (`engine_worker.py`). What a runtime does
+not take it says by an exception of its own, or by `RefusedError`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 import onnx
 
-from portnorm.errors import ExportError
-
 NumPyArray = numpy.ndarray[Any, Any]
-Run = Callable[[NumPyArray], list[NumPyArray]]
+Run = Callable[[Mapping[str, NumPyArray]], dict[str, NumPyArray]]
+Load = Callable[[str], Run]
 
 
-def _shape(model: onnx.ModelProto) -> list[int]:
-    return [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+class RefusedError(RuntimeError):
+    """A runtime, or its converter, does not take a graph."""
+
+
+Value = onnx.ValueInfoProto
+
+
+def _graph(path: str) -> onnx.GraphProto:
+    return onnx.load(path, load_external_data=False).graph
+
+
+def _dims(value: Value) -> list[int | str]:
+    return [d.dim_param or int(d.dim_value) for d in value.type.tensor_type.shape.dim]
+
+
+def _fixed(value: Value, runtime: str) -> list[int]:
+    """The shape of an input; raises `RefusedError` where lengths are open."""
+    dims = _dims(value)
+    if any(isinstance(d, str) for d in dims):
+        raise RefusedError(f"{runtime} takes fixed shapes only, and {value.name!r} is {dims}: export with numbers in `input_shape`")
+    return [d for d in dims if isinstance(d, int)]
+
+
+def _kind(value: Value) -> Any:
+    return onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+
+
+def _naming(outputs: Sequence[Value]) -> Callable[[Sequence[Any]], dict[str, NumPyArray]]:
+    """Results by name, in the graph's types and number of axes: some runtimes have no int64, or no array without axes."""
+    said = [(o.name, numpy.dtype(_kind(o)), len(_dims(o))) for o in outputs]
+
+    def named(arrays: Sequence[Any]) -> dict[str, NumPyArray]:
+        found = {}
+        for (name, kind, axes), given in zip(said, arrays, strict=True):
+            a = numpy.asarray(given)
+            if axes == 0 and a.size == 1:
+                a = a.reshape(())
+            found[name] = a.astype(kind) if a.dtype != kind and a.dtype.kind == kind.kind else a
+        return found
+
+    return named
 
 
 def _command(*words: str, folder: str) -> None:
-    """Run a converter; raises `ExportError` with the end of what it says."""
+    """Run a converter; raises `RefusedError` with the end of what it says."""
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-        raise ExportError(f"{words[0]} does not convert the graph: {next((line for line in said if 'rror' in line), said[-1])[:250]}")
+        raise RefusedError(f"{words[0]} does not convert the graph: {next((line for line in said if 'rror' in line), said[-1])[:250]}")
 
 
-def opencv(model: onnx.ModelProto) -> Run:
+def _inside(path: str, folder: str) -> str:
+    """A copy in a folder, with its weights in the file itself: converters write beside what they read."""
+    copy = f"{folder}/m.onnx"
+    onnx.save(onnx.load(path), copy)
+    return copy
+
+
+def opencv(path: str) -> Run:
+    """OpenCV's `cv2.dnn`, in the engine that it takes by itself."""
     import cv2
 
-    net = cv2.dnn.readNetFromONNX(numpy.frombuffer(model.SerializeToString(), numpy.uint8))
-    names = [o.name for o in model.graph.output]
+    net, graph = cv2.dnn.readNetFromONNX(path), _graph(path)
+    names, named = [o.name for o in graph.output], _naming(graph.output)
+    cv2.setNumThreads(1)
 
-    def run(x: NumPyArray) -> list[NumPyArray]:
-        net.setInput(x, "x")
-        return [numpy.array(a) for a in net.forward(names)]
+    def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+        for name, a in given.items():
+            net.setInput(numpy.ascontiguousarray(a), name)
+        return named([a.copy() for a in net.forward(names)])
 
     return run
 
 
-def mnn(model: onnx.ModelProto) -> Run:
-    import _tools  # MNN's converter; its module mnnconvert runs pip when it is imported
+def mnn(path: str) -> Run:
+    """MNN, converted by its own converter: its module mnnconvert runs pip when it is imported, `_tools` does not."""
+    import _tools
     import MNN
     import MNN.expr
     import MNN.nn
     import MNN.numpy
 
-    names = [o.name for o in model.graph.output]
+    graph = _graph(path)
+    inputs, named = [i.name for i in graph.input], _naming(graph.output)
+    kinds = {"f": MNN.numpy.float32, "i": MNN.numpy.int32, "b": MNN.numpy.int32}
     with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
-        source, made = f"{folder}/m.onnx", f"{folder}/m.mnn"
-        onnx.save(model, source)
+        made = f"{folder}/m.mnn"
+        words = ["mnnconvert", "-f", "ONNX", "--modelFile", _inside(path, folder), "--MNNModel", made, "--bizCode", "portnorm"]
         with contextlib.redirect_stdout(io.StringIO()):
-            _tools.mnnconvert(["mnnconvert", "-f", "ONNX", "--modelFile", source, "--MNNModel", made, "--bizCode", "portnorm"])
+            _tools.mnnconvert([*words, "--useOriginRNNImpl"])
         if not os.path.exists(made):
-            raise ExportError("MNN's converter writes no file for the graph")
-        net = MNN.nn.load_module_from_file(made, ["x"], names)
+            raise RefusedError("MNN's converter writes no file for the graph")
+        net = MNN.nn.load_module_from_file(made, inputs, [o.name for o in graph.output])
 
-    def run(x: NumPyArray) -> list[NumPyArray]:
-        given = MNN.expr.placeholder([*x.shape], MNN.expr.NCHW, MNN.numpy.float32)
-        given.write(x.astype(numpy.float32))
-        found = net.onForward([given])
-        return [numpy.array(MNN.expr.convert(a, MNN.expr.NCHW).read()) for a in found]
+    def placed(a: NumPyArray) -> Any:
+        laid = MNN.expr.placeholder([*a.shape], MNN.expr.NCHW, kinds[a.dtype.kind])
+        laid.write(a.astype(numpy.float32 if a.dtype.kind == "f" else numpy.int32))
+        return laid
+
+    def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+        found = net.onForward([placed(given[name]) for name in inputs])
+        return named([numpy.array(MNN.expr.convert(a, MNN.expr.NCHW).read()) for a in found])
 
     return run
 
 
-def ncnn(model: onnx.ModelProto) -> Run:
+def ncnn(path: str) -> Run:
+    """ncnn, converted by pnnx, which takes a first axis of length 1, or in front of images, for a batch; ncnn is given none."""
     import ncnn as library
 
-    shape = _shape(model)
-    if len(shape) == 2:  # an axis without a meaning in front is its batch, which it has not
-        shape = [1, *shape]
+    graph = _graph(path)
+    shapes = [_fixed(i, "pnnx") for i in graph.input]
+    rows = len(shapes) == 1 and len(shapes[0]) != 2 and shapes[0][0] > 1  # images, one after the other
+    types = {"f": "f32", "i": "i64"}
+    told = ",".join(f"[{','.join(map(str, s))}]{types[_kind(i).kind]}" for i, s in zip(graph.input, shapes, strict=True))
     with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
-        onnx.save(model, f"{folder}/m.onnx")
-        _command("pnnx", "m.onnx", f"inputshape=[{','.join(map(str, _shape(model)))}]f32", "fp16=0", folder=folder)
+        _inside(path, folder)
+        _command("pnnx", "m.onnx", f"inputshape={told}", "fp16=0", folder=folder)
         net = library.Net()
         net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = net.opt.use_bf16_storage = False
         net.opt.num_threads = 1
         if net.load_param(f"{folder}/m.ncnn.param") or net.load_model(f"{folder}/m.ncnn.bin"):
-            raise ExportError("ncnn does not load what pnnx makes of the graph")
+            raise RefusedError("ncnn does not load what pnnx makes of the graph")
 
-    def one(x: NumPyArray) -> NumPyArray:
+    outputs = [_fixed(o, "ncnn") for o in graph.output]
+    names, named = [i.name for i in graph.input], _naming(graph.output)
+
+    def one(given: Sequence[NumPyArray]) -> list[NumPyArray]:
         extractor = net.create_extractor()
-        extractor.input("in0", library.Mat(numpy.ascontiguousarray(x)).clone())
-        code, found = extractor.extract("out0")
-        if code:
-            raise ExportError(f"ncnn does not run the graph: {code}")
-        return numpy.array(found)
+        for k, a in enumerate(given):
+            extractor.input(f"in{k}", library.Mat(numpy.ascontiguousarray(a, dtype=numpy.float32)).clone())
+        found = [extractor.extract(f"out{k}") for k in range(len(outputs))]
+        if any(code for code, _ in found):
+            raise RefusedError(f"ncnn does not run the graph: {[code for code, _ in found]}")
+        return [numpy.array(a) for _, a in found]
 
-    if len(_shape(model)) == 2:
-        return lambda x: [one(x.astype(numpy.float32))]
-    return lambda x: [numpy.stack([one(case) for case in x.astype(numpy.float32)])]
-
-
-def litert(model: onnx.ModelProto) -> Run:
-    import onnx2tf
-    from ai_edge_litert.interpreter import Interpreter
-
-    folder = tempfile.TemporaryDirectory(prefix="portnorm-")
-    onnx.save(model, f"{folder.name}/m.onnx")
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            onnx2tf.convert(input_onnx_file_path=f"{folder.name}/m.onnx", output_folder_path=folder.name, non_verbose=True)
-    except SystemExit as error:
-        raise ExportError("onnx2tf does not convert the graph") from error
-    interpreter = Interpreter(model_path=f"{folder.name}/m_float32.tflite", num_threads=1)
-    interpreter.allocate_tensors()
-    (given,), found = interpreter.get_input_details(), interpreter.get_output_details()
-    kept = folder
-
-    def run(x: NumPyArray) -> list[NumPyArray]:
-        assert kept
-        laid = numpy.moveaxis(x, 1, -1) if x.ndim > 2 else x  # channels last is what it converts to
-        interpreter.set_tensor(given["index"], laid.astype(given["dtype"]))
-        interpreter.invoke()
-        results = [interpreter.get_tensor(o["index"]) for o in found]
-        return [numpy.moveaxis(a, -1, 1) if a.ndim > 2 else a for a in results]
+    def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+        arrays = [given[name] for name in names]
+        if rows:
+            return named([numpy.stack([one([case])[0] for case in arrays[0]])])
+        found = one([a[0] if a.shape[:1] == (1,) and a.ndim > 1 else a for a in arrays])
+        return named([a.reshape(shape) for shape, a in zip(outputs, found, strict=True)])
 
     return run
 
 
-def tvm(model: onnx.ModelProto) -> Run:
+def litert(path: str) -> Run:
+    """LiteRT, converted by onnx2tf."""
+    import onnx2tf
+    from ai_edge_litert.interpreter import Interpreter
+
+    graph = _graph(path)
+    shapes = {i.name: _fixed(i, "LiteRT") for i in graph.input}
+    folder = tempfile.TemporaryDirectory(prefix="portnorm-")
+    keep = [n for n, shape in shapes.items() if len(shape) > 2]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            onnx2tf.convert(
+                input_onnx_file_path=_inside(path, folder.name),
+                output_folder_path=folder.name,
+                non_verbose=True,
+                copy_onnx_input_output_names_to_tflite=True,
+                keep_shape_absolutely_input_names=keep or None,
+            )
+    except SystemExit as error:
+        raise RefusedError("onnx2tf does not convert the graph") from error
+    interpreter = Interpreter(model_path=f"{folder.name}/m_float32.tflite", num_threads=1)
+    interpreter.allocate_tensors()
+    taken = {
+        d["name"].removesuffix(":0").removeprefix("serving_default_"): (d["index"], d["dtype"], tuple(d["shape"]))
+        for d in interpreter.get_input_details()
+    }
+    found = sorted(
+        interpreter.get_output_details(), key=lambda d: [int(n) for n in re.findall(r"\d+", d["name"])]
+    )  # Identity, Identity_1, …
+    if len(found) != len(graph.output):
+        raise RefusedError(f"onnx2tf makes {len(found)} outputs of {len(graph.output)}")
+    indices, outputs, named, kept = (
+        [d["index"] for d in found],
+        [tuple(_fixed(o, "LiteRT")) for o in graph.output],
+        _naming(graph.output),
+        folder,
+    )
+
+    def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+        assert kept
+        for name, a in given.items():
+            index, kind, shape = taken[name]
+            interpreter.set_tensor(index, a if a.dtype == kind and a.shape == shape else a.astype(kind).reshape(shape))
+        interpreter.invoke()
+        return named([_channels_second(interpreter.get_tensor(k), shape) for k, shape in zip(indices, outputs, strict=True)])
+
+    return run
+
+
+def _channels_second(a: NumPyArray, shape: tuple[int, ...]) -> NumPyArray:
+    """A result in the order of the graph, where the converter has put channels last."""
+    return a if a.shape == shape else numpy.moveaxis(a, -1, 1)
+
+
+def tvm(path: str) -> Run:
+    """TVM's relax, compiled by LLVM, without tuning."""
     import tvm as library
     from tvm import relax
     from tvm.relax.frontend.onnx import from_onnx
 
-    kind = str(onnx.helper.tensor_dtype_to_np_dtype(model.graph.input[0].type.tensor_type.elem_type))
-    module = from_onnx(model, shape_dict={"x": _shape(model)}, dtype_dict={"x": kind}, keep_params_in_input=False)
+    model = onnx.load(path)
+    inputs, outputs = model.graph.input, model.graph.output
+    shapes: dict[str, Any] = {}
+    symbols: dict[str, Any] = {}
+    for value in inputs:
+        shapes[value.name] = [d if isinstance(d, int) else symbols.setdefault(d, library.tirx.Var(d, "int64")) for d in _dims(value)]
+    module = from_onnx(model, shape_dict=shapes, dtype_dict={i.name: str(_kind(i)) for i in inputs}, keep_params_in_input=False)
     machine = relax.VirtualMachine(relax.build(module, target="llvm"), library.cpu())
 
-    def run(x: NumPyArray) -> list[NumPyArray]:
-        found = machine["main"](library.runtime.tensor(x))
-        return [a.numpy() for a in ([found] if hasattr(found, "numpy") else found)]
+    names, named = [i.name for i in inputs], _naming(outputs)
+
+    def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+        found = machine["main"](*(library.runtime.tensor(given[name]) for name in names))
+        return named([a.numpy() for a in ([found] if hasattr(found, "numpy") else found)])
 
     return run
 
 
-def iree(model: onnx.ModelProto) -> Run:
+def iree(path: str) -> Run:
+    """IREE, compiled by LLVM for this processor."""
     from iree import compiler, runtime
 
+    graph = _graph(path)
     with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
-        onnx.save(model, f"{folder}/m.onnx")
+        _inside(path, folder)
         _command("iree-import-onnx", "m.onnx", "-o", "m.mlir", folder=folder)
         made = compiler.tools.compile_file(
             f"{folder}/m.mlir", input_type="onnx", target_backends=["llvm-cpu"], extra_args=["--iree-llvmcpu-target-cpu=host"]
         )
-    config = runtime.Config("local-task")
+    config = runtime.Config("local-sync")
     context = runtime.SystemContext(config=config)
     context.add_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, made))
-    function = context.modules.module[model.graph.name]
+    function = context.modules.module[graph.name]
+    names, named = [i.name for i in graph.input], _naming(graph.output)
 
-    def run(x: NumPyArray) -> list[NumPyArray]:
-        found = function(x)
-        return [numpy.array(a.to_host()) for a in (found if isinstance(found, tuple | list) else [found])]
+    def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+        found = function(*(given[name] for name in names))
+        return named([a.to_host() for a in (found if isinstance(found, tuple | list) else [found])])
 
     return run
 
 
-def tinygrad(model: onnx.ModelProto) -> Run:
+def tinygrad(path: str) -> Run:
+    """tinygrad's runner of ONNX graphs."""
     from tinygrad import Tensor
     from tinygrad.nn.onnx import OnnxRunner
 
-    with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
-        onnx.save(model, f"{folder}/m.onnx")
-        net = OnnxRunner(f"{folder}/m.onnx")
-    names = [o.name for o in model.graph.output]
+    graph = _graph(path)
+    model = onnx.load(path).SerializeToString()
+    names, named = [o.name for o in graph.output], _naming(graph.output)
+    nets: dict[tuple[Any, ...], Any] = {}  # one holds on to the lengths that it has met first
 
-    def run(x: NumPyArray) -> list[NumPyArray]:
-        found = net({"x": Tensor(x)})
-        return [found[name].numpy() for name in names]
+    def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+        shapes = tuple(a.shape for a in given.values())
+        if shapes not in nets:
+            nets[shapes] = OnnxRunner(Tensor(model))
+        found = nets[shapes]({name: Tensor(numpy.ascontiguousarray(a)) for name, a in given.items()})
+        return named([found[name].numpy() for name in names])
 
     return run
+
+
+def onnx2pytorch(path: str) -> Run:
+    """A module of torch that onnx2pytorch makes of the graph."""
+    import torch
+    from onnx2pytorch import ConvertModel
+
+    torch.set_num_threads(1)
+    graph = _graph(path)
+    module = ConvertModel(onnx.load(path), experimental=True).eval()
+    names, named = [i.name for i in graph.input], _naming(graph.output)
+
+    def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+        with torch.no_grad():
+            found = module(*(torch.from_numpy(numpy.ascontiguousarray(given[name])) for name in names))
+        return named([a.numpy() for a in (found if isinstance(found, tuple | list) else [found])])
+
+    return run
+
+
+C_OPTIONS = ("--large-weight-threshold", "0", "--large-temp-threshold", "0")
+"""Weights in the C: by itself it puts more than 100 kB into a file that the program has to load first. No memory but the stack."""
+CC_OPTIONS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only")
+"""Sums in any order, or no product is vectorized; NaN stays NaN."""
+
+
+def c(path: str) -> Run:
+    """C that emx-onnx-cgen writes, compiled by the C compiler that is there."""
+    graph = _graph(path)
+    shapes = [_fixed(v, "C") for v in (*graph.input, *graph.output)]
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise RefusedError("there is no C compiler: none of cc, gcc, clang")
+    with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
+        _command("emx-onnx-cgen", "compile", _inside(path, folder), "m.c", *C_OPTIONS, "--model-name", "portnorm_model", folder=folder)
+        _command(compiler, *CC_OPTIONS, "-shared", "-fPIC", "m.c", "-o", "m.so", "-lm", folder=folder)
+        library = ctypes.CDLL(f"{folder}/m.so")
+    function, names, named = library.portnorm_model, [i.name for i in graph.input], _naming(graph.output)
+    function.restype = None
+    arrays = [numpy.zeros(shape, _kind(v)) for shape, v in zip(shapes, (*graph.input, *graph.output), strict=True)]
+    places = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
+    count = len(names)
+
+    def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
+        for name, a in zip(names, arrays, strict=False):
+            if given[name].shape != a.shape:
+                raise RefusedError(f"{name!r} has shape {given[name].shape}; expected {a.shape}")
+            a[...] = given[name]
+        function(*places)
+        return named([a.copy() for a in arrays[count:]])
+
+    return run
+
+
+def onnxruntime(path: str) -> Run:
+    """A build of onnxruntime that is in another environment: with OpenVINO where that is what it has."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = 1
+    there = ort.get_available_providers()
+    session = ort.InferenceSession(
+        path, options, providers=[p for p in ("OpenVINOExecutionProvider", "CPUExecutionProvider") if p in there]
+    )
+    names = [o.name for o in session.get_outputs()]
+    return lambda given: dict(zip(names, session.run(names, dict(given)), strict=True))
+
+
+LOADS: dict[str, Load] = {
+    "onnxruntime": onnxruntime,
+    "mnn": mnn,
+    "litert": litert,
+    "ncnn": ncnn,
+    "iree": iree,
+    "tvm": tvm,
+    "tinygrad": tinygrad,
+    "c": c,
+    "opencv": opencv,
+    "onnx2pytorch": onnx2pytorch,
+    "onnxruntime-openvino": onnxruntime,
+}

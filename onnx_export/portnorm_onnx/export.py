@@ -22,6 +22,7 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.quantized import quantized, with_rounded_weights
 from portnorm.layers.recurrent import recurrent_parts
 from portnorm.quantization import QuantizeName
+from portnorm_onnx.as_loop import as_loops
 from portnorm_onnx.build import Names, build, put_inside
 from portnorm_onnx.inputs import random_inputs
 from portnorm_onnx.lowering import OPSETS, opset
@@ -29,10 +30,20 @@ from portnorm_onnx.metadata import described, on_numpy, rounded
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.report import Report, change_of
 from portnorm_onnx.runtimes import loads_opset
-from portnorm_onnx.signature import batch_axis, checked_dims, first_states, mask_dims, named_state, state_inputs
+from portnorm_onnx.signature import batch_axis, checked_dims, first_states, mask_dims, state_inputs, state_outputs, time_axis
 from portnorm_onnx.storage import WIDE, Draft, as_function, file_size, is_large, size_of
 from portnorm_onnx.symbolic import constant, graph_input
-from portnorm_onnx.targets import TARGETS, Target, TargetName, check_dtype, check_integers, check_types, checker, target_of
+from portnorm_onnx.targets import (
+    TARGETS,
+    Target,
+    TargetName,
+    check_dims,
+    check_dtype,
+    check_integers,
+    check_types,
+    checker,
+    target_of,
+)
 from portnorm_onnx.verify import check, streaming_trajectory
 
 _EVERYWHERE = TARGETS["portable"].last_opset
@@ -72,7 +83,9 @@ def export(
     `lengths` and no `mask`.
 
     `target` names who will run the graph: "portable" (all of them), "onnxruntime", "openvino", "tract", "web" or "tensorrt"; any opset from
-    18 to 26 (18 unless stated, for onnxruntime 23), and up to 28 where the target and the installed onnxruntime read it. `dtype` converts
+    18 to 26 (18 unless stated, for onnxruntime 23), and up to 28 where the target and the installed onnxruntime read it. "litert", "mnn",
+    "ncnn", "iree", "tvm", "tinygrad", "c", "opencv" and "onnx2pytorch" go through a converter or a compiler, at opset 18 and in float32;
+    most of them need numbers in `input_shape`, and where there is no loop every step is written out (docs/deploy.md). `dtype` converts
     first: float16, bfloat16, float32 or float64. `fold` writes batch normalization with fixed statistics into weights and tables, and plain
     cells as the operators LSTM, GRU and RNN; `fold=False` keeps each visible. `accurate=True` centres before operators that cancel where
     |mean| ≫ std, and leaves cells and statistics unfolded; in float16 it writes float32 around normalizations and products, which some
@@ -130,6 +143,7 @@ def export(
     named = Names(prefix, dict(names or {}))
     cases = None if inputs is None else [_on_numpy(item) if isinstance(item, tuple) else (_on_numpy(item), None) for item in inputs]
     dims = checked_dims(model, input_shape, streaming=streaming, like=cases[0][0] if cases else None)
+    check_dims(row, dims, batch=batch_axis(model), time=time_axis(model), streaming=streaming)
     shape = Shape(
         version,
         row,
@@ -154,7 +168,8 @@ def export(
         draft = drafts.enter_context(Draft(proto, path, external, aside=True))
         del proto
         if streaming:  # before anything runs, which needs room of its own
-            whole = trace(model, shape._replace(streaming=False, state=True, lengths=False, names=Names()))
+            looped = row if row.loops and row.sequences else TARGETS["portable"]
+            whole = trace(model, shape._replace(streaming=False, state=True, lengths=False, names=Names(), target=looped))
             sequence = drafts.enter_context(Draft(whole, aside=True))
             del whole
         if function:
@@ -255,10 +270,12 @@ def _traced(model: Layer, shape: Shape) -> tuple[onnx.ModelProto, dict[str, str]
     y, after, _ = model.apply(params, buffers, x, before, lengths, mask=mask)
     outputs = {"y": NAMESPACE.squeeze(y, axis=axis) if shape.streaming and model.keeps_time else y}
     if last and model.recurrent:
-        outputs |= named_state(model, after, "_n")
+        outputs |= state_outputs(model, rows, after, outputs["y"])
     if shape.gives is not None:
         outputs = {name: outputs[name] for name in shape.gives}
     proto = build(tuple(inputs), outputs, shape.version, type(model).__name__, names=shape.names, captures=shape.target.captures)
+    if shape.target.as_loop:
+        as_loops(proto)
     check_types(proto, shape.target, shape.dtype)
     return proto, {n: shape.names.of(n) for n in (*(a.name or "" for a in inputs), *outputs) if shape.names.of(n) != n}
 

@@ -65,7 +65,11 @@ def accepts(xs: Any, state: Any, params: Any, *, cell: Any, lengths: Any = None,
         return False
     if u.affine is None or not isinstance(cell, RecurrentCell) or cell.quantize is not None or not _is_plain(cell, params):
         return False
+    if type(cell) is GRUCell and cell.variant.reset == "before" and not u.opset.target.resets_before:
+        return False
     if cell.variant.peepholes and not u.opset.target.peepholes:
+        return False
+    if OPERATORS[type(cell)].name in u.opset.target.without:
         return False
     if not u.opset.target.functions and not _has_usual_functions(cell):
         return False
@@ -173,6 +177,8 @@ def _has_steps(x: SymbolicArray) -> SymbolicArray | None:
 
 def _is_zero(state: SymbolicArray) -> bool:
     """Whether a state is the one that the operator starts from by itself."""
+    if state.constant is not None:
+        return not state.constant.any()
     made = state.producer
     if made is None or made.op_type != "ConstantOfShape":
         return False

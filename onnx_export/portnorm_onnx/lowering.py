@@ -22,6 +22,7 @@ from portnorm_onnx.fused import fused
 from portnorm_onnx.integers import fake_quantize, of_constant, product_of_bytes, product_of_nibbles, rows_of_bytes
 from portnorm_onnx.namespace import NAMESPACE, shape_vector
 from portnorm_onnx.norms import normalize, normalize_with_rms
+from portnorm_onnx.one_step import linear_step
 from portnorm_onnx.scan import loop
 from portnorm_onnx.symbolic import Dim, Node, Opset, SymbolicArray, constant, dims_of, node, nodes, opset_of
 from portnorm_onnx.targets import Target
@@ -61,7 +62,12 @@ def _reduce(op_type: str) -> Row:
 def _where(condition: SymbolicArray, x: Any, y: Any) -> SymbolicArray:
     dtype = next(a.dtype for a in (x, y) if isinstance(a, SymbolicArray))
     x, y = (a if isinstance(a, SymbolicArray) else constant(numpy.asarray(a, dtype=dtype)) for a in (x, y))
-    return node("Where", condition, x, y)
+    found = node("Where", condition, x, y)
+    if found.opset is None or found.opset.target.where_broadcasts or y.dims == found.dims or set(y.dims) <= {1}:
+        return found
+    if x.dims == found.dims:
+        return node("Where", node("Not", condition), y, x)
+    return node("Where", condition, x, NAMESPACE.broadcast_to(y, found.shape))
 
 
 def _is_finite(x: SymbolicArray) -> SymbolicArray:
@@ -94,7 +100,8 @@ def _getitem(x: SymbolicArray, key: Any) -> SymbolicArray:
             result = _expand_dims(result, axis)
             axis += 1
         elif isinstance(k, int):
-            result = node("Gather", result, constant(numpy.int64(k)), axis=axis)
+            whole = _before(result, axis, "Unsqueeze") if k == 0 else None
+            result = node("Gather", result, constant(numpy.int64(k)), axis=axis) if whole is None else whole
         else:
             if k == slice(1) and isinstance(result.dims[axis], str):
                 result = node("Gather", result, _ints(0), axis=axis)  # its length is 1, where that of a Slice is not known
@@ -110,9 +117,10 @@ def _getitem(x: SymbolicArray, key: Any) -> SymbolicArray:
 
 def _flip(x: SymbolicArray, axis: int) -> SymbolicArray:
     length = x.shape[axis]
-    if isinstance(length, Dim) and x.opset is not None and not x.opset.target.backward_slices:
+    if x.opset is not None and not x.opset.target.backward_slices:
         steps = NAMESPACE.arange(length)
-        return node("Gather", x, (length - 1) - steps, axis=axis)
+        last = constant(numpy.int64(length - 1)) if isinstance(length, int) else length - 1
+        return node("Gather", x, last - steps, axis=axis)
     return _getitem(x, (slice(None),) * (axis % x.ndim) + (slice(None, None, -1),))
 
 
@@ -223,6 +231,14 @@ def _concat(arrays: Sequence[SymbolicArray], axis: int = 0) -> SymbolicArray:
     return arrays[0] if len(arrays) == 1 else node("Concat", *arrays, axis=axis)
 
 
+def _stack(arrays: Sequence[SymbolicArray], axis: int = 0) -> SymbolicArray:
+    """Along a first axis one Concat and one Reshape, where lengths are numbers: onnx2tf puts an axis of length 1 for each elsewhere."""
+    dims = arrays[0].dims
+    if axis == 0 and len(arrays) > 1 and dims and all(isinstance(d, int) for d in dims):
+        return node("Reshape", node("Concat", *arrays, axis=0), _ints(len(arrays), *(int(d) for d in dims)))
+    return _concat([_expand_dims(a, axis) for a in arrays], axis)
+
+
 def _split(x: SymbolicArray, parts: int | tuple[int, ...]) -> tuple[SymbolicArray, ...]:
     if isinstance(parts, int):
         return nodes("Split", parts, x, axis=-1, num_outputs=parts)
@@ -311,7 +327,7 @@ _ARRAY_API: dict[str, Row] = {
     "take": _take,
     "take_along_axis": lambda x, indices, axis: node("GatherElements", x, indices, axis=axis),
     "concat": _concat,
-    "stack": lambda arrays, axis=0: _concat([_expand_dims(a, axis) for a in arrays], axis),
+    "stack": _stack,
     "expand_dims": _expand_dims,
     "squeeze": _squeeze,
     "permute_dims": lambda x, axes: node("Transpose", x, perm=list(axes)),
@@ -331,6 +347,7 @@ _OPS: dict[str, Row] = {
     "pack_steps": _pack_steps,
     "without_padding": _without_padding,
     "scan": fused,
+    "linear_scan": linear_step,
 }
 
 _OPSET_18 = {**_ARRAY_API, **_OPS}
@@ -349,4 +366,6 @@ def opset(version: int, target: Target, *, fold: bool, final_state: bool, accura
 
 def training_opset(version: int) -> Opset:
     """The same for a graph that goes backward too: no operator gives out what the vjps of normalizations and cells need."""
-    return Opset(version, {name: row for name, row in OPSETS[version].items() if name not in ("normalize", "scan", "without_padding")})
+    return Opset(
+        version, {name: row for name, row in OPSETS[version].items() if name not in ("normalize", "scan", "linear_scan", "without_padding")}
+    )

@@ -31,6 +31,7 @@ def _fits(x: SymbolicArray, attrs: Any) -> str | None:
         known = attrs["mean"].constant is not None and attrs["var"].constant is not None
         # The operator is x · s + t, which cancels where |mean| ≫ std; OpenVINO and tract refuse statistics of a wider type than x.
         alike = attrs["mean"].dtype == x.dtype and not opset.accurate
+        alike = alike and "BatchNormalization" not in opset.target.without
         return "BatchNormalization" if axes == others and params == (1,) and known and alike else None
     if axes != tuple(range(axes[0], x.ndim)) or axes[0] == 0:
         return None
@@ -97,14 +98,16 @@ def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> 
     axes, params = attrs["axes"], attrs["param_axes"]
     if bias is None and weight is not None and axes == params and (product := _centred_product(x, axes)) is not None:
         return node("RMSNormalization", product, weight, axis=axes[0], epsilon=eps)
-    x = _centred(x, axes)
+    x = _centred(x, axes, "LayerNormalization")
+    if len(axes) > 1 and x.opset is not None and x.opset.target.one_axis:
+        return _of_one_axis(x, weight, bias, eps, attrs)
     wide = x.opset is not None and x.opset.target.wide_gains
     fits = params == tuple(range(params[0], x.ndim)) and (params[0] == axes[0] or (wide and params[0] < axes[0]))
     y = node(
         "LayerNormalization",
         x,
         weight if weight is not None and fits else _filled(x, axes, 1),
-        bias if fits else None,
+        bias if fits and bias is not None else _filled(x, axes, 0) if x.opset is not None and x.opset.target.biased_norms else None,
         axis=axes[0],
         epsilon=eps,
     )
@@ -114,9 +117,20 @@ def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> 
     return y + NAMESPACE.reshape(bias, along) if not fits and bias is not None else y
 
 
+def _of_one_axis(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
+    """The axes as one, and gain and shift behind."""
+    axes, params = attrs["axes"], attrs["param_axes"]
+    rows = NAMESPACE.reshape(x, (*x.shape[: axes[0]], math.prod(int(x.dims[a]) for a in axes)))
+    last = (rows.ndim - 1,)
+    y: SymbolicArray = NAMESPACE.reshape(_layer(rows, None, None, eps, {"axes": last, "param_axes": last}), x.shape)
+    along = tuple(x.shape[a] if a in params else 1 for a in range(x.ndim))
+    y = y if weight is None else y * NAMESPACE.reshape(weight, along)
+    return y if bias is None else y + NAMESPACE.reshape(bias, along)
+
+
 def _instance(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
     weight, bias = (_filled(x, (1,), value) if p is None else p for p, value in ((weight, 1), (bias, 0)))
-    given = [_centred(x, attrs["axes"]), weight, bias]
+    given = [_centred(x, attrs["axes"], "InstanceNormalization"), weight, bias]
     if x.opset is None or "InstanceNormalization" not in x.opset.target.narrow_statistics or numpy.dtype(x.dtype).itemsize >= 4:
         return node("InstanceNormalization", *given, epsilon=eps)
     y: SymbolicArray = node("InstanceNormalization", *(NAMESPACE.astype(a, numpy.float32) for a in given), epsilon=eps)
@@ -131,11 +145,11 @@ def _grouped(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -
     return y if bias is None else y + NAMESPACE.reshape(bias, along)
 
 
-def _centred(x: SymbolicArray, axes: tuple[int, ...]) -> SymbolicArray:
+def _centred(x: SymbolicArray, axes: tuple[int, ...], operator: str) -> SymbolicArray:
     """`x` less its mean where that was asked for, or needs to be: a runtime's operator then meets no mean that its statistics could cancel
     against. A mean that is not exact is one that the operator finds again, and takes exactly, since it is small.
     """
-    if x.opset is None or not (x.opset.accurate or _is_long(x, axes)):
+    if x.opset is None or not (x.opset.accurate or operator in x.opset.target.one_pass or _is_long(x, axes)):
         return x
     centred: SymbolicArray = x - NAMESPACE.mean(x, axis=axes, keepdims=True)
     return centred

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from portnorm.arrays import mapped
 from portnorm.errors import ExportError
 from portnorm.layers.layer import Layer
-from portnorm_onnx.runtimes import FITTED, runtime_of
+from portnorm_onnx.runtimes import ANY, FITTED, runtime_of
 from portnorm_onnx.signature import batch_axis, mask_dims, time_axis
 from portnorm_onnx.symbolic import NumPyArray
 from portnorm_onnx.workers import Session
@@ -47,7 +47,7 @@ def guarded(session: Session, runtime: str, proto: onnx.ModelProto, model: Layer
 
 def unanswered(runtime: str, proto: onnx.ModelProto, model: Layer, shape: Sequence[int], *, streaming: bool = False) -> str:
     """What the runtime has no answer for in this graph with an `x` of this shape: "no steps in a Scan", or nothing."""
-    row, used = runtime_of(runtime), {n.op_type for n in proto.graph.node} | ({FITTED} if _is_fitted(proto.graph) else set())
+    row, used = runtime_of(runtime), {n.op_type for n in proto.graph.node} | {ANY} | ({FITTED} if _is_fitted(proto.graph) else set())
     steps, sequences = (None, 0) if streaming else (time_axis(model), batch_axis(model))
     for what, axis, operators in (("no steps", steps, row.no_steps), ("no sequences", sequences, row.no_sequences)):
         found = sorted(operators & used)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy
@@ -12,7 +14,8 @@ from onnx import helper, numpy_helper
 
 from portnorm.conform.cases import STATISTICS, NumPyArray
 from portnorm.conform.subjects import Call, Subject, installed
-from portnorm_onnx import engines
+from portnorm_onnx.elsewhere import ENGINES
+from portnorm_onnx.engines import LOADS
 from portnorm_onnx.runtimes import RUNTIMES
 from portnorm_onnx.storage import Draft
 
@@ -106,6 +109,19 @@ def _of_table(name: str) -> Load:
     return load
 
 
+def _of_engine(name: str) -> Load:
+    """A runtime of `engines.py`, in this process."""
+
+    def load(model: onnx.ModelProto) -> Run:
+        with TemporaryDirectory(prefix="portnorm-") as folder:
+            path = Path(folder) / "m.onnx"
+            onnx.save(model, path)
+            session = LOADS[name](str(path))
+        return lambda x: list(session({"x": x}).values())
+
+    return load
+
+
 ADVICE = {
     "onnxruntime": "no GroupNormalization-21; Reshape and InstanceNormalization, which `portnorm.export` writes, are right",
     "web": "no GroupNormalization-21; Reshape and InstanceNormalization are right",
@@ -128,11 +144,9 @@ def _row(name: str, load: Load, version: Callable[[], str], note: str = "graphs 
 
 SUBJECTS = (
     *(_row(name, _of_table(name), RUNTIMES[name].version) for name in ("onnxruntime", "openvino", "tract", "web", "reference")),
-    _row("opencv", engines.opencv, installed("opencv-python-headless")),
-    _row("mnn", engines.mnn, installed("MNN")),
-    _row("ncnn", engines.ncnn, installed("ncnn", "pnnx"), "graphs of one node, converted by pnnx", ("float32",)),
-    _row("litert", engines.litert, installed("ai-edge-litert", "onnx2tf"), "graphs of one node, converted by onnx2tf", ("float32",)),
-    _row("tvm", engines.tvm, installed("apache-tvm")),
-    _row("iree", engines.iree, installed("iree-base-compiler", "iree-base-runtime")),
-    _row("tinygrad", engines.tinygrad, installed("tinygrad")),
+    *(_row(name, _of_engine(name), installed(*ENGINES[name].packages)) for name in ("opencv", "mnn", "tvm", "iree", "tinygrad")),
+    *(
+        _row(name, _of_engine(name), installed(*ENGINES[name].packages), f"graphs of one node, converted by {by}", ("float32",))
+        for name, by in (("ncnn", "pnnx"), ("litert", "onnx2tf"))
+    ),
 )

@@ -26,6 +26,7 @@ from onnx import helper
 from portnorm.arrays import require_extra
 from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError, install
 from portnorm_onnx.bfloat16 import holds_bfloat16, in_float32
+from portnorm_onnx.elsewhere import ENGINES, load, version_of
 from portnorm_onnx.storage import Draft, Loadable, is_large
 from portnorm_onnx.web.page import Page
 from portnorm_onnx.workers import Session, Worker
@@ -256,12 +257,14 @@ def _page(model: Loadable) -> Session:
 
 FITTED = "Reshape to (0, …, −1)"
 """A Reshape that takes one length over, and finds out another by it."""
+ANY = "any operator"
+"""Every graph has one: the runtime is not asked for nothing at all."""
 _ORT: dict[str, frozenset[str]] = {
-    "no_steps": frozenset({"Scan", "GRU"}),
+    "no_steps": frozenset({"Scan", "Loop", "GRU"}),
     "no_sequences": frozenset({"LSTM", "GRU", "DynamicQuantizeLSTM", FITTED}),
 }
-_LOOPS = frozenset({"Scan"})
-_RECURRENT = frozenset({"Scan", "LSTM", "GRU", "RNN"})
+_LOOPS = frozenset({"Scan", "Loop"})
+_RECURRENT = frozenset({"Scan", "Loop", "LSTM", "GRU", "RNN"})
 
 RUNTIMES: dict[str, Runtime] = {
     row.name: row
@@ -277,6 +280,18 @@ RUNTIMES: dict[str, Runtime] = {
     )
 }
 """Runtimes by name. What CUDA does with nothing was not tried; so it is not asked."""
+
+FURTHER: dict[str, Runtime] = {
+    name: Runtime(
+        name,
+        functools.partial(load, name),
+        functools.partial(version_of, name),
+        engine.note,
+        *(tuple(_ORT.values()) if name.startswith("onnxruntime-") else (frozenset({ANY}), frozenset({ANY}))),
+    )
+    for name, engine in ENGINES.items()
+}
+"""Runtimes that are not asked for by "all", since a graph is made for most of them (`targets.py`), or that are onnxruntime once more."""
 
 STAND_INS: dict[str, Runtime] = {
     row.name: row
@@ -294,7 +309,7 @@ STAND_INS: dict[str, Runtime] = {
 
 def runtime_of(name: str) -> Runtime:
     """The row of a runtime; raises `UnsupportedError`."""
-    rows = {**RUNTIMES, **STAND_INS}
+    rows = {**RUNTIMES, **FURTHER, **STAND_INS}
     if name not in rows:
         raise UnsupportedError(f"`runtimes` names {name!r}; expected all, or some of {', '.join(rows)}")
     return rows[name]

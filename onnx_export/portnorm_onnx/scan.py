@@ -16,6 +16,7 @@ from portnorm.arrays import leaves, mapped
 from portnorm.errors import ExportError, UnsupportedError
 from portnorm_onnx.build import planned
 from portnorm_onnx.fold import Frame, table_rows
+from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.symbolic import Body, Node, SymbolicArray, constant, graph_input, node, opset_of
 
 NODES = 10_000
@@ -34,8 +35,9 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Any, reverse: bool = Fa
     initial, scanned = list(leaves(carry)), [a for a in leaves((xs, kept)) if not isinstance(a, Same)]
     opset = opset_of(*scanned, *initial)
     assert opset is not None, "the loop of an exported model has an input that is not constant"
-    if scanned[0].dims[0] == 1 or opset.unroll:
-        return _step_by_step(carry, xs, kept, body, scanned[0].dims[0], reverse=reverse)
+    if scanned[0].dims[0] == 1 or opset.unroll or not opset.target.loops:
+        name = "`unroll`" if opset.unroll else f"target {opset.target.name!r}, which has no loop,"
+        return _step_by_step(carry, xs, kept, body, scanned[0].dims[0], name, reverse=reverse)
     inner = [graph_input("", a.dtype, a.dims, opset) for a in initial]
     frame = Frame(opset)
     first_serial = min((a.serial for a in inner), default=0)
@@ -61,11 +63,11 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Any, reverse: bool = Fa
     return mapped(lambda a: a if isinstance(a, Same) else next(flat), (new, outputs, keeps))  # type: ignore[no-any-return]
 
 
-def _step_by_step(carry: Any, xs: Any, kept: Any, body: Any, steps: int | str, *, reverse: bool) -> tuple[Any, Any, Any]:
+def _step_by_step(carry: Any, xs: Any, kept: Any, body: Any, steps: int | str, name: str, *, reverse: bool) -> tuple[Any, Any, Any]:
     """Without a loop: a sequence that is known to be one step, or of a number of steps for a runtime that has none."""
     if isinstance(steps, str):
         raise UnsupportedError(
-            f"`unroll` writes every step out, but their number is open ({steps!r}); give it by `input_shape`, as (20, 'batch', 8)"
+            f"{name} writes every step out, but their number is open ({steps!r}); give it by `input_shape`, as (20, 'batch', 8)"
         )
     found = []
     for t in reversed(range(steps)) if reverse else range(steps):
@@ -73,17 +75,17 @@ def _step_by_step(carry: Any, xs: Any, kept: Any, body: Any, steps: int | str, *
         carry, *made = body(carry, *mapped(functools.partial(_step, t=t, steps=steps), (xs, kept)))
         found.append(made)
         if len(found) == 2:
-            _check_size((before, found[0]), (carry, found), steps)
+            _check_size((before, found[0]), (carry, found), steps, name)
     return (carry, *_stacked(found[::-1] if reverse else found))
 
 
-def _check_size(one: Any, two: Any, steps: int) -> None:
+def _check_size(one: Any, two: Any, steps: int, name: str) -> None:
     """Raise `UnsupportedError` where so many steps, as long as the second is, are no graph that tools read."""
     first, both = (len(planned(a for a in leaves(found) if not isinstance(a, Same)).nodes) for found in (one, two))
     if (whole := first + (both - first) * (steps - 1)) > NODES:
         raise UnsupportedError(
-            f"`unroll` would write {whole:,} nodes for {steps} steps; expected at most {NODES:,}: give fewer steps by `input_shape`, or "
-            "leave `unroll` out for a loop of any length; `streaming=True` gives one step"
+            f"{name} would write {whole:,} nodes for {steps} steps; expected at most {NODES:,}: give fewer steps by `input_shape`"
+            f"{', or leave `unroll` out for a loop of any length' if name == '`unroll`' else ''}; `streaming=True` gives one step"
         )
 
 
@@ -96,12 +98,11 @@ def _step(a: Any, t: int, steps: int) -> Any:
     if a.rows_of is not None:
         table, rows = a.rows_of
         return table_rows(table, _step(rows, t, steps))
-    return node("Squeeze", a, constant(numpy.array([0]))) if steps == 1 else node("Gather", a, constant(numpy.int64(t)), axis=0)
+    return NAMESPACE.squeeze(a, axis=0) if steps == 1 else node("Gather", a, constant(numpy.int64(t)), axis=0)
 
 
 def _stacked(found: list[Any]) -> Any:
     """What the steps gave, in order along a first axis; what is alike in all stays so."""
-    first = constant(numpy.array([0]))
     parts = [list(leaves(made)) for made in found]
     columns = iter([[step[k] for step in parts] for k in range(len(parts[0]))])
 
@@ -111,7 +112,7 @@ def _stacked(found: list[Any]) -> Any:
             return steps[0]
         if all(a.constant is not None for a in steps):
             return constant(numpy.stack([a.constant for a in steps]))
-        rows = [node("Unsqueeze", a, first) for a in steps]
-        return rows[0] if len(rows) == 1 else node("Concat", *rows, axis=0)
+        stacked: SymbolicArray = NAMESPACE.stack(steps, axis=0)
+        return stacked
 
     return mapped(together, found[0])

@@ -15,7 +15,8 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent
 from portnorm.layers.sequential import Sequential
 from portnorm.layers.state import PlacedState
-from portnorm_onnx.symbolic import Opset, SymbolicArray, constant, graph_input
+from portnorm_onnx.namespace import NAMESPACE
+from portnorm_onnx.symbolic import Opset, SymbolicArray, constant, graph_input, node
 
 TIME = "time"
 """The state that counts the steps before."""
@@ -50,15 +51,40 @@ def named_state(model: Layer, state: Any, suffix: str) -> dict[str, Any]:
 
 def state_inputs(model: Layer, opset: Opset, dtype: Any, batch: int | str) -> tuple[list[SymbolicArray], Any]:
     """Inputs of a graph for the states of `batch` sequences, and the same as the state that the model takes."""
-    inputs = []
+    inputs, states, target = [], [], opset.target
     for prefix, layer in recurrent_places(model):
         places = layer.num_layers * layer.num_directions
+        if target.flat_states and places > 1:
+            raise UnsupportedError(
+                f"target {target.name!r} takes states of one layer, (batch, features), and this one has {places}; make it a "
+                "`Sequential` of layers, which have a state each"
+            )
         for name, size in zip(layer.cell.states, layer.state_sizes(), strict=True):
-            inputs.append(graph_input(f"{prefix}{name}_0", dtype, (places, batch, size), opset))
+            shape = (batch, size) if target.flat_states else (places, batch, size)
+            inputs.append(graph_input(f"{prefix}{name}_0", dtype, shape, opset))
+            states.append(NAMESPACE.expand_dims(inputs[-1], axis=0) if target.flat_states else inputs[-1])
         if layer.timed:
-            inputs.append(graph_input(f"{prefix}{TIME}_0", "int64", (), opset))
-    flat = iter(inputs)
+            inputs.append(graph_input(f"{prefix}{TIME}_0", "int64", () if target.scalars else (1,), opset))
+            states.append(inputs[-1] if target.scalars else NAMESPACE.squeeze(inputs[-1], axis=0))
+    flat = iter(states)
     return inputs, mapped(lambda _: next(flat), model.initial_state(1))
+
+
+def state_outputs(model: Layer, opset: Opset, state: Any, y: SymbolicArray) -> dict[str, SymbolicArray]:
+    """The outputs of a graph for a state, shaped as its inputs are.
+
+    What is `y` too is a Reshape of it to the shape that it has where converters of flat graphs meet it: they take no Identity there.
+    """
+    found: dict[str, SymbolicArray] = {}
+    for name, a in named_state(model, state, "_n").items():
+        counts, target = name.endswith(f"{TIME}_n"), opset.target
+        if counts:
+            found[name] = a if target.scalars else NAMESPACE.expand_dims(a, axis=0)
+        else:
+            found[name] = NAMESPACE.squeeze(a, axis=0) if target.flat_states else a
+            if target.flat_states and found[name] is y:
+                found[name] = node("Reshape", y, constant(numpy.array(y.dims)))
+    return found
 
 
 def batch_axis(model: Layer) -> int:

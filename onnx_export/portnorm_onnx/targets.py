@@ -5,9 +5,9 @@ Each reason was measured with the versions named in docs/runtimes.md, or is the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 
@@ -37,32 +37,83 @@ class Target:
     """These operators may have other functions than their own, HardSigmoid among them; else only GRU and RNN may, ReLU for tanh."""
     peepholes: bool = False
     """The LSTM operator may have peepholes."""
+    loops: bool = True
+    """There is a loop; else every step of a known number is written out."""
+    as_loop: bool = False
+    """Where the number of steps is open the loop is a Loop that takes its steps by Gather; else it is a Scan."""
+    open_shapes: bool = True
+    """Lengths may be open."""
+    sequences: bool = True
+    """Recurrent layers may take sequences; else there is a graph of one step."""
+    batches: bool = True
+    """There may be more sequences than one."""
+    flat_states: bool = False
+    """The states of a step are (batch, features), without an axis for the layers in front."""
+    scalars: bool = True
+    """An input may have no axes; else a count has the shape (1,)."""
+    resets_before: bool = True
+    """The GRU operator may reset before the product (linear_before_reset=0)."""
+    biased_norms: bool = False
+    """LayerNormalization needs a bias."""
+    one_axis: bool = False
+    """LayerNormalization is of one axis."""
+    where_broadcasts: bool = True
+    """The last input of Where may have fewer values than the result."""
     backward_slices: bool = True
-    """A slice of unknown length may go backward."""
+    """A slice may go backward."""
     length_outputs: bool = True
     """A length may be an output of the graph."""
     wide_gains: bool = False
     """LayerNormalization may have a gain over more axes than it normalizes."""
     sums_in_order: int | None = None
     """Values of a row from which on it is centred before it is normalized: sums are taken one term after the other, and are not exact."""
+    one_pass: frozenset[str] = frozenset()
+    """Operators that take the variance as E[x²] − E[x]²: what they normalize is centred before."""
     narrow_statistics: frozenset[str] = frozenset()
     """Operators that take statistics in the type of the values, float16 too: these are converted before and after."""
     without: frozenset[str] = frozenset()
     """Operators that are traced instead."""
+    lacks: frozenset[str] = frozenset()
+    """Operators that a graph may not have, where no other can stand for them."""
     integers: tuple[str, ...] = ("int8",)
     """The products of integers that it has."""
     dtypes: tuple[str, ...] = ("float16", "float32")
     """Types that every runtime of the target computes in."""
     only: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """By type: the operators that there are in it, where it is not all."""
+    further: bool = False
+    """Its runtime has an environment of its own, and is measured by `make runtimes-more`."""
     reason: str = ""
 
 
 _NARROW = frozenset({"InstanceNormalization"})
 _LENGTHS = "sequence_lens gives wrong values in OpenVINO, and tract does not take it"
 
-TargetName = Literal["portable", "onnxruntime", "openvino", "tract", "web", "tensorrt"]
+TargetName = Literal[
+    "portable",
+    "onnxruntime",
+    "openvino",
+    "tract",
+    "web",
+    "tensorrt",
+    "litert",
+    "mnn",
+    "ncnn",
+    "iree",
+    "tvm",
+    "tinygrad",
+    "c",
+    "opencv",
+    "onnx2pytorch",
+]
 """The names that `target=` takes."""
+
+
+def _further(name: str, **fields: Any) -> Target:
+    """A runtime with an environment of its own, measured at opset 18 and in float32."""
+    fields = {"last_opset": 18, "length_outputs": False, "integers": (), "dtypes": ("float32",), "further": True, **fields}
+    return Target(name, (name,), **fields)
+
 
 TARGETS: dict[str, Target] = {
     row.name: row
@@ -136,6 +187,85 @@ TARGETS: dict[str, Target] = {
             dtypes=("float16", "bfloat16", "float32"),
             reason="by its documentation (10.x), not run here; RMSNormalization only from 10.15 on, no MatMulInteger",
         ),
+        _further(
+            "litert",
+            loops=False,
+            one_axis=True,
+            open_shapes=False,
+            scalars=False,
+            backward_slices=False,
+            without=frozenset({"BatchNormalization"}),
+            reason="onnx2tf makes a file that cannot be loaded of what it does not have, and takes open lengths for 1; a backward slice "
+            "is 1 to 2 off without an error; BatchNormalization is x·s + t, 1e-3 off at a mean of 10,000",
+        ),
+        _further(
+            "mnn",
+            loops=False,
+            fused_start=True,
+            resets_before=False,
+            where_broadcasts=False,
+            backward_slices=False,
+            without=frozenset({"BatchNormalization"}),
+            reason="without an error: sequence_lens and direction=reverse are ignored, linear_before_reset=0 is computed as 1, Where takes "
+            "wrong values for a last input with fewer values; BatchNormalization is x·s + t, 1e-3 off at a mean of 10,000; no loop",
+        ),
+        _further(
+            "ncnn",
+            open_shapes=False,
+            sequences=False,
+            batches=False,
+            flat_states=True,
+            biased_norms=True,
+            one_axis=True,
+            fused=False,
+            opset=23,
+            last_opset=23,
+            without=frozenset({"BatchNormalization"}),
+            lacks=frozenset({"Gather", "Where"}),
+            reason="has no batch, and no axis that stands for it but the first; LayerNormalization of one axis, with a bias; no Gather, "
+            "which tables of statistics need; pnnx ends with exit status 0 and a file that cannot be loaded where an operator is lacking",
+        ),
+        _further(
+            "iree",
+            open_shapes=False,
+            backward_slices=False,
+            reason="without an error: an open length comes out of a loop as 1, InstanceNormalization over an open axis is NaN, a backward "
+            "slice is 1 to 6 off, sequence_lens is ignored",
+        ),
+        _further(
+            "tvm",
+            fused=False,
+            loops=False,
+            reason="has neither loops nor LSTM, GRU and RNN",
+        ),
+        _further(
+            "tinygrad",
+            fused=False,
+            loops=False,
+            scalars=False,
+            reason="has neither loops nor LSTM, GRU and RNN",
+        ),
+        _further(
+            "c",
+            open_shapes=False,
+            backward_slices=False,
+            reason="emx-onnx-cgen takes fixed shapes, no slice that goes backward, and computes direction=reverse 0.5 off without an error",
+        ),
+        _further(
+            "opencv",
+            as_loop=True,
+            without=frozenset({"BatchNormalization", "RNN"}),
+            one_pass=frozenset({"LayerNormalization", "InstanceNormalization"}),
+            reason="takes variances in one pass, 4e-3 off at a mean of 100 standard deviations; BatchNormalization is x·s + t; without an "
+            "error: sequence_lens, clip, direction=reverse and peepholes are ignored or wrong, and two states of a Loop that begin as one "
+            "value are one; no Scan, no RNN",
+        ),
+        _further(
+            "onnx2pytorch",
+            fused_start=True,
+            without=frozenset({"BatchNormalization"}),
+            reason="a torch module, with gradients; takes no first state of an operator that is constant, and no peepholes",
+        ),
     )
 }
 
@@ -156,6 +286,21 @@ def check_dtype(target: Target, dtype: str, where: str = "") -> None:
         )
 
 
+def check_dims(target: Target, dims: Sequence[int | str], *, batch: int, time: int | None, streaming: bool) -> None:
+    """Raise `UnsupportedError` where the target does not take an `x` of this shape, in which `batch` and `time` are axes."""
+    given = [d for axis, d in enumerate(dims) if not (streaming and axis == time)]
+    asked = ", ".join(str(d) if isinstance(d, int) else {"batch": "1", "time": "20"}.get(d, "16") for d in given)
+    if time is not None and not (target.sequences or streaming):
+        raise UnsupportedError(f"target {target.name!r} takes one step at a time; export with `streaming=True`, and feed the states back")
+    if not target.open_shapes and any(isinstance(d, str) for d in given):
+        names = ", ".join(repr(d) for d in given if isinstance(d, str))
+        raise UnsupportedError(
+            f"target {target.name!r} takes fixed shapes only; {names} of `x` is open: give numbers by `input_shape`, as ({asked})"
+        )
+    if not target.batches and time is not None and dims[batch] != 1:
+        raise UnsupportedError(f"target {target.name!r} takes one sequence; `input_shape` has a batch of {dims[batch]!r}, expected 1")
+
+
 def check_integers(target: Target, dtype: str, quantize: str) -> None:
     """Raise `UnsupportedError` where the target has no such products of integers, or the model is not float32 around them."""
     if quantize not in target.integers:
@@ -172,6 +317,11 @@ _PRODUCTS = {"int8": "MatMulInteger", "int4": "MatMulNBits"}
 
 def check_types(proto: onnx.ModelProto, target: Target, dtype: str) -> None:
     """Raise `UnsupportedError` for an operator that the target does not have in the graph's type, naming the node."""
+    lacking = next((n for n in proto.graph.node if n.op_type in target.lacks), None)
+    if lacking is not None:
+        raise UnsupportedError(
+            f"target {target.name!r} has no {lacking.op_type} (node {lacking.name!r}), which this model needs ({target.reason})"
+        )
     allowed = target.only.get(dtype)
     for n in proto.graph.node if allowed is not None else ():
         if n.op_type not in allowed:  # type: ignore[operator]

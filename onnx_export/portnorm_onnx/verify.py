@@ -33,7 +33,7 @@ from portnorm_onnx.signature import time_axis
 from portnorm_onnx.storage import Draft, read_model
 
 ALL = "all"
-"""Names every runtime that there is a row for."""
+"""Names every runtime that portable graphs are for: the rows of `RUNTIMES`."""
 
 
 def verify(
@@ -50,6 +50,9 @@ def verify(
     takes `lengths`, with gaps where it takes `mask`, or on `inputs`, each `x`, `(x, lengths)` or `(x, mask)`. See this module for the two
     gates. Random input also has nothing to compute: sequences without steps that come with a state, a batch of none, no steps, wherever the
     runtime has an answer (`report.empty`); of `inputs` such a case is refused where it has none. Returns a `Report`.
+
+    A graph that was exported for one of the further targets ("mnn", "c", …) is checked in its runtime by that name; it runs in an
+    environment of its own (docs/runtimes.md), and "all" does not name it.
 
     What a tool has changed in the file since it was exported stands in `report.changes`, and behind what an error says. A graph that was
     made smaller on purpose, in float16 or with integers for weights, passes no gate for rounding: `tolerance` takes the place of both, the

@@ -12,34 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-import numpy
-
 from portnorm.errors import ExportError
 from portnorm.interrupts import held_back, undone
+from portnorm_onnx.frames import Session, arrays_of, send
 from portnorm_onnx.storage import Loadable, beside
 
-Session = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""A loaded model: named input arrays to named output arrays."""
-
-
-def send(stream: IO[bytes], arrays: Mapping[str, Any], session: int = 0) -> None:
-    """Write named arrays: a line of JSON that tells their names, types and shapes, then their bytes."""
-    values = {name: numpy.ascontiguousarray(a) for name, a in arrays.items()}
-    head = [{"name": n, "dtype": str(a.dtype), "shape": list(numpy.shape(arrays[n]))} for n, a in values.items()]
-    stream.write(json.dumps({"session": session, "arrays": head}).encode() + b"\n")
-    for a in values.values():
-        stream.write(a.tobytes())
-    stream.flush()
-
-
-def arrays_of(head: Mapping[str, Any], stream: IO[bytes]) -> dict[str, Any]:
-    """The arrays that a head announces."""
-    found = {}
-    for entry in head["arrays"]:
-        dtype, shape = numpy.dtype(entry["dtype"]), tuple(entry["shape"])
-        data = stream.read(dtype.itemsize * int(numpy.prod(shape, dtype=int)))
-        found[entry["name"]] = numpy.frombuffer(data, dtype=dtype).reshape(shape).copy()
-    return found
+__all__ = ["Session", "Worker", "arrays_of", "receive", "send"]
 
 
 def receive(stream: IO[bytes]) -> dict[str, Any] | None:
@@ -77,7 +55,23 @@ class Worker:
             worker = cls._running[name] = cls(name, command)
         return worker
 
+    @classmethod
+    def end(cls, name: str) -> None:
+        """End the process of a runtime, which whoever waits for an answer of it is told."""
+        if name in cls._running:
+            cls._running[name]._process.kill()
+
     def load(self, model: Loadable) -> Session:
+        """A session of the model."""
+        session = self._loaded(model)
+        return lambda inputs: self._asked("does not run", lambda stream: send(stream, inputs, session))
+
+    def load_looped(self, model: Loadable, fed: Mapping[str, str]) -> Session:
+        """Steps with states fed back, in that process alone: see `frames.looped`."""
+        session = self._loaded(model)
+        return lambda inputs: self._asked("does not run", lambda stream: send(stream, inputs, session, fed=dict(fed)))
+
+    def _loaded(self, model: Loadable) -> int:
         self._sessions += 1
         session = self._sessions
         if isinstance(model, bytes):
@@ -86,7 +80,7 @@ class Worker:
             model = str(path)
         head = json.dumps({"session": session, "load": model, "beside": beside(model)}).encode() + b"\n"
         self._asked("does not load", lambda stream: (stream.write(head), stream.flush()))
-        return lambda inputs: self._asked("does not run", lambda stream: send(stream, inputs, session))
+        return session
 
     def _asked(self, failed: str, ask: Callable[[IO[bytes]], Any]) -> dict[str, Any]:
         assert self._process.stdin is not None

@@ -15,8 +15,10 @@ from portnorm.layers.layer import Layer
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="what `portnorm train`, `portnorm import` or `pn.save` wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write (.onnx)")
-    parser.add_argument("--opset", type=int, help="18 to 26, for some targets 28 (default: 18; 23 for onnxruntime)")
-    parser.add_argument("--target", default="portable", help="who will run it (default: portable, which is all of them)")
+    parser.add_argument("--opset", type=int, help="18 to 26, for some targets 28 or 18 alone (default: 18; 23 for onnxruntime)")
+    parser.add_argument(
+        "--target", default="portable", help="who will run it: onnxruntime, litert, mnn, c, … (default: portable; docs/runtimes.md has all)"
+    )
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32", "float64"), help="type of the graph (default: that of the checkpoint)"
     )
