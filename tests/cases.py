@@ -140,8 +140,17 @@ OPS = [
     ),
 ]
 
-NOT_TESTED_AS_ARRAYS_OF_NUMBERS = {split.name, "normalize", "loop", "scan", "linear_scan", "reverse_sequences", "steps_at", "steps_so_far"}
-"""Ops that other tests cover: the core through the public functions, the loop through the layers."""
+NOT_TESTED_AS_ARRAYS_OF_NUMBERS = {
+    split.name,
+    "normalize",
+    "loop",
+    "scan",
+    "linear_scan",
+    "reverse_sequences",
+    "steps_at",
+    "steps_so_far",
+} | {"times_transposed"}
+"""Ops that other tests cover: the core and products through the public functions, the loop through the layers."""
 
 PRESETS = [(cell, name) for cell, table in pn.VARIANTS.items() for name in table]
 """Every recurrent layer and preset: the product tests run over all of them."""
