@@ -20,7 +20,7 @@ import numpy
 from portnorm.bench.runner import machine
 from portnorm.commands.progress import ProgressLine
 from portnorm.conform.apart import measure_apart
-from portnorm.conform.cases import OPERATIONS, REGIMES, find
+from portnorm.conform.cases import OPERATIONS, REGIMES, cases
 from portnorm.conform.forms import Form, error_of, forms
 from portnorm.conform.formulas import CENTRED, FOLDED, GIVEN, ONE_PASS, SUBTRACTED, TWO_PASSES
 from portnorm.conform.result import Result
@@ -46,19 +46,17 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or math.isinf(value) else float(f"{value:.2g}")
 
 
-def _yardsticks() -> dict[str, Any]:
+def yardsticks() -> dict[str, Any]:
     """The errors of the two formulas that everything is held against, by operation and form, for each regime of float32."""
     found: dict[str, Any] = {}
     for operation in SHOWN:
         table = GIVEN if OPERATIONS[operation].given else CENTRED
         for form in (SUBTRACTED, FOLDED) if OPERATIONS[operation].given else (TWO_PASSES, ONE_PASS):
             row = found.setdefault(operation, {}).setdefault(form, {})
-            for regime in FIELD:
-                if "float32" in REGIMES[regime].dtypes:
-                    case = find(operation, regime)
-                    arrays = case.arrays()
-                    with numpy.errstate(all="ignore"):
-                        row[regime] = _rounded(error_of(table[form][0](case, arrays), case, arrays))
+            for case in cases([operation], FIELD, ["float32"]):
+                arrays = case.arrays()
+                with numpy.errstate(all="ignore"):
+                    row[case.regime.name] = _rounded(error_of(table[form][0](case, arrays), case, arrays))
     return found
 
 
@@ -104,7 +102,7 @@ def measure(names: list[str]) -> None:
             found["subjects"][shown] = _row_of(name, part, others, named)
     order = [*(f"portnorm-{name}" for name in OWN), *others]
     found["subjects"] = {name: found["subjects"][name] for name in sorted(found["subjects"], key=order.index)}
-    found |= {"machine": {key: machine()[key] for key in ("processor", "cores", "system")}, "yardsticks": _yardsticks()}
+    found |= {"machine": {key: machine()[key] for key in ("processor", "cores", "system")}, "yardsticks": yardsticks()}
     RESULTS.write_text(_text(found))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import accuracy_tables
-from benchmarks.accuracy import FIELD, PICTURE, SHOWN
+from benchmarks.accuracy import FIELD, PICTURE, SHOWN, yardsticks
 from benchmarks.accuracy_plot import digest
 from portnorm import conform
 from portnorm.conform import formulas, oracle
@@ -323,3 +323,12 @@ def test_ours_are_exact_in_it() -> None:
 
 def test_the_picture_is_drawn_of_what_is_kept() -> None:
     assert digest(KEPT) in PICTURE.read_text(), "run `python -m benchmarks.accuracy draw`"
+
+
+def test_the_yardsticks_are_of_every_case() -> None:
+    found = yardsticks()
+    assert [*found] == list(SHOWN)
+    for operation, forms_of in found.items():
+        regimes = {case.regime.name for case in conform.cases([operation], FIELD, ["float32"])}
+        assert all(row.keys() == regimes for row in forms_of.values())
+        assert len(forms_of) == 2
