@@ -51,6 +51,7 @@ behind: $(VENV)-tools/.installed
 
 # Who is right where the mean is large (docs/accuracy.md): every library of the field, those that do not go together in environments of their
 # own. What cannot be installed is left out, and the page says so by name. (Later versions of onnx2tf ask for a NumPy before 2.)
+# The environment of the tests is the last: of what others have too, such as torch, its versions are kept.
 ACCURACY := tensorflow runtimes litert tvm iree
 accuracy_tensorflow := tensorflow keras
 accuracy_runtimes := MNN ncnn pnnx tinygrad opencv-python-headless>=5
@@ -67,7 +68,7 @@ $(VENV)-accuracy-%/.installed: pyproject.toml
 	@touch $@
 
 accuracy: $(VENV)/.peers $(VENV)/.runtimes $(ACCURACY:%=$(VENV)-accuracy-%/.installed)
-	@for python in $(BIN)/python $(ACCURACY:%=$(VENV)-accuracy-%/bin/python); do $$python -W ignore -m benchmarks.accuracy measure || exit 1; done
+	@for python in $(ACCURACY:%=$(VENV)-accuracy-%/bin/python) $(BIN)/python; do $$python -W ignore -m benchmarks.accuracy measure || exit 1; done
 	$(BIN)/python -m benchmarks.accuracy draw
 	$(BIN)/python -m benchmarks.readme
 
