@@ -18,7 +18,7 @@ def test_the_table_is_of_all_that_there_is() -> None:
     kept = json.loads(RESULTS.read_text())["rows"]
     found = {(r["door"], r["kind"], r["way"]) for r in kept}
     ways = [way.name for way in (*WAYS[:-1], TRAINING)]
-    assert found >= {(door.name, kind, way) for door in DOORS for kind in KINDS for way in door.ways or ways}
+    assert found >= {(door.name, kind, way) for door in DOORS for kind in KINDS for way in door.ways or ways if way != WAYS[-1].name}
     assert {r["door"] for r in kept} == {door.name for door in DOORS}
     assert {name for door in DOORS for name in (door.load, door.gradient) if name} == {*LOADERS}
 

@@ -192,7 +192,7 @@ def export(
             del whole
         if function:
             draft.proto = as_function(draft.proto, prefix or type(model).__name__)
-        else:
+        elif not (external and "web" in row.runtimes):  # which finds no file of weights from inside of a loop
             put_inside(draft.proto)
         runtime = checker(draft.proto, kind)
         report = check(draft, model, runtimes=(runtime,), cases=cases, as_is=True)
