@@ -77,7 +77,7 @@ INTEGERS = 5e-3
 INTEGERS_KERNEL = 1e-5
 
 # A layer through torch.export, AOTInductor or jax.export beside the eager layer, both in float32, 40 steps of a layer-normalized net, which
-# amplifies what fused loops round otherwise. 2.8e-6 measured.
+# amplifies what fused loops round otherwise. 2.8e-6 measured; 5.8e-6 of torch's own layer_norm at a mean of 100 standard deviations.
 WAYS_OUT = 1e-5
 # Its gradients, relative to the largest of a parameter.
 WAYS_OUT_GRADIENT = 1e-5

@@ -18,12 +18,13 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from portnorm.arrays import Array, leaves
 from portnorm.errors import UnsupportedError
 from portnorm.scan import Body, Kept
+from portnorm_backends import torch_plain
 from portnorm_backends.flat import put_together, taken_apart
 
 
 def is_followed(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = False) -> bool:
     """Whether a program or a trace is made now of a loop that has steps."""
-    if kept is not None or not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+    if kept is not None or not torch_plain.is_followed():
         return False
     return _is_open(xs) or (not reverse and next(leaves(xs)).shape[0] > 0)
 
