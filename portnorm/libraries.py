@@ -85,7 +85,15 @@ SUPPORT: dict[str, Support] = {
             always=True,
         ),
         Support("array_api_strict", "array_api_strict", "array-api-strict", ("float32", "float64"), always=True),
-        Support("torch", "torch", "torch", _EVERY, "torch", ("loop", "sigmoid", "steps_at", "steps_so_far"), autodiff=True),
+        Support(
+            "torch",
+            "torch",
+            "torch",
+            _EVERY,
+            "torch",
+            ("loop", "normalize", "sigmoid", "steps_so_far", "times_transposed", "steps_at"),
+            autodiff=True,
+        ),
         Support("jax", "jax.numpy", "jax", _EVERY, kernels=("loop",), autodiff=True, out=False, wide=_X64),
         Support(
             "dask",

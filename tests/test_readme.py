@@ -37,7 +37,7 @@ GUIDES = {
     "arrays.md": (1, set()),
     "onnx.md": (6, {"model.onnx", "step.onnx", "part.onnx", "train.onnx", "small.onnx", "fixed.onnx"}),
     "beyond-one-machine.md": (2, set()),
-    "ways-out.md": (8, {"model.onnx", "step.onnx", "trainable.onnx", "model.jax", "model.pt2", "model.pt"}),
+    "ways-out.md": (9, {"model.onnx", "step.onnx", "trainable.onnx", "model.jax", "model.pt2", "model.pt"}),
 }
 """Pages whose blocks run one after the other: how many, and the files that they leave."""
 
