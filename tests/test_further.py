@@ -17,7 +17,7 @@ from onnx import helper, numpy_helper, shape_inference
 
 import portnorm as pn
 from benchmarks.further import KINDS, goes_back, shape_of
-from portnorm_onnx import elsewhere
+from portnorm_onnx import elsewhere, frames
 from portnorm_onnx.build import Names
 from portnorm_onnx.elsewhere import ENGINES, VARIABLE, version_of, worker_of
 from portnorm_onnx.export import Shape, trace
@@ -45,6 +45,31 @@ def graphs(row: Target) -> Iterator[tuple[str, onnx.ModelProto]]:
                 yield f"{name}, {way}", trace(layer, shape)
             except pn.UnsupportedError:
                 assert way == "batch open" or not row.sequences or row.lacks or row.flat_states
+
+
+def products(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, set[str]]]:
+    """Products of a graph and of the bodies in it, with the names of the weights beside them."""
+    weights = {t.name for t in graph.initializer}
+    for n in graph.node:
+        if n.op_type in ("MatMul", "Gemm"):
+            yield n, weights
+        for a in n.attribute:
+            if a.type == onnx.AttributeProto.GRAPH:
+                yield from products(a.g)
+
+
+@pytest.mark.parametrize("target", [name for name, row in FURTHER_TARGETS.items() if row.output_rows])
+@pytest.mark.parametrize("norm", ["layer", "layer-gates", "batch-input-frame"])
+def test_weights_lie_in_the_graph_as_in_the_layer(norm: Any, target: str) -> None:
+    """A row for each output, whose values a product reads in order."""
+    layer = pn.LSTM(3, 4, norm=norm, rng=0).to(dtype="float32")
+    proto = pn.export(layer, None, target=target, streaming=True, input_shape=(1, 3)).model  # type: ignore[arg-type]
+    assert proto is not None
+    found = [n for n, _ in products(proto.graph)]
+    assert [n.op_type for n in found] == ["Gemm", "Gemm"]
+    assert all(helper.get_node_attr_value(n, "transB") == 1 for n in found)
+    held = {t.name: list(t.dims) for t in proto.graph.initializer}
+    assert [held[n.input[1]] for n in found] == [[16, 3], [16, 4]]
 
 
 @pytest.mark.parametrize("target", FURTHER_TARGETS)
@@ -91,6 +116,8 @@ def test_a_graph_has_nothing_that_its_target_does_not_take(target: str) -> None:
                 assert made.get(n.input[0]) == "Sub", f"{title}: not centred"
             if row.flat_states:
                 assert n.op_type != "Identity", title
+        if row.output_rows:
+            assert not [n.name for n, weights in products(graph) if n.op_type == "MatMul" and n.input[1] in weights], title
     assert seen > 10
 
 
@@ -236,10 +263,19 @@ def test_a_bare_environment_runs_graphs(nowhere: Path, tmp_path: Path, monkeypat
     worker = worker_of("onnxruntime")
     found = worker.load_looped(model.SerializeToString(), {"h_n": "h_0", "c_n": "c_0"})({"x": x, **zeros})
     np.testing.assert_allclose(found["y"], layer(x)[0], atol=2e-6)
-    assert found["microseconds"].shape == (3,)
+    assert found["microseconds"].shape == (frames.TURNS,)
     with pytest.raises(pn.ExportError, match=r"onnxruntime does not run the graph: .*h_0"):
         worker.load(model.SerializeToString())({"x": x[0]})
     np.testing.assert_allclose(worker.load(model.SerializeToString())({"x": x[0], **zeros})["y"], layer(x)[0][0], atol=2e-6)
+
+
+def test_a_session_may_have_a_loop_of_its_own() -> None:
+    def session(given: Any) -> Any:
+        raise AssertionError("its own loop is asked")
+
+    session.steps = lambda given, fed: given["x"] + len(fed)  # type: ignore[attr-defined]
+    found = frames.looped(session, {"x": np.zeros((4, 2))}, {"h_n": "h_0"})
+    np.testing.assert_array_equal(found["y"], np.ones((4, 2)))
 
 
 def test_the_tables_name_the_same_runtimes() -> None:

@@ -25,7 +25,19 @@ Multiply = Callable[[SymbolicArray, NumPyArray, str], SymbolicArray]
 
 def plain_product(x: SymbolicArray, matrix: NumPyArray, name: str) -> SymbolicArray:
     """As numbers."""
-    return node("MatMul", x, constant(matrix, name))
+    if not turned(x):
+        return node("MatMul", x, constant(matrix, name))
+    weight = constant(matrix.T, name.replace(".T", ""))
+    if x.ndim == 2:
+        return node("Gemm", x, weight, transB=1)
+    rows, lengths = (numpy.array(shape, dtype=numpy.int64) for shape in ((-1, x.dims[-1]), (*x.dims[:-1], matrix.shape[1])))
+    return node("Reshape", node("Gemm", node("Reshape", x, constant(rows)), weight, transB=1), constant(lengths))
+
+
+def turned(x: SymbolicArray) -> bool:
+    """Whether the target wants weights as they are stored, a row for each output."""
+    opset = opset_of(x)
+    return opset is not None and opset.target.output_rows and all(isinstance(d, int) for d in x.dims)
 
 
 class Affine(NamedTuple):

@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from portnorm.dtypes import statistics_dtype
-from portnorm_onnx.fold import folded, product, table_rows
+from portnorm_onnx.fold import folded, plain_product, product, table_rows, turned
 from portnorm_onnx.fused import fused
 from portnorm_onnx.integers import fake_quantize, of_constant, product_of_bytes, product_of_nibbles, rows_of_bytes
 from portnorm_onnx.namespace import NAMESPACE, shape_vector
@@ -155,6 +155,18 @@ def _linear(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None 
     y = y if bias is None else node("Add", y, bias)
     y.linear_of = (x, weight, bias) if y.opset is not None and y.opset.trainable else None
     return y
+
+
+def _times_transposed(x: SymbolicArray, weight: SymbolicArray) -> SymbolicArray:
+    assert weight.constant is not None
+    return plain_product(x, weight.constant.T, f"{weight.name or 'weight'}.T")
+
+
+def _is_turned(x: SymbolicArray, weight: SymbolicArray) -> bool:
+    return weight.constant is not None and turned(x)
+
+
+_times_transposed.accepts = _is_turned  # type: ignore[attr-defined]
 
 
 def _matmul(x: Any, y: Any) -> SymbolicArray:
@@ -346,6 +358,7 @@ _OPS: dict[str, Row] = {
     "sigmoid": lambda x: node("Sigmoid", x),
     "split": _split,
     "linear": _linear,
+    "times_transposed": _times_transposed,
     "embedding": _looked_up,
     "fake_quantize": fake_quantize,
     "integer_product": _integer_product,

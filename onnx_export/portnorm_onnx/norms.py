@@ -69,7 +69,7 @@ def _folded(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) ->
         return scaled(x, factor, (0.0 if bias is None else bias.constant) - mean.constant * factor)
     scale: SymbolicArray = 1.0 / standard_deviation(xp, var, float32_value(eps), attrs.get("eps_place", "variance"))
     scale = scale if weight is None else scale * weight
-    if x.producer is None or x.producer.op_type != "MatMul":
+    if x.producer is None or x.producer.op_type not in ("MatMul", "Gemm"):
         y: SymbolicArray = (x - mean) * scale
         return y if bias is None else y + bias
     shift = -mean * scale if bias is None else bias - mean * scale

@@ -17,7 +17,7 @@ def linear_step(x: Any, params: Any, state: Any, loop: Any, *, cell: Any, length
 
 def accepts(x: Any, params: Any, state: Any, loop: Any, *, cell: Any, lengths: Any = None, sequences: bool = True) -> bool:
     """Whether the target's steps are flat."""
-    return x.opset is not None and x.opset.target.flat_states and x.dims[0] == 1 and lengths is None
+    return x.opset is not None and x.opset.target.flat_steps and x.dims[0] == 1 and lengths is None
 
 
 linear_step.accepts = accepts  # type: ignore[attr-defined]

@@ -49,6 +49,8 @@ class Target:
     """There may be more sequences than one."""
     flat_states: bool = False
     """The states of a step are (batch, features), without an axis for the layers in front."""
+    flat_steps: bool = False
+    """A step has no axis for time inside of the graph."""
     scalars: bool = True
     """An input may have no axes; else a count has the shape (1,)."""
     resets_before: bool = True
@@ -67,6 +69,8 @@ class Target:
     """An Identity may give an output; else what gives one may be read inside too."""
     wide_gains: bool = False
     """LayerNormalization may have a gain over more axes than it normalizes."""
+    output_rows: bool = False
+    """Products with weights are Gemm, with a row of the weight for each output, as it is stored."""
     sums_in_order: int | None = None
     """Values of a row from which on it is centred before it is normalized: sums are taken one term after the other, and are not exact."""
     one_pass: frozenset[str] = frozenset()
@@ -217,6 +221,7 @@ TARGETS: dict[str, Target] = {
             sequences=False,
             batches=False,
             flat_states=True,
+            flat_steps=True,
             identities=False,
             biased_norms=True,
             one_axis=True,
@@ -232,6 +237,7 @@ TARGETS: dict[str, Target] = {
             "iree",
             open_shapes=False,
             backward_slices=False,
+            output_rows=True,
             reason="without an error: an open length comes out of a loop as 1, InstanceNormalization over an open axis is NaN, a backward "
             "slice is 1 to 6 off, sequence_lens is ignored",
         ),
@@ -252,7 +258,10 @@ TARGETS: dict[str, Target] = {
             "c",
             open_shapes=False,
             backward_slices=False,
-            reason="emx-onnx-cgen takes fixed shapes, no slice that goes backward, and computes direction=reverse 0.5 off without an error",
+            flat_steps=True,
+            output_rows=True,
+            reason="emx-onnx-cgen takes fixed shapes, no slice that goes backward, and computes direction=reverse 0.5 off without an "
+            "error; its MatMul goes along columns of the weight, which makes a step forty times as long when compiled by clang",
         ),
         _further(
             "opencv",

@@ -75,20 +75,21 @@ def _of_cell(library: Library, version: str, cell: str, preset: NormName | None,
         with library.context(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             layer = exact.to(xp=library.module, dtype=dtype)
+            run = library.compiled(lambda x, state: layer(x, state))
 
             def given(a: Any) -> Any:
                 return library.array(a, dtype) if a.dtype.kind == "f" else layer._new(a, integer=True)
 
             state, worst, place = exact.initial_state(3), 0.0, 0
             for t in range(HORIZON):
-                _, after = layer(given(x[t : t + 1]), mapped(given, state))
+                _, after = run(given(x[t : t + 1]), mapped(given, state))
                 _, true = exact(x[t : t + 1], state)
                 for a, b in zip(leaves(after), leaves(true), strict=True):
                     if b.ndim:
                         units = numpy.max(numpy.abs(library.values(a) - b)) / (_EPS[dtype] * max(1.0, float(numpy.max(numpy.abs(b)))))
                         worst, place = (float(units), t) if units > worst else (worst, place)
                 state = true
-            whole = library.values(layer(given(x), mapped(given, exact.initial_state(3)))[0])
+            whole = library.values(run(given(x), mapped(given, exact.initial_state(3)))[0])
     except Exception as error:
         yield Result(*about, "one step", "does not run", detail=f"{type(error).__name__}: {error}", reproduce=code)
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy
@@ -11,7 +12,7 @@ import numpy
 import portnorm as pn
 from portnorm.arrays import require_extra
 from portnorm.conform import recurrent
-from portnorm.conform.cases import DTYPES, Case, NumPyArray, cases, statistics_type
+from portnorm.conform.cases import DTYPES, Case, NumPyArray, Operation, cases, statistics_type
 from portnorm.conform.libraries import LIBRARIES, Library
 from portnorm.conform.oracle import Truth, truth
 from portnorm.conform.result import Result, compared
@@ -98,16 +99,24 @@ def of_library(
         with library.context(), numpy.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = {name: library.array(a, _type_of(name, case)) for name, a in arrays.items()}
-            arguments = case.operation.arguments(made["x"], made["weight"], made["bias"])
-            y, pullback = pn.vjp(case.operation.call, *arguments, eps=case.eps, **_statistics(made))
-            found = {"forward": library.values(y)}
-            if case.regime.gradient and "gradient" not in taken_as_0:
-                found["gradient"] = library.values(pullback(made["dy"])[0])
+            found = _program(library, case.operation, case.eps, case.regime.gradient and "gradient" not in taken_as_0)(made)
+            found = {side: library.values(a) for side, a in found.items()}
     except Exception as error:
         yield Result(*about, "forward", "does not run", detail=f"{type(error).__name__}: {error}", reproduce=case.reproduce())
         return
     for side, values in found.items():
         yield compared(about, side, values, exact.y if side == "forward" else exact.dx, case, arrays, exact.axes)
+
+
+@cache
+def _program(library: Library, operation: Operation, eps: float, gradient: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The sides of an operation of its arrays by name. One for all regimes, so that they share what is compiled of it."""
+
+    def sides(made: dict[str, Any]) -> dict[str, Any]:
+        y, pullback = pn.vjp(operation.call, *operation.arguments(made["x"], made["weight"], made["bias"]), eps=eps, **_statistics(made))
+        return {"forward": y, "gradient": pullback(made["dy"])[0]} if gradient else {"forward": y}
+
+    return library.compiled(sides)
 
 
 def _type_of(name: str, case: Case) -> str:

@@ -1,7 +1,7 @@
 /* A stream in C, without a library:
 
      emx-onnx-cgen compile c.onnx model.c --model-name model --large-weight-threshold 0 --large-temp-threshold 0
-     gcc -O3 -march=native -ffast-math -fno-finite-math-only in_c.c model.c -o stream -lm
+     gcc -O3 -march=native -ffast-math -fno-finite-math-only -D__FAST_MATH__ in_c.c model.c -o stream -lm
      ./stream FOLDER
 
    Without --large-weight-threshold 0 weights of more than 100 kB lie in a file that model_load has to be given first; without that call
