@@ -40,14 +40,14 @@ class Group:
 
 def groups_of(subjects: Sequence[str], jobs: int) -> list[Group]:
     """Others' normalizations each by itself, the libraries and runtimes of the tables dealt out. What compiles is first, since it takes
-    longest, and then those of the tables.
+    longest, and together, since some of it is the same; then those of the tables.
     """
     others = subjects_of_others() if set(subjects) - {*LIBRARIES} else {}
     own = [name for name in subjects if name not in others]
     theirs = [name for name in subjects if name in others]
     dealt = [Group(part) for k in range(jobs) if (part := own[k::jobs])]
-    first = [Group([name]) for name in theirs if others[name].eager is not None]
-    return [*first, *dealt, *(Group([name]) for name in theirs if others[name].eager is None)]
+    compiled = [name for name in theirs if others[name].eager is not None]
+    return [*([Group(compiled)] if compiled else []), *dealt, *(Group([name]) for name in theirs if others[name].eager is None)]
 
 
 def measure_apart(
