@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.accuracy import FIELD, RESULTS, SHOWN
 from benchmarks.accuracy_plot import TITLES
+from benchmarks.tables import table
 from portnorm.conform.cases import OPERATIONS, REGIMES
 from portnorm.conform.formulas import SUBTRACTED, TWO_PASSES
 
@@ -34,11 +34,6 @@ def kept() -> dict[str, Any]:
 
 def present(found: dict[str, Any]) -> dict[str, Any]:
     return {name: row for name, row in found["subjects"].items() if "cells" in row}
-
-
-def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, tuple("---" for _ in header), *rows))
 
 
 def yardstick(found: dict[str, Any], operation: str, regime: str, dtype: str) -> float:

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from benchmarks.further import KINDS, RESULTS, SUBJECTS, WAYS
+from benchmarks.tables import table
 from portnorm_onnx.elsewhere import ENGINES
 from portnorm_onnx.targets import TARGETS
 
@@ -16,11 +17,6 @@ Rows = list[dict[str, Any]]
 def kept() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(RESULTS.read_text())
     return found
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def shown(row: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.readme import GROWING
+from benchmarks.speed_tables import GROWING
 from portnorm import bench
 
 matplotlib.use("Agg")

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from benchmarks.readme import ROOT
+from benchmarks.tables import ROOT
 
 
 def output_of(code: str, timeout: float = 120, **environment: str) -> str:

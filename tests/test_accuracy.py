@@ -144,7 +144,7 @@ def test_our_own_families_come_by_the_same_door_and_import_nothing() -> None:
     """Each module that pyproject.toml names; no library is imported for its table."""
     import tomllib
 
-    from benchmarks.readme import ROOT
+    from benchmarks.tables import ROOT
 
     entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][GROUP]
     code = f"""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import portnorm as pn
-from benchmarks.readme import ROOT
+from benchmarks.tables import ROOT
 from portnorm.arrays import to_numpy, without_kernels
 from tests.cases import OPS, PRESETS, OpCase, random_recurrent, random_state
 from tests.processes import output_of

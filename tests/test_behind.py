@@ -15,7 +15,8 @@ from benchmarks import behind
 from benchmarks.behind import CELLS, RESULTS, measure, rows_of
 from benchmarks.behind_graphs import GRAPHS
 from benchmarks.behind_tools import ROUNDED, TOOLS, Tool
-from benchmarks.readme import ROOT, filled
+from benchmarks.readme import filled
+from benchmarks.tables import ROOT
 from tests.tolerances import MADE_SMALLER
 
 PAGE = ROOT / "docs" / "behind-the-export.md"

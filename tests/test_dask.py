@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import portnorm as pn
-from benchmarks.readme import ROOT
+from benchmarks.tables import ROOT
 from tests import test_libraries
 from tests.cases import OPS, PRESETS, OpCase
 from tests.conftest import LIBRARIES

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import further_tables
 from benchmarks.further import KINDS, SUBJECTS, WAYS
 from benchmarks.further_tables import shown
-from benchmarks.readme import ROOT
+from benchmarks.tables import ROOT
 from portnorm_onnx.elsewhere import ENGINES
 from portnorm_onnx.targets import TARGETS
 

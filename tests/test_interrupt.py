@@ -17,7 +17,7 @@ import onnx
 import pytest
 
 import portnorm as pn
-from benchmarks.readme import ROOT
+from benchmarks.tables import ROOT
 from portnorm import interrupts
 from portnorm.files import written_whole
 from portnorm_onnx.storage import Draft

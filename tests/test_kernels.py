@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import portnorm as pn
-from benchmarks.readme import ROOT
+from benchmarks.tables import ROOT
 from portnorm.arrays import leaves, library, without_kernels
 from portnorm.norm.normalize import Normalized, normalize
 from portnorm_backends.cpu import affine, memory, products, recurrent, registers, threads

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import torch_graph
-from benchmarks.readme import PAGES, ROOT, filled
+from benchmarks.readme import PAGES, filled
+from benchmarks.tables import ROOT
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.models import SCRIPTS
-from benchmarks.readme import RESULTS, ROOT
+from benchmarks.tables import RESULTS, ROOT
 from tests.processes import output_of
 from tests.tolerances import REAL_MODEL, REAL_MODEL_QUANTIZED
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import portnorm as pn
-from benchmarks.readme import ROOT
+from benchmarks.tables import ROOT
 from tests.cases import IMPLEMENTATIONS, LAYERS, PRESETS, random_recurrent, random_state
 from tests.processes import in_threads
 from tests.tolerances import RAGGED_STACK_FLOAT64, RECURRENT, relative

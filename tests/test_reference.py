@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import portnorm as pn
-from benchmarks.readme import ROOT
+from benchmarks.tables import ROOT
 
 DOCS = ROOT / "docs"
 sys.path.append(str(DOCS))

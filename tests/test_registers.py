@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks.readme import ROOT
+from benchmarks.tables import ROOT
 from portnorm_backends.cpu.registers import WIDTH
 from tests.processes import output_of
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 
-from benchmarks.readme import ROOT, _of_door
+from benchmarks.tables import ROOT
 from benchmarks.ways_doors import DOORS
 from benchmarks.ways_kinds import KINDS, TRAINING, WAYS
 from benchmarks.ways_load import LOADERS
 from benchmarks.ways_out import CLOSE, RESULTS, judged
+from benchmarks.ways_tables import of_door
 
 TEXT = (ROOT / "docs" / "ways-out.md").read_text()
 
@@ -42,11 +43,11 @@ def test_a_wrong_artifact_gets_its_word() -> None:
         ([wrong, right, right, right], "wrong"),
         ([refused, right, right, right], "does not run"),
     ):
-        assert _of_door(judged(way, rows)) == shown
+        assert of_door(judged(way, rows)) == shown
     for rows, shown in (
         ([right, cut, right, right], "frozen"),
         ([right, wrong, right, right], "wrong"),
         ([right, refused, refused, right], "example only 1e-5"),
         ([right] * 4, "✓ 1e-5"),
     ):
-        assert _of_door(judged(WAYS[1], rows)) == shown
+        assert of_door(judged(WAYS[1], rows)) == shown

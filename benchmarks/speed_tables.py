@@ -1,0 +1,189 @@
+"""The tables of docs/speed.md and docs/real-models.md, and times of graphs in docs/runtimes.md and docs/onnx.md, from kept results."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.tables import kept_of, milliseconds, table
+from portnorm import bench
+
+GROWING = ("portnorm", "portnorm compile", "torch", "JAX jit")
+
+
+def speed() -> str:
+    """One core: milliseconds, the ratio of the fastest of our engines to the fastest peer, and GB/s or GFLOP/s; on two cores the ratio."""
+    kept = kept_of("speed")
+    names = (
+        "portnorm",
+        "portnorm out=",
+        "portnorm compile",
+        "torch",
+        "torch.compile",
+        "JAX jit",
+        "onnxruntime",
+        "NumPy",
+        "copy",
+        "matmuls",
+    )
+    two = {row["work"]: bench.ratio(row) for row in kept.get("cores 2", [])}
+    rows = []
+    for row in kept["cores 1"]:
+        cells = [milliseconds(row["times"][name]["min"] if name in row["times"] else None) for name in names]
+        ratios = (bench.ratio(row), *((two.get(row["work"]),) if two else ()))
+        rate = bench.rate(row)
+        rows.append((row["work"], *cells, *("–" if n is None else f"{n:.2f}" for n in ratios), f"{rate:.1f}" if rate else "–"))
+    return table(("ms", *names, "ratio", *(("two cores",) if two else ()), "GB/s, GFLOP/s"), rows)
+
+
+def _mean(ratios: Iterable[float]) -> float:
+    """The geometric one."""
+    return math.exp(statistics.fmean(map(math.log, ratios)))
+
+
+def speed_in_short() -> str:
+    """The machine, and the geometric mean of the ratios."""
+    kept = kept_of("speed")
+    rows = kept["cores 1"]
+    ratios = [r for r in map(bench.ratio, rows) if r is not None]
+    above = sum(r > 1.1 for r in ratios)
+    turns = range(len(next(iter(rows[0]["times"].values()))["turns"]))
+    each = sorted(_mean(r for row in rows if (r := bench.ratio(row, turn)) is not None) for turn in turns)
+    about = kept["machine"]
+    return (
+        f"{about['processor']}, one core, float32, minimum of many runs ({_versions(about)}).\n"
+        f"Over {len(ratios)} works the geometric mean of the time over that of the fastest peer is {_mean(ratios):.2f} "
+        f"({each[0]:.2f} to {each[-1]:.2f} in each of the {len(each)} turns alone); "
+        f"{len(ratios) - above} ratios are at most 1.1, {above} above."
+    )
+
+
+def speed_best() -> str:
+    """One core: the fastest of our engines beside the fastest peer, and the ratio; on two cores the ratio."""
+    kept = kept_of("speed")
+    two, rows = {row["work"]: bench.ratio(row) for row in kept.get("cores 2", [])}, []
+    for row in kept["cores 1"]:
+        own, peer, found = min(t["min"] for n, t in row["times"].items() if bench.ENGINES[n].own), bench.best_peer(row), bench.ratio(row)
+        if peer is not None and found is not None:
+            ratios = (found, *((two.get(row["work"]),) if two else ()))
+            shown = ("–" if r is None else f"{r:.2f}" for r in ratios)
+            rows.append((row["work"], milliseconds(own), milliseconds(peer[1]), peer[0], *shown))
+    return table(("work", "portnorm, ms", "fastest peer, ms", "which", "ratio", *(("on two cores",) if two else ())), rows)
+
+
+def growth() -> str:
+    """How time and peak memory grow."""
+    rows = []
+    for row in kept_of("speed").get("growth", []):
+        shown = [f"{milliseconds(t['min'])} ({t['peak_kb'] / 1024:.0f})" if t else "–" for t in (row["times"].get(n) for n in GROWING)]
+        rows.append((row["work"], *shown))
+    return table(("ms (peak of the process in MB)", *GROWING), rows)
+
+
+def growth_in_short() -> str:
+    """The memory of a training step that grows with every step of the sequence."""
+    peaks = {row["work"]: row["times"] for row in kept_of("speed").get("growth", [])}
+    few, many = (peaks.get(f"LN-LSTM forward+backward {steps}×1×64×128", {}) for steps in (1000, 10000))
+    found = [f"{n} {(many[n]['peak_kb'] - few[n]['peak_kb']) * 1024 / 9000:,.0f}" for n in GROWING if n in few and n in many]
+    return f"From 1,000 steps to 10,000 a training step of LN-LSTM 1×64×128 takes so many more bytes per step: {', '.join(found)}."
+
+
+def first_calls() -> str:
+    """Seconds from the start of a process to its first answer, with nothing compiled, and of the processor."""
+    rows = []
+    for work, engines in kept_of("first_call")["works"].items():
+        least = {name: {what: min(times) for what, times in of.items()} for name, of in engines.items()}
+        for name, of in least.items():
+            ratio = of["answer"] / least["torch"]["answer"]
+            rows.append((work, name, f"{of['answer']:.2f}", f"{ratio:.2f}", f"{of['processor']:.2f}"))
+    return table(("work", "", "first answer, s", "over torch", "processor, s"), rows)
+
+
+def first_calls_in_short() -> str:
+    """The machine."""
+    about = kept_of("first_call")["machine"]
+    return f"{about['processor']}, one core ({_versions(about)})."
+
+
+def _versions(about: dict[str, str]) -> str:
+    return ", ".join(f"{name} {about[name]}" for name in ("numpy", "numba", "torch", "jax", "onnxruntime") if name in about)
+
+
+def latency() -> str:
+    """Milliseconds in onnxruntime, one thread, and the ratio to the plain operator: of minima, and the median of turns."""
+    rows, kept = [], kept_of("latency")["rows"]
+    others = [name for name in kept[0]["ratio"] if name != "plain"]
+    for r in kept:
+        plain = r["milliseconds"]["plain"]["min"]
+        shown = (f"{r['ratio'][n]['of minima']:.2f} ({r['ratio'][n]['median']:.2f})" for n in others)
+        rows.append((str(tuple(r["shape"])), f"{plain:.2f} ms", *shown))
+    return table(("(T, B, I, H)", "`LSTM` operator", *others), rows)
+
+
+def integers() -> str:
+    """Times of graphs with integers for weights over those in float32, by shape, their files, and what that changed."""
+    rows: dict[str, list[Any]] = {}
+    kept = kept_of("integers")["rows"]
+    for r in kept:
+        rows.setdefault(r["layer"], []).append(r)
+    shapes = [str(tuple(r["shape"])) for r in next(iter(rows.values()))]
+    shown = (
+        (
+            layer,
+            *(f"{r['ratio']:.2f} ({r['spread'][0]:.2f}–{r['spread'][1]:.2f})" for r in found),
+            f"{min(r['file'] for r in found):.2f}–{max(r['file'] for r in found):.2f}",
+            f"{max(r['difference'] for r in found):.0e}",
+        )
+        for layer, found in rows.items()
+    )
+    about = kept_of("integers")["about"]
+    numpy = "  ".join(f"{r['layer']} {r['ratio']:.2f} ({r['spread'][0]:.2f}–{r['spread'][1]:.2f})" for r in kept_of("integers")["numpy"])
+    return (
+        table(("(T, B, I, H)", *shapes, "file", "mean difference of `y`"), shown)
+        + f"\n\nonnxruntime {about['onnxruntime']}, {about['processor']}{', with VNNI' if about['vnni'] else ', without VNNI'}. "
+        + f"A step of one sequence with 1024 features in NumPy, `pn.quantized(layer).step` over `layer.step`: {numpy}."
+    )
+
+
+def models() -> str:
+    """Real models beside their packages: differences relative to the largest value, times, and ratios of times."""
+    rows = []
+    for r in (case for script in kept_of("models")["scripts"] for case in script["cases"]):
+        differs = (f"{r['differences'][name] / r['largest']:.1e}" for name in ("NumPy", "ONNX"))
+        ms = r["ms"]
+        ratios = (f"{ms[name] / ms['original']:.2f}" if ms[name] * 50 > ms["original"] else "< 0.02" for name in ("NumPy", "ONNX"))
+        times = (milliseconds(ms[name]) for name in ("NumPy", "ONNX", "original"))
+        rows.append((f"{r['model']}, {r['part']}", r["by"], *differs, *times, *ratios))
+    header = ("model", "original", "NumPy differs", "ONNX differs", "NumPy, ms", "ONNX, ms", "original, ms", "NumPy ×", "ONNX ×")
+    return table(header, rows)
+
+
+def models_in_short() -> str:
+    kept = kept_of("models")
+    about, cases = kept["machine"], [case for script in kept["scripts"] for case in script["cases"]]
+    versions = ", ".join(f"{name} {about[name]}" for name in ("numpy", "numba", "torch", "onnxruntime") if name in about)
+    packages = ", ".join(f"{name} {version}" for name, version in kept["packages"].items())
+    ahead = {n: sum(c["ms"][n] <= c["ms"]["original"] for c in cases) for n in ("NumPy", "ONNX")}
+    return (
+        f"{about['processor']}, one core ({versions}).\nThe packages: {packages}.\n"
+        f"Of {len(cases)} cases the exported graph takes at most the time of the original in {ahead['ONNX']}, "
+        f"portnorm on NumPy in {ahead['NumPy']}."
+    )
+
+
+TABLES = {
+    "speed": speed,
+    "speed_in_short": speed_in_short,
+    "speed_best": speed_best,
+    "growth": growth,
+    "growth_in_short": growth_in_short,
+    "first_calls": first_calls,
+    "first_calls_in_short": first_calls_in_short,
+    "latency": latency,
+    "integers": integers,
+    "models": models,
+    "models_in_short": models_in_short,
+}
+"""What a page may hold, by name."""
