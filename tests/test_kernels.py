@@ -654,7 +654,10 @@ def test_without_numba_there_are_no_kernels_and_the_same_numbers() -> None:
     assert float(value) == pytest.approx(float(output_of(CALL + "print(call())")), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["of_words", *(["of_bytes"] if registers.has_products_of_bytes() else [])])
+BYTES = registers.has_products_of_bytes() or registers.has_avx2()
+
+
+@pytest.mark.parametrize("name", ["of_words", *(["of_bytes"] if BYTES else [])])
 @pytest.mark.parametrize("inputs", [1, 3, 255, 256, 257, 1000])
 def test_products_of_integers_are_exact(name: str, inputs: int, rng: np.random.Generator) -> None:
     """Also of the largest: 127 · 64 in every place, of one sign and of both."""

@@ -23,6 +23,7 @@ FEW = [
     "tests/test_bfloat16.py::test_kernels_round_as_the_type_does",
     "tests/test_kernels.py::test_arrays_of_any_layout",
     "tests/test_kernels.py::test_the_presets_are_computed_by_kernels[5-RNN-layer]",
+    "tests/test_kernels.py::test_products_of_integers_are_exact",
 ]
 """The norms of rows and a cell: what takes little time to compile."""
 

@@ -26,6 +26,11 @@ def has_products_of_bytes() -> bool:
     return has_avx512() and "avx512vnni" in _FEATURES
 
 
+def has_avx2() -> bool:
+    """Whether pairs of bytes are multiplied and added up in 16 bits, 32 at a time."""
+    return WIDTH >= 32 and "avx2" in _FEATURES
+
+
 def has_avx512() -> bool:
     """Whether a register is one of AVX-512, whose instructions LLVM has no other word for."""
     return WIDTH == 64 and "avx512f" in _FEATURES
