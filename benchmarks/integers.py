@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,11 @@ import numpy as np
 import onnxruntime as ort
 
 import portnorm as pn
+from benchmarks.tables import ROOT
+from portnorm.bench.isa import HELD, environment_of, flags
 from portnorm.bench.runner import machine
 
-RESULTS = Path(__file__).parent / "results" / "integers.json"
+RESULTS = ROOT / "benchmarks" / "results" / "integers.json"
 LAYERS: dict[str, tuple[type[Any], str | None, str]] = {
     "LN-LSTM": (pn.LSTM, "layer", "int8"),
     "BN-LSTM": (pn.LSTM, "batch", "int8"),
@@ -90,6 +94,19 @@ def eager(kind: type[Any], norm: str | None, quantize: Any) -> dict[str, Any]:
     return {"ratio": min(times[quantize]) / min(times[None]), "spread": [min(ratios), max(ratios)]}
 
 
+def in_numpy(isa: str | None) -> list[dict[str, Any]]:
+    """The steps in NumPy, in a process that is held to an instruction set."""
+    command = [sys.executable, "-c", "import json; from benchmarks import integers as i; print(json.dumps(i.steps_in_numpy()))"]
+    done = subprocess.run(command, env={**os.environ, **environment_of(isa)}, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    print(f"NumPy{f', {isa}' if isa else ''}:", ", ".join(f"{r['layer']} {r['ratio']:.2f}" for r in rows), flush=True)
+    return rows
+
+
+def steps_in_numpy() -> list[dict[str, Any]]:
+    return [{"layer": name, **eager(*LAYERS[name])} for name in ("LN-LSTM", "LSTM", "GRU")]
+
+
 def main() -> None:
     """Measure on one core and write."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -100,10 +117,9 @@ def main() -> None:
             r = rows[-1]
             told = f"{r['ratio']:.2f} ({r['spread'][0]:.2f} to {r['spread'][1]:.2f}), file {r['file']:.2f}, {r['difference']:.1e}"
             print(f"{name:<14} {shape!s:<22} {told}", flush=True)
-    numpy = [{"layer": name, **eager(*LAYERS[name])} for name in ("LN-LSTM", "LSTM", "GRU")]
-    print("NumPy:", ", ".join(f"{r['layer']} {r['ratio']:.2f}" for r in numpy))
+    numpy = {isa: in_numpy(isa) for isa in (None, *HELD) if isa is None or isa in flags()}
     about = machine() | {"vnni": "vnni" in Path("/proc/cpuinfo").read_text(), "turns": TURNS}
-    RESULTS.write_text(json.dumps({"about": about, "rows": rows, "numpy": numpy}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"about": about, "rows": rows, "numpy": numpy.pop(None), "held": numpy}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

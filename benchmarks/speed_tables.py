@@ -53,7 +53,7 @@ def speed_in_short() -> str:
     each = sorted(_mean(r for row in rows if (r := bench.ratio(row, turn)) is not None) for turn in turns)
     about = kept["machine"]
     return (
-        f"{about['processor']}, one core, float32, minimum of many runs ({_versions(about)}).\n"
+        f"{_processor(about)}, one core, float32, minimum of many runs ({_versions(about)}).\n"
         f"Over {len(ratios)} works the geometric mean of the time over that of the fastest peer is {_mean(ratios):.2f} "
         f"({each[0]:.2f} to {each[-1]:.2f} in each of the {len(each)} turns alone); "
         f"{len(ratios) - above} ratios are at most 1.1, {above} above."
@@ -104,7 +104,7 @@ def first_calls() -> str:
 def first_calls_in_short() -> str:
     """The machine."""
     about = kept_of("first_call")["machine"]
-    return f"{about['processor']}, one core ({_versions(about)})."
+    return f"{_processor(about)}, one core ({_versions(about)})."
 
 
 def _versions(about: dict[str, str]) -> str:
@@ -138,13 +138,22 @@ def integers() -> str:
         )
         for layer, found in rows.items()
     )
-    about = kept_of("integers")["about"]
-    numpy = "  ".join(f"{r['layer']} {r['ratio']:.2f} ({r['spread'][0]:.2f}–{r['spread'][1]:.2f})" for r in kept_of("integers")["numpy"])
+    whole = kept_of("integers")
+    numpy = [f"{_steps(whole['numpy'])}", *(f"held to {isa.upper()} {_steps(found)}" for isa, found in whole["held"].items())]
     return (
         table(("(T, B, I, H)", *shapes, "file", "mean difference of `y`"), shown)
-        + f"\n\nonnxruntime {about['onnxruntime']}, {about['processor']}{', with VNNI' if about['vnni'] else ', without VNNI'}. "
-        + f"A step of one sequence with 1024 features in NumPy, `pn.quantized(layer).step` over `layer.step`: {numpy}."
+        + f"\n\nonnxruntime {whole['about']['onnxruntime']}, {_processor(whole['about'])}. "
+        + f"A step of one sequence with 1024 features in NumPy, `pn.quantized(layer).step` over `layer.step`: {'; '.join(numpy)}."
     )
+
+
+def _steps(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{r['layer']} {r['ratio']:.2f} ({r['spread'][0]:.2f}–{r['spread'][1]:.2f})" for r in rows)
+
+
+def _processor(about: dict[str, str]) -> str:
+    """The processor, with its instruction set where that was noted."""
+    return about["processor"] + (f" ({about['isa']})" if about.get("isa") else "")
 
 
 def models() -> str:
@@ -167,7 +176,7 @@ def models_in_short() -> str:
     packages = ", ".join(f"{name} {version}" for name, version in kept["packages"].items())
     ahead = {n: sum(c["ms"][n] <= c["ms"]["original"] for c in cases) for n in ("NumPy", "ONNX")}
     return (
-        f"{about['processor']}, one core ({versions}).\nThe packages: {packages}.\n"
+        f"{_processor(about)}, one core ({versions}).\nThe packages: {packages}.\n"
         f"Of {len(cases)} cases the exported graph takes at most the time of the original in {ahead['ONNX']}, "
         f"portnorm on NumPy in {ahead['NumPy']}."
     )

@@ -10,6 +10,7 @@ import pytest
 import portnorm as pn
 from portnorm import bench
 from portnorm.__main__ import main
+from portnorm.bench import isa
 from portnorm.bench.worker import difference
 
 SMALL = [
@@ -49,6 +50,33 @@ def test_a_process_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
         bench.measure(SMALL[:1], ["pen and paper"])
     with pytest.raises(pn.UnsupportedError, match="the process of NumPy ended with 1"):
         bench.measure([bench.Work("LN", (0,))], ["NumPy"])
+
+
+def test_an_older_instruction_set_holds_every_engine_that_is_measured(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "flags", lambda: frozenset({"avx2", "avx512f"}))
+    assert isa.shown() == "AVX-512"
+    held = isa.environment_of("avx2")
+    assert {"NUMBA_CPU_FEATURES", "OPENBLAS_CORETYPE", "ATEN_CPU_CAPABILITY", "XLA_FLAGS", "TORCHINDUCTOR_CACHE_DIR"} <= {*held}
+    assert "avx512" not in " ".join(value.lower() for name, value in held.items() if name != "NPY_DISABLE_CPU_FEATURES")
+    assert isa.environment_of(None) == {}
+    (row,) = bench.measure(SMALL[:1], ["NumPy", "onnxruntime"], seconds=0.01, rounds=1, isa="avx2")
+    assert {*row["times"]} == {"NumPy"}
+    arguments = ["bench", "NumPy", "onnxruntime", "--isa", "avx2", "--only", "LN forward 32", "--seconds", "0.01", "--rounds", "1"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "held to avx2" in shown
+    assert "nothing holds them to avx2: onnxruntime" in shown
+
+
+def test_an_instruction_set_that_cannot_be_measured(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "flags", lambda: frozenset({"asimd"}))
+    assert isa.shown() == "NEON"
+    with pytest.raises(pn.UnsupportedError, match="`isa` is 'avx2', which this processor does not have"):
+        bench.measure(SMALL[:1], ["NumPy"], isa="avx2")
+    with pytest.raises(pn.UnsupportedError, match="`isa` is 'avx9'; expected one of avx2"):
+        bench.measure(SMALL[:1], ["NumPy"], isa="avx9")
+    assert main(["bench", "onnxruntime", "--isa", "avx2", "--only", "LN"]) == 2
+    assert "nothing holds onnxruntime to avx2" in capsys.readouterr().err
 
 
 def test_the_command(capsys: Any) -> None:

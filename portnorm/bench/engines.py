@@ -24,6 +24,7 @@ class Engine(NamedTuple):
     make: Callable[[Work, Arrays], Run | None]  # None where the engine has no such thing
     needs: tuple[str, ...] = ()
     own: bool = False  # of this library
+    holds: bool = True  # whether something holds it to an older instruction set
 
     @property
     def is_there(self) -> bool:
@@ -316,11 +317,11 @@ def _matmuls(work: Work, data: Arrays) -> Run | None:
 ENGINES = {
     "portnorm": Engine(_portnorm, own=True),
     "portnorm out=": Engine(_portnorm_out, own=True),
-    "portnorm compile": Engine(_portnorm_compiled, ("onnxruntime", "onnx"), own=True),
+    "portnorm compile": Engine(_portnorm_compiled, ("onnxruntime", "onnx"), own=True, holds=False),
     "torch": Engine(_torch, ("torch",)),
     "torch.compile": Engine(lambda work, data: _torch(work, data, compiled=True), ("torch",)),
     "JAX jit": Engine(_jax, ("jax",)),
-    "onnxruntime": Engine(_onnxruntime, ("onnxruntime", "onnx")),
+    "onnxruntime": Engine(_onnxruntime, ("onnxruntime", "onnx"), holds=False),
     "NumPy": Engine(_numpy),
     "copy": Engine(_copy),
     "matmuls": Engine(_matmuls),

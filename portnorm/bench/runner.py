@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from portnorm.bench.engines import ENGINES, FLOORS
+from portnorm.bench.isa import environment_of, shown
 from portnorm.bench.works import Work
 from portnorm.errors import UnsupportedError
 from portnorm.interrupts import held_back, undone
@@ -33,24 +34,26 @@ def measure(
     seconds: float = 0.1,
     rounds: int = 5,
     alone: bool = False,
+    isa: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per work: `{"work", "what", "shape", "backward", "times": {engine: {"min", "turns", "median", "runs", "error", "peak_kb"}}}`.
 
     Times are in milliseconds; `turns` has the minimum of each turn. Engines that are not installed are left out. Each gets `cores` cores
     and as many threads; at every work they take turns, `rounds` times `seconds`, and what is reported is of all turns. `alone` gives every
-    work new processes, whose peak memory is then that of the work. Raises `UnsupportedError` for an engine that is not known and where a
-    process ends early.
+    work new processes, whose peak memory is then that of the work. `isa="avx2"` holds all to AVX2, and leaves out what nothing
+    holds. Raises `UnsupportedError` for an engine or an instruction set that is not known, and where a process ends early.
     """
     works, names = list(works), list(ENGINES if engines is None else engines)
     for name in names:
         if name not in ENGINES:
             raise UnsupportedError(f"`engines` has {name!r}; expected some of {', '.join(ENGINES)}")
-    names = [name for name in names if ENGINES[name].is_there]
+    environment_of(isa)
+    names = [name for name in names if ENGINES[name].is_there and (isa is None or ENGINES[name].holds)]
     rows: list[dict[str, Any]] = []
     for part in [[work] for work in works] if alone else [works]:
         with ExitStack() as stack:
-            ask = {name: stack.enter_context(engine(name, cores, seconds)) for name in names}
+            ask = {name: stack.enter_context(engine(name, cores, seconds, isa=isa)) for name in names}
             for work in part:
                 if progress is not None:
                     progress(f"{len(rows) + 1} of {len(works)}: {work.name}")
@@ -70,12 +73,14 @@ def packages_of(tree: Path) -> dict[str, str]:
 
 
 @contextmanager
-def engine(name: str, cores: int, seconds: float, tree: Path | None = None) -> Iterator[Ask]:
+def engine(name: str, cores: int, seconds: float, tree: Path | None = None, isa: str | None = None) -> Iterator[Ask]:
     """A process of one engine, and what asks it for a turn; of the packages of another `tree` of this project where it is given."""
     environment = {**os.environ, **dict.fromkeys(_THREADS, str(cores)), "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
     environment["PORTNORM_KERNELS"] = "wait"
+    held = environment_of(isa)
+    environment |= held
     if cores == 1:
-        environment["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+        environment["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false {held.get('XLA_FLAGS', '')}".strip()
     if tree is not None:
         environment |= packages_of(tree)
     command = [sys.executable, "-m", "portnorm.bench.worker", name, str(seconds), str(cores)]
@@ -161,7 +166,7 @@ def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         model = next((line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
-    found = {"processor": model, "cores": str(os.cpu_count()), "system": platform.system()}
+    found = {"processor": model, "cores": str(os.cpu_count()), "system": platform.system(), "isa": shown()}
     for name in ("numpy", "numba", "torch", "jax", "onnxruntime"):
         try:
             found[name] = version(name)

@@ -9,6 +9,7 @@ from typing import Any
 
 from portnorm import bench
 from portnorm.arrays import require_extra
+from portnorm.bench.isa import HELD
 from portnorm.commands.modules import add_option
 from portnorm.commands.progress import ProgressLine
 from portnorm.conform.modules import load_modules
@@ -22,6 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--only", action="append", default=[], help="of engines: only works whose name has this in it; may be repeated (default: all)"
     )
     parser.add_argument("--cores", type=int, default=1, help="of engines: cores and threads of each (default: 1)")
+    parser.add_argument("--isa", choices=[*HELD], help="of engines: hold them to this instruction set (default: what the processor has)")
     parser.add_argument(
         "--runtime",
         "--runtimes",
@@ -50,7 +52,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     engines = [name for name in options.what if name not in graphs]
     if graphs and engines:
         raise UnsupportedError(f"graphs and engines are measured apart; {', '.join(engines)} is no file that is there")
-    for name in ("runtime", "dim") if not graphs else ("only",):
+    for name in ("runtime", "dim") if not graphs else ("only", "isa"):
         if getattr(options, name):
             raise UnsupportedError(f"`--{name}` is of {'engines' if graphs else 'graphs'}, and what is measured is the other")
     return _of_graphs(graphs, options) if graphs else _of_engines(engines, options)
@@ -107,7 +109,16 @@ def _of_engines(names: list[str], options: argparse.Namespace) -> dict[str, Any]
         if not options.json:
             print(what, file=sys.stderr, flush=True)
 
-    rows = bench.measure(works, names or None, cores=options.cores, seconds=options.seconds, rounds=options.rounds, progress=progress)
+    free = [name for name in names or bench.ENGINES if name in bench.ENGINES and not bench.ENGINES[name].holds] if options.isa else []
+    if free and set(free) >= {*names} and names:
+        raise UnsupportedError(f"nothing holds {', '.join(free)} to {options.isa}; leave `--isa` out, or name other engines")
+    rows = bench.measure(
+        works, names or None, cores=options.cores, seconds=options.seconds, rounds=options.rounds, isa=options.isa, progress=progress
+    )
+    about = bench.machine()
     if not options.json:
         print(bench.laid_out(rows))
-    return {"machine": bench.machine(), "cores": options.cores, "rows": rows}
+        print(about["processor"] + (f", held to {options.isa}" if options.isa else f", {about['isa']}" if about["isa"] else ""))
+        if free:
+            print(f"left out, since nothing holds them to {options.isa}: {', '.join(free)}")
+    return {"machine": about, "cores": options.cores, "isa": options.isa, "rows": rows}
