@@ -1,6 +1,6 @@
 """Runs models in a runtime that has an environment of its own: `python engine_worker.py NAME`, told what to do on its standard input.
 
-That environment has NumPy, onnx and the runtime, and not portnorm; so the two files that are needed are found beside this one.
+That environment has NumPy, onnx and the runtime, and not portnorm; so the files that are needed are found beside this one.
 """
 
 from __future__ import annotations

@@ -8,91 +8,26 @@ not take it says by an exception of its own, or by `RefusedError`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import os
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
 import onnx
 
-NumPyArray = numpy.ndarray[Any, Any]
-Run = Callable[[Mapping[str, NumPyArray]], dict[str, NumPyArray]]
-Load = Callable[[str], Run]
-
-
-class RefusedError(RuntimeError):
-    """A runtime, or its converter, does not take a graph."""
-
-
-Value = onnx.ValueInfoProto
-
-
-def _graph(path: str) -> onnx.GraphProto:
-    return onnx.load(path, load_external_data=False).graph
-
-
-def _dims(value: Value) -> list[int | str]:
-    return [d.dim_param or int(d.dim_value) for d in value.type.tensor_type.shape.dim]
-
-
-def _fixed(value: Value, runtime: str) -> list[int]:
-    """The shape of an input; raises `RefusedError` where lengths are open."""
-    dims = _dims(value)
-    if any(isinstance(d, str) for d in dims):
-        raise RefusedError(f"{runtime} takes fixed shapes only, and {value.name!r} is {dims}: export with numbers in `input_shape`")
-    return [d for d in dims if isinstance(d, int)]
-
-
-def _kind(value: Value) -> Any:
-    return onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-
-
-def _naming(outputs: Sequence[Value]) -> Callable[[Sequence[Any]], dict[str, NumPyArray]]:
-    """Results by name, in the graph's types and number of axes: some runtimes have no int64, or no array without axes."""
-    said = [(o.name, numpy.dtype(_kind(o)), len(_dims(o))) for o in outputs]
-
-    def named(arrays: Sequence[Any]) -> dict[str, NumPyArray]:
-        found = {}
-        for (name, kind, axes), given in zip(said, arrays, strict=True):
-            a = numpy.asarray(given)
-            if axes == 0 and a.size == 1:
-                a = a.reshape(())
-            found[name] = a.astype(kind) if a.dtype != kind and a.dtype.kind == kind.kind else a
-        return found
-
-    return named
-
-
-def _command(*words: str, folder: str) -> None:
-    """Run a converter; raises `RefusedError` with the end of what it says."""
-    environment = {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RefusedError(f"{words[0]} does not convert the graph: {next((line for line in said if 'rror' in line), said[-1])[:250]}")
-
-
-def _inside(path: str, folder: str) -> str:
-    """A copy in a folder, with its weights in the file itself: converters write beside what they read."""
-    copy = f"{folder}/m.onnx"
-    onnx.save(onnx.load(path), copy)
-    return copy
+from portnorm_onnx.engine_c import c
+from portnorm_onnx.engine_parts import Load, NumPyArray, RefusedError, Run, command, dims_of, fixed, graph_of, inside, kind_of, naming
 
 
 def opencv(path: str) -> Run:
     """OpenCV's `cv2.dnn`, in the engine that it takes by itself."""
     import cv2
 
-    net, graph = cv2.dnn.readNetFromONNX(path), _graph(path)
-    names, named = [o.name for o in graph.output], _naming(graph.output)
+    net, graph = cv2.dnn.readNetFromONNX(path), graph_of(path)
+    names, named = [o.name for o in graph.output], naming(graph.output)
     cv2.setNumThreads(1)
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
@@ -111,12 +46,12 @@ def mnn(path: str) -> Run:
     import MNN.nn
     import MNN.numpy
 
-    graph = _graph(path)
-    inputs, named = [i.name for i in graph.input], _naming(graph.output)
+    graph = graph_of(path)
+    inputs, named = [i.name for i in graph.input], naming(graph.output)
     kinds = {"f": MNN.numpy.float32, "i": MNN.numpy.int32, "b": MNN.numpy.int32}
     with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
         made = f"{folder}/m.mnn"
-        words = ["mnnconvert", "-f", "ONNX", "--modelFile", _inside(path, folder), "--MNNModel", made, "--bizCode", "portnorm"]
+        words = ["mnnconvert", "-f", "ONNX", "--modelFile", inside(path, folder), "--MNNModel", made, "--bizCode", "portnorm"]
         with contextlib.redirect_stdout(io.StringIO()):
             _tools.mnnconvert([*words, "--useOriginRNNImpl"])
         if not os.path.exists(made):
@@ -139,22 +74,22 @@ def ncnn(path: str) -> Run:
     """ncnn, converted by pnnx, which takes a first axis of length 1, or in front of images, for a batch; ncnn is given none."""
     import ncnn as library
 
-    graph = _graph(path)
-    shapes = [_fixed(i, "pnnx") for i in graph.input]
+    graph = graph_of(path)
+    shapes = [fixed(i, "pnnx") for i in graph.input]
     rows = len(shapes) == 1 and len(shapes[0]) != 2 and shapes[0][0] > 1  # images, one after the other
     types = {"f": "f32", "i": "i64"}
-    told = ",".join(f"[{','.join(map(str, s))}]{types[_kind(i).kind]}" for i, s in zip(graph.input, shapes, strict=True))
+    told = ",".join(f"[{','.join(map(str, s))}]{types[kind_of(i).kind]}" for i, s in zip(graph.input, shapes, strict=True))
     with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
-        _inside(path, folder)
-        _command("pnnx", "m.onnx", f"inputshape={told}", "fp16=0", folder=folder)
+        inside(path, folder)
+        command("pnnx", "m.onnx", f"inputshape={told}", "fp16=0", folder=folder)
         net = library.Net()
         net.opt.use_fp16_packed = net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = net.opt.use_bf16_storage = False
         net.opt.num_threads = 1
         if net.load_param(f"{folder}/m.ncnn.param") or net.load_model(f"{folder}/m.ncnn.bin"):
             raise RefusedError("ncnn does not load what pnnx makes of the graph")
 
-    outputs = [_fixed(o, "ncnn") for o in graph.output]
-    names, named = [i.name for i in graph.input], _naming(graph.output)
+    outputs = [fixed(o, "ncnn") for o in graph.output]
+    names, named = [i.name for i in graph.input], naming(graph.output)
 
     def one(given: Sequence[NumPyArray]) -> list[NumPyArray]:
         extractor = net.create_extractor()
@@ -180,14 +115,14 @@ def litert(path: str) -> Run:
     import onnx2tf
     from ai_edge_litert.interpreter import Interpreter
 
-    graph = _graph(path)
-    shapes = {i.name: _fixed(i, "LiteRT") for i in graph.input}
+    graph = graph_of(path)
+    shapes = {i.name: fixed(i, "LiteRT") for i in graph.input}
     folder = tempfile.TemporaryDirectory(prefix="portnorm-")
     keep = [n for n, shape in shapes.items() if len(shape) > 2]
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             onnx2tf.convert(
-                input_onnx_file_path=_inside(path, folder.name),
+                input_onnx_file_path=inside(path, folder.name),
                 output_folder_path=folder.name,
                 non_verbose=True,
                 copy_onnx_input_output_names_to_tflite=True,
@@ -208,8 +143,8 @@ def litert(path: str) -> Run:
         raise RefusedError(f"onnx2tf makes {len(found)} outputs of {len(graph.output)}")
     indices, outputs, named, kept = (
         [d["index"] for d in found],
-        [tuple(_fixed(o, "LiteRT")) for o in graph.output],
-        _naming(graph.output),
+        [tuple(fixed(o, "LiteRT")) for o in graph.output],
+        naming(graph.output),
         folder,
     )
 
@@ -240,11 +175,11 @@ def tvm(path: str) -> Run:
     shapes: dict[str, Any] = {}
     symbols: dict[str, Any] = {}
     for value in inputs:
-        shapes[value.name] = [d if isinstance(d, int) else symbols.setdefault(d, library.tirx.Var(d, "int64")) for d in _dims(value)]
-    module = from_onnx(model, shape_dict=shapes, dtype_dict={i.name: str(_kind(i)) for i in inputs}, keep_params_in_input=False)
+        shapes[value.name] = [d if isinstance(d, int) else symbols.setdefault(d, library.tirx.Var(d, "int64")) for d in dims_of(value)]
+    module = from_onnx(model, shape_dict=shapes, dtype_dict={i.name: str(kind_of(i)) for i in inputs}, keep_params_in_input=False)
     machine = relax.VirtualMachine(relax.build(module, target="llvm"), library.cpu())
 
-    names, named = [i.name for i in inputs], _naming(outputs)
+    names, named = [i.name for i in inputs], naming(outputs)
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
         found = machine["main"](*(library.runtime.tensor(given[name]) for name in names))
@@ -257,10 +192,10 @@ def iree(path: str) -> Run:
     """IREE, compiled by LLVM for this processor."""
     from iree import compiler, runtime
 
-    graph = _graph(path)
+    graph = graph_of(path)
     with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
-        _inside(path, folder)
-        _command("iree-import-onnx", "m.onnx", "-o", "m.mlir", folder=folder)
+        inside(path, folder)
+        command("iree-import-onnx", "m.onnx", "-o", "m.mlir", folder=folder)
         made = compiler.tools.compile_file(
             f"{folder}/m.mlir", input_type="onnx", target_backends=["llvm-cpu"], extra_args=["--iree-llvmcpu-target-cpu=host"]
         )
@@ -268,7 +203,7 @@ def iree(path: str) -> Run:
     context = runtime.SystemContext(config=config)
     context.add_vm_module(runtime.VmModule.copy_buffer(config.vm_instance, made))
     function = context.modules.module[graph.name]
-    names, named = [i.name for i in graph.input], _naming(graph.output)
+    names, named = [i.name for i in graph.input], naming(graph.output)
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
         found = function(*(given[name] for name in names))
@@ -288,9 +223,9 @@ def tinygrad(path: str) -> Run:
         raise RefusedError(
             f"tinygrad has no device here ({error}): on a processor it compiles by clang, which is found by its name or by CC"
         ) from None
-    graph = _graph(path)
+    graph = graph_of(path)
     model = onnx.load(path).SerializeToString()
-    names, named = [o.name for o in graph.output], _naming(graph.output)
+    names, named = [o.name for o in graph.output], naming(graph.output)
     nets: dict[tuple[Any, ...], Any] = {}  # one holds on to the lengths that it has met first
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
@@ -309,86 +244,15 @@ def onnx2pytorch(path: str) -> Run:
     from onnx2pytorch import ConvertModel
 
     torch.set_num_threads(1)
-    graph = _graph(path)
+    graph = graph_of(path)
     module = ConvertModel(onnx.load(path), experimental=True).eval()
-    names, named = [i.name for i in graph.input], _naming(graph.output)
+    names, named = [i.name for i in graph.input], naming(graph.output)
 
     def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
         with torch.no_grad():
             found = module(*(torch.from_numpy(numpy.ascontiguousarray(given[name])) for name in names))
         return named([a.numpy() for a in (found if isinstance(found, tuple | list) else [found])])
 
-    return run
-
-
-C_OPTIONS = ("--large-weight-threshold", "0", "--large-temp-threshold", "0")
-"""Weights in the C: by itself it puts more than 100 kB into a file that the program has to load first. No memory but the stack."""
-CC_OPTIONS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-D__FAST_MATH__")
-"""Sums in any order, or no product is vectorized. NaN stays NaN, for which the compiler leaves out the macro; by it glibc gives functions
-of vectors."""
-
-
-_STEPS = """#include <stdint.h>
-#include <string.h>
-void portnorm_model({types});
-void portnorm_steps(const int64_t *n, void **at, const int64_t *bytes, const char *x, char *y, const int64_t *from, const int64_t *into) {{
-    for (int64_t t = 0; t < n[0]; ++t) {{
-        memcpy(at[n[2]], x + t * bytes[n[2]], bytes[n[2]]);
-        portnorm_model({places});
-        memcpy(y + t * bytes[n[3]], at[n[3]], bytes[n[3]]);
-        for (int64_t k = 0; k < n[1]; ++k)
-            memcpy(at[into[k]], at[from[k]], bytes[into[k]]);
-    }}
-}}
-"""
-"""A loop in C around a step: `n` holds the numbers of steps and states, and the places of x and y."""
-
-
-def c(path: str) -> Run:
-    """C that emx-onnx-cgen writes, compiled by the C compiler that is there."""
-    graph = _graph(path)
-    shapes = [_fixed(v, "C") for v in (*graph.input, *graph.output)]
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise RefusedError("there is no C compiler: none of cc, gcc, clang")
-    with tempfile.TemporaryDirectory(prefix="portnorm-") as folder:
-        _command("emx-onnx-cgen", "compile", _inside(path, folder), "m.c", *C_OPTIONS, "--model-name", "portnorm_model", folder=folder)
-        places = [f"at[{k}]" for k in range(len(shapes))]
-        Path(folder, "steps.c").write_text(_STEPS.format(types=", ".join(["void *"] * len(shapes)), places=", ".join(places)))
-        _command(compiler, *CC_OPTIONS, "-shared", "-fPIC", "m.c", "steps.c", "-o", "m.so", "-lm", folder=folder)
-        library = ctypes.CDLL(f"{folder}/m.so")
-    function, names, named = library.portnorm_model, [i.name for i in graph.input], _naming(graph.output)
-    function.restype = library.portnorm_steps.restype = None
-    arrays = [numpy.zeros(shape, _kind(v)) for shape, v in zip(shapes, (*graph.input, *graph.output), strict=True)]
-    at = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
-    count = len(names)
-
-    def run(given: Mapping[str, NumPyArray]) -> dict[str, NumPyArray]:
-        for name, a in zip(names, arrays, strict=False):
-            if given[name].shape != a.shape:
-                raise RefusedError(f"{name!r} has shape {given[name].shape}; expected {a.shape}")
-            a[...] = given[name]
-        function(*at)
-        return named([a.copy() for a in arrays[count:]])
-
-    def steps(given: Mapping[str, NumPyArray], fed: Mapping[str, str]) -> NumPyArray:
-        place = {v.name: k for k, v in enumerate((*graph.input, *graph.output))}
-        for name in fed.values():
-            arrays[place[name]][...] = given[name]
-        x = numpy.ascontiguousarray(given["x"], arrays[place["x"]].dtype)
-        y = numpy.zeros((len(x), *arrays[place["y"]].shape), arrays[place["y"]].dtype)
-        numbers = (
-            [len(x), len(fed), place["x"], place["y"]],
-            [a.ctypes.data for a in arrays],
-            [a.nbytes for a in arrays],
-            [place[name] for name in fed],
-            [place[name] for name in fed.values()],
-        )
-        n, pointers, sizes, taken, into = (numpy.array(some, numpy.int64) for some in numbers)
-        library.portnorm_steps(*(ctypes.c_void_p(a.ctypes.data) for a in (n, pointers, sizes, x, y, taken, into)))
-        return y
-
-    run.steps = steps  # type: ignore[attr-defined]
     return run
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import portnorm as pn
 from portnorm.errors import MissingExtraError
 from portnorm_onnx.elsewhere import place_of
-from portnorm_onnx.engines import C_OPTIONS, CC_OPTIONS
+from portnorm_onnx.engine_c import C_OPTIONS, CC_OPTIONS
 from portnorm_onnx.runtimes import chromium, web_package
 
 HERE = Path(__file__).parent
