@@ -76,7 +76,7 @@ def accuracy(side: str, dtypes: tuple[str, ...], subjects: Iterable[str]) -> str
     for regime in _SHOWN:
         cells = [kept.get((s, regime, d)) for s, d in columns]
         if any(cells):
-            rows.append((regime, *("" if r is None or not r["cases"] else _number(r) for r in cells)))
+            rows.append((regime, *("–" if r is None or not r["cases"] else _number(r) for r in cells)))
     return table(("regime", *(f"{s} {d}" if len(dtypes) > 1 else s for s, d in columns)), rows)
 
 
