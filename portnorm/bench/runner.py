@@ -48,7 +48,7 @@ def measure(
     for name in names:
         if name not in ENGINES:
             raise UnsupportedError(f"`engines` has {name!r}; expected some of {', '.join(ENGINES)}")
-    environment_of(isa)
+    environment_of(isa)  # raises for what cannot be held, before a process starts
     names = [name for name in names if ENGINES[name].is_there and (isa is None or ENGINES[name].holds)]
     rows: list[dict[str, Any]] = []
     for part in [[work] for work in works] if alone else [works]:

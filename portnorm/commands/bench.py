@@ -110,7 +110,7 @@ def _of_engines(names: list[str], options: argparse.Namespace) -> dict[str, Any]
             print(what, file=sys.stderr, flush=True)
 
     free = [name for name in names or bench.ENGINES if name in bench.ENGINES and not bench.ENGINES[name].holds] if options.isa else []
-    if free and set(free) >= {*names} and names:
+    if names and set(names) <= set(free):
         raise UnsupportedError(f"nothing holds {', '.join(free)} to {options.isa}; leave `--isa` out, or name other engines")
     rows = bench.measure(
         works, names or None, cores=options.cores, seconds=options.seconds, rounds=options.rounds, isa=options.isa, progress=progress
