@@ -108,6 +108,8 @@ class MLXNamespace(Namespace):
     def sum(self, x: Array, /, *, axis: Any = None, dtype: DType = None, keepdims: bool = False) -> Array:
         """The sum in at least float32, in blocks: MLX itself adds one after the other on a processor, which takes it longer too."""
         axes = axes_of(x, axis)
+        if not x.size:
+            return _reduced(mx.sum, x, axis, keepdims, mx.array(0, dtype=dtype or x.dtype))
         if not self.isdtype(x.dtype, "real floating"):
             return mx.sum(x, axis=axes, keepdims=keepdims) if axes else x
         if not axes:
@@ -126,10 +128,25 @@ class MLXNamespace(Namespace):
         return (self.sum(x, axis=axis, dtype=mx.float32, keepdims=keepdims) / count).astype(x.dtype)
 
     def max(self, x: Array, /, *, axis: Any = None, keepdims: bool = False) -> Array:
-        return mx.max(x, axis=axes_of(x, axis), keepdims=keepdims)
+        return _reduced(mx.max, x, axis, keepdims)
 
     def min(self, x: Array, /, *, axis: Any = None, keepdims: bool = False) -> Array:
-        return mx.min(x, axis=axes_of(x, axis), keepdims=keepdims)
+        return _reduced(mx.min, x, axis, keepdims)
+
+    def any(self, x: Array, /, *, axis: Any = None, keepdims: bool = False) -> Array:
+        return _reduced(mx.any, x, axis, keepdims, mx.array(False))
+
+    def all(self, x: Array, /, *, axis: Any = None, keepdims: bool = False) -> Array:
+        return _reduced(mx.all, x, axis, keepdims, mx.array(True))
+
+
+def _reduced(find: Callable[..., Array], x: Array, axis: Any, keepdims: bool, of_none: Array | None = None) -> Array:
+    """What `find` makes of `x`, and `of_none` of no values; MLX 0.32 now and then never comes back from a reduction of an empty array."""
+    axes = axes_of(x, axis)
+    if x.size or (of_none is None and not all(x.shape[a] for a in axes)):  # the latter is an error of MLX
+        return find(x, axis=axes, keepdims=keepdims)
+    shape = [1 if a in axes else n for a, n in enumerate(x.shape) if keepdims or a not in axes]
+    return mx.zeros(shape, dtype=x.dtype) if of_none is None else mx.broadcast_to(of_none, shape)
 
 
 def _refuse(device: Any) -> None:

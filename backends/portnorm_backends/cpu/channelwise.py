@@ -63,124 +63,141 @@ def _back(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, rstd: Vecto
 
 
 @compiled()
-def column_sums(x: Any, m: Any, first: Any, second: Any) -> None:
-    """Σ (x − m) and Σ (x − m)² of each column."""
-    rows, channels = x.shape
-    part, lost = numpy.zeros((4, channels), m.dtype), numpy.zeros((2, channels))
+def _column_sums(x: Any, start: int, m: Any, first: Any, second: Any) -> None:
+    """Σ (x − m) and Σ (x − m)² of each column from `start` on."""
+    rows, columns = x.shape[0], m.size
+    stop = start + columns
+    part, lost = numpy.zeros((4, columns), m.dtype), numpy.zeros((2, columns))
     fill(first, 0)
     fill(second, 0)
     a, b, c, d = part[0], part[1], part[2], part[3]
-    for start in range(0, rows, 4 * TERMS):
-        stop = min(start + 4 * TERMS, rows)
-        eights = start + (stop - start) // 8 * 8
-        for k in range(start, eights, 8):  # two sums of half as many terms
-            _add_moments_of_four(channels, (x[k], x[k + 1], x[k + 2], x[k + 3], m, a, b), (a, b))
-            _add_moments_of_four(channels, (x[k + 4], x[k + 5], x[k + 6], x[k + 7], m, c, d), (c, d))
-        for k in range(eights, stop):
-            _add_moments(channels, (x[k], m, a, b), (a, b))
-        for i in range(channels):
+    for begin in range(0, rows, 4 * TERMS):
+        end = min(begin + 4 * TERMS, rows)
+        eights = begin + (end - begin) // 8 * 8
+        for k in range(begin, eights, 8):  # two sums of half as many terms
+            one, two = x[k : k + 4, start:stop], x[k + 4 : k + 8, start:stop]
+            _add_moments_of_four(columns, (one[0], one[1], one[2], one[3], m, a, b), (a, b))
+            _add_moments_of_four(columns, (two[0], two[1], two[2], two[3], m, c, d), (c, d))
+        for k in range(eights, end):
+            _add_moments(columns, (x[k, start:stop], m, a, b), (a, b))
+        for i in range(columns):
             a[i], b[i], c[i], d[i] = a[i] + c[i], b[i] + d[i], 0, 0
         carry(first, lost[0], a)
         carry(second, lost[1], b)
 
 
 @compiled()
-def column_statistics(x: Any, center: bool, m: Any, d: Any, var: Any) -> None:
-    """m, d and σ² of each column; m and d in the type of the values."""
-    rows, channels = x.shape
-    total, again = numpy.empty(channels), False
+def _column_statistics(x: Any, start: int, center: bool, m: Any, d: Any, var: Any) -> None:
+    """m, d and σ² of each column from `start` on; m and d in the type of the values."""
+    rows, columns = x.shape[0], m.size
+    total, again = numpy.empty(columns), False
     fill(m, 0)
     if center:
-        same(channels, (x[0],), (m,))
-        column_sums(x[: min(_FIRST, rows)], m, total, var)
-        for c in range(channels):
+        same(columns, (x[0, start : start + columns],), (m,))
+        _column_sums(x[: min(_FIRST, rows)], start, m, total, var)
+        for c in range(columns):
             m[c] += total[c] / min(_FIRST, rows)
-    column_sums(x, m, total, var)
-    for c in range(channels):
+    _column_sums(x, start, m, total, var)
+    for c in range(columns):
         mean = total[c] / rows if center else 0.0
         var[c] = var[c] / rows - mean * mean
         d[c] = mean
         if not mean * mean <= 2.0 * var[c]:
             again = True
     if again and center:
-        for c in range(channels):
+        for c in range(columns):
             m[c] += d[c]
-        column_sums(x, m, total, var)
-        for c in range(channels):
+        _column_sums(x, start, m, total, var)
+        for c in range(columns):
             mean = total[c] / rows
             var[c] = max(var[c] / rows - mean * mean, 0.0)
             d[c] = mean
 
 
 def _columns_forward(
-    x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any, var: Any
+    start: int,
+    stop: int,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    center: bool,
+    smallest: float,
+    largest: float,
+    y: Any,
+    kept: Any,
+    var: Any,
 ) -> bool:
     x, weight, bias, y, kept, var = bare(x), bare(weight), bare(bias), bare(y), bare(kept), bare(var)
-    groups, rows, channels = x.shape
-    fine, gain, shift = True, numpy.empty(channels, kept.dtype), numpy.zeros(channels, kept.dtype)
+    groups, rows, columns = x.shape[0], x.shape[1], stop - start
+    fine, gain, shift = True, numpy.empty(columns, kept.dtype), numpy.zeros(columns, kept.dtype)
     for g in range(groups):
-        m, d, rstd, spread = kept[0, g], kept[1, g], kept[2, g], var[g]
-        column_statistics(x[g], center, m, d, spread)
-        for c in range(channels):
+        m, d, rstd, spread = kept[0, g, start:stop], kept[1, g, start:stop], kept[2, g, start:stop], var[g, start:stop]
+        _column_statistics(x[g], start, center, m, d, spread)
+        for c in range(columns):
             if not (smallest < spread[c] + eps < largest):
                 fine = False
             rstd[c] = 1.0 / math.sqrt(spread[c] + eps)
-            gain[c] = rstd[c] * weight[c] if weight.size else rstd[c]
+            gain[c] = rstd[c] * weight[start + c] if weight.size else rstd[c]
             if bias.size:
-                shift[c] = bias[c]
+                shift[c] = bias[start + c]
         for k in range(rows):
-            scaled(channels, (x[g, k], m, d, gain, shift), (y[g, k],))
+            scaled(columns, (x[g, k, start:stop], m, d, gain, shift), (y[g, k, start:stop],))
     return fine
 
 
 @compiled()
-def column_cotangents(x: Any, dy: Any, m: Any, d: Any, rstd: Any, first: Any, second: Any) -> None:
-    """Σ dy and Σ dy · x̂ of each column."""
-    rows, channels = x.shape
-    part, lost = numpy.zeros((2, channels), m.dtype), numpy.zeros((2, channels))
+def _column_cotangents(x: Any, dy: Any, start: int, m: Any, d: Any, rstd: Any, first: Any, second: Any) -> None:
+    """Σ dy and Σ dy · x̂ of each column from `start` on."""
+    rows, columns = x.shape[0], m.size
+    stop = start + columns
+    part, lost = numpy.zeros((2, columns), m.dtype), numpy.zeros((2, columns))
     fill(first, 0)
     fill(second, 0)
     a, b = part[0], part[1]
-    for start in range(0, rows, 2 * GROUP):
-        stop = min(start + 2 * GROUP, rows)
-        for k in range(start, stop):
-            _add_cotangents(channels, (x[k], dy[k], m, d, rstd, a, b), (a, b))
+    for begin in range(0, rows, 2 * GROUP):
+        for k in range(begin, min(begin + 2 * GROUP, rows)):
+            _add_cotangents(columns, (x[k, start:stop], dy[k, start:stop], m, d, rstd, a, b), (a, b))
         carry(first, lost[0], a)
         carry(second, lost[1], b)
 
 
-def _columns_scaled(x: Any, weight: Any, bias: Any, kept: Any, y: Any) -> None:
+def _columns_scaled(start: int, stop: int, x: Any, weight: Any, bias: Any, kept: Any, y: Any) -> None:
     """With statistics that are given."""
     x, weight, bias, kept, y = bare(x), bare(weight), bare(bias), bare(kept), bare(y)
-    groups, rows, channels = x.shape
-    gain, shift = numpy.empty(channels, kept.dtype), numpy.zeros(channels, kept.dtype)
+    groups, rows, columns = x.shape[0], x.shape[1], stop - start
+    gain, shift = numpy.empty(columns, kept.dtype), numpy.zeros(columns, kept.dtype)
     for g in range(groups):
-        for c in range(channels):
-            gain[c] = kept[2, g, c] * weight[c] if weight.size else kept[2, g, c]
+        m, d, rstd = kept[0, g, start:stop], kept[1, g, start:stop], kept[2, g, start:stop]
+        for c in range(columns):
+            gain[c] = rstd[c] * weight[start + c] if weight.size else rstd[c]
             if bias.size:
-                shift[c] = bias[c]
+                shift[c] = bias[start + c]
         for k in range(rows):
-            scaled(channels, (x[g, k], kept[0, g], kept[1, g], gain, shift), (y[g, k],))
+            scaled(columns, (x[g, k, start:stop], m, d, gain, shift), (y[g, k, start:stop],))
 
 
-def _columns_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, own: bool, dx: Any, dweight: Any, dbias: Any) -> None:
+def _columns_backward(
+    start: int, stop: int, x: Any, dy: Any, weight: Any, kept: Any, center: bool, own: bool, dx: Any, dweight: Any, dbias: Any
+) -> None:
     """`own`: the statistics were those of x; else they are constants."""
     x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
-    groups, rows, channels = x.shape
-    room, found, lost = numpy.empty((3, channels), kept.dtype), numpy.empty((2, channels)), numpy.zeros((2, channels))
+    groups, rows, columns = x.shape[0], x.shape[1], stop - start
+    room, found, lost = numpy.empty((3, columns), kept.dtype), numpy.empty((2, columns)), numpy.zeros((2, columns))
     gain, a, b, first, second = room[0], room[1], room[2], found[0], found[1]
+    dweight, dbias = dweight[start:stop], dbias[start:stop]
     fill(dweight, 0)
     fill(dbias, 0)
     for g in range(groups):
-        m, d, rstd = kept[0, g], kept[1, g], kept[2, g]
-        column_cotangents(x[g], dy[g], m, d, rstd, first, second)
-        for c in range(channels):
-            gain[c] = rstd[c] * weight[c] if weight.size else rstd[c]
+        m, d, rstd = kept[0, g, start:stop], kept[1, g, start:stop], kept[2, g, start:stop]
+        _column_cotangents(x[g], dy[g], start, m, d, rstd, first, second)
+        for c in range(columns):
+            gain[c] = rstd[c] * weight[start + c] if weight.size else rstd[c]
             a[c], b[c] = first[c] / rows if own and center else 0.0, second[c] / rows if own else 0.0
             dbias[c], lost[0, c] = carried(dbias[c], lost[0, c], first[c])
             dweight[c], lost[1, c] = carried(dweight[c], lost[1, c], second[c])
         for k in range(rows):
-            _back(channels, (x[g, k], dy[g, k], gain, m, d, rstd, a, b), (dx[g, k],))
+            _back(columns, (x[g, k, start:stop], dy[g, k, start:stop], gain, m, d, rstd, a, b), (dx[g, k, start:stop],))
 
 
 # -- (outer, channels, inner) ------------------------------------------------------------------------------------------------------------
@@ -220,12 +237,23 @@ def _channel_cotangents(x: Any, dy: Any, c: int, m: Any, d: Any, rstd: Any) -> t
 
 
 def _channels_forward(
-    x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any, var: Any
+    start: int,
+    stop: int,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    eps: float,
+    center: bool,
+    smallest: float,
+    largest: float,
+    y: Any,
+    kept: Any,
+    var: Any,
 ) -> bool:
     x, weight, bias, y, kept, var = bare(x), bare(weight), bare(bias), bare(y), bare(kept), bare(var)
-    outer, channels, inner = x.shape
+    outer, inner = x.shape[0], x.shape[2]
     n, fine = outer * inner, True
-    for c in range(channels):
+    for c in range(start, stop):
         m = guess(x[0, c]) if center else like(x, 0)
         a, b = _channel_sums(x, c, m)
         d = a / n if center else 0.0
@@ -245,20 +273,22 @@ def _channels_forward(
     return fine
 
 
-def _channels_scaled(x: Any, weight: Any, bias: Any, kept: Any, y: Any) -> None:
+def _channels_scaled(start: int, stop: int, x: Any, weight: Any, bias: Any, kept: Any, y: Any) -> None:
     x, weight, bias, kept, y = bare(x), bare(weight), bare(bias), bare(kept), bare(y)
-    outer, channels, inner = x.shape
+    outer, inner = x.shape[0], x.shape[2]
     for k in range(outer):
-        for c in range(channels):
+        for c in range(start, stop):
             gain, shift = weight[c] * kept[2, c] if weight.size else kept[2, c], bias[c] if bias.size else like(x, 0)
             scaled(inner, (x[k, c], kept[0, c], kept[1, c], gain, shift), (y[k, c],))
 
 
-def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, own: bool, dx: Any, dweight: Any, dbias: Any) -> None:
+def _channels_backward(
+    start: int, stop: int, x: Any, dy: Any, weight: Any, kept: Any, center: bool, own: bool, dx: Any, dweight: Any, dbias: Any
+) -> None:
     x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
-    outer, channels, inner = x.shape
+    outer, inner = x.shape[0], x.shape[2]
     n = outer * inner
-    for c in range(channels):
+    for c in range(start, stop):
         m, d, rstd = kept[0, c], kept[1, c], kept[2, c]
         gain = weight[c] * rstd if weight.size else rstd
         first, second = _channel_cotangents(x, dy, c, m, d, rstd)
@@ -272,27 +302,29 @@ def _channels_backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, ow
 @functools.cache
 def forward(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., bool]:
     """The forward kernel for one type of values: `_channels_forward`, or without an inner axis `_columns_forward`."""
-    v, t, wide = *kinds(dtype), numba.float64
+    v, t, wide, at = *kinds(dtype), numba.float64, numba.int64
     given, parameter = numba.types.Array(v, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
     kept, var = (t[:, ::1], wide[::1]) if inner else (t[:, :, ::1], wide[:, ::1])
-    signature = numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, v[:, :, ::1], kept, var)
+    signature = numba.boolean(at, at, given, parameter, parameter, wide, numba.boolean, wide, wide, v[:, :, ::1], kept, var)
     return compiled(signatures=signature)(_channels_forward if inner else _columns_forward)
 
 
 @functools.cache
 def scale(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., None]:
     """The kernel for given statistics."""
-    v, t = kinds(dtype)
+    v, t, at = *kinds(dtype), numba.int64
     given, parameter = numba.types.Array(v, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
     kept = t[:, ::1] if inner else t[:, :, ::1]
-    return compiled(signatures=numba.void(given, parameter, parameter, kept, v[:, :, ::1]))(_channels_scaled if inner else _columns_scaled)
+    return compiled(signatures=numba.void(at, at, given, parameter, parameter, kept, v[:, :, ::1]))(
+        _channels_scaled if inner else _columns_scaled
+    )
 
 
 @functools.cache
 def backward(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., None]:
     """The backward kernel for one type of values."""
-    v, t, wide = *kinds(dtype), numba.float64
+    v, t, wide, at = *kinds(dtype), numba.float64, numba.int64
     given, parameter = numba.types.Array(v, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
     kept = numba.types.Array(t, 2 if inner else 3, "C", readonly=True)
-    signature = numba.void(given, given, parameter, kept, numba.boolean, numba.boolean, v[:, :, ::1], wide[::1], wide[::1])
+    signature = numba.void(at, at, given, given, parameter, kept, numba.boolean, numba.boolean, v[:, :, ::1], wide[::1], wide[::1])
     return compiled(signatures=signature)(_channels_backward if inner else _columns_backward)

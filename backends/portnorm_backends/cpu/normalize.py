@@ -169,13 +169,16 @@ def _forward_of_rows(
     return KernelResiduals(x, kept, weight, bias, shape, None)
 
 
-_ROWS_WORTH = 2**20
-"""Values from which a thread pays: about half a millisecond."""
+_WORTH = 2**16
+"""Values from which a thread pays: some thirty microseconds."""
+
+_PIECES = 4
+"""Ranges for each thread: one that woke late takes fewer."""
 
 
 def _each_row(kernel: Any, rows: NumPyArray, parameters: Any, how: tuple[Any, ...], y: NumPyArray, kept: NumPyArray, multiple: int) -> bool:
     """The kernel over all rows, in threads where there are many; `kept` has a row for each or is not wanted."""
-    if rows.size < 2 * _ROWS_WORTH:
+    if rows.size < 2 * _WORTH:
         return bool(kernel(rows, *parameters, *how, y, kept))
     fine = []
 
@@ -183,7 +186,7 @@ def _each_row(kernel: Any, rows: NumPyArray, parameters: Any, how: tuple[Any, ..
         own = kept[a:b] if kept.shape[0] == rows.shape[0] else numpy.empty_like(kept)
         fine.append(kernel(rows[a:b], *parameters, *how, y[a:b], own))
 
-    threads.each(threads.parts(rows.shape[0], rows.size / _ROWS_WORTH, multiple), some)
+    threads.each(threads.parts(rows.shape[0], rows.size / _WORTH, multiple, _PIECES), some)
     return all(fine)
 
 
@@ -203,7 +206,7 @@ def _vjp_of_rows(
     given = taken(dy, dtype, rows.shape) if given is None else given
     backward, own = _backward(dtype), taken(weight, computing, shape)
     values, given, into = bits(rows), bits(given), bits(dx)
-    if rows.size < 2 * _ROWS_WORTH:
+    if rows.size < 2 * _WORTH:
         backward(values, given, own, kept, center, part, into, dweight, dbias)
     else:
         found = list[tuple[NumPyArray, NumPyArray]]()
@@ -214,7 +217,7 @@ def _vjp_of_rows(
             found.append(shares)
             backward(values[a:b], given[a:b], own, kept[a:b], center, part.copy(), into[a:b], *shares)
 
-        threads.each(threads.parts(rows.shape[0], rows.size / _ROWS_WORTH, shape[0]), some)
+        threads.each(threads.parts(rows.shape[0], rows.size / _WORTH, shape[0], _PIECES), some)
         dweight, dbias = (numpy.add.reduce([s[k] for s in found]) for k in (0, 1))
     dx = dx if rows is x else dx.reshape(x.shape)
     return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), _cotangents(weight, dweight[0]), _cotangents(bias, dbias[0])
@@ -224,6 +227,20 @@ def _by_channel(x: NumPyArray, channel: int, groups: int) -> NumPyArray:
     """(outer, channels, inner), or (groups, rows, channels) where nothing comes after the channels."""
     inner = math.prod(x.shape[channel + 1 :])
     return x.reshape((-1, x.shape[channel], inner) if inner > 1 else (groups, -1, x.shape[channel]))
+
+
+_LINE = 16
+"""Channels that lie beside each other of which a thread takes whole multiples, so that no two write into the same line of a cache."""
+
+
+def _each_channel(kernel: Any, blocks: NumPyArray, *others: Any, beside: bool) -> bool:
+    """The kernel over all channels, in threads where there is much; whether it was right in all. `beside`: they are the last axis."""
+    count = blocks.shape[2 if beside else 1]
+    if blocks.size < 2 * _WORTH:
+        return kernel(0, count, blocks, *others) is not False
+    ranges, fine = threads.parts(count, blocks.size / _WORTH, _LINE if beside else 1, _PIECES), []
+    threads.each(ranges, lambda a, b: fine.append(kernel(a, b, blocks, *others)))
+    return False not in fine
 
 
 def _forward_of_channels(
@@ -240,7 +257,8 @@ def _forward_of_channels(
     parameters = (taken(weight, own, (count,)), taken(bias, own, (count,)))
     inner = math.prod(x.shape[channel + 1 :]) > 1
     room = (kept.reshape(3, count), var.reshape(count)) if inner else (kept, var.reshape(kept.shape[1:]))
-    if not channelwise.forward(x.dtype, inner)(blocks, *parameters, eps, center, *RANGE[own], bits(y.reshape(blocks.shape)), *room):
+    how, into = (eps, center, *RANGE[own]), bits(y.reshape(blocks.shape))
+    if not _each_channel(channelwise.forward(x.dtype, inner), blocks, *parameters, *how, into, *room, beside=not inner):
         return None
     return KernelResiduals(x, room[0], weight, bias, None, var.astype(own))
 
@@ -260,7 +278,7 @@ def _scaled_channels(
     kept[0], kept[2] = m.reshape(groups, count), 1.0 / numpy.sqrt(spread.reshape(groups, count) + eps)
     room = kept.reshape(3, count) if inner else kept
     parameters = (taken(weight, own, (count,)), taken(bias, own, (count,)))
-    channelwise.scale(x.dtype, inner)(blocks, *parameters, room, bits(y.reshape(blocks.shape)))
+    _each_channel(channelwise.scale(x.dtype, inner), blocks, *parameters, room, bits(y.reshape(blocks.shape)), beside=not inner)
     return KernelResiduals(x, room, weight, bias, None, spread)
 
 
@@ -275,8 +293,8 @@ def _vjp_of_channels(
     blocks = _by_channel(x, param_axes[0], var.size // count)
     dx, dweight, dbias = memory.room(blocks.shape, x.dtype), numpy.empty(count), numpy.empty(count)
     given, gains = bits(taken(dy, x.dtype, blocks.shape)), taken(weight, kept.dtype, (count,))
-    kernel = channelwise.backward(x.dtype, kept.ndim == 2)
-    kernel(bits(blocks), given, gains, kept, center, mean is None, bits(dx), dweight, dbias)
+    kernel, how = channelwise.backward(x.dtype, kept.ndim == 2), (center, mean is None)
+    _each_channel(kernel, bits(blocks), given, gains, kept, *how, bits(dx), dweight, dbias, beside=kept.ndim == 3)
     return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
 

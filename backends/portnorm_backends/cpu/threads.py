@@ -1,46 +1,176 @@
-"""Rows that do not know of each other, computed by several threads. They live for one call: a fork between calls finds none of them.
+"""Rows that do not know of each other, computed by several threads.
 
-As many as NumPy's BLAS would take: `OPENBLAS_NUM_THREADS` or `OMP_NUM_THREADS`, else the processors that this process may use.
+As many as NumPy's BLAS takes at the moment: what `threadpoolctl` has told it, else `OPENBLAS_NUM_THREADS` or `OMP_NUM_THREADS`, else the
+processors that this process may use.
+
+The threads outlive a call and wait for the next, each on a lock of its own, which costs nothing. Whoever has something to compute wakes
+some and begins: what none of them has taken when it comes to it, it computes itself, so that it waits only for what is being computed. A
+child of a fork has none of them, and starts its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import sys
 import threading
+from collections import deque
 from collections.abc import Callable
+from typing import Any
+
+Range = tuple[int, int]
+Work = Callable[[int, int], None]
 
 
 def _count() -> int:
     given = (os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS", "")).partition(",")[0]
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(int(given), processors) if given.isdigit() and int(given) else processors
+    wanted = int(given) if given.isdigit() and int(given) else processors
+    if "threadpoolctl" in sys.modules:  # nobody else can have told NumPy's BLAS anything
+        wanted = min([wanted, *(blas.num_threads for blas in _blas())])
+    return min(wanted, processors)
 
 
-def parts(rows: int, cost: float, multiple: int = 1) -> list[tuple[int, int]]:
-    """Ranges of rows, one for each thread that is worth its start.
+@functools.cache
+def _blas() -> list[Any]:
+    """Those that are loaded, NumPy's among them; each says its `num_threads` when it is asked."""
+    found = sys.modules["threadpoolctl"].ThreadpoolController().lib_controllers
+    return [library for library in found if library.user_api == "blas"]
+
+
+def parts(rows: int, cost: float, multiple: int = 1, pieces: int = 1) -> list[Range]:
+    """Ranges of rows for threads that are worth it, for each of them up to so many `pieces`, of which each takes the next when it is free.
 
     `cost` is that of all rows, 1 where a thread begins to pay; all ranges but the last are a multiple of `multiple` rows.
     """
     threads = max(1, min(_count(), int(cost), -(-rows // multiple))) if cost >= 2 else 1
-    step = -(-rows // threads // multiple) * multiple
+    count = threads if threads == 1 else min(threads * pieces, max(threads, int(cost)))
+    step = -(-rows // count // multiple) * multiple
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def each(ranges: list[tuple[int, int]], work: Callable[[int, int], None]) -> None:
-    """`work(first, last)` for each range, at once, the first in this thread. What one raises is raised here."""
-    raised: list[BaseException] = []
+class _Job:
+    """Ranges that are to be computed, by whoever takes them."""
 
-    def kept(first: int, last: int) -> None:
+    def __init__(self, ranges: list[Range], work: Work) -> None:
+        self.work, self.left, self.open = work, deque(ranges), len(ranges)
+        self.raised: list[BaseException] = []
+        self.counting, self.done = threading.Lock(), threading.Lock()
+        self.done.acquire()
+
+    def take(self) -> bool:
+        """Compute one more range, but for the note that it is done; whether there was one."""
         try:
-            work(first, last)
-        except BaseException as error:  # raised again below
-            raised.append(error)
+            part = self.left.popleft()
+        except IndexError:
+            return False
+        try:
+            self.work(*part)
+        except BaseException as error:  # raised again by who waits
+            self.raised.append(error)
+        return True
 
-    others = [threading.Thread(target=kept, args=part) for part in ranges[1:]]
-    for thread in others:
-        thread.start()
-    kept(*ranges[0])
-    for thread in others:
-        thread.join()
-    if raised:
-        raise raised[0]
+    def finished(self, count: int = 1) -> None:
+        with self.counting:
+            self.open -= count
+            if not self.open:
+                self.done.release()
+
+    def wait(self) -> None:
+        """Until all is computed. What interrupts that is raised afterwards, and what nobody has taken is left out."""
+        while self.open:
+            try:
+                self.done.acquire()
+            except BaseException as error:
+                self.raised.insert(0, error)
+                dropped = 0
+                with contextlib.suppress(IndexError):
+                    while True:
+                        self.left.popleft()
+                        dropped += 1
+                if dropped:
+                    self.finished(dropped)
+
+
+class _Helper:
+    """A thread that helps with one job after another."""
+
+    def __init__(self, pool: _Pool) -> None:
+        self.pool = pool
+        self.job: _Job | None = None
+        self.woken = threading.Lock()
+        self.woken.acquire()
+        threading.Thread(target=self.run, name="portnorm", daemon=True).start()
+
+    def run(self) -> None:
+        while True:
+            self.woken.acquire()
+            job, self.job = self.job, None
+            assert job is not None
+            taken = job.take()
+            while taken and job.left:
+                job.finished()
+                taken = job.take()
+            self.pool.waiting.append(self)  # before who waits for the last range goes on, and looks for help again
+            if taken:
+                job.finished()
+            del job  # and with it the arrays
+
+    def wake(self, job: _Job) -> None:
+        self.job = job
+        self.woken.release()
+
+
+class _Pool:
+    """The helpers of a process, one less than there may be threads, whoever calls."""
+
+    def __init__(self) -> None:
+        self.waiting: list[_Helper] = []
+        self.starting, self.started = threading.Lock(), 0
+
+    def helper(self) -> _Helper | None:
+        """One that waits, or a new one; `None` where all that there may be are at work, or none can be started."""
+        with contextlib.suppress(IndexError):
+            return self.waiting.pop()
+        with self.starting:
+            if self.started >= _count() - 1:
+                return None
+            self.started += 1
+        try:
+            return _Helper(self)
+        except RuntimeError:  # as while the interpreter ends
+            with self.starting:
+                self.started -= 1
+            return None
+
+
+_pool = _Pool()
+
+
+def _forget() -> None:
+    """In the child of a fork, which has none of the threads."""
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def each(ranges: list[Range], work: Work) -> None:
+    """`work(first, last)` for each range, at once. What one raises is raised here, when all are done."""
+    if len(ranges) == 1:
+        return work(*ranges[0])
+    job = _Job(ranges, work)
+    for _ in range(min(len(ranges), _count()) - 1):
+        helper = _pool.helper()
+        if helper is None:
+            break
+        helper.wake(job)
+    while job.take():
+        job.finished()
+    job.wait()
+    if job.raised:
+        raise job.raised[0]
+    return None
