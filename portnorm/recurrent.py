@@ -38,6 +38,7 @@ class RecurrentResiduals(NamedTuple):
     rows: Array | None  # (time,) which row of γ and β each step takes, where each has its own
     input_slot: tuple[Any, ...]  # residuals of norm_ih
     scan: Any
+    again: tuple[Params, Array | None, Array | None] | None = None  # where the steps are computed again: what `input_term` took, `moves`
 
 
 @op
@@ -116,6 +117,7 @@ class Direction:
         lengths: Array | None = None,
         training: bool = False,
         keep: bool = True,
+        recompute: int | None = None,
         momentum: float | None,
         hidden_mask: Array | None = None,
         moves: Array | None = None,
@@ -124,7 +126,8 @@ class Direction:
 
         `y` is (time, batch, outputs), or (batch, outputs) of the last step without `sequences`. `time` counts the steps that came before
         this call (batch normalization only). `hidden_mask` (batch, outputs) is what every step multiplies h with before its matrix product;
-        `moves` (time, batch, outputs), in the order of the steps, is False where zoneout leaves h as it was.
+        `moves` (time, batch, outputs), in the order of the steps, is False where zoneout leaves h as it was. With `recompute` what is kept
+        are the states before every so many steps, and `y`.
         """
         cell = self.cells[training if moves is None else 2]
         by_batch = cell.variant.norm == "batch"
@@ -142,7 +145,7 @@ class Direction:
         if whole:
             drawn = {} if moves is None else {"zoneout": moves}
             y, state, buffers, residuals = self._run(
-                params, buffers, x, state, time, lengths, mask, training, keep, momentum, cell, masked, drawn
+                params, buffers, x, state, time, lengths, mask, training, keep, momentum, cell, masked, drawn, recompute
             )
             residuals = residuals._replace(weights=weights)
         elif by_batch or cell.variant.affine != "shared":
@@ -181,6 +184,7 @@ class Direction:
         cell: RecurrentCell,
         masked: Params,
         drawn: Params,
+        recompute: int | None = None,
     ) -> tuple[Array, State, Buffers, RecurrentResiduals]:
         """The input term and the loop, in the order of the steps."""
         xp = xp_of(x)
@@ -189,10 +193,13 @@ class Direction:
         rows = None if cell.variant.affine == "shared" else rows_of_steps(time, x, self.t_max)
         loop = {**self._loop_params(cell, params), **masked}
         steps = {**given, **drawn, **{name: xp.take(loop.pop(name), rows, axis=0) for name in cell.stepwise()}}
-        u, input_residuals, seen = input_term(cell, self._input_params(cell, params, given, rows), x, mask)
-        (state, outputs), scanned = scan.forward(
-            (u, *(steps[name] for name in cell.given())), state, loop, cell=cell, lengths=lengths, sequences=self.sequences, keep=keep
-        )
+        terms = self._input_params(cell, params, given, rows)
+        u, input_residuals, seen = input_term(cell, terms, x, mask)
+        xs, again = (u, *(steps[name] for name in cell.given())), None if recompute is None or recompute >= x.shape[0] else recompute
+        partly = {} if again is None else {"recompute": again}
+        (state, outputs), scanned = scan.forward(xs, state, loop, cell=cell, lengths=lengths, sequences=self.sequences, keep=keep, **partly)
+        if again is not None:
+            scanned, input_residuals = scanned._replace(term=None), ()
         y, further = (outputs[0], outputs[1:]) if self.sequences else (state[0], outputs)
         if batch and training and x.shape[0] != 0:
             tracked = [name for name, slot in cell.slots.items() if slot.normalizes]
@@ -200,17 +207,25 @@ class Direction:
             counted = _counted_steps(x, lengths, reduce, cell.variant.timed)
             values = _values(x, lengths, reduce, cell.variant.timed) if VALUES in buffers else None
             buffers = update(buffers, inside | ({"norm_ih": seen} if seen else {}), time, counted, momentum, values)
-        return y, state, buffers, RecurrentResiduals(params, {}, x, lengths, rows, input_residuals, scanned)
+        made = None if again is None else (terms, mask, drawn.get("zoneout"))
+        return y, state, buffers, RecurrentResiduals(params, {}, x, lengths, rows, input_residuals, scanned, made)
 
     def vjp(self, residuals: RecurrentResiduals, dy: Array | None, dstate: State, *, training: bool = False) -> tuple[Array, State, Params]:
         """`(dx, dstate, dparams)` from the cotangents of `y` (or `None`) and of the last state."""
-        params, weights, x, lengths, rows, _, scanned = residuals
+        params, weights, x, lengths, rows, _, scanned, again = residuals
         cell = self.cells[training]
+        if again is not None:
+            terms, mask, moves = again
+            cell = self.cells[training if moves is None else 2]
+            u, made, _ = input_term(cell, terms, x, mask)
+            residuals, scanned = residuals._replace(input_slot=made), scanned._replace(term=u)
+            del u
         if not self.sequences and dy is not None:
             dy, dstate = None, (dstate[0] + dy, *dstate[1:])
         if self.reverse and dy is not None and not self.backwards:
             dy = reverse_sequences(dy, lengths)
         (du, *hidden), dstate, shares = scan.vjp(scanned, (dstate, dy), cell=cell)
+        del scanned
         dxw, outside = self._input_term_vjp(cell, residuals, du)
         stepwise = cell.stepwise()
         hidden, by_step = hidden[: len(hidden) - len(stepwise)], dict(zip(stepwise, hidden[len(hidden) - len(stepwise) :], strict=True))

@@ -104,6 +104,16 @@ class ScanResiduals(NamedTuple):
     kept: Any  # per step: (residuals of the cell, active)
 
 
+class SegmentResiduals(NamedTuple):
+    """What a scan that is computed again needs: where each segment began, and what it was given."""
+
+    params: Params
+    term: Any  # the first of `xs`, which is as large as all others: who can make it again may keep it out until the vjp
+    given: tuple[Array, ...]
+    starts: list[Any]  # (steps left, state) before each segment
+    every: int  # steps of a segment
+
+
 @op
 def scan(
     xs: tuple[Array, ...],
@@ -114,19 +124,45 @@ def scan(
     lengths: Array | None = None,
     sequences: bool = True,
     keep: bool = True,
-) -> tuple[tuple[State, tuple[Array, ...]], ScanResiduals]:
+    recompute: int | None = None,
+) -> tuple[tuple[State, tuple[Array, ...]], ScanResiduals | SegmentResiduals]:
     """Run `cell` over the first axis of each array in `xs` (time, batch, …), from `state`.
 
     Returns `(state, outputs)`: the state after each sequence's last step, and the outputs stacked over time: with `sequences` first
     the hidden state (time, batch, hidden), 0 after a sequence's end, then whatever else the cell gives out. `lengths` (batch,) counts
     the steps of each sequence; a sequence that has ended keeps its state. A scan from the end is `reverse_sequences` before and after.
-    Without `keep` there are no residuals and nothing of a step outlives it.
+    Without `keep` there are no residuals and nothing of a step outlives it. With `recompute` the residuals are the states before every
+    so many steps, from which the vjp computes the others again.
     """
-    xp = xp_of(state[0])
+    left = None if lengths is None else xp_of(state[0]).expand_dims(lengths, axis=1)
+    if not keep or recompute is None:
+        (_, state), outputs, kept = loop((left, state), xs, body=_forward(cell, params, sequences, keep))
+        return (state, outputs), ScanResiduals(params, kept)
+    carry, starts, found = (left, state), [], []
+    for segment in _segments(xs, xs[0].shape[0], recompute):
+        starts.append(carry)
+        carry, outputs, _ = loop(carry, segment, body=_forward(cell, params, sequences, False))
+        found.append(outputs)
+    return (carry[1], _joined(found)), SegmentResiduals(params, xs[0], xs[1:], starts, recompute)
+
+
+def _segments(xs: tuple[Array | None, ...], time: int, every: int) -> list[tuple[Array | None, ...]]:
+    """The arrays that there are, of so many steps at a time."""
+    ends = [(t, min(t + every, time)) for t in range(0, max(1, time), every)]
+    return [tuple(None if a is None else a[start:stop, ...] for a in xs) for start, stop in ends]
+
+
+def _joined(parts: list[tuple[Array, ...]]) -> tuple[Array, ...]:
+    """Arrays of segments as those of all steps."""
+    return parts[0] if len(parts) == 1 else tuple(xp_of(column[0]).concat(column) for column in zip(*parts, strict=True))
+
+
+def _forward(cell: Cell, params: Params, sequences: bool, keep: bool) -> Body:
+    """A step, with (steps left, state) for a carry."""
 
     def body(carry: Any, x: Any, _: Any) -> tuple[Any, tuple[Array, ...], Any]:
         left, state = carry
-        active = None if left is None else left > 0
+        active, xp = None if left is None else left > 0, xp_of(state[0])
         new, further, residuals = cell.step(params, state, x, active)
         y = new[0]
         if active is not None:
@@ -135,14 +171,12 @@ def scan(
             left = left - 1
         return (left, new), ((y, *further) if sequences else further), (residuals, active) if keep else None
 
-    left = None if lengths is None else xp.expand_dims(lengths, axis=1)
-    (_, state), outputs, kept = loop((left, state), xs, body=body)
-    return (state, outputs), ScanResiduals(params, kept)
+    return body
 
 
 @scan.backward
 def _(
-    residuals: ScanResiduals,
+    residuals: ScanResiduals | SegmentResiduals,
     cotangents: tuple[State, Array | None],
     *,
     cell: Cell,
@@ -153,8 +187,9 @@ def _(
     the cotangents that the cell's vjp stacks over time, in the order of the loop; of the first state; and of the shared parameters.
     """
     dstate, dy = cotangents
-    params, kept = residuals
+    params = residuals.params
     xp = xp_of(dstate[0])
+    names = cell.shared()
 
     def body(carry: Any, x: Any, kept: Any) -> tuple[Any, tuple[Array, ...], None]:
         dstate, dparams = carry
@@ -169,9 +204,19 @@ def _(
         summed = tuple(d + xp.astype(shares[name], d.dtype, copy=False) for name, d in zip(names, dparams, strict=True))
         return (before, summed), stacked, None
 
-    names = cell.shared()
-    zeros = tuple(xp.zeros_like(params[name], dtype=statistics_dtype(xp, params[name].dtype)) for name in names)
-    (dstate, dparams), stacked, _ = loop((dstate, zeros), (dy,), kept, body=body, reverse=True)
+    carry = dstate, tuple(xp.zeros_like(params[name], dtype=statistics_dtype(xp, params[name].dtype)) for name in names)
+    if isinstance(residuals, ScanResiduals):
+        carry, stacked, _ = loop(carry, (dy,), residuals.kept, body=body, reverse=True)
+    else:
+        found: list[tuple[Array, ...]] = []
+        terms = (residuals.term, *residuals.given)
+        parts = [_segments(arrays, terms[0].shape[0], residuals.every) for arrays in (terms, (dy,))]
+        for start, segment, own in reversed([*zip(residuals.starts, *parts, strict=True)]):
+            _, _, kept = loop(start, segment, body=_forward(cell, params, False, True))
+            carry, stacked, _ = loop(carry, own, kept, body=body, reverse=True)
+            found.insert(0, stacked)
+        stacked = _joined(found)
+    dstate, dparams = carry
     return stacked, dstate, {n: xp.astype(d, params[n].dtype, copy=False) for n, d in zip(names, dparams, strict=True)}
 
 

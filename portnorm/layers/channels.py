@@ -10,7 +10,7 @@ import numpy
 from portnorm.arrays import Array, DType, Namespace, device_of, xp_of
 from portnorm.errors import ShapeError
 from portnorm.layers.norms import Norm
-from portnorm.layers.pure import Arrays
+from portnorm.layers.pure import Arrays, Keep
 from portnorm.norm.arguments import checked_eps
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.batch_renorm import batch_renorm, checked_bounds
@@ -163,7 +163,7 @@ class InstanceNorm(_Tracking):
         state: Any,
         lengths: Counted,
         training: bool,
-        keep: bool,
+        keep: Keep,
         random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         y, state, buffers, residuals = super().forward(params, buffers, x, state, lengths, training, keep, random)

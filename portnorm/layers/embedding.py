@@ -7,7 +7,7 @@ from typing import Any
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, normal
 from portnorm.layers.layer import StatelessLayer
-from portnorm.layers.pure import Arrays
+from portnorm.layers.pure import Arrays, Keep
 from portnorm.lookup import embedding
 from portnorm.padding import Counted
 from portnorm.quantization import SCHEMES, QuantizeName, checked_quantize, fake_quantize
@@ -61,7 +61,7 @@ class Embedding(StatelessLayer):
         state: Any,
         lengths: Counted,
         training: bool,
-        keep: bool,
+        keep: Keep,
         random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         weight = params["weight"]

@@ -35,7 +35,7 @@ from portnorm.dtypes import (
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.arguments import called, check_names, checked_call
 from portnorm.layers.initial import Generator
-from portnorm.layers.pure import Arrays, Pure, constants
+from portnorm.layers.pure import Arrays, Pure, constants, kept_of
 from portnorm.layers.randomness import uniform_numbers
 from portnorm.layers.summary import Call, Calls, Shape, Summary, SummaryRow, summarized
 from portnorm.op import require_cotangent
@@ -159,15 +159,25 @@ class Layer(Pure):
         return (y, state) if self.recurrent else y
 
     def vjp(
-        self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
+        self,
+        x: Array,
+        state: Any = None,
+        lengths: Any = None,
+        *,
+        mask: Array | None = None,
+        training: bool = False,
+        rng: Any = None,
+        recompute: int | None = None,
     ) -> Any:
         """`y, pullback` with `dx, grads = pullback(dy)`; recurrent: `y, state, pullback` with `dx, dstate, grads = pullback(dy, dstate)`.
 
         Either cotangent of a recurrent layer may be `None` for zero. `grads` has the names of `parameters()`.
+        `recompute=k` saves memory: recurrent layers keep the state before every k-th step alone, and `pullback` computes the steps between
+        again, bit by bit as they were. Some tens of steps are a good k.
         """
-        lengths = self._checked(x, state, lengths, mask)
+        lengths, keep = self._checked(x, state, lengths, mask), kept_of(recompute)
         random = uniform_numbers(self, self.params, x, rng) if training and self.drops else None
-        y, out, buffers, pure = self._applied_vjp(self.params, self.buffers, x, state, lengths, training, random)
+        y, out, buffers, pure = self._applied_vjp(self.params, self.buffers, x, state, lengths, training, random, keep)
         if training and not self.evaluates:
             self._keep(constants(buffers))
 
@@ -443,7 +453,15 @@ class StatelessLayer(Layer):
         ) -> Array: ...
 
         def vjp(
-            self, x: Array, state: None = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
+            self,
+            x: Array,
+            state: None = None,
+            lengths: Any = None,
+            *,
+            mask: Array | None = None,
+            training: bool = False,
+            rng: Any = None,
+            recompute: int | None = None,
         ) -> tuple[Array, Callable[[Array], tuple[Array | None, Arrays]]]: ...
 
 

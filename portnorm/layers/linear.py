@@ -9,7 +9,7 @@ from portnorm.affine import linear
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.layers.initial import Generator, generator, uniform
 from portnorm.layers.layer import StatelessLayer
-from portnorm.layers.pure import Arrays
+from portnorm.layers.pure import Arrays, Keep
 from portnorm.padding import Counted
 from portnorm.quantization import SCHEMES, QuantizeName, checked_quantize, fake_quantize, integer_product
 from portnorm.scalars import switch, whole_number
@@ -60,7 +60,7 @@ class Linear(StatelessLayer):
         state: Any,
         lengths: Counted,
         training: bool,
-        keep: bool,
+        keep: Keep,
         random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         weight, bias = params["weight"], params.get("bias")

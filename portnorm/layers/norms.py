@@ -9,7 +9,7 @@ import numpy
 from portnorm.arrays import Array, DType, Namespace
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.layer import StatelessLayer
-from portnorm.layers.pure import Arrays
+from portnorm.layers.pure import Arrays, Keep
 from portnorm.norm.arguments import checked_eps
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
@@ -63,7 +63,7 @@ class Norm(StatelessLayer):
         state: Any,
         lengths: Counted,
         training: bool,
-        keep: bool,
+        keep: Keep,
         random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         attributes = self.attributes(buffers, x, lengths, training)

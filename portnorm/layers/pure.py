@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from portnorm.arrays import Array, Narrow, constant, library, namespace, xp_of
 from portnorm.dtypes import require_floating
 from portnorm.layers.randomness import Draw, uniform_numbers
 from portnorm.padding import Counted, Mask, leading, mask_of, steps_of, valid, without_padding
-from portnorm.scalars import switch
+from portnorm.scalars import switch, whole_number
 
 Arrays = dict[str, Array]
+
+
+class Every(NamedTuple):
+    """Keep the states before every so many steps, from which the vjp computes the others again."""
+
+    steps: int
+
+
+Keep = bool | Every
+"""What a forward pass keeps for a backward one: nothing, everything, or that."""
 
 
 class Pure:
@@ -52,7 +62,7 @@ class Pure:
         state: Any,
         lengths: Counted,
         training: bool,
-        keep: bool,
+        keep: Keep,
         random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         """`(y, state, buffers, residuals)`; without `keep` the residuals are not needed. `lengths` may be a `Mask` in its stead.
@@ -126,23 +136,36 @@ class Pure:
         training: bool = False,
         *,
         rng: Any = None,
+        recompute: int | None = None,
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
-        """`(y, state, buffers, pullback)` with `dx, dstate, grads = pullback(dy, dstate)`: what `apply` computes, with its vjp."""
+        """`(y, state, buffers, pullback)` with `dx, dstate, grads = pullback(dy, dstate)`: what `apply` computes, with its vjp.
+
+        `recompute` as in `vjp`.
+        """
         self._check_given(params, buffers)
         self._require_array(x)
+        keep = kept_of(recompute)
         random = uniform_numbers(self, params, x, rng) if training and self.drops else None
-        return self._applied_vjp(params, buffers, x, state, lengths, training, random)
+        return self._applied_vjp(params, buffers, x, state, lengths, training, random, keep)
 
     def _applied_vjp(
-        self, params: Arrays, buffers: Arrays, x: Array, state: Any, lengths: Counted, training: bool, random: Arrays | None = None
+        self,
+        params: Arrays,
+        buffers: Arrays,
+        x: Array,
+        state: Any,
+        lengths: Counted,
+        training: bool,
+        random: Arrays | None = None,
+        keep: Keep = True,
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         training = self._trains(training)
         narrow = library(x).narrow
         if narrow is not None and self._is_widened(narrow, params, x, lengths):
-            return self._narrowly_applied_vjp(narrow, params, buffers, x, state, lengths, training, random)
+            return self._narrowly_applied_vjp(narrow, params, buffers, x, state, lengths, training, random, keep)
         if lengths is not None:
             x = without_padding(x, self.valid(x, lengths))
-        y, out, new, residuals = self.forward(params, buffers, x, state, lengths, training, True, random)
+        y, out, new, residuals = self.forward(params, buffers, x, state, lengths, training, keep, random)
         there = None if lengths is None else self._there(y, lengths)
         y = y if there is None else xp_of(y).where(there, y, 0.0)
 
@@ -168,10 +191,11 @@ class Pure:
         lengths: Counted,
         training: bool,
         random: Arrays | None,
+        keep: Keep,
     ) -> tuple[Array, Any, Arrays, Callable[..., tuple[Array | None, Any, Arrays]]]:
         """`_applied_vjp` in the wider type, whose results and cotangents are rounded."""
         wide = narrow.wide
-        y, out, new, widely = self._applied_vjp(wide(params), wide(buffers), wide(x), wide(state), lengths, training, random)
+        y, out, new, widely = self._applied_vjp(wide(params), wide(buffers), wide(x), wide(state), lengths, training, random, keep)
 
         def pullback(dy: Array | None, dstate: Any = None) -> tuple[Array | None, Any, Arrays]:
             dx, dbefore, grads = widely(wide(dy), wide(dstate))
@@ -222,6 +246,11 @@ class Pure:
     def _check_given(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> None:
         """Raise `CheckpointError` unless both mappings have the names and shapes of the layer's, and no others."""
         raise NotImplementedError
+
+
+def kept_of(recompute: Any) -> Keep:
+    """What a call with this `recompute` keeps; raises `UnsupportedError` for what is no number of steps."""
+    return True if recompute is None else Every(whole_number("recompute", recompute, 1))
 
 
 def constants(arrays: Arrays) -> Arrays:

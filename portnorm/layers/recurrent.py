@@ -98,7 +98,15 @@ class Recurrent(Stack):
         ) -> tuple[Array, State]: ...
 
         def vjp(
-            self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
+            self,
+            x: Array,
+            state: Any = None,
+            lengths: Any = None,
+            *,
+            mask: Array | None = None,
+            training: bool = False,
+            rng: Any = None,
+            recompute: int | None = None,
         ) -> tuple[Array, State, Callable[..., tuple[Array, State, Arrays]]]: ...
 
     def __init__(

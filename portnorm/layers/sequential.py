@@ -9,7 +9,7 @@ from portnorm.arrays import Array, DType, Namespace, name_of, xp_of
 from portnorm.errors import ShapeError, UnsupportedError
 from portnorm.layers.initial import Generator, generator
 from portnorm.layers.layer import Layer
-from portnorm.layers.pure import Arrays
+from portnorm.layers.pure import Arrays, Keep
 from portnorm.layers.randomness import Draw
 from portnorm.layers.summary import Calls
 from portnorm.padding import Counted, Mask, steps_of
@@ -141,7 +141,7 @@ class Sequential(Layer):
         state: Any,
         lengths: Counted,
         training: bool,
-        keep: bool,
+        keep: Keep,
         random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         if len({part.batch_first for part in self.parts if part.recurrent}) > 1:

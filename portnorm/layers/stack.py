@@ -14,7 +14,7 @@ from portnorm.dtypes import default_integer
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.names import in_direction, with_suffix, without_suffix
-from portnorm.layers.pure import Arrays
+from portnorm.layers.pure import Arrays, Every, Keep
 from portnorm.layers.randomness import Draw, Drawn
 from portnorm.layers.state import PlacedState, checked_time
 from portnorm.norm.normalize import Reduce
@@ -165,7 +165,7 @@ class Stack(Layer):
         state: Any,
         lengths: Counted,
         training: bool,
-        keep: bool,
+        keep: Keep,
         random: Arrays | None = None,
     ) -> tuple[Array, Any, Arrays, Any]:
         self._check_input(x, training)
@@ -190,7 +190,17 @@ class Stack(Layer):
                 del own[name]
             masks = {} if drawn is None else drawn.of_place(k)
             y, after, buffered, residual = direction.forward(
-                own, kept, x, states[k], time=time, lengths=lengths, training=training, keep=keep, momentum=self.momentum, **masks
+                own,
+                kept,
+                x,
+                states[k],
+                time=time,
+                lengths=lengths,
+                training=training,
+                keep=bool(keep),
+                recompute=keep.steps if isinstance(keep, Every) else None,
+                momentum=self.momentum,
+                **masks,
             )
             if residual is not None:
                 residuals.append(residual)

@@ -101,6 +101,7 @@ def backward(
     size = dh.shape[1]
     sums, row = room.sums, room.row.reshape(3 * size)
     for t in range(start - 1, stop - 1, -1):
+        k = t % gates.shape[0]
         for b in range(first, last):
             d, over = dx[t, b], dhidden[t, b]
             if not arrives(t, b, back, dy, lengths, dh):
@@ -108,6 +109,6 @@ def backward(
                 fill(over, 0)
                 continue
             found = (*_gates(d), over[2 * size :], dh[b])
-            _cotangents(size, (dh[b], *_gates(gates[t, b]), reset[t, b], h[t, b]), found)
+            _cotangents(size, (dh[b], *_gates(gates[k, b]), reset[k, b], h[t, b]), found)
             copy(d[: 2 * size], over[: 2 * size])
         hidden_back(first, last, t, hidden, shares, lengths, dx, dhidden, sums, row, packed, back, room.near)

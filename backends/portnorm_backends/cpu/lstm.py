@@ -200,10 +200,11 @@ def backward(
     batch, size = dh.shape
     sums, narrow, row, inside, small = room.sums, room.narrow, room.row.reshape(4 * size), room.states, room.small
     for t in range(start - 1, stop - 1, -1):
+        k, before = t % gates.shape[0], t % c.shape[0]
         for b in range(first, last):
             if not arrives(t, b, back, dy, lengths, dh):
                 continue
-            _out_of_cell(size, (dh[b], gates[t, b, 3 * size :], tanh_c[t, b]), (dx[t, b, 3 * size :], inside[b]))
+            _out_of_cell(size, (dh[b], gates[k, b, 3 * size :], tanh_c[k, b]), (dx[t, b, 3 * size :], inside[b]))
             fill(dh[b], 0)
             if cell.mode == NONE or not copies:
                 add(size, (inside[b], dc[b]), (dc[b],))
@@ -222,8 +223,8 @@ def backward(
         for b in range(first, last):
             d = dx[t, b]
             if runs(lengths, b, t):
-                (i, f, g, _), (di, df, dg, _) = _gates(gates[t, b]), _gates(d)
-                _into_gates(size, (dc[b], i, f, g, c[t, b]), (di, df, dg, dc[b]))
+                (i, f, g, _), (di, df, dg, _) = _gates(gates[k, b]), _gates(d)
+                _into_gates(size, (dc[b], i, f, g, c[before, b]), (di, df, dg, dc[b]))
             else:
                 fill(d, 0)
             if dhidden.size:

@@ -67,7 +67,9 @@ def _compiled(module: str) -> Any:
 
 
 class LoopResiduals(NamedTuple):
-    """What the vjp of the loop needs. Arrays of all steps are (time, batch, …)."""
+    """What the vjp of the loop needs. Arrays of all steps are (time, batch, …); all but h have the steps of one segment, in turns, where
+    `starts` says how each began.
+    """
 
     params: Params
     lengths: NumPyArray
@@ -76,10 +78,20 @@ class LoopResiduals(NamedTuple):
     gates: NumPyArray
     inner: NumPyArray  # tanh(c), or what the reset gate is multiplied with
     slots: tuple[Any, ...]
+    term: NumPyArray | None = None  # the input term, for segments that are computed again
+    starts: NumPyArray | None = None  # c before each segment
 
 
 def _accepts(
-    xs: tuple[Array, ...], state: State, params: Params, *, cell: Any, lengths: Any = None, sequences: bool = True, keep: bool = True
+    xs: tuple[Array, ...],
+    state: State,
+    params: Params,
+    *,
+    cell: Any,
+    lengths: Any = None,
+    sequences: bool = True,
+    keep: bool = True,
+    recompute: int | None = None,
 ) -> bool:
     """A cell in its plain form or with normalizers of rows or of the batch, on arrays of one type, and at least one step."""
     u, *given = xs
@@ -165,8 +177,8 @@ def _is_known(cell: Any) -> bool:
     return plain and known and (type(cell) is not GRUCell or (v.reset, v.update) == ("after", "keep"))
 
 
-def _slot(cell: RecurrentCell, name: str, shape: tuple[int, ...], given: Any, params: Params, keep: bool) -> Any:
-    """A slot as the kernels take it, with room for what it finds."""
+def _slot(cell: RecurrentCell, name: str, shape: tuple[int, ...], given: Any, params: Params, kept: int) -> Any:
+    """A slot as the kernels take it, with room for what it finds in so many steps."""
     (time, batch, _), weights = shape, params["weight_hh"]
     slot, dtype, size = cell.slots.get(name), weights.dtype, weights.shape[1] * cell.width(name)
     idle = _idle(dtype, size)
@@ -176,7 +188,6 @@ def _slot(cell: RecurrentCell, name: str, shape: tuple[int, ...], given: Any, pa
     own = {p: writable(params[f"{name}.{p}"]) for p in slot.parameters()}
     weight, bias, mode = own.get("weight", weight), own.get("bias", bias), SHIFT
     if slot.normalizes:
-        kept = time if keep else 1
         room = memory.room((kept, batch, size), dtype)
         if not slot.is_batch:
             ends, mode = _ends(slot.partition, size), ROWS
@@ -214,17 +225,23 @@ def _forward(
     lengths: Any = None,
     sequences: bool = True,
     keep: bool = True,
+    recompute: int | None = None,
 ) -> tuple[tuple[State, tuple[Array, ...]], Any]:
     whole = Terms(writable(xs[0]), 0, 0)
-    found = _run(xs[0].shape, lambda *_: (xs[0].shape[0], lambda *_: whole), xs[1:], state, params, cell, lengths, sequences, keep)
-    return scan.definition(xs, state, params, cell=cell, lengths=lengths, sequences=sequences, keep=keep) if found is None else found
+    kept = 0 if not keep else xs[0].shape[0] if recompute is None else min(recompute, xs[0].shape[0])
+    found = _run(xs[0].shape, lambda *_: (xs[0].shape[0], lambda *_: whole), xs[1:], state, params, cell, lengths, sequences, kept)
+    if found is None:
+        attrs = {"cell": cell, "lengths": lengths, "sequences": sequences, "keep": keep, "recompute": recompute}
+        return scan.definition(xs, state, params, **attrs)
+    results, residuals = found
+    return results, residuals._replace(term=whole.u) if keep and kept < xs[0].shape[0] else residuals
 
 
 def _forward_of_inputs(
     x: Array, params: Params, state: State, loop: Params, *, cell: Any, lengths: Any = None, sequences: bool = True
 ) -> tuple[tuple[State, tuple[Array, ...]], None]:
     shape = (*x.shape[:2], params["weight_ih"].shape[0])
-    found = _run(shape, _input_terms(x, params, cell), (), state, loop, cell, lengths, sequences, False)
+    found = _run(shape, _input_terms(x, params, cell), (), state, loop, cell, lengths, sequences, 0)
     return linear_scan.definition(x, params, state, loop, cell=cell, lengths=lengths, sequences=sequences) if found is None else found
 
 
@@ -268,34 +285,31 @@ def _run(
     cell: Any,
     lengths: Any,
     sequences: bool,
-    keep: bool,
+    keep: int,
 ) -> tuple[tuple[State, tuple[Array, ...]], Any] | None:
-    """The loop over input terms of this shape; `None` where a variance left its range."""
+    """The loop over input terms of this shape, of which a vjp finds so many steps kept; `None` where a variance left its range."""
     weights = params["weight_hh"]
     (time, batch, features), size, dtype = shape, weights.shape[1], weights.dtype
     counts = numpy.zeros(0, dtype=numpy.int64) if lengths is None else numpy.array(lengths, dtype=numpy.int64)
-    kept = time if keep else 1
+    kept = max(1, keep)
     h, a = _from(state[0], time if keep or (sequences and lengths is None) else 1), memory.aligned((batch, features), dtype)
     y = memory.room((time, batch, size) if sequences and lengths is not None else (0, 0, 0), dtype)
     c = _from(state[1], kept) if len(state) > 1 else None
-    slots = tuple(_slot(cell, name, shape, given, params, keep) for name in _LOOPS[type(cell)].slots)
+    slots = tuple(_slot(cell, name, shape, given, params, kept) for name in _LOOPS[type(cell)].slots)
     unread = not keep and type(cell) is LSTMCell and all(slot.mode <= SHIFT for slot in slots)
     gates, inner = (memory.room((0, 0, 0) if unread else (kept, batch, n), dtype) for n in (features, size))
     packed = _packed(h[0], weights, slots[0].bias if slots[0].mode == SHIFT else None, time, a)
     function, entry = _compiled(_LOOPS[type(cell)].module).forward, _compiled("compiling").entry
-    own: tuple[Any, ...] = slots
-    if type(cell) is LSTMCell:
-        own = (c, gates, inner, *slots, cell.variant.cell == "copy")
-    elif type(cell) is GRUCell:
-        own = (gates, inner, *slots)
+    own = _of_cell(cell, c, gates, inner, slots)
+    starts = None if c is None or not 0 < keep < time else numpy.empty((-(-time // keep), batch, size), dtype)
     fine = []
 
     def through(first: int, last: int) -> None:
         room = rooms(cell.gates, size, batch, dtype, _compiled("products").near(last - first, size, dtype))
         count, of_steps = feed(first, last)
-        count = min(count, _steps_at_once(batch, weights))
-        for t in range(0, time, count):
-            stop = min(t + count, time)
+        for t, stop in _chunks(0, time, min(count, _steps_at_once(batch, weights)), keep or time):
+            if starts is not None and c is not None and t % keep == 0:
+                starts[t // keep, first:last] = c[t % c.shape[0], first:last]
             terms = of_steps(t, stop)
             arguments = (t, stop, first, last, packed, room, terms, counts, a, h, y, *own)
             fine.append(terms is not None and entry(function, dtype, arguments)(*arguments))
@@ -307,8 +321,21 @@ def _run(
         return None
     last = (h[time % h.shape[0]].copy(), *(() if c is None else (c[time % c.shape[0]].copy(),)))
     hidden = () if not sequences else (h[1:],) if lengths is None else (y,)
-    residuals = LoopResiduals(params, counts, h, c, gates, inner, slots) if keep else None
+    residuals = LoopResiduals(params, counts, h, c, gates, inner, slots, None, starts) if keep else None
     return (last, (*hidden, *_statistics(cell, slots, counts, batch))), residuals
+
+
+def _of_cell(cell: Any, c: Any, gates: Any, inner: Any, slots: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What the forward loop of a cell takes beside that of all."""
+    if type(cell) is LSTMCell:
+        return (c, gates, inner, *slots, cell.variant.cell == "copy")
+    return (gates, inner, *slots) if type(cell) is GRUCell else slots
+
+
+def _chunks(start: int, stop: int, count: int, segment: int) -> list[tuple[int, int]]:
+    """Steps from `start` to before `stop` in parts of at most `count`, none of which lies in two segments."""
+    ends = sorted({*range(start + segment, stop, segment), stop})
+    return [(t, min(t + count, end)) for begin, end in itertools.pairwise((start, *ends)) for t in range(begin, end, count)]
 
 
 def _packed(h: NumPyArray, weights: NumPyArray, shift: NumPyArray | None, time: int, a: NumPyArray) -> NumPyArray:
@@ -356,15 +383,15 @@ def _statistics(cell: RecurrentCell, slots: tuple[Any, ...], counts: NumPyArray,
 def _vjp(
     residuals: LoopResiduals, cotangents: tuple[State, Array | None], *, cell: Any, **attrs: Any
 ) -> tuple[tuple[Array, ...], State, Params]:
-    params, counts, h, c, gates, inner, slots = residuals
+    params, counts, h, c, gates, inner, slots, term, starts = residuals
     dstate, dy = cotangents
-    weights, (time, batch, _), dtype = params["weight_hh"], gates.shape, h.dtype
+    weights, (kept, batch, features), dtype, time = params["weight_hh"], gates.shape, h.dtype, h.shape[0] - 1
     none = numpy.empty((0, 0, 0), dtype=dtype)
     dh, *dothers = (numpy.array(d, dtype=dtype, order="C") for d in dstate)
     given = none if dy is None else writable(dy.astype(dtype, copy=False))
-    back, dx = numpy.zeros(dh.shape, dtype=dtype), memory.room(gates.shape, dtype)
+    back, dx = numpy.zeros(dh.shape, dtype=dtype), memory.room((time, batch, features), dtype)
     apart = type(cell) is GRUCell or slots[0].mode > SHIFT
-    dhidden = memory.room(gates.shape, dtype) if apart else none
+    dhidden = memory.room(dx.shape, dtype) if apart else none
     function, entry = _compiled(_LOOPS[type(cell)].module).backward, _compiled("compiling").entry
     own: tuple[Any, ...] = (h, *slots)
     further: tuple[Any, ...] = ()
@@ -373,15 +400,29 @@ def _vjp(
     elif type(cell) is GRUCell:
         own = (h, gates, inner, *slots)
     packed, count, shares = _compiled("products").pack(weights), _steps_at_once(batch, weights), list[tuple[Shares, ...]]()
+    if kept < time:
+        a, forward = memory.aligned((batch, features), dtype), _compiled(_LOOPS[type(cell)].module).forward
+        weighed = _packed(h[0], weights, slots[0].bias if slots[0].mode == SHIFT else None, time, a)
+        terms, before = Terms(term, 0, 0), _of_cell(cell, c, gates, inner, slots)
 
     def through(first: int, last: int) -> None:
         room = rooms(cell.gates, dh.shape[1], batch, dtype, _compiled("products").near(last - first, weights.shape[0], dtype))
         parts = tuple(_shares(s.weight.size, dtype) for s in slots)
         shares.append(parts)
-        for t in range(time, 0, -count):
-            steps = (t, max(t - count, 0), first, last, packed, room, given, counts, back, dh)
-            arguments = (*steps, *own, *parts, dx, dhidden, *further)
-            entry(function, dtype, arguments)(*arguments)
+        for begin in reversed(range(0, time, kept)):
+            chunks = _chunks(begin, min(begin + kept, time), count, kept)
+            if kept < time:
+                if starts is not None and c is not None:
+                    c[begin % c.shape[0], first:last] = starts[begin // kept, first:last]
+                near = _compiled("products").near(last - first, dh.shape[1], dtype)
+                again = rooms(cell.gates, dh.shape[1], batch, dtype, near)
+                for t, stop in chunks:
+                    arguments = (t, stop, first, last, weighed, again, terms, counts, a, h, none, *before)
+                    entry(forward, dtype, arguments)(*arguments)
+            for stop, t in reversed(chunks):
+                steps = (t, stop, first, last, packed, room, given, counts, back, dh)
+                arguments = (*steps, *own, *parts, dx, dhidden, *further)
+                entry(function, dtype, arguments)(*arguments)
 
     threads.each(_ranges(time, batch, weights, slots), through)
     dh += back

@@ -159,7 +159,7 @@ def collected(slot: Any, shares: Any, t: int, b: int, dy: Any) -> None:
     if slot.mode == SHIFT:
         add(dy.size, (dy, bias), (bias,))
     elif slot.mode != NONE:
-        _add_shares(dy.size, (dy, slot.xhat[t, b], weight, bias), (weight, bias))
+        _add_shares(dy.size, (dy, slot.xhat[t % slot.xhat.shape[0], b], weight, bias), (weight, bias))
     shares.rows[0] += 1
     if shares.rows[0] == GROUP:
         _gathered(slot, shares)
@@ -199,16 +199,17 @@ def counted(slot: Any, shares: Any, t: int, lengths: Any, batch: int, room: Any)
 @compiled()
 def denormalized(slot: Any, t: int, b: int, dy: Any, room: Any, dz: Any) -> None:
     """The cotangent of what a row was normalized from; `dz` is not `dy`."""
-    xhat = slot.xhat[t, b]
+    k = t % slot.xhat.shape[0]
+    xhat = slot.xhat[k, b]
     if slot.mode == ROWS:
         for p in range(slot.ends.size - 1):
             i, j = slot.ends[p], slot.ends[p + 1]
             n, given = j - i, (dy[i:j], slot.weight[i:j], xhat[i:j])
             first, second = _sums(n, given)
             first = first / n if slot.center else 0.0
-            _row_cotangent(n, (*given, first, second / n, slot.rstd[t, b, p]), (dz[i:j],))
+            _row_cotangent(n, (*given, first, second / n, slot.rstd[k, b, p]), (dz[i:j],))
     else:
-        _feature_cotangent(dz.size, (dy, slot.weight, xhat, room[0], room[1], slot.rstd[t, 0]), (dz,))
+        _feature_cotangent(dz.size, (dy, slot.weight, xhat, room[0], room[1], slot.rstd[k, 0]), (dz,))
 
 
 @compiled()

@@ -60,7 +60,9 @@ class _Shape(NamedTuple):
 def accepts(
     xs: Any, state: Any, params: Any, *, cell: Any, lengths: Any = None, sequences: bool = True, keep: bool = True, **attrs: Any
 ) -> bool:
-    """The three cells with the usual places of normalizers and biases; floating values of one dtype, and at least one step."""
+    """The three cells with the usual places of normalizers and biases; floating values of one dtype, and at least one step, all kept."""
+    if attrs.get("recompute") is not None:
+        return False
     if type(cell) not in _CELLS or not set(params) <= _PARAMETERS or not {"norm_hn", "norm_n"}.isdisjoint(cell.slots):
         return False
     v = cell.variant
