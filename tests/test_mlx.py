@@ -62,7 +62,8 @@ def test_grad_vmap_and_checkpoint_of_an_op(case: OpCase, mx: Any, rng: np.random
         arguments = arrays_of(mx, given)
         for k, a in zip(places, changed, strict=True):
             arguments[k] = a
-        return mx.sum(case.op(*arguments, **fixed) * weight)
+        y = case.op(*arguments, **fixed) * weight
+        return mx.sum(y) if y.size else mx.array(0.0)  # MLX itself does not always come back from an empty one
 
     wanted, numbers = [mx.array(given[k]) for k in places], tuple(range(len(places)))
     assert_same(mx.grad(value, numbers)(*wanted), expected)

@@ -32,7 +32,7 @@ DOORS = {
 
 GUIDES = {
     "variants.md": (4, set()),
-    "training.md": (5, {"run.safetensors", "own.safetensors"}),
+    "training.md": (6, {"run.safetensors", "own.safetensors"}),
     "weights.md": (2, set()),
     "accuracy.md": (1, set()),
     "arrays.md": (1, set()),
