@@ -127,7 +127,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.waiting: list[_Helper] = []
-        self.starting, self.started = threading.Lock(), 0
+        self.starting, self.started = threading.RLock(), 0
 
     def helper(self) -> _Helper | None:
         """One that waits, or a new one; `None` where all that there may be are at work, or none can be started."""
