@@ -7,41 +7,32 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 from portnorm.arrays import without_kernels
-from portnorm.bench.engines import ENGINES, FLOORS, Run
-from portnorm.bench.works import NORMS, Work
-from portnorm.op import vjp
+from portnorm.bench.engines import ENGINES, FLOORS
+from portnorm.bench.works import Run, Work
 
 
-def expected(work: Work) -> list[Any]:
-    """What a work gives, by the definitions in float64."""
+def expected(work: Work) -> Sequence[Any]:
+    """What a work gives, by this library's definitions in float64. The peers are written without them, and have to give the same."""
     data = {name: value.astype(numpy.float64) for name, value in work.data().items()}
     with without_kernels(numpy.ndarray):
-        if work.recurrent:
-            layer = work.layer("float64")
-            layer.load_state_dict({name: data[name] for name in layer.parameters()} | layer.buffers)
-            training = work.backward or work.what == "BN-LSTM"
-            y, _, pullback = layer.vjp(data["x"], training=training)
-            return [y, pullback(data["dy"])[0]] if work.backward else [y]
-        groups = (8,) if work.what == "GN" else ()
-        y, pullback = vjp(NORMS[work.what], data["x"], *groups, data["weight"], data["bias"])
-        return [y, pullback(data["dy"])[0]] if work.backward else [y]
+        run = ENGINES["portnorm"].make(work, data)
+        assert run is not None
+        return run()
 
 
 def difference(name: str, work: Work) -> float:
     """The largest difference from float64, relative to the largest value."""
     run = ENGINES[name].make(work, work.data())
     assert run is not None
-    found = run()
-    found = found if work.backward else (found,)
-    return max(
-        float(numpy.max(numpy.abs(numpy.asarray(a) - e)) / numpy.max(numpy.abs(e))) for a, e in zip(found, expected(work), strict=True)
-    )
+    pairs = zip(map(numpy.asarray, run()), expected(work), strict=True)
+    return max(float(numpy.max(numpy.abs(a.reshape(e.shape) - e)) / numpy.max(numpy.abs(e))) for a, e in pairs)
 
 
 def peak_kilobytes() -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
 from portnorm.cells.variants import NormName
+from portnorm.dtypes import float32_value
 from portnorm.layers.recurrent import GRU, LSTM, Recurrent
 from portnorm.norm.batch import batch_norm
 from portnorm.norm.group import group_norm
@@ -17,8 +19,13 @@ from portnorm.op import Op
 
 Arrays = dict[str, numpy.ndarray[Any, Any]]
 
+Run = Callable[[], Sequence[Any]]
+"""Computes once, and gives `(y,)`, or with a backward pass `(y, dx)`, as anything that NumPy takes."""
+
 NORMS: dict[str, Op[..., Any]] = {"LN": layer_norm, "BN": batch_norm, "GN": group_norm}
 GROUPS = 8
+EPS = float32_value(1e-5)
+"""ε as this library takes it, so that the same is computed in float64."""
 CELLS: dict[str, tuple[type[Recurrent], NormName | None]] = {
     "LSTM": (LSTM, None),
     "LN-LSTM": (LSTM, "layer"),
@@ -43,6 +50,21 @@ class Work:
     @property
     def recurrent(self) -> bool:
         return self.what in CELLS
+
+    @property
+    def room(self) -> str:
+        """What kind of work it is: each engine has a function for the kinds that it knows."""
+        return "sequence" if self.recurrent else "norm"
+
+    @property
+    def hidden(self) -> int:
+        """The features of a recurrent work's state."""
+        return self.shape[3]
+
+    @property
+    def states(self) -> int:
+        """How many arrays a recurrent work's state is."""
+        return 2 if "LSTM" in self.what else 1
 
     @property
     def bytes(self) -> int:
