@@ -24,16 +24,16 @@ def matmuls(work: Work, data: Arrays) -> Run | None:
     """The matrix products of a recurrent layer by NumPy, and nothing else."""
     if not work.recurrent:
         return None
-    x, w, v = data["x"], data["weight_ih_l0"], data["weight_hh_l0"]
-    rows, h = x.reshape(-1, x.shape[2]), numpy.zeros((x.shape[1], v.shape[1]), x.dtype)
-    a, all_a, all_h = (numpy.zeros(shape, x.dtype) for shape in ((len(h), len(v)), (len(rows), len(v)), (len(rows), v.shape[1])))
+    x, w, v, (time, batch, inputs, hidden) = data["x"], data["weight_ih_l0"], data["weight_hh_l0"], work.sizes
+    rows, h = x.reshape(-1, inputs), numpy.zeros((batch, hidden), x.dtype)
+    a, all_a, all_h = (numpy.zeros(shape, x.dtype) for shape in ((batch, len(v)), (len(rows), len(v)), (len(rows), hidden)))
 
     def run() -> tuple[()]:
         numpy.matmul(rows, w.T)
-        for _ in range(len(x)):
+        for _ in range(time):
             numpy.matmul(h, v.T, out=a)
         if work.backward:
-            for _ in range(len(x)):
+            for _ in range(time):
                 numpy.matmul(a, v, out=h)
             numpy.matmul(all_a.T, all_h)
             numpy.matmul(all_a.T, rows)

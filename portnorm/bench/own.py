@@ -8,41 +8,55 @@ import numpy
 
 import portnorm
 from portnorm.bench import peer_onnxruntime
-from portnorm.bench.works import GROUPS, NORMS, Arrays, Run, Work
+from portnorm.bench.works import ADAM, GROUPS, NORMS, UPDATES, Arrays, Run, Work
 from portnorm.op import vjp
 
 
 def make(work: Work, data: Arrays) -> Run | None:
-    return {"norm": _norm, "sequence": _sequence}[work.room](work, data)
+    return {"norm": _norm, "sequence": _sequence, "step": _step, "update": _update}[work.room](work, data)
 
 
 def _norm(work: Work, data: Arrays) -> Run:
-    arguments = _norm_arguments(work, data)
+    op, (arguments, options) = NORMS[work.what], _call(work, data)
     if not work.backward:
-        return lambda: (NORMS[work.what](*arguments),)
+        return lambda: (op(*arguments, **options),)
 
     def both() -> Any:
-        y, pullback = vjp(NORMS[work.what], *arguments)
+        y, pullback = vjp(op, *arguments, **options)
         return y, pullback(data["dy"])[0]
 
     return both
 
 
-def _norm_arguments(work: Work, data: Arrays) -> tuple[Any, ...]:
+def _call(work: Work, data: Arrays) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a normalization."""
+    options: dict[str, Any] = {name: data[name] for name in ("mean", "var", "mask") if name in data}
+    if work.kind == "with mask":
+        options["channel_axis"] = 2
     groups = (GROUPS,) if work.what == "GN" else ()
-    return data["x"], *groups, data["weight"], data["bias"]
+    return (data["x"], *groups, data["weight"], data["bias"]), options
 
 
 def _sequence(work: Work, data: Arrays) -> Run:
-    layer, x, dy = _layer(work, data), data["x"], data["dy"]
+    layer, x, dy, lengths = _layer(work, data), data["x"], data["dy"], data.get("lengths")
     if not work.backward:
-        return lambda: (layer(x, training=work.what == "BN-LSTM")[0],)
+        return lambda: (layer(x, lengths=lengths, training=work.what == "BN-LSTM")[0],)
 
     def both() -> Any:
-        y, _, pullback = layer.vjp(x, training=True)
+        y, _, pullback = layer.vjp(x, lengths=lengths, training=True)
         return y, pullback(dy)[0]
 
     return both
+
+
+def _step(work: Work, data: Arrays) -> Run:
+    layer, x, state = _layer(work, data), data["x"], tuple(data[name] for name in work.states)
+
+    def run() -> Any:
+        _, after = layer.step(x, state)
+        return after
+
+    return run
 
 
 def _layer(work: Work, data: Arrays) -> Any:
@@ -51,17 +65,36 @@ def _layer(work: Work, data: Arrays) -> Any:
     return layer
 
 
+def _update(work: Work, data: Arrays) -> Run:
+    """Each goes on from the one before, as in training."""
+    params, grads, mean, square = ({str(k): a for k, a in enumerate(data[name])} for name in "pgmv")
+    state: dict[str, Any] = {"mean": mean, "square": square, "steps": numpy.asarray(UPDATES)}
+
+    def run() -> Any:
+        nonlocal params, state
+        params, state = ADAM.update(params, grads, state)
+        return [*params.values(), *state["mean"].values(), *state["square"].values()]
+
+    return run
+
+
 def out(work: Work, data: Arrays) -> Run | None:
     """A normalization into memory that is there."""
     if work.room != "norm" or work.backward:
         return None
-    arguments, there = _norm_arguments(work, data), numpy.empty_like(data["x"])
-    return lambda: (NORMS[work.what](*arguments, out=there),)
+    op, (arguments, options), there = NORMS[work.what], _call(work, data), numpy.empty_like(data["x"])
+    return lambda: (op(*arguments, **options, out=there),)
 
 
 def compiled(work: Work, data: Arrays) -> Run | None:
-    """Our graph in onnxruntime."""
-    if work.room != "sequence" or work.backward or work.what == "BN-LSTM":
+    """Our graph in onnxruntime: of sequences, or of a step, whose states come in and go out."""
+    if not work.recurrent or work.backward or work.what == "BN-LSTM":
         return None
-    model = portnorm.compile(_layer(work, data), threads=peer_onnxruntime.threads())
-    return lambda: (model(data["x"])[0],)
+    layer = _layer(work, data)
+    if work.room == "sequence":
+        model = portnorm.compile(layer, threads=peer_onnxruntime.threads())
+        return lambda: (model(data["x"])[0],)
+    report = portnorm.export(layer, None, streaming=True, target="onnxruntime", dtype=work.dtype)
+    feed, after = {"x": data["x"], **{f"{name}_0": data[name][None] for name in work.states}}, [f"{name}_n" for name in work.states]
+    session = peer_onnxruntime.session(report.model)
+    return lambda: session.run(after, feed)

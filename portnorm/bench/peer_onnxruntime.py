@@ -12,9 +12,9 @@ from portnorm.bench.works import CELLS, EPS, Arrays, Run, Work
 
 
 def make(work: Work, data: Arrays) -> Run | None:
-    if work.backward:
+    if work.backward or work.room == "update":
         return None
-    return {"norm": _norm, "sequence": _sequence}[work.room](work, data)
+    return _norm(work, data) if work.room == "norm" else _plain_cell(work, data)
 
 
 def threads() -> int:
@@ -50,10 +50,15 @@ def _graph(nodes: Sequence[Any], inputs: Arrays, outputs: Sequence[str], weights
 def _norm(work: Work, data: Arrays) -> Run | None:
     from onnx import helper
 
-    if work.what != "LN":
+    parameters = ("weight", "bias")
+    names: tuple[str, ...] = parameters
+    if work.what == "LN":
+        node = helper.make_node("LayerNormalization", ["x", *parameters], ["y"], axis=-1, epsilon=EPS)
+    elif work.kind == "with statistics":
+        names = (*parameters, "mean", "var")
+        node = helper.make_node("BatchNormalization", ["x", *names], ["y"], epsilon=EPS)
+    else:
         return None
-    names = ("weight", "bias")
-    node = helper.make_node("LayerNormalization", ["x", *names], ["y"], axis=-1, epsilon=EPS)
     return _graph([node], {"x": data["x"]}, ["y"], {name: data[name] for name in names})
 
 
@@ -72,14 +77,18 @@ def _weights(work: Work, data: Arrays) -> Arrays:
     return {"W": ordered("weight_ih_l0"), "R": ordered("weight_hh_l0"), "B": biases}
 
 
-def _sequence(work: Work, data: Arrays) -> Run | None:
+def _plain_cell(work: Work, data: Arrays) -> Run | None:
+    """The operator over a sequence, or over one step whose states come in and go out. It takes float32 alone."""
     from onnx import helper
 
-    if CELLS[work.what][1] is not None:
+    if CELLS[work.what][1] is not None or work.dtype != "float32":
         return None
-    form: dict[str, Any] = {"linear_before_reset": 1} if work.what == "GRU" else {}
-    nodes = [
-        helper.make_node(work.what, ["x", "W", "R", "B"], ["with directions"], hidden_size=work.hidden, **form),
-        helper.make_node("Squeeze", ["with directions", "axes"], ["y"]),
-    ]
-    return _graph(nodes, {"x": data["x"]}, ["y"], {**_weights(work, data), "axes": numpy.array([1])})
+    form: dict[str, Any] = {"hidden_size": work.hidden, **({"linear_before_reset": 1} if work.what == "GRU" else {})}
+    weights = _weights(work, data)
+    if work.room == "sequence":
+        node = helper.make_node(work.what, ["x", *weights], ["with directions"], **form)
+        flat = helper.make_node("Squeeze", ["with directions", "axes"], ["y"])
+        return _graph([node, flat], {"x": data["x"]}, ["y"], {**weights, "axes": numpy.array([1])})
+    after = [f"{name} after" for name in work.states]
+    node = helper.make_node(work.what, ["x", *weights, "", *work.states], ["", *after], **form)
+    return _graph([node], {name: data[name][None] for name in ("x", *work.states)}, after, weights)
