@@ -14,6 +14,7 @@ from portnorm.bench.works import CELLS, EPS, GROUPS, Work
 class Functions(NamedTuple):
     """What a library calls them."""
 
+    linear: Callable[[Any, Any], Any]  # times weights, however the library keeps them
     split: Callable[[Any, int], Any]  # into so many parts along the last axis
     concat: Callable[[Any], Any]  # along the last axis
     sigmoid: Callable[[Any], Any]
@@ -40,7 +41,7 @@ def normalization(work: Work, lib: Functions, x: Any, p: Any) -> Any:
 
 def input_term(work: Work, lib: Functions, p: Any, x: Any, mask: Any = None) -> Any:
     """Of all steps at once, with all that is added late; `mask` (time, batch, 1) is 1 where a sequence has not ended."""
-    u = x @ p["weight_ih_l0"].T
+    u = lib.linear(x, p["weight_ih_l0"])
     norm = CELLS[work.what][1]
     u = u if norm is None else _normalized(work, lib, u, 1, mask) * p["norm_ih_l0.weight"]
     late = ("bias_l0", "bias_ih_l0", "norm_ih_l0.bias", *(() if "GRU" in work.what else ("bias_hh_l0", "norm_hh_l0.bias")))
@@ -50,7 +51,7 @@ def input_term(work: Work, lib: Functions, p: Any, x: Any, mask: Any = None) -> 
 def cell(work: Work, lib: Functions, p: Any, u: Any, state: Any, mask: Any = None) -> Any:
     """One step: the new state, of which the first is the output. Where `mask` (batch, 1) is 0 the state stays."""
     norm, h = CELLS[work.what][1], state[0]
-    a = h @ p["weight_hh_l0"].T
+    a = lib.linear(h, p["weight_hh_l0"])
     if "GRU" in work.what:
         a = a + p["bias_hh_l0"] if norm is None else _normalized(work, lib, a, 0, mask) * p["norm_hh_l0.weight"] + p["norm_hh_l0.bias"]
         (r, z, n), (ar, az, an) = lib.split(u, 3), lib.split(a, 3)

@@ -22,6 +22,7 @@ def _normalized(a: Any, axis: Any) -> Any:
 
 
 _LIB = Functions(
+    linear=lambda a, w: a @ w.T,
     split=lambda a, n: numpy.split(a, n, axis=-1),
     concat=lambda parts: numpy.concatenate(parts, axis=-1),
     sigmoid=lambda a: 1 / (1 + numpy.exp(-a)),

@@ -29,6 +29,7 @@ def _functions() -> Functions:
         return d * torch.rsqrt((d * d).mean(axis, keepdim=True) + EPS)
 
     return Functions(
+        linear=lambda a, w: a @ w.T,
         split=lambda a, n: a.chunk(n, -1),
         concat=lambda parts: torch.cat(parts, -1),
         sigmoid=torch.sigmoid,
