@@ -15,6 +15,10 @@ def make(work: Work, data: Arrays, compiled: bool = False) -> Run | None:
 
 
 def compiled(work: Work, data: Arrays) -> Run | None:
+    """Compiled for this work alone: of a function that has met other shapes torch makes one for all, and after eight it makes none."""
+    import torch
+
+    torch.compiler.reset()
     return None if work.room == "sequence" else make(work, data, compiled=True)
 
 
