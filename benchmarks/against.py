@@ -32,12 +32,22 @@ def small(tree: Path) -> dict[str, float]:
     return {name: microseconds / 1e3 for name, microseconds in json.loads(done.stdout).items()}
 
 
+def known(tree: Path) -> list[str]:
+    """The names of the works of a tree."""
+    code = "import json; from portnorm import bench; print(json.dumps([work.name for work in bench.WORKS]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **bench.packages_of(tree)}, cwd=tree, capture_output=True, text=True, check=True
+    )
+    names: list[str] = json.loads(done.stdout)
+    return names
+
+
 def large(trees: dict[str, Path], turns: int) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of each work, of every turn of each tree."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Milliseconds of each work that both trees have, of every turn of each tree."""
+    names, found = known(trees["before"]), dict[str, dict[str, list[float]]]()
     with ExitStack() as stack:
         ask = {name: stack.enter_context(bench.engine("portnorm", 1, 0.1, tree)) for name, tree in trees.items()}
-        for work in bench.WORKS:
+        for work in (work for work in bench.WORKS if work.name in names):
             for turn in range(turns):
                 for name in list(trees)[:: 1 if turn % 2 else -1]:
                     answer = ask[name](work)

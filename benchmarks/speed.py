@@ -1,6 +1,6 @@
-"""Speed against the peers: `python -m benchmarks.speed` measures on one core and on two, and how time and memory grow.
+"""Speed against the peers: `python -m benchmarks.speed [PART …]`, where parts are "cores 1", "held avx2", "cores 2" and "growth".
 
-Writes benchmarks/results/speed.json, with the machine and the commit, and speed.svg; `make readme` makes the tables of it.
+Writes benchmarks/results/speed.json, with the machine and the commit of each part, and speed.svg; `make readme` makes the tables of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib
 
-from benchmarks.speed_tables import GROWING
+from benchmarks.speed_tables import GROWING, PARTS, part_of
 from portnorm import bench
 
 matplotlib.use("Agg")
@@ -40,25 +40,36 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def main() -> None:
-    """Measure everything and write."""
-
-    def progress(what: str) -> None:
-        sys.stdout.write(f"{what}\n")
-        sys.stdout.flush()
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    found: dict[str, Any] = {"machine": bench.machine(), "commit": commit}
-    parts: dict[str, Callable[[], Any]] = {
-        "cores 1": lambda: bench.measure(bench.WORKS, progress=progress),
-        "growth": lambda: bench.measure(bench.GROWTH, GROWING, rounds=1, alone=True, progress=progress),
-        "cores 2": lambda: bench.measure(bench.WORKS, cores=2, rounds=2, progress=progress),
+def parts() -> dict[str, Callable[[Callable[[str], None]], list[dict[str, Any]]]]:
+    """What is measured, by its name in the kept results; what cannot be measured on this processor is not among it."""
+    held = {"held avx2": lambda progress: bench.measure(bench.WORKS, isa="avx2", rounds=3, progress=progress)}
+    return {
+        "cores 1": lambda progress: bench.measure(bench.WORKS, progress=progress),
+        **(held if "AVX-512" in bench.machine()["isa"] else {}),
+        "cores 2": lambda progress: bench.measure(bench.WORKS, cores=2, rounds=2, progress=progress),
+        "growth": lambda progress: bench.measure(bench.GROWTH, GROWING, rounds=1, alone=True, progress=progress),
     }
-    for name in parts:
-        found[name] = parts[name]()
-        (RESULTS / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
-    draw(found["cores 1"], RESULTS / "speed.svg")
+
+
+def main(names: list[str]) -> None:
+    """Measure these parts, or all, and keep the others as they are. What is measured is written part by part."""
+    there, file = parts(), RESULTS / "speed.json"
+    if unknown := [name for name in names if name not in there]:
+        raise SystemExit(f"no part is called {', '.join(unknown)} here; expected some of {', '.join(there)}")
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    found = {name: part for name in PARTS if (part := part_of(kept, name)) is not None}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    for name in names or there:
+
+        def progress(what: str, name: str = name) -> None:
+            sys.stdout.write(f"{name}: {what}\n")
+            sys.stdout.flush()
+
+        found[name] = {"machine": bench.machine(), "commit": commit, "rows": there[name](progress)}
+        file.write_text(json.dumps({name: found[name] for name in PARTS if name in found}, indent=1) + "\n")
+    if "cores 1" in found:
+        draw(found["cores 1"]["rows"], RESULTS / "speed.svg")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

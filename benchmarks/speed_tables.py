@@ -13,29 +13,40 @@ from portnorm import bench
 GROWING = ("portnorm", "portnorm compile", "torch", "JAX jit")
 
 
-def speed() -> str:
-    """One core: milliseconds, the ratio of the fastest of our engines to the fastest peer, and GB/s or GFLOP/s; on two cores the ratio."""
+PARTS = {"cores 1": "one core", "held avx2": "one core, held to AVX2", "cores 2": "two cores", "growth": ""}
+"""What is kept, and what the tables call it."""
+_COLUMNS = {name: shown for name, shown in PARTS.items() if shown}
+
+
+def part_of(kept: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """`{"machine", "commit", "rows"}` of a part, `None` where it was not measured; first results had one machine and commit for all."""
+    part = kept.get(name)
+    return {"machine": kept["machine"], "commit": kept["commit"], "rows": part} if isinstance(part, list) else part
+
+
+def _parts() -> dict[str, dict[str, Any]]:
     kept = kept_of("speed")
-    names = (
-        "portnorm",
-        "portnorm out=",
-        "portnorm compile",
-        "torch",
-        "torch.compile",
-        "JAX jit",
-        "onnxruntime",
-        "NumPy",
-        "copy",
-        "matmuls",
-    )
-    two = {row["work"]: bench.ratio(row) for row in kept.get("cores 2", [])}
-    rows = []
-    for row in kept["cores 1"]:
-        cells = [milliseconds(row["times"][name]["min"] if name in row["times"] else None) for name in names]
-        ratios = (bench.ratio(row), *((two.get(row["work"]),) if two else ()))
+    return {name: part for name in PARTS if (part := part_of(kept, name)) is not None}
+
+
+def _ratios(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """By what the tables call a part, the ratio of each work."""
+    return {shown: {r["work"]: bench.ratio(r) for r in parts[name]["rows"]} for name, shown in _COLUMNS.items() if name in parts}
+
+
+def _shown(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.2f}"
+
+
+def speed() -> str:
+    """One core: milliseconds, and GB/s or GFLOP/s. Of all parts the ratio of the fastest of our engines to the fastest peer."""
+    parts, rows = _parts(), []
+    ratios = _ratios(parts)
+    for row in parts["cores 1"]["rows"]:
+        cells = [milliseconds(row["times"][name]["min"] if name in row["times"] else None) for name in bench.ENGINES]
         rate = bench.rate(row)
-        rows.append((row["work"], *cells, *("–" if n is None else f"{n:.2f}" for n in ratios), f"{rate:.1f}" if rate else "–"))
-    return table(("ms", *names, "ratio", *(("two cores",) if two else ()), "GB/s, GFLOP/s"), rows)
+        rows.append((row["work"], *cells, *(_shown(of.get(row["work"])) for of in ratios.values()), f"{rate:.1f}" if rate else "–"))
+    return table(("ms", *bench.ENGINES, *ratios, "GB/s, GFLOP/s"), rows)
 
 
 def _mean(ratios: Iterable[float]) -> float:
@@ -44,39 +55,44 @@ def _mean(ratios: Iterable[float]) -> float:
 
 
 def speed_in_short() -> str:
-    """The machine, and the geometric mean of the ratios."""
-    kept = kept_of("speed")
-    rows = kept["cores 1"]
-    ratios = [r for r in map(bench.ratio, rows) if r is not None]
-    above = sum(r > 1.1 for r in ratios)
-    turns = range(len(next(iter(rows[0]["times"].values()))["turns"]))
-    each = sorted(_mean(r for row in rows if (r := bench.ratio(row, turn)) is not None) for turn in turns)
-    about = kept["machine"]
-    return (
-        f"{_processor(about)}, one core, float32, minimum of many runs ({_versions(about)}).\n"
-        f"Over {len(ratios)} works the geometric mean of the time over that of the fastest peer is {_mean(ratios):.2f} "
-        f"({each[0]:.2f} to {each[-1]:.2f} in each of the {len(each)} turns alone); "
-        f"{len(ratios) - above} ratios are at most 1.1, {above} above."
-    )
+    """The machine, and for each part the geometric mean of the ratios, and how many are above 1."""
+    parts, lines, first = _parts(), list[str](), ""
+    for name in (name for name in _COLUMNS if name in parts):
+        rows, about = parts[name]["rows"], parts[name]["machine"]
+        ratios = [r for r in map(bench.ratio, rows) if r is not None]
+        turns = range(min(len(t["turns"]) for row in rows for t in row["times"].values()))
+        each = sorted(_mean(r for row in rows if (r := bench.ratio(row, turn)) is not None) for turn in turns)
+        machine = f"{about['processor']} ({_versions(about)})"
+        first = first or machine
+        isa = f", {about['isa']}" if about.get("isa") and not name.startswith("held") else ""
+        lines.append(
+            f"- {_COLUMNS[name]}{isa}: {_mean(ratios):.2f} ({each[0]:.2f} to {each[-1]:.2f} in each of the {len(each)} turns alone); "
+            f"of {len(ratios)} works {sum(r > 1 for r in ratios)} are above 1{'' if machine == first else f'; on {machine}'}."
+        )
+    return "\n".join([f"{first}. Geometric mean of the time, the least of many runs, over that of the fastest peer:\n", *lines])
 
 
 def speed_best() -> str:
-    """One core: the fastest of our engines beside the fastest peer, and the ratio; on two cores the ratio."""
-    kept = kept_of("speed")
-    two, rows = {row["work"]: bench.ratio(row) for row in kept.get("cores 2", [])}, []
-    for row in kept["cores 1"]:
-        own, peer, found = min(t["min"] for n, t in row["times"].items() if bench.ENGINES[n].own), bench.best_peer(row), bench.ratio(row)
-        if peer is not None and found is not None:
-            ratios = (found, *((two.get(row["work"]),) if two else ()))
-            shown = ("–" if r is None else f"{r:.2f}" for r in ratios)
+    """One core: the fastest of our engines beside the fastest peer, and the ratio; the ratios of other parts."""
+    parts, rows = _parts(), []
+    ratios = _ratios(parts)
+    for row in parts["cores 1"]["rows"]:
+        own, peer = min(t["min"] for n, t in row["times"].items() if bench.ENGINES[n].own), bench.best_peer(row)
+        if peer is not None:
+            shown = (_shown(of.get(row["work"])) for of in ratios.values())
             rows.append((row["work"], milliseconds(own), milliseconds(peer[1]), peer[0], *shown))
-    return table(("work", "portnorm, ms", "fastest peer, ms", "which", "ratio", *(("on two cores",) if two else ())), rows)
+    return table(("work", "portnorm, ms", "fastest peer, ms", "which", *ratios), rows)
+
+
+def _growth() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = _parts().get("growth", {}).get("rows", [])
+    return rows
 
 
 def growth() -> str:
     """How time and peak memory grow."""
     rows = []
-    for row in kept_of("speed").get("growth", []):
+    for row in _growth():
         shown = [f"{milliseconds(t['min'])} ({t['peak_kb'] / 1024:.0f})" if t else "–" for t in (row["times"].get(n) for n in GROWING)]
         rows.append((row["work"], *shown))
     return table(("ms (peak of the process in MB)", *GROWING), rows)
@@ -84,7 +100,7 @@ def growth() -> str:
 
 def growth_in_short() -> str:
     """The memory of a training step that grows with every step of the sequence."""
-    peaks = {row["work"]: row["times"] for row in kept_of("speed").get("growth", [])}
+    peaks = {row["work"]: row["times"] for row in _growth()}
     few, many = (peaks.get(f"LN-LSTM forward+backward {steps}×1×64×128", {}) for steps in (1000, 10000))
     found = [f"{n} {(many[n]['peak_kb'] - few[n]['peak_kb']) * 1024 / 9000:,.0f}" for n in GROWING if n in few and n in many]
     return f"From 1,000 steps to 10,000 a training step of LN-LSTM 1×64×128 takes so many more bytes per step: {', '.join(found)}."

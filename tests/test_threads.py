@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from _thread import interrupt_main
 from typing import Any
 
 import pytest
@@ -97,12 +98,11 @@ def test_an_interrupt_waits_for_what_is_being_computed(pool: threads._Pool) -> N
             assert started.wait(30)  # until a helper is at work
             return
         started.set()
+        time.sleep(0.5)  # until the main thread waits
+        interrupt_main()
         time.sleep(0.2)
         done.append(first)
 
-    from _thread import interrupt_main
-
-    threading.Timer(0.1, interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
         threads.each([(k, k + 1) for k in range(2)], work)
     assert len(done) == 1

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def measure(
     isa: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """One row per work: `{"work", "what", "shape", "backward", "times": {engine: {"min", "turns", "median", "runs", "error", "peak_kb"}}}`.
+    """One row per work: its name as `"work"`, its fields, and `"times": {engine: {"min", "turns", "median", "runs", "error", "peak_kb"}}`.
 
     Times are in milliseconds; `turns` has the minimum of each turn. Engines that are not installed are left out. Each gets `cores` cores
     and as many threads; at every work they take turns, `rounds` times `seconds`, and what is reported is of all turns. `alone` gives every
@@ -63,7 +64,7 @@ def measure(
                         one = ask[name](work)
                         if one is not None:
                             found[name] = one
-                rows.append({"work": work.name, "what": work.what, "shape": list(work.shape), "backward": work.backward, "times": found})
+                rows.append({"work": work.name, **asdict(work), "shape": list(work.shape), "times": found})
     return rows
 
 
@@ -103,7 +104,7 @@ def engine(name: str, cores: int, seconds: float, tree: Path | None = None, isa:
 
         def ask(work: Work) -> dict[str, Any] | None:
             try:
-                given.write(json.dumps([work.what, work.shape, work.backward]) + "\n")
+                given.write(json.dumps(work.fields) + "\n")
                 given.flush()
             except BrokenPipeError:  # said below
                 pass
@@ -154,9 +155,9 @@ def laid_out(rows: list[dict[str, Any]]) -> str:
 
 
 def rate(row: dict[str, Any], name: str = "") -> float | None:
-    """GB/s of a normalization, GFLOP/s of a recurrent layer's matrix products, by one engine or the fastest of this library's."""
+    """GB/s of a normalization or update, GFLOP/s of a recurrent layer's matrix products, by one engine or the fastest of this library's."""
     times = [t["min"] for n, t in row["times"].items() if (n == name if name else ENGINES[n].own)]
-    work = Work(row["what"], tuple(row["shape"]), row["backward"])
+    work = Work.of(row)
     return (work.flops if work.recurrent else work.bytes) / min(times) / 1e6 if times else None
 
 

@@ -7,41 +7,32 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 from portnorm.arrays import without_kernels
-from portnorm.bench.engines import ENGINES, FLOORS, Run
-from portnorm.bench.works import NORMS, Work
-from portnorm.op import vjp
+from portnorm.bench.engines import ENGINES, FLOORS
+from portnorm.bench.works import ALLOWED, Run, Work
 
 
-def expected(work: Work) -> list[Any]:
-    """What a work gives, by the definitions in float64."""
-    data = {name: value.astype(numpy.float64) for name, value in work.data().items()}
+def expected(work: Work) -> Sequence[Any]:
+    """What a work gives, by this library's definitions in float64. The peers are written without them, and have to give the same."""
+    data = {name: a.astype(numpy.float64) if a.dtype.kind == "f" else a for name, a in work.data().items()}
     with without_kernels(numpy.ndarray):
-        if work.recurrent:
-            layer = work.layer("float64")
-            layer.load_state_dict({name: data[name] for name in layer.parameters()} | layer.buffers)
-            training = work.backward or work.what == "BN-LSTM"
-            y, _, pullback = layer.vjp(data["x"], training=training)
-            return [y, pullback(data["dy"])[0]] if work.backward else [y]
-        groups = (8,) if work.what == "GN" else ()
-        y, pullback = vjp(NORMS[work.what], data["x"], *groups, data["weight"], data["bias"])
-        return [y, pullback(data["dy"])[0]] if work.backward else [y]
+        run = ENGINES["portnorm"].make(work, data)
+        assert run is not None
+        return run()
 
 
 def difference(name: str, work: Work) -> float:
     """The largest difference from float64, relative to the largest value."""
     run = ENGINES[name].make(work, work.data())
     assert run is not None
-    found = run()
-    found = found if work.backward else (found,)
-    return max(
-        float(numpy.max(numpy.abs(numpy.asarray(a) - e)) / numpy.max(numpy.abs(e))) for a, e in zip(found, expected(work), strict=True)
-    )
+    pairs = zip(map(numpy.asarray, run()), expected(work), strict=True)
+    return max(float(numpy.max(numpy.abs(a.reshape(e.shape) - e)) / numpy.max(numpy.abs(e))) for a, e in pairs)
 
 
 def peak_kilobytes() -> int:
@@ -55,8 +46,8 @@ def peak_kilobytes() -> int:
 class Turns:
     """An engine at one work, which may come again.
 
-    When it comes first, the same with few steps or rows is compared with float64. Raises `ArithmeticError` where it is 1e-3 of the largest
-    off.
+    When it comes first, the same with few steps or rows is compared with float64. Raises `ArithmeticError` where it is farther off than
+    `ALLOWED`.
     """
 
     def __init__(self, name: str, work: Work) -> None:
@@ -68,7 +59,7 @@ class Turns:
         if ENGINES[name].make(work.shortened(), work.shortened().data()) is None:
             return
         self.error = None if name in FLOORS else difference(name, work.shortened())
-        if self.error is not None and not self.error < 1e-3:
+        if self.error is not None and not self.error < ALLOWED[work.dtype]:
             raise ArithmeticError(f"{name} is {self.error:.1e} off in {work.name}")
         self.run = ENGINES[name].make(work, work.data())
 
@@ -104,8 +95,8 @@ def main() -> None:
         torch.set_num_threads(int(sys.argv[3]))
     turns: Turns | None = None
     for line in sys.stdin:
-        what, shape, backward = json.loads(line)
-        work = Work(what, tuple(shape), backward)
+        what, shape, *further = json.loads(line)
+        work = Work(what, tuple(shape), *further)
         if turns is None or turns.work != work:
             turns = Turns(name, work)
         print(json.dumps(turns.take(seconds)), flush=True)
