@@ -18,7 +18,7 @@ from portnorm import bench
 from portnorm.bench.worker import peak_kilobytes
 
 OUT = ROOT / "benchmarks" / "results" / "memory.json"
-FEW, MANY, TURNS = 200, 1000, 3
+FEW, MANY, TURNS = 200, 1000, 2
 RECOMPUTED = {f"portnorm, recompute={every}": every for every in (8, 32, 100)}
 ENGINES = ("portnorm", *RECOMPUTED, "torch", "JAX jit")
 

@@ -106,6 +106,23 @@ def growth_in_short() -> str:
     return f"From 1,000 steps to 10,000 a training step of LN-LSTM 1×64×128 takes so many more bytes per step: {', '.join(found)}."
 
 
+def memory() -> str:
+    """A training step of many steps: bytes that each of them takes, and the time."""
+    kept, rows = kept_of("memory")["rows"], []
+    torch, alone = kept["torch"]["bytes per step"], min(kept["portnorm"]["seconds"])
+    for name, row in kept.items():
+        least, most = min(row["seconds"]), max(row["seconds"])
+        taken = row["bytes per step"]
+        rows.append((name, f"{taken / 1e6:.2f}", f"{taken / torch:.2f}", f"{least:.1f}–{most:.1f}", f"{least / alone:.2f}"))
+    return table(("", "MB a step", "over torch", "s", "over portnorm"), rows)
+
+
+def memory_in_short() -> str:
+    """The machine and the work."""
+    kept = kept_of("memory")
+    return f"{kept['work']}. {_processor(kept['machine'])}, one core ({_versions(kept['machine'])})."
+
+
 def first_calls() -> str:
     """Seconds from the start of a process to its first answer, with nothing compiled, and of the processor."""
     rows = []
@@ -204,6 +221,8 @@ TABLES = {
     "speed_best": speed_best,
     "growth": growth,
     "growth_in_short": growth_in_short,
+    "memory": memory,
+    "memory_in_short": memory_in_short,
     "first_calls": first_calls,
     "first_calls_in_short": first_calls_in_short,
     "latency": latency,
