@@ -351,6 +351,33 @@ def test_channels_in_threads(shape: tuple[int, ...], dtype: Any, monkeypatch: py
     assert max(len(r) for r in ranges) >= 3
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("counts", [0, 1, 2, 11, 15])
+@pytest.mark.parametrize("shape", [(15, 40), (5, 3, 40)], ids=str)
+def test_rows_that_a_mask_lets_count(shape: tuple[int, ...], counts: int, dtype: Any, rng: np.random.Generator) -> None:
+    """As the definition, |mean| ≫ std, and whatever stands where nothing counts; the results there are 0."""
+    x, dy = ((100 + rng.standard_normal(shape)).astype(dtype) for _ in range(2))
+    w, b = (rng.standard_normal(40).astype(dtype) for _ in range(2))
+    mask = rng.permutation(np.arange(15) < counts).reshape((*shape[:-1], 1))
+    x, dy = np.where(mask, x, np.nan).astype(dtype), np.where(mask, dy, np.inf).astype(dtype)
+    attrs = {"channel_axis": -1, "mask": mask}
+
+    def both() -> list[Any]:
+        (y, residuals), into = pn.batch_norm.forward(x, w, b, **attrs), np.ones_like(x)
+        assert pn.batch_norm(x, w, b, **attrs, out=into) is into
+        return [y, into, *residuals.statistics(), residuals.counted, *pn.batch_norm.vjp(residuals, dy, channel_axis=-1, mask=mask)]
+
+    assert (type(pn.batch_norm.forward(x, w, b, **attrs)[1]) is cpu_normalize.KernelResiduals) is (counts > 0)
+    found = both()
+    with without_kernels(np.ndarray):
+        expected = both()
+    for a, e in zip(found, expected, strict=True):
+        scale = float(np.max(np.abs(e), initial=1.0))
+        np.testing.assert_allclose(a, e, rtol=0, atol=(2e-5 if dtype is np.float32 else 1e-11) * scale)
+    for a in (found[0], found[1], found[5]):
+        assert not np.any(a[np.broadcast_to(~mask, a.shape)])
+
+
 def parted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Let three threads pay for everything; the ranges that they get, as they come."""
     ranges, parts = [], threads.parts

@@ -26,12 +26,13 @@ class KernelResiduals(NamedTuple):
     bias: NumPyArray | None
     laid_out: tuple[int, int] | None  # of rows: the shape of the parameters as the kernel takes them
     var: NumPyArray | None  # of channels: σ², of length 1 along the normalized axes
-    counted: None = None
+    counted: NumPyArray | None = None  # with a mask: the values that entered each statistic
+    masked: tuple[NumPyArray, tuple[int, ...]] | None = None  # then `x` has the rows that count alone: their places, and the whole shape
 
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the array that was normalized."""
-        shape: tuple[int, ...] = self.x.shape
+        shape: tuple[int, ...] = self.x.shape if self.masked is None else self.masked[1]
         return shape
 
     @property
@@ -65,9 +66,11 @@ def _accepts(
 ) -> bool:
     """float32, float64 or bfloat16 values with their own biased variance: contiguous rows, or all axes but the one with the parameters.
 
-    The latter with given statistics too.
+    The latter with given statistics too, or where channels come last with a mask of rows.
     """
-    if mask is not None or reduce is not None or correction or not (eps_place == "variance" or (eps_place == "floor" and eps == 0)):
+    if mask is not None and (mean is not None or not _masks_rows(x, mask, axes, param_axes)):
+        return False
+    if reduce is not None or correction or not (eps_place == "variance" or (eps_place == "floor" and eps == 0)):
         return False
     if type(x) is not numpy.ndarray or not x.size or not (x.dtype in RANGE or is_bfloat16(x.dtype)):
         return False
@@ -80,6 +83,12 @@ def _accepts(
         return bool(fits and ready("channels", x.dtype))
     fits = mean is None and _are_rows(x, axes, param_axes) and _as_rows(x, axes[0]) is not None
     return fits and ready("rows", x.dtype)
+
+
+def _masks_rows(x: Any, mask: Any, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
+    """Whether a mask says which rows of (…, channels) count."""
+    last = type(x) is numpy.ndarray and x.dtype in RANGE and param_axes == (x.ndim - 1,) and axes == tuple(range(x.ndim - 1))
+    return last and type(mask) is numpy.ndarray and mask.dtype == bool and mask.ndim == x.ndim and mask.shape[-1] == 1
 
 
 def _are_rows(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
@@ -123,16 +132,20 @@ def _forward(
     out: Any = None,
     mean: Any = None,
     var: Any = None,
+    mask: Any = None,
     **attrs: Any,
 ) -> tuple[NumPyArray, Any]:
     into = memory.room(x.shape, x.dtype) if out is None or not _can_take(out, x, weight, bias, mean, var) else out
     if mean is not None:
         return written(into, out), _scaled_channels(x, weight, bias, mean, var, param_axes, float32_value(eps), into)
-    # The channels of (channels, values) are rows too, but someone may ask for their statistics.
-    made = _forward_of_channels if _is_channel(x, axes, param_axes) else _forward_of_rows
-    found = made(x, weight, bias, axes, param_axes, float32_value(eps), center, into)
+    if mask is not None:
+        found = _forward_of_counted(x, weight, bias, mask, float32_value(eps), center, into)
+    else:  # The channels of (channels, values) are rows too, but someone may ask for their statistics.
+        made = _forward_of_channels if _is_channel(x, axes, param_axes) else _forward_of_rows
+        found = made(x, weight, bias, axes, param_axes, float32_value(eps), center, into)
     if found is None:
-        return normalize.definition(x, weight, bias, axes=axes, param_axes=param_axes, eps=eps, center=center, out=out, **attrs)
+        how = {"axes": axes, "param_axes": param_axes, "eps": eps, "center": center, "mask": mask, "out": out, **attrs}
+        return normalize.definition(x, weight, bias, **how)
     return written(into, out), found
 
 
@@ -263,6 +276,33 @@ def _forward_of_channels(
     return KernelResiduals(x, room[0], weight, bias, None, var.astype(own))
 
 
+def _forward_of_counted(
+    x: NumPyArray, weight: Any, bias: Any, mask: NumPyArray, eps: float, center: bool, y: NumPyArray
+) -> KernelResiduals | None:
+    """`y` of the rows that count, and 0 elsewhere; `None` where the definition has to do it, as where none counts."""
+    counts = numpy.broadcast_to(mask[..., 0], x.shape[:-1]).reshape(-1)
+    places = numpy.flatnonzero(counts)
+    if not places.size:
+        return None
+    rows = x.reshape(-1, x.shape[-1]).take(places, axis=0)
+    made = memory.room(rows.shape, x.dtype)
+    found = _forward_of_channels(rows, weight, bias, (0,), (1,), eps, center, made)
+    if found is None or found.var is None:
+        return None
+    _put(made, places, y)
+    shape = (*(1 for _ in x.shape[:-1]), x.shape[-1])
+    var = found.var.reshape(shape)
+    return found._replace(var=var, counted=numpy.full(shape, places.size, var.dtype), masked=(places, x.shape))
+
+
+def _put(rows: NumPyArray, places: NumPyArray, y: NumPyArray) -> None:
+    """Rows at their places in `y` (…, values), and 0 elsewhere."""
+    whole = y.reshape(-1, y.shape[-1])
+    absent = numpy.ones(whole.shape[0], bool)
+    absent[places] = False
+    whole[absent], whole[places] = 0, rows
+
+
 def _scaled_channels(
     x: NumPyArray, weight: Any, bias: Any, mean: NumPyArray, var: NumPyArray, param_axes: tuple[int, ...], eps: float, y: NumPyArray
 ) -> KernelResiduals:
@@ -287,7 +327,14 @@ def _vjp_of_channels(
 ) -> tuple[Any, Any, Any]:
     from portnorm_backends.cpu import channelwise
 
-    x, kept, weight, bias, _, var, _ = residuals
+    if residuals.masked is not None:
+        places, shape = residuals.masked
+        given = numpy.ascontiguousarray(dy).reshape(-1, shape[-1]).take(places, axis=0)
+        of_rows, *others = _vjp_of_channels(residuals._replace(masked=None), given, param_axes=(1,), center=center)
+        dx = memory.room(shape, of_rows.dtype)
+        _put(of_rows, places, dx)
+        return (dx, *others)
+    x, kept, weight, bias, _, var, *_ = residuals
     assert var is not None
     x, count = _as_wide_as(x, dy), kept.shape[-1]
     blocks = _by_channel(x, param_axes[0], var.size // count)
