@@ -44,7 +44,7 @@ def parts() -> dict[str, Callable[[Callable[[str], None]], list[dict[str, Any]]]
     """What is measured, by its name in the kept results; what cannot be measured on this processor is not among it."""
     held = {"held avx2": lambda progress: bench.measure(bench.WORKS, isa="avx2", rounds=3, progress=progress)}
     return {
-        "cores 1": lambda progress: bench.measure(bench.WORKS, progress=progress),
+        "cores 1": lambda progress: bench.measure(bench.WORKS, rounds=3, progress=progress),
         **(held if "AVX-512" in bench.machine()["isa"] else {}),
         "cores 2": lambda progress: bench.measure(bench.WORKS, cores=2, rounds=2, progress=progress),
         "growth": lambda progress: bench.measure(bench.GROWTH, GROWING, rounds=1, alone=True, progress=progress),
