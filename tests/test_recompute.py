@@ -12,7 +12,7 @@ import portnorm as pn
 from portnorm.arrays import leaves, to_numpy, without_kernels
 from tests.cases import COMBINATIONS, PRESETS, random_recurrent, random_state
 from tests.conftest import Library
-from tests.processes import output_of
+from tests.processes import in_threads, output_of
 from tests.test_kernels import parted
 from tests.tolerances import RECURRENT, relative
 
@@ -85,6 +85,28 @@ def test_what_a_layer_can_be(keywords: dict[str, Any], rng: np.random.Generator)
     layer = random_recurrent("LSTM", given.pop("norm"), rng, **given)
     expected = run(layer, None, given_state=given_state, training=True, rng=0)
     assert_same_bits(run(layer, 2, given_state=given_state, training=True, rng=0), expected)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_a_pullback_writes_into_nothing_of_others(cell: str, rng: np.random.Generator) -> None:
+    """Several may be called at once, each with its own cotangent, and what the layer gave stays as it is."""
+    layer = random_recurrent(cell, "layer", rng, hidden=16).to(dtype="float32")
+    x, dys = rng.standard_normal((50, 8, 4)).astype("float32"), rng.standard_normal((4, 50, 8, 16)).astype("float32")
+    y, _, pullback = layer.vjp(x, training=True, recompute=7)
+    expected = [[*leaves(pullback(dy))] for dy in dys]
+    failed = []
+
+    def work(k: int) -> None:
+        for _ in range(20):
+            if not all(np.array_equal(a, b) for a, b in zip(leaves(pullback(dys[k])), expected[k], strict=True)):
+                failed.append(k)
+
+    in_threads(work, len(dys))
+    assert failed == []
+    y[3] += 1
+    changed = y.copy()
+    pullback(dys[0])
+    np.testing.assert_array_equal(y, changed)
 
 
 def test_sequences_in_threads(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:

@@ -222,16 +222,17 @@ def _vjp_of_rows(
     if rows.size < 2 * _WORTH:
         backward(values, given, own, kept, center, part, into, dweight, dbias)
     else:
-        found = list[tuple[NumPyArray, NumPyArray]]()
+        found = dict[int, tuple[NumPyArray, NumPyArray]]()
 
         def some(a: int, b: int) -> None:
             """The kernel over some rows, with shares of its own."""
             shares = (dweight.copy(), dbias.copy())
-            found.append(shares)
+            found[a] = shares
             backward(values[a:b], given[a:b], own, kept[a:b], center, part.copy(), into[a:b], *shares)
 
         threads.each(threads.parts(rows.shape[0], rows.size / _WORTH, shape[0], _PIECES), some)
-        dweight, dbias = (numpy.add.reduce([s[k] for s in found]) for k in (0, 1))
+        ordered = [found[a] for a in sorted(found)]  # the same sums whoever was first
+        dweight, dbias = (numpy.add.reduce([s[k] for s in ordered]) for k in (0, 1))
     dx = dx if rows is x else dx.reshape(x.shape)
     return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), _cotangents(weight, dweight[0]), _cotangents(bias, dbias[0])
 

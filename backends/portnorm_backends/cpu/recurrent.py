@@ -67,8 +67,8 @@ def _compiled(module: str) -> Any:
 
 
 class LoopResiduals(NamedTuple):
-    """What the vjp of the loop needs. Arrays of all steps are (time, batch, …); all but h have the steps of one segment, in turns, where
-    `starts` says how each began.
+    """What the vjp of the loop needs. Arrays of all steps are (time, batch, …); all but h have one step where `every` says that segments of
+    so many steps are computed again, in room of the vjp's own: others may call it at the same time, and h is what the layer gave.
     """
 
     params: Params
@@ -78,6 +78,7 @@ class LoopResiduals(NamedTuple):
     gates: NumPyArray
     inner: NumPyArray  # tanh(c), or what the reset gate is multiplied with
     slots: tuple[Any, ...]
+    every: int = 0
     term: NumPyArray | None = None  # the input term, for segments that are computed again
     starts: NumPyArray | None = None  # c before each segment
 
@@ -228,20 +229,20 @@ def _forward(
     recompute: int | None = None,
 ) -> tuple[tuple[State, tuple[Array, ...]], Any]:
     whole = Terms(writable(xs[0]), 0, 0)
-    kept = 0 if not keep else xs[0].shape[0] if recompute is None else min(recompute, xs[0].shape[0])
-    found = _run(xs[0].shape, lambda *_: (xs[0].shape[0], lambda *_: whole), xs[1:], state, params, cell, lengths, sequences, kept)
+    every = 0 if not keep or recompute is None or recompute >= xs[0].shape[0] else recompute
+    found = _run(xs[0].shape, lambda *_: (xs[0].shape[0], lambda *_: whole), xs[1:], state, params, cell, lengths, sequences, keep, every)
     if found is None:
         attrs = {"cell": cell, "lengths": lengths, "sequences": sequences, "keep": keep, "recompute": recompute}
         return scan.definition(xs, state, params, **attrs)
     results, residuals = found
-    return results, residuals._replace(term=whole.u) if keep and kept < xs[0].shape[0] else residuals
+    return results, residuals._replace(term=whole.u) if every else residuals
 
 
 def _forward_of_inputs(
     x: Array, params: Params, state: State, loop: Params, *, cell: Any, lengths: Any = None, sequences: bool = True
 ) -> tuple[tuple[State, tuple[Array, ...]], None]:
     shape = (*x.shape[:2], params["weight_ih"].shape[0])
-    found = _run(shape, _input_terms(x, params, cell), (), state, loop, cell, lengths, sequences, 0)
+    found = _run(shape, _input_terms(x, params, cell), (), state, loop, cell, lengths, sequences, False)
     return linear_scan.definition(x, params, state, loop, cell=cell, lengths=lengths, sequences=sequences) if found is None else found
 
 
@@ -285,13 +286,14 @@ def _run(
     cell: Any,
     lengths: Any,
     sequences: bool,
-    keep: int,
+    keep: bool,
+    every: int = 0,
 ) -> tuple[tuple[State, tuple[Array, ...]], Any] | None:
-    """The loop over input terms of this shape, of which a vjp finds so many steps kept; `None` where a variance left its range."""
+    """The loop over input terms of this shape; `None` where a variance left its range."""
     weights = params["weight_hh"]
     (time, batch, features), size, dtype = shape, weights.shape[1], weights.dtype
     counts = numpy.zeros(0, dtype=numpy.int64) if lengths is None else numpy.array(lengths, dtype=numpy.int64)
-    kept = max(1, keep)
+    kept = time if keep and not every else 1
     h, a = _from(state[0], time if keep or (sequences and lengths is None) else 1), memory.aligned((batch, features), dtype)
     y = memory.room((time, batch, size) if sequences and lengths is not None else (0, 0, 0), dtype)
     c = _from(state[1], kept) if len(state) > 1 else None
@@ -301,15 +303,15 @@ def _run(
     packed = _packed(h[0], weights, slots[0].bias if slots[0].mode == SHIFT else None, time, a)
     function, entry = _compiled(_LOOPS[type(cell)].module).forward, _compiled("compiling").entry
     own = _of_cell(cell, c, gates, inner, slots)
-    starts = None if c is None or not 0 < keep < time else numpy.empty((-(-time // keep), batch, size), dtype)
+    starts = None if c is None or not every else numpy.empty((-(-time // every), batch, size), dtype)
     fine = []
 
     def through(first: int, last: int) -> None:
         room = rooms(cell.gates, size, batch, dtype, _compiled("products").near(last - first, size, dtype))
         count, of_steps = feed(first, last)
-        for t, stop in _chunks(0, time, min(count, _steps_at_once(batch, weights)), keep or time):
-            if starts is not None and c is not None and t % keep == 0:
-                starts[t // keep, first:last] = c[t % c.shape[0], first:last]
+        for t, stop in _chunks(0, time, min(count, _steps_at_once(batch, weights)), every or time):
+            if starts is not None and c is not None and t % every == 0:
+                starts[t // every, first:last] = c[t % c.shape[0], first:last]
             terms = of_steps(t, stop)
             arguments = (t, stop, first, last, packed, room, terms, counts, a, h, y, *own)
             fine.append(terms is not None and entry(function, dtype, arguments)(*arguments))
@@ -321,7 +323,7 @@ def _run(
         return None
     last = (h[time % h.shape[0]].copy(), *(() if c is None else (c[time % c.shape[0]].copy(),)))
     hidden = () if not sequences else (h[1:],) if lengths is None else (y,)
-    residuals = LoopResiduals(params, counts, h, c, gates, inner, slots, None, starts) if keep else None
+    residuals = LoopResiduals(params, counts, h, c, gates, inner, slots, every, None, starts) if keep else None
     return (last, (*hidden, *_statistics(cell, slots, counts, batch))), residuals
 
 
@@ -336,6 +338,11 @@ def _chunks(start: int, stop: int, count: int, segment: int) -> list[tuple[int, 
     """Steps from `start` to before `stop` in parts of at most `count`, none of which lies in two segments."""
     ends = sorted({*range(start + segment, stop, segment), stop})
     return [(t, min(t + count, end)) for begin, end in itertools.pairwise((start, *ends)) for t in range(begin, end, count)]
+
+
+def _steps_of(a: NumPyArray, steps: int) -> NumPyArray:
+    """Room like that of `a`, for so many steps; an array without values is itself."""
+    return memory.room((steps, *a.shape[1:]), a.dtype) if a.size else a
 
 
 def _packed(h: NumPyArray, weights: NumPyArray, shift: NumPyArray | None, time: int, a: NumPyArray) -> NumPyArray:
@@ -383,9 +390,13 @@ def _statistics(cell: RecurrentCell, slots: tuple[Any, ...], counts: NumPyArray,
 def _vjp(
     residuals: LoopResiduals, cotangents: tuple[State, Array | None], *, cell: Any, **attrs: Any
 ) -> tuple[tuple[Array, ...], State, Params]:
-    params, counts, h, c, gates, inner, slots, term, starts = residuals
+    params, counts, h, c, gates, inner, slots, every, term, starts = residuals
     dstate, dy = cotangents
-    weights, (kept, batch, features), dtype, time = params["weight_hh"], gates.shape, h.dtype, h.shape[0] - 1
+    weights, (_, batch, features), dtype, time = params["weight_hh"], gates.shape, h.dtype, h.shape[0] - 1
+    if every:
+        c = None if c is None else _steps_of(c, every + 1)
+        gates, inner = _steps_of(gates, every), _steps_of(inner, every)
+        slots = tuple(s._replace(xhat=_steps_of(s.xhat, every), rstd=_steps_of(s.rstd, every)) for s in slots)
     none = numpy.empty((0, 0, 0), dtype=dtype)
     dh, *dothers = (numpy.array(d, dtype=dtype, order="C") for d in dstate)
     given = none if dy is None else writable(dy.astype(dtype, copy=False))
@@ -399,25 +410,27 @@ def _vjp(
         own, further = (*dothers, c, gates, inner, *slots), (cell.variant.cell == "copy",)
     elif type(cell) is GRUCell:
         own = (h, gates, inner, *slots)
-    packed, count, shares = _compiled("products").pack(weights), _steps_at_once(batch, weights), list[tuple[Shares, ...]]()
-    if kept < time:
-        a, forward = memory.aligned((batch, features), dtype), _compiled(_LOOPS[type(cell)].module).forward
+    packed, count, shares = _compiled("products").pack(weights), _steps_at_once(batch, weights), dict[int, tuple[Shares, ...]]()
+    if every:
+        a, forward, again = memory.aligned((batch, features), dtype), _compiled(_LOOPS[type(cell)].module).forward, _steps_of(h, every + 1)
         weighed = _packed(h[0], weights, slots[0].bias if slots[0].mode == SHIFT else None, time, a)
         terms, before = Terms(term, 0, 0), _of_cell(cell, c, gates, inner, slots)
 
     def through(first: int, last: int) -> None:
         room = rooms(cell.gates, dh.shape[1], batch, dtype, _compiled("products").near(last - first, weights.shape[0], dtype))
         parts = tuple(_shares(s.weight.size, dtype) for s in slots)
-        shares.append(parts)
-        for begin in reversed(range(0, time, kept)):
-            chunks = _chunks(begin, min(begin + kept, time), count, kept)
-            if kept < time:
+        shares[first] = parts
+        if every:
+            near = _compiled("products").near(last - first, dh.shape[1], dtype)
+            anew = rooms(cell.gates, dh.shape[1], batch, dtype, near)
+        for begin in reversed(range(0, time, every or time)):
+            chunks = _chunks(begin, min(begin + (every or time), time), count, time)
+            if every:
+                again[begin % again.shape[0], first:last] = h[begin, first:last]
                 if starts is not None and c is not None:
-                    c[begin % c.shape[0], first:last] = starts[begin // kept, first:last]
-                near = _compiled("products").near(last - first, dh.shape[1], dtype)
-                again = rooms(cell.gates, dh.shape[1], batch, dtype, near)
+                    c[begin % c.shape[0], first:last] = starts[begin // every, first:last]
                 for t, stop in chunks:
-                    arguments = (t, stop, first, last, weighed, again, terms, counts, a, h, none, *before)
+                    arguments = (t, stop, first, last, weighed, anew, terms, counts, a, again, none, *before)
                     entry(forward, dtype, arguments)(*arguments)
             for stop, t in reversed(chunks):
                 steps = (t, stop, first, last, packed, room, given, counts, back, dh)
@@ -426,8 +439,9 @@ def _vjp(
 
     threads.each(_ranges(time, batch, weights, slots), through)
     dh += back
+    ordered = [shares[first] for first in sorted(shares)]  # the same sums whoever was first
     found = {}
-    for name, parts in zip(_LOOPS[type(cell)].slots, zip(*shares, strict=True), strict=True):
+    for name, parts in zip(_LOOPS[type(cell)].slots, zip(*ordered, strict=True), strict=True):
         found[f"{name}.weight"] = sum(s.dweight[0] + s.weight[0] for s in parts)
         found[f"{name}.bias"] = sum(s.dbias[0] + s.bias[0] for s in parts)
     over = dhidden if apart else dx
