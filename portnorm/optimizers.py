@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from portnorm.arrays import Array, device_of, xp_of
+from portnorm.descent import adam_step, moved, rmsprop_step, sgd_step
 from portnorm.dtypes import default_integer
 from portnorm.updates import (
     Arrays,
@@ -28,7 +29,6 @@ from portnorm.updates import (
     counted,
     entry,
     first_of,
-    moved,
     names_that_decay,
     rates,
     require_arrays,
@@ -101,12 +101,12 @@ class SGD:
         `UnsupportedError` for names that differ and for what is no state of this optimizer, `ShapeError` where shapes differ.
         """
         check(params, grads=grads, **({"state['velocity']": entry(state, "velocity")} if self.momentum else {}))
-        velocity, steps = wide(grads), counted(state)
-        if self.momentum:
-            velocity = {n: self.momentum * state["velocity"][n] + g for n, g in velocity.items()}
-        lr = rates(self.lr, steps, velocity)
-        changes = {n: lr[velocity[n].dtype] * velocity[n] for n in params}
-        return moved(params, changes), {**({"velocity": velocity} if self.momentum else {}), "steps": steps + 1}
+        steps, widened = counted(state), wide(grads)
+        lr = rates(self.lr, steps, widened)
+        if not self.momentum:
+            return {n: moved(params[n], lr[g.dtype] * g) for n, g in widened.items()}, {"steps": steps + 1}
+        found = {n: sgd_step(params[n], g, state["velocity"][n], lr[g.dtype], self.momentum) for n, g in widened.items()}
+        return {n: p for n, (p, _) in found.items()}, {"velocity": {n: v for n, (_, v) in found.items()}, "steps": steps + 1}
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,9 @@ class RMSProp:
         """New parameters, in their own dtype, and the next state, by the equation of the class. Arguments and errors as `SGD.update`."""
         check(params, grads=grads, **{"state['square']": entry(state, "square")})
         widened, steps = wide(grads), counted(state)
-        square = {n: self.decay * state["square"][n] + (1.0 - self.decay) * g * g for n, g in widened.items()}
         lr = rates(self.lr, steps, widened)
-        changes = {n: lr[widened[n].dtype] * widened[n] / (xp_of(p).sqrt(square[n]) + self.eps) for n, p in params.items()}
-        return moved(params, changes), {"square": square, "steps": steps + 1}
+        found = {n: rmsprop_step(params[n], g, state["square"][n], lr[g.dtype], self.decay, self.eps) for n, g in widened.items()}
+        return {n: p for n, (p, _) in found.items()}, {"square": {n: s for n, (_, s) in found.items()}, "steps": steps + 1}
 
 
 @dataclass(frozen=True)
@@ -199,20 +198,18 @@ class Adam:
         check(params, grads=grads, **{f"state[{name!r}]": entry(state, name) for name in ("mean", "square")})
         widened, before = wide(grads), counted(state)
         steps = before + 1
-        mean = {n: self.beta1 * state["mean"][n] + (1.0 - self.beta1) * g for n, g in widened.items()}
-        square = {n: self.beta2 * state["square"][n] + (1.0 - self.beta2) * g * g for n, g in widened.items()}
-        lr = rates(self.lr, before, mean)
-        likes = {m.dtype: m for m in mean.values()}
-        counts = {dtype: xp_of(m).astype(steps, dtype) for dtype, m in likes.items()}
-        scales = {dtype: (lr[dtype] / (1.0 - self.beta1**count), 1.0 - self.beta2**count) for dtype, count in counts.items()}
-        changes = {}
-        for n, m in mean.items():
-            scale, share = scales[m.dtype]
-            changes[n] = scale * m / (xp_of(m).sqrt(square[n] / share) + self.eps)
-        if decaying:
-            weights = wide({n: params[n] for n in decaying})
-            changes |= {n: changes[n] + (lr[w.dtype] * weight_decay) * w for n, w in weights.items()}
-        return moved(params, changes), {"mean": mean, "square": square, "steps": steps}
+        lr = rates(self.lr, before, widened)
+        likes = {g.dtype: xp_of(g) for g in widened.values()}
+        counts = {dtype: xp.astype(steps, dtype) for dtype, xp in likes.items()}
+        scales = {dtype: lr[dtype] / (1.0 - self.beta1**count) for dtype, count in counts.items()}
+        roots = {dtype: 1.0 / likes[dtype].sqrt(1.0 - self.beta2**count) for dtype, count in counts.items()}
+        rest = (self.beta1, self.beta2, self.eps)
+        found = {}
+        for n, g in widened.items():
+            decay = lr[g.dtype] * weight_decay if n in decaying else None
+            found[n] = adam_step(params[n], g, state["mean"][n], state["square"][n], scales[g.dtype], roots[g.dtype], *rest, decay)
+        remembered = {name: {n: three[k] for n, three in found.items()} for k, name in ((1, "mean"), (2, "square"))}
+        return {n: p for n, (p, *_) in found.items()}, {**remembered, "steps": steps}
 
 
 @dataclass(frozen=True)

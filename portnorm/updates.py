@@ -59,19 +59,6 @@ def wide(arrays: Mapping[str, Array]) -> Arrays:
     return found
 
 
-def moved(params: Mapping[str, Array], steps: Mapping[str, Array]) -> Arrays:
-    """Parameters less a step each, in their own dtype."""
-    found = {}
-    for name, p in params.items():
-        step = steps[name]
-        if step.dtype == p.dtype:
-            found[name] = p - step
-        else:
-            xp = xp_of(p)
-            found[name] = xp.astype(xp.astype(p, step.dtype) - step, p.dtype)
-    return found
-
-
 def check(params: Mapping[str, Array], **groups: Any) -> None:
     """Raise `UnsupportedError` for a group that lacks one of `params` or has one more, `ShapeError` where shapes differ."""
     for group, arrays in groups.items():

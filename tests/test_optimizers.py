@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import portnorm as pn
+from portnorm.arrays import without_kernels
 from portnorm.optimizers import OPTIMIZERS
 from tests.cases import IMPLEMENTATIONS, LAYERS, PRESETS
 from tests.conftest import Library
@@ -44,6 +45,55 @@ def test_a_schedule_is_the_rate_of_each_step(name: str, library: Library) -> Non
     found = library.values(run(make, schedule, library.array))
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=OPTIMIZER[library.widest])
+
+
+KERNELS = {
+    **{name: make(lr=0.1) for name, make in OPTIMIZERS.items()},
+    "momentum": pn.SGD(0.1, 0.9),
+    "no decay": pn.AdamW(0.1, weight_decay=0.0),
+}
+
+
+@pytest.mark.parametrize("size", [(1,), (3, 5), (1, 2**17 + 3)], ids=["one", "few", "for threads"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_gives_the_bits_of_the_definition(name: str, dtype: str, size: tuple[int, ...], rng: np.random.Generator) -> None:
+    """Also of gradients that are 0, tiny, or not finite; what is given stays as it was."""
+    optimizer, start = KERNELS[name], rng.standard_normal(size).astype(dtype)
+    own, other = {"weight": start.copy()}, {"weight": start.copy()}
+    state, expected = optimizer.init(own), optimizer.init(other)
+    for scale in (1.0, 0.0, 1e-30, 1e4, np.inf):
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            g = (rng.standard_normal(size) * scale).astype(dtype)
+            before, given = own["weight"].copy(), {k: dict(v) for k, v in state.items() if isinstance(v, dict)}
+            kept = own
+            own, state = optimizer.update(own, {"weight": g}, state)
+            with without_kernels(np.ndarray):
+                other, expected = optimizer.update(other, {"weight": g}, expected)
+        np.testing.assert_array_equal(kept["weight"], before)
+        np.testing.assert_array_equal(own["weight"], other["weight"])
+        for group in given:
+            np.testing.assert_array_equal(state[group]["weight"], expected[group]["weight"])
+            assert not np.shares_memory(state[group]["weight"], given[group]["weight"])
+
+
+@pytest.mark.parametrize("kind", ["columns", "every second", "reversed", "read-only", "unaligned", "without axes"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_parameter_may_lie_in_memory_as_it_likes(name: str, kind: str, rng: np.random.Generator) -> None:
+    values = np.array(1.5) if kind == "without axes" else rng.standard_normal((4, 6))
+    g, optimizer = rng.standard_normal(values.shape), KERNELS[name]
+    there = {
+        "columns": lambda: np.asfortranarray(values),
+        "every second": lambda: np.repeat(values, 2, axis=1)[:, ::2],
+        "reversed": lambda: values[::-1].copy()[::-1],
+        "read-only": lambda: np.frombuffer(values.tobytes()).reshape(4, 6),
+        "unaligned": lambda: np.frombuffer(b"." + values.tobytes(), offset=1).reshape(4, 6),
+        "without axes": lambda: values,
+    }[kind]()
+    found, _ = optimizer.update({"weight": there}, {"weight": g}, optimizer.init({"weight": there}))
+    expected, _ = optimizer.update({"weight": values}, {"weight": g}, optimizer.init({"weight": values}))
+    np.testing.assert_array_equal(found["weight"], expected["weight"])
+    np.testing.assert_array_equal(there, values)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

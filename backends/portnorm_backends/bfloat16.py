@@ -19,8 +19,9 @@ _COMMON = ("linear", "integer_product")
 """Ops whose result has the common type of all arrays; that of others has the type of the first."""
 
 
-_ITSELF = ("normalize", "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm")
-"""Ops whose definition takes values of any type into float32 and rounds what comes of them."""
+_NORMS = ("normalize", "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm")
+_ITSELF = (*_NORMS, "sgd_step", "rmsprop_step", "adam_step")
+"""Ops whose definition takes values of any type into float32 and rounds what comes of them, of an optimizer the parameters alone."""
 
 
 class Residuals(NamedTuple):

@@ -14,7 +14,7 @@ from portnorm.arrays import Library
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
 from portnorm_backends import bfloat16
-from portnorm_backends.cpu import affine, integers, memory, normalize, recurrent
+from portnorm_backends.cpu import affine, descent, integers, memory, normalize, recurrent
 
 _KERNELS = {
     "normalize": normalize.KERNEL,
@@ -25,6 +25,7 @@ _KERNELS = {
     "integer_product": integers.PRODUCT,
     "scan": recurrent.KERNEL,
     "linear_scan": recurrent.FROM_INPUTS,
+    **descent.KERNELS,
 }
 
 

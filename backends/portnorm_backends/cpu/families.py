@@ -46,6 +46,12 @@ def _products(dtype: str) -> None:
     importlib.import_module("portnorm_backends.cpu.products").compiled_for(numpy.dtype(dtype))
 
 
+def _updates(dtype: str) -> None:
+    module = importlib.import_module("portnorm_backends.cpu.descending")
+    for name in module.STEPS:
+        module.compiled_for(name, numpy.dtype(dtype))
+
+
 def _integers(dtype: str) -> None:
     """Of float32 alone."""
     module, x = importlib.import_module("portnorm_backends.cpu.integer_rows"), numpy.ones((1, 2), numpy.float32)
@@ -67,6 +73,7 @@ FAMILIES: dict[str, Callable[[str], None]] = {
     "rows": _rows,
     "channels": _channels,
     "products": _products,
+    "updates": _updates,
     "integers": _integers,
     **{cell.__name__: _loop(cell, False) for cell in (LSTM, GRU, RNN)},
     **{f"{cell.__name__}{TRAINING}": _loop(cell, True) for cell in (LSTM, GRU, RNN)},

@@ -83,6 +83,12 @@ class Vector:
     def __neg__(self) -> Vector:
         return self._each(self.builder.fneg)
 
+    def root(self) -> Vector:
+        """√x, rounded once."""
+        name = f"llvm.sqrt.v{self.kind.count}f{32 if self.is_single else 64}"
+        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(self.kind, [self.kind]), name)
+        return self._each(lambda value: self.builder.call(function, [value]))
+
     def clipped(self, limit: float) -> Vector:
         """Between −limit and limit; what is not a number stays."""
         found, builder = self, self.builder

@@ -1,0 +1,75 @@
+"""The updates of optimizers for NumPy arrays: each value of a parameter, its gradient and what is remembered is read and written once.
+
+Operation for operation what the definitions in `portnorm.descent` do, so that the bits are the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+
+from portnorm.arrays import Kernel
+from portnorm_backends.cpu import memory, threads
+from portnorm_backends.cpu.layout import RANGE, NumPyArray
+from portnorm_backends.cpu.warming import ready
+
+_WORTH = 2**15
+"""Values from which a thread pays."""
+
+_PIECES = 4
+"""Ranges for each thread."""
+
+_LINES = 64
+"""Values of which a range has whole multiples, so that no two threads write into one line of a cache."""
+
+
+def _flat(arrays: tuple[Any, ...]) -> bool:
+    """Whether these are values of one type that lie in memory in one order, and a kernel is there."""
+    first = arrays[0]
+    if type(first) is not numpy.ndarray or first.dtype not in RANGE or not first.size:
+        return False
+    for a in arrays:
+        if type(a) is not numpy.ndarray or a.dtype != first.dtype or a.shape != first.shape:
+            return False
+        flags = a.flags
+        if not (flags.c_contiguous and flags.aligned):
+            return False
+    return ready("updates", first.dtype)
+
+
+def _of(name: str, count: int) -> Kernel:
+    """The kernel of an update, which is given the parameter, its gradient and `count` − 1 arrays that are remembered, then numbers."""
+
+    @functools.cache
+    def loop(dtype: Any, decays: bool) -> Callable[..., None]:
+        loops = importlib.import_module("portnorm_backends.cpu.descending")
+        found: Callable[..., None] = loops.compiled_for(name if decays else f"{name} without decay", dtype)
+        return found
+
+    def accepts(*given: Any) -> bool:
+        return _flat(given[: count + 1])
+
+    def call(*given: Any) -> tuple[NumPyArray, ...]:
+        arrays, numbers = given[: count + 1], [float(n) for n in given[count + 1 :] if n is not None]
+        made = [memory.like(arrays[0]) for _ in range(count)]
+        kernel, flat = loop(arrays[0].dtype, given[-1] is not None), [a.reshape(-1) for a in (*arrays, *made)]
+        size = flat[0].size
+
+        def some(a: int, b: int) -> None:
+            kernel(*(x[a:b] for x in flat), *numbers)
+
+        if size < 2 * _WORTH:
+            kernel(*flat, *numbers)
+        else:
+            threads.each(threads.parts(size, size / _WORTH, _LINES, _PIECES), some)
+        return tuple(made)
+
+    return Kernel(call=call, accepts=accepts)
+
+
+KERNELS = {name: _of(name, count) for name, count in (("sgd_step", 2), ("rmsprop_step", 2), ("adam_step", 3))}
+"""By the name of the Op; how many arrays it gives."""
