@@ -36,6 +36,46 @@ def test_the_kernels_are_there() -> None:
     assert sorted(SUPPORT["numpy"].kernels) == KERNELS
 
 
+@pytest.mark.parametrize("center", [True, False], ids=["centred", "not centred"])
+@pytest.mark.parametrize("parameters", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 15, 16, 17, 31, 32, 33])
+@pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float64"), NARROW], ids=str)
+def test_a_short_row_hangs_on_its_own_values_alone(
+    dtype: Any, n: int, parameters: tuple[bool, bool], center: bool, rng: np.random.Generator
+) -> None:
+    """Many at once as the definition has them, and each alone, or wherever it lies, with the same bits; the mean is up to 10⁴ σ."""
+    values = rng.standard_normal((300, n)) * 10.0 ** rng.integers(-3, 3, (300, 1))
+    x = (values + np.where(rng.random((300, 1)) < 0.5, 0.0, 1e4 * np.abs(values).mean(axis=1, keepdims=True))).astype(dtype)
+    x[7] = 3.0
+    w, b = (rng.standard_normal(n).astype(dtype) if given else None for given in parameters)
+    attrs: dict[str, Any] = {"axes": (1,), "param_axes": (1,), "eps": 1e-3, "center": center}
+    y = normalize(x, w, b, **attrs)
+    with without_kernels(np.ndarray):
+        expected = normalize(x, w, b, **attrs)
+    allowed = OPERATION[dtype.name] * max(1.0, float(np.max(np.abs(wider(expected)))))
+    np.testing.assert_allclose(wider(y), wider(expected), rtol=0, atol=allowed)
+    apart = np.zeros((300, n + 3), dtype)
+    apart[:, :n] = x
+    np.testing.assert_array_equal(normalize(apart[:, :n], w, b, **attrs), y)
+    for start, stop in ((0, 1), (7, 8), (299, 300), (3, 40), (140, 300)):
+        np.testing.assert_array_equal(normalize(x[start:stop], w, b, **attrs), y[start:stop])
+
+
+@pytest.mark.parametrize("n", [3, 16, 32])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30])
+def test_a_short_row_that_leaves_the_range_changes_no_other(n: int, wrong: float, rng: np.random.Generator) -> None:
+    x = rng.standard_normal((100, n)).astype("float32")
+    y = normalize(x, axes=(1,), param_axes=(1,), eps=1e-5)
+    x[41, 1] = wrong
+    with without_kernels(np.ndarray), np.errstate(all="ignore"):
+        expected = normalize(x, axes=(1,), param_axes=(1,), eps=1e-5)
+    with np.errstate(all="ignore"):
+        found = normalize(x, axes=(1,), param_axes=(1,), eps=1e-5)
+    np.testing.assert_array_equal(found[41], expected[41])
+    others = np.arange(100) != 41
+    np.testing.assert_allclose(found[others], y[others], rtol=0, atol=OPERATION["float32"] * float(np.max(np.abs(y))))
+
+
 @st.composite
 def calls(draw: Any) -> tuple[np.ndarray[Any, Any], dict[str, Any], bool | None]:
     """An array, arguments of `normalize`, and whether a kernel takes them; `None` where that hangs on axes of one value."""
@@ -590,8 +630,13 @@ def test_arrays_of_any_layout(change: Any, which: str, rng: np.random.Generator)
         np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
 @pytest.mark.parametrize("shape", [(64, 16384), (16384, 64)])
-def test_no_temporary_of_the_size_of_the_input(shape: tuple[int, int], rng: np.random.Generator) -> None:
+def test_no_temporary_of_the_size_of_the_input(
+    shape: tuple[int, int], count: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "_count", lambda: count)
+    memory.release()  # else what other tests have left may be given back meanwhile
     x, w = rng.standard_normal(shape).astype(np.float32), np.ones(shape[1], np.float32)
     y, pullback = pn.vjp(pn.layer_norm, x, w, w)
     pullback(y)

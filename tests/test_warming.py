@@ -27,7 +27,7 @@ import numpy as np, portnorm as pn
 from portnorm_backends.cpu import families, notes, warming
 from portnorm_backends.cpu.normalize import LastAxisResiduals
 
-x, w = np.linspace(-3, 5, 96, dtype="float32").reshape(4, 24), np.linspace(0.5, 2, 24, dtype="float32")
+x, w = np.linspace(-3, 5, 160, dtype="float32").reshape(4, 40), np.linspace(0.5, 2, 40, dtype="float32")
 
 def call():
     y, residuals = pn.layer_norm.forward(x, w, w)
@@ -111,7 +111,7 @@ warming.subprocess.Popen = {broken}
 before = call()[1]
 wait(lambda: said)
 after = [call()[1] for _ in range(3)]
-waited = pn.warm(pn.LayerNorm(24))
+waited = pn.warm(pn.LayerNorm(40))
 print(json.dumps([before, after, len(said), said[0], list(map(str, notes.place().glob("*.claim"))), call()[1]]))
 """
     before, after, count, said, claims, by_kernel = run(tmp_path, code)
@@ -243,23 +243,25 @@ print(json.dumps([os.waitpid(child, 0)[1], wait(there, 60), call()[1]]))
 
 def test_who_has_waited_waits_for_nothing_else(cache: Path) -> None:
     code = """
-found = pn.warm(pn.LayerNorm(24))
+found = pn.warm(pn.LayerNorm(40))
 print(json.dumps([found, call()[1], sorted(map(str, warming._asked))]))
 """
     assert run(cache, code) == [["rows float32"], True, []]
 
 
 LAYERS = {
-    "LayerNorm": (lambda: pn.LayerNorm(3), ["rows"]),
+    "LayerNorm": (lambda: pn.LayerNorm((8, 5)), ["rows"]),
+    "LayerNorm of short rows": (lambda: pn.LayerNorm((8, 4)), ["rows", "short rows"]),
+    "GroupNorm, whose rows hang on what is given": (lambda: pn.GroupNorm(2, 64), ["rows", "short rows"]),
     "BatchRenorm": (lambda: pn.BatchRenorm(3), ["channels"]),
-    "GRU": (lambda: pn.GRU(2, 3, rng=0), ["rows", "channels", "products", "GRU training"]),
+    "GRU": (lambda: pn.GRU(2, 3, rng=0), ["rows", "channels", "products", "GRU training", "short rows"]),
     "a model": (
         lambda: pn.Sequential(pn.LSTM(2, 3, rng=0), pn.Linear(3, 1, rng=0)),
-        ["rows", "channels", "products", "LSTM training"],
+        ["rows", "channels", "products", "LSTM training", "short rows"],
     ),
     "bfloat16": (
         lambda: pn.Sequential(pn.LayerNorm(3, dtype="bfloat16"), pn.LSTM(3, 3, rng=0, dtype="bfloat16")),
-        ["rows bfloat16", "rows", "channels bfloat16", "channels", "products", "LSTM training"],
+        ["rows bfloat16", "rows", "short rows bfloat16", "short rows", "channels bfloat16", "channels", "products", "LSTM training"],
     ),
     "float16, of which there are no kernels": (lambda: pn.LayerNorm(3, dtype="float16"), []),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from portnorm.layers.linear import Linear
 from portnorm.layers.norms import LayerNorm, RMSNorm
 from portnorm.layers.recurrent import GRU, LSTM, RNN, Recurrent
 from portnorm_backends import bfloat16
-from portnorm_backends.cpu.layout import RANGE
+from portnorm_backends.cpu.layout import RANGE, SHORT
 
 Family = tuple[str, str]
 """A name of `FAMILIES`, and the name of a type."""
@@ -34,6 +35,10 @@ def _rows(dtype: str) -> None:
     rowwise.forward(kind), rowwise.backward(kind)
     if kind in RANGE:
         rowwise.last_axis(kind)
+
+
+def _short_rows(dtype: str) -> None:
+    importlib.import_module("portnorm_backends.cpu.abreast").forward(type_named(dtype))
 
 
 def _channels(dtype: str) -> None:
@@ -71,6 +76,7 @@ def _loop(cell: type[Recurrent], training: bool) -> Callable[[str], None]:
 
 FAMILIES: dict[str, Callable[[str], None]] = {
     "rows": _rows,
+    "short rows": _short_rows,
     "channels": _channels,
     "products": _products,
     "updates": _updates,
@@ -84,7 +90,7 @@ FAMILIES: dict[str, Callable[[str], None]] = {
 TYPES = (*map(str, RANGE), "bfloat16")
 
 
-OF_BITS = ("rows", "channels")
+OF_BITS = ("rows", "short rows", "channels")
 """The families that there are for bfloat16 too; all else computes in float32 what is in it."""
 
 
@@ -101,6 +107,13 @@ _OF_LAYERS: dict[type[Layer], tuple[str, ...]] = {
 """What the calls of a layer take."""
 
 
+def _narrowest(layer: Layer) -> int:
+    """How long the rows are at least that a layer normalizes; 0 where that hangs on what it is given."""
+    if isinstance(layer, LayerNorm | RMSNorm):
+        return math.prod(layer.normalized_shape)
+    return layer.hidden_size if isinstance(layer, Recurrent) else 0
+
+
 def needed(layers: tuple[Layer, ...]) -> Iterator[Family]:
     for layer in layers:
         if not isinstance(layer, Layer):
@@ -109,6 +122,7 @@ def needed(layers: tuple[Layer, ...]) -> Iterator[Family]:
             dtype = dtype_name(part.xp, part.dtype)
             if dtype in TYPES and part.xp is load_namespace("numpy"):
                 names = [name for kind, names in _OF_LAYERS.items() if isinstance(part, kind) for name in names]
+                names += ["short rows"] if "rows" in names and _narrowest(part) <= SHORT else []
                 names += ["integers"] if part.quantizes is not None else []
                 yield from (own for name in names for own in parts_of(name, dtype))
 

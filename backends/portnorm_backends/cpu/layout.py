@@ -17,6 +17,10 @@ RANGE = {numpy.dtype("float32"): (1e-28, 1e32), numpy.dtype("float64"): (1e-280,
 """Bounds of σ² + ε: beyond them sums of squares may leave the type or lose bits, and the definition scales the row first."""
 
 
+SHORT = 32
+"""Values of the longest rows of which many are normalized at once, by two sums of `sums.TERMS` each; a longer one pays for itself."""
+
+
 def computed(dtype: Any) -> Any:
     """The type in which kernels compute with such values: float32 for bfloat16."""
     return numpy.dtype("float32") if is_bfloat16(dtype) else dtype

@@ -13,7 +13,7 @@ from portnorm.dtypes import float32_value
 from portnorm.norm.arguments import LARGEST
 from portnorm.norm.normalize import normalize, written
 from portnorm_backends.cpu import memory, threads
-from portnorm_backends.cpu.layout import RANGE, NumPyArray, bits, computed, taken
+from portnorm_backends.cpu.layout import RANGE, SHORT, NumPyArray, bits, computed, taken
 from portnorm_backends.cpu.warming import READY, ready
 
 
@@ -168,7 +168,7 @@ def _forward_of_rows(
     x: NumPyArray, weight: Any, bias: Any, axes: tuple[int, ...], param_axes: tuple[int, ...], eps: float, center: bool, y: NumPyArray
 ) -> KernelResiduals | None:
     """`y`; `None` where the definition has to do it. A row of parameters for each of the last rows, a value for each run of neighbours."""
-    from portnorm_backends.cpu import rowwise
+    from portnorm_backends.cpu import abreast, rowwise
 
     first, last = axes[0], param_axes[-1] + 1
     rows = _as_rows(x, first)
@@ -177,9 +177,18 @@ def _forward_of_rows(
     own = computed(x.dtype)
     kept, parameters = numpy.empty((rows.shape[0], 3), dtype=own), (taken(weight, own, shape), taken(bias, own, shape))
     how, into = (eps, center, *RANGE[own]), bits(y.reshape(rows.shape))
-    if not _each_row(rowwise.forward(x.dtype), bits(rows), parameters, how, into, kept, shape[0]):
+    kernel = rowwise.forward(x.dtype)
+    if _are_short(rows, shape, weight is None and bias is None):
+        kernel, parameters = abreast.forward(x.dtype), (parameters[0].reshape(-1), parameters[1].reshape(-1))
+    if not _each_row(kernel, bits(rows), parameters, how, into, kept, shape[0]):
         return None
     return KernelResiduals(x, kept, weight, bias, shape, None)
+
+
+def _are_short(rows: NumPyArray, shape: tuple[int, int], alone: bool) -> bool:
+    """Whether these are rows for the kernel that takes many at once: with a value of the parameters for each of theirs, or none."""
+    n = rows.shape[1]
+    return n <= SHORT and (alone or shape == (1, n)) and ready("short rows", rows.dtype)
 
 
 _WORTH = 2**16
@@ -187,6 +196,10 @@ _WORTH = 2**16
 
 _PIECES = 4
 """Ranges for each thread: one that woke late takes fewer."""
+
+
+_ROWS_OF_SHARES = 32
+"""Rows of a range at least that has shares of its own: these take as much as eight rows of float32."""
 
 
 def _each_row(kernel: Any, rows: NumPyArray, parameters: Any, how: tuple[Any, ...], y: NumPyArray, kept: NumPyArray, multiple: int) -> bool:
@@ -230,7 +243,7 @@ def _vjp_of_rows(
             found[a] = shares
             backward(values[a:b], given[a:b], own, kept[a:b], center, part.copy(), into[a:b], *shares)
 
-        threads.each(threads.parts(rows.shape[0], rows.size / _WORTH, shape[0], _PIECES), some)
+        threads.each(threads.parts(rows.shape[0], rows.size / _WORTH, -(-_ROWS_OF_SHARES // shape[0]) * shape[0], _PIECES), some)
         ordered = [found[a] for a in sorted(found)]  # the same sums whoever was first
         dweight, dbias = (numpy.add.reduce([s[k] for s in ordered]) for k in (0, 1))
     dx = dx if rows is x else dx.reshape(x.shape)
@@ -361,13 +374,14 @@ class LastAxisResiduals(KernelResiduals):
 
 
 @functools.cache
-def _plain(dtype: Any) -> tuple[Any, ...]:
-    """For rows of one type: the kernel, what it takes for no parameter, the bounds of σ² + ε, and room for statistics that nobody reads, so
-    that it matters to no one who else writes there.
+def _plain(dtype: Any, short: bool) -> tuple[Any, ...]:
+    """For rows of one type, short ones or others: the kernel, what it takes for no parameter, the bounds of σ² + ε, and room for statistics
+    that nobody reads, so that it matters to no one who else writes there.
     """
-    from portnorm_backends.cpu import rowwise
+    from portnorm_backends.cpu import abreast, rowwise
 
-    return rowwise.last_axis(dtype), numpy.empty((0,), dtype=dtype), *RANGE[dtype], numpy.empty((1, 3), dtype)
+    kernel = abreast.forward(dtype) if short else rowwise.last_axis(dtype)
+    return kernel, numpy.empty((0,), dtype=dtype), *RANGE[dtype], numpy.empty((1, 3), dtype)
 
 
 @functools.cache
@@ -398,7 +412,7 @@ def last_axis(op: Any, center: bool) -> Kernel:
     """The kernel of a public function for the arguments that most calls have; what others need is done by its definition."""
 
     def call(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
-        kernel, none, smallest, largest, unread = _plain(x.dtype)
+        kernel, none, smallest, largest, unread = _plain(x.dtype, x.shape[-1] <= SHORT and ready("short rows", x.dtype))
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         into = y if x.ndim == 2 else y.reshape(rows.shape)
@@ -407,7 +421,7 @@ def last_axis(op: Any, center: bool) -> Kernel:
         return y
 
     def forward(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
-        kernel, none, smallest, largest, _ = _plain(x.dtype)
+        kernel, none, smallest, largest, _ = _plain(x.dtype, x.shape[-1] <= SHORT and ready("short rows", x.dtype))
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         kept = numpy.empty((rows.shape[0], 3), x.dtype)

@@ -99,9 +99,12 @@ def scaled(x: Vector, m: Vector, d: Vector, gain: Vector, shift: Vector) -> tupl
     return (fused((x - m) - d, gain, shift),)
 
 
-@elementwise
-def _scaled_twice(x: Vector, m: Vector, d: Vector, factor: Vector, gain: Vector, shift: Vector) -> tuple[Vector]:
+def normalized(x: Vector, gain: Vector, shift: Vector, m: Vector, d: Vector, factor: Vector) -> tuple[Vector]:
+    """((x − m) − d) · factor · gain + shift"""
     return (fused(((x - m) - d) * factor, gain, shift),)
+
+
+_scaled_twice = elementwise(normalized)
 
 
 def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
@@ -133,9 +136,9 @@ def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest:
                 shift = bias[r % bias.shape[0], s] if bias.size else like(x, 0)
                 scaled(wide, (row[i:j], m, d, gain, shift), (out[i:j],))
         elif weight.size and bias.size:
-            _scaled_twice(n, (row, m, d, factor, weight[r % weight.shape[0]], bias[r % bias.shape[0]]), (out,))
+            _scaled_twice(n, (row, weight[r % weight.shape[0]], bias[r % bias.shape[0]], m, d, factor), (out,))
         elif weight.size:
-            _scaled_twice(n, (row, m, d, factor, weight[r % weight.shape[0]], 0.0), (out,))
+            _scaled_twice(n, (row, weight[r % weight.shape[0]], 0.0, m, d, factor), (out,))
         else:
             scaled(n, (row, m, d, factor, bias[r % bias.shape[0]]), (out,))
     return fine

@@ -324,6 +324,126 @@ def _summed(formula: Formula, count: int) -> Any:
     return loop
 
 
+def folded(count: int, ends: Formula) -> Callable[[Formula], Any]:
+    """Decorator: `loop(n, columns, fixed, results)` that carries `count` registers through n columns, from 0 on.
+
+    The formula is given a register of each of `columns` (matrices whose rows are registers), of `fixed` (vectors as long as a register, and
+    numbers), and what has been carried so far, and returns what is. `ends` makes the results of what was carried and of `fixed`. Even and
+    odd columns are carried apart.
+    """
+    return lambda formula: _folded(formula, count, ends)
+
+
+def _folded(formula: Formula, count: int, ends: Formula) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+    def loop(typing: Any, n: Any, columns: Any, fixed: Any, results: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            dtype = _dtype(results)
+            size, zero = dtype.bitwidth // 8, ir.Constant(INDEX, 0)
+            lanes = WIDTH // size
+            kept = _Operands.of(context, builder, fixed, args[2], dtype).at(zero)
+            outputs = _Operands.of(context, builder, results, args[3], dtype)
+            memory = Memory(builder, ir.VectorType(context.get_value_type(dtype), lanes), size)
+            moving = [context.make_array(t)(context, builder, builder.extract_value(args[1], k)).data for k, t in enumerate(columns)]
+            none = ir.Constant(memory.vector, None)
+            parts = [[cgutils.alloca_once_value(builder, none) for _ in range(count)] for _ in range(2)]
+
+            def one(j: Any, turn: int) -> None:
+                place = builder.mul(j, ir.Constant(INDEX, lanes))
+                given = [Vector(builder, (memory.load(memory.at(start, place)),)) for start in moving]
+                before = [Vector(builder, (builder.load(part),)) for part in parts[turn]]
+                for part, vector in zip(parts[turn], formula(*given, *kept, *before), strict=True):
+                    builder.store(vector.value, part)
+
+            def two(j: Any) -> None:
+                one(j, 0)
+                one(builder.add(j, ir.Constant(INDEX, 1)), 1)
+
+            for part in (*parts[0], *parts[1]):
+                builder.store(none, part)
+            j = _loop(builder, zero, args[0], 2, two)
+            with builder.if_then(builder.icmp_signed("<", j, args[0])):
+                one(j, 0)
+            totals = [builder.fadd(builder.load(even), builder.load(odd)) for even, odd in zip(*parts, strict=True)]
+            outputs.write(zero, ends(*(Vector(builder, (total,)) for total in totals), *kept))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, columns, fixed, results), generate
+
+    return loop
+
+
+def across(formula: Formula) -> Any:
+    """Decorator: `loop(rows, vectors, numbers, outputs)` over all rows of matrices at once, a register of columns after the other.
+
+    The formula is given a register of each of `rows` (matrices), of `vectors` (a value for each column) and of `numbers` (a value for each
+    row), and returns what is written to the `outputs` (matrices).
+    """
+
+    @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+    def loop(typing: Any, rows: Any, vectors: Any, numbers: Any, outputs: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            dtype = _dtype(numbers)
+            zero, lanes = ir.Constant(INDEX, 0), WIDTH // (dtype.bitwidth // 8)
+            read, written = (_Matrices.of(context, builder, kind, given, lanes) for kind, given in ((rows, args[0]), (outputs, args[3])))
+            along = _Operands.of(context, builder, vectors, args[1], dtype)
+            each = [context.make_array(t)(context, builder, builder.extract_value(args[2], k)).data for k, t in enumerate(numbers)]
+            count, n = written.shape
+
+            def columns(j: Any, mask: Any = None) -> None:
+                fixed = along.at(j, 1, mask)
+
+                def row(k: Any) -> None:
+                    own = [Vector(builder, (splat(builder, builder.load(builder.gep(start, [k])), lanes),)) for start in each]
+                    written.write(k, j, formula(*read.at(k, j, mask), *fixed, *own), mask)
+
+                _loop(builder, zero, count, 1, row)
+
+            j = _loop(builder, zero, n, lanes, columns)
+            with builder.if_then(builder.icmp_signed("<", j, n)):
+                columns(j, mask_of(builder, builder.sub(n, j), lanes))
+            return context.get_dummy_value()
+
+        return types.void(rows, vectors, numbers, outputs), generate
+
+    return loop
+
+
+class _Matrices(NamedTuple):
+    """Matrices of which each row is contiguous."""
+
+    builder: Any
+    shape: tuple[Any, Any]  # of the first
+    found: list[tuple[Memory, Any, Any]]  # how to read, where it begins, and how many bytes from one row to the next
+
+    @classmethod
+    def of(cls, context: Any, builder: Any, kind: Any, given: Any, lanes: int) -> _Matrices:
+        """From a numba tuple of arrays."""
+        found, shapes = list[tuple[Memory, Any, Any]](), []
+        for k, t in enumerate(kind):
+            array = context.make_array(t)(context, builder, builder.extract_value(given, k))
+            value = ir.VectorType(context.get_value_type(t.dtype), lanes)
+            memory = (Bits if t.dtype == BITS else Memory)(builder, value, t.dtype.bitwidth // 8)
+            found.append((memory, array.data, builder.extract_value(array.strides, 0)))
+            shapes.append(tuple(builder.extract_value(array.shape, axis) for axis in range(2)))
+        return cls(builder, shapes[0], found)
+
+    def _row(self, start: Any, stride: Any, k: Any) -> Any:
+        place = self.builder.gep(self.builder.bitcast(start, ir.IntType(8).as_pointer()), [self.builder.mul(k, stride)])
+        return self.builder.bitcast(place, start.type)
+
+    def at(self, k: Any, j: Any, mask: Any = None) -> list[Vector]:
+        """The register of each from column j on in row k."""
+        return [
+            Vector(self.builder, (memory.load(memory.at(self._row(start, stride, k), j), mask),)) for memory, start, stride in self.found
+        ]
+
+    def write(self, k: Any, j: Any, vectors: tuple[Vector, ...], mask: Any = None) -> None:
+        """A register for each there."""
+        for (memory, start, stride), vector in zip(self.found, vectors, strict=True):
+            memory.store(vector.value, memory.at(self._row(start, stride, k), j), mask)
+
+
 def _in_pairs(builder: Any, values: list[Any]) -> Any:
     """Their sum."""
     while len(values) > 1:
