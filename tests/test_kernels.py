@@ -110,8 +110,9 @@ def calls(draw: Any) -> tuple[np.ndarray[Any, Any], dict[str, Any], bool | None]
         shorter = tuple(1 if a in axes else n for a, n in enumerate(shape))
         attrs["mean"], attrs["var"] = rng.standard_normal(shorter).astype(dtype), rng.uniform(0.1, 2.0, shorter).astype(dtype)
         rows = False
-    of_rows = masked and attrs["mask"].shape[-1] == 1 and channel and params == (len(shape) - 1,) and "mean" not in attrs
-    if of_rows and dtype in (np.float32, np.float64) and attrs["mask"].any():
+    last = params == (len(shape) - 1,) and axes[-1] == len(shape) - 2
+    of_rows = masked and attrs["mask"].shape[-1] == 1 and last and (channel or steps) and "mean" not in attrs
+    if of_rows and dtype in (np.float32, np.float64) and attrs["mask"].any(axis=(*axes, -1)).all():
         return x, attrs, True if x.flags.c_contiguous else None if 1 in shape else False
     if dtype == np.float16 or masked or not (rows or channel or steps):
         return x, attrs, False
@@ -434,6 +435,34 @@ def test_rows_that_a_mask_lets_count(shape: tuple[int, ...], counts: int, dtype:
         np.testing.assert_allclose(a, e, rtol=0, atol=(2e-5 if dtype is np.float32 else 1e-11) * scale)
     for a in (found[0], found[1], found[5]):
         assert not np.any(a[np.broadcast_to(~mask, a.shape)])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("parameters", [True, False])
+@pytest.mark.parametrize("sizes", [(5, 3, 1), (5, 5, 5), (2, 0, 4), (0, 0, 0)], ids=str)
+def test_steps_whose_rows_a_mask_lets_count(sizes: tuple[int, ...], parameters: bool, dtype: Any, rng: np.random.Generator) -> None:
+    """Statistics for each step, of as many sequences as it has; a step that nobody has is for the definition."""
+    shape = (2, len(sizes), 5, 24)
+    x, dy = ((50 + rng.standard_normal(shape)).astype(dtype) for _ in range(2))
+    w, b = (rng.standard_normal(24).astype(dtype) if parameters else None for _ in range(2))
+    mask = np.array([[rng.permutation(np.arange(5) < size) for size in sizes] for _ in range(2)])[..., None]
+    x, dy = np.where(mask, x, np.nan).astype(dtype), np.where(mask, dy, np.inf).astype(dtype)
+    attrs: dict[str, Any] = {"axes": (2,), "param_axes": (3,), "eps": 1e-5, "mask": mask}
+
+    def both() -> tuple[list[Any], type]:
+        y, residuals = normalize.forward(x, w, b, **attrs)
+        found = [y, *residuals.statistics(), residuals.counted, *normalize.vjp(residuals, dy, **attrs)]
+        return [a for a in found if a is not None], type(residuals)
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found, kind = both()
+        with without_kernels(np.ndarray):
+            expected, _ = both()
+    assert (kind is KernelResiduals) is (0 not in sizes)
+    for a, e in zip(found, expected, strict=True):
+        assert (a.shape, a.dtype) == (e.shape, e.dtype)
+        scale = float(np.max(np.abs(e), initial=1.0))
+        np.testing.assert_allclose(a, e, rtol=0, atol=(2e-5 if dtype is np.float32 else 1e-11) * scale)
 
 
 def parted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

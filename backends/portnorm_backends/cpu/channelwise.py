@@ -1,7 +1,7 @@
 """Normalization over all axes but the channels, as batch normalization in training does it; compiled by numba like `rowwise`.
 
-`columns`: the channels are the last axis, (groups, rows, channels), with statistics for each group, such as a step of a sequence. The loops
-go along the channels and hold sums for each, some rows at a time.
+`columns`: the channels are the last axis, (rows, channels), with statistics for each group of rows, such as a step of a sequence; rows
+from `ends[g]` to `ends[g + 1]` are group g. The loops go along the channels and hold sums for each, some rows at a time.
 `channels`: (outer, channels, inner), every (outer, channel) a contiguous block. Statistics as in `rowwise`: from a first guess m of the
 mean, with d what it lacks. The gain w of a channel is one number, so that dx = w · rstd · (dy − Σ dy / n − x̂ · Σ dy x̂ / n).
 """
@@ -29,7 +29,7 @@ _AHEAD = 4096
 """Bytes between what is read and what is asked for."""
 
 
-# -- (groups, rows, channels) ------------------------------------------------------------------------------------------------------------
+# -- (rows, channels) -------------------------------------------------------------------------------------------------------------------
 
 
 @elementwise
@@ -118,6 +118,7 @@ def _columns_forward(
     start: int,
     stop: int,
     x: Any,
+    ends: Any,
     weight: Any,
     bias: Any,
     eps: float,
@@ -128,12 +129,12 @@ def _columns_forward(
     kept: Any,
     var: Any,
 ) -> bool:
-    x, weight, bias, y, kept, var = bare(x), bare(weight), bare(bias), bare(y), bare(kept), bare(var)
-    groups, rows, columns = x.shape[0], x.shape[1], stop - start
+    x, ends, weight, bias, y, kept, var = bare(x), bare(ends), bare(weight), bare(bias), bare(y), bare(kept), bare(var)
+    columns = stop - start
     fine, gain, shift = True, numpy.empty(columns, kept.dtype), numpy.zeros(columns, kept.dtype)
-    for g in range(groups):
+    for g in range(ends.size - 1):
         m, d, rstd, spread = kept[0, g, start:stop], kept[1, g, start:stop], kept[2, g, start:stop], var[g, start:stop]
-        _column_statistics(x[g], start, center, m, d, spread)
+        _column_statistics(x[ends[g] : ends[g + 1]], start, center, m, d, spread)
         for c in range(columns):
             if not (smallest < spread[c] + eps < largest):
                 fine = False
@@ -141,8 +142,8 @@ def _columns_forward(
             gain[c] = rstd[c] * weight[start + c] if weight.size else rstd[c]
             if bias.size:
                 shift[c] = bias[start + c]
-        for k in range(rows):
-            scaled(columns, (x[g, k, start:stop], m, d, gain, shift), (y[g, k, start:stop],))
+        for k in range(ends[g], ends[g + 1]):
+            scaled(columns, (x[k, start:stop], m, d, gain, shift), (y[k, start:stop],))
     return fine
 
 
@@ -162,42 +163,54 @@ def _column_cotangents(x: Any, dy: Any, start: int, m: Any, d: Any, rstd: Any, f
         carry(second, lost[1], b)
 
 
-def _columns_scaled(start: int, stop: int, x: Any, weight: Any, bias: Any, kept: Any, y: Any) -> None:
+def _columns_scaled(start: int, stop: int, x: Any, ends: Any, weight: Any, bias: Any, kept: Any, y: Any) -> None:
     """With statistics that are given."""
-    x, weight, bias, kept, y = bare(x), bare(weight), bare(bias), bare(kept), bare(y)
-    groups, rows, columns = x.shape[0], x.shape[1], stop - start
+    x, ends, weight, bias, kept, y = bare(x), bare(ends), bare(weight), bare(bias), bare(kept), bare(y)
+    columns = stop - start
     gain, shift = numpy.empty(columns, kept.dtype), numpy.zeros(columns, kept.dtype)
-    for g in range(groups):
+    for g in range(ends.size - 1):
         m, d, rstd = kept[0, g, start:stop], kept[1, g, start:stop], kept[2, g, start:stop]
         for c in range(columns):
             gain[c] = rstd[c] * weight[start + c] if weight.size else rstd[c]
             if bias.size:
                 shift[c] = bias[start + c]
-        for k in range(rows):
-            scaled(columns, (x[g, k, start:stop], m, d, gain, shift), (y[g, k, start:stop],))
+        for k in range(ends[g], ends[g + 1]):
+            scaled(columns, (x[k, start:stop], m, d, gain, shift), (y[k, start:stop],))
 
 
 def _columns_backward(
-    start: int, stop: int, x: Any, dy: Any, weight: Any, kept: Any, center: bool, own: bool, dx: Any, dweight: Any, dbias: Any
+    start: int,
+    stop: int,
+    x: Any,
+    ends: Any,
+    dy: Any,
+    weight: Any,
+    kept: Any,
+    center: bool,
+    own: bool,
+    dx: Any,
+    dweight: Any,
+    dbias: Any,
 ) -> None:
     """`own`: the statistics were those of x; else they are constants."""
     x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
-    groups, rows, columns = x.shape[0], x.shape[1], stop - start
+    ends, columns = bare(ends), stop - start
     room, found, lost = numpy.empty((3, columns), kept.dtype), numpy.empty((2, columns)), numpy.zeros((2, columns))
     gain, a, b, first, second = room[0], room[1], room[2], found[0], found[1]
     dweight, dbias = dweight[start:stop], dbias[start:stop]
     fill(dweight, 0)
     fill(dbias, 0)
-    for g in range(groups):
+    for g in range(ends.size - 1):
         m, d, rstd = kept[0, g, start:stop], kept[1, g, start:stop], kept[2, g, start:stop]
-        _column_cotangents(x[g], dy[g], start, m, d, rstd, first, second)
+        rows = ends[g + 1] - ends[g]
+        _column_cotangents(x[ends[g] : ends[g + 1]], dy[ends[g] : ends[g + 1]], start, m, d, rstd, first, second)
         for c in range(columns):
             gain[c] = rstd[c] * weight[start + c] if weight.size else rstd[c]
             a[c], b[c] = first[c] / rows if own and center else 0.0, second[c] / rows if own else 0.0
             dbias[c], lost[0, c] = carried(dbias[c], lost[0, c], first[c])
             dweight[c], lost[1, c] = carried(dweight[c], lost[1, c], second[c])
-        for k in range(rows):
-            _back(columns, (x[g, k, start:stop], dy[g, k, start:stop], gain, m, d, rstd, a, b), (dx[g, k, start:stop],))
+        for k in range(ends[g], ends[g + 1]):
+            _back(columns, (x[k, start:stop], dy[k, start:stop], gain, m, d, rstd, a, b), (dx[k, start:stop],))
 
 
 # -- (outer, channels, inner) ------------------------------------------------------------------------------------------------------------
@@ -309,13 +322,20 @@ def _channels_backward(
             _back(inner, (x[k, c], dy[k, c], gain, m, d, rstd, one, two), (dx[k, c],))
 
 
+def _given(v: Any, inner: bool) -> tuple[Any, ...]:
+    """The types of values and `ends`. Inputs are declared read-only, so that those which are need no version of their own."""
+    if inner:
+        return (numba.types.Array(v, 3, "C", readonly=True),)
+    return numba.types.Array(v, 2, "C", readonly=True), numba.types.Array(numba.int64, 1, "C", readonly=True)
+
+
 @functools.cache
 def forward(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., bool]:
     """The forward kernel for one type of values: `_channels_forward`, or without an inner axis `_columns_forward`."""
     v, t, wide, at = *kinds(dtype), numba.float64, numba.int64
-    given, parameter = numba.types.Array(v, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
-    kept, var = (t[:, ::1], wide[::1]) if inner else (t[:, :, ::1], wide[:, ::1])
-    signature = numba.boolean(at, at, given, parameter, parameter, wide, numba.boolean, wide, wide, v[:, :, ::1], kept, var)
+    parameter = numba.types.Array(t, 1, "C", readonly=True)
+    y, kept, var = (v[:, :, ::1], t[:, ::1], wide[::1]) if inner else (v[:, ::1], t[:, :, ::1], wide[:, ::1])
+    signature = numba.boolean(at, at, *_given(v, inner), parameter, parameter, wide, numba.boolean, wide, wide, y, kept, var)
     return compiled(signatures=signature)(_channels_forward if inner else _columns_forward)
 
 
@@ -323,9 +343,9 @@ def forward(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., bool]:
 def scale(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., None]:
     """The kernel for given statistics."""
     v, t, at = *kinds(dtype), numba.int64
-    given, parameter = numba.types.Array(v, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
-    kept = t[:, ::1] if inner else t[:, :, ::1]
-    return compiled(signatures=numba.void(at, at, given, parameter, parameter, kept, v[:, :, ::1]))(
+    parameter = numba.types.Array(t, 1, "C", readonly=True)
+    kept, y = (t[:, ::1], v[:, :, ::1]) if inner else (t[:, :, ::1], v[:, ::1])
+    return compiled(signatures=numba.void(at, at, *_given(v, inner), parameter, parameter, kept, y))(
         _channels_scaled if inner else _columns_scaled
     )
 
@@ -334,7 +354,8 @@ def scale(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., None]:
 def backward(dtype: numpy.dtype[Any], inner: bool) -> Callable[..., None]:
     """The backward kernel for one type of values."""
     v, t, wide, at = *kinds(dtype), numba.float64, numba.int64
-    given, parameter = numba.types.Array(v, 3, "C", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
-    kept = numba.types.Array(t, 2 if inner else 3, "C", readonly=True)
-    signature = numba.void(at, at, given, given, parameter, kept, numba.boolean, numba.boolean, v[:, :, ::1], wide[::1], wide[::1])
+    x, *ends = _given(v, inner)
+    parameter, kept = (numba.types.Array(t, ndim, "C", readonly=True) for ndim in (1, 2 if inner else 3))
+    dx = v[:, :, ::1] if inner else v[:, ::1]
+    signature = numba.void(at, at, x, *ends, x, parameter, kept, numba.boolean, numba.boolean, dx, wide[::1], wide[::1])
     return compiled(signatures=signature)(_channels_backward if inner else _columns_backward)

@@ -27,12 +27,13 @@ class KernelResiduals(NamedTuple):
     laid_out: tuple[int, int] | None  # of rows: the shape of the parameters as the kernel takes them
     var: NumPyArray | None  # of channels: σ², of length 1 along the normalized axes
     counted: NumPyArray | None = None  # with a mask: the values that entered each statistic
-    masked: tuple[NumPyArray, tuple[int, ...]] | None = None  # then `x` has the rows that count alone: their places, and the whole shape
+    masked: tuple[NumPyArray, NumPyArray, tuple[int, ...]] | None = None
+    """With a mask `x` has the rows that count alone: their places, the ends of groups among them, and the whole shape."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the array that was normalized."""
-        shape: tuple[int, ...] = self.x.shape if self.masked is None else self.masked[1]
+        shape: tuple[int, ...] = self.x.shape if self.masked is None else self.masked[2]
         return shape
 
     @property
@@ -86,9 +87,16 @@ def _accepts(
 
 
 def _masks_rows(x: Any, mask: Any, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
-    """Whether a mask says which rows of (…, channels) count."""
-    last = type(x) is numpy.ndarray and x.dtype in RANGE and param_axes == (x.ndim - 1,) and axes == tuple(range(x.ndim - 1))
-    return last and type(mask) is numpy.ndarray and mask.dtype == bool and mask.ndim == x.ndim and mask.shape[-1] == 1
+    """Whether a mask says which rows of (…, channels) count, with statistics of all, or of those that some leading axes part."""
+    last = type(x) is numpy.ndarray and x.dtype in RANGE and param_axes == (x.ndim - 1,) and axes[-1:] == (x.ndim - 2,)
+    return (
+        last
+        and _is_channel(x, axes, param_axes)
+        and type(mask) is numpy.ndarray
+        and mask.dtype == bool
+        and mask.ndim == x.ndim
+        and mask.shape[-1] == 1
+    )
 
 
 def _are_rows(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
@@ -139,7 +147,7 @@ def _forward(
     if mean is not None:
         return written(into, out), _scaled_channels(x, weight, bias, mean, var, param_axes, float32_value(eps), into)
     if mask is not None:
-        found = _forward_of_counted(x, weight, bias, mask, float32_value(eps), center, into)
+        found = _forward_of_counted(x, weight, bias, mask, axes[0], float32_value(eps), center, into)
     else:  # The channels of (channels, values) are rows too, but someone may ask for their statistics.
         made = _forward_of_channels if _is_channel(x, axes, param_axes) else _forward_of_rows
         found = made(x, weight, bias, axes, param_axes, float32_value(eps), center, into)
@@ -250,23 +258,37 @@ def _vjp_of_rows(
     return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), _cotangents(weight, dweight[0]), _cotangents(bias, dbias[0])
 
 
-def _by_channel(x: NumPyArray, channel: int, groups: int) -> NumPyArray:
-    """(outer, channels, inner), or (groups, rows, channels) where nothing comes after the channels."""
+class _Blocks(NamedTuple):
+    """Values as the kernels of channels take them: (outer, channels, inner), or (rows, channels) where nothing comes after the channels."""
+
+    values: NumPyArray
+    ends: tuple[NumPyArray, ...]  # of rows: where each group with statistics of its own begins, and the last ends
+    inner: bool
+
+    def like(self, y: NumPyArray) -> NumPyArray:
+        """Another array of this shape."""
+        return bits(y.reshape(self.values.shape))
+
+
+def _blocks(x: NumPyArray, channel: int, groups: int) -> _Blocks:
     inner = math.prod(x.shape[channel + 1 :])
-    return x.reshape((-1, x.shape[channel], inner) if inner > 1 else (groups, -1, x.shape[channel]))
+    if inner > 1:
+        return _Blocks(bits(x.reshape(-1, x.shape[channel], inner)), (), True)
+    rows = x.reshape(-1, x.shape[channel])
+    return _Blocks(bits(rows), (numpy.arange(groups + 1) * (rows.shape[0] // groups),), False)
 
 
 _LINE = 16
 """Channels that lie beside each other of which a thread takes whole multiples, so that no two write into the same line of a cache."""
 
 
-def _each_channel(kernel: Any, blocks: NumPyArray, *others: Any, beside: bool) -> bool:
-    """The kernel over all channels, in threads where there is much; whether it was right in all. `beside`: they are the last axis."""
-    count = blocks.shape[2 if beside else 1]
-    if blocks.size < 2 * _WORTH:
-        return kernel(0, count, blocks, *others) is not False
-    ranges, fine = threads.parts(count, blocks.size / _WORTH, _LINE if beside else 1, _PIECES), []
-    threads.each(ranges, lambda a, b: fine.append(kernel(a, b, blocks, *others)))
+def _each_channel(kernel: Any, blocks: _Blocks, *others: Any) -> bool:
+    """The kernel over all channels, in threads where there is much; whether it was right in all."""
+    values, given, count = blocks.values, (blocks.values, *blocks.ends, *others), blocks.values.shape[1]
+    if values.size < 2 * _WORTH:
+        return kernel(0, count, *given) is not False
+    ranges, fine = threads.parts(count, values.size / _WORTH, 1 if blocks.inner else _LINE, _PIECES), []
+    threads.each(ranges, lambda a, b: fine.append(kernel(a, b, *given)))
     return False not in fine
 
 
@@ -274,39 +296,48 @@ def _forward_of_channels(
     x: NumPyArray, weight: Any, bias: Any, axes: tuple[int, ...], param_axes: tuple[int, ...], eps: float, center: bool, y: NumPyArray
 ) -> KernelResiduals | None:
     """`y`; `None` where the definition has to do it."""
+    shape = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+    blocks = _blocks(x, param_axes[0], math.prod(shape) // x.shape[param_axes[0]])
+    found = _statistics(blocks, x.dtype, weight, bias, eps, center, y)
+    return None if found is None else KernelResiduals(x, found[0], weight, bias, None, found[1].reshape(shape))
+
+
+def _statistics(
+    blocks: _Blocks, dtype: Any, weight: Any, bias: Any, eps: float, center: bool, y: NumPyArray
+) -> tuple[NumPyArray, NumPyArray] | None:
+    """Fills `y`, and gives what is kept and σ² of each group and channel; `None` where the definition has to do it."""
     from portnorm_backends.cpu import channelwise
 
-    (channel,) = param_axes
-    count, var = x.shape[channel], numpy.empty(tuple(1 if a in axes else n for a, n in enumerate(x.shape)))
-    groups = var.size // count
-    own = computed(x.dtype)
-    blocks, kept = bits(_by_channel(x, channel, groups)), numpy.empty((3, groups, count), dtype=own)
-    parameters = (taken(weight, own, (count,)), taken(bias, own, (count,)))
-    inner = math.prod(x.shape[channel + 1 :]) > 1
-    room = (kept.reshape(3, count), var.reshape(count)) if inner else (kept, var.reshape(kept.shape[1:]))
-    how, into = (eps, center, *RANGE[own]), bits(y.reshape(blocks.shape))
-    if not _each_channel(channelwise.forward(x.dtype, inner), blocks, *parameters, *how, into, *room, beside=not inner):
-        return None
-    return KernelResiduals(x, room[0], weight, bias, None, var.astype(own))
+    own, count = computed(dtype), blocks.values.shape[1]
+    shape = (count,) if blocks.inner else (blocks.ends[0].size - 1, count)
+    kept, var = numpy.empty((3, *shape), dtype=own), numpy.empty(shape)
+    parameters, how = (taken(weight, own, (count,)), taken(bias, own, (count,))), (eps, center, *RANGE[own])
+    fine = _each_channel(channelwise.forward(dtype, blocks.inner), blocks, *parameters, *how, blocks.like(y), kept, var)
+    return (kept, var.astype(own)) if fine else None
 
 
 def _forward_of_counted(
-    x: NumPyArray, weight: Any, bias: Any, mask: NumPyArray, eps: float, center: bool, y: NumPyArray
+    x: NumPyArray, weight: Any, bias: Any, mask: NumPyArray, first: int, eps: float, center: bool, y: NumPyArray
 ) -> KernelResiduals | None:
-    """`y` of the rows that count, and 0 elsewhere; `None` where the definition has to do it, as where none counts."""
-    counts = numpy.broadcast_to(mask[..., 0], x.shape[:-1]).reshape(-1)
-    places = numpy.flatnonzero(counts)
-    if not places.size:
+    """`y` of the rows that count, and 0 elsewhere; `None` where the definition has to do it, as where none counts in a group of rows.
+
+    Axes before the `first` part the groups.
+    """
+    counts = numpy.broadcast_to(mask[..., 0], x.shape[:-1]).reshape(math.prod(x.shape[:first]), -1)
+    sizes = counts.sum(axis=1)
+    if not sizes.size or not sizes.all():
         return None
+    places, ends = numpy.flatnonzero(counts), numpy.concatenate((numpy.zeros(1, sizes.dtype), numpy.cumsum(sizes)))
     rows = x.reshape(-1, x.shape[-1]).take(places, axis=0)
     made = memory.room(rows.shape, x.dtype)
-    found = _forward_of_channels(rows, weight, bias, (0,), (1,), eps, center, made)
-    if found is None or found.var is None:
+    found = _statistics(_Blocks(rows, (ends,), False), x.dtype, weight, bias, eps, center, made)
+    if found is None:
         return None
     _put(made, places, y)
-    shape = (*(1 for _ in x.shape[:-1]), x.shape[-1])
-    var = found.var.reshape(shape)
-    return found._replace(var=var, counted=numpy.full(shape, places.size, var.dtype), masked=(places, x.shape))
+    kept, var = found
+    shape = (*x.shape[:first], *(1 for _ in x.shape[first:-1]), x.shape[-1])
+    counted = numpy.broadcast_to(sizes[:, None], var.shape).astype(var.dtype).reshape(shape)
+    return KernelResiduals(rows, kept, weight, bias, None, var.reshape(shape), counted, (places, ends, x.shape))
 
 
 def _put(rows: NumPyArray, places: NumPyArray, y: NumPyArray) -> None:
@@ -324,16 +355,16 @@ def _scaled_channels(
     from portnorm_backends.cpu import channelwise
 
     (channel,) = param_axes
-    count, inner = x.shape[channel], math.prod(x.shape[channel + 1 :]) > 1
-    own = computed(x.dtype)
+    own, count = computed(x.dtype), x.shape[channel]
     m, spread = (s.astype(own, copy=False) for s in (mean, var))
     groups = spread.size // count
-    blocks, kept = bits(_by_channel(x, channel, groups)), numpy.zeros((3, groups, count), dtype=own)
-    kept[0], kept[2] = m.reshape(groups, count), 1.0 / numpy.sqrt(spread.reshape(groups, count) + eps)
-    room = kept.reshape(3, count) if inner else kept
+    blocks = _blocks(x, channel, groups)
+    shape = (count,) if blocks.inner else (groups, count)
+    kept = numpy.zeros((3, *shape), dtype=own)
+    kept[0], kept[2] = m.reshape(shape), 1.0 / numpy.sqrt(spread.reshape(shape) + eps)
     parameters = (taken(weight, own, (count,)), taken(bias, own, (count,)))
-    _each_channel(channelwise.scale(x.dtype, inner), blocks, *parameters, room, bits(y.reshape(blocks.shape)), beside=not inner)
-    return KernelResiduals(x, room, weight, bias, None, spread)
+    _each_channel(channelwise.scale(x.dtype, blocks.inner), blocks, *parameters, kept, blocks.like(y))
+    return KernelResiduals(x, kept, weight, bias, None, spread)
 
 
 def _vjp_of_channels(
@@ -341,22 +372,23 @@ def _vjp_of_channels(
 ) -> tuple[Any, Any, Any]:
     from portnorm_backends.cpu import channelwise
 
-    if residuals.masked is not None:
-        places, shape = residuals.masked
-        given = numpy.ascontiguousarray(dy).reshape(-1, shape[-1]).take(places, axis=0)
-        of_rows, *others = _vjp_of_channels(residuals._replace(masked=None), given, param_axes=(1,), center=center)
-        dx = memory.room(shape, of_rows.dtype)
-        _put(of_rows, places, dx)
-        return (dx, *others)
-    x, kept, weight, bias, _, var, *_ = residuals
+    x, kept, weight, bias, _, var, _, masked = residuals
     assert var is not None
     x, count = _as_wide_as(x, dy), kept.shape[-1]
-    blocks = _by_channel(x, param_axes[0], var.size // count)
-    dx, dweight, dbias = memory.room(blocks.shape, x.dtype), numpy.empty(count), numpy.empty(count)
-    given, gains = bits(taken(dy, x.dtype, blocks.shape)), taken(weight, kept.dtype, (count,))
-    kernel, how = channelwise.backward(x.dtype, kept.ndim == 2), (center, mean is None)
-    _each_channel(kernel, bits(blocks), given, gains, kept, *how, bits(dx), dweight, dbias, beside=kept.ndim == 3)
-    return dx.reshape(x.shape).astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
+    if masked is None:
+        blocks, given = _blocks(x, param_axes[0], var.size // count), taken(dy, x.dtype, x.shape)
+    else:
+        places, ends, shape = masked
+        blocks = _Blocks(x, (ends,), False)
+        given = numpy.ascontiguousarray(dy, x.dtype).reshape(-1, count).take(places, axis=0)
+    dx, dweight, dbias = memory.room(x.shape, x.dtype), numpy.empty(count), numpy.empty(count)
+    kernel, how = channelwise.backward(x.dtype, blocks.inner), (center, mean is None)
+    _each_channel(kernel, blocks, blocks.like(given), taken(weight, kept.dtype, (count,)), kept, *how, blocks.like(dx), dweight, dbias)
+    if masked is not None:
+        whole = memory.room(shape, x.dtype)
+        _put(dx, places, whole)
+        dx = whole
+    return dx.astype(dy.dtype, copy=False), _cotangents(weight, dweight), _cotangents(bias, dbias)
 
 
 def _vjp(residuals: KernelResiduals, dy: Array, **attrs: Any) -> tuple[Any, Any, Any]:
