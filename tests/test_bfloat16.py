@@ -17,7 +17,7 @@ import portnorm as pn
 from portnorm.arrays import leaves
 from portnorm.checkpoint import safetensors
 from portnorm_backends.cpu.channelwise import same
-from portnorm_backends.cpu.normalize import KernelResiduals
+from portnorm_backends.cpu.residuals import KernelResiduals
 from tests.cases import LAYERS, OPS, PRESETS, OpCase, random_state
 from tests.processes import output_of
 

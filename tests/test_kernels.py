@@ -20,10 +20,9 @@ from benchmarks.tables import ROOT
 from portnorm.arrays import leaves, library, without_kernels
 from portnorm.libraries import SUPPORT
 from portnorm.norm.normalize import Normalized, normalize
-from portnorm_backends.cpu import affine, memory, products, recurrent, registers, threads
-from portnorm_backends.cpu import normalize as cpu_normalize
-from portnorm_backends.cpu.normalize import KernelResiduals
+from portnorm_backends.cpu import affine, memory, products, recurrent, registers, residuals, threads
 from portnorm_backends.cpu.recurrent import LoopResiduals
+from portnorm_backends.cpu.residuals import KernelResiduals
 from tests.processes import in_threads, output_of
 from tests.tolerances import OPERATION, RECURRENT
 
@@ -426,7 +425,7 @@ def test_rows_that_a_mask_lets_count(shape: tuple[int, ...], counts: int, dtype:
         assert pn.batch_norm(x, w, b, **attrs, out=into) is into
         return [y, into, *residuals.statistics(), residuals.counted, *pn.batch_norm.vjp(residuals, dy, channel_axis=-1, mask=mask)]
 
-    assert (type(pn.batch_norm.forward(x, w, b, **attrs)[1]) is cpu_normalize.KernelResiduals) is (counts > 0)
+    assert (type(pn.batch_norm.forward(x, w, b, **attrs)[1]) is KernelResiduals) is (counts > 0)
     found = both()
     with without_kernels(np.ndarray):
         expected = both()
@@ -475,7 +474,7 @@ def parted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(threads, "_count", lambda: 3)
     monkeypatch.setattr(threads, "parts", seen)
-    for module, name in ((recurrent, "_WORTH"), (products, "_WORTH"), (cpu_normalize, "_WORTH")):
+    for module, name in ((recurrent, "_WORTH"), (products, "_WORTH"), (residuals, "_WORTH")):
         monkeypatch.setattr(module, name, 1)
     return ranges
 

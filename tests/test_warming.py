@@ -25,7 +25,7 @@ CALL = """
 import json, os, sys, threading, time
 import numpy as np, portnorm as pn
 from portnorm_backends.cpu import families, notes, warming
-from portnorm_backends.cpu.normalize import LastAxisResiduals
+from portnorm_backends.cpu.rows import LastAxisResiduals
 
 x, w = np.linspace(-3, 5, 160, dtype="float32").reshape(4, 40), np.linspace(0.5, 2, 40, dtype="float32")
 

@@ -13,15 +13,13 @@ from typing import Any
 import numpy
 
 from portnorm.arrays import Kernel
-from portnorm_backends.cpu import memory, threads
+from portnorm_backends.cpu import memory
 from portnorm_backends.cpu.layout import RANGE, NumPyArray
+from portnorm_backends.cpu.residuals import in_ranges, is_much
 from portnorm_backends.cpu.warming import ready
 
-_WORTH = 2**15
-"""Values from which a thread pays."""
-
-_PIECES = 4
-"""Ranges for each thread."""
+_AS_MUCH = 2
+"""An update of a value takes as long as normalizing so many."""
 
 _LINES = 64
 """Values of which a range has whole multiples, so that no two threads write into one line of a cache."""
@@ -62,10 +60,10 @@ def _of(name: str, count: int) -> Kernel:
         def some(a: int, b: int) -> None:
             kernel(*(x[a:b] for x in flat), *numbers)
 
-        if size < 2 * _WORTH:
-            kernel(*flat, *numbers)
+        if is_much(_AS_MUCH * size):
+            in_ranges(size, _AS_MUCH * size, _LINES, some)
         else:
-            threads.each(threads.parts(size, size / _WORTH, _LINES, _PIECES), some)
+            kernel(*flat, *numbers)
         return tuple(made)
 
     return Kernel(call=call, accepts=accepts)
