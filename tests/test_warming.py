@@ -72,7 +72,7 @@ def test_the_next_process_takes_what_is_kept(cache: Path) -> None:
     code = """
 _, by_kernel = call()
 from portnorm_backends.cpu import rowwise
-stats = rowwise.last_axis(np.dtype("float32")).stats
+stats = rowwise.forward(np.dtype("float32")).stats
 print(json.dumps([by_kernel, sum(stats.cache_hits.values()), sum(stats.cache_misses.values()), sorted(map(str, warming._asked))]))
 """
     assert run(cache, code) == [True, 1, 0, []]

@@ -12,16 +12,15 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from portnorm_backends.cpu.compiling import bare, compiled, copy
-from portnorm_backends.cpu.places import BITS, INDEX, PLACE, Bits, Memory, computed, kinds, mask_of
+from portnorm_backends.cpu.places import BITS, INDEX, PLACE, Bits, Memory, computed, mask_of
 from portnorm_backends.cpu.registers import WIDTH
-from portnorm_backends.cpu.rowwise import normalized
+from portnorm_backends.cpu.rowwise import forward_of, normalized
 from portnorm_backends.cpu.vectors import Vector, across, folded, fused
 
 _ROOM = 128
@@ -170,7 +169,7 @@ def _statistics(x: Any, r: int, center: bool, eps: float, t: Any, found: Any) ->
             _sizes(wide, (t[b],), (n, eps), (own[2], own[3]))
 
 
-def _each(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
+def _each(x: Any, weight: Any, bias: Any, turns: int, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
     x, weight, bias, y, kept = bare(x), bare(weight), bare(bias), bare(y), bare(kept)
     t, found = _room(x, kept.dtype)
     gains, shifts = numpy.ones(x.shape[1], kept.dtype), numpy.zeros(x.shape[1], kept.dtype)
@@ -199,8 +198,5 @@ def _forward(
 
 @functools.cache
 def forward(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
-    """`rowwise.forward` for rows of at most `layout.SHORT` values, with parameters (n,) or (0,). (Backward this does not pay.)"""
-    v, t, wide = *kinds(dtype), numba.float64
-    apart, parameter = types.Array(v, 2, "A", readonly=True), types.Array(t, 1, "C", readonly=True)
-    signature = numba.boolean(apart, parameter, parameter, wide, numba.boolean, wide, wide, v[:, :], t[:, ::1])
-    return compiled(signatures=signature)(_each)
+    """`rowwise.forward` for rows of at most `layout.SHORT` values, with `turns` 1. (Backward this does not pay.)"""
+    return forward_of(_each, dtype)

@@ -33,8 +33,6 @@ TRAINING = " training"
 def _rows(dtype: str) -> None:
     rowwise, kind = importlib.import_module("portnorm_backends.cpu.rowwise"), type_named(dtype)
     rowwise.forward(kind), rowwise.backward(kind)
-    if kind in RANGE:
-        rowwise.last_axis(kind)
 
 
 def _short_rows(dtype: str) -> None:

@@ -255,8 +255,8 @@ def _input_terms(x: NumPyArray, params: Params, cell: RecurrentCell) -> Feed:
         x.dtype,
     )
     if slot is not None:
-        own = [taken(params.get(f"norm_ih.{p}"), x.dtype, (1, weight.shape[0])) for p in ("weight", "bias")]
-        how = (float32_value(cell.variant.eps), cell.variant.norm != "rms", *RANGE[dtype])
+        own = [taken(params.get(f"norm_ih.{p}"), x.dtype, (1, weight.shape[0])).reshape(-1) for p in ("weight", "bias")]
+        how = (1, float32_value(cell.variant.eps), cell.variant.norm != "rms", *RANGE[dtype])
         normalize, parts = _compiled("rowwise").forward(dtype), list(itertools.pairwise(_ends(slot.partition, weight.shape[0])))
 
     def of_thread(first: int, last: int) -> tuple[int, Callable[[int, int], Terms | None]]:
@@ -269,7 +269,7 @@ def _input_terms(x: NumPyArray, params: Params, cell: RecurrentCell) -> Feed:
             multiply(inputs[t:stop, first:last].reshape(-1, x.shape[2]), rows)
             for i, j in () if slot is None else parts:
                 part = rows[:, i:j]
-                fine &= normalize(part, *(p[:, i:j] for p in own), *how, part, numpy.empty((1, 3), dtype))
+                fine &= normalize(part, *(p[i:j] for p in own), *how, part, numpy.empty((1, 3), dtype))
             return Terms(terms, t, first) if fine else None
 
         return count, of_steps

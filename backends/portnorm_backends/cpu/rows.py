@@ -50,11 +50,10 @@ def forward_of_rows(
     assert rows is not None
     shape = (math.prod(x.shape[param_axes[0] : first]), math.prod(x.shape[first:last]))
     own = computed(x.dtype)
-    kept, parameters = numpy.empty((rows.shape[0], 3), dtype=own), (taken(weight, own, shape), taken(bias, own, shape))
-    how, into = (eps, center, *RANGE[own]), bits(y.reshape(rows.shape))
-    kernel = rowwise.forward(x.dtype)
-    if _are_short(rows, shape, weight is None and bias is None):
-        kernel, parameters = abreast.forward(x.dtype), (parameters[0].reshape(-1), parameters[1].reshape(-1))
+    kept, parameters = numpy.empty((rows.shape[0], 3), dtype=own), tuple(taken(p, own, shape).reshape(-1) for p in (weight, bias))
+    how, into = (shape[0], eps, center, *RANGE[own]), bits(y.reshape(rows.shape))
+    short = _are_short(rows, shape, weight is None and bias is None)
+    kernel = (abreast if short else rowwise).forward(x.dtype)
     if not _each_row(kernel, bits(rows), parameters, how, into, kept, shape[0]):
         return None
     return KernelResiduals(x, kept, weight, bias, shape, None)
@@ -141,7 +140,7 @@ def _plain(dtype: Any, short: bool) -> tuple[Any, ...]:
     """
     from portnorm_backends.cpu import abreast, rowwise
 
-    kernel = abreast.forward(dtype) if short else rowwise.last_axis(dtype)
+    kernel = (abreast if short else rowwise).forward(dtype)
     return kernel, numpy.empty((0,), dtype=dtype), *RANGE[dtype], numpy.empty((1, 3), dtype)
 
 
@@ -177,7 +176,7 @@ def last_axis(op: Any, center: bool) -> Kernel:
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         into = y if x.ndim == 2 else y.reshape(rows.shape)
-        if not _each_row(kernel, rows, (w, b), (float32_value(eps), center, smallest, largest), into, unread, 1):
+        if not _each_row(kernel, rows, (w, b), (1, float32_value(eps), center, smallest, largest), into, unread, 1):
             return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps, out=out)[0]
         return y
 
@@ -186,7 +185,7 @@ def last_axis(op: Any, center: bool) -> Kernel:
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         kept = numpy.empty((rows.shape[0], 3), x.dtype)
-        if not _each_row(kernel, rows, (w, b), (float32_value(eps), center, smallest, largest), y.reshape(rows.shape), kept, 1):
+        if not _each_row(kernel, rows, (w, b), (1, float32_value(eps), center, smallest, largest), y.reshape(rows.shape), kept, 1):
             return op.definition(x, weight, *(() if bias is None else (bias,)), eps=eps, out=out)
         return y, LastAxisResiduals(x, kept, weight, bias, (1, x.shape[-1]), None)
 

@@ -107,40 +107,40 @@ def normalized(x: Vector, gain: Vector, shift: Vector, m: Vector, d: Vector, fac
 _scaled_twice = elementwise(normalized)
 
 
-def _forward(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
+def _forward(
+    x: Any, weight: Any, bias: Any, turns: int, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any
+) -> bool:
     """y of x, both (rows, n), of which only each row need be contiguous.
 
     Fills `kept` (rows, 3), which may have fewer rows, with m, d and 1 / sqrt(σ² + ε).
 
-    `weight` and `bias` are (p, k): row r takes row r mod p, each value of it for n / k neighbours; (0, 0) where there is none. False where
-    σ² + ε is not between `smallest` and `largest`: then the result is not to be used.
+    `weight` and `bias` are (turns · k,), or (0,) where there is none: row r takes k values from r mod `turns`, each for n / k neighbours.
+    False where σ² + ε is not between `smallest` and `largest`: then the result is not to be used.
     """
     x, weight, bias, y, kept = bare(x), bare(weight), bare(bias), bare(y), bare(kept)
-    n, fine, wide = x.shape[1], True, x.shape[1]
-    if weight.size:
-        wide = n // weight.shape[1]
-    elif bias.size:
-        wide = n // bias.shape[1]
-    by_value = wide == 1 and weight.size + bias.size > 0
+    n, fine = x.shape[1], True
+    k = max(weight.size, bias.size) // turns
+    wide, by_value = n // k if k else n, k == n
     for r in range(x.shape[0]):
-        row, out, k = row_of(x, r), row_of(y, r), r % kept.shape[0]
+        row, out, q = row_of(x, r), row_of(y, r), r % kept.shape[0]
         m, d, var = statistics(row, center)
         if not (smallest < var + eps < largest):
             fine = False
         factor = like(x, 1.0 / math.sqrt(var + eps))
-        kept[k, 0], kept[k, 1], kept[k, 2] = m, d, factor
+        kept[q, 0], kept[q, 1], kept[q, 2] = m, d, factor
+        first = r % turns * k
         if not by_value:
             for s in range(n // wide):
                 i, j = s * wide, (s + 1) * wide
-                gain = weight[r % weight.shape[0], s] * factor if weight.size else factor
-                shift = bias[r % bias.shape[0], s] if bias.size else like(x, 0)
+                gain = weight[first + s] * factor if weight.size else factor
+                shift = bias[first + s] if bias.size else like(x, 0)
                 scaled(wide, (row[i:j], m, d, gain, shift), (out[i:j],))
         elif weight.size and bias.size:
-            _scaled_twice(n, (row, weight[r % weight.shape[0]], bias[r % bias.shape[0]], m, d, factor), (out,))
+            _scaled_twice(n, (row, weight[first : first + n], bias[first : first + n], m, d, factor), (out,))
         elif weight.size:
-            _scaled_twice(n, (row, weight[r % weight.shape[0]], 0.0, m, d, factor), (out,))
+            _scaled_twice(n, (row, weight[first : first + n], 0.0, m, d, factor), (out,))
         else:
-            scaled(n, (row, m, d, factor, bias[r % bias.shape[0]]), (out,))
+            scaled(n, (row, m, d, factor, bias[first : first + n]), (out,))
     return fine
 
 
@@ -173,8 +173,8 @@ def back(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, factor: Vect
 def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, dx: Any, dweight: Any, dbias: Any) -> None:
     """dx = rstd · (g − Σ g / n − x̂ · Σ g x̂ / n) with g = dy · weight; adds Σ dy · x̂ and Σ dy to the float64 `dweight` and `dbias`.
 
-    `weight` is (p, k) as in `forward`, or (0, 0); `dweight` and `dbias` are (2, p, k), the sums and what rounding lost of them, or
-    (2, 0, 0). `part` (2, p, k), or (2, 0, 0), is zeroed room for sums over a few rows.
+    `weight` is (p, k), or (0, 0); row r takes that of r mod p. `dweight` and `dbias` are (2, p, k), the sums and what rounding lost of
+    them, or (2, 0, 0). `part` (2, p, k), or (2, 0, 0), is zeroed room for sums over a few rows.
     """
     x, dy, weight, kept, part, dx = bare(x), bare(dy), bare(weight), bare(kept), bare(part), bare(dx)
     dweight, dbias = bare(dweight), bare(dbias)
@@ -222,30 +222,19 @@ def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, 
                     carry(dbias[0, k], dbias[1, k], part[1, k])
 
 
+def forward_of(kernel: Any, dtype: numpy.dtype[Any]) -> Callable[..., bool]:
+    """A forward kernel for one type of values. Inputs are declared read-only, so that those which are need no version of their own."""
+    v, t, wide = *kinds(dtype), numba.float64
+    apart, given = numba.types.Array(v, 2, "A", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
+    signature = numba.boolean(apart, given, given, numba.int64, wide, numba.boolean, wide, wide, v[:, :], t[:, ::1])
+    made: Callable[..., bool] = compiled(signatures=signature)(kernel)
+    return made
+
+
 @functools.cache
 def forward(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
-    """`_forward` for one type of values. Inputs are declared read-only, so that those which are need no version of their own."""
-    v, t, wide = *kinds(dtype), numba.float64
-    apart, given = numba.types.Array(v, 2, "A", readonly=True), numba.types.Array(t, 2, "C", readonly=True)
-    signature = numba.boolean(apart, given, given, wide, numba.boolean, wide, wide, v[:, :], t[:, ::1])
-    return compiled(signatures=signature)(_forward)
-
-
-_each = compiled()(_forward)
-
-
-def _along(x: Any, weight: Any, bias: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
-    """`_forward` with parameters (n,), or (0,) where there are none: what a call on a small array has no time to reshape."""
-    gains, shifts = weight.reshape((min(weight.size, 1), weight.size)), bias.reshape((min(bias.size, 1), bias.size))
-    return _each(x, gains, shifts, eps, center, smallest, largest, y, kept)
-
-
-@functools.cache
-def last_axis(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
-    """`_along` for one type of values. (Not a function inside of this one: numba finds those again in no other process.)"""
-    t, wide = numba.from_dtype(dtype), numba.float64
-    given, parameter, made = (*(numba.types.Array(t, ndim, "C", readonly=True) for ndim in (2, 1)), t[:, ::1])
-    return compiled(signatures=numba.boolean(given, parameter, parameter, wide, numba.boolean, wide, wide, made, made))(_along)
+    """`_forward` for one type of values."""
+    return forward_of(_forward, dtype)
 
 
 @functools.cache
