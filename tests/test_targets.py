@@ -133,6 +133,7 @@ def body(report: Any) -> list[str]:
     [
         (16, {}, True),
         (17, {}, False),
+        (16, {"target": "openvino"}, True),
         (16, {"target": "portable"}, False),
         (16, {"fold": False}, False),
         (16, {"dtype": "float16"}, False),

@@ -157,6 +157,7 @@ TARGETS: dict[str, Target] = {
             "openvino",
             ("openvino",),
             last_opset=28,
+            late_terms=True,
             fused_start=True,
             dtypes=("float16", "bfloat16", "float32"),
             reason="sequence_lens gives wrong values, peepholes are off by 5e-3, float64 is computed in float32; "
