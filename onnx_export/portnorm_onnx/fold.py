@@ -1,10 +1,11 @@
 """What is known before the graph runs is folded away: chains of affine maps into weights, functions of table rows into the table.
 
-Three rules, each applied while the graph is traced:
+Four rules, each applied while the graph is traced:
 
     (x·W + b) ⊙ s + t       is  x·(W ⊙ s) + (b ⊙ s + t)      batch normalization with fixed statistics disappears into the weights
     f(table[rows])          is  f(table)[rows]                one gain per step instead of a variance and a root
     f(step of xs)           is  a step of f(xs)               pointwise work on scanned inputs happens once, before the loop
+    (a + s) + (b + t)       is  (a + b) + (s + t)             what a step has of two tables becomes one sum, known before the loop
 
 The first is applied behind a matrix product only, whose rounding is of the same order; folding in front of one would cancel where
 |mean| ≫ std.
