@@ -290,7 +290,7 @@ def test_a_quantized_file(norm: str | None, keywords: dict[str, Any], tmp_path: 
     from onnxruntime.quantization import quantize_dynamic
 
     layer, source, path = recurrent("LSTM", norm, **keywords), tmp_path / "source.onnx", tmp_path / "m.onnx"
-    pn.export(layer, source, target="onnxruntime")
+    pn.export(layer, source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantize_dynamic(source, path, extra_options={"EnableSubgraph": True})

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from onnx import helper
 
 import portnorm as pn
+from tests.cases import random_recurrent
 from tests.test_export import lstm, recurrent
 
 FOLDER = Path(__file__).parent / "golden"
@@ -36,7 +38,16 @@ GRAPHS: dict[str, tuple[pn.Layer, dict[str, Any]]] = {
     "bn_lstm": (lstm("batch"), {}),
     "bn_lstm_unfolded": (lstm("batch"), {"fold": False}),
     "bn_lstm_state": (lstm("batch"), {"state": True}),
+    "bn_lstm_onnxruntime": (
+        random_recurrent("LSTM", "batch", np.random.default_rng(3), 20, 8).to(dtype="float32"),
+        {"target": "onnxruntime"},
+    ),
+    "ln_lstm_onnxruntime": (lstm("layer"), {"target": "onnxruntime"}),
     "ln_gru": (recurrent("GRU", "layer"), {}),
+    "ln_gru_onnxruntime": (
+        random_recurrent("GRU", "layer", np.random.default_rng(3), 20, 8).to(dtype="float32"),
+        {"target": "onnxruntime"},
+    ),
     "batch_input_rnn": (recurrent("RNN", "batch-input"), {"lengths": False}),
 }
 

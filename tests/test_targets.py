@@ -118,6 +118,79 @@ def test_batch_norm_behind_a_linear_layer_disappears() -> None:
     assert "BatchNormalization" in operators(pn.export(model, None, fold=False))
 
 
+# -- where the input term is made --------------------------------------------------------------------------------------------------------
+
+
+def body(report: Any) -> list[str]:
+    """The operators in the only loop."""
+    (loop,) = (n for n in report.model.graph.node if n.op_type == "Scan")
+    return [n.op_type for n in helper.get_node_attr_value(loop, "body").node]
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize(
+    ("inputs", "keywords", "inside"),
+    [
+        (16, {}, True),
+        (17, {}, False),
+        (16, {"target": "openvino"}, True),
+        (16, {"target": "portable"}, False),
+        (16, {"fold": False}, False),
+        (16, {"dtype": "float16"}, False),
+        (16, {"input_shape": ("time", 64, 16)}, True),
+        (16, {"input_shape": ("time", 1, 16)}, False),
+    ],
+    ids=str,
+)
+def test_few_inputs_are_multiplied_in_the_loop(cell: str, inputs: int, keywords: dict[str, Any], inside: bool) -> None:
+    layer = random_recurrent(cell, "layer", np.random.default_rng(0), inputs, 8).to(dtype="float32")
+    report = pn.export(layer, None, lengths=False, **{"target": "onnxruntime", **keywords})
+    assert (operators(report).count("MatMul"), body(report).count("MatMul")) == ((0, 2) if inside else (1, 1))
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+def test_rows_are_normalized_in_the_loop_unless_a_step_is_one(target: str) -> None:
+    def counts(batch: int | str) -> tuple[int, int]:
+        report = pn.export(
+            pn.LSTM(20, 8, norm="layer", rng=0), None, lengths=False, input_shape=("time", batch, 20), target=target, opset=18
+        )
+        return operators(report).count("LayerNormalization"), body(report).count("LayerNormalization")
+
+    assert counts("batch") == counts(2) == (0, 3)
+    assert counts(1) == (1, 2)
+
+
+@pytest.mark.parametrize("inputs", [5, 20])
+def test_statistics_of_steps_are_one_shift_for_onnxruntime(inputs: int) -> None:
+    """Nothing but the product passes over the input term of all steps, and no row is shifted twice."""
+    layer = random_recurrent("LSTM", "batch", np.random.default_rng(0), inputs, 8).to(dtype="float32")
+    reports = {target: pn.export(layer, None, lengths=False, target=target) for target in ("portable", "onnxruntime")}
+    assert operators(reports["portable"]).count("Mul") == 1
+    assert operators(reports["onnxruntime"]).count("Mul") == 0
+    assert operators(reports["onnxruntime"]).count("Add") == 1  # of numbers of steps
+    assert body(reports["onnxruntime"]).count("Add") == body(reports["portable"]).count("Add") == 4
+    x = np.random.default_rng(1).standard_normal((6, 3, inputs)).astype(np.float32)
+    for report in reports.values():
+        np.testing.assert_allclose(run(report.model, x=x)["y"], layer(x)[0], rtol=0, atol=ONNX_STEPS)
+
+
+@pytest.mark.parametrize("target", ["portable", "onnxruntime"])
+def test_parts_with_statistics_of_their_own_are_not_put_together_in_the_loop(target: str) -> None:
+    layer = random_recurrent("GRU", "layer", np.random.default_rng(0), 20, 8).to(dtype="float32")
+    found = body(pn.export(layer, None, lengths=False, target=target))
+    assert "Slice" not in found
+    assert "Concat" not in found
+    assert found.count("Split") == (2 if target == "onnxruntime" else 3)
+
+
+@pytest.mark.parametrize(("cell", "norm"), HEAVY_PRESETS)
+def test_every_preset_of_many_inputs_comes_back_from_onnxruntime(cell: str, norm: str | None, tmp_path: Path) -> None:
+    layer = random_recurrent(cell, norm, np.random.default_rng(0), inputs=20, hidden=8, bidirectional=True).to(dtype="float32")
+    assert pn.export(layer, tmp_path / "m.onnx", target="onnxruntime").worst_step is not None
+    for name, a in pn.load(tmp_path / "m.onnx").state_dict().items():
+        np.testing.assert_array_equal(a, layer.state_dict()[name])
+
+
 # -- accuracy ----------------------------------------------------------------------------------------------------------------------------
 
 

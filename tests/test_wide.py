@@ -26,7 +26,7 @@ import time
 import portnorm as pn
 from tests.processes import peak
 
-small, model = (pn.{cell}(size, size, norm={norm!r}, rng=0) for size in (8, 2048))
+small, model = (pn.{cell}(size, size, norm={norm!r}, dtype={dtype!r}, rng=0) for size in (8, 2048))
 weights = sum(a.nbytes for a in model.params.values()) / 2**20
 for keywords in {ways!r}:
     pn.export(small, {path!r}, **keywords)
@@ -37,20 +37,21 @@ for keywords in {ways!r}:
     print(f"{{most / weights:.3f}} {{seconds:.3f}} {{len(reports[0].trajectories)}}")
 """
 WAYS: list[dict[str, Any]] = [{}, {"target": "onnxruntime"}, {"external_data": True}, {"streaming": True}]
-WIDEST: dict[tuple[str, Any], list[dict[str, Any]]] = {
-    ("LSTM", None): [*WAYS, {"quantize": "int8"}],
-    ("LSTM", "layer"): WAYS,
-    ("LSTM", "weight"): [{"streaming": True}],
-    ("LSTM", "batch-input"): [{"streaming": True}],
-    ("GRU", "layer"): [{}],
+WIDEST: dict[tuple[str, Any, str], list[dict[str, Any]]] = {
+    ("LSTM", None, "float32"): [*WAYS, {"quantize": "int8"}],
+    ("LSTM", "layer", "float32"): [*WAYS, {"dtype": "float16"}, {"dtype": "float16", "streaming": True}],
+    ("LSTM", "layer", "float16"): [{}, {"target": "onnxruntime"}, {"external_data": True}],
+    ("LSTM", "weight", "float32"): [{"streaming": True}],
+    ("LSTM", "batch-input", "float32"): [{"streaming": True}],
+    ("GRU", "layer", "float32"): [{}],
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("cell", "norm"), WIDEST)
-def test_hidden_2048_takes_seconds_and_few_times_its_weights(cell: str, norm: Any, tmp_path: Path) -> None:
-    ways = WIDEST[cell, norm]
-    lines = output_of(CODE.format(cell=cell, norm=norm, ways=ways, path=str(tmp_path / "m.onnx"))).splitlines()
+@pytest.mark.parametrize(("cell", "norm", "dtype"), WIDEST)
+def test_hidden_2048_takes_seconds_and_few_times_its_weights(cell: str, norm: Any, dtype: str, tmp_path: Path) -> None:
+    ways = WIDEST[cell, norm, dtype]
+    lines = output_of(CODE.format(cell=cell, norm=norm, dtype=dtype, ways=ways, path=str(tmp_path / "m.onnx"))).splitlines()
     for way, line in zip(ways, lines, strict=True):
         memory, seconds, trajectories = map(float, line.split())
         assert trajectories, f"{way}: nothing was checked"

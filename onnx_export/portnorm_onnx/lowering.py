@@ -258,11 +258,16 @@ def _stack(arrays: Sequence[SymbolicArray], axis: int = 0) -> SymbolicArray:
 
 
 def _split(x: SymbolicArray, parts: int | tuple[int, ...]) -> tuple[SymbolicArray, ...]:
+    """What was put together of these parts is that."""
+    n, ratio = x.producer, (1,) * parts if isinstance(parts, int) else parts
+    lengths = tuple(int(x.dims[-1]) // sum(ratio) * part for part in ratio)
+    if n is not None and n.op_type == "Concat" and n.attributes["axis"] in (-1, x.ndim - 1):
+        joined = tuple(a for a in n.inputs if a is not None)
+        if tuple(a.dims[-1] for a in joined) == lengths:
+            return joined
     if isinstance(parts, int) and x.opset is not None and x.opset.version >= 18:
         return nodes("Split", parts, x, axis=-1, num_outputs=parts)
-    parts = (1,) * parts if isinstance(parts, int) else parts
-    unit = int(x.dims[-1]) // sum(parts)
-    return nodes("Split", len(parts), x, _ints(*(unit * part for part in parts)), axis=-1)
+    return nodes("Split", len(lengths), x, _ints(*lengths), axis=-1)
 
 
 def _looked_up(ids: SymbolicArray, weight: SymbolicArray) -> SymbolicArray:

@@ -73,6 +73,8 @@ def _onnxruntime(provider: str) -> Callable[[Loadable], Session]:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
+        # Of weights that lie aside: a float16 product takes them in float32 at every call, and the arena would keep these for each shape.
+        options.enable_cpu_mem_arena = isinstance(model, bytes)
         try:
             session = ort.InferenceSession(model, options, providers=[provider])
         except Exception as error:

@@ -33,6 +33,8 @@ class Target:
     """These operators may leave out a first state of zeros."""
     captures: bool = False
     """The body of a loop may read what is computed outside of it."""
+    late_terms: bool = False
+    """What is pointwise in an input term, or a product of few inputs, is made in the loop, where it stays in the cache; else before."""
     functions: bool = False
     """These operators may have other functions than their own, HardSigmoid among them; else only GRU and RNN may, ReLU for tanh."""
     peepholes: bool = False
@@ -142,6 +144,7 @@ TARGETS: dict[str, Target] = {
             fused_lengths=True,
             fused_start=True,
             captures=True,
+            late_terms=True,
             functions=True,
             peepholes=True,
             wide_gains=True,
@@ -154,6 +157,7 @@ TARGETS: dict[str, Target] = {
             "openvino",
             ("openvino",),
             last_opset=28,
+            late_terms=True,
             fused_start=True,
             dtypes=("float16", "bfloat16", "float32"),
             reason="sequence_lens gives wrong values, peepholes are off by 5e-3, float64 is computed in float32; "

@@ -10,6 +10,7 @@ from typing import Any
 from portnorm.arrays import Array, xp_of
 from portnorm.cells.variants import Variant
 from portnorm.norm.normalize import Normalized, Reduce, bessel, normalize
+from portnorm.pointwise import split
 from portnorm.scan import Params
 from portnorm.sums import total_like
 
@@ -47,10 +48,11 @@ class Slot:
             return (z if bias is None else z + bias), (), ()
         by_step = any(p is not None and p.ndim == 2 for p in (weight, bias))
         pieces, residuals = [], []
-        for part in self._parts(z.shape[-1]):
+        parts = self._parts(z.shape[-1])
+        for own, part in zip(split(z, self.partition) if len(parts) > 1 else (z,), parts, strict=True):
             own_weight, own_bias = (None if p is None else self._grouped(_at(p, part)) for p in (weight, bias))
             y, kept = normalize.forward(
-                self._grouped(_at(z, part)),
+                self._grouped(own),
                 own_weight,
                 own_bias,
                 eps=self.variant.eps,
