@@ -40,7 +40,7 @@ WAYS: list[dict[str, Any]] = [{}, {"target": "onnxruntime"}, {"external_data": T
 WIDEST: dict[tuple[str, Any, str], list[dict[str, Any]]] = {
     ("LSTM", None, "float32"): [*WAYS, {"quantize": "int8"}],
     ("LSTM", "layer", "float32"): [*WAYS, {"dtype": "float16"}, {"dtype": "float16", "streaming": True}],
-    ("LSTM", "layer", "float16"): [{}, {"target": "onnxruntime"}, {"external_data": True}],
+    ("LSTM", "layer", "float16"): WAYS,
     ("LSTM", "weight", "float32"): [{"streaming": True}],
     ("LSTM", "batch-input", "float32"): [{"streaming": True}],
     ("GRU", "layer", "float32"): [{}],

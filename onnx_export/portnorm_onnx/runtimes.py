@@ -73,8 +73,9 @@ def _onnxruntime(provider: str) -> Callable[[Loadable], Session]:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
-        # Of weights that lie aside: a float16 product takes them in float32 at every call, and the arena would keep these for each shape.
-        options.enable_cpu_mem_arena = isinstance(model, bytes)
+        if not isinstance(model, bytes):  # weights that lie aside are wide: they are not to be there in another form as well
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False  # a float16 product takes its weights in float32, which the arena keeps for each shape
         try:
             session = ort.InferenceSession(model, options, providers=[provider])
         except Exception as error:
