@@ -354,6 +354,7 @@ def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     return packed
 
 
+@functools.cache
 def nothing(dtype: numpy.dtype[Any]) -> NumPyArray:
     """Packed weights of no columns: their product leaves y as it is."""
     return numpy.empty((0, 1, _columns(dtype.itemsize)), dtype)
@@ -370,12 +371,18 @@ def near(rows: int, length: int, dtype: Any) -> NumPyArray:
     return numpy.empty((min(rows, ROWS), block + 64 // dtype.itemsize), dtype)
 
 
+@functools.lru_cache(maxsize=64)
+def _zeros(count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
+    """Nobody writes into it."""
+    return numpy.zeros(count, dtype)
+
+
 def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS) -> Callable[[NumPyArray, NumPyArray], None]:
     """What writes x · w + shift into y, for contiguous x (m, k) and y (m, n), of which there will be so many `rows` in all."""
     _, multiply, narrow, direct = compiled_for(w.dtype)
     lies = rows <= FEW and w.flags.aligned and (w.strides[0] == w.itemsize or w.shape[0] == 1)
     if lies or w.shape[0] <= _NARROW:
-        added = numpy.zeros(w.shape[1], w.dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
+        added = _zeros(w.shape[1], w.dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
         if lies:
             return lambda x, y: direct(x, w.T, added, y)
         few = numpy.require(w, requirements=["C", "A"])
