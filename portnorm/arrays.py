@@ -344,7 +344,7 @@ def is_bfloat16(dtype: DType) -> bool:
 def require_lengths(**arrays: Array | None) -> None:
     """Raise `ShapeError` unless every length of the named arrays is known: Dask has NaN where a length comes from values."""
     for name, x in arrays.items():
-        if x is not None and any(isinstance(n, float) for n in x.shape):
+        if x is not None and type(x) is not numpy.ndarray and any(isinstance(n, float) for n in x.shape):
             raise ShapeError(
                 f"`{name}` has shape {tuple(x.shape)}, with lengths that are not known yet; x.compute_chunk_sizes() finds them"
             )

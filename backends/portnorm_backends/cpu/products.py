@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from portnorm_backends.cpu import threads
 from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
-from portnorm_backends.cpu.layout import NumPyArray
+from portnorm_backends.cpu.layout import NumPyArray, taken
 from portnorm_backends.cpu.memory import aligned
 from portnorm_backends.cpu.places import Memory, ask, mask_of, opaque, splat
 from portnorm_backends.cpu.registers import WIDTH
@@ -382,7 +382,7 @@ def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS)
     _, multiply, narrow, direct = compiled_for(w.dtype)
     lies = rows <= FEW and w.flags.aligned and (w.strides[0] == w.itemsize or w.shape[0] == 1)
     if lies or w.shape[0] <= _NARROW:
-        added = _zeros(w.shape[1], w.dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
+        added = _zeros(w.shape[1], w.dtype) if shift is None else taken(shift, w.dtype, (w.shape[1],))
         if lies:
             return lambda x, y: direct(x, w.T, added, y)
         few = numpy.require(w, requirements=["C", "A"])

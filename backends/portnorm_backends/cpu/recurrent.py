@@ -251,8 +251,6 @@ def _still(cell: RecurrentCell, name: str, dtype: numpy.dtype[Any], hidden: int)
 def _slot(still: _Still, room: tuple[NumPyArray, NumPyArray], time: int, given: dict[str, Any], params: Params) -> SlotArrays:
     """A slot as the kernels take it, with room for what it finds."""
     mode, ends, weight, bias, _, _, mean, var, eps, center, smallest, largest = still.arrays
-    if mode == NONE:
-        return still.arrays
     xhat, rstd = room
     weight = weight if still.weight is None else writable(params[still.weight])
     bias = bias if still.bias is None else writable(params[still.bias])
@@ -267,12 +265,6 @@ def _slot(still: _Still, room: tuple[NumPyArray, NumPyArray], time: int, given: 
 def _ends(partition: tuple[int, ...], size: int) -> NumPyArray:
     """Where the parts of a row with statistics of their own begin and end. Nobody writes into it."""
     return numpy.cumsum((0, *partition), dtype=numpy.int64) * (size // sum(partition))
-
-
-@functools.lru_cache(maxsize=64)
-def _pairs(partition: tuple[int, ...], size: int) -> tuple[tuple[int, int], ...]:
-    """The same as pairs."""
-    return tuple(itertools.pairwise(map(int, _ends(partition, size))))
 
 
 @functools.lru_cache(maxsize=64)
@@ -304,9 +296,10 @@ def _forward(
     return results, residuals._replace(term=u) if every else residuals
 
 
-def _at_once(u: NumPyArray) -> Feed:
-    whole = Terms(u, 0, 0)
-    return lambda *_: (u.shape[0], lambda *_: whole)
+def _at_once(u: NumPyArray | None) -> Feed:
+    """The terms of all steps."""
+    whole = None if u is None else Terms(u, 0, 0)
+    return lambda *_: (_AT_ONCE, lambda *_: whole)
 
 
 def _forward_of_inputs(
@@ -319,30 +312,56 @@ def _forward_of_inputs(
 
 def _input_terms(x: NumPyArray, params: Params, cell: RecurrentCell, one: NumPyArray) -> Feed:
     """The terms of so many steps at a time that their product with the weights is a tall one; `one` is room for those of one step."""
-    products, slot, weight, dtype = _compiled("products"), cell.input_slot, params["weight_ih"], x.dtype
+    products, weight, dtype = _compiled("products"), params["weight_ih"], x.dtype
     (time, batch, features), size = x.shape, weight.shape[0]
     multiply, inputs = products.affine_map(weight.T, params.get("bias"), time * batch), taken(x, dtype, x.shape)
-    if slot is not None:
-        own = [taken(params.get(f"norm_ih.{p}"), dtype, (1, size)) for p in ("weight", "bias")]
-        how = (float32_value(cell.variant.eps), cell.variant.norm != "rms", *RANGE[dtype])
-        normalize, ends = _compiled("rowwise").forward(dtype), _pairs(slot.partition, size)
+    normalize = None if cell.input_slot is None else _normalizer(params, cell, dtype, size)
+    if time == 1 and batch <= products.FEW:
+        multiply(inputs[0], one[0])
+        return _at_once(one if normalize is None or normalize(one[0]) else None)
 
     def of_thread(first: int, last: int) -> tuple[int, Callable[[int, int], Terms | None]]:
         sequences, count = last - first, max(1, products.ROWS // (last - first))
-        u = one if (time, sequences) == (1, batch) else memory.aligned((min(count, time), sequences, size), dtype)
+        u = memory.aligned((min(count, time), sequences, size), dtype)
 
         def of_steps(t: int, stop: int) -> Terms | None:
             terms = u[: stop - t]
-            rows, fine = terms.reshape(-1, size), True
+            rows = terms.reshape(-1, size)
             multiply(inputs[t:stop, first:last].reshape(-1, features), rows)
-            for i, j in () if slot is None else ends:
-                part = rows[:, i:j]
-                fine &= normalize(part, *[p[:, i:j] for p in own], *how, part, numpy.empty((1, 3), dtype))
-            return Terms(terms, t, first) if fine else None
+            return Terms(terms, t, first) if normalize is None or normalize(rows) else None
 
         return count, of_steps
 
     return of_thread
+
+
+def _normalizer(params: Params, cell: RecurrentCell, dtype: numpy.dtype[Any], size: int) -> Callable[[NumPyArray], bool]:
+    """What normalizes rows of the input term in their place, unless a variance leaves its range."""
+    forward, ends, how, none = _outside(cell, dtype, size)
+    weight, bias = (none if p is None else taken(p, dtype, (size,))[None] for p in map(params.get, ("norm_ih.weight", "norm_ih.bias")))
+    if len(ends) == 1:
+        return lambda rows: bool(forward(rows, weight, bias, *how, rows, numpy.empty((1, 3), dtype)))
+
+    def normalize(rows: NumPyArray) -> bool:
+        fine = True
+        for i, j in ends:
+            part = rows[:, i:j]
+            fine &= forward(part, weight[:, i:j], bias[:, i:j], *how, part, numpy.empty((1, 3), dtype))
+        return fine
+
+    return normalize
+
+
+@functools.lru_cache(maxsize=64)
+def _outside(
+    cell: RecurrentCell, dtype: numpy.dtype[Any], size: int
+) -> tuple[Any, tuple[tuple[int, int], ...], tuple[Any, ...], NumPyArray]:
+    """The kernel of the input term's normalizer, the parts of a row, what the kernel is told of them, and a parameter that is not there."""
+    slot = cell.input_slot
+    assert slot is not None
+    how = (float32_value(cell.variant.eps), cell.variant.norm != "rms", *RANGE[dtype])
+    ends = tuple(itertools.pairwise(map(int, _ends(slot.partition, size))))
+    return _compiled("rowwise").forward(dtype), ends, how, numpy.empty((0, 0), dtype)
 
 
 class _Room(NamedTuple):
@@ -422,7 +441,12 @@ def _run(
         c[0] = state[1]
     y = memory.room((time, batch, sizes.size), dtype) if sequences and lengths is not None else sizes.none
     known = dict(zip(cell.given(), given, strict=True)) if given else {}
-    slots = tuple([_slot(still, place, time, known, params) for still, place in zip(sizes.slots, own, strict=True)])
+    slots = tuple(
+        [
+            slot.arrays if slot.arrays.mode == NONE else _slot(slot, place, time, known, params)
+            for slot, place in zip(sizes.slots, own, strict=True)
+        ]
+    )
     packed = _packed(h[0], weights, slots[0].bias if slots[0].mode == SHIFT else None, time, room.a)
     function, entry = _compiled(_LOOPS[type(cell)].module).forward, _compiled("compiling").entry
     feed, of_cell = feeding(room.term), _of_cell(cell, c, gates, inner, slots)
@@ -484,7 +508,8 @@ def _packed(h: NumPyArray, weights: NumPyArray, shift: NumPyArray | None, time: 
 
 def _ranges(time: int, batch: int, weights: NumPyArray, apart: bool) -> list[tuple[int, int]]:
     """The sequences of each thread: all in one where they are not apart, since statistics are taken over the batch."""
-    return threads.parts(batch, time * batch * weights.size / _WORTH, _TILE) if apart else [(0, batch)]
+    cost = time * batch * weights.size / _WORTH
+    return threads.parts(batch, cost, _TILE) if apart and cost >= 2 else [(0, batch)]
 
 
 def _steps_at_once(batch: int, weights: NumPyArray) -> int:
