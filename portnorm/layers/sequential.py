@@ -114,8 +114,9 @@ class Sequential(Layer):
 
     @params.setter
     def params(self, arrays: Mapping[str, Array]) -> None:
+        own = _by_part(arrays)
         for k, part in self._places():
-            part.params = _of_part(arrays, k) if arrays else part.params
+            part.params = own.get(k, {}) if arrays else part.params
 
     @property
     def buffers(self) -> Arrays:
@@ -123,8 +124,9 @@ class Sequential(Layer):
 
     @buffers.setter
     def buffers(self, arrays: Mapping[str, Array]) -> None:
+        own = _by_part(arrays)
         for k, part in self._places():
-            part.buffers = _of_part(arrays, k) if arrays else part.buffers
+            part.buffers = own.get(k, {}) if arrays else part.buffers
 
     def _names(self) -> tuple[Set[str], Set[str]]:
         return self._owned
@@ -147,7 +149,8 @@ class Sequential(Layer):
         if len({part.batch_first for part in self.parts if part.recurrent}) > 1:
             self._check_places()
         states = iter(self._checked_states(state))
-        out, residuals, buffers = [], [], dict(buffers)
+        out, residuals, given, kept = [], [], _by_part(params), _by_part(buffers)
+        drawn, buffers = None if random is None else _by_part(random), dict(buffers)
         # Parts without a state do not know that the batch comes first.
         others = lengths
         if self.batch_first and lengths is not None and not isinstance(lengths, Mask):
@@ -156,11 +159,12 @@ class Sequential(Layer):
             before = next(states) if part.recurrent else None
             counted = lengths if part.recurrent else others
             trained = training and not part.evaluates
-            own = None if random is None else _of_part(random, place)
-            x, after, buffered, residual = part.forward(_of_part(params, k), _of_part(buffers, k), x, before, counted, trained, keep, own)
+            own = None if drawn is None else drawn.get(place, {})
+            x, after, buffered, residual = part.forward(given.get(k, {}), kept.get(k, {}), x, before, counted, trained, keep, own)
             if part.recurrent:
                 out.append(after)
             residuals.append((residual, trained))
+            kept[k] = {**kept.get(k, {}), **buffered}  # a layer at two places goes on from those of the first
             buffers.update({f"{k}.{name}": a for name, a in buffered.items()})
             lengths, others = (lengths, others) if part.keeps_time else (None, None)
             if part.turns_time and isinstance(others, Mask):
@@ -248,5 +252,17 @@ class Sequential(Layer):
         return f"Sequential({', '.join(map(repr, self.parts))})"
 
 
-def _of_part(arrays: Mapping[str, Array], k: int) -> Arrays:
-    return {name.removeprefix(f"{k}."): a for name, a in arrays.items() if name.startswith(f"{k}.")}
+_homes: dict[str, tuple[int, str]] = {}
+"""What `_by_part` has found: it is asked in every call, for every name."""
+
+
+def _by_part(arrays: Mapping[str, Array]) -> dict[int, Arrays]:
+    """The arrays of each part that has some, by their names in it."""
+    found: dict[int, Arrays] = {}
+    for name, array in arrays.items():
+        place = _homes.get(name)
+        if place is None:
+            k, _, inner = name.partition(".")
+            place = _homes.setdefault(name, (int(k), inner))
+        found.setdefault(place[0], {})[place[1]] = array
+    return found
