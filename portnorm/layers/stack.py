@@ -301,6 +301,7 @@ class Stack(Layer):
             length = f" of length {len(state)}" if isinstance(state, tuple | list) else ""
             names = (*self.cell.states, *(("time",) if timed else ()))
             raise ShapeError(f"`state` is {type(state).__name__}{length}; expected ({', '.join(names)}{',' * (len(names) == 1)})")
+        dtype = x.dtype
         for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
             expected = (places, batch, size)
             if type(array) is not numpy.ndarray or type(x) is not numpy.ndarray:  # else they are together
@@ -315,8 +316,8 @@ class Stack(Layer):
                     f"`state` has an h of up to {float(xp.max(xp.abs(array))):g}; expected at most 1, since `quantize` {self.quantize!r} "
                     "takes h for what the layer gives, which lies in (−1, 1)"
                 )
-            if array.dtype != x.dtype:
-                raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {x.dtype}, that of `x`")
+            if array.dtype != dtype:
+                raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {dtype}, that of `x`")
         if timed:
             require_given(state=state[-1])
         split = [tuple([s[k, ...] for s in state[:count]]) for k in range(places)]

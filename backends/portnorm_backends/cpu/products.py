@@ -371,10 +371,22 @@ def near(rows: int, length: int, dtype: Any) -> NumPyArray:
     return numpy.empty((min(rows, ROWS), block + 64 // dtype.itemsize), dtype)
 
 
+def _added(shift: NumPyArray | None, count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
+    return _zeros(count, dtype) if shift is None else taken(shift, dtype, (count,))
+
+
 @functools.lru_cache(maxsize=64)
 def _zeros(count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
     """Nobody writes into it."""
     return numpy.zeros(count, dtype)
+
+
+def straight(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None, y: NumPyArray) -> None:
+    """Writes x · wᵀ + shift into y, for at most `FEW` rows of x, and w (n, k)."""
+    if w.strides[1] == w.itemsize and w.flags.aligned:
+        compiled_for(w.dtype)[3](x, w, _added(shift, w.shape[0], w.dtype), y)
+    else:
+        affine_map(w.T, shift, x.shape[0])(x, y)
 
 
 def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS) -> Callable[[NumPyArray, NumPyArray], None]:
@@ -382,7 +394,7 @@ def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS)
     _, multiply, narrow, direct = compiled_for(w.dtype)
     lies = rows <= FEW and w.flags.aligned and (w.strides[0] == w.itemsize or w.shape[0] == 1)
     if lies or w.shape[0] <= _NARROW:
-        added = _zeros(w.shape[1], w.dtype) if shift is None else taken(shift, w.dtype, (w.shape[1],))
+        added = _added(shift, w.shape[1], w.dtype)
         if lies:
             return lambda x, y: direct(x, w.T, added, y)
         few = numpy.require(w, requirements=["C", "A"])

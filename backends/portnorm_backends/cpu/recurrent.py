@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy
@@ -113,34 +113,34 @@ def _accepts(
     recompute: int | None = None,
 ) -> bool:
     """A cell in its plain form or with normalizers of rows or of the batch, on arrays of one type, and at least one step."""
-    u = xs[0]
-    if not _is_known(cell) or not _are_alike(xs, state, params.values()):
+    shapes = _shapes_of((*xs, *state, *params.values())) if _is_known(cell) else None
+    if shapes is None or not _fit(cell, (*params,), len(xs), shapes):
         return False
-    shapes = _shapes_of(xs), _shapes_of(state), _shapes_of(params.values())
-    return _fit(cell, (*params,), *shapes) and _are_counts(lengths, u.shape[1]) and ready(_family(cell, keep), u.dtype)
+    return _are_counts(lengths, xs[0].shape[1]) and ready(_family(cell, keep), xs[0].dtype)
 
 
 def _accepts_inputs(
     x: Array, params: Params, state: State, loop: Params, *, cell: Any, lengths: Any = None, sequences: bool = True
 ) -> bool:
     """The same with an input term that is normalized by rows or not at all."""
-    if not _is_known(cell) or not _are_alike((x,), params.values(), state, loop.values()):
+    shapes = _shapes_of((x, *params.values(), *state, *loop.values())) if _is_known(cell) else None
+    if shapes is None or not _inputs_fit(cell, (*params,), (*loop,), shapes):
         return False
-    shapes = _shapes_of(params.values()), _shapes_of(state), _shapes_of(loop.values())
-    fits = _inputs_fit(cell, (*params,), (*loop,), x.shape, *shapes) and _are_counts(lengths, x.shape[1])
-    return fits and ready(_family(cell, False), x.dtype)
+    return _are_counts(lengths, x.shape[1]) and ready(_family(cell, False), x.dtype)
 
 
 @functools.lru_cache(maxsize=256)
-def _inputs_fit(cell: RecurrentCell, names: Names, loop: Names, x: Shape, shapes: Shapes, state: Shapes, loop_shapes: Shapes) -> bool:
-    """`_fit`, and the same of what makes an input term of `x` of this shape."""
-    own, known = dict(zip(names, shapes, strict=True)), _known_outside(cell)
-    weight = own.pop("weight_ih")
-    if known is None or len(x) != 3 or 0 in x or weight[1:] != x[2:] or not own.keys() <= known:
+def _inputs_fit(cell: RecurrentCell, names: Names, loop: Names, shapes: Shapes) -> bool:
+    """`_fit`, and the same of what makes an input term: `shapes` are those of x, of what has the first `names`, and then as there."""
+    (x, *own), rest = shapes[: 1 + len(names)], shapes[1 + len(names) :]
+    params, known = dict(zip(names, own, strict=True)), _known_outside(cell)
+    weight = params.pop("weight_ih")
+    if known is None or len(x) != 3 or 0 in x or weight[1:] != x[2:] or not params.keys() <= known:
         return False
-    return all(shape == weight[:1] for shape in own.values()) and _fit(cell, loop, ((*x[:2], weight[0]),), state, loop_shapes)
+    return all(shape == weight[:1] for shape in params.values()) and _fit(cell, loop, 1, ((*x[:2], weight[0]), *rest))
 
 
+@functools.lru_cache(maxsize=64)
 def _family(cell: RecurrentCell, keep: bool) -> str:
     """Of the kernels that this call, and where it keeps something its backward call, will take."""
     return f"{_LOOPS[type(cell)].name}{TRAINING if keep else ''}"
@@ -155,22 +155,14 @@ def _known_outside(cell: RecurrentCell) -> frozenset[str] | None:
     return frozenset({"bias", *(() if slot is None else (f"norm_ih.{p}" for p in slot.parameters()))})
 
 
-def _are_alike(first: Iterable[Any], *others: Iterable[Any]) -> bool:
-    """Whether all are arrays of NumPy of one type that there are kernels for."""
-    dtype = None
-    for arrays in (first, *others):
-        for a in arrays:
-            if type(a) is not numpy.ndarray:
-                return False
-            if dtype is None:
-                dtype = a.dtype
-            elif a.dtype != dtype:
-                return False
-    return dtype in RANGE
-
-
-def _shapes_of(arrays: Iterable[NumPyArray]) -> Shapes:
-    return tuple([a.shape for a in arrays])
+def _shapes_of(arrays: tuple[Any, ...]) -> Shapes | None:
+    """Those of arrays of NumPy that are all of one type for which there are kernels; `None` of others."""
+    dtype, shapes = getattr(arrays[0], "dtype", None), []
+    for a in arrays:
+        if type(a) is not numpy.ndarray or a.dtype != dtype:
+            return None
+        shapes.append(a.shape)
+    return tuple(shapes) if dtype in RANGE else None
 
 
 def _are_counts(lengths: Any, batch: int) -> bool:
@@ -178,10 +170,13 @@ def _are_counts(lengths: Any, batch: int) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _fit(cell: RecurrentCell, names: Names, xs: Shapes, state: Shapes, params: Shapes) -> bool:
-    """Whether all shapes are those that compiled code relies on; it does not look where it reads. The first of `xs` is the input term."""
-    shape, *given = xs
-    if len(shape) != 3 or 0 in shape or shape[2] % cell.gates:
+def _fit(cell: RecurrentCell, names: Names, xs: int, shapes: Shapes) -> bool:
+    """Whether all shapes are those that compiled code relies on; it does not look where it reads.
+
+    They are those of so many `xs`, of which the first is the input term, of the state, and of the parameters with these names.
+    """
+    (shape, *given), state, params = shapes[:xs], shapes[xs : xs + len(cell.states)], shapes[-len(names) :]
+    if len(shapes) != xs + len(cell.states) + len(names) or len(shape) != 3 or 0 in shape or shape[2] % cell.gates:
         return False
     time, batch, size = shape[0], shape[1], shape[2] // cell.gates
     return (
@@ -314,11 +309,12 @@ def _input_terms(x: NumPyArray, params: Params, cell: RecurrentCell, one: NumPyA
     """The terms of so many steps at a time that their product with the weights is a tall one; `one` is room for those of one step."""
     products, weight, dtype = _compiled("products"), params["weight_ih"], x.dtype
     (time, batch, features), size = x.shape, weight.shape[0]
-    multiply, inputs = products.affine_map(weight.T, params.get("bias"), time * batch), taken(x, dtype, x.shape)
+    inputs, bias = taken(x, dtype, x.shape), params.get("bias")
     normalize = None if cell.input_slot is None else _normalizer(params, cell, dtype, size)
     if time == 1 and batch <= products.FEW:
-        multiply(inputs[0], one[0])
+        products.straight(inputs[0], weight, bias, one[0])
         return _at_once(one if normalize is None or normalize(one[0]) else None)
+    multiply = products.affine_map(weight.T, bias, time * batch)
 
     def of_thread(first: int, last: int) -> tuple[int, Callable[[int, int], Terms | None]]:
         sequences, count = last - first, max(1, products.ROWS // (last - first))
@@ -501,7 +497,7 @@ def _packed(h: NumPyArray, weights: NumPyArray, shift: NumPyArray | None, time: 
     products = _compiled("products")
     few = time == 1 and h.shape[0] <= products.FEW
     if few:
-        products.affine_map(weights.T, shift, h.shape[0])(h, a)
+        products.straight(h, weights, shift, a)
     packed: NumPyArray = products.nothing(h.dtype) if few else products.pack(weights.T, shift)
     return packed
 
