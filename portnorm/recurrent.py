@@ -296,12 +296,15 @@ class Direction:
         """The sum of what is added to a slot's result, with the constant that a variant adds to the forget gate."""
         if slot not in cell.late_biases:
             return None
-        start, stop = cell.portion(slot)
-        start, stop = start * self.hidden_size, stop * self.hidden_size
-        terms = [params[n] if "." in n or stop - start == params[n].shape[-1] else params[n][start:stop] for n in cell.late_biases[slot]]
+        terms = [params[name] if "." in name else self._of_gates(params[name], *cell.portion(slot)) for name in cell.late_biases[slot]]
         if cell.variant.runtime_forget_bias and slot != "norm_hh":
             terms.append(self._forget_bias(cell, params["weight_hh"]))
         return _sum(terms)
+
+    def _of_gates(self, bias: Array, first: int, last: int) -> Array:
+        """The part of a bias vector that belongs to the gates from `first` to before `last`."""
+        start, stop = first * self.hidden_size, last * self.hidden_size
+        return bias if stop - start == bias.shape[-1] else bias[start:stop]
 
     def _bias_cotangents(self, cell: RecurrentCell, params: Params, grads: Params, dxw: Array, dhidden: list[Array]) -> Params:
         """Cotangents of the biases, each the sum over the places where it is added."""
@@ -327,14 +330,12 @@ class Direction:
 
     def _loop_params(self, cell: RecurrentCell, params: Params) -> Params:
         """What the cell reads in every step: the hidden weights, and gain and shift of each slot inside the loop."""
-        projection = ("weight_hr",) if "weight_hr" in params else ()
-        loop = {name: params[name] for name in ("weight_hh", *projection, *cell.early_biases[1], *cell.extra())}
-        for slot, row in cell.slots.items():
-            for kind in row.parameters():
-                name = f"{slot}.{kind}"
-                late = kind == "bias" and slot in cell.late_biases
-                value = self._late_bias(cell, params, slot) if late else params[name]
-                loop[name] = _rows(value, self.t_max) if name in cell.stepwise() else value
+        loop, stepwise = {"weight_hh": params["weight_hh"]}, cell.stepwise()
+        if "weight_hr" in params:
+            loop["weight_hr"] = params["weight_hr"]
+        for name, slot in cell.inside:
+            value = params[name] if slot is None else self._late_bias(cell, params, slot)
+            loop[name] = _rows(value, self.t_max) if name in stepwise else value
         return loop
 
 

@@ -301,7 +301,7 @@ class Stack(Layer):
             length = f" of length {len(state)}" if isinstance(state, tuple | list) else ""
             names = (*self.cell.states, *(("time",) if timed else ()))
             raise ShapeError(f"`state` is {type(state).__name__}{length}; expected ({', '.join(names)}{',' * (len(names) == 1)})")
-        dtype = x.dtype
+        dtype, bounds_h = x.dtype, self._bounds_h
         for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
             expected = (places, batch, size)
             if type(array) is not numpy.ndarray or type(x) is not numpy.ndarray:  # else they are together
@@ -311,7 +311,7 @@ class Stack(Layer):
                 raise ShapeError(
                     f"`state` has {name} of shape {tuple(array.shape)}; expected (layers × directions, batch, hidden) = {expected}"
                 )
-            if name == "h" and self._bounds_h and is_concrete(array) and 0 not in array.shape and float(xp.max(xp.abs(array))) > _H_BOUND:
+            if bounds_h and name == "h" and is_concrete(array) and 0 not in array.shape and float(xp.max(xp.abs(array))) > _H_BOUND:
                 raise UnsupportedError(
                     f"`state` has an h of up to {float(xp.max(xp.abs(array))):g}; expected at most 1, since `quantize` {self.quantize!r} "
                     "takes h for what the layer gives, which lies in (−1, 1)"
