@@ -279,6 +279,17 @@ def namespace(**arrays: Array | None) -> Namespace:
 
     Raises `UnsupportedError` where an argument is no array, or where they belong to two libraries or two devices.
     """
+    first = None
+    for x in arrays.values():
+        if type(x) is numpy.ndarray:  # which have no devices, and nothing more to be looked at
+            first = x
+        elif x is not None or first is None:
+            return _namespace_of_all(arrays)
+    return xp_of(first)
+
+
+def _namespace_of_all(arrays: Mapping[str, Array | None]) -> Namespace:
+    """The same of arrays of any kind."""
     first_name, first, xp, device = "", None, None, None
     for name, x in arrays.items():
         if x is None and xp is not None:
