@@ -30,7 +30,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, R
     >>> pn.linear(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0], [5.0, 6.0]]), np.array([0.5, 0.0]))
     array([[11.5, 17. ]])
     """
-    require_given(weight=weight)
+    if weight is None:
+        require_given(weight=weight)
     xp = namespace(x=x, weight=weight, bias=bias)
     require_lengths(x=x)
     if x.dtype != weight.dtype or not is_kind(xp, x.dtype, "real floating"):
@@ -42,7 +43,7 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> tuple[Array, R
         if tuple(bias.shape) != (weight.shape[0],):
             raise ShapeError(f"`bias` has shape {tuple(bias.shape)} but `weight` {tuple(weight.shape)} has {weight.shape[0]} outputs")
         y = y + bias
-    return xp.reshape(y, (*x.shape[:-1], weight.shape[0])), (x, weight, bias)
+    return y if x.ndim == 2 else xp.reshape(y, (*x.shape[:-1], weight.shape[0])), (x, weight, bias)
 
 
 @linear.backward

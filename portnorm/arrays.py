@@ -279,6 +279,17 @@ def namespace(**arrays: Array | None) -> Namespace:
 
     Raises `UnsupportedError` where an argument is no array, or where they belong to two libraries or two devices.
     """
+    first = None
+    for x in arrays.values():
+        if type(x) is numpy.ndarray:  # which have no devices, and nothing more to be looked at
+            first = x
+        elif x is not None or first is None:
+            return _namespace_of_all(arrays)
+    return xp_of(first)
+
+
+def _namespace_of_all(arrays: Mapping[str, Array | None]) -> Namespace:
+    """The same of arrays of any kind."""
     first_name, first, xp, device = "", None, None, None
     for name, x in arrays.items():
         if x is None and xp is not None:
@@ -344,7 +355,7 @@ def is_bfloat16(dtype: DType) -> bool:
 def require_lengths(**arrays: Array | None) -> None:
     """Raise `ShapeError` unless every length of the named arrays is known: Dask has NaN where a length comes from values."""
     for name, x in arrays.items():
-        if x is not None and any(isinstance(n, float) for n in x.shape):
+        if x is not None and type(x) is not numpy.ndarray and any(isinstance(n, float) for n in x.shape):
             raise ShapeError(
                 f"`{name}` has shape {tuple(x.shape)}, with lengths that are not known yet; x.compute_chunk_sizes() finds them"
             )

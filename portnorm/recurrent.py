@@ -258,13 +258,18 @@ class Direction:
         xp, slot = xp_of(params["weight_ih"]), cell.input_slot
         early, late = _sum([params[name] for name in cell.early_biases[0]]), self._late_bias(cell, params, "norm_ih")
         if slot is None and late is not None and late.ndim == 1:
-            early, late = _sum([b for b in (early, late) if b is not None]), None
-        own: Params = {name: xp.expand_dims(given[name], axis=-2) for name in ("norm_ih.mean", "norm_ih.var") if name in given}
-        weight = params["norm_ih.weight"] if slot is not None and "weight" in slot.parameters() else None
-        for name, parameter in (("norm_ih.weight", weight), ("norm_ih.bias", late)):
-            if parameter is not None:
-                own[name] = self._at(parameter, rows)
-        return {"weight_ih": params["weight_ih"], **own, **({} if early is None else {"bias": early})}
+            early, late = late if early is None else early + late, None
+        own: Params = {"weight_ih": params["weight_ih"]}
+        for name in ("norm_ih.mean", "norm_ih.var") if given else ():
+            if name in given:
+                own[name] = xp.expand_dims(given[name], axis=-2)
+        if slot is not None and slot.scale and slot.normalizes:
+            own["norm_ih.weight"] = self._at(params["norm_ih.weight"], rows)
+        if late is not None:
+            own["norm_ih.bias"] = self._at(late, rows)
+        if early is not None:
+            own["bias"] = early
+        return own
 
     def _input_term_vjp(self, cell: RecurrentCell, residuals: RecurrentResiduals, du: Array) -> tuple[Array, Params]:
         """(cotangent of x·W_ihᵀ, cotangents of gain and shift of `norm_ih`)"""
@@ -291,11 +296,15 @@ class Direction:
         """The sum of what is added to a slot's result, with the constant that a variant adds to the forget gate."""
         if slot not in cell.late_biases:
             return None
-        start, stop = (gate * self.hidden_size for gate in cell.portion(slot))
-        terms = [params[n] if "." in n or stop - start == params[n].shape[-1] else params[n][start:stop] for n in cell.late_biases[slot]]
+        terms = [params[name] if "." in name else self._of_gates(params[name], *cell.portion(slot)) for name in cell.late_biases[slot]]
         if cell.variant.runtime_forget_bias and slot != "norm_hh":
             terms.append(self._forget_bias(cell, params["weight_hh"]))
         return _sum(terms)
+
+    def _of_gates(self, bias: Array, first: int, last: int) -> Array:
+        """The part of a bias vector that belongs to the gates from `first` to before `last`."""
+        start, stop = first * self.hidden_size, last * self.hidden_size
+        return bias if stop - start == bias.shape[-1] else bias[start:stop]
 
     def _bias_cotangents(self, cell: RecurrentCell, params: Params, grads: Params, dxw: Array, dhidden: list[Array]) -> Params:
         """Cotangents of the biases, each the sum over the places where it is added."""
@@ -321,14 +330,12 @@ class Direction:
 
     def _loop_params(self, cell: RecurrentCell, params: Params) -> Params:
         """What the cell reads in every step: the hidden weights, and gain and shift of each slot inside the loop."""
-        projection = ("weight_hr",) if "weight_hr" in params else ()
-        loop = {name: params[name] for name in ("weight_hh", *projection, *cell.early_biases[1], *cell.extra())}
-        for slot, row in cell.slots.items():
-            for kind in row.parameters():
-                name = f"{slot}.{kind}"
-                late = kind == "bias" and slot in cell.late_biases
-                value = self._late_bias(cell, params, slot) if late else params[name]
-                loop[name] = _rows(value, self.t_max) if name in cell.stepwise() else value
+        loop, stepwise = {"weight_hh": params["weight_hh"]}, cell.stepwise()
+        if "weight_hr" in params:
+            loop["weight_hr"] = params["weight_hr"]
+        for name, slot in cell.inside:
+            value = params[name] if slot is None else self._late_bias(cell, params, slot)
+            loop[name] = _rows(value, self.t_max) if name in stepwise else value
         return loop
 
 
@@ -357,6 +364,8 @@ def _counted_steps(x: Array, lengths: Array | None, reduce: Reduce | None, timed
 
 
 def _sum(terms: list[Array]) -> Array | None:
+    if len(terms) == 1:
+        return terms[0]
     return sum(terms[1:], start=terms[0]) if terms else None
 
 

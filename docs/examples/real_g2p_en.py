@@ -58,12 +58,17 @@ def greedy(encode: Any, step: Any, word: str) -> np.ndarray:
 
 def in_numpy() -> Net:
     encoder, decoder = load()
+    embedding, gru, scores = decoder.parts
 
     def step(phoneme: np.ndarray, state: Any) -> Any:
-        logits, state = decoder(phoneme[None], state)
-        return logits[0], state
+        h, state = gru.step(embedding(phoneme), state)
+        return scores(h), state
 
-    return lambda word: greedy(lambda x: encoder(x)[1], step, word)
+    def encode(x: np.ndarray) -> Any:
+        _, (state,) = encoder(x)
+        return state
+
+    return lambda word: greedy(encode, step, word)
 
 
 def in_onnx() -> Net:

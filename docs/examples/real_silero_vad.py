@@ -56,22 +56,23 @@ def from_jit(rate: int) -> tuple[pn.Layer, dict[str, np.ndarray]]:
 
 
 def in_numpy(lstm: pn.Layer, arrays: dict[str, np.ndarray]) -> Step:
-    basis = arrays["stft.forward_basis_buffer"][:, 0]
-    size, bins = basis.shape[1], basis.shape[0] // 2
+    basis = arrays["stft.forward_basis_buffer"][:, 0].T
+    size, bins = basis.shape[0], basis.shape[1] // 2
     parts = [tuple(arrays[f"encoder.{n}.reparam_conv.{p}"] for p in ("weight", "bias")) for n in range(4)]
-    convolutions = [(w.transpose(0, 2, 1).reshape(len(w), -1), b, stride) for (w, b), stride in zip(parts, STRIDES, strict=True)]
-    weight, bias = arrays["decoder.decoder.2.weight"][:, :, 0], arrays["decoder.decoder.2.bias"]
+    convolutions = [(w.transpose(2, 1, 0).reshape(-1, len(w)), b, stride) for (w, b), stride in zip(parts, STRIDES, strict=True)]
+    weight, bias = arrays["decoder.decoder.2.weight"][:, :, 0].T, arrays["decoder.decoder.2.bias"]
 
     def step(x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
         x = np.concatenate([x, x[:, -2 : -size // 4 - 2 : -1]], axis=1)  # reflected at the end
-        y = pn.linear(np.lib.stride_tricks.sliding_window_view(x, size, axis=1)[:, :: size // 2], basis)
+        halves = x.reshape(len(x), -1, size // 2)  # of windows that overlap by one
+        y = np.concatenate([halves[:, :-1], halves[:, 1:]], axis=2) @ basis
         y = np.sqrt(y[..., :bins] ** 2 + y[..., bins:] ** 2)
         for kernel, shift, stride in convolutions:  # of width 3, one step of padding on each side
             edge = np.zeros_like(y[:, :1])
             y, steps = np.concatenate([edge, y, edge], axis=1), y.shape[1]
-            y = np.maximum(pn.linear(np.concatenate([y[:, k : k + steps : stride] for k in range(3)], axis=2), kernel, shift), 0)
+            y = np.maximum(np.concatenate([y[:, k : k + steps : stride] for k in range(3)], axis=2) @ kernel + shift, 0)
         h, state = lstm.step(y[:, 0], state)
-        return 1 / (1 + np.exp(-pn.linear(np.maximum(h, 0), weight, bias))), state
+        return 1 / (1 + np.exp(-(np.maximum(h, 0) @ weight + bias))), state
 
     return step
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -38,6 +38,8 @@ class RecurrentCell:
     """The normalizer of the input term, which is outside the loop."""
     early_biases: tuple[tuple[str, ...], tuple[str, ...]] = field(init=False, compare=False, repr=False)
     """Biases that are added before normalization: to the input term, and to the hidden term inside the loop."""
+    inside: tuple[tuple[str, str | None], ...] = field(init=False, compare=False, repr=False)
+    """Names of what a step reads beside its matrices; of a shift that is a sum of late biases, with the slot."""
 
     states: ClassVar[tuple[str, ...]]
     """Names of the states; the first is the output."""
@@ -55,6 +57,7 @@ class RecurrentCell:
         object.__setattr__(self, "slots", self._slots())
         object.__setattr__(self, "input_slot", self._input_slot())
         object.__setattr__(self, "early_biases", self._early_biases())
+        object.__setattr__(self, "inside", tuple(self._inside()))
         object.__setattr__(
             self, "_hash", hash((type(self), self.variant, self.training, self.reduce, self.quantize, self.h_bound, self.draws_zoneout))
         )
@@ -147,6 +150,13 @@ class RecurrentCell:
         inside = self.hidden_apart or "norm_hh" in self.names()
         hidden = tuple(name for name in self.variant.early if name == "bias_hh" and inside)
         return tuple(name for name in self.variant.early if name not in hidden), hidden
+
+    def _inside(self) -> Iterator[tuple[str, str | None]]:
+        for name in (*self.early_biases[1], *self.extra()):
+            yield name, None
+        for slot, own in self.slots.items():
+            for kind in own.parameters():
+                yield f"{slot}.{kind}", slot if kind == "bias" and slot in self.late_biases else None
 
     # -- what enters the loop --------------------------------------------------------------------------------------------------------
 

@@ -151,9 +151,10 @@ class Layer(Pure):
         kept. A seed drops the same in every call. Raises `ArgumentError` where it is needed and missing; where nothing is drawn it is not
         looked at.
         """
-        lengths = self._checked(x, state, lengths, mask)
-        random = uniform_numbers(self, self.params, x, rng) if training and self.drops else None
-        y, state, buffers = self._applied(self.params, self.buffers, x, state, lengths, training, random)
+        params = self.params  # of a model they are put together anew each time
+        lengths = checked_call(self, params, self.dtype, x, state, lengths, mask)
+        random = uniform_numbers(self, params, x, rng) if training and self.drops else None
+        y, state, buffers = self._applied(params, self.buffers, x, state, lengths, training, random)
         if training:
             self._keep(buffers)
         return (y, state) if self.recurrent else y

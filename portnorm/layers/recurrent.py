@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy
 
-from portnorm.arrays import Array, DType, Namespace, xp_of
+from portnorm.arrays import Array, DType, Namespace, namespace
 from portnorm.cells.gru import GRUCell
 from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
@@ -294,10 +294,11 @@ class Recurrent(Stack):
         ((2, 4), (2, 4))
         """
         self.check_goes_forward()
-        xp, states = xp_of(x), len(self.cell.states)
+        namespace(x=x)
+        states = len(self.cell.states)
         alone = state is not None and self.num_layers == 1 and is_of_one_cell(state, states)
-        y, state = self(xp.expand_dims(x, axis=1 if self.batch_first else 0), of_layers(state, states) if alone else state)
-        h = xp.squeeze(y, axis=1 if self.batch_first else 0) if self.keeps_time else y
+        y, state = self(x[:, None, ...] if self.batch_first else x[None, ...], of_layers(state, states) if alone else state)
+        h = (y[:, 0, ...] if self.batch_first else y[0, ...]) if self.keeps_time else y
         return h, of_one_cell(state, states) if alone else state
 
     def check_goes_forward(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Self
 
@@ -114,8 +115,9 @@ class Sequential(Layer):
 
     @params.setter
     def params(self, arrays: Mapping[str, Array]) -> None:
+        own = _by_part(arrays)
         for k, part in self._places():
-            part.params = _of_part(arrays, k) if arrays else part.params
+            part.params = own.get(k, {}) if arrays else part.params
 
     @property
     def buffers(self) -> Arrays:
@@ -123,8 +125,9 @@ class Sequential(Layer):
 
     @buffers.setter
     def buffers(self, arrays: Mapping[str, Array]) -> None:
+        own = _by_part(arrays)
         for k, part in self._places():
-            part.buffers = _of_part(arrays, k) if arrays else part.buffers
+            part.buffers = own.get(k, {}) if arrays else part.buffers
 
     def _names(self) -> tuple[Set[str], Set[str]]:
         return self._owned
@@ -147,7 +150,8 @@ class Sequential(Layer):
         if len({part.batch_first for part in self.parts if part.recurrent}) > 1:
             self._check_places()
         states = iter(self._checked_states(state))
-        out, residuals, buffers = [], [], dict(buffers)
+        out, residuals, given, kept = [], [], _by_part(params), _by_part(buffers)
+        drawn, buffers = None if random is None else _by_part(random), dict(buffers)
         # Parts without a state do not know that the batch comes first.
         others = lengths
         if self.batch_first and lengths is not None and not isinstance(lengths, Mask):
@@ -156,11 +160,12 @@ class Sequential(Layer):
             before = next(states) if part.recurrent else None
             counted = lengths if part.recurrent else others
             trained = training and not part.evaluates
-            own = None if random is None else _of_part(random, place)
-            x, after, buffered, residual = part.forward(_of_part(params, k), _of_part(buffers, k), x, before, counted, trained, keep, own)
+            own = None if drawn is None else drawn.get(place, {})
+            x, after, buffered, residual = part.forward(given.get(k, {}), kept.get(k, {}), x, before, counted, trained, keep, own)
             if part.recurrent:
                 out.append(after)
             residuals.append((residual, trained))
+            kept[k] = {**kept.get(k, {}), **buffered}  # a layer at two places goes on from those of the first
             buffers.update({f"{k}.{name}": a for name, a in buffered.items()})
             lengths, others = (lengths, others) if part.keeps_time else (None, None)
             if part.turns_time and isinstance(others, Mask):
@@ -248,5 +253,17 @@ class Sequential(Layer):
         return f"Sequential({', '.join(map(repr, self.parts))})"
 
 
-def _of_part(arrays: Mapping[str, Array], k: int) -> Arrays:
-    return {name.removeprefix(f"{k}."): a for name, a in arrays.items() if name.startswith(f"{k}.")}
+@functools.lru_cache(maxsize=4096)
+def _home(name: str) -> tuple[int, str]:
+    """The part of an array, and its name there: asked in every call, for every name."""
+    k, _, inner = name.partition(".")
+    return int(k), inner
+
+
+def _by_part(arrays: Mapping[str, Array]) -> dict[int, Arrays]:
+    """The arrays of each part that has some, by their names in it."""
+    found: dict[int, Arrays] = {}
+    for name, array in arrays.items():
+        k, inner = _home(name)
+        found.setdefault(k, {})[inner] = array
+    return found

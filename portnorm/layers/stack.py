@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
+import numpy
+
 from portnorm.arrays import Array, device_of, is_concrete, namespace, require_given, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.variants import Variant
@@ -98,7 +100,7 @@ class Stack(Layer):
 
     def state_sizes(self) -> tuple[int, ...]:
         """The features of each state: those of the output, then the hidden ones."""
-        return (self.output_size, *(self.hidden_size for _ in self.cell.states[1:]))
+        return (self.output_size,) + (self.hidden_size,) * (len(self.cell.states) - 1)
 
     @property
     def learned(self) -> tuple[str, ...]:
@@ -216,7 +218,7 @@ class Stack(Layer):
                 directions = []
         y = xp.permute_dims(x, (1, 0, 2)) if self.batch_first and self.keeps_time else x
         fresh = len(last) == 1 and self.keeps_time and isinstance(steps, int) and steps > 0  # else it may be `y`, or the state that came
-        out = tuple(parts[0][None, ...] if fresh else xp.stack(parts) for parts in zip(*last, strict=True))
+        out = tuple([parts[0][None, ...] if fresh else xp.stack(parts) for parts in zip(*last, strict=True)])
         return (
             y,
             (*out, time + steps) if self.timed else out,
@@ -291,31 +293,35 @@ class Stack(Layer):
     # -- what is given ---------------------------------------------------------------------------------------------------------------------
 
     def _placed(self, buffers: Arrays, x: Array, state: Any) -> PlacedState:
-        xp, batch, names = xp_of(x), x.shape[1], (*self.cell.states, *(("time",) if self.timed else ()))
+        xp, batch, timed, count = xp_of(x), x.shape[1], self.timed, len(self.cell.states)
         places = self.num_layers * self.num_directions
         if state is None:
-            return PlacedState(None, xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if self.timed else None)
-        if not isinstance(state, tuple | list) or len(state) != len(names):
+            return PlacedState(None, xp.zeros_like(buffers["num_batches_tracked_l0"][0]) if timed else None)
+        if not isinstance(state, (tuple, list)) or len(state) != count + timed:
             length = f" of length {len(state)}" if isinstance(state, tuple | list) else ""
+            names = (*self.cell.states, *(("time",) if timed else ()))
             raise ShapeError(f"`state` is {type(state).__name__}{length}; expected ({', '.join(names)}{',' * (len(names) == 1)})")
+        dtype, bounds_h = x.dtype, self._bounds_h
         for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
             expected = (places, batch, size)
-            require_given(state=array)
-            namespace(x=x, state=array)
+            if type(array) is not numpy.ndarray or type(x) is not numpy.ndarray:  # else they are together
+                require_given(state=array)
+                namespace(x=x, state=array)
             if tuple(array.shape) != expected:
                 raise ShapeError(
                     f"`state` has {name} of shape {tuple(array.shape)}; expected (layers × directions, batch, hidden) = {expected}"
                 )
-            if name == "h" and self._bounds_h and is_concrete(array) and 0 not in array.shape and float(xp.max(xp.abs(array))) > _H_BOUND:
+            if bounds_h and name == "h" and is_concrete(array) and 0 not in array.shape and float(xp.max(xp.abs(array))) > _H_BOUND:
                 raise UnsupportedError(
                     f"`state` has an h of up to {float(xp.max(xp.abs(array))):g}; expected at most 1, since `quantize` {self.quantize!r} "
                     "takes h for what the layer gives, which lies in (−1, 1)"
                 )
-            if array.dtype != x.dtype:
-                raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {x.dtype}, that of `x`")
-        require_given(state=state[-1])
-        split = [tuple(s[k, ...] for s in state[: len(self.cell.states)]) for k in range(places)]
-        return PlacedState(split, checked_time(x, state[-1]) if self.timed else None)
+            if array.dtype != dtype:
+                raise DTypeError(f"`state` has {name} of dtype {array.dtype}; expected {dtype}, that of `x`")
+        if timed:
+            require_given(state=state[-1])
+        split = [tuple([s[k, ...] for s in state[:count]]) for k in range(places)]
+        return PlacedState(split, checked_time(x, state[-1]) if timed else None)
 
     def _starts(self, params: Arrays, x: Array) -> list[tuple[Array, ...]]:
         """The state before the first step of every layer and direction where none is given."""

@@ -36,14 +36,16 @@ def checked_time(x: Array, time: Any) -> Array:
 
 def is_of_one_cell(state: Any, count: int) -> bool:
     """Whether the first `count` parts of a state are (batch, hidden), as one cell has them, without an axis for layers."""
-    return isinstance(state, tuple | list) and len(state) >= count and all(getattr(a, "ndim", None) == 2 for a in state[:count])
+    if not isinstance(state, (tuple, list)) or len(state) < count:
+        return False
+    return all(getattr(a, "ndim", None) == 2 for a in state[:count])
 
 
 def of_layers(state: Any, count: int) -> tuple[Any, ...]:
     """A state of one cell as that of a stack of one layer."""
-    return (*(a[None, ...] for a in state[:count]), *state[count:])
+    return (*[a[None, ...] for a in state[:count]], *state[count:])
 
 
 def of_one_cell(state: Any, count: int) -> tuple[Any, ...]:
     """A state of a stack of one layer as that of one cell."""
-    return (*(a[0, ...] for a in state[:count]), *state[count:])
+    return (*[a[0, ...] for a in state[:count]], *state[count:])

@@ -17,11 +17,14 @@ _WORTH = 2**18
 def _is_worth(x: Any, weight: Any, bias: Any = None) -> bool:
     """Matrices of one type of which BLAS would make the product and NumPy then the sum; for few rows it need not pack."""
     arrays = (x, weight) if bias is None else (x, weight, bias)
-    if any(type(a) is not numpy.ndarray or a.dtype not in RANGE or a.dtype != x.dtype for a in arrays):
-        return False
+    for a in arrays:
+        if type(a) is not numpy.ndarray:
+            return False
     outputs, inputs = weight.shape if weight.ndim == 2 else (0, 0)
+    if x.size * outputs < _WORTH or any(a.dtype not in RANGE or a.dtype != x.dtype for a in arrays):
+        return False
     fits = 0 < inputs == x.shape[-1] and (bias is None or bias.shape == (outputs,)) if x.ndim > 1 else False
-    return bool(fits and x.size * outputs >= _WORTH and x.size >= 8 * inputs and ready("products", x.dtype))
+    return bool(fits and x.size >= 8 * inputs and ready("products", x.dtype))
 
 
 def _linear(x: NumPyArray, weight: NumPyArray, bias: NumPyArray | None = None) -> tuple[NumPyArray, Any]:

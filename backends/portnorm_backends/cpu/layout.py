@@ -35,12 +35,17 @@ def taken(p: Any, dtype: Any, shape: tuple[int, ...]) -> NumPyArray:
     """A parameter or a cotangent as a kernel takes it: of this type, contiguous and aligned, empty where there is none."""
     if p is None:
         return numpy.empty((0,) * len(shape), dtype=dtype)
+    if p.shape == shape and p.dtype == dtype and p.flags.c_contiguous and p.flags.aligned:
+        found: NumPyArray = p
+        return found
     values = numpy.ascontiguousarray(p, dtype=dtype)
     return (values if values.flags.aligned else values.copy()).reshape(shape)
 
 
 def writable(a: NumPyArray) -> NumPyArray:
     """`a` as compiled code takes it: contiguous, aligned, and of the one type that arrays have which can be written."""
+    if a.flags.carray:  # all of that
+        return a
     a = numpy.ascontiguousarray(a)
     return a if a.flags.aligned and a.flags.writeable else a.copy()
 

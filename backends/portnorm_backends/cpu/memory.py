@@ -10,15 +10,21 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import numpy
+
+T = TypeVar("T")
 
 KEPT = 2**28
 """Bytes that may wait for their next use."""
 
 _LARGE = 2**20
 """Bytes from which the C library hands out fresh pages."""
+
+SMALL = 2**16
+"""Bytes of the largest array of a room that waits for the next call."""
 
 _LINE = 64
 """Bytes of a cache line: a vector that lies in two of them is read and written as two."""
@@ -50,6 +56,27 @@ def aligned(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> numpy.ndarray[An
 def release() -> None:
     """Give back to the system what waits."""
     _waiting.clear()
+
+
+class Turns(Generic[T]):
+    """Room that calls take in turns: what one has given back the next may have, and those at the same time, in other threads, have others.
+
+    What is made for more than `SMALL` bytes is not kept: there a call does so much that its room costs nothing beside it.
+    """
+
+    def __init__(self, make: Callable[[], T], count: int) -> None:
+        self._make, self._keeps = make, count <= SMALL
+        self._waiting: list[T] = []
+
+    def take(self) -> T:
+        try:
+            return self._waiting.pop()
+        except IndexError:
+            return self._make()
+
+    def give(self, room: T) -> None:
+        if self._keeps:
+            self._waiting.append(room)
 
 
 def _block(count: int) -> numpy.ndarray[Any, Any]:

@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from portnorm_backends.cpu import threads
 from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
-from portnorm_backends.cpu.layout import NumPyArray
+from portnorm_backends.cpu.layout import NumPyArray, taken
 from portnorm_backends.cpu.memory import aligned
 from portnorm_backends.cpu.places import Memory, ask, mask_of, opaque, splat
 from portnorm_backends.cpu.registers import WIDTH
@@ -46,6 +46,12 @@ _TILES = 4
 
 _NEAR = 2**21
 """Bytes of w up to which the caches have it from one step to the next."""
+
+_FAR = 2**23
+"""Bytes of w from which all of it, packed, would leave the caches before a few rows come to it."""
+
+_PART = 2**20
+"""Bytes of packed w that a cache keeps until they are multiplied."""
 
 _PANEL = 2**15
 """Bytes of the part of a panel that is read again and again."""
@@ -342,10 +348,11 @@ def compiled_for(dtype: numpy.dtype[Any]) -> tuple[Any, ...]:
     )
 
 
-def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
-    """w (k, n) and shift (n,) as `product` takes them: (panels, 1 + k, columns). Any strides."""
+def pack(w: NumPyArray, shift: NumPyArray | None = None, room: NumPyArray | None = None) -> NumPyArray:
+    """w (k, n) and shift (n,) as `product` takes them: (panels, 1 + k, columns), in `room` for that many panels or more. Any strides."""
     columns, dtype = _columns(w.itemsize), w.dtype
-    packed = aligned((-(-w.shape[1] // columns), 1 + w.shape[0], columns), dtype)
+    panels = -(-w.shape[1] // columns)
+    packed = aligned((panels, 1 + w.shape[0], columns), dtype) if room is None else room[:panels]
     turned = w.strides[0] == w.itemsize and w.shape[0] > 1
     rows = w.T if turned else w
     if not rows.flags.aligned or rows.strides[1] != rows.itemsize:
@@ -354,6 +361,7 @@ def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     return packed
 
 
+@functools.cache
 def nothing(dtype: numpy.dtype[Any]) -> NumPyArray:
     """Packed weights of no columns: their product leaves y as it is."""
     return numpy.empty((0, 1, _columns(dtype.itemsize)), dtype)
@@ -370,23 +378,55 @@ def near(rows: int, length: int, dtype: Any) -> NumPyArray:
     return numpy.empty((min(rows, ROWS), block + 64 // dtype.itemsize), dtype)
 
 
+def _added(shift: NumPyArray | None, count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
+    return _zeros(count, dtype) if shift is None else taken(shift, dtype, (count,))
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
+    """Nobody writes into it."""
+    return numpy.zeros(count, dtype)
+
+
+def straight(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None, y: NumPyArray) -> None:
+    """Writes x · wᵀ + shift into y, for at most `FEW` rows of x, and w (n, k)."""
+    if w.strides[1] == w.itemsize and w.flags.aligned:
+        compiled_for(w.dtype)[3](x, w, _added(shift, w.shape[0], w.dtype), y)
+    else:
+        affine_map(w.T, shift, x.shape[0])(x, y)
+
+
 def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS) -> Callable[[NumPyArray, NumPyArray], None]:
     """What writes x · w + shift into y, for contiguous x (m, k) and y (m, n), of which there will be so many `rows` in all."""
     _, multiply, narrow, direct = compiled_for(w.dtype)
     lies = rows <= FEW and w.flags.aligned and (w.strides[0] == w.itemsize or w.shape[0] == 1)
     if lies or w.shape[0] <= _NARROW:
-        added = numpy.zeros(w.shape[1], w.dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
+        added = _added(shift, w.shape[1], w.dtype)
         if lies:
             return lambda x, y: direct(x, w.T, added, y)
         few = numpy.require(w, requirements=["C", "A"])
         return lambda x, y: narrow(x, few, added, y)
+    if rows < ROWS and w.nbytes > _FAR:
+        return lambda x, y: _by_parts(x, w, shift, y)
     packed = pack(w, shift)
     return lambda x, y: multiply(x, packed, y, near(x.shape[0], x.shape[1], x.dtype))
 
 
+def _by_parts(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None, y: NumPyArray) -> None:
+    """The same where w is large and only used once: what is packed of it is multiplied while it is still in a cache."""
+    (count, length), columns = x.shape, _columns(w.itemsize)
+    panels = -(-_PART // ((1 + length) * columns * w.itemsize))
+    room, wide, place = aligned((panels, 1 + length, columns), w.dtype), panels * columns, near(count, length, w.dtype)
+    for first in range(0, w.shape[1], wide):
+        last = min(first + wide, w.shape[1])
+        part = numpy.empty((count, last - first), w.dtype)
+        compiled_for(w.dtype)[1](x, pack(w[:, first:last], None if shift is None else shift[first:last], room), part, place)
+        y[:, first:last] = part
+
+
 def affine(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     """x · w + shift for contiguous x (m, k)."""
-    y, into = aligned((x.shape[0], w.shape[1]), x.dtype), affine_map(w, shift)
+    y, into = aligned((x.shape[0], w.shape[1]), x.dtype), affine_map(w, shift, max(x.shape[0], FEW + 1))
     ranges = threads.parts(x.shape[0], x.shape[0] * w.size / _WORTH, _HIGHEST)
     threads.each(ranges, lambda first, last: into(x[first:last], y[first:last]))
     return y
