@@ -18,7 +18,7 @@ from portnorm_backends.cpu.layout import RANGE, NumPyArray
 from portnorm_backends.cpu.residuals import in_ranges, is_much
 from portnorm_backends.cpu.warming import ready
 
-_AS_MUCH = 2
+_AS_MUCH = 4
 """An update of a value takes as long as normalizing so many."""
 
 _LINES = 64
