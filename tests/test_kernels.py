@@ -23,6 +23,7 @@ from portnorm.norm.normalize import Normalized, normalize
 from portnorm_backends.cpu import affine, memory, products, recurrent, registers, residuals, threads
 from portnorm_backends.cpu.recurrent import LoopResiduals
 from portnorm_backends.cpu.residuals import KernelResiduals
+from portnorm_backends.cpu.warming import ready
 from tests.processes import in_threads, output_of
 from tests.tolerances import OPERATION, RECURRENT
 
@@ -47,6 +48,7 @@ def test_a_short_row_hangs_on_its_own_values_alone(
     x = (values + np.where(rng.random((300, 1)) < 0.5, 0.0, 1e4 * np.abs(values).mean(axis=1, keepdims=True))).astype(dtype)
     x[7] = 3.0
     w, b = (rng.standard_normal(n).astype(dtype) if given else None for given in parameters)
+    assert ready("short rows", dtype)
     attrs: dict[str, Any] = {"axes": (1,), "param_axes": (1,), "eps": 1e-3, "center": center}
     y = normalize(x, w, b, **attrs)
     with without_kernels(np.ndarray):
@@ -63,6 +65,7 @@ def test_a_short_row_hangs_on_its_own_values_alone(
 @pytest.mark.parametrize("n", [3, 16, 32])
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30])
 def test_a_short_row_that_leaves_the_range_changes_no_other(n: int, wrong: float, rng: np.random.Generator) -> None:
+    assert ready("short rows", np.dtype("float32"))
     x = rng.standard_normal((100, n)).astype("float32")
     y = normalize(x, axes=(1,), param_axes=(1,), eps=1e-5)
     x[41, 1] = wrong

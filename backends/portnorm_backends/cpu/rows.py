@@ -61,8 +61,15 @@ def forward_of_rows(
 
 def _are_short(rows: NumPyArray, shape: tuple[int, int], alone: bool) -> bool:
     """Whether these are rows for the kernel that takes many at once: with a value of the parameters for each of theirs, or none."""
-    n = rows.shape[1]
-    return n <= SHORT and (alone or shape == (1, n)) and ready("short rows", rows.dtype)
+    return (alone or shape == (1, rows.shape[1])) and _is_short(rows.shape[1], rows.size, rows.dtype)
+
+
+_MANY = 2**14
+"""Values from which short rows have a kernel of their own compiled. It takes fewer too when it is there, so that a row has the same bits."""
+
+
+def _is_short(n: int, size: int, dtype: Any) -> bool:
+    return n <= SHORT and (dtype in _SHORT_ROWS or (size >= _MANY and ready("short rows", dtype)))
 
 
 _ROWS_OF_SHARES = 32
@@ -127,6 +134,7 @@ def can_take(out: Any, *others: Any) -> bool:
 
 
 _ROWS = READY["rows"]
+_SHORT_ROWS = READY["short rows"]
 
 
 class LastAxisResiduals(KernelResiduals):
@@ -172,7 +180,7 @@ def last_axis(op: Any, center: bool) -> Kernel:
     """The kernel of a public function for the arguments that most calls have; what others need is done by its definition."""
 
     def call(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
-        kernel, none, smallest, largest, unread = _plain(x.dtype, x.shape[-1] <= SHORT and ready("short rows", x.dtype))
+        kernel, none, smallest, largest, unread = _plain(x.dtype, _is_short(x.shape[-1], x.size, x.dtype))
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         into = y if x.ndim == 2 else y.reshape(rows.shape)
@@ -181,7 +189,7 @@ def last_axis(op: Any, center: bool) -> Kernel:
         return y
 
     def forward(x: NumPyArray, weight: Any = None, bias: Any = None, *, eps: float = 1e-5, out: Any = None, **attrs: Any) -> Any:
-        kernel, none, smallest, largest, _ = _plain(x.dtype, x.shape[-1] <= SHORT and ready("short rows", x.dtype))
+        kernel, none, smallest, largest, _ = _plain(x.dtype, _is_short(x.shape[-1], x.size, x.dtype))
         rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         y, w, b = memory.like(x) if out is None else out, none if weight is None else weight, none if bias is None else bias
         kept = numpy.empty((rows.shape[0], 3), x.dtype)
