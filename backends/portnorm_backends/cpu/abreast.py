@@ -30,7 +30,7 @@ _ROOM = 128
 # -- rows as columns ---------------------------------------------------------------------------------------------------------------------
 
 
-@compiled()
+@compiled(inner=True)
 def _room(x: Any, dtype: Any) -> Any:
     """Room for turned rows of `x` (blocks, values, lanes), and for four numbers of each (4, rows), which begin as 0.
 
@@ -147,7 +147,7 @@ def _sizes(x: Vector, n: Vector, eps: Vector, squares: Vector) -> tuple[Vector]:
 _normalized = across(normalized)
 
 
-@compiled()
+@compiled(inner=True)
 def _statistics(x: Any, r: int, center: bool, eps: float, t: Any, found: Any) -> None:
     """m, d, σ² + ε and 1 / √(σ² + ε) of the rows from r on, `found` (4, rows); as in `rowwise`.
 
@@ -178,7 +178,7 @@ def _each(x: Any, weight: Any, bias: Any, turns: int, eps: float, center: bool, 
     return _forward(x, gains, shifts, eps, center, smallest, largest, y, kept, t, found)
 
 
-@compiled()
+@compiled(inner=True)
 def _forward(
     x: Any, gains: Any, shifts: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any, t: Any, found: Any
 ) -> bool:

@@ -62,7 +62,7 @@ def _back(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, rstd: Vecto
     return (gain * ((dy - a) - ((x - m) - d) * rstd * b),)
 
 
-@compiled()
+@compiled(inner=True)
 def _column_sums(x: Any, start: int, m: Any, first: Any, second: Any) -> None:
     """Σ (x − m) and Σ (x − m)² of each column from `start` on."""
     rows, columns = x.shape[0], m.size
@@ -86,7 +86,7 @@ def _column_sums(x: Any, start: int, m: Any, first: Any, second: Any) -> None:
         carry(second, lost[1], b)
 
 
-@compiled()
+@compiled(inner=True)
 def _column_statistics(x: Any, start: int, center: bool, m: Any, d: Any, var: Any) -> None:
     """m, d and σ² of each column from `start` on; m and d in the type of the values."""
     rows, columns = x.shape[0], m.size
@@ -147,7 +147,7 @@ def _columns_forward(
     return fine
 
 
-@compiled()
+@compiled(inner=True)
 def _column_cotangents(x: Any, dy: Any, start: int, m: Any, d: Any, rstd: Any, first: Any, second: Any) -> None:
     """Σ dy and Σ dy · x̂ of each column from `start` on."""
     rows, columns = x.shape[0], m.size
@@ -216,7 +216,7 @@ def _columns_backward(
 # -- (outer, channels, inner) ------------------------------------------------------------------------------------------------------------
 
 
-@compiled()
+@compiled(inner=True)
 def _ahead(x: Any, k: int, c: int) -> None:
     """Ask for the block of a channel that is read some kilobytes after block k; the processor sees no pattern in blocks that are short."""
     k += max(1, _AHEAD // (x.shape[2] * x.itemsize))
@@ -224,7 +224,7 @@ def _ahead(x: Any, k: int, c: int) -> None:
         prefetch(x[k, c])
 
 
-@compiled()
+@compiled(inner=True)
 def _beyond(x: Any, k: int, c: int, stop: int) -> None:
     """The same where one channel comes after the other."""
     c += max(1, _AHEAD // (x.shape[2] * x.itemsize))
@@ -232,7 +232,7 @@ def _beyond(x: Any, k: int, c: int, stop: int) -> None:
         prefetch(x[k, c])
 
 
-@compiled()
+@compiled(inner=True)
 def _channel_sums(x: Any, c: int, m: Any) -> tuple[float, float]:
     """Σ (x − m) and Σ (x − m)² of one channel."""
     first = second = lost_first = lost_second = 0.0
@@ -244,7 +244,7 @@ def _channel_sums(x: Any, c: int, m: Any) -> tuple[float, float]:
     return first, second
 
 
-@compiled()
+@compiled(inner=True)
 def _channel_cotangents(x: Any, dy: Any, c: int, m: Any, d: Any, rstd: Any) -> tuple[float, float]:
     """Σ dy and Σ dy · x̂ of one channel."""
     first = second = lost_first = lost_second = 0.0

@@ -22,7 +22,7 @@ def _step(u_r: Vector, u_z: Vector, u_n: Vector, r: Vector, z: Vector, reset: Ve
     return r, z, n, reset, fused(z, before - n, n)
 
 
-@compiled()
+@compiled(inner=True)
 def _gates(row: Any) -> Any:
     """The three slices of a row."""
     size = row.size // 3

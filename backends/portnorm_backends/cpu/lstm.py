@@ -62,7 +62,7 @@ def _inferred(ai: Vector, af: Vector, ag: Vector, ao: Vector, ui: Vector, uf: Ve
     return c, _output(c, o)[1]
 
 
-@compiled()
+@compiled(inner=True)
 def _gates(row: Any) -> Any:
     """The four slices of a row."""
     size = row.size // 4

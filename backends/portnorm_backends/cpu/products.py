@@ -172,7 +172,7 @@ _highest, _high, _four = (_tile(rows, 1) for rows in (_HIGHEST, _HIGH, 4))
 _two, _two_by_two, _one, _one_by_four = _tile(2, 1), _tile(2, 2), _tile(1, 1), _tile(1, 4)
 
 
-@compiled()
+@compiled(inner=True)
 def _next(packed: Any, p: int, start: int, stop: int, tiles: int) -> int:
     """Where in `packed` the tile after so many of panel p asks for its part of the next panel."""
     columns = packed.shape[2]
@@ -182,7 +182,7 @@ def _next(packed: Any, p: int, start: int, stop: int, tiles: int) -> int:
     return place
 
 
-@compiled()
+@compiled(inner=True)
 def _few_rows(x: Any, packed: Any, y: Any, i: int, first: int, last: int, start: int, stop: int, origin: int, adds: bool) -> None:
     """The up to three last rows, from row i on, of panels `first` to before `last`."""
     if i + 2 <= x.shape[0]:
@@ -203,7 +203,7 @@ def _few_rows(x: Any, packed: Any, y: Any, i: int, first: int, last: int, start:
             p += 1
 
 
-@compiled()
+@compiled(inner=True)
 def _block(x: Any, packed: Any, y: Any, start: int, stop: int, origin: int, adds: bool) -> None:
     """All rows and panels, of k in start … stop − 1."""
     panels, rows = packed.shape[0], x.shape[0]
@@ -240,7 +240,7 @@ def _product(x: Any, packed: Any, y: Any, near: Any) -> None:
             _block(source, packed, into, start, stop, origin, start > 0)
 
 
-product = compiled()(_product)
+product = compiled(inner=True)(_product)
 
 
 @elementwise

@@ -56,28 +56,28 @@ def _cotangents_with_gains(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Ve
     return g, product(g, ((x - m) - d) * factor)
 
 
-@compiled()
+@compiled(inner=True)
 def guess(row: Any) -> Any:
     """The mean of the first values of a row."""
     count = min(_FIRST, row.size)
     return leading(row) + like(row, _beside(count, (row, leading(row)))[0] / count)
 
 
-@compiled()
+@compiled(inner=True)
 def sums(row: Any, m: Any) -> tuple[float, float]:
     """Σ (x − m) and Σ (x − m)²."""
     found: tuple[float, float] = _moments(row.size, (row, m))
     return found
 
 
-@compiled()
+@compiled(inner=True)
 def sums_of_cotangents(row: Any, g: Any, m: Any, d: Any, factor: Any) -> tuple[float, float]:
     """Σ g and Σ g · x̂."""
     found: tuple[float, float] = _cotangents(row.size, (row, g, m, d, factor))
     return found
 
 
-@compiled()
+@compiled(inner=True)
 def statistics(row: Any, center: bool) -> tuple[Any, Any, float]:
     """(m, d, σ²) of a row; m and d in the type of the row, 0 unless `center`."""
     n, zero = row.size, like(row, 0)

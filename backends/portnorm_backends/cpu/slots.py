@@ -23,7 +23,7 @@ One = tuple[Vector]
 Two = tuple[Vector, Vector]
 
 
-@compiled()
+@compiled(inner=True)
 def runs(lengths: Any, b: int, t: int) -> bool:
     """Whether a sequence has a step t; all have where there are no lengths."""
     return bool(lengths.size == 0 or t < lengths[b])
@@ -36,7 +36,7 @@ def _add_moments(z: Vector, m: Vector, first: Vector, second: Vector) -> Two:
     return first + d, fused(d, d, second)
 
 
-@compiled()
+@compiled(inner=True)
 def _over_batch(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
     """m, d and 1 / σ of each feature into `room` (9, features), the latter two also into what is kept, of the rows that have a step t."""
     m, d, rstd, first, second = room[0], room[1], room[2], room[3], room[4]
@@ -86,7 +86,7 @@ def _scaled(z: Vector, m: Vector, d: Vector, rstd: Vector, weight: Vector, bias:
     return xhat, fused(xhat, weight, bias) + plus
 
 
-@compiled()
+@compiled(inner=True)
 def normalized(slot: Any, t: int, b: int, z: Any, plus: Any, room: Any, y: Any) -> bool:
     """y = N(z) + plus of one row; `room` has the statistics where they are of features.
 
@@ -115,7 +115,7 @@ def normalized(slot: Any, t: int, b: int, z: Any, plus: Any, room: Any, y: Any) 
     return fine
 
 
-@compiled()
+@compiled(inner=True)
 def prepared(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
     """What a slot has to know of the whole batch before its rows are normalized."""
     if slot.mode <= ROWS:
@@ -152,7 +152,7 @@ def _feature_cotangent(dy: Vector, weight: Vector, xhat: Vector, a: Vector, b: V
     return (rstd * weight * ((dy - a) - xhat * b),)
 
 
-@compiled()
+@compiled(inner=True)
 def collected(slot: Any, shares: Any, t: int, b: int, dy: Any) -> None:
     """Add the shares of one row."""
     weight, bias = shares.weight[0], shares.bias[0]
@@ -165,7 +165,7 @@ def collected(slot: Any, shares: Any, t: int, b: int, dy: Any) -> None:
         _gathered(slot, shares)
 
 
-@compiled()
+@compiled(inner=True)
 def _gathered(slot: Any, shares: Any) -> None:
     """Add the last rows to those of the step before them where its sum is wanted, else to all."""
     shares.rows[0] = 0
@@ -177,7 +177,7 @@ def _gathered(slot: Any, shares: Any) -> None:
         carry(shares.dbias[0], shares.dbias[1], shares.bias[0])
 
 
-@compiled()
+@compiled(inner=True)
 def counted(slot: Any, shares: Any, t: int, lengths: Any, batch: int, room: Any) -> None:
     """The means of dy and dy · x̂ of each feature into `room`, once all rows have given their shares."""
     if slot.mode <= ROWS:
@@ -196,7 +196,7 @@ def counted(slot: Any, shares: Any, t: int, lengths: Any, batch: int, room: Any)
         room[1, j] = shares.weight[1, j] * scale
 
 
-@compiled()
+@compiled(inner=True)
 def denormalized(slot: Any, t: int, b: int, dy: Any, room: Any, dz: Any) -> None:
     """The cotangent of what a row was normalized from; `dz` is not `dy`."""
     k = t % slot.xhat.shape[0]
@@ -212,7 +212,7 @@ def denormalized(slot: Any, t: int, b: int, dy: Any, room: Any, dz: Any) -> None
         _feature_cotangent(dz.size, (dy, slot.weight, xhat, room[0], room[1], slot.rstd[k, 0]), (dz,))
 
 
-@compiled()
+@compiled(inner=True)
 def settled(slot: Any, shares: Any) -> None:
     """Add the sum of a step, which has been wanted, to what all steps have."""
     if slot.mode == OWN:
@@ -225,7 +225,7 @@ def settled(slot: Any, shares: Any) -> None:
 # -- what the loops of the cells share -------------------------------------------------------------------------------------------------
 
 
-@compiled()
+@compiled(inner=True)
 def ahead(x: Any, t: int, b: int, first: int, last: int, way: int) -> None:
     """Ask for the row that is read after row b of step t, where the steps go up (`way` 1) or down (−1)."""
     if b + 1 < last:
@@ -234,13 +234,13 @@ def ahead(x: Any, t: int, b: int, first: int, last: int, way: int) -> None:
         prefetch(x[t + way, first])
 
 
-@compiled()
+@compiled(inner=True)
 def term(terms: Any, t: int, b: int) -> Any:
     """The input term of row b of step t."""
     return terms.u[t - terms.step, b - terms.sequence]
 
 
-@compiled()
+@compiled(inner=True)
 def stays(t: int, b: int, h: Any, y: Any) -> None:
     """A sequence that has no step t."""
     copy(h[t % h.shape[0], b], h[(t + 1) % h.shape[0], b])
@@ -248,14 +248,14 @@ def stays(t: int, b: int, h: Any, y: Any) -> None:
         fill(y[t, b], 0)
 
 
-@compiled()
+@compiled(inner=True)
 def gives(t: int, b: int, h: Any, y: Any) -> None:
     """A sequence that has one, h after it into `y`, where that has room."""
     if y.size:
         copy(h[(t + 1) % h.shape[0], b], y[t, b])
 
 
-@compiled()
+@compiled(inner=True)
 def arrives(t: int, b: int, back: Any, dy: Any, lengths: Any, dh: Any) -> bool:
     """Add to dh what comes from the next step and from outside; whether the sequence has a step t."""
     add(dh.shape[1], (back[b], dh[b]), (dh[b],))
@@ -265,7 +265,7 @@ def arrives(t: int, b: int, back: Any, dy: Any, lengths: Any, dh: Any) -> bool:
     return here
 
 
-@compiled()
+@compiled(inner=True)
 def sum_back(first: int, last: int, t: int, total: Any, shares: Any, lengths: Any, dx: Any, dhidden: Any, room: Any, row: Any) -> None:
     """Through the slot of the sum, in `dx`; the cotangent of both terms, of which `dhidden` gets its own where it has room."""
     if total.mode == NONE:
@@ -280,7 +280,7 @@ def sum_back(first: int, last: int, t: int, total: Any, shares: Any, lengths: An
     settled(total, shares)
 
 
-@compiled()
+@compiled(inner=True)
 def hidden_back(
     first: int,
     last: int,

@@ -19,7 +19,7 @@ GROUP = 32
 """Rows that are added up in the same way."""
 
 
-@compiled()
+@compiled(inner=True)
 def carried(total: Any, lost: Any, term: Any) -> Any:
     """`total` with one more term, and what rounding has lost of it; nothing where the sum is not finite, which it then stays."""
     term -= lost
@@ -28,7 +28,7 @@ def carried(total: Any, lost: Any, term: Any) -> Any:
     return more, rest if rest == rest else 0.0
 
 
-@compiled()
+@compiled(inner=True)
 def carry(total: Any, lost: Any, part: Any) -> None:
     """`total` += `part`, value by value, and `part` = 0."""
     for i in range(total.size):
