@@ -65,7 +65,7 @@ def _are_short(rows: NumPyArray, shape: tuple[int, int], alone: bool) -> bool:
 
 
 _MANY = 2**14
-"""Values from which short rows have a kernel of their own compiled. It takes fewer too when it is there, so that a row has the same bits."""
+"""Values from which a kernel for short rows is compiled. Once there it takes fewer too, so that a row has the same bits."""
 
 
 def _is_short(n: int, size: int, dtype: Any) -> bool:
