@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import portnorm as pn
-from portnorm_backends.cpu import products
 from portnorm_backends.cpu.memory import SMALL, Turns
 from tests.cases import PRESETS
 from tests.processes import in_threads
@@ -148,20 +147,3 @@ def test_room_is_taken_in_turns_unless_it_is_large(count: int, made: int) -> Non
         rooms.give(room)
     rooms.take(), rooms.take()
     assert next(numbers) == made
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(5, 40, 1), (9, 7, 500), (20, 130, 333), (239, 64, 96)])
-@pytest.mark.parametrize("shifted", [False, True])
-def test_a_product_in_parts_is_the_whole_to_the_last_bit(
-    rows: int, inputs: int, outputs: int, shifted: bool, dtype: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    x, w = rng.standard_normal((rows, inputs)).astype(dtype), rng.standard_normal((outputs, inputs)).astype(dtype)
-    shift = rng.standard_normal(2 * outputs).astype(dtype)[::2] if shifted else None
-    for weight in (w.T, np.asfortranarray(w).T, np.repeat(w, 2, axis=0)[::2].T):
-        whole = products.affine(x, weight, shift)
-        with monkeypatch.context() as patched:
-            patched.setattr(products, "_FAR", 0)
-            patched.setattr(products, "_PART", 3 * 128 * inputs)
-            np.testing.assert_array_equal(products.affine(x, weight, shift), whole)
-        np.testing.assert_allclose(whole, x @ weight + (0 if shift is None else shift), rtol=0, atol=1e-3 if dtype == "float32" else 1e-11)

@@ -303,7 +303,7 @@ def test_the_command_line_says_what_is_compiled(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "dtype"), [*product(families.FAMILIES, ("float32", "float64")), *product(("rows", "channels"), ("bfloat16",))]
+    ("family", "dtype"), [*product(families.FAMILIES, ("float32", "float64")), *product(("rows", "short rows", "channels"), ("bfloat16",))]
 )
 def test_a_family_has_all_that_its_calls_need(family: str, dtype: str) -> None:
     """After it was loaded nothing of its own module is compiled any more, whichever layer or norm calls."""
@@ -340,6 +340,14 @@ elif name == "channels":
         pn.batch_norm(a(*shape), mean=a(c), var=np.abs(a(c)))
 elif name == "products":
     pn.linear(a(64, 64), a(128, 64), a(128)); pn.linear(a(64, 64), a(128, 64))
+elif name == "short":
+    for op, p in ((pn.layer_norm, 2), (pn.rms_norm, 1)):
+        for rows in (3, 4096):
+            op(a(rows, 8), *(a(8) for _ in range(p))); op(a(rows, 2, 8)); op.forward(a(rows, 8))
+elif name == "updates":
+    for optimizer in (pn.SGD(0.1), pn.SGD(0.1, 0.9), pn.RMSProp(), pn.Adam(), pn.AdamW()):
+        params = {{"weight": a(3, 4)}}
+        optimizer.update(params, params, optimizer.init(params))
 else:
     for norm in (None, "layer", "batch"):
         layer = getattr(pn, name)(3, 4, norm=norm, rng=0, dtype={dtype!r})
@@ -348,7 +356,8 @@ else:
                 layer(x, lengths=lengths)
                 if training:
                     y, _, pullback = layer.vjp(x, lengths=lengths, training=True); pullback(y)
-own = {{"rows": "rowwise", "channels": "channelwise", "integers": "integer_rows"}}.get(name, name.lower())
+modules = {{"rows": "rowwise", "short": "abreast", "channels": "channelwise", "integers": "integer_rows", "updates": "descending"}}
+own = modules.get(name, name.lower())
 print([c for c in compiled if f".{{own}}." in c or own in c.split("(")[-1]])
 """
     assert output_of(code, timeout=600) == "[]"

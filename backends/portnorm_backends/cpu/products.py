@@ -47,12 +47,6 @@ _TILES = 4
 _NEAR = 2**21
 """Bytes of w up to which the caches have it from one step to the next."""
 
-_FAR = 2**23
-"""Bytes of w from which all of it, packed, would leave the caches before a few rows come to it."""
-
-_PART = 2**20
-"""Bytes of packed w that a cache keeps until they are multiplied."""
-
 _PANEL = 2**15
 """Bytes of the part of a panel that is read again and again."""
 
@@ -348,11 +342,10 @@ def compiled_for(dtype: numpy.dtype[Any]) -> tuple[Any, ...]:
     )
 
 
-def pack(w: NumPyArray, shift: NumPyArray | None = None, room: NumPyArray | None = None) -> NumPyArray:
-    """w (k, n) and shift (n,) as `product` takes them: (panels, 1 + k, columns), in `room` for that many panels or more. Any strides."""
+def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
+    """w (k, n) and shift (n,) as `product` takes them: (panels, 1 + k, columns). Any strides."""
     columns, dtype = _columns(w.itemsize), w.dtype
-    panels = -(-w.shape[1] // columns)
-    packed = aligned((panels, 1 + w.shape[0], columns), dtype) if room is None else room[:panels]
+    packed = aligned((-(-w.shape[1] // columns), 1 + w.shape[0], columns), dtype)
     turned = w.strides[0] == w.itemsize and w.shape[0] > 1
     rows = w.T if turned else w
     if not rows.flags.aligned or rows.strides[1] != rows.itemsize:
@@ -406,27 +399,13 @@ def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS)
             return lambda x, y: direct(x, w.T, added, y)
         few = numpy.require(w, requirements=["C", "A"])
         return lambda x, y: narrow(x, few, added, y)
-    if rows < ROWS and w.nbytes > _FAR:
-        return lambda x, y: _by_parts(x, w, shift, y)
     packed = pack(w, shift)
     return lambda x, y: multiply(x, packed, y, near(x.shape[0], x.shape[1], x.dtype))
 
 
-def _by_parts(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None, y: NumPyArray) -> None:
-    """The same where w is large and only used once: what is packed of it is multiplied while it is still in a cache."""
-    (count, length), columns = x.shape, _columns(w.itemsize)
-    panels = -(-_PART // ((1 + length) * columns * w.itemsize))
-    room, wide, place = aligned((panels, 1 + length, columns), w.dtype), panels * columns, near(count, length, w.dtype)
-    for first in range(0, w.shape[1], wide):
-        last = min(first + wide, w.shape[1])
-        part = numpy.empty((count, last - first), w.dtype)
-        compiled_for(w.dtype)[1](x, pack(w[:, first:last], None if shift is None else shift[first:last], room), part, place)
-        y[:, first:last] = part
-
-
 def affine(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     """x · w + shift for contiguous x (m, k)."""
-    y, into = aligned((x.shape[0], w.shape[1]), x.dtype), affine_map(w, shift, max(x.shape[0], FEW + 1))
+    y, into = aligned((x.shape[0], w.shape[1]), x.dtype), affine_map(w, shift)
     ranges = threads.parts(x.shape[0], x.shape[0] * w.size / _WORTH, _HIGHEST)
     threads.each(ranges, lambda first, last: into(x[first:last], y[first:last]))
     return y
