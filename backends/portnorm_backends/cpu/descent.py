@@ -6,7 +6,6 @@ Operation for operation what the definitions in `portnorm.descent` do, so that t
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -39,31 +38,32 @@ def _flat(arrays: tuple[Any, ...]) -> bool:
     return ready("updates", first.dtype)
 
 
+@functools.cache
+def _loop(name: str, dtype: Any, numbers: int) -> Callable[..., None]:
+    from portnorm_backends.cpu import descending
+
+    return descending.compiled_for(name, dtype, numbers)
+
+
 def _of(name: str, count: int) -> Kernel:
     """The kernel of an update, which is given the parameter, its gradient and `count` − 1 arrays that are remembered, then numbers."""
-
-    @functools.cache
-    def loop(dtype: Any, decays: bool) -> Callable[..., None]:
-        loops = importlib.import_module("portnorm_backends.cpu.descending")
-        found: Callable[..., None] = loops.compiled_for(name if decays else f"{name} without decay", dtype)
-        return found
 
     def accepts(*given: Any) -> bool:
         return _flat(given[: count + 1])
 
     def call(*given: Any) -> tuple[NumPyArray, ...]:
-        arrays, numbers = given[: count + 1], [float(n) for n in given[count + 1 :] if n is not None]
+        arrays, numbers = given[: count + 1], tuple(float(n) for n in given[count + 1 :] if n is not None)
         made = [memory.like(arrays[0]) for _ in range(count)]
-        kernel, flat = loop(arrays[0].dtype, given[-1] is not None), [a.reshape(-1) for a in (*arrays, *made)]
+        kernel, flat = _loop(name, arrays[0].dtype, len(numbers)), [a.reshape(-1) for a in (*arrays, *made)]
         size = flat[0].size
 
         def some(a: int, b: int) -> None:
-            kernel(*(x[a:b] for x in flat), *numbers)
+            kernel(*(x[a:b] for x in flat), numbers)
 
         if is_much(_AS_MUCH * size):
             in_ranges(size, _AS_MUCH * size, _LINES, some)
         else:
-            kernel(*flat, *numbers)
+            kernel(*flat, numbers)
         return tuple(made)
 
     return Kernel(call=call, accepts=accepts)

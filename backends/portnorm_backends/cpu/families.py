@@ -51,8 +51,9 @@ def _products(dtype: str) -> None:
 
 def _updates(dtype: str) -> None:
     module = importlib.import_module("portnorm_backends.cpu.descending")
-    for name in module.STEPS:
-        module.compiled_for(name, numpy.dtype(dtype))
+    for name, (_, _, counts) in module.STEPS.items():
+        for numbers in counts:
+            module.compiled_for(name, numpy.dtype(dtype), numbers)
 
 
 def _integers(dtype: str) -> None:

@@ -18,6 +18,7 @@ from portnorm_backends.cpu.warming import READY, ready
 
 
 def are_rows(x: NumPyArray, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
+    """Whether the axes are the last ones, and those with parameters begin before or with them and lie beside each other."""
     if not axes or not param_axes:
         return False
     first, last = axes[0], param_axes[-1] + 1
