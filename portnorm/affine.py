@@ -54,16 +54,18 @@ def _(residuals: Residuals, dy: Array) -> tuple[Array, Array, Array | None]:
     return input_cotangent(dy, weight), weight_cotangent(dy, x), None if bias is None else total_like(_rows(xp, dy), (0,))
 
 
-def input_cotangent(dy: Array, weight: Array) -> Array:
-    """dy · weight, as one matrix product."""
+@op
+def input_cotangent(dy: Array, weight: Array) -> tuple[Array, None]:
+    """dy · weight, as one matrix product, for `dy` (…, outputs) and `weight` (outputs, inputs), without checks."""
     xp = xp_of(dy)
-    return xp.reshape(xp.matmul(_rows(xp, dy), weight), (*dy.shape[:-1], weight.shape[1]))
+    return xp.reshape(xp.matmul(_rows(xp, dy), weight), (*dy.shape[:-1], weight.shape[1])), None
 
 
-def weight_cotangent(dy: Array, x: Array) -> Array:
-    """Σ dyᵀ · x over all leading axes, as one matrix product."""
+@op
+def weight_cotangent(dy: Array, x: Array) -> tuple[Array, None]:
+    """Σ dyᵀ · x over all leading axes, as one matrix product, for `dy` (…, outputs) and `x` (…, inputs), without checks."""
     xp = xp_of(x)
-    return xp.matmul(xp.matrix_transpose(_rows(xp, dy)), _rows(xp, x))
+    return xp.matmul(xp.matrix_transpose(_rows(xp, dy)), _rows(xp, x)), None
 
 
 def _rows(xp: Namespace, x: Array) -> Array:

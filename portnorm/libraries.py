@@ -86,6 +86,8 @@ SUPPORT: dict[str, Support] = {
                 "scan",
                 "linear_scan",
                 "linear",
+                "input_cotangent",
+                "weight_cotangent",
                 "layer_norm",
                 "rms_norm",
                 "fake_quantize",

@@ -150,6 +150,8 @@ NOT_TESTED_AS_ARRAYS_OF_NUMBERS = {
     "steps_at",
     "steps_so_far",
     "times_transposed",
+    "input_cotangent",
+    "weight_cotangent",
     "sgd_step",
     "rmsprop_step",
     "adam_step",

@@ -20,7 +20,7 @@ from benchmarks.tables import ROOT
 from portnorm.arrays import leaves, library, without_kernels
 from portnorm.libraries import SUPPORT
 from portnorm.norm.normalize import Normalized, normalize
-from portnorm_backends.cpu import affine, memory, products, recurrent, registers, residuals, threads
+from portnorm_backends.cpu import affine, memory, outer, products, recurrent, registers, residuals, threads
 from portnorm_backends.cpu.recurrent import LoopResiduals
 from portnorm_backends.cpu.residuals import KernelResiduals
 from portnorm_backends.cpu.warming import ready
@@ -477,8 +477,8 @@ def parted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(threads, "_count", lambda: 3)
     monkeypatch.setattr(threads, "parts", seen)
-    for module, name in ((recurrent, "_WORTH"), (products, "_WORTH"), (residuals, "_WORTH")):
-        monkeypatch.setattr(module, name, 1)
+    for module in (recurrent, products, outer, residuals):
+        monkeypatch.setattr(module, "_WORTH", 1)
     return ranges
 
 
@@ -503,6 +503,53 @@ def test_products_of_packed_weights(dtype: Any, columns: int, outputs: int, rng:
                     y = np.empty_like(expected, dtype)
                     products.affine_map(laid, own, rows)(x, y)
                     assert np.max(np.abs(y - expected) / size) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("columns", [1, 12, 13, 100, 481])
+@pytest.mark.parametrize("rows", [1, 5, 256, 257, 1200])
+def test_sums_of_outer_products(dtype: Any, columns: int, rows: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    """Of any layout, with any number of rows and columns left over; the same bits by threads, of which each has columns of its own.
+
+    Sums of many terms are made in parts, so that their error hardly grows with the rows.
+    """
+    x, tolerance = (3 + rng.standard_normal((rows, columns))).astype(dtype), 24 * np.finfo(dtype).eps
+    for others in (1, 16, 33, 64):
+        y = (2 - rng.standard_normal((rows, others))).astype(dtype)
+        y.flags.writeable = False
+        expected, size = x.astype(np.longdouble).T @ y, np.abs(x).T.astype(np.float64) @ np.abs(y)
+        alone = outer.product(x, y)
+        for one, other in ((x, y), (np.asfortranarray(x), y), (x, np.repeat(y, 2, axis=1)[:, ::2]), (unaligned(x), unaligned(y))):
+            np.testing.assert_array_equal(outer.product(one, other), alone)
+        assert np.max(np.abs(alone - expected) / size) < tolerance
+        with monkeypatch.context() as threaded:
+            ranges = parted(threaded)
+            np.testing.assert_array_equal(outer.product(x, y), alone)
+        assert len(ranges[-1]) > 1 or columns <= 12
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(300, 70), (4, 75, 70)], ids=str)
+def test_cotangents_of_an_affine_map_are_computed_by_kernels(
+    dtype: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Where most columns of the panels are there; else BLAS has them."""
+    x, w, bias, dy = (rng.standard_normal(s).astype(dtype) for s in (shape, (40, 70), (40,), (*shape[:-1], 40)))
+    monkeypatch.setattr(affine, "_WORTH", 1)
+    monkeypatch.setattr(affine, "_LONG", 1)
+    taken: list[tuple[int, ...]] = []
+
+    def noting(kernel: Any) -> Any:
+        return lambda a, *more: taken.append(a.shape) or kernel(a, *more)
+
+    monkeypatch.setattr(products, "affine", noting(products.affine))
+    monkeypatch.setattr(outer, "product", noting(outer.product))
+    found = pn.vjp(pn.linear, x, w, bias)[1](dy)
+    assert taken == [(300, 70), (300, 40), *([(300, 40)] if outer.is_worth(70, x.itemsize) else [])]
+    with without_kernels(np.ndarray):
+        expected = pn.vjp(pn.linear, x, w, bias)[1](dy)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=64 * np.finfo(dtype).eps * float(np.max(np.abs(b))))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ FEW = [
     "tests/test_kernels.py::test_arrays_of_any_layout",
     "tests/test_kernels.py::test_the_presets_are_computed_by_kernels[5-RNN-layer]",
     "tests/test_kernels.py::test_products_of_integers_are_exact",
+    "tests/test_kernels.py::test_sums_of_outer_products",
 ]
 """The norms of rows and a cell: what takes little time to compile."""
 
@@ -57,8 +58,8 @@ def test_kernels_are_compiled_for_the_width(width: int) -> None:
     code = f"""
 from portnorm_backends.cpu import registers
 registers.WIDTH = {width}
-from portnorm_backends.cpu import products
-print(2 * products._columns(4), registers.has_avx512() and {width} < 64)
+from portnorm_backends.cpu.tiles import columns_of
+print(2 * columns_of(4), registers.has_avx512() and {width} < 64)
 """
     assert output_of(code, PYTHONPATH=PATH) == f"{width} False"
 

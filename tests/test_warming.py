@@ -254,14 +254,24 @@ LAYERS = {
     "LayerNorm of short rows": (lambda: pn.LayerNorm((8, 4)), ["rows", "short rows"]),
     "GroupNorm, whose rows hang on what is given": (lambda: pn.GroupNorm(2, 64), ["rows", "short rows"]),
     "BatchRenorm": (lambda: pn.BatchRenorm(3), ["channels"]),
-    "GRU": (lambda: pn.GRU(2, 3, rng=0), ["rows", "channels", "products", "GRU training", "short rows"]),
+    "GRU": (lambda: pn.GRU(2, 3, rng=0), ["rows", "channels", "products", "outer products", "GRU training", "short rows"]),
     "a model": (
         lambda: pn.Sequential(pn.LSTM(2, 3, rng=0), pn.Linear(3, 1, rng=0)),
-        ["rows", "channels", "products", "LSTM training", "short rows"],
+        ["rows", "channels", "products", "outer products", "LSTM training", "short rows"],
     ),
     "bfloat16": (
         lambda: pn.Sequential(pn.LayerNorm(3, dtype="bfloat16"), pn.LSTM(3, 3, rng=0, dtype="bfloat16")),
-        ["rows bfloat16", "rows", "short rows bfloat16", "short rows", "channels bfloat16", "channels", "products", "LSTM training"],
+        [
+            "rows bfloat16",
+            "rows",
+            "short rows bfloat16",
+            "short rows",
+            "channels bfloat16",
+            "channels",
+            "products",
+            "outer products",
+            "LSTM training",
+        ],
     ),
     "float16, of which there are no kernels": (lambda: pn.LayerNorm(3, dtype="float16"), []),
 }
@@ -339,7 +349,9 @@ elif name == "channels":
         y, pullback = pn.vjp(pn.batch_norm, a(*shape), a(c), a(c)); pullback(y)
         pn.batch_norm(a(*shape), mean=a(c), var=np.abs(a(c)))
 elif name == "products":
-    pn.linear(a(64, 64), a(128, 64), a(128)); pn.linear(a(64, 64), a(128, 64))
+    y, pullback = pn.vjp(pn.linear, a(64, 64), a(128, 64), a(128)); pullback(y); pn.linear(a(64, 64), a(128, 64))
+elif name == "outer":
+    y, pullback = pn.vjp(pn.linear, a(256, 128), a(128, 128)); pullback(y)
 elif name == "short":
     for op, p in ((pn.layer_norm, 2), (pn.rms_norm, 1)):
         for rows in (3, 4096):
@@ -356,7 +368,8 @@ else:
                 layer(x, lengths=lengths)
                 if training:
                     y, _, pullback = layer.vjp(x, lengths=lengths, training=True); pullback(y)
-modules = {{"rows": "rowwise", "short": "abreast", "channels": "channelwise", "integers": "integer_rows", "updates": "descending"}}
+modules = {{"rows": "rowwise", "short": "abreast", "channels": "channelwise", "integers": "integer_rows", "updates": "descending",
+    "outer": "cpu.outer"}}
 own = modules.get(name, name.lower())
 print([c for c in compiled if f".{{own}}." in c or own in c.split("(")[-1]])
 """

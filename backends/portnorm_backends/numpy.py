@@ -20,7 +20,7 @@ _KERNELS = {
     "normalize": normalize.KERNEL,
     "layer_norm": rows.last_axis(layer_norm, center=True),
     "rms_norm": rows.last_axis(rms_norm, center=False),
-    "linear": affine.KERNEL,
+    **affine.KERNELS,
     "fake_quantize": integers.ROUNDED,
     "integer_product": integers.PRODUCT,
     "scan": recurrent.KERNEL,

@@ -49,6 +49,12 @@ def _products(dtype: str) -> None:
     importlib.import_module("portnorm_backends.cpu.products").compiled_for(numpy.dtype(dtype))
 
 
+def _outer_products(dtype: str) -> None:
+    module = importlib.import_module("portnorm_backends.cpu.outer")
+    if module.PAYS:
+        module.compiled_for(numpy.dtype(dtype))
+
+
 def _updates(dtype: str) -> None:
     module = importlib.import_module("portnorm_backends.cpu.descending")
     for name, (_, _, counts) in module.STEPS.items():
@@ -78,6 +84,7 @@ FAMILIES: dict[str, Callable[[str], None]] = {
     "short rows": _short_rows,
     "channels": _channels,
     "products": _products,
+    "outer products": _outer_products,
     "updates": _updates,
     "integers": _integers,
     **{cell.__name__: _loop(cell, False) for cell in (LSTM, GRU, RNN)},
@@ -99,8 +106,8 @@ _OF_LAYERS: dict[type[Layer], tuple[str, ...]] = {
     GroupNorm: ("rows",),
     BatchNorm: ("channels",),
     InstanceNorm: ("rows", "channels"),
-    Linear: ("products",),
-    Recurrent: ("rows", "channels", "products"),
+    Linear: ("products", "outer products"),
+    Recurrent: ("rows", "channels", "products", "outer products"),
     **{cell: (f"{cell.__name__}{TRAINING}",) for cell in (LSTM, GRU, RNN)},
 }
 """What the calls of a layer take."""

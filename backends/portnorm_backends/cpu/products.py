@@ -25,24 +25,10 @@ from portnorm_backends.cpu import threads
 from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
 from portnorm_backends.cpu.layout import NumPyArray, taken
 from portnorm_backends.cpu.memory import aligned
-from portnorm_backends.cpu.places import Memory, ask, mask_of, opaque, splat
+from portnorm_backends.cpu.places import Memory
 from portnorm_backends.cpu.registers import WIDTH
+from portnorm_backends.cpu.tiles import HEIGHTS, SHARES, VECTORS, columns_of, tile
 from portnorm_backends.cpu.vectors import Vector, elementwise, fused, summed
-
-_HEIGHTS = {64: (12, 8, 4), 32: (6, 4)}.get(WIDTH, (4,))
-"""Rows of the tiles that fit into the registers of such a processor."""
-
-_VECTORS = 2
-"""Vectors beside each other in a panel."""
-
-_AT_ONCE = 4
-"""Terms of the sums in one round of their loop, so that its bookkeeping does not keep the processor from multiplying."""
-
-_THIRD = 3
-"""Rows that share an address: of each row its own, there would not be registers enough, and time would go into adding them up."""
-
-_TILES = 4
-"""Tiles of a panel that each ask for a part of the next one."""
 
 _NEAR = 2**21
 """Bytes of w up to which the caches have it from one step to the next."""
@@ -63,116 +49,18 @@ ROWS = 240
 """Rows of x that go through all panels before the next ones do."""
 
 
-def _columns(itemsize: int) -> int:
-    return _VECTORS * WIDTH // itemsize
-
-
-def _tile(rows: int, panels: int) -> Any:
-    """`tile(x, packed, y, i, p, start, stop, origin, following, adds)`: of y[i : i + rows], in the columns of panels p … p + panels − 1,
-    add Σ over k in start … stop − 1 to what is there, or to the shift unless `adds`. x begins with column `origin`. Ask for what stands at
-    `following` in `packed`, unless that is 0.
-    """
-
-    @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-    def tile(
-        typing: Any, x: Any, packed: Any, y: Any, i: Any, p: Any, start: Any, stop: Any, origin: Any, following: Any, adds: Any
-    ) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            arrays = [context.make_array(t)(context, builder, v) for t, v in zip(signature.args[:3], args[:3], strict=True)]
-            size, (i, p, start, stop, origin, following, adds) = x.dtype.bitwidth // 8, args[3:]
-            value, index, lanes = context.get_value_type(x.dtype), ir.IntType(64), WIDTH // size
-            memory, many = Memory(builder, ir.VectorType(value, lanes), size), builder.mul
-
-            def n(number: int) -> Any:
-                return ir.Constant(index, number)
-
-            length, width, columns = builder.extract_value(arrays[0].shape, 1), builder.extract_value(arrays[2].shape, 1), _columns(size)
-            of_x = builder.gep(arrays[0].data, [builder.sub(many(i, length), origin)])
-            panel = many(builder.extract_value(arrays[1].shape, 1), n(columns))
-            of_w, of_next = builder.gep(arrays[1].data, [many(p, panel)]), arrays[1].data
-            of_y = builder.gep(arrays[2].data, [builder.add(many(i, width), many(p, n(columns)))])
-            left = builder.sub(width, many(p, n(columns)))
-            beside = [(q, v) for q in range(panels) for v in range(_VECTORS)]
-            masks = {(q, v): mask_of(builder, builder.sub(left, n(q * columns + v * lanes)), lanes) for q, v in beside}
-            keys = [(r, q, v) for r in range(rows) for q, v in beside]
-            places = {(r, q, v): memory.at(of_y, builder.add(many(n(r), width), n(q * columns + v * lanes))) for r, q, v in keys}
-            for place in places.values():  # it is written to when the sums are done
-                ask(builder, place)
-            shifts = {(q, v): memory.load(memory.at(of_w, builder.add(many(n(q), panel), n(v * lanes)))) for q, v in beside}
-
-            rows_at = [opaque(builder, builder.gep(of_x, [many(n(r), length)])) for r in range(0, rows, _THIRD)]
-            offsets = [opaque(builder, many(n(j), length)) for j in range(min(_THIRD, rows))]
-
-            def multiplied(k: Any, count: int, sums: dict[Any, Any]) -> dict[Any, Any]:
-                """The sums with `count` more terms, from k on."""
-                between = [builder.add(k, offset) for offset in offsets]
-                if count == _AT_ONCE:
-                    with builder.if_then(builder.icmp_signed(">", following, n(0))):
-                        asked = builder.add(following, many(builder.sub(k, start), n(columns // _TILES)))
-                        for line in range(0, columns * size, 64):
-                            ask(builder, memory.at(of_next, builder.add(asked, n(line // size))), 2)
-                for more in range(count):
-                    w = {}
-                    for q, v in beside:
-                        offset = builder.add(builder.add(many(n(q), panel), many(builder.add(k, n(1 + more)), n(columns))), n(v * lanes))
-                        w[q, v] = memory.load(memory.at(of_w, offset))
-                    for r in range(rows):
-                        place = builder.gep(rows_at[r // _THIRD], [builder.add(between[r % _THIRD], n(more))])
-                        one = Vector(builder, (splat(builder, builder.load(place), lanes),))
-                        for q, v in beside:
-                            sums[r, q, v] = fused(Vector(builder, (w[q, v],)), one, Vector(builder, (sums[r, q, v],))).value
-                return sums
-
-            def summed(start: Any, step: int, sums: dict[Any, Any]) -> tuple[Any, dict[Any, Any]]:
-                """As many terms from `start` on as come in whole steps: where it ends, and the sums."""
-                entry, head, body, end = (builder.block, *(builder.append_basic_block() for _ in range(3)))
-                builder.branch(head)
-                builder.position_at_end(head)
-                k, before = builder.phi(index), {key: builder.phi(memory.vector) for key in keys}
-                builder.cbranch(builder.icmp_signed("<=", builder.add(k, n(step)), stop), body, end)
-                builder.position_at_end(body)
-                after = multiplied(k, step, dict(before))
-                for phi, first, then in ((k, start, builder.add(k, n(step))), *((before[key], sums[key], after[key]) for key in keys)):
-                    phi.add_incoming(first, entry)
-                    phi.add_incoming(then, builder.block)
-                builder.branch(head)
-                builder.position_at_end(end)
-                return k, before
-
-            entry, again, ready = builder.block, builder.append_basic_block(), builder.append_basic_block()
-            builder.cbranch(builder.icmp_signed("!=", adds, ir.Constant(adds.type, 0)), again, ready)
-            builder.position_at_end(again)
-            found = {key: memory.load(places[key], masks[key[1:]]) for key in keys}
-            builder.branch(ready)
-            builder.position_at_end(ready)
-            sums = {}
-            for key in keys:
-                sums[key] = builder.phi(memory.vector)
-                sums[key].add_incoming(shifts[key[1:]], entry)
-                sums[key].add_incoming(found[key], again)
-            k, sums = summed(start, _AT_ONCE, sums)
-            _, sums = summed(k, 1, sums)
-            for key in keys:
-                memory.store(sums[key], places[key], masks[key[1:]])
-            return context.get_dummy_value()
-
-        return types.void(x, packed, y, *[types.int64] * 6, types.boolean), generate
-
-    return tile
-
-
-_HIGHEST, _HIGH = _HEIGHTS[0], _HEIGHTS[-2 if len(_HEIGHTS) > 1 else 0]
-_highest, _high, _four = (_tile(rows, 1) for rows in (_HIGHEST, _HIGH, 4))
-_two, _two_by_two, _one, _one_by_four = _tile(2, 1), _tile(2, 2), _tile(1, 1), _tile(1, 4)
+_HIGHEST, _HIGH = HEIGHTS[0], HEIGHTS[-2 if len(HEIGHTS) > 1 else 0]
+_highest, _high, _four = (tile(rows, 1) for rows in (_HIGHEST, _HIGH, 4))
+_two, _two_by_two, _one, _one_by_four = tile(2, 1), tile(2, 2), tile(1, 1), tile(1, 4)
 
 
 @compiled(inner=True)
 def _next(packed: Any, p: int, start: int, stop: int, tiles: int) -> int:
     """Where in `packed` the tile after so many of panel p asks for its part of the next panel."""
     columns = packed.shape[2]
-    if tiles >= _TILES or p + 1 >= packed.shape[0] or packed.size * packed.itemsize <= _NEAR:
+    if tiles >= SHARES or p + 1 >= packed.shape[0] or packed.size * packed.itemsize <= _NEAR:
         return 0
-    place: int = ((p + 1) * packed.shape[1] + 1 + start) * columns + tiles * (stop - start) * (columns // _TILES)
+    place: int = ((p + 1) * packed.shape[1] + 1 + start) * columns + tiles * (stop - start) * (columns // SHARES)
     return place
 
 
@@ -292,7 +180,7 @@ def _turn(typing: Any, w: Any, j: Any, k: Any, packed: Any, p: Any, column: Any)
                 one, other = rows[r], rows[r | bit]
                 rows[r], rows[r | bit] = (builder.shuffle_vector(one, other, which) for which in (low, high))
             bit *= 2
-        columns = _columns(size)
+        columns = columns_of(size)
         first = builder.add(many(p, many(builder.extract_value(target.shape, 1), n(columns))), column)
         for r in range(lanes):
             memory.store(rows[r], memory.at(target.data, builder.add(first, many(builder.add(k, n(1 + r)), n(columns)))))
@@ -305,7 +193,7 @@ def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
     """`turned`: w is (n, k), of which each row becomes a column."""
     w, shift, packed = bare(w), bare(shift), bare(packed)
     panels, length, columns = packed.shape
-    count, lanes = w.shape[0] if turned else w.shape[1], columns // _VECTORS
+    count, lanes = w.shape[0] if turned else w.shape[1], columns // VECTORS
     for p in range(panels):
         first = p * columns
         here = min(columns, count - first)
@@ -328,6 +216,9 @@ def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
                 packed[p, k, column] = 0
 
 
+fill_panels = compiled(inner=True)(_fill_panels)
+
+
 @functools.cache
 def compiled_for(dtype: numpy.dtype[Any]) -> tuple[Any, ...]:
     """`_fill_panels`, `_product`, `_narrow` and `_direct` for one type of values."""
@@ -344,7 +235,7 @@ def compiled_for(dtype: numpy.dtype[Any]) -> tuple[Any, ...]:
 
 def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     """w (k, n) and shift (n,) as `product` takes them: (panels, 1 + k, columns). Any strides."""
-    columns, dtype = _columns(w.itemsize), w.dtype
+    columns, dtype = columns_of(w.itemsize), w.dtype
     packed = aligned((-(-w.shape[1] // columns), 1 + w.shape[0], columns), dtype)
     turned = w.strides[0] == w.itemsize and w.shape[0] > 1
     rows = w.T if turned else w
@@ -357,7 +248,7 @@ def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
 @functools.cache
 def nothing(dtype: numpy.dtype[Any]) -> NumPyArray:
     """Packed weights of no columns: their product leaves y as it is."""
-    return numpy.empty((0, 1, _columns(dtype.itemsize)), dtype)
+    return numpy.empty((0, 1, columns_of(dtype.itemsize)), dtype)
 
 
 def near(rows: int, length: int, dtype: Any) -> NumPyArray:
@@ -367,7 +258,7 @@ def near(rows: int, length: int, dtype: Any) -> NumPyArray:
     """
     if rows < 4 or length * dtype.itemsize % 2048:
         return numpy.empty((0, 0), dtype)
-    block = _PANEL // (_columns(dtype.itemsize) * dtype.itemsize)
+    block = _PANEL // (columns_of(dtype.itemsize) * dtype.itemsize)
     return numpy.empty((min(rows, ROWS), block + 64 // dtype.itemsize), dtype)
 
 
