@@ -255,6 +255,10 @@ LAYERS = {
     "GroupNorm, whose rows hang on what is given": (lambda: pn.GroupNorm(2, 64), ["rows", "short rows"]),
     "BatchRenorm": (lambda: pn.BatchRenorm(3), ["channels"]),
     "GRU": (lambda: pn.GRU(2, 3, rng=0), ["rows", "channels", "products", "outer products", "GRU training", "short rows"]),
+    "BN-LSTM": (
+        lambda: pn.LSTM(2, 40, norm="batch", rng=0),
+        ["rows", "channels", "products", "outer products", "LSTM training", "steps by batch"],
+    ),
     "a model": (
         lambda: pn.Sequential(pn.LSTM(2, 3, rng=0), pn.Linear(3, 1, rng=0)),
         ["rows", "channels", "products", "outer products", "LSTM training", "short rows"],
@@ -320,7 +324,8 @@ def test_a_family_has_all_that_its_calls_need(family: str, dtype: str) -> None:
     code = f"""
 import numpy as np, portnorm as pn
 from portnorm_backends.cpu import families, notes, warming
-warming._load(({family!r}, {dtype!r}))
+for other in ({family!r}, *([families.BY_BATCH] if {family!r}[0].isupper() else [])):
+    warming._load((other, {dtype!r}))
 from numba.core import event
 compiled = []
 class Listener(event.Listener):
@@ -356,6 +361,8 @@ elif name == "short":
     for op, p in ((pn.layer_norm, 2), (pn.rms_norm, 1)):
         for rows in (3, 4096):
             op(a(rows, 8), *(a(8) for _ in range(p))); op(a(rows, 2, 8)); op.forward(a(rows, 8))
+elif name == "steps":
+    pn.LSTM(3, 4, norm="batch", rng=0, dtype={dtype!r})(a(5, 2, 3))
 elif name == "updates":
     for optimizer in (pn.SGD(0.1), pn.SGD(0.1, 0.9), pn.RMSProp(), pn.Adam(), pn.AdamW()):
         params = {{"weight": a(3, 4)}}
@@ -369,7 +376,7 @@ else:
                 if training:
                     y, _, pullback = layer.vjp(x, lengths=lengths, training=True); pullback(y)
 modules = {{"rows": "rowwise", "short": "abreast", "channels": "channelwise", "integers": "integer_rows", "updates": "descending",
-    "outer": "cpu.outer"}}
+    "outer": "cpu.outer", "steps": "_over_batch"}}
 own = modules.get(name, name.lower())
 print([c for c in compiled if f".{{own}}." in c or own in c.split("(")[-1]])
 """

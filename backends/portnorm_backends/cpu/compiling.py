@@ -13,6 +13,7 @@ from numba.core import cgutils, event
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
+from portnorm_backends.cpu.lowering import WithoutCode
 from portnorm_backends.cpu.registers import WIDTH
 from portnorm_backends.cpu.sources import digest
 
@@ -63,13 +64,17 @@ event.register("numba:compile", _Progress())
 def compiled(*, signatures: Any = None, inner: bool = False) -> Callable[[F], F]:
     """Decorator: compiled on the first call without the interpreter's lock, and kept on disk where there is a place for it.
 
-    Only compiled code calls what is `inner`, and nobody any of it from C: a door that nobody uses takes a tenth of the time to compile.
+    Only compiled code calls what is `inner`, of which each caller has a copy of its own (`lowering`), and nobody any of it from C: a door
+    that nobody uses takes a tenth of the time to compile.
     """
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True, "no_cpython_wrapper": inner}
 
     def compile_(function: F) -> F:
         if not function.__qualname__.endswith(_MADE_OF):  # of another type of values it has been here before
             function.__qualname__ = f"{function.__qualname__}_{_MADE_OF}"
+        if inner:
+            part: F = numba.njit(pipeline_class=WithoutCode, **options)(function)
+            return part
         try:
             made: F = numba.njit(signatures, cache=True, **options)(function)
             _folders.add(made.stats.cache_path)  # type: ignore[attr-defined]
@@ -140,6 +145,30 @@ def row_of(typing: Any, x: Any, r: Any) -> Any:
         return found._getvalue()
 
     return row(x, numba.types.int64), generate
+
+
+def address_of(function: Any) -> int:
+    """Where a function begins that was compiled for one signature."""
+    (found,) = function.overloads.values()
+    address: int = found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
+    return address
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def call_at(typing: Any, address: Any, arguments: Any, like: Any) -> Any:
+    """Call what `address_of` gave, with arguments of its types; its result is of the type of `like`.
+
+    What is called by its name instead is compiled again into whoever calls it.
+    """
+    result = numba.types.unliteral(like)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kinds, conventions = list(arguments), context.call_conv
+        function = conventions.get_function_type(result, kinds).as_pointer()
+        values = cgutils.unpack_tuple(builder, args[1], len(kinds))
+        return conventions.call_function(builder, builder.inttoptr(args[0], function), result, kinds, values)[1]
+
+    return result(numba.types.int64, arguments, result), generate
 
 
 @compiled(inner=True)

@@ -29,6 +29,9 @@ Family = tuple[str, str]
 TRAINING = " training"
 """Ends the name of a family that has the backward loops too."""
 
+BY_BATCH = "steps by batch"
+"""What the loop of any cell takes for statistics over the batch."""
+
 
 def _rows(dtype: str) -> None:
     rowwise, kind = importlib.import_module("portnorm_backends.cpu.rowwise"), type_named(dtype)
@@ -53,6 +56,10 @@ def _outer_products(dtype: str) -> None:
     module = importlib.import_module("portnorm_backends.cpu.outer")
     if module.PAYS:
         module.compiled_for(numpy.dtype(dtype))
+
+
+def _steps_by_batch(dtype: str) -> None:
+    importlib.import_module("portnorm_backends.cpu.slots").over_batch(numpy.dtype(dtype))
 
 
 def _updates(dtype: str) -> None:
@@ -85,6 +92,7 @@ FAMILIES: dict[str, Callable[[str], None]] = {
     "channels": _channels,
     "products": _products,
     "outer products": _outer_products,
+    BY_BATCH: _steps_by_batch,
     "updates": _updates,
     "integers": _integers,
     **{cell.__name__: _loop(cell, False) for cell in (LSTM, GRU, RNN)},
@@ -129,6 +137,7 @@ def needed(layers: tuple[Layer, ...]) -> Iterator[Family]:
             if dtype in TYPES and part.xp is load_namespace("numpy"):
                 names = [name for kind, names in _OF_LAYERS.items() if isinstance(part, kind) for name in names]
                 names += ["short rows"] if "rows" in names and _narrowest(part) <= SHORT else []
+                names += [BY_BATCH] if isinstance(part, Recurrent) and part.variant.norm == "batch" else []
                 names += ["integers"] if part.quantizes is not None else []
                 yield from (own for name in names for own in parts_of(name, dtype))
 

@@ -52,8 +52,8 @@ def forward(
     size, made, zeros, fine = h.shape[2], room.row, room.zeros, True
     for t in range(start, stop):
         before, after, k = t % h.shape[0], (t + 1) % h.shape[0], t % gates.shape[0]
-        product(h[before, first:last], packed, a[first:last], room.near)
-        fine &= prepared(hidden, t, a, lengths, room.sums)
+        product(h[before, first:last], packed, a[first:last], room.product)
+        fine &= prepared(hidden, t, a, lengths, room.over_batch, room.sums)
         for b in range(first, last):
             if not runs(lengths, b, t):
                 stays(t, b, h, y)
@@ -111,4 +111,4 @@ def backward(
             found = (*_gates(d), over[2 * size :], dh[b])
             _cotangents(size, (dh[b], *_gates(gates[k, b]), reset[k, b], h[t, b]), found)
             copy(d[: 2 * size], over[: 2 * size])
-        hidden_back(first, last, t, hidden, shares, lengths, dx, dhidden, sums, row, packed, back, room.near)
+        hidden_back(first, last, t, hidden, shares, lengths, dx, dhidden, sums, row, packed, back, room.product)

@@ -5,6 +5,7 @@ Of bfloat16 they are given the bits, beside parameters and statistics in float32
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy
@@ -91,6 +92,22 @@ class Shares(NamedTuple):
     rows: Any  # (1,): how many the last rows are
 
 
+@functools.lru_cache(maxsize=64)
+def idle(dtype: numpy.dtype[Any], size: int) -> SlotArrays:
+    """A slot that does nothing. Nobody writes into it."""
+    none, ones, zeros = numpy.empty((0, 0, 0), dtype=dtype), numpy.ones(size, dtype=dtype), numpy.zeros(size, dtype=dtype)
+    statistics = none.reshape(0, 0)
+    ends = numpy.zeros(1, dtype=numpy.int64)
+    return SlotArrays(NONE, ends, ones, zeros, none, none, statistics, statistics, 0.0, True, *RANGE[dtype])
+
+
+class Product(NamedTuple):
+    """How a step multiplies."""
+
+    address: int  # of the compiled function
+    near: Any  # (rows, columns), what it reads of its rows at a time
+
+
 class Rooms(NamedTuple):
     """What a step writes and nobody reads after it."""
 
@@ -101,12 +118,13 @@ class Rooms(NamedTuple):
     states: Any  # (batch, hidden)
     small: Any  # (hidden,)
     zeros: Any  # (features,)
-    near: Any  # what the product takes
+    product: Product
+    over_batch: int  # the address of what takes statistics over the batch; 0 where nothing does
 
 
-def rooms(gates: int, size: int, batch: int, dtype: Any, near: Any) -> Rooms:
+def rooms(gates: int, size: int, batch: int, dtype: Any, product: Product, over_batch: int) -> Rooms:
     """Zeroed room for the steps of one loop."""
     wide, both = gates * size, (gates, size)
     shapes: tuple[Any, ...] = ((9, wide), (9, size), both, both, (batch, size), size, wide)
     sums, narrow, z, row, states, small, zeros = (numpy.zeros(shape, dtype=dtype) for shape in shapes)
-    return Rooms(sums, narrow, z, row, states, small, zeros, near)
+    return Rooms(sums, narrow, z, row, states, small, zeros, product, over_batch)

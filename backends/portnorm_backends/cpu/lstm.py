@@ -105,7 +105,7 @@ def forward(
     for t in range(start, stop):
         before, after = t % h.shape[0], (t + 1) % h.shape[0]
         c_before, c_after = c[t % c.shape[0]], c[(t + 1) % c.shape[0]]
-        product(h[before, first:last], packed, a[first:last], room.near)
+        product(h[before, first:last], packed, a[first:last], room.product)
         if plain:
             for b in range(first, last):
                 ahead(terms.u, t - terms.step, b - terms.sequence, first - terms.sequence, last - terms.sequence, 1)
@@ -122,7 +122,7 @@ def forward(
                 gives(t, b, h, y)
             continue
         k = t % gates.shape[0]
-        fine &= prepared(hidden, t, a, lengths, room.sums)
+        fine &= prepared(hidden, t, a, lengths, room.over_batch, room.sums)
         for b in range(first, last):
             if not runs(lengths, b, t):
                 continue
@@ -135,7 +135,7 @@ def forward(
             into = raw[b] if cell.mode != NONE and not copies else c_after[b]
             _opened(size, (z[0], z[1], z[2], z[3], c_before[b]), (*_gates(gates[k, b]), into))
         if cell.mode != NONE:
-            fine &= prepared(cell, t, c_after if copies else raw, lengths, narrow)
+            fine &= prepared(cell, t, c_after if copies else raw, lengths, room.over_batch, narrow)
         for b in range(first, last):
             if not runs(lengths, b, t):
                 stays(t, b, h, y)
@@ -230,4 +230,4 @@ def backward(
             if dhidden.size:
                 copy(d, dhidden[t, b])
         sum_back(first, last, t, total, total_shares, lengths, dx, dhidden, sums, row)
-        hidden_back(first, last, t, hidden, hidden_shares, lengths, dx, dhidden, sums, row, packed, back, room.near)
+        hidden_back(first, last, t, hidden, hidden_shares, lengths, dx, dhidden, sums, row, packed, back, room.product)

@@ -22,8 +22,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from portnorm_backends.cpu import threads
-from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
-from portnorm_backends.cpu.layout import NumPyArray, taken
+from portnorm_backends.cpu.compiling import address_of, bare, call_at, compiled, copy, row_of
+from portnorm_backends.cpu.layout import NumPyArray, Product, taken
 from portnorm_backends.cpu.memory import aligned
 from portnorm_backends.cpu.places import Memory
 from portnorm_backends.cpu.registers import WIDTH
@@ -122,7 +122,10 @@ def _product(x: Any, packed: Any, y: Any, near: Any) -> None:
             _block(source, packed, into, start, stop, origin, start > 0)
 
 
-product = compiled(inner=True)(_product)
+@compiled(inner=True)
+def product(x: Any, packed: Any, y: Any, how: Any) -> None:
+    """The same, for a loop that is compiled: `how` is the `Product` of its room."""
+    call_at(how.address, (x, packed, y, how.near), None)
 
 
 @elementwise
@@ -260,6 +263,16 @@ def near(rows: int, length: int, dtype: Any) -> NumPyArray:
         return numpy.empty((0, 0), dtype)
     block = _PANEL // (columns_of(dtype.itemsize) * dtype.itemsize)
     return numpy.empty((min(rows, ROWS), block + 64 // dtype.itemsize), dtype)
+
+
+def product_of(rows: int, length: int, dtype: numpy.dtype[Any]) -> Product:
+    """What `product` takes for so many rows of x."""
+    return Product(_address(dtype), near(rows, length, dtype))
+
+
+@functools.cache
+def _address(dtype: numpy.dtype[Any]) -> int:
+    return address_of(compiled_for(dtype)[1])
 
 
 def _added(shift: NumPyArray | None, count: int, dtype: numpy.dtype[Any]) -> NumPyArray:

@@ -24,7 +24,7 @@ from portnorm.norm.normalize import bessel
 from portnorm.recurrent import linear_scan
 from portnorm.scan import Params, State, scan
 from portnorm_backends.cpu import memory, threads
-from portnorm_backends.cpu.families import TRAINING
+from portnorm_backends.cpu.families import BY_BATCH, TRAINING
 from portnorm_backends.cpu.layout import (
     GIVEN,
     NONE,
@@ -37,6 +37,7 @@ from portnorm_backends.cpu.layout import (
     Shares,
     SlotArrays,
     Terms,
+    idle,
     rooms,
     taken,
     writable,
@@ -116,7 +117,7 @@ def _accepts(
     shapes = _shapes_of((*xs, *state, *params.values())) if _is_known(cell) else None
     if shapes is None or not _fit(cell, (*params,), len(xs), shapes):
         return False
-    return _are_counts(lengths, xs[0].shape[1]) and ready(_family(cell, keep), xs[0].dtype)
+    return _are_counts(lengths, xs[0].shape[1]) and _are_ready(cell, keep, xs[0].dtype)
 
 
 def _accepts_inputs(
@@ -126,7 +127,7 @@ def _accepts_inputs(
     shapes = _shapes_of((x, *params.values(), *state, *loop.values())) if _is_known(cell) else None
     if shapes is None or not _inputs_fit(cell, (*params,), (*loop,), shapes):
         return False
-    return _are_counts(lengths, x.shape[1]) and ready(_family(cell, False), x.dtype)
+    return _are_counts(lengths, x.shape[1]) and _are_ready(cell, False, x.dtype)
 
 
 @functools.lru_cache(maxsize=256)
@@ -140,10 +141,17 @@ def _inputs_fit(cell: RecurrentCell, names: Names, loop: Names, shapes: Shapes) 
     return all(shape == weight[:1] for shape in params.values()) and _fit(cell, loop, 1, ((*x[:2], weight[0]), *rest))
 
 
+def _are_ready(cell: RecurrentCell, keep: bool, dtype: Any) -> bool:
+    """The kernels that this call, and where it keeps something its backward call, will take."""
+    name, by_batch = _families(cell, keep)
+    return ready(name, dtype) and (not by_batch or ready(BY_BATCH, dtype))
+
+
 @functools.lru_cache(maxsize=64)
-def _family(cell: RecurrentCell, keep: bool) -> str:
-    """Of the kernels that this call, and where it keeps something its backward call, will take."""
-    return f"{_LOOPS[type(cell)].name}{TRAINING if keep else ''}"
+def _families(cell: RecurrentCell, keep: bool) -> tuple[str, bool]:
+    """The loop's own, and whether it takes that of statistics over the batch too."""
+    by_batch = any(slot.normalizes and slot.is_batch for slot in cell.slots.values())
+    return f"{_LOOPS[type(cell)].name}{TRAINING if keep else ''}", by_batch
 
 
 @functools.lru_cache(maxsize=64)
@@ -230,15 +238,15 @@ class _Still(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def _still(cell: RecurrentCell, name: str, dtype: numpy.dtype[Any], hidden: int) -> _Still:
     slot, size = cell.slots.get(name), hidden * cell.width(name)
-    idle, parts = _idle(dtype, size), 0
+    still, parts = idle(dtype, size), 0
     if slot is None:
-        return _Still(idle, 0, size, None, None, "", "")
-    own, mode, ends = slot.parameters(), SHIFT, idle.ends
+        return _Still(still, 0, size, None, None, "", "")
+    own, mode, ends = slot.parameters(), SHIFT, still.ends
     if slot.normalizes and not slot.is_batch:
         parts, ends, mode = len(slot.partition), _ends(slot.partition, size), ROWS
     elif slot.normalizes:
         mode = OWN if slot.training else GIVEN
-    still = idle._replace(mode=mode, ends=ends, eps=float32_value(cell.variant.eps), center=cell.variant.norm != "rms")
+    still = still._replace(mode=mode, ends=ends, eps=float32_value(cell.variant.eps), center=cell.variant.norm != "rms")
     weight, bias = (f"{name}.{p}" if p in own else None for p in ("weight", "bias"))
     return _Still(still, parts, size, weight, bias, f"{name}.mean", f"{name}.var")
 
@@ -260,15 +268,6 @@ def _slot(still: _Still, room: tuple[NumPyArray, NumPyArray], time: int, given: 
 def _ends(partition: tuple[int, ...], size: int) -> NumPyArray:
     """Where the parts of a row with statistics of their own begin and end. Nobody writes into it."""
     return numpy.cumsum((0, *partition), dtype=numpy.int64) * (size // sum(partition))
-
-
-@functools.lru_cache(maxsize=64)
-def _idle(dtype: numpy.dtype[Any], size: int) -> Any:
-    """A slot that does nothing. Nobody writes into it."""
-    none, ones, zeros = numpy.empty((0, 0, 0), dtype=dtype), numpy.ones(size, dtype=dtype), numpy.zeros(size, dtype=dtype)
-    statistics = none.reshape(0, 0)
-    ends = numpy.zeros(1, dtype=numpy.int64)
-    return SlotArrays(NONE, ends, ones, zeros, none, none, statistics, statistics, 0.0, True, *RANGE[dtype])
 
 
 def _forward(
@@ -405,8 +404,9 @@ class _Sizes:
 
     def of_steps(self, sequences: int) -> Rooms:
         """Zeroed room for the steps of so many of them."""
-        near = _compiled("products").near(sequences, self.size, self.dtype)
-        return rooms(self.cell.gates, self.size, self.batch, self.dtype, near)
+        product = _compiled("products").product_of(sequences, self.size, self.dtype)
+        over_batch = 0 if self.apart else _compiled("slots").over_batch(self.dtype)
+        return rooms(self.cell.gates, self.size, self.batch, self.dtype, product, over_batch)
 
 
 _sizes = functools.lru_cache(maxsize=64)(_Sizes)
@@ -556,12 +556,12 @@ def _vjp(
         terms, before = Terms(term, 0, 0), _of_cell(cell, c, gates, inner, slots)
 
     def through(first: int, last: int) -> None:
-        room = rooms(cell.gates, dh.shape[1], batch, dtype, _compiled("products").near(last - first, weights.shape[0], dtype))
+        product = _compiled("products").product_of(last - first, weights.shape[0], dtype)
+        room = rooms(cell.gates, dh.shape[1], batch, dtype, product, 0)
         parts = tuple(_shares(s.weight.size, dtype) for s in slots)
         shares[first] = parts
         if every:
-            near = _compiled("products").near(last - first, dh.shape[1], dtype)
-            anew = rooms(cell.gates, dh.shape[1], batch, dtype, near)
+            anew = _sizes(cell, batch, dh.shape[1], dtype).of_steps(last - first)
         for begin in reversed(range(0, time, every or time)):
             chunks = _chunks(begin, min(begin + (every or time), time), count, time)
             if every:

@@ -45,8 +45,8 @@ def forward(
     summed = row if total.mode != NONE else z
     for t in range(start, stop):
         before, after = t % h.shape[0], (t + 1) % h.shape[0]
-        product(h[before, first:last], packed, a[first:last], room.near)
-        fine &= prepared(hidden, t, a, lengths, room.sums)
+        product(h[before, first:last], packed, a[first:last], room.product)
+        fine &= prepared(hidden, t, a, lengths, room.over_batch, room.sums)
         for b in range(first, last):
             if not runs(lengths, b, t):
                 stays(t, b, h, y)
@@ -97,4 +97,4 @@ def backward(
             if dhidden.size:
                 copy(dx[t, b], dhidden[t, b])
         sum_back(first, last, t, total, total_shares, lengths, dx, dhidden, sums, row)
-        hidden_back(first, last, t, hidden, hidden_shares, lengths, dx, dhidden, sums, row, packed, back, room.near)
+        hidden_back(first, last, t, hidden, hidden_shares, lengths, dx, dhidden, sums, row, packed, back, room.product)

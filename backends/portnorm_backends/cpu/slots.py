@@ -9,11 +9,16 @@ there are statistics over the batch. Arrays of all steps have the time first; on
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
-from portnorm_backends.cpu.compiling import compiled, copy, fill
-from portnorm_backends.cpu.layout import GIVEN, NONE, OWN, ROWS, SHIFT
+import numba
+import numpy
+from numba import types
+
+from portnorm_backends.cpu.compiling import address_of, call_at, compiled, copy, fill
+from portnorm_backends.cpu.layout import GIVEN, NONE, OWN, ROWS, SHIFT, idle
 from portnorm_backends.cpu.products import product
 from portnorm_backends.cpu.rowwise import statistics
 from portnorm_backends.cpu.sums import GROUP, carry
@@ -36,9 +41,11 @@ def _add_moments(z: Vector, m: Vector, first: Vector, second: Vector) -> Two:
     return first + d, fused(d, d, second)
 
 
-@compiled(inner=True)
 def _over_batch(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
-    """m, d and 1 / σ of each feature into `room` (9, features), the latter two also into what is kept, of the rows that have a step t."""
+    """m, d and 1 / σ of each feature into `room` (9, features), the latter two also into what is kept, of the rows that have a step t.
+
+    False where a variance left its range.
+    """
     m, d, rstd, first, second = room[0], room[1], room[2], room[3], room[4]
     before, lost, squares_before, squares_lost = room[5], room[6], room[7], room[8]
     fine, n, count = True, m.size, 0
@@ -79,6 +86,15 @@ def _over_batch(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
     return fine
 
 
+@functools.cache
+def over_batch(dtype: numpy.dtype[Any]) -> int:
+    """Where the compiled `_over_batch` begins for one type of values; only loops with statistics over the batch wait for it."""
+    t = numba.from_dtype(dtype)
+    matrix, slot = t[:, ::1], numba.typeof(idle(dtype, 1))
+    kind = types.boolean(slot, types.int64, matrix, types.int64[::1], matrix)
+    return address_of(compiled(signatures=kind)(_over_batch))
+
+
 @elementwise
 def _scaled(z: Vector, m: Vector, d: Vector, rstd: Vector, weight: Vector, bias: Vector, plus: Vector) -> Two:
     """(x̂, y = x̂ · weight + bias + plus) with statistics of the row or of each feature."""
@@ -116,11 +132,11 @@ def normalized(slot: Any, t: int, b: int, z: Any, plus: Any, room: Any, y: Any) 
 
 
 @compiled(inner=True)
-def prepared(slot: Any, t: int, z: Any, lengths: Any, room: Any) -> bool:
-    """What a slot has to know of the whole batch before its rows are normalized."""
+def prepared(slot: Any, t: int, z: Any, lengths: Any, address: int, room: Any) -> bool:
+    """What a slot has to know of the whole batch before its rows are normalized, which `over_batch` tells."""
     if slot.mode <= ROWS:
         return True
-    fine = _over_batch(slot, t, z, lengths, room)
+    fine: bool = call_at(address, (slot, t, z, lengths, room), True)
     copy(room[2], slot.rstd[t % slot.rstd.shape[0], 0])
     return fine
 
@@ -294,7 +310,7 @@ def hidden_back(
     row: Any,
     packed: Any,
     back: Any,
-    near: Any,
+    how: Any,
 ) -> None:
     """Through the slot of the hidden term, in `dhidden`, or where that is (0, 0, 0) and the slot does not normalize from `dx`; and the
     product with the weights."""
@@ -310,4 +326,4 @@ def hidden_back(
                     denormalized(hidden, t, b, over[b], room, row)
                     copy(row, over[b])
         settled(hidden, shares)
-    product(over[first:last], packed, back[first:last], near)
+    product(over[first:last], packed, back[first:last], how)
