@@ -62,6 +62,43 @@ def test_a_short_row_hangs_on_its_own_values_alone(
         np.testing.assert_array_equal(normalize(x[start:stop], w, b, **attrs), y[start:stop])
 
 
+@pytest.mark.parametrize("center", [True, False], ids=["centred", "not centred"])
+@pytest.mark.parametrize("parameters", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 15, 16, 17, 31, 32, 33])
+@pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float64"), NARROW], ids=str)
+def test_so_does_its_cotangent(dtype: Any, n: int, parameters: tuple[bool, bool], center: bool, rng: np.random.Generator) -> None:
+    """And those of gains and shifts are the definition's, of many rows or one; the mean is 10 σ."""
+    x, dy = ((shift + rng.standard_normal((300, n))).astype(dtype) for shift in (10.0, 0.0))
+    w, b = (rng.standard_normal(n).astype(dtype) if given else None for given in parameters)
+    assert ready("short rows", dtype)
+    attrs: dict[str, Any] = {"axes": (1,), "param_axes": (1,), "eps": 1e-3, "center": center}
+
+    def back(x: Any, dy: Any) -> Any:
+        return pn.vjp(normalize, x, w, b, **attrs)[1](dy)
+
+    dx, *shares = back(x, dy)
+    with without_kernels(np.ndarray):
+        expected = back(x, dy)
+    for mine, theirs in zip((dx, *shares), expected, strict=True):
+        if theirs is not None:
+            allowed = 10 * OPERATION[dtype.name] * max(1.0, float(np.max(np.abs(wider(theirs)))))
+            np.testing.assert_allclose(wider(mine), wider(theirs), rtol=0, atol=allowed)
+    apart, given = (np.zeros((300, n + 3), dtype) for _ in range(2))
+    apart[:, :n], given[:, 2 : n + 2] = x, dy
+    np.testing.assert_array_equal(back(apart[:, :n], given[:, 2 : n + 2])[0], dx)
+    for start, stop in ((0, 1), (7, 8), (299, 300), (3, 40), (140, 300)):
+        np.testing.assert_array_equal(back(x[start:stop], dy[start:stop])[0], dx[start:stop])
+
+
+@pytest.mark.parametrize("n", [3, 15, 31])
+def test_what_is_beside_a_short_row_in_its_registers_enters_nothing(n: int, rng: np.random.Generator) -> None:
+    """Not where the mean over ε has no place in the type either."""
+    assert ready("short rows", np.dtype("float32"))
+    x, dy = np.full((40, n), 1e30, "float32"), rng.standard_normal((40, n)).astype("float32")
+    dx = pn.vjp(pn.layer_norm, x, eps=1e-20)[1](dy)[0]
+    np.testing.assert_allclose(dx, 1e10 * (dy - dy.mean(axis=1, keepdims=True)), rtol=1e-5, atol=1e4)
+
+
 @pytest.mark.parametrize("n", [3, 16, 32])
 @pytest.mark.parametrize("wrong", [np.nan, np.inf, 1e30])
 def test_a_short_row_that_leaves_the_range_changes_no_other(n: int, wrong: float, rng: np.random.Generator) -> None:

@@ -360,7 +360,8 @@ elif name == "outer":
 elif name == "short":
     for op, p in ((pn.layer_norm, 2), (pn.rms_norm, 1)):
         for rows in (3, 4096):
-            op(a(rows, 8), *(a(8) for _ in range(p))); op(a(rows, 2, 8)); op.forward(a(rows, 8))
+            op(a(rows, 8), *(a(8) for _ in range(p))); op(a(rows, 2, 8))
+            y, pullback = pn.vjp(op, a(rows, 8), *(a(8) for _ in range(p))); pullback(y)
 elif name == "steps":
     pn.LSTM(3, 4, norm="batch", rng=0, dtype={dtype!r})(a(5, 2, 3))
 elif name == "updates":

@@ -198,5 +198,5 @@ def _forward(
 
 @functools.cache
 def forward(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
-    """`rowwise.forward` for rows of at most `layout.SHORT` values, with `turns` 1. (Backward this does not pay.)"""
+    """`rowwise.forward` for rows of at most `layout.SHORT` values, with `turns` 1."""
     return forward_of(_each, dtype)

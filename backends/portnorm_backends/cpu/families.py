@@ -39,7 +39,8 @@ def _rows(dtype: str) -> None:
 
 
 def _short_rows(dtype: str) -> None:
-    importlib.import_module("portnorm_backends.cpu.abreast").forward(type_named(dtype))
+    for module, way in (("abreast", "forward"), ("abreast_back", "backward")):
+        getattr(importlib.import_module(f"portnorm_backends.cpu.{module}"), way)(type_named(dtype))
 
 
 def _channels(dtype: str) -> None:

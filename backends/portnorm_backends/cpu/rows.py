@@ -105,7 +105,8 @@ def vjp_of_rows(
     dx, part = memory.room(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), computing)
     dweight, dbias = (numpy.zeros((2, *(shape if p is not None else (0, 0)))) for p in (weight, bias))
     given = taken(dy, dtype, rows.shape) if given is None else given
-    backward, own = _backward(dtype), taken(weight, computing, shape)
+    short = _are_short(rows, shape, weight is None and bias is None)
+    backward, own = _backward(dtype, short and rows.shape[1]), taken(weight, computing, shape)
     values, given, into = bits(rows), bits(given), bits(dx)
     if not is_much(rows.size):
         backward(values, given, own, kept, center, part, into, dweight, dbias)
@@ -154,10 +155,12 @@ def _plain(dtype: Any, short: bool) -> tuple[Any, ...]:
 
 
 @functools.cache
-def _backward(dtype: Any) -> Any:
-    from portnorm_backends.cpu import rowwise
+def _backward(dtype: Any, short: int) -> Any:
+    """The kernel for rows of one type; `short` says how long they are where they are short."""
+    from portnorm_backends.cpu import abreast_back, rowwise
 
-    return rowwise.backward(dtype)
+    fits = short and abreast_back.fits(short, computed(dtype).itemsize)
+    return (abreast_back if fits else rowwise).backward(dtype)
 
 
 def _is_plain(x: Any, weight: Any = None, bias: Any = None, *, axis: Any = -1, eps: float = 1e-5, out: Any = None) -> bool:

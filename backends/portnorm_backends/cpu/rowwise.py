@@ -237,10 +237,16 @@ def forward(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
     return forward_of(_forward, dtype)
 
 
-@functools.cache
-def backward(dtype: numpy.dtype[Any]) -> Callable[..., None]:
-    """`_backward` for one type of values."""
+def backward_of(kernel: Any, dtype: numpy.dtype[Any]) -> Callable[..., None]:
+    """A backward kernel, likewise."""
     v, t, wide = *kinds(dtype), numba.float64[:, :, ::1]
     apart, given = numba.types.Array(v, 2, "A", readonly=True), numba.types.Array(t, 2, "C", readonly=True)
     signature = numba.void(apart, apart, given, given, numba.boolean, t[:, :, ::1], v[:, :], wide, wide)
-    return compiled(signatures=signature)(_backward)
+    made: Callable[..., None] = compiled(signatures=signature)(kernel)
+    return made
+
+
+@functools.cache
+def backward(dtype: numpy.dtype[Any]) -> Callable[..., None]:
+    """`_backward` for one type of values."""
+    return backward_of(_backward, dtype)
