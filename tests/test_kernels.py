@@ -629,6 +629,22 @@ def test_large_results_use_memory_that_no_array_is_left_on() -> None:
     assert address(memory.room(shape, single)) == place
 
 
+def test_memory_is_cold_once_much_else_was_handed_out() -> None:
+    """Since it was handed out itself, not since it came back; fresh memory is not, nor is a small array."""
+    memory.release()
+    shape, single = (1024, 1024), np.dtype("float32")
+    first, cold = memory.room_and_cold(shape, single)
+    assert not cold
+    del first
+    assert not memory.room_and_cold(shape, single)[1]
+    other = [memory.room((2**21,), single) for _ in range(3)]
+    assert not memory.room_and_cold(shape, single)[1]
+    other += [memory.room((2**21,), single) for _ in range(4)]
+    assert memory.room_and_cold(shape, single)[1]
+    assert not memory.room_and_cold((2,), single)[1]
+    del other
+
+
 def test_memory_that_waits_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "KEPT", 2**23)
     memory._waiting.clear()

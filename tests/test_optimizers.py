@@ -12,6 +12,7 @@ import pytest
 import portnorm as pn
 from portnorm.arrays import without_kernels
 from portnorm.optimizers import OPTIMIZERS
+from portnorm_backends.cpu import memory
 from tests.cases import IMPLEMENTATIONS, LAYERS, PRESETS
 from tests.conftest import Library
 from tests.tolerances import OPTIMIZER
@@ -54,11 +55,15 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("size", [(1,), (3, 5), (1, 2**17 + 3)], ids=["one", "few", "for threads"])
+@pytest.mark.parametrize("past", [False, True], ids=["", "past the caches"])
+@pytest.mark.parametrize("size", [(1,), (3, 5), (1, 2**18 + 3)], ids=["one", "few", "for threads"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_kernel_gives_the_bits_of_the_definition(name: str, dtype: str, size: tuple[int, ...], rng: np.random.Generator) -> None:
+def test_a_kernel_gives_the_bits_of_the_definition(
+    name: str, dtype: str, size: tuple[int, ...], past: bool, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
     """Also of gradients that are 0, tiny, or not finite; what is given stays as it was."""
+    monkeypatch.setattr(memory, "_CACHED", 0 if past else 2**62)
     optimizer, start = KERNELS[name], rng.standard_normal(size).astype(dtype)
     own, other = {"weight": start.copy()}, {"weight": start.copy()}
     state, expected = optimizer.init(own), optimizer.init(other)

@@ -10,25 +10,25 @@ import numba
 import numpy
 
 from portnorm_backends.cpu.compiling import compiled
-from portnorm_backends.cpu.vectors import Vector, elementwise
+from portnorm_backends.cpu.vectors import Vector, streamed
 
 Two = tuple[Vector, Vector]
 Three = tuple[Vector, Vector, Vector]
 
 
-@elementwise
+@streamed
 def _sgd(p: Vector, g: Vector, v: Vector, lr: Vector, momentum: Vector) -> Two:
     v = momentum * v + g
     return p - lr * v, v
 
 
-@elementwise
+@streamed
 def _rmsprop(p: Vector, g: Vector, s: Vector, lr: Vector, kept: Vector, new: Vector, eps: Vector) -> Two:
     s = kept * s + new * g * g
     return p - lr * g / (s.root() + eps), s
 
 
-@elementwise
+@streamed
 def _adam(
     p: Vector,
     g: Vector,
@@ -53,19 +53,19 @@ def _adam(
 Numbers = tuple[float, ...]
 
 
-def _sgd_step(p: Any, g: Any, v: Any, p_new: Any, v_new: Any, numbers: Numbers) -> None:
-    _sgd(p.size, (p, g, v, numbers[0], numbers[1]), (p_new, v_new))
+def _sgd_step(p: Any, g: Any, v: Any, p_new: Any, v_new: Any, numbers: Numbers, past: bool) -> None:
+    _sgd(p.size, (p, g, v, numbers[0], numbers[1]), (p_new, v_new), past)
 
 
-def _rmsprop_step(p: Any, g: Any, s: Any, p_new: Any, s_new: Any, numbers: Numbers) -> None:
+def _rmsprop_step(p: Any, g: Any, s: Any, p_new: Any, s_new: Any, numbers: Numbers, past: bool) -> None:
     lr, decay, eps = numbers
-    _rmsprop(p.size, (p, g, s, lr, decay, 1.0 - decay, eps), (p_new, s_new))
+    _rmsprop(p.size, (p, g, s, lr, decay, 1.0 - decay, eps), (p_new, s_new), past)
 
 
-def _adam_step(p: Any, g: Any, m: Any, s: Any, p_new: Any, m_new: Any, s_new: Any, numbers: Numbers) -> None:
+def _adam_step(p: Any, g: Any, m: Any, s: Any, p_new: Any, m_new: Any, s_new: Any, numbers: Numbers, past: bool) -> None:
     scale, root, beta1, beta2, eps = numbers[:5]
     known = (p, g, m, s, scale, root, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps)
-    _adam(p.size, known + numbers[5:], (p_new, m_new, s_new))
+    _adam(p.size, known + numbers[5:], (p_new, m_new, s_new), past)
 
 
 STEPS: dict[str, tuple[Callable[..., None], int, tuple[int, ...]]] = {
@@ -82,6 +82,6 @@ def compiled_for(name: str, dtype: numpy.dtype[Any], numbers: int) -> Callable[.
     loop, written, _ = STEPS[name]
     value = numba.from_dtype(dtype)
     given = (numba.types.Array(value, 1, "C", readonly=True),) * (written + 1)
-    signature = numba.void(*given, *(value[::1],) * written, numba.types.UniTuple(numba.float64, numbers))
+    signature = numba.void(*given, *(value[::1],) * written, numba.types.UniTuple(numba.float64, numbers), numba.boolean)
     made: Callable[..., None] = compiled(signatures=signature)(loop)
     return made

@@ -53,18 +53,19 @@ def _of(name: str, count: int) -> Kernel:
 
     def call(*given: Any) -> tuple[NumPyArray, ...]:
         arrays, numbers = given[: count + 1], tuple(float(n) for n in given[count + 1 :] if n is not None)
-        made = [memory.like(arrays[0]) for _ in range(count)]
+        found = [memory.room_and_cold(arrays[0].shape, arrays[0].dtype) for _ in range(count)]
+        made, past = tuple(a for a, _ in found), all(cold for _, cold in found)
         kernel, flat = _loop(name, arrays[0].dtype, len(numbers)), [a.reshape(-1) for a in (*arrays, *made)]
         size = flat[0].size
 
         def some(a: int, b: int) -> None:
-            kernel(*(x[a:b] for x in flat), numbers)
+            kernel(*(x[a:b] for x in flat), numbers, past)
 
         if is_much(_AS_MUCH * size):
             in_ranges(size, _AS_MUCH * size, _LINES, some)
         else:
-            kernel(*flat, numbers)
-        return tuple(made)
+            kernel(*flat, numbers, past)
+        return made
 
     return Kernel(call=call, accepts=accepts)
 

@@ -20,6 +20,9 @@ T = TypeVar("T")
 KEPT = 2**28
 """Bytes that may wait for their next use."""
 
+_CACHED = 2**25
+"""Bytes that were handed out since a block was, from which it is no longer in a cache."""
+
 _LARGE = 2**20
 """Bytes from which the C library hands out fresh pages."""
 
@@ -34,8 +37,16 @@ _waiting: dict[int, list[numpy.ndarray[Any, Any]]] = {}
 
 def room(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> numpy.ndarray[Any, Any]:
     """An array whose values are not set; a large one begins with a cache line."""
+    return room_and_cold(shape, dtype)[0]
+
+
+def room_and_cold(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> tuple[numpy.ndarray[Any, Any], bool]:
+    """The same, and whether it has left the caches since somebody had it: what is written there may as well go past them."""
     count = math.prod(shape) * dtype.itemsize
-    return numpy.empty(shape, dtype) if count < _LARGE else _block(count).view(dtype).reshape(shape)
+    if count < _LARGE:
+        return numpy.empty(shape, dtype), False
+    block, cold = _block(count)
+    return block.view(dtype).reshape(shape), cold
 
 
 def like(x: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
@@ -56,6 +67,7 @@ def aligned(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> numpy.ndarray[An
 def release() -> None:
     """Give back to the system what waits."""
     _waiting.clear()
+    _when.clear()
 
 
 class Turns(Generic[T]):
@@ -79,21 +91,32 @@ class Turns(Generic[T]):
             self._waiting.append(room)
 
 
-def _block(count: int) -> numpy.ndarray[Any, Any]:
+_handed = 0
+"""Bytes handed out so far."""
+
+_when: dict[int, int] = {}
+"""By the address of a block that waits, how many these were when it was handed out."""
+
+
+def _block(count: int) -> tuple[numpy.ndarray[Any, Any], bool]:
+    global _handed  # which may miss something of another thread
     size = -(-(count + _LINE) // _LARGE) * _LARGE
     try:
         block = _waiting[size].pop()
     except (KeyError, IndexError):
         block = numpy.empty(size, dtype=numpy.uint8)
+    cold = _handed - _when.pop(block.ctypes.data, _handed) >= _CACHED
     # An array keeps its owner alive, which nobody else does; the block itself lives on.
     owner = (ctypes.c_char * size).from_buffer(block.data)
-    weakref.finalize(owner, _keep, block).atexit = False
-    return numpy.frombuffer(memoryview(owner), dtype=numpy.uint8, count=count, offset=-ctypes.addressof(owner) % _LINE)
+    weakref.finalize(owner, _keep, block, _handed).atexit = False
+    _handed += count
+    return numpy.frombuffer(memoryview(owner), dtype=numpy.uint8, count=count, offset=-ctypes.addressof(owner) % _LINE), cold
 
 
-def _keep(block: numpy.ndarray[Any, Any]) -> None:
+def _keep(block: numpy.ndarray[Any, Any], when: int) -> None:
     if block.nbytes > KEPT:
         return
     if block.nbytes + sum(size * len(blocks) for size, blocks in list(_waiting.items())) > KEPT:
-        _waiting.clear()  # rather the sizes of now than those of before
+        release()  # rather the sizes of now than those of before
+    _when[block.ctypes.data] = when
     _waiting.setdefault(block.nbytes, []).append(block)

@@ -72,6 +72,11 @@ class Memory(NamedTuple):
             function = self._function("store", ir.VoidType(), self.vector, place.type, PLACE, mask.type)
             self.builder.call(function, [value, place, ir.Constant(PLACE, self.size), mask])
 
+    def store_past(self, value: Any, place: Any) -> None:
+        """Write the vector there, at a multiple of its size, past the caches: the processor does not read the line that it overwrites."""
+        written = self.builder.store(value, place, align=self.vector.count * self.size)
+        written.set_metadata("nontemporal", self.builder.module.add_metadata([ir.Constant(PLACE, 1)]))
+
 
 class Bits(Memory):
     """Vectors of float32 of which memory holds the upper halves: bfloat16."""

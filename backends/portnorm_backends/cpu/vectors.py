@@ -208,6 +208,21 @@ class _Operands(NamedTuple):
             for k, value in enumerate(vector.registers):
                 memory.store(value, memory.at(start, self._place(i, k)), mask)
 
+    def write_past(self, i: Any, vectors: tuple[Vector, ...]) -> None:
+        """The same past the caches, where each begins with a register."""
+        for (memory, start), vector in zip(self.found, vectors, strict=True):
+            assert memory is not None
+            for k, value in enumerate(vector.registers):
+                memory.store_past(value, memory.at(start, self._place(i, k)))
+
+    def begin_with_registers(self) -> Any:
+        """Whether each begins at a multiple of the size of a register."""
+        found: Any = ir.Constant(ir.IntType(1), 1)
+        for _, start in self.found:
+            rest = self.builder.and_(self.builder.ptrtoint(start, INDEX), ir.Constant(INDEX, WIDTH - 1))
+            found = self.builder.and_(found, self.builder.icmp_signed("==", rest, ir.Constant(INDEX, 0)))
+        return found
+
     def _place(self, i: Any, k: int) -> Any:
         return self.builder.add(i, ir.Constant(INDEX, k * self.lanes))
 
@@ -241,23 +256,56 @@ def elementwise(formula: Formula) -> Any:
     @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
     def loop(typing: Any, n: Any, inputs: Any, outputs: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            dtype = _dtype(outputs)
-            operands = _Operands.of(context, builder, inputs, args[1], dtype)
-            results = _Operands.of(context, builder, outputs, args[2], dtype)
-            lanes = operands.lanes
-
-            def some(i: Any, count: int = 1, mask: Any = None) -> None:
-                results.write(i, formula(*operands.at(i, count, mask)), mask)
-
-            i = _loop(builder, ir.Constant(INDEX, 0), args[0], _BESIDE * lanes, lambda i: some(i, _BESIDE))
-            i = _loop(builder, i, args[0], lanes, some)
-            with builder.if_then(builder.icmp_signed("<", i, args[0])):
-                some(i, 1, mask_of(builder, builder.sub(args[0], i), lanes))
+            _each(context, builder, formula, (inputs, outputs), args)
             return context.get_dummy_value()
 
         return types.void(types.int64, inputs, outputs), generate
 
     return loop
+
+
+def streamed(formula: Formula) -> Any:
+    """Decorator: the same as `loop(n, inputs, outputs, past)`, which can write past the caches, where outputs begin with a cache line."""
+
+    @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+    def loop(typing: Any, n: Any, inputs: Any, outputs: Any, past: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            _each(context, builder, formula, (inputs, outputs), args[:3], args[3])
+            builder.fence("seq_cst")  # such writes wait for nobody else
+            return context.get_dummy_value()
+
+        return types.void(types.int64, inputs, outputs, types.boolean), generate
+
+    return loop
+
+
+def _each(context: Any, builder: Any, formula: Formula, kinds: tuple[Any, Any], args: Any, past: Any = None) -> None:
+    """The loop of `elementwise`, and where there is `past` of `streamed`."""
+    (inputs, outputs), (n, given, made), dtype = kinds, args, _dtype(kinds[1])
+    operands = _Operands.of(context, builder, inputs, given, dtype)
+    results = _Operands.of(context, builder, outputs, made, dtype)
+    lanes = operands.lanes
+    if past is not None:
+        past = builder.and_(results.begin_with_registers(), builder.icmp_signed("!=", past, ir.Constant(past.type, 0)))
+
+    def some(i: Any, count: int = 1, mask: Any = None) -> None:
+        results.write(i, formula(*operands.at(i, count, mask)), mask)
+
+    def several(i: Any) -> None:
+        if past is None:
+            some(i, _BESIDE)
+            return
+        found = formula(*operands.at(i, _BESIDE))
+        with builder.if_else(past) as (then, otherwise):
+            with then:
+                results.write_past(i, found)
+            with otherwise:
+                results.write(i, found)
+
+    i = _loop(builder, ir.Constant(INDEX, 0), n, _BESIDE * lanes, several)
+    i = _loop(builder, i, n, lanes, some)
+    with builder.if_then(builder.icmp_signed("<", i, n)):
+        some(i, 1, mask_of(builder, builder.sub(n, i), lanes))
 
 
 def summed(count: int) -> Callable[[Formula], Any]:
