@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,22 @@ def test_directions_that_share_their_weights(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(layer(x)[0][::-1, :, H:], case.oracle(p, x[::-1], False), rtol=PUBLISHED_FLOAT64)
     with pytest.raises(pn.UnsupportedError, match="speechbrain"):
         pn.to_format(layer, "speechbrain")
+
+
+@pytest.mark.parametrize("by", ["all keys", "a prefix"])
+@pytest.mark.parametrize("format_", ["torch", "keras", "flax", "torch-fastrnns", "paddle", "tensorflow", "madmom"])
+def test_a_backward_direction_alone_is_no_forward_one(format_: str, by: str, rng: np.random.Generator) -> None:
+    both = pn.LSTM(D, H, bidirectional=True, rng=0, norm=pn.Variant("one bias", biases=("bias",)) if format_ == "madmom" else None)
+    stored = pn.to_format(both, format_)
+    both.load_state_dict({name: 2 * a if name.endswith("_reverse") else a for name, a in both.state_dict().items()})
+    backward = {f"net/{key}": a for key, a in pn.to_format(both, format_).items() if not np.array_equal(a, stored[key])}
+    shared = os.path.commonprefix(list(backward))
+    given = {"prefix": shared[: shared.rindex("/") + 1]} if by == "a prefix" else {}
+    with pytest.raises(pn.CheckpointError, match=r"the backward direction alone; pass direction='reverse'"):
+        pn.import_checkpoint(backward, format_, layer="LSTM", **given)
+    layer = pn.import_checkpoint(backward, format_, layer="LSTM", direction="reverse", **given)
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    np.testing.assert_allclose(layer(x)[0], both(x)[0][..., H:], **LIBRARY_FLOAT32)
 
 
 def test_thinc_keeps_everything_in_one_vector(rng: np.random.Generator) -> None:
@@ -503,7 +520,10 @@ def test_keras(kind: str, container: str, tmp_path: Path, rng: np.random.Generat
     which = {"GroupNormalization": {"layer": "GroupNorm", "num_groups": 5}, "LayerNormalization": {"layer": "LayerNorm"}}.get(kind, {})
     layer: Any = pn.import_checkpoint(source, "keras", **which)
     x = rng.standard_normal((3, 6, D)).astype("float32")
-    y = layer(x.transpose(1, 0, 2))[0].transpose(1, 0, 2) if layer.recurrent else layer(x)
+    if not layer.recurrent:
+        y = layer(x)
+    else:  # only the configuration says that the batch comes first
+        y = layer(x)[0] if container == ".keras" else layer(x.transpose(1, 0, 2))[0].transpose(1, 0, 2)
     np.testing.assert_allclose(y, np.asarray(theirs(x)), **LIBRARY_FLOAT32)
     for weight, array in zip(theirs.weights, pn.to_format(layer, "keras").values(), strict=True):
         np.testing.assert_array_equal(array, weight.numpy())

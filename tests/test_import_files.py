@@ -175,6 +175,24 @@ def test_what_prefix_and_ignore_leave_out_is_not_looked_at() -> None:
 
 
 @pytest.mark.peers
+def test_a_text_for_ignore_is_not_taken_letter_by_letter() -> None:
+    """The bias of this layer is called "b", a letter of the other's name."""
+    arrays = pn.to_format(pn.GRU(3, 4, rng=0), "mlx")
+    with pytest.raises(pn.UnsupportedError, match=r"`ignore` is the text 'bhn'; expected a collection of names: ignore=\('bhn',\)"):
+        pn.import_checkpoint(arrays, "mlx", ignore="bhn")
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_lists_of_mappings_are_read_by_their_numbers(kind: Any) -> None:
+    """Trees of MLX, haiku's states and optimizers have them; a list of numbers is an array."""
+    layers = [pn.to_format(pn.LSTM(n, 4, rng=n), "mlx") for n in (3, 4)]
+    tree = {"encoder": {"layers": kind(layers)}, "schedule": [1.0, 2.0]}
+    with pytest.raises(pn.CheckpointError, match=r"prefix='encoder/layers/0/' \(mlx LSTM\) and 1 more with other numbers"):
+        pn.import_checkpoint(tree)
+    second: Any = pn.import_checkpoint(tree, prefix="encoder/layers/1/")
+    np.testing.assert_array_equal(second.params["weight_ih_l0"], layers[1]["Wx"])
+
+
 def test_keys_of_random_generators_are_left_out_and_said() -> None:
     import jax
 

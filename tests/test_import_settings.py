@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ KERAS: dict[str, Callable[[Any], Any]] = {
     "GroupNormalization": lambda k: k.GroupNormalization(5, epsilon=0.1),
     "GroupNormalization, gain alone": lambda k: k.GroupNormalization(5, center=False, epsilon=0.1),
     "RMSNormalization": lambda k: k.RMSNormalization(epsilon=0.1),
+    "RMSNormalization of two axes": lambda k: k.RMSNormalization(axis=[1, 2], epsilon=0.1),
     "each step": lambda k: k.TimeDistributed(k.LayerNormalization(epsilon=0.1)),
     "Dense": lambda k: k.Dense(3),
 }
@@ -64,6 +67,7 @@ REFUSED_OF_KERAS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "axis": (lambda k: k.LayerNormalization(axis=1), r"axis=.*1.*; expected the last axes"),
     "Dense with more": (lambda k: k.Dense(3, activation="softmax"), "activation='softmax'"),
+    "zero_output_for_mask": (lambda k: k.GRU(H, zero_output_for_mask=True, **SEQUENCES), "zero_output_for_mask=True"),
     "another class": (lambda k: k.Conv1D(3, 2), "of the class Conv1D has a class that is not read"),
 }
 
@@ -82,6 +86,8 @@ def computed(layer: Any, x: Any) -> Any:
     """What a layer gives for (batch, time, features), in that order."""
     if not layer.recurrent:
         return layer(x)
+    if layer.batch_first:
+        return layer(x)[0]
     y = layer(x.transpose(1, 0, 2))[0]
     return y.transpose(1, 0, 2) if y.ndim == 3 else y
 
@@ -100,6 +106,7 @@ def test_keras_settings_are_read(kind: str, ending: str, tmp_path: Path, rng: np
             pn.import_checkpoint(tmp_path / "m.h5")
         return
     layer: Any = pn.import_checkpoint(tmp_path / f"m.{ending}")
+    assert not layer.recurrent or layer.batch_first
     x = rng.standard_normal((3, 6, D)).astype("float32")
     np.testing.assert_allclose(computed(layer, x), np.asarray(theirs(x)), **LIBRARY_FLOAT32)
     if "momentum" in layer.config and "BatchNorm" in kind:
@@ -143,6 +150,47 @@ def test_each_layer_of_a_model_has_its_own_settings(ending: str, tmp_path: Path,
     np.testing.assert_allclose(a, expected, **LIBRARY_FLOAT32)
     with pytest.raises(pn.CheckpointError, match=r"more than one layer.*prefix='"):
         pn.import_checkpoint(tmp_path / f"m.{ending}")
+
+
+NAMED_ACROSS = {
+    "each other": ("lstm_1", "lstm"),
+    "the next number": ("lstm_1", "lstm_2"),
+    "a group of the file": ("layers", "cell"),
+    "what holds the variables": ("vars", "forward_layer"),
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("named", [True, False], ids=["today", "without the layers' own names"])
+@pytest.mark.parametrize("names", NAMED_ACROSS)
+def test_settings_go_to_the_layer_they_are_of_whatever_it_is_called(
+    names: str, named: bool, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Groups are called by class and number. Files of Keras before 3.5 have nothing else to tell two layers apart."""
+    import h5py
+    import keras
+
+    first, second = NAMED_ACROSS[names]
+    theirs = keras_model(
+        lambda k: k.LSTM(H, name=second, **SEQUENCES),
+        rng,
+        keras.layers.LSTM(D, activation="hard_sigmoid", go_backwards=True, name=first, **SEQUENCES),
+    )
+    theirs.save(tmp_path / "m.keras")
+    with zipfile.ZipFile(tmp_path / "m.keras") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with h5py.File(io.BytesIO(members["model.weights.h5"]), "r+") as file:
+        if not named:
+            file.visititems(lambda _, group: group.attrs.pop("name", None) and None)
+        weights = file.id.get_file_image() if file.flush() is None else b""
+    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, weights if name == "model.weights.h5" else content)
+    x = rng.standard_normal((3, 6, D)).astype("float32")
+    a: Any = x
+    for prefix in ("layers/lstm/", "layers/lstm_1/"):
+        a = computed(pn.import_checkpoint(tmp_path / "m.keras", prefix=prefix), a)
+    np.testing.assert_allclose(a, np.asarray(theirs(x)), **LIBRARY_FLOAT32)
 
 
 @pytest.mark.peers
@@ -243,6 +291,62 @@ def test_a_version_that_meant_either_has_to_be_told(tmp_path: Path, rng: np.rand
     assert told.variant.gate_activation == "sigmoid"
     plain = old_file(tmp_path / "rnn.h5", keras_arrays(1, rng), "2.2.4-tf")
     assert isinstance(pn.import_checkpoint(plain), pn.RNN)  # it has no gates
+
+
+@pytest.mark.parametrize(
+    ("version", "config", "place"),
+    [
+        ("2.2.0", None, "before"),
+        ("2.3.1", None, "before"),
+        ("2.1.6-tf", None, "before"),
+        ("2.3.0-tf", None, "after"),
+        ("2.4.0", None, "after"),
+    ]
+    + [("2.1.2", {}, "before"), ("2.2.4", {"reset_after": True}, "after"), ("2.15.0", {"reset_after": False}, "before")],
+)
+@pytest.mark.parametrize("bias", [0, 1, 2])
+def test_where_a_gru_of_keras_resets(
+    version: str, config: dict[str, Any] | None, place: str, bias: int, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Its bias says so. Without one the configuration does, or the version that had no such setting."""
+    p = keras_arrays(3, rng)
+    b = rng.standard_normal((max(bias, 1), 3 * H)).astype("float32") * bool(bias)
+    place = {0: place, 1: "before", 2: "after"}[bias]
+    p = {"kernel": p["kernel"], "recurrent_kernel": p["recurrent_kernel"], **({"bias": b if bias == 2 else b[0]} if bias else {})}
+    own = {"name": "lstm_1", "recurrent_activation": "sigmoid", **({} if config is None else config), "use_bias": bool(bias)}
+    if "reset_after" in own:
+        own["reset_after"] = place == "after"
+    layers = None if config is None else {"class_name": "Sequential", "config": [{"class_name": "GRU", "config": own}]}
+    given = {} if config is not None else {"gate_activation": "sigmoid"}
+    layer: Any = pn.import_checkpoint(old_file(tmp_path / "w.h5", p, version, layers), "keras", layer="GRU", **given)
+    x = rng.standard_normal((3, 5, D)).astype("float32")
+    w, u, c, d = (np.split(a, 3, -1) for a in (p["kernel"], p["recurrent_kernel"], b[0], b[1] if bias == 2 else 0 * b[0]))
+    h = np.zeros((3, H))
+    for t in range(5):
+        z, r = (1 / (1 + np.exp(-(x[:, t] @ w[k] + c[k] + h @ u[k] + d[k]))) for k in (0, 1))
+        n = np.tanh(x[:, t] @ w[2] + c[2] + ((r * h) @ u[2] if place == "before" else r * (h @ u[2] + d[2])))
+        h = z * h + (1 - z) * n
+    y = computed(layer, x)
+    np.testing.assert_allclose(y[:, -1] if y.ndim == 3 else y, h, **LIBRARY_FLOAT32)
+
+
+def test_where_a_gru_resets_has_to_be_told_or_is_said(tmp_path: Path, rng: np.random.Generator) -> None:
+    p = keras_arrays(3, rng)
+    del p["bias"]
+    assert "reset='after'" in pn.import_checkpoint(p, "keras").provenance
+    path = old_file(tmp_path / "w.h5", p, "2.2.4-tf")
+    with pytest.raises(pn.CheckpointError, match=r"no reset_after: it was False in TensorFlow 1 and True in TensorFlow 2.*reset=…"):
+        pn.import_checkpoint(path, gate_activation="sigmoid")
+    told: Any = pn.import_checkpoint(path, gate_activation="sigmoid", reset="before")
+    assert told.variant.reset == "before"
+
+
+@pytest.mark.parametrize("time_major", [True, False, None])
+def test_a_configuration_says_which_axis_is_time(time_major: bool | None, tmp_path: Path, rng: np.random.Generator) -> None:
+    own = {"name": "lstm_1", **({} if time_major is None else {"time_major": time_major})}
+    config = {"class_name": "Sequential", "config": [{"class_name": "LSTM", "config": own}]}
+    layer: Any = pn.import_checkpoint(old_file(tmp_path / "w.h5", keras_arrays(4, rng), "2.9.0", config))
+    assert layer.batch_first is not bool(time_major)
 
 
 @pytest.mark.parametrize("bias", [0, 2 * 4 * H])

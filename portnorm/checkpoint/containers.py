@@ -29,7 +29,7 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 @contextlib.contextmanager
 def opened(source: Any) -> Iterator[Held]:
-    """What a file, a mapping (whose nested mappings are joined by "/") or a live `torch.nn.Module` holds; readable while it is open.
+    """What a file, a mapping (whose nested mappings, and lists of them, are joined by "/") or a live `torch.nn.Module` holds; readable while it is open.
 
     Raises `CheckpointError` where the file cannot be read, and for a pickle, which is never opened.
     """
@@ -89,6 +89,8 @@ def _mapping(source: Mapping[Any, Any]) -> Held:
 
 def _leaves(tree: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
+        if isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value):
+            value = dict(enumerate(value))
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}/")
         else:

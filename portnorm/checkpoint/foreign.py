@@ -6,7 +6,6 @@ import difflib
 import inspect
 import logging
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -21,7 +20,7 @@ from portnorm.checkpoint.described import LAYERS
 from portnorm.checkpoint.formats import FORMATS as FORMATS
 from portnorm.checkpoint.formats import PIECES
 from portnorm.checkpoint.formats.row import Read
-from portnorm.checkpoint.recognise import Fit, expanded, fit_of, placed
+from portnorm.checkpoint.recognise import Fit, backward_key, expanded, fit_of, placed
 from portnorm.checkpoint.stored import Said
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
@@ -69,6 +68,8 @@ def import_checkpoint(
     """
     if format not in ("auto", *FORMATS):
         raise UnsupportedError(f"`format` is {format!r}; expected 'auto' or one of {', '.join(map(repr, FORMATS))}")
+    if isinstance(ignore, str):
+        raise UnsupportedError(f"`ignore` is the text {ignore!r}; expected a collection of names: ignore=({ignore!r},)")
     with containers.opened(source) as held:
         arrays = {key: a for key, a in held.arrays.items() if key.startswith(prefix)}
         alone = held.said_of([prefix]) if held.said_of is not None and not arrays else None
@@ -227,12 +228,11 @@ class _Reader:
             if name not in self.ignore and not answered:
                 instead = f"say {' or '.join(f'{o}=…' for o in ours)} yourself, or " if ours else ""
                 raise CheckpointError(f"{self.said.title} has {why}; {instead}pass ignore=({name!r},) where that makes no difference")
-        if self.row.format == "keras" and len(self.fit.places[0]) == 1 and "direction" not in config:
-            backward = next((key for key in self.fit.keys.values() if re.search(r"(^|/)backward_", key)), None)
-            if backward is not None:
-                raise CheckpointError(
-                    f"{backward!r} is the backward direction alone; pass direction='reverse', or take both by a shorter prefix"
-                )
+        backward = backward_key(self.fit, self.arrays)
+        if backward is not None and "direction" not in config:
+            raise CheckpointError(
+                f"{backward!r} is the backward direction alone; pass direction='reverse', or take both by a shorter prefix"
+            )
 
     def _stated(self) -> dict[str, Any]:
         """What the file says, but for what this layer has no use for, such as the ε of a cell without a normalizer."""
@@ -251,7 +251,9 @@ class _Reader:
         names = ["eps", "momentum"] if self.cell is None else []
         if isinstance(layer, Recurrent):
             functions = ["activation", *(["gate_activation"] if self._takes("gate_activation") else [])]
+            functions += ["reset"] if self._takes("reset") and "reset" not in self.row.changes else []
             names = functions if self.row.format == "keras" or self.row.layer == "RNN" else []
+            names += ["runtime_forget_bias"] if layer.variant.runtime_forget_bias else []
             names += ["eps"] if layer.variant.norm not in (None, "weight") else []
         source = layer.variant if isinstance(layer, Recurrent) else layer
         unsaid = [f"{n}={getattr(source, n)!r}" for n in names if n not in self.stated and hasattr(source, n)]

@@ -67,9 +67,15 @@ def said_of(layer: Mapping[str, Any], version: Version, title: str) -> Said:
 
 def _recurrent(layer: Mapping[str, Any], reader: Reader) -> None:
     kind, config = str(layer.get("class_name")), dict(layer.get("config") or {})
+    reader.said.values["batch_first"] = True
+    if config.get("zero_output_for_mask") and config.get("return_sequences"):
+        reader.refuse(
+            "zero_output_for_mask", "zero_output_for_mask=True; a layer here repeats its last result at steps that `mask` leaves out"
+        )
     if kind in RECURRENT:
         reader.said.layer = RECURRENT[kind]
         reader.read(config, _SEQUENCE | _CELL)
+        _old_reset(kind, config, reader)
         return
     reader.read({name: value for name, value in config.items() if name != "cell"}, _SEQUENCE)
     cell = config.get("cell") or {}
@@ -82,13 +88,22 @@ def _recurrent(layer: Mapping[str, Any], reader: Reader) -> None:
     settings = [dict(c.get("config") or {}) for c in cells]
     for name in _differing(settings, _CELL):
         reader.refuse(name, f"cells whose {name} differ: {', '.join(repr(s.get(name)) for s in settings)}", *_OURS.get(name, ()))
-    reader.said.layer = CELLS[kinds.pop()]
+    (kind,) = kinds
+    reader.said.layer = CELLS[kind]
     reader.read(settings[0], _CELL)
+    _old_reset(kind, settings[0], reader)
+
+
+def _old_reset(kind: str, config: Mapping[str, Any], reader: Reader) -> None:
+    """Before there was `reset_after`, a GRU reset before its matrix product."""
+    if kind in ("GRU", "GRUCell") and "reset_after" not in config:
+        reader.said.defaults["reset"] = "before"
 
 
 def _bidirectional(config: dict[str, Any], reader: Reader) -> None:
     forward, backward = config["layer"], config.get("backward_layer")
     _recurrent(forward, reader)
+    reader.said.refused.pop("zero_output_for_mask", None)  # as both directions have it in every Bidirectional, and here
     if reader.said.values.pop("direction", None) is not None:
         reader.refuse("go_backwards", "a forward layer with go_backwards=True")
     if isinstance(backward, Mapping):
@@ -176,7 +191,7 @@ _SEQUENCE: dict[str, Reading] = {
     "go_backwards": _go_backwards,
     "stateful": _noted("stateful=True: a call here starts from zeros unless it is given the `state` of the call before"),
     "unroll": _inert,
-    "time_major": _inert,
+    "time_major": _say("batch_first", lambda value: not value),
     "zero_output_for_mask": _inert,
     "implementation": _inert,
 }

@@ -314,6 +314,16 @@ def _fits(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> tup
     return found, plain.clashes
 
 
+def backward_key(fit: Fit, arrays: Arrays) -> str | None:
+    """A key of the backward direction, where a fit has that alone; a prefix may be what says so."""
+    row = fit.row
+    if len(fit.places[0]) != 1 or row.backward is None:
+        return None
+    own = {key: arrays[key] for key in fit.keys.values()}
+    plain = NAMES[row.format](own) if row.format in NAMES else {key: key for key in own}
+    return next((key for key, name in plain.items() if row.backward.search(name)), None)
+
+
 class _Names:
     """The file's keys by the plain names of a format, with parts that all names share cut off."""
 

@@ -19,10 +19,11 @@ def keras_rows() -> list[Row]:
     for layer, gates in (("LSTM", "ifgo"), ("RNN", "h")):
         row = Row("keras", layer, {**weights, **bias}, None, gates, _KERAS_PLACES, {"biases": ("bias",)})
         found += [row, without(row, "bias", biases=())]
-    after = Row("keras", "GRU", {**weights, **both}, None, "zrn", _KERAS_PLACES)
+    after = Row("keras", "GRU", {**weights, **both}, None, "zrn", _KERAS_PLACES, {"reset": "after"})
     before = Row("keras", "GRU", {**weights, **bias}, None, "zrn", _KERAS_PLACES, {"reset": "before", "biases": ("bias",)})
-    # Without a bias the arrays do not say where the reset gate is: where Keras has it by default, unless `reset="before"` is given.
-    found += [after, before, without(after, "bias_ih", "bias_hh", biases=()), *_cudnn()]
+    # Without a bias the arrays do not say where the reset gate is: where Keras has it by default, unless the file or the caller says it.
+    unbiased = Row("keras", "GRU", weights, None, "zrn", _KERAS_PLACES, {"biases": ()})
+    found += [after, before, unbiased, *_cudnn()]
     linear = Row("keras", "Linear", {"weight": whole("kernel", transposed=True), "bias": whole("bias")})
     names = {"gain": "gamma", "shift": "beta", "mean": "moving_mean", "var": "moving_variance", "rms": "scale"}
     batch = {"eps": 1e-3, "momentum": 0.01, "unbiased": False}
@@ -67,7 +68,7 @@ def _cudnn() -> list[Row]:
     two = {f"bias_{side}": whole("bias", blocks=6, then=half(k)) for k, side in enumerate(("ih", "hh"))}
     return [
         Row("keras", "LSTM", {**weights(4), **both}, None, "ifgo", _KERAS_PLACES, {"biases": ("bias",), **own}),
-        Row("keras", "GRU", {**weights(3), **two}, None, "zrn", _KERAS_PLACES, own),
+        Row("keras", "GRU", {**weights(3), **two}, None, "zrn", _KERAS_PLACES, {"reset": "after", **own}),
     ]
 
 
