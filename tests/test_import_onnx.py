@@ -247,9 +247,7 @@ def test_parameters_that_are_the_same_along_axes(
 
 
 @pytest.mark.parametrize("version", [9, 13, 15])
-def test_batch_normalization_that_gives_its_statistics_too_is_one_of_training(
-    version: int, tmp_path: Path, rng: np.random.Generator
-) -> None:
+def test_batch_normalization_with_more_outputs_is_of_training(version: int, tmp_path: Path, rng: np.random.Generator) -> None:
     """Five outputs said so before there was an attribute for it."""
     arrays = {n: rng.uniform(0.5, 1.5, 6).astype("float32") for n in ("scale", "bias", "mean", "var")}
     x = rng.standard_normal((3, 6, 4)).astype("float32")

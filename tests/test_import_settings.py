@@ -163,19 +163,14 @@ NAMED_ACROSS = {
 @pytest.mark.peers
 @pytest.mark.parametrize("named", [True, False], ids=["today", "without the layers' own names"])
 @pytest.mark.parametrize("names", NAMED_ACROSS)
-def test_settings_go_to_the_layer_they_are_of_whatever_it_is_called(
-    names: str, named: bool, tmp_path: Path, rng: np.random.Generator
-) -> None:
-    """Groups are called by class and number. Files of Keras before 3.5 have nothing else to tell two layers apart."""
+def test_settings_go_to_their_layer_whatever_it_is_called(names: str, named: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Groups are called by class and number. Older files have nothing else to tell two layers apart."""
     import h5py
     import keras
 
     first, second = NAMED_ACROSS[names]
-    theirs = keras_model(
-        lambda k: k.LSTM(H, name=second, **SEQUENCES),
-        rng,
-        keras.layers.LSTM(D, activation="hard_sigmoid", go_backwards=True, name=first, **SEQUENCES),
-    )
+    before = keras.layers.LSTM(D, activation="hard_sigmoid", go_backwards=True, name=first, **SEQUENCES)
+    theirs = keras_model(lambda k: k.LSTM(H, name=second, **SEQUENCES), rng, before)
     theirs.save(tmp_path / "m.keras")
     with zipfile.ZipFile(tmp_path / "m.keras") as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -293,17 +288,19 @@ def test_a_version_that_meant_either_has_to_be_told(tmp_path: Path, rng: np.rand
     assert isinstance(pn.import_checkpoint(plain), pn.RNN)  # it has no gates
 
 
-@pytest.mark.parametrize(
-    ("version", "config", "place"),
-    [
-        ("2.2.0", None, "before"),
-        ("2.3.1", None, "before"),
-        ("2.1.6-tf", None, "before"),
-        ("2.3.0-tf", None, "after"),
-        ("2.4.0", None, "after"),
-    ]
-    + [("2.1.2", {}, "before"), ("2.2.4", {"reset_after": True}, "after"), ("2.15.0", {"reset_after": False}, "before")],
-)
+RESETS: list[tuple[str, dict[str, Any] | None, str]] = [
+    ("2.2.0", None, "before"),
+    ("2.3.1", None, "before"),
+    ("2.1.6-tf", None, "before"),
+    ("2.3.0-tf", None, "after"),
+    ("2.4.0", None, "after"),
+    ("2.1.2", {}, "before"),
+    ("2.2.4", {"reset_after": True}, "after"),
+    ("2.15.0", {"reset_after": False}, "before"),
+]
+
+
+@pytest.mark.parametrize(("version", "config", "place"), RESETS)
 @pytest.mark.parametrize("bias", [0, 1, 2])
 def test_where_a_gru_of_keras_resets(
     version: str, config: dict[str, Any] | None, place: str, bias: int, tmp_path: Path, rng: np.random.Generator

@@ -29,9 +29,10 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 @contextlib.contextmanager
 def opened(source: Any) -> Iterator[Held]:
-    """What a file, a mapping (whose nested mappings, and lists of them, are joined by "/") or a live `torch.nn.Module` holds; readable while it is open.
+    """What a file, a mapping or a live `torch.nn.Module` holds; readable while it is open.
 
-    Raises `CheckpointError` where the file cannot be read, and for a pickle, which is never opened.
+    Names of nested mappings, and of lists of mappings, are joined by "/". Raises `CheckpointError` where the file cannot be read, and for a
+    pickle, which is never opened.
     """
     if isinstance(source, Mapping):
         yield _mapping(source)

@@ -16,6 +16,8 @@ from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
 from portnorm.errors import CheckpointError
 
 _HARD = {"gate_activation": "hard_sigmoid_5"}
+_CHANGED = {"recurrent_activation": ("gate_activation", "hard_sigmoid", "sigmoid"), "reset_after": ("reset", False, True)}
+"""Settings whose default TensorFlow 2 changed: what says it here, and the default before and since."""
 _VARIABLE = re.compile(r"(.*)/vars/(\d+)")
 
 
@@ -45,10 +47,7 @@ def _unsaid(written: str) -> Said | None:
         return None
     said = Said(f"the file of Keras {written}, which has no configuration,")
     if tensorflow and version >= (2, 2):
-        for name, ours, old, new in (
-            ("recurrent_activation", "gate_activation", "hard_sigmoid", "sigmoid"),
-            ("reset_after", "reset", False, True),
-        ):
+        for name, (ours, old, new) in _CHANGED.items():
             why = f"no {name}: it was {old!r} in TensorFlow 1 and {new!r} in TensorFlow 2, and both wrote this version"
             said.refused[name] = Refusal(why, (ours,))
     else:
@@ -158,7 +157,7 @@ def _name(layer: Mapping[str, Any]) -> str:
 
 
 def _find(model: Mapping[str, Any], names: list[_Name]) -> Mapping[str, Any] | None:
-    """The layer of a model that the outermost of these names is of: its own name, or that which Keras gives to the n-th layer of its class."""
+    """The layer of a model that the outermost of these names is of: its own, or what Keras calls the n-th layer of a class."""
     layers, numbered = _layers(model) or [], _Numbered()
     known = {_Name(numbered(layer), own=False): layer for layer in layers} | {_Name(_name(layer), own=True): layer for layer in layers}
     for k, name in enumerate(names):

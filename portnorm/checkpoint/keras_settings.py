@@ -69,9 +69,8 @@ def _recurrent(layer: Mapping[str, Any], reader: Reader) -> None:
     kind, config = str(layer.get("class_name")), dict(layer.get("config") or {})
     reader.said.values["batch_first"] = True
     if config.get("zero_output_for_mask") and config.get("return_sequences"):
-        reader.refuse(
-            "zero_output_for_mask", "zero_output_for_mask=True; a layer here repeats its last result at steps that `mask` leaves out"
-        )
+        why = "zero_output_for_mask=True; a layer here repeats its last result at steps that `mask` leaves out"
+        reader.refuse("zero_output_for_mask", why)
     if kind in RECURRENT:
         reader.said.layer = RECURRENT[kind]
         reader.read(config, _SEQUENCE | _CELL)

@@ -333,8 +333,8 @@ class _Node:
         if not fits or any(n is None and length == 1 for n, length in zip(known, lengths, strict=True)):
             shapes = " and ".join(map(str, given))
             x = "unknown shape" if shape is None else f"shape {tuple(shape)}"
-            why = f"axis={axis}, parameters of shape {shapes} and an input of {x}; expected one gain for each value that is normalized together"
-            self._refuse("axis", why)
+            expected = "expected one gain for each value that is normalized together"
+            self._refuse("axis", f"axis={axis}, parameters of shape {shapes} and an input of {x}; {expected}")
             return None
         return tuple(lengths)
 
