@@ -622,6 +622,86 @@ def test_a_forward_of_somebody_is_not_taken_for_that_of_torch(name: str, own: bo
     assert type(pn.import_checkpoint(module, ignore=("forward",))).__name__ == name
 
 
+def new(name: str) -> Any:
+    import torch
+
+    return getattr(torch.nn.utils.parametrizations, name)
+
+
+def old(name: str) -> Any:
+    import torch
+
+    return getattr(torch.nn.utils, name)
+
+
+def scaled(module: Any, name: str) -> Any:
+    import torch
+
+    class Twice(torch.nn.Module):
+        def forward(self, whole: Any) -> Any:
+            return 2 * whole
+
+    torch.nn.utils.parametrize.register_parametrization(module, name, Twice())
+    return module
+
+
+MADE_OF_OTHERS: dict[str, tuple[Callable[..., Any], bool]] = {
+    "spectral norm": (lambda *of: new("spectral_norm")(*of), True),
+    "spectral norm by a hook": (lambda *of: old("spectral_norm")(*of), True),
+    "orthogonal": (lambda *of: new("orthogonal")(*of), True),
+    "a function of somebody": (scaled, True),
+    "one after weight norm": (lambda module, name: scaled(new("weight_norm")(module, name), name), False),
+}
+"""How an array is parametrized, and whether the names of a state dict show it."""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("live", [True, False], ids=["module", "state dict"])
+@pytest.mark.parametrize("kind", MADE_OF_OTHERS)
+@pytest.mark.parametrize("name", ["LSTM", "Linear"])
+def test_arrays_that_are_made_of_others_are_named_and_the_way_out_works(name: str, kind: str, live: bool, rng: np.random.Generator) -> None:
+    import torch
+
+    wrap, shown = MADE_OF_OTHERS[kind]
+    array = "weight_hh_l0" if name == "LSTM" else "weight"
+    theirs = wrap(torch_module(name, D, H), array).eval()
+    if live or shown:
+        with pytest.raises(pn.CheckpointError, match=rf"remove_\w+\(module, '{array}'\) leaves the array itself"):
+            pn.import_checkpoint(theirs if live else theirs.state_dict(), "torch", layer=name)
+    x = rng.standard_normal((6, 3, D))
+    expected = theirs(torch.asarray(x))
+    remove = old("remove_spectral_norm") if "hook" in kind else torch.nn.utils.parametrize.remove_parametrizations
+    plain = remove(theirs, array)
+    y: Any = pn.import_checkpoint(plain if live else plain.state_dict(), "torch", layer=name)(x)
+    ours, its = (y[0], expected[0]) if name == "LSTM" else (y, expected)
+    np.testing.assert_allclose(ours, its.detach(), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("live", [True, False], ids=["module", "state dict"])
+@pytest.mark.parametrize("name", ["GRU", "Linear"])
+def test_pruned_arrays_are_read_with_their_masks(name: str, live: bool, rng: np.random.Generator) -> None:
+    import torch
+    from torch.nn.utils import prune
+
+    theirs = torch_module(name, D, H)
+    prune.random_unstructured(theirs, "weight_ih_l0" if name == "GRU" else "weight", 0.5)
+    x = rng.standard_normal((6, 3, D))
+    y: Any = pn.import_checkpoint(theirs if live else theirs.state_dict(), "torch", layer=name)(x)
+    expected = theirs(torch.asarray(x))
+    ours, its = (y[0], expected[0]) if name == "GRU" else (y, expected)
+    np.testing.assert_allclose(ours, its.detach(), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(("name", "arguments"), [("LazyLinear", (3,)), ("LazyBatchNorm1d", ())])
+def test_a_lazy_module_has_no_arrays_yet(name: str, arguments: tuple[int, ...]) -> None:
+    import torch
+
+    with pytest.raises(pn.CheckpointError, match="`weight` is not there yet: a lazy module has its arrays after its first call"):
+        pn.import_checkpoint(getattr(torch.nn, name)(*arguments), "torch")
+
+
 @pytest.mark.parametrize("given", [{}, {"batch_first": False}, {"batch_first": True}], ids=str)
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_that_arrays_do_not_say_the_order_of_axes_is_said(cell: str, given: dict[str, bool]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from portnorm.arrays import to_numpy
 from portnorm.checkpoint.stored import Held, Refusal, Said, Stored
@@ -46,6 +47,8 @@ _PACKED = ": modules that torch has quantized hold packed weights, and those bef
 
 
 def _stored(key: str, tensor: torch.Tensor, said: Said | None) -> Stored:
+    if torch.nn.parameter.is_lazy(tensor):
+        return Stored.unreadable(key, f"`{key}` is not there yet: a lazy module has its arrays after its first call", said)
     described = tuple(tensor.shape), str(tensor.dtype).rpartition(".")[2]
     return Stored(key, lambda: described, lambda: to_numpy(tensor.float() if described[1].startswith("float8") else tensor), said=said)
 
@@ -93,6 +96,7 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
     own = _own_method(module) if said.layer is not None else None
     if own is not None:
         said.refused["forward"] = Refusal(f"a {own} of its own, which may compute something else than torch's class")
+    _parametrized(said, module)
     if isinstance(module, torch.nn.RNN | torch.nn.RNNCell):
         said.values["activation"] = module.nonlinearity
     if isinstance(module, torch.nn.RNNBase):
@@ -121,6 +125,18 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
             "affine": False,
         }
     return said
+
+
+def _parametrized(said: Said, module: torch.nn.Module) -> None:
+    """Arrays that are made by something else than weight normalization, which the formats read; of others there are only the parts."""
+    for inner in module.modules():
+        made = getattr(inner, "parametrizations", None)
+        for array, steps in made.items() if isinstance(made, torch.nn.ModuleDict) else ():
+            kinds = [type(step).__name__ for step in steps]
+            if kinds != [_WeightNorm.__name__]:
+                why = f"{array} of {type(inner).__name__}, which is made by {', '.join(kinds)}"
+                way = f"torch.nn.utils.parametrize.remove_parametrizations(module, {array!r}) leaves the array itself"
+                said.refused["parametrizations"] = Refusal(f"{why}; {way}")
 
 
 _SIZES = {
