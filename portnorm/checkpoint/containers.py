@@ -37,11 +37,13 @@ def opened(source: Any) -> Iterator[Held]:
     if isinstance(source, Mapping):
         yield _mapping(source)
         return
-    if hasattr(source, "state_dict") and hasattr(source, "named_modules"):
+    if any(kind.__module__.startswith("torch.nn.") for kind in type(source).__mro__):
         yield require_extra("portnorm_backends.torch_settings", "torch").held(source)
         return
     if not isinstance(source, str | os.PathLike):
-        raise UnsupportedError(f"`source` is a {type(source).__name__}; expected a file, a mapping of arrays, or a torch.nn.Module")
+        way_out = "; source.state_dict() is a mapping" if hasattr(source, "state_dict") else ""
+        expected = "expected a file, a mapping of arrays, or a torch.nn.Module"
+        raise UnsupportedError(f"`source` is a {type(source).__name__}; {expected}{way_out}")
     path = Path(source)
     if path.suffix in _PICKLES:
         raise CheckpointError(

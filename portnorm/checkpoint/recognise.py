@@ -274,7 +274,8 @@ def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
             return ndims == {"weight": 2, "bias": 1} or ndims == {"weight": 2}
         if row.layer == "Embedding":
             return ndims == {"weight": 2}
-        return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == {1})
+        flat = {1} if any(read.then is None for read in row.reads.values()) else set(ndims.values())  # made so when it is read
+        return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == flat)
     size = None
     for name in [n for n in ("weight_hh", "weight_hh.v") if n in shapes]:
         read = row.reads[name]

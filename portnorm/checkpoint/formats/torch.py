@@ -146,7 +146,8 @@ def _pruned(key: str, whole: Stored, mask: Stored) -> Stored:
         if whole.shape != mask.shape:
             raise CheckpointError(f"{whole.key!r} and {mask.key!r} have the shapes {whole.shape} and {mask.shape}; expected the same")
         weights = whole.weights()
-        return weights * mask.read().astype(weights.dtype)
+        pruned: NumPyArray = weights * mask.read().astype(weights.dtype)
+        return pruned
 
     return Stored(key, partial(_described, whole), load, said=whole.said, problem=whole.problem or mask.problem)
 
