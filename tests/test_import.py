@@ -321,6 +321,21 @@ def test_scopes_of_tensorflow(cut: str, name: str, rng: np.random.Generator) -> 
     assert made.num_directions == directions
 
 
+@pytest.mark.parametrize("end", ["", ":0"])
+@pytest.mark.parametrize("slots", [("Adam", "Adam_1"), ("Momentum",), ("ExponentialMovingAverage",)])
+def test_what_an_optimizer_keeps_beside_a_variable_is_left_out_and_said(slots: tuple[str, ...], end: str, rng: np.random.Generator) -> None:
+    arrays = pn.to_format(pn.LSTM(D, H, norm=pn.Variant("TF", biases=("bias",), runtime_forget_bias=1.0), rng=0), "tensorflow")
+    stored = {f"rnn/{name}{end}": a for name, a in arrays.items()} | {"global_step": np.int64(3)}
+    stored |= {f"rnn/{name}/{slot}{end}": np.zeros_like(a) for name, a in arrays.items() for slot in slots}
+    with pytest.raises(pn.CheckpointError, match=r"prefix='rnn/' \(tensorflow LSTM\); beside 1 other arrays, such as 'global_step'"):
+        pn.import_checkpoint(stored)
+    layer = pn.import_checkpoint(stored, prefix="rnn/")
+    x = rng.standard_normal((5, 3, D)).astype("float32")
+    np.testing.assert_array_equal(layer(x)[0], pn.import_checkpoint(arrays, "tensorflow")(x)[0])
+    assert f"no weights of their own, and left out: rnn/basic_lstm_cell/bias/{slots[0]}{end}, " in layer.provenance
+    assert "runtime_forget_bias=1.0" in layer.provenance
+
+
 def test_a_stack_of_tensorflow_is_one_layer(rng: np.random.Generator) -> None:
     for around, directions in (("cell_{}/", 1), ("cell_{}/bidirectional_rnn/{}/", 2)):
         arrays = {}

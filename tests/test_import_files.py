@@ -306,6 +306,12 @@ def test_one_array_more_does_not_hide_the_list(extra: str) -> None:
         assert "encoder.lstm.weight_ih_l0" in layer.provenance
 
 
+def test_layers_with_the_keys_of_the_nearest_are_listed() -> None:
+    first, second = ({"w": np.ones((n + 4, 16)), "b": np.ones(16)} for n in (3, 4))
+    with pytest.raises(pn.CheckpointError, match=r"prefix='lstm/' \(haiku LSTM\), prefix='lstm_1/' \(haiku LSTM\)"):
+        pn.import_checkpoint({"lstm/linear": first, "lstm_1/linear": second})
+
+
 BATCH_NORM = {"bn.weight": (4,), "bn.bias": (4,), "bn.running_mean": (4,), "bn.running_var": (4,), "bn.num_batches_tracked": ()}
 
 

@@ -20,7 +20,7 @@ from portnorm.checkpoint.described import LAYERS
 from portnorm.checkpoint.formats import FORMATS as FORMATS
 from portnorm.checkpoint.formats import PIECES
 from portnorm.checkpoint.formats.row import Read
-from portnorm.checkpoint.recognise import Fit, backward_key, expanded, fit_of, placed
+from portnorm.checkpoint.recognise import Fit, backward_key, expanded, fit_of, placed, some, unnamed
 from portnorm.checkpoint.stored import Said
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
@@ -89,6 +89,8 @@ def import_checkpoint(
         made = reader.layer({"xp": xp, "device": device, "dtype": dtype}, config)
     made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted(fit.keys.values()))}"
     made.provenance += "".join(f"; {note}" for note in reader.notes(made))
+    if left := unnamed(fit, arrays):
+        made.provenance += f"; no weights of their own, and left out: {some(left)}"
     if held.left_out:
         made.provenance += f"; keys of random generators, which are no weights, were left out: {', '.join(held.left_out)}"
     _log.info("import_checkpoint took %s", made.provenance)

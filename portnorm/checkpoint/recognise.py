@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -42,7 +42,7 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
         return plausible[0]
     if plausible:
         names = ", ".join(f"format={fit.row.format!r} with layer={fit.row.layer!r}" for fit in plausible)
-        raise CheckpointError(f"the keys {_some(arrays)} fit more than one: {names}; name the one that is meant")
+        raise CheckpointError(f"the keys {some(arrays)} fit more than one: {names}; name the one that is meant")
     of_one = {id(a.said): a.said for a in arrays.values()}
     said = next(iter(of_one.values())) if len(of_one) == 1 else None
     if said is not None and "class_name" in said.refused:
@@ -55,9 +55,11 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
         assert said is not None
         for refusal in said.refused.values():
             raise CheckpointError(f"{said.title} has {refusal.why}")
-        raise CheckpointError(f"{said.title} has only the arrays {_some(arrays)}; expected those of a {said.layer} of portnorm")
+        raise CheckpointError(f"{said.title} has only the arrays {some(arrays)}; expected those of a {said.layer} of portnorm")
     almost = exact or (near is not None and near.row.gates and near.found > 1 and near.found >= len(near.unknown))
-    parts = [] if almost else parts_of(chosen, arrays, prefix, ignore)
+    parts = [] if exact else parts_of(chosen, arrays, prefix, ignore)
+    if almost and near is not None and (near.missing or sum(part.is_recurrent for part in parts) < 2):
+        parts = []  # the keys are rather those of one layer
     if layer is not None and len(parts) == 1 and len(parts[0].fits) == 1:
         return parts[0].fits[0]
     if parts:
@@ -389,6 +391,12 @@ def expanded(key: str, place: str, keys: Iterable[str]) -> list[str]:
     return [f"{head}{t}{tail}" for t in range(max(steps, default=0) + 1)]
 
 
-def _some(arrays: Mapping[str, Any]) -> str:
+def unnamed(fit: Fit, arrays: Arrays) -> list[str]:
+    """Keys of what is no weight of its own in a format."""
+    plain = NAMES[fit.row.format](arrays) if fit.row.format in NAMES else arrays
+    return [key for key in arrays if key not in plain]
+
+
+def some(arrays: Collection[str]) -> str:
     names = sorted(arrays)
     return ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")
