@@ -376,6 +376,24 @@ def test_weights_behind_dequantization(operator: str, version: int, tmp_path: Pa
     np.testing.assert_allclose(layer(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
 
 
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int16"])
+@pytest.mark.parametrize("version", [11, 17, 22])
+def test_weights_behind_dequantization_of_onnxruntime(version: int, kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """In its own domain, by which its tools write types that ONNX did not have yet; a scale for each row of W."""
+    arrays, scale = weights("LSTM", rng), rng.uniform(0.01, 0.03, 4 * H).astype("float32")
+    whole = np.round(arrays["W"] / scale[None, :, None]).clip(0 if kind == "uint8" else -128, 127).astype(kind)
+    initial = {"W_q": whole, "R": arrays["R"], "B": arrays["B"], "scale": scale, "zero": np.full(4 * H, 3, kind)}
+    model = onnx_model("LSTM", initial, ("x",), hidden_size=H)
+    model.graph.node[0].input[:] = ["x", "W", "R", "B"]
+    made = helper.make_node("DequantizeLinear", ["W_q", "scale", "zero"], ["W"], domain="com.microsoft", axis=1)
+    model.graph.node.insert(0, made)
+    model.opset_import[0].version = version
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    layer, x = imported(model, tmp_path), rng.standard_normal((6, 3, D)).astype("float32")
+    assert "W is dequantized" in layer.provenance
+    np.testing.assert_allclose(layer(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
 @pytest.mark.parametrize("by_gate", [False, True])
 @pytest.mark.parametrize("directions", [1, 2])
 def test_dynamically_quantized_lstm(by_gate: bool, directions: int, tmp_path: Path, rng: np.random.Generator) -> None:

@@ -6,6 +6,7 @@ Nothing is read here but names, shapes and settings; arrays are read when the la
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -53,11 +54,12 @@ def opened(source: Any) -> Iterator[Held]:
             "prefix='model_state/' names it; where it is a module, import_checkpoint takes its state_dict(). "
             "safetensors.torch.save_file(w, 'w.safetensors') keeps it in a file without code"
         )
-    if path.suffix not in _READERS:
+    ending = next((known for known in _READERS if path.name.endswith(known)), None)
+    if ending is None:
         raise CheckpointError(f"{os.fspath(path)!r} has the ending {path.suffix!r}; expected one of {', '.join(_READERS)}")
     with contextlib.ExitStack() as stack:
         with _named(path):
-            held = _READERS[path.suffix](path, stack)
+            held = _READERS[ending](path, stack)
         yield held
 
 
@@ -136,6 +138,26 @@ def _safetensors(path: Path, stack: contextlib.ExitStack) -> Held:
     return Held(safetensors.entries(path)[0])
 
 
+def _shards(path: Path, stack: contextlib.ExitStack) -> Held:
+    """An index of safetensors files beside it: its `weight_map` says which of them has an array."""
+    index = json.loads(path.read_bytes())
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or any(not isinstance(name, str) or Path(name).name != name for name in places.values()):
+        raise CheckpointError(f"{os.fspath(path)!r} is damaged: expected a map `weight_map` from arrays to names of files beside it")
+    held = Held({})
+    for name in dict.fromkeys(places.values()):
+        said = [key for key, place in places.items() if place == name]
+        try:
+            stored = safetensors.entries(path.with_name(name))[0]
+        except CheckpointError as error:  # which does not stop what lies in the others
+            held.arrays |= {key: Stored.unreadable(key, str(error)) for key in said}
+            continue
+        if strange := sorted({*stored} ^ {*said}):
+            raise CheckpointError(f"{os.fspath(path)!r} and {name!r} do not agree whether {strange[0]!r} is in the latter")
+        held.arrays |= {key: stored[key] for key in said}
+    return held
+
+
 def _npz(path: Path, stack: contextlib.ExitStack) -> Held:
     file = numpy.load(stack.enter_context(path.open("rb")), allow_pickle=False)
     if not hasattr(file, "files"):
@@ -183,6 +205,7 @@ def _onnx(path: Path, stack: contextlib.ExitStack) -> Held:
 
 _READERS: dict[str, Callable[[Path, contextlib.ExitStack], Held]] = {
     ".safetensors": _safetensors,
+    ".safetensors.index.json": _shards,
     ".npz": _npz,
     ".h5": _hdf5,
     ".hdf5": _hdf5,

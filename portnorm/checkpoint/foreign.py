@@ -45,9 +45,9 @@ def import_checkpoint(
 ) -> Layer:
     """The layer whose weights another library stored: normalization layers, LSTM, GRU, RNN, plain or normalized.
 
-    `source` is a file (.safetensors, .npz, .h5 and .keras with h5py, .onnx with onnx), a mapping of arrays, nested or not, or a
-    `torch.nn.Module`. `format` is one of `portnorm.FORMATS`, or `"auto"` for the only one that fits; `layer.provenance` then says which it
-    was, and why. `prefix` is the beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros'
+    `source` is a file (.safetensors or the index of several, .npz, .h5 and .keras with h5py, .onnx with onnx), a mapping of arrays, nested
+    or not, or a `torch.nn.Module`. `format` is one of `portnorm.FORMATS`, or `"auto"` for the only one that fits; `layer.provenance` then
+    says which it was, and why. `prefix` is the beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros'
     `encoder_W`), where the file holds more; only what it names is read. `layer` names the class where arrays alone cannot tell, such as
     `"GroupNorm"`, or the only layer of a class in a file of many. Keys in `ignore` are neither asked for nor refused; what they would have
     given is as in a new layer (statistics that `estimate_population` is to take, for example). Settings of the file that a layer cannot

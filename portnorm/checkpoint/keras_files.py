@@ -68,6 +68,7 @@ def _held(file: Any, config: Any, version: Version, said: Said | None, path: str
                 if id(layer) not in known:
                     known[id(layer)] = said_of(layer, version, f"{path!r}: the layer {_name(layer)!r}")
                 own = known[id(layer)]
+                key = _in_direction(key, layer)
         held.arrays[key] = _stored(key, dataset, own, path)
     _call(held.arrays, layers, names)
     keras = config is not None or said is not None or "keras_version" in file.attrs or "layer_names" in file.attrs
@@ -165,6 +166,14 @@ def _find(model: Mapping[str, Any], names: list[_Name]) -> Mapping[str, Any] | N
             layer = known[name]
             return layer if _layers(layer) is None else _find(layer, names[k + 1 :])
     return None
+
+
+def _in_direction(key: str, layer: Mapping[str, Any]) -> str:
+    """A key whose names say that a layer goes backward, as they do where Keras itself makes the second layer of a Bidirectional."""
+    backward = (layer.get("config") or {}).get("backward_layer")
+    name = _name(backward) if layer.get("class_name") == "Bidirectional" and isinstance(backward, Mapping) else ""
+    head, found, tail = key.rpartition(f"/{name}/")
+    return f"{head}/backward_{name}/{tail}" if name and found and not name.startswith("backward_") else key
 
 
 class _Numbered:

@@ -114,18 +114,17 @@ _IN_STACK = re.compile(r"(^|/)((?:cell/)?(?:cells|stacked_rnn_cells(?:_\d+)?)/)(
 
 def _stacked(names: Iterable[str]) -> dict[tuple[str, str], str]:
     """What stands for the cells of each stack, by where the stack is and the name of the cell."""
-    stacks: dict[str, list[str]] = {}
+    stacks: dict[str, dict[str, str]] = {}
     for name in names:
         if match := _IN_STACK.search(name):
-            cells = stacks.setdefault(name[: match.start(2)], [])
-            if match[3] not in cells:
-                cells.append(match[3])
+            stacks.setdefault(name[: match.start(2)], {})[name] = match[3]
     places = {}
-    for parent, cells in stacks.items():
+    for parent, named in stacks.items():
+        cells, listed = list(dict.fromkeys(named.values())), list(named) == sorted(named)
         numbers = [int(cell.rpartition("_")[2]) if cell[-1].isdecimal() else 0 for cell in cells]
         order = [cell for _, cell in sorted(zip(numbers, cells, strict=True))]
         if len(cells) == 1:
             places[parent, cells[0]] = ""
-        elif cells in (order, sorted(cells)):  # else the numbers are not the order in the stack
+        elif cells == order or listed:  # by HDF5, in the order of the alphabet; else the numbers are not the order in the stack
             places |= {(parent, cell): f"cells/{k}/" for k, cell in enumerate(order)}
     return places
