@@ -153,6 +153,34 @@ def test_each_layer_of_a_model_has_its_own_settings(ending: str, tmp_path: Path,
         pn.import_checkpoint(tmp_path / f"m.{ending}")
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell", "LayerNormalization", "Dense"])
+def test_a_class_of_somebody_is_not_taken_for_that_of_keras(name: str, registered: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    """It has the name and the variables of one, and may compute anything."""
+    import keras
+
+    def call(self: Any, inputs: Any, *others: Any, **more: Any) -> Any:
+        return getattr(keras.layers, name).call(self, 2 * inputs, *others, **more)
+
+    base = getattr(keras.layers, name)
+    body = {"call": call} if name in ("LayerNormalization", "Dense") else {}
+    kind = type(name, (base,), body)
+    kind = keras.saving.register_keras_serializable("somebody")(kind) if registered else kind
+
+    def made(k: Any) -> Any:
+        layer = kind(*(() if "Norm" in name else (H,)))
+        return k.RNN(layer) if name == "LSTMCell" else layer
+
+    keras_model(made, rng).save(tmp_path / "m.keras")
+    ours = {"LayerNormalization": "LayerNorm", "Dense": "Linear"}.get(name, name.removesuffix("Cell"))
+    setting = "cell" if name == "LSTMCell" else "class_name"
+    for asked in (None, ours):
+        with pytest.raises(pn.CheckpointError, match=rf"{name} \(not Keras' own\).*ignore=\('{setting}',\)"):
+            pn.import_checkpoint(tmp_path / "m.keras", layer=asked)
+    assert type(pn.import_checkpoint(tmp_path / "m.keras", layer=ours, ignore=(setting,))).__name__ == ours
+
+
 NAMED_ACROSS = {
     "each other": ("lstm_1", "lstm"),
     "the next number": ("lstm_1", "lstm_2"),

@@ -40,13 +40,14 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     exact, plausible = _exact(fits, arrays)
     if len(plausible) == 1:
         return plausible[0]
+    of_one = {id(a.said): a.said for a in arrays.values()}
+    said = next(iter(of_one.values())) if len(of_one) == 1 else None
+    if said is not None and "class_name" in {*said.refused} - ignore:
+        why = said.refused["class_name"].why
+        raise CheckpointError(f"{said.title} has {why}; pass ignore=('class_name',) where it computes what one of these does")
     if plausible:
         names = ", ".join(f"format={fit.row.format!r} with layer={fit.row.layer!r}" for fit in plausible)
         raise CheckpointError(f"the keys {some(arrays)} fit more than one: {names}; name the one that is meant")
-    of_one = {id(a.said): a.said for a in arrays.values()}
-    said = next(iter(of_one.values())) if len(of_one) == 1 else None
-    if said is not None and "class_name" in said.refused:
-        raise CheckpointError(f"{said.title} has {said.refused['class_name'].why}")
     nearest = sorted((fit for fit in fits if fit.missing or fit.unknown), key=partial(_distance, arrays))
     near = nearest[0] if nearest else None
     wrong = next((fit for fit in fits if not fit.unknown and not fit.missing and fit not in exact and _said_layer(fit, arrays)), None)
