@@ -717,6 +717,24 @@ def test_arrays_that_are_made_of_others_are_named_and_the_way_out_works(name: st
 
 
 @pytest.mark.peers
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", ["GRU", "Linear"])
+def test_hooks_that_may_change_what_a_module_computes_are_named(name: str, before: bool, rng: np.random.Generator) -> None:
+    theirs = torch_module(name, D, H)
+    plain = pn.import_checkpoint(theirs, layer=name)
+
+    def twice(module: Any, *of: Any) -> None:
+        """Somebody's."""
+
+    handle = theirs.register_forward_pre_hook(twice) if before else theirs.register_forward_hook(twice)
+    with pytest.raises(pn.CheckpointError, match=rf"a forward {'pre-' if before else ''}hook, .*twice.*ignore=\('hooks',\)"):
+        pn.import_checkpoint(theirs, layer=name)
+    pn.import_checkpoint(theirs, layer=name, ignore=("hooks",))
+    handle.remove()
+    np.testing.assert_array_equal(next(iter(pn.import_checkpoint(theirs, layer=name).params.values())), next(iter(plain.params.values())))
+
+
+@pytest.mark.peers
 @pytest.mark.parametrize("live", [True, False], ids=["module", "state dict"])
 @pytest.mark.parametrize("name", ["GRU", "Linear"])
 def test_pruned_arrays_are_read_with_their_masks(name: str, live: bool, rng: np.random.Generator) -> None:

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 
 from portnorm.arrays import to_numpy
 from portnorm.checkpoint.stored import Held, Refusal, Said, Stored
+from portnorm_backends.torch_attached import forward_hooks, parametrized
 
 _EPS = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps")
 _LAYERS: dict[type[torch.nn.Module], str] = {
@@ -96,7 +97,7 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
     own = _own_method(module) if said.layer is not None else None
     if own is not None:
         said.refused["forward"] = Refusal(f"a {own} of its own, which may compute something else than torch's class")
-    _parametrized(said, module)
+    _attached(said, module, name)
     if isinstance(module, torch.nn.RNN | torch.nn.RNNCell):
         said.values["activation"] = module.nonlinearity
     if isinstance(module, torch.nn.RNNBase):
@@ -127,16 +128,17 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
     return said
 
 
-def _parametrized(said: Said, module: torch.nn.Module) -> None:
-    """Arrays that are made by something else than weight normalization, which the formats read; of others there are only the parts."""
-    for inner in module.modules():
-        made = getattr(inner, "parametrizations", None)
-        for array, steps in made.items() if isinstance(made, torch.nn.ModuleDict) else ():
-            kinds = [type(step).__name__ for step in steps]
-            if kinds != [_WeightNorm.__name__]:
-                why = f"{array} of {type(inner).__name__}, which is made by {', '.join(kinds)}"
-                way = f"torch.nn.utils.parametrize.remove_parametrizations(module, {array!r}) leaves the array itself"
-                said.refused["parametrizations"] = Refusal(f"{why}; {way}")
+def _attached(said: Said, module: torch.nn.Module, name: str) -> None:
+    """What computes arrays of the module, or changes what it takes and gives: of arrays the formats read weight norm and pruning alone."""
+    for _, array, by, remove in parametrized(name, module):
+        if not remove.endswith(_READ) and by != _WeightNorm.__name__:
+            why = f"{array!r} computed by {by}; {remove}(module, {array!r}) leaves the array itself"
+            said.refused["parametrizations"] = Refusal(why)
+    for what in forward_hooks(module):
+        said.refused["hooks"] = Refusal(f"{what}, which may change what it computes")
+
+
+_READ = (".remove_weight_norm", ".prune.remove")
 
 
 _SIZES = {
