@@ -175,6 +175,24 @@ def test_what_prefix_and_ignore_leave_out_is_not_looked_at() -> None:
 
 
 @pytest.mark.peers
+def test_a_text_for_ignore_is_not_taken_letter_by_letter() -> None:
+    """The bias of this layer is called "b", a letter of the other's name."""
+    arrays = pn.to_format(pn.GRU(3, 4, rng=0), "mlx")
+    with pytest.raises(pn.UnsupportedError, match=r"`ignore` is the text 'bhn'; expected a collection of names: ignore=\('bhn',\)"):
+        pn.import_checkpoint(arrays, "mlx", ignore="bhn")
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_lists_of_mappings_are_read_by_their_numbers(kind: Any) -> None:
+    """Trees of MLX, haiku's states and optimizers have them; a list of numbers is an array."""
+    layers = [pn.to_format(pn.LSTM(n, 4, rng=n), "mlx") for n in (3, 4)]
+    tree = {"encoder": {"layers": kind(layers)}, "schedule": [1.0, 2.0]}
+    with pytest.raises(pn.CheckpointError, match=r"prefix='encoder/layers/0/' \(mlx LSTM\) and 1 more with other numbers"):
+        pn.import_checkpoint(tree)
+    second: Any = pn.import_checkpoint(tree, prefix="encoder/layers/1/")
+    np.testing.assert_array_equal(second.params["weight_ih_l0"], layers[1]["Wx"])
+
+
 def test_keys_of_random_generators_are_left_out_and_said() -> None:
     import jax
 
@@ -286,6 +304,50 @@ def test_one_array_more_does_not_hide_the_list(extra: str) -> None:
         layer = pn.import_checkpoint(source, layer="LSTM")
         np.testing.assert_array_equal(layer.params["weight_ih_l0"], ARRAYS["weight_ih_l0"])
         assert "encoder.lstm.weight_ih_l0" in layer.provenance
+
+
+def in_shards(folder: Path, **changed: Any) -> Path:
+    """A layer in two files, and their index."""
+    parts = {f"{n}.safetensors": {f"rnn.{key}": a for key, a in ARRAYS.items() if ("ih" in key) == bool(n)} for n in (0, 1)}
+    for name, arrays in parts.items():
+        safetensors.write(folder / name, arrays, {})
+    places = {key: name for name, arrays in parts.items() for key in arrays}
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {}, "weight_map": places, **changed}))
+    return path
+
+
+def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
+    layer = pn.import_checkpoint(in_shards(tmp_path), prefix="rnn.")
+    for name, a in ARRAYS.items():
+        np.testing.assert_array_equal(layer.params[name], a)
+    safetensors.write(tmp_path / "2.safetensors", {"norm.weight": np.ones(3), "norm.bias": np.ones(3)}, {})
+    part = in_shards(tmp_path, weight_map={"norm.weight": "2.safetensors", "norm.bias": "2.safetensors", "other": "not there.safetensors"})
+    assert isinstance(pn.import_checkpoint(part, prefix="norm.", layer="LayerNorm"), pn.LayerNorm)  # a file that is missing stops nothing
+    with pytest.raises(pn.CheckpointError, match=r"not there\.safetensors"):
+        pn.import_checkpoint(part, prefix="other")
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (None, "is damaged: expected a map `weight_map`"),
+        ({"rnn.weight_hh_l0": "../0.safetensors"}, "is damaged: expected a map `weight_map`"),
+        ({"rnn.weight_hh_l0": 3}, "is damaged: expected a map `weight_map`"),
+        ({"rnn.weight_hh_l0": "0.safetensors"}, r"'0\.safetensors' do not agree whether 'rnn\.bias_hh_l0' is in the latter"),
+        ({"rnn.weight_ih_l0": "0.safetensors"}, r"'0\.safetensors' do not agree whether 'rnn\.bias_hh_l0' is in the latter"),
+        ({"rnn.weight_hh_l0": "2.safetensors"}, "No such file"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_shards_is_named(places: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(pn.CheckpointError, match=message):
+        pn.import_checkpoint(in_shards(tmp_path, weight_map=places))
+
+
+def test_layers_with_the_keys_of_the_nearest_are_listed() -> None:
+    first, second = ({"w": np.ones((n + 4, 16)), "b": np.ones(16)} for n in (3, 4))
+    with pytest.raises(pn.CheckpointError, match=r"prefix='lstm/' \(haiku LSTM\), prefix='lstm_1/' \(haiku LSTM\)"):
+        pn.import_checkpoint({"lstm/linear": first, "lstm_1/linear": second})
 
 
 BATCH_NORM = {"bn.weight": (4,), "bn.bias": (4,), "bn.running_mean": (4,), "bn.running_var": (4,), "bn.num_batches_tracked": ()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -269,7 +270,14 @@ HAIKU = {
     "VanillaRNN with one bias": lambda hk: hk.VanillaRNN(H, double_bias=False),
     "Linear": lambda hk: hk.Linear(H),
     "LayerNorm": lambda hk: hk.LayerNorm(-1, create_scale=True, create_offset=True),
+    "LayerNorm, gain alone": lambda hk: hk.LayerNorm(-1, create_scale=True, create_offset=False),
+    "LayerNorm, shift alone": lambda hk: hk.LayerNorm(-1, create_scale=False, create_offset=True),
+    "GroupNorm, shift alone": lambda hk: hk.GroupNorm(D, create_scale=False),
+    "InstanceNorm, gain alone": lambda hk: hk.InstanceNorm(create_scale=True, create_offset=False),
     "RMSNorm": lambda hk: hk.RMSNorm(-1),
+    "BatchNorm": lambda hk: hk.BatchNorm(True, True, 0.9),
+    "BatchNorm, shift alone": lambda hk: hk.BatchNorm(False, True, 0.9),
+    "BatchNorm, neither": lambda hk: hk.BatchNorm(False, False, 0.9),
 }
 
 
@@ -278,21 +286,30 @@ HAIKU = {
 def test_haiku(kind: str, inside: bool, rng: np.random.Generator) -> None:
     import haiku as hk
 
-    recurrent = not kind.endswith(("Linear", "Norm"))
+    ours = kind.partition(",")[0]
+    recurrent = not ours.endswith(("Linear", "Norm"))
 
-    def run(x: Any) -> Any:
+    def run(x: Any, training: bool) -> Any:
         made: Any = HAIKU[kind](hk)
+        if ours == "BatchNorm":
+            return made(x, is_training=training)
         return hk.dynamic_unroll(made, x, made.initial_state(x.shape[1]))[0] if recurrent else made(x)
 
     class Net(hk.Module):  # type: ignore[misc]
-        def __call__(self, x: Any) -> Any:
-            return run(x)
+        def __call__(self, x: Any, training: bool) -> Any:
+            return run(x, training)
 
-    theirs = hk.transform((lambda x: Net()(x)) if inside else run)
+    theirs = hk.transform_with_state((lambda x, training: Net()(x, training)) if inside else run)
     x = rng.standard_normal((6, 3, D))
-    arrays = drawn({name: dict(part) for name, part in theirs.init(0, x).items()}, rng)
-    which: Any = {"layer": kind} if kind in ("Linear", "LayerNorm", "RMSNorm") else {}
-    layer = compared(arrays, lambda x: theirs.apply(arrays, None, x), x, FLOAT64, "haiku", **which)
+    parameters, state = theirs.init(0, x, True)
+    _, state = theirs.apply(parameters, state, None, x, True)
+    parameters = drawn({name: dict(part) for name, part in parameters.items()}, rng)
+    arrays = {**parameters, **state}
+    which: Any = {"layer": ours} if not recurrent else {}
+    which |= {"num_groups": D} if ours == "GroupNorm" else {}
+    layer = compared(arrays, lambda x: theirs.apply(parameters, state, None, x, False)[0], x, FLOAT64, "haiku", **which)
+    if ours == "BatchNorm":
+        return  # which is read and not written: its arrays have an axis for each of x
     again = pn.to_format(layer, "haiku")
     if recurrent:
         np.testing.assert_array_equal(pn.import_checkpoint(again, "haiku")(x)[0], layer(x)[0])
@@ -346,6 +363,7 @@ PADDLE: dict[str, Callable[[Any], Any]] = {
     "LSTM": lambda nn: nn.LSTM(D, H),
     "LSTM of two layers, both directions": lambda nn: nn.LSTM(D, H, num_layers=2, direction="bidirect"),
     "LSTM with a projection": lambda nn: nn.LSTM(D, H, proj_size=2),
+    "LSTM of two layers, both directions, with a projection": lambda nn: nn.LSTM(D, H, num_layers=2, direction="bidirect", proj_size=2),
     "GRU": lambda nn: nn.GRU(D, H),
     "SimpleRNN": lambda nn: nn.SimpleRNN(D, H),
     "Linear": lambda nn: nn.Linear(D, H),
@@ -376,7 +394,17 @@ def test_paddle(kind: str, paddle: Any, rng: np.random.Generator) -> None:
     layer = compared(arrays, forward, x, LIBRARY_FLOAT32, "paddle", **which)
     again = pn.to_format(layer, "paddle")
     for name, array in again.items():
-        np.testing.assert_array_equal(array, arrays[{"weight_ho_l0": "0.cell.weight_ho"}.get(name, name)])
+        if match := re.fullmatch(r"(\w+)_l(\d)(_reverse)?", name):  # the name by which no other array goes
+            cell = "cell" if layer.num_directions == 1 else "cell_bw" if match[3] else "cell_fw"
+            name = f"{match[2]}.{cell}.{match[1]}"
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_a_layer_of_paddle_is_no_module_of_torch(paddle: Any) -> None:
+    theirs = paddle.nn.GRU(D, H)
+    with pytest.raises(pn.UnsupportedError, match=r"`source` is a GRU; expected .*; source\.state_dict\(\) is a mapping"):
+        pn.import_checkpoint(theirs)
+    assert isinstance(pn.import_checkpoint(theirs.state_dict(), "paddle"), pn.GRU)
 
 
 def test_paddle_copies_that_differ_are_named(paddle: Any) -> None:

@@ -226,6 +226,41 @@ def test_axis(operator: str, axis: int, known: Any, tmp_path: Path, rng: np.rand
     np.testing.assert_allclose(imported(model, tmp_path)(x), run_onnx(model, x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("operator", ["LayerNormalization", "RMSNormalization"])
+@pytest.mark.parametrize(
+    ("axis", "shape"), [(-1, (1,)), (-1, ()), (-2, (6,)), (1, (1, 6)), (-2, (5, 1)), (1, (1, 1)), (-1, (1, 6)), (-2, (4,))]
+)
+def test_parameters_that_are_the_same_along_axes(
+    operator: str, axis: int, shape: tuple[int, ...], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    arrays, fits = {"scale": rng.uniform(0.5, 1.5, shape).astype("float32")}, (axis, shape) not in ((-1, (1, 6)), (-2, (4,)))
+    if operator == "LayerNormalization":
+        arrays["bias"] = rng.uniform(0.5, 1.5, (5, 6)[axis % 3 - 1 :] if fits else shape).astype("float32")
+    model = onnx_model(operator, arrays, ("x", *arrays), axis=axis)
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 5, 6]))
+    if not fits:
+        with pytest.raises(pn.CheckpointError, match=r"a_node.*axis=.*parameters of shape.*expected one gain for each value"):
+            imported(model, tmp_path)
+        return
+    x = rng.standard_normal((4, 5, 6)).astype("float32")
+    np.testing.assert_allclose(imported(model, tmp_path)(x), run_onnx(model, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("version", [9, 13, 15])
+def test_batch_normalization_with_more_outputs_is_of_training(version: int, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Five outputs said so before there was an attribute for it."""
+    arrays = {n: rng.uniform(0.5, 1.5, 6).astype("float32") for n in ("scale", "bias", "mean", "var")}
+    x = rng.standard_normal((3, 6, 4)).astype("float32")
+    model = onnx_model("BatchNormalization", arrays, ("x", *arrays))
+    model.opset_import[0].version = version
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, 6, None]))
+    np.testing.assert_allclose(imported(model, tmp_path)(x), run_onnx(model, x), rtol=1e-5, atol=1e-5)
+    if version < 14:
+        model.graph.node[-1].output.extend(["mean_out", "var_out", "saved_mean", "saved_var"])
+        with pytest.raises(pn.CheckpointError, match=r"more than one output.*batch's own statistics.*ignore=\('outputs',\)"):
+            imported(model, tmp_path)
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_gains_of_groups(known: bool, tmp_path: Path, rng: np.random.Generator) -> None:
     """Before operator set 21 there is one gain for each group; how many channels it has says the input."""
@@ -338,6 +373,24 @@ def test_weights_behind_dequantization(operator: str, version: int, tmp_path: Pa
     layer, x = imported(model, tmp_path), rng.standard_normal((6, 3, D)).astype("float32")
     assert "W is dequantized" in layer.provenance
     assert "R is dequantized" in layer.provenance
+    np.testing.assert_allclose(layer(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int16"])
+@pytest.mark.parametrize("version", [11, 17, 22])
+def test_weights_behind_dequantization_of_onnxruntime(version: int, kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """In its own domain, by which its tools write types that ONNX did not have yet; a scale for each row of W."""
+    arrays, scale = weights("LSTM", rng), rng.uniform(0.01, 0.03, 4 * H).astype("float32")
+    whole = np.round(arrays["W"] / scale[None, :, None]).clip(0 if kind == "uint8" else -128, 127).astype(kind)
+    initial = {"W_q": whole, "R": arrays["R"], "B": arrays["B"], "scale": scale, "zero": np.full(4 * H, 3, kind)}
+    model = onnx_model("LSTM", initial, ("x",), hidden_size=H)
+    model.graph.node[0].input[:] = ["x", "W", "R", "B"]
+    made = helper.make_node("DequantizeLinear", ["W_q", "scale", "zero"], ["W"], domain="com.microsoft", axis=1)
+    model.graph.node.insert(0, made)
+    model.opset_import[0].version = version
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    layer, x = imported(model, tmp_path), rng.standard_normal((6, 3, D)).astype("float32")
+    assert "W is dequantized" in layer.provenance
     np.testing.assert_allclose(layer(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,9 @@ KERAS: dict[str, Callable[[Any], Any]] = {
     "GRU, backwards, the last": lambda k: k.GRU(H, go_backwards=True),
     "LSTM, the last": lambda k: k.LSTM(H),
     "both directions": lambda k: k.Bidirectional(k.LSTM(H, activation="relu", **SEQUENCES)),
+    "both directions, the second by another name": lambda k: k.Bidirectional(
+        k.LSTM(H, **SEQUENCES), backward_layer=k.LSTM(H, go_backwards=True, name="second", **SEQUENCES)
+    ),
     "both directions, the last": lambda k: k.Bidirectional(k.GRU(H)),
     "a stack of cells": lambda k: k.RNN([k.LSTMCell(H), k.LSTMCell(H)], **SEQUENCES),
     "a stack of three cells": lambda k: k.RNN([k.GRUCell(H, recurrent_activation="hard_sigmoid") for _ in range(3)], **SEQUENCES),
@@ -46,6 +51,7 @@ KERAS: dict[str, Callable[[Any], Any]] = {
     "GroupNormalization": lambda k: k.GroupNormalization(5, epsilon=0.1),
     "GroupNormalization, gain alone": lambda k: k.GroupNormalization(5, center=False, epsilon=0.1),
     "RMSNormalization": lambda k: k.RMSNormalization(epsilon=0.1),
+    "RMSNormalization of two axes": lambda k: k.RMSNormalization(axis=[1, 2], epsilon=0.1),
     "each step": lambda k: k.TimeDistributed(k.LayerNormalization(epsilon=0.1)),
     "Dense": lambda k: k.Dense(3),
 }
@@ -64,6 +70,7 @@ REFUSED_OF_KERAS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "axis": (lambda k: k.LayerNormalization(axis=1), r"axis=.*1.*; expected the last axes"),
     "Dense with more": (lambda k: k.Dense(3, activation="softmax"), "activation='softmax'"),
+    "zero_output_for_mask": (lambda k: k.GRU(H, zero_output_for_mask=True, **SEQUENCES), "zero_output_for_mask=True"),
     "another class": (lambda k: k.Conv1D(3, 2), "of the class Conv1D has a class that is not read"),
 }
 
@@ -82,6 +89,8 @@ def computed(layer: Any, x: Any) -> Any:
     """What a layer gives for (batch, time, features), in that order."""
     if not layer.recurrent:
         return layer(x)
+    if layer.batch_first:
+        return layer(x)[0]
     y = layer(x.transpose(1, 0, 2))[0]
     return y.transpose(1, 0, 2) if y.ndim == 3 else y
 
@@ -100,6 +109,7 @@ def test_keras_settings_are_read(kind: str, ending: str, tmp_path: Path, rng: np
             pn.import_checkpoint(tmp_path / "m.h5")
         return
     layer: Any = pn.import_checkpoint(tmp_path / f"m.{ending}")
+    assert not layer.recurrent or layer.batch_first
     x = rng.standard_normal((3, 6, D)).astype("float32")
     np.testing.assert_allclose(computed(layer, x), np.asarray(theirs(x)), **LIBRARY_FLOAT32)
     if "momentum" in layer.config and "BatchNorm" in kind:
@@ -111,8 +121,6 @@ def test_keras_settings_are_read(kind: str, ending: str, tmp_path: Path, rng: np
 @pytest.mark.parametrize("kind", REFUSED_OF_KERAS)
 def test_keras_settings_that_no_layer_has_are_refused(kind: str, ending: str, tmp_path: Path, rng: np.random.Generator) -> None:
     made, message = REFUSED_OF_KERAS[kind]
-    if ending == "h5" and kind == "directions that differ":
-        message = "lstm_cell/kernel"  # which has another name there
     keras_model(made, rng).save(tmp_path / f"m.{ending}")
     with pytest.raises(pn.CheckpointError, match=message):
         pn.import_checkpoint(tmp_path / f"m.{ending}")
@@ -143,6 +151,70 @@ def test_each_layer_of_a_model_has_its_own_settings(ending: str, tmp_path: Path,
     np.testing.assert_allclose(a, expected, **LIBRARY_FLOAT32)
     with pytest.raises(pn.CheckpointError, match=r"more than one layer.*prefix='"):
         pn.import_checkpoint(tmp_path / f"m.{ending}")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell", "LayerNormalization", "Dense"])
+def test_a_class_of_somebody_is_not_taken_for_that_of_keras(name: str, registered: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    """It has the name and the variables of one, and may compute anything."""
+    import keras
+
+    def call(self: Any, inputs: Any, *others: Any, **more: Any) -> Any:
+        return getattr(keras.layers, name).call(self, 2 * inputs, *others, **more)
+
+    base = getattr(keras.layers, name)
+    body = {"call": call} if name in ("LayerNormalization", "Dense") else {}
+    kind = type(name, (base,), body)
+    kind = keras.saving.register_keras_serializable("somebody")(kind) if registered else kind
+
+    def made(k: Any) -> Any:
+        layer = kind(*(() if "Norm" in name else (H,)))
+        return k.RNN(layer) if name == "LSTMCell" else layer
+
+    keras_model(made, rng).save(tmp_path / "m.keras")
+    ours = {"LayerNormalization": "LayerNorm", "Dense": "Linear"}.get(name, name.removesuffix("Cell"))
+    setting = "cell" if name == "LSTMCell" else "class_name"
+    for asked in (None, ours):
+        with pytest.raises(pn.CheckpointError, match=rf"{name} \(not Keras' own\).*ignore=\('{setting}',\)"):
+            pn.import_checkpoint(tmp_path / "m.keras", layer=asked)
+    assert type(pn.import_checkpoint(tmp_path / "m.keras", layer=ours, ignore=(setting,))).__name__ == ours
+
+
+NAMED_ACROSS = {
+    "each other": ("lstm_1", "lstm"),
+    "the next number": ("lstm_1", "lstm_2"),
+    "a group of the file": ("layers", "cell"),
+    "what holds the variables": ("vars", "forward_layer"),
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("named", [True, False], ids=["today", "without the layers' own names"])
+@pytest.mark.parametrize("names", NAMED_ACROSS)
+def test_settings_go_to_their_layer_whatever_it_is_called(names: str, named: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Groups are called by class and number. Older files have nothing else to tell two layers apart."""
+    import h5py
+    import keras
+
+    first, second = NAMED_ACROSS[names]
+    before = keras.layers.LSTM(D, activation="hard_sigmoid", go_backwards=True, name=first, **SEQUENCES)
+    theirs = keras_model(lambda k: k.LSTM(H, name=second, **SEQUENCES), rng, before)
+    theirs.save(tmp_path / "m.keras")
+    with zipfile.ZipFile(tmp_path / "m.keras") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with h5py.File(io.BytesIO(members["model.weights.h5"]), "r+") as file:
+        if not named:
+            file.visititems(lambda _, group: group.attrs.pop("name", None) and None)
+        weights = file.id.get_file_image() if file.flush() is None else b""
+    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, weights if name == "model.weights.h5" else content)
+    x = rng.standard_normal((3, 6, D)).astype("float32")
+    a: Any = x
+    for prefix in ("layers/lstm/", "layers/lstm_1/"):
+        a = computed(pn.import_checkpoint(tmp_path / "m.keras", prefix=prefix), a)
+    np.testing.assert_allclose(a, np.asarray(theirs(x)), **LIBRARY_FLOAT32)
 
 
 @pytest.mark.peers
@@ -245,6 +317,64 @@ def test_a_version_that_meant_either_has_to_be_told(tmp_path: Path, rng: np.rand
     assert isinstance(pn.import_checkpoint(plain), pn.RNN)  # it has no gates
 
 
+RESETS: list[tuple[str, dict[str, Any] | None, str]] = [
+    ("2.2.0", None, "before"),
+    ("2.3.1", None, "before"),
+    ("2.1.6-tf", None, "before"),
+    ("2.3.0-tf", None, "after"),
+    ("2.4.0", None, "after"),
+    ("2.1.2", {}, "before"),
+    ("2.2.4", {"reset_after": True}, "after"),
+    ("2.15.0", {"reset_after": False}, "before"),
+]
+
+
+@pytest.mark.parametrize(("version", "config", "place"), RESETS)
+@pytest.mark.parametrize("bias", [0, 1, 2])
+def test_where_a_gru_of_keras_resets(
+    version: str, config: dict[str, Any] | None, place: str, bias: int, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Its bias says so. Without one the configuration does, or the version that had no such setting."""
+    p = keras_arrays(3, rng)
+    b = rng.standard_normal((max(bias, 1), 3 * H)).astype("float32") * bool(bias)
+    place = {0: place, 1: "before", 2: "after"}[bias]
+    p = {"kernel": p["kernel"], "recurrent_kernel": p["recurrent_kernel"], **({"bias": b if bias == 2 else b[0]} if bias else {})}
+    own = {"name": "lstm_1", "recurrent_activation": "sigmoid", **({} if config is None else config), "use_bias": bool(bias)}
+    if "reset_after" in own:
+        own["reset_after"] = place == "after"
+    layers = None if config is None else {"class_name": "Sequential", "config": [{"class_name": "GRU", "config": own}]}
+    given = {} if config is not None else {"gate_activation": "sigmoid"}
+    layer: Any = pn.import_checkpoint(old_file(tmp_path / "w.h5", p, version, layers), "keras", layer="GRU", **given)
+    x = rng.standard_normal((3, 5, D)).astype("float32")
+    w, u, c, d = (np.split(a, 3, -1) for a in (p["kernel"], p["recurrent_kernel"], b[0], b[1] if bias == 2 else 0 * b[0]))
+    h = np.zeros((3, H))
+    for t in range(5):
+        z, r = (1 / (1 + np.exp(-(x[:, t] @ w[k] + c[k] + h @ u[k] + d[k]))) for k in (0, 1))
+        n = np.tanh(x[:, t] @ w[2] + c[2] + ((r * h) @ u[2] if place == "before" else r * (h @ u[2] + d[2])))
+        h = z * h + (1 - z) * n
+    y = computed(layer, x)
+    np.testing.assert_allclose(y[:, -1] if y.ndim == 3 else y, h, **LIBRARY_FLOAT32)
+
+
+def test_where_a_gru_resets_has_to_be_told_or_is_said(tmp_path: Path, rng: np.random.Generator) -> None:
+    p = keras_arrays(3, rng)
+    del p["bias"]
+    assert "reset='after'" in pn.import_checkpoint(p, "keras").provenance
+    path = old_file(tmp_path / "w.h5", p, "2.2.4-tf")
+    with pytest.raises(pn.CheckpointError, match=r"no reset_after: it was False in TensorFlow 1 and True in TensorFlow 2.*reset=…"):
+        pn.import_checkpoint(path, gate_activation="sigmoid")
+    told: Any = pn.import_checkpoint(path, gate_activation="sigmoid", reset="before")
+    assert told.variant.reset == "before"
+
+
+@pytest.mark.parametrize("time_major", [True, False, None])
+def test_a_configuration_says_which_axis_is_time(time_major: bool | None, tmp_path: Path, rng: np.random.Generator) -> None:
+    own = {"name": "lstm_1", **({} if time_major is None else {"time_major": time_major})}
+    config = {"class_name": "Sequential", "config": [{"class_name": "LSTM", "config": own}]}
+    layer: Any = pn.import_checkpoint(old_file(tmp_path / "w.h5", keras_arrays(4, rng), "2.9.0", config))
+    assert layer.batch_first is not bool(time_major)
+
+
 @pytest.mark.parametrize("bias", [0, 2 * 4 * H])
 def test_cudnn_lstm(bias: int, tmp_path: Path, rng: np.random.Generator) -> None:
     """Blocks (inputs, hidden) hold (hidden, inputs) row by row; the recurrent ones are transposed; the biases are added."""
@@ -320,6 +450,16 @@ def test_a_stack_of_cells_by_its_paths(rng: np.random.Generator) -> None:
     layer: Any = pn.import_checkpoint(arrays, "keras")
     assert layer.num_layers == 2
     np.testing.assert_allclose(computed(layer, x), np.asarray(theirs(x)), **LIBRARY_FLOAT32)
+    cells = list(dict.fromkeys(name.split("/")[-2] for name in arrays))
+    tenth = {
+        name.replace(f"/{cell}/", f"/lstm_cell_{9 + cells.index(cell)}/"): a for name, a in arrays.items() for cell in [name.split("/")[-2]]
+    }
+    for some in (tenth, dict(sorted(tenth.items()))):  # as they are in the stack, or by the alphabet, as HDF5 lists them
+        again: Any = pn.import_checkpoint(some, "keras")
+        np.testing.assert_array_equal(computed(again, x), computed(layer, x))
+    ninth = dict(sorted(tenth.items(), key=lambda item: "cell_9/" in item[0]))
+    with pytest.raises(pn.CheckpointError, match="more than one layer"):
+        pn.import_checkpoint(ninth, "keras")
     swapped = dict(sorted(arrays.items(), key=lambda item: "cell_1/" not in item[0] and "cell/" in item[0]))
     if list(swapped) != list(arrays):  # the numbers say another order than the mapping
         with pytest.raises(pn.CheckpointError):
@@ -519,6 +659,104 @@ def test_a_forward_of_somebody_is_not_taken_for_that_of_torch(name: str, own: bo
         with pytest.raises(pn.CheckpointError, match=r"the class Mine has a forward of its own.*ignore=\('forward',\)"):
             pn.import_checkpoint(module)
     assert type(pn.import_checkpoint(module, ignore=("forward",))).__name__ == name
+
+
+def new(name: str) -> Any:
+    import torch
+
+    return getattr(torch.nn.utils.parametrizations, name)
+
+
+def old(name: str) -> Any:
+    import torch
+
+    return getattr(torch.nn.utils, name)
+
+
+def scaled(module: Any, name: str) -> Any:
+    import torch
+
+    class Twice(torch.nn.Module):
+        def forward(self, whole: Any) -> Any:
+            return 2 * whole
+
+    torch.nn.utils.parametrize.register_parametrization(module, name, Twice())
+    return module
+
+
+MADE_OF_OTHERS: dict[str, tuple[Callable[..., Any], bool]] = {
+    "spectral norm": (lambda *of: new("spectral_norm")(*of), True),
+    "spectral norm by a hook": (lambda *of: old("spectral_norm")(*of), True),
+    "orthogonal": (lambda *of: new("orthogonal")(*of), True),
+    "a function of somebody": (scaled, True),
+    "one after weight norm": (lambda module, name: scaled(new("weight_norm")(module, name), name), False),
+}
+"""How an array is parametrized, and whether the names of a state dict show it."""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("live", [True, False], ids=["module", "state dict"])
+@pytest.mark.parametrize("kind", MADE_OF_OTHERS)
+@pytest.mark.parametrize("name", ["LSTM", "Linear"])
+def test_arrays_that_are_made_of_others_are_named_and_the_way_out_works(name: str, kind: str, live: bool, rng: np.random.Generator) -> None:
+    import torch
+
+    wrap, shown = MADE_OF_OTHERS[kind]
+    array = "weight_hh_l0" if name == "LSTM" else "weight"
+    theirs = wrap(torch_module(name, D, H), array).eval()
+    if live or shown:
+        with pytest.raises(pn.CheckpointError, match=rf"remove_\w+\(module, '{array}'\) leaves the array itself"):
+            pn.import_checkpoint(theirs if live else theirs.state_dict(), "torch", layer=name)
+    x = rng.standard_normal((6, 3, D))
+    expected = theirs(torch.asarray(x))
+    remove = old("remove_spectral_norm") if "hook" in kind else torch.nn.utils.parametrize.remove_parametrizations
+    plain = remove(theirs, array)
+    y: Any = pn.import_checkpoint(plain if live else plain.state_dict(), "torch", layer=name)(x)
+    ours, its = (y[0], expected[0]) if name == "LSTM" else (y, expected)
+    np.testing.assert_allclose(ours, its.detach(), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("name", ["GRU", "Linear"])
+def test_hooks_that_may_change_what_a_module_computes_are_named(name: str, before: bool, rng: np.random.Generator) -> None:
+    theirs = torch_module(name, D, H)
+    plain = pn.import_checkpoint(theirs, layer=name)
+
+    def twice(module: Any, *of: Any) -> None:
+        """Somebody's."""
+
+    handle = theirs.register_forward_pre_hook(twice) if before else theirs.register_forward_hook(twice)
+    with pytest.raises(pn.CheckpointError, match=rf"a forward {'pre-' if before else ''}hook, .*twice.*ignore=\('hooks',\)"):
+        pn.import_checkpoint(theirs, layer=name)
+    pn.import_checkpoint(theirs, layer=name, ignore=("hooks",))
+    handle.remove()
+    np.testing.assert_array_equal(next(iter(pn.import_checkpoint(theirs, layer=name).params.values())), next(iter(plain.params.values())))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("live", [True, False], ids=["module", "state dict"])
+@pytest.mark.parametrize("name", ["GRU", "Linear"])
+def test_pruned_arrays_are_read_with_their_masks(name: str, live: bool, rng: np.random.Generator) -> None:
+    import torch
+    from torch.nn.utils import prune
+
+    theirs = torch_module(name, D, H)
+    prune.random_unstructured(theirs, "weight_ih_l0" if name == "GRU" else "weight", 0.5)
+    x = rng.standard_normal((6, 3, D))
+    y: Any = pn.import_checkpoint(theirs if live else theirs.state_dict(), "torch", layer=name)(x)
+    expected = theirs(torch.asarray(x))
+    ours, its = (y[0], expected[0]) if name == "GRU" else (y, expected)
+    np.testing.assert_allclose(ours, its.detach(), rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(("name", "arguments"), [("LazyLinear", (3,)), ("LazyBatchNorm1d", ())])
+def test_a_lazy_module_has_no_arrays_yet(name: str, arguments: tuple[int, ...]) -> None:
+    import torch
+
+    with pytest.raises(pn.CheckpointError, match="`weight` is not there yet: a lazy module has its arrays after its first call"):
+        pn.import_checkpoint(getattr(torch.nn, name)(*arguments), "torch")
 
 
 @pytest.mark.parametrize("given", [{}, {"batch_first": False}, {"batch_first": True}], ids=str)

@@ -52,6 +52,17 @@ def check_hooks(path: str, module: torch.nn.Module) -> None:
                 )
 
 
+def forward_hooks(module: torch.nn.Module) -> list[str]:
+    """Those of a module, or of one inside it, that are not torch's own, in words."""
+    return [
+        f"{_HOOKS[name]}, {_name(hook)}, of {type(inner).__name__}"
+        for inner in module.modules()
+        for name in ("_forward_pre_hooks", "_forward_hooks")
+        for hook in vars(inner).get(name, {}).values()
+        if not _is_of_torch(hook)
+    ]
+
+
 def check_parametrized(path: str, module: torch.nn.Module) -> None:
     """Raise `UnsupportedError` where a parameter is computed from others, which would be trained in place of these."""
     for inner_path, name, by, remove in parametrized(path, module):

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from portnorm.arrays import to_numpy
 from portnorm.checkpoint.stored import Held, Refusal, Said, Stored
+from portnorm_backends.torch_attached import forward_hooks, parametrized
 
 _EPS = ("eps", "epsilon", "variance_epsilon", "layer_norm_eps")
 _LAYERS: dict[type[torch.nn.Module], str] = {
@@ -46,6 +48,8 @@ _PACKED = ": modules that torch has quantized hold packed weights, and those bef
 
 
 def _stored(key: str, tensor: torch.Tensor, said: Said | None) -> Stored:
+    if torch.nn.parameter.is_lazy(tensor):
+        return Stored.unreadable(key, f"`{key}` is not there yet: a lazy module has its arrays after its first call", said)
     described = tuple(tensor.shape), str(tensor.dtype).rpartition(".")[2]
     return Stored(key, lambda: described, lambda: to_numpy(tensor.float() if described[1].startswith("float8") else tensor), said=said)
 
@@ -93,6 +97,7 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
     own = _own_method(module) if said.layer is not None else None
     if own is not None:
         said.refused["forward"] = Refusal(f"a {own} of its own, which may compute something else than torch's class")
+    _attached(said, module, name)
     if isinstance(module, torch.nn.RNN | torch.nn.RNNCell):
         said.values["activation"] = module.nonlinearity
     if isinstance(module, torch.nn.RNNBase):
@@ -121,6 +126,19 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
             "affine": False,
         }
     return said
+
+
+def _attached(said: Said, module: torch.nn.Module, name: str) -> None:
+    """What computes arrays of the module, or changes what it takes and gives: of arrays the formats read weight norm and pruning alone."""
+    for _, array, by, remove in parametrized(name, module):
+        if not remove.endswith(_READ) and by != _WeightNorm.__name__:
+            why = f"{array!r} computed by {by}; {remove}(module, {array!r}) leaves the array itself"
+            said.refused["parametrizations"] = Refusal(why)
+    for what in forward_hooks(module):
+        said.refused["hooks"] = Refusal(f"{what}, which may change what it computes")
+
+
+_READ = (".remove_weight_norm", ".prune.remove")
 
 
 _SIZES = {

@@ -6,6 +6,7 @@ Nothing is read here but names, shapes and settings; arrays are read when the la
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -29,18 +30,21 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
 @contextlib.contextmanager
 def opened(source: Any) -> Iterator[Held]:
-    """What a file, a mapping (whose nested mappings are joined by "/") or a live `torch.nn.Module` holds; readable while it is open.
+    """What a file, a mapping or a live `torch.nn.Module` holds; readable while it is open.
 
-    Raises `CheckpointError` where the file cannot be read, and for a pickle, which is never opened.
+    Names of nested mappings, and of lists of mappings, are joined by "/". Raises `CheckpointError` where the file cannot be read, and for a
+    pickle, which is never opened.
     """
     if isinstance(source, Mapping):
         yield _mapping(source)
         return
-    if hasattr(source, "state_dict") and hasattr(source, "named_modules"):
+    if any(kind.__module__.startswith("torch.nn.") for kind in type(source).__mro__):
         yield require_extra("portnorm_backends.torch_settings", "torch").held(source)
         return
     if not isinstance(source, str | os.PathLike):
-        raise UnsupportedError(f"`source` is a {type(source).__name__}; expected a file, a mapping of arrays, or a torch.nn.Module")
+        way_out = "; source.state_dict() is a mapping" if hasattr(source, "state_dict") else ""
+        expected = "expected a file, a mapping of arrays, or a torch.nn.Module"
+        raise UnsupportedError(f"`source` is a {type(source).__name__}; {expected}{way_out}")
     path = Path(source)
     if path.suffix in _PICKLES:
         raise CheckpointError(
@@ -50,11 +54,12 @@ def opened(source: Any) -> Iterator[Held]:
             "prefix='model_state/' names it; where it is a module, import_checkpoint takes its state_dict(). "
             "safetensors.torch.save_file(w, 'w.safetensors') keeps it in a file without code"
         )
-    if path.suffix not in _READERS:
+    ending = next((known for known in _READERS if path.name.endswith(known)), None)
+    if ending is None:
         raise CheckpointError(f"{os.fspath(path)!r} has the ending {path.suffix!r}; expected one of {', '.join(_READERS)}")
     with contextlib.ExitStack() as stack:
         with _named(path):
-            held = _READERS[path.suffix](path, stack)
+            held = _READERS[ending](path, stack)
         yield held
 
 
@@ -89,6 +94,8 @@ def _mapping(source: Mapping[Any, Any]) -> Held:
 
 def _leaves(tree: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
+        if isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value):
+            value = dict(enumerate(value))
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{name}/")
         else:
@@ -129,6 +136,26 @@ def _values(value: Any) -> Callable[[], NumPyArray]:
 
 def _safetensors(path: Path, stack: contextlib.ExitStack) -> Held:
     return Held(safetensors.entries(path)[0])
+
+
+def _shards(path: Path, stack: contextlib.ExitStack) -> Held:
+    """An index of safetensors files beside it: its `weight_map` says which of them has an array."""
+    index = json.loads(path.read_bytes())
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or any(not isinstance(name, str) or Path(name).name != name for name in places.values()):
+        raise CheckpointError(f"{os.fspath(path)!r} is damaged: expected a map `weight_map` from arrays to names of files beside it")
+    held = Held({})
+    for name in dict.fromkeys(places.values()):
+        said = [key for key, place in places.items() if place == name]
+        try:
+            stored = safetensors.entries(path.with_name(name))[0]
+        except CheckpointError as error:  # which does not stop what lies in the others
+            held.arrays |= {key: Stored.unreadable(key, str(error)) for key in said}
+            continue
+        if strange := sorted({*stored} ^ {*said}):
+            raise CheckpointError(f"{os.fspath(path)!r} and {name!r} do not agree whether {strange[0]!r} is in the latter")
+        held.arrays |= {key: stored[key] for key in said}
+    return held
 
 
 def _npz(path: Path, stack: contextlib.ExitStack) -> Held:
@@ -178,6 +205,7 @@ def _onnx(path: Path, stack: contextlib.ExitStack) -> Held:
 
 _READERS: dict[str, Callable[[Path, contextlib.ExitStack], Held]] = {
     ".safetensors": _safetensors,
+    ".safetensors.index.json": _shards,
     ".npz": _npz,
     ".h5": _hdf5,
     ".hdf5": _hdf5,

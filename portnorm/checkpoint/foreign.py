@@ -6,7 +6,6 @@ import difflib
 import inspect
 import logging
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -21,7 +20,7 @@ from portnorm.checkpoint.described import LAYERS
 from portnorm.checkpoint.formats import FORMATS as FORMATS
 from portnorm.checkpoint.formats import PIECES
 from portnorm.checkpoint.formats.row import Read
-from portnorm.checkpoint.recognise import Fit, expanded, fit_of, placed
+from portnorm.checkpoint.recognise import Fit, backward_key, expanded, fit_of, placed, some, unnamed
 from portnorm.checkpoint.stored import Said
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
@@ -46,9 +45,9 @@ def import_checkpoint(
 ) -> Layer:
     """The layer whose weights another library stored: normalization layers, LSTM, GRU, RNN, plain or normalized.
 
-    `source` is a file (.safetensors, .npz, .h5 and .keras with h5py, .onnx with onnx), a mapping of arrays, nested or not, or a
-    `torch.nn.Module`. `format` is one of `portnorm.FORMATS`, or `"auto"` for the only one that fits; `layer.provenance` then says which it
-    was, and why. `prefix` is the beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros'
+    `source` is a file (.safetensors or the index of several, .npz, .h5 and .keras with h5py, .onnx with onnx), a mapping of arrays, nested
+    or not, or a `torch.nn.Module`. `format` is one of `portnorm.FORMATS`, or `"auto"` for the only one that fits; `layer.provenance` then
+    says which it was, and why. `prefix` is the beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros'
     `encoder_W`), where the file holds more; only what it names is read. `layer` names the class where arrays alone cannot tell, such as
     `"GroupNorm"`, or the only layer of a class in a file of many. Keys in `ignore` are neither asked for nor refused; what they would have
     given is as in a new layer (statistics that `estimate_population` is to take, for example). Settings of the file that a layer cannot
@@ -69,6 +68,8 @@ def import_checkpoint(
     """
     if format not in ("auto", *FORMATS):
         raise UnsupportedError(f"`format` is {format!r}; expected 'auto' or one of {', '.join(map(repr, FORMATS))}")
+    if isinstance(ignore, str):
+        raise UnsupportedError(f"`ignore` is the text {ignore!r}; expected a collection of names: ignore=({ignore!r},)")
     with containers.opened(source) as held:
         arrays = {key: a for key, a in held.arrays.items() if key.startswith(prefix)}
         alone = held.said_of([prefix]) if held.said_of is not None and not arrays else None
@@ -88,6 +89,8 @@ def import_checkpoint(
         made = reader.layer({"xp": xp, "device": device, "dtype": dtype}, config)
     made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted(fit.keys.values()))}"
     made.provenance += "".join(f"; {note}" for note in reader.notes(made))
+    if left := unnamed(fit, arrays):
+        made.provenance += f"; no weights of their own, and left out: {some(left)}"
     if held.left_out:
         made.provenance += f"; keys of random generators, which are no weights, were left out: {', '.join(held.left_out)}"
     _log.info("import_checkpoint took %s", made.provenance)
@@ -227,12 +230,11 @@ class _Reader:
             if name not in self.ignore and not answered:
                 instead = f"say {' or '.join(f'{o}=…' for o in ours)} yourself, or " if ours else ""
                 raise CheckpointError(f"{self.said.title} has {why}; {instead}pass ignore=({name!r},) where that makes no difference")
-        if self.row.format == "keras" and len(self.fit.places[0]) == 1 and "direction" not in config:
-            backward = next((key for key in self.fit.keys.values() if re.search(r"(^|/)backward_", key)), None)
-            if backward is not None:
-                raise CheckpointError(
-                    f"{backward!r} is the backward direction alone; pass direction='reverse', or take both by a shorter prefix"
-                )
+        backward = backward_key(self.fit, self.arrays)
+        if backward is not None and "direction" not in config:
+            raise CheckpointError(
+                f"{backward!r} is the backward direction alone; pass direction='reverse', or take both by a shorter prefix"
+            )
 
     def _stated(self) -> dict[str, Any]:
         """What the file says, but for what this layer has no use for, such as the ε of a cell without a normalizer."""
@@ -251,7 +253,9 @@ class _Reader:
         names = ["eps", "momentum"] if self.cell is None else []
         if isinstance(layer, Recurrent):
             functions = ["activation", *(["gate_activation"] if self._takes("gate_activation") else [])]
+            functions += ["reset"] if self._takes("reset") and "reset" not in self.row.changes else []
             names = functions if self.row.format == "keras" or self.row.layer == "RNN" else []
+            names += ["runtime_forget_bias"] if layer.variant.runtime_forget_bias else []
             names += ["eps"] if layer.variant.norm not in (None, "weight") else []
         source = layer.variant if isinstance(layer, Recurrent) else layer
         unsaid = [f"{n}={getattr(source, n)!r}" for n in names if n not in self.stated and hasattr(source, n)]

@@ -6,7 +6,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 
@@ -16,6 +16,9 @@ from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
 from portnorm.errors import CheckpointError
 
 _HARD = {"gate_activation": "hard_sigmoid_5"}
+_CHANGED = {"recurrent_activation": ("gate_activation", "hard_sigmoid", "sigmoid"), "reset_after": ("reset", False, True)}
+"""Settings whose default TensorFlow 2 changed: what says it here, and the default before and since."""
+_VARIABLE = re.compile(r"(.*)/vars/(\d+)")
 
 
 def archive(file: Any, members: zipfile.ZipFile, path: str) -> Held:
@@ -36,16 +39,19 @@ def hdf5(file: Any, path: str) -> Held:
 
 
 def _unsaid(written: str) -> Said | None:
-    """What weights without a configuration meant: the gates of Keras before 2.3 were hard sigmoids unless somebody said otherwise."""
+    """What weights without a configuration meant where nobody said otherwise: the gates of Keras before 2.3 were hard sigmoids, and before
+    TensorFlow 2 a GRU reset before its matrix product.
+    """
     version, tensorflow = _version(written), "tf" in written
-    if version >= (2, 3):
+    if version >= (2, 4) or (tensorflow and version >= (2, 3)):
         return None
     said = Said(f"the file of Keras {written}, which has no configuration,")
     if tensorflow and version >= (2, 2):
-        why = "no recurrent_activation: it was 'hard_sigmoid' in TensorFlow 1 and 'sigmoid' in TensorFlow 2, and both wrote this version"
-        said.refused["recurrent_activation"] = Refusal(why, ("gate_activation",))
+        for name, (ours, old, new) in _CHANGED.items():
+            why = f"no {name}: it was {old!r} in TensorFlow 1 and {new!r} in TensorFlow 2, and both wrote this version"
+            said.refused[name] = Refusal(why, (ours,))
     else:
-        said.defaults = dict(_HARD)
+        said.defaults = {"reset": "before", **(_HARD if version < (2, 3) else {})}
     return said
 
 
@@ -62,10 +68,11 @@ def _held(file: Any, config: Any, version: Version, said: Said | None, path: str
                 if id(layer) not in known:
                     known[id(layer)] = said_of(layer, version, f"{path!r}: the layer {_name(layer)!r}")
                 own = known[id(layer)]
+                key = _in_direction(key, layer)
         held.arrays[key] = _stored(key, dataset, own, path)
     _call(held.arrays, layers, names)
     keras = config is not None or said is not None or "keras_version" in file.attrs or "layer_names" in file.attrs
-    held.format = "keras" if keras or any(re.search(r"(^|/)vars/\d+$", key) for key in held.arrays) else None
+    held.format = "keras" if keras or any(_VARIABLE.fullmatch(f"/{key}") for key in held.arrays) else None
     return held
 
 
@@ -110,17 +117,27 @@ def _stored(key: str, dataset: Any, said: Said | None, path: str) -> Stored:
 # -- names ---------------------------------------------------------------------------------------------------------------------------------
 
 
+class _Name(NamedTuple):
+    """What a group of the file is called."""
+
+    text: str
+    own: bool
+    """Whether that is the layer's own name, and not its class and number."""
+
+
 class _Names:
-    """The layers' own names on the way to a variable, from the outside in."""
+    """The names on the way to a variable, from the outside in."""
 
     def __init__(self, file: Any):
         self.file = file
         self.known: dict[str, str | None] = {}
 
-    def of(self, key: str) -> list[str]:
+    def of(self, key: str) -> list[_Name]:
         parts = key.split("/")
-        groups = ["/".join(parts[:k]) for k in range(1, len(parts))]
-        return [self.known.setdefault(group, self._said(group)) or group.rpartition("/")[2] for group in groups]
+        numbered = _VARIABLE.fullmatch(key) is not None  # since then groups are called by class and number
+        groups = ["/".join(parts[:k]) for k in range(1, len(parts) - numbered)]
+        said = [self.known.setdefault(group, self._said(group)) for group in groups]
+        return [_Name(own or group.rpartition("/")[2], own is not None or not numbered) for own, group in zip(said, groups, strict=True)]
 
     def _said(self, group: str) -> str | None:
         variables = self.file.get(f"{group}/vars")
@@ -140,16 +157,23 @@ def _name(layer: Mapping[str, Any]) -> str:
     return str(config.get("name") if isinstance(config, Mapping) else layer.get("name"))
 
 
-def _find(model: Mapping[str, Any], names: list[str]) -> Mapping[str, Any] | None:
-    """The layer of a model that has one of these names, or the name that Keras gives to the n-th layer of its class."""
-    layers = _layers(model) or []
-    for by in (_name, _Numbered()):
-        for layer in layers:
-            name = by(layer)
-            if name in names:
-                rest = names[names.index(name) + 1 :]
-                return layer if _layers(layer) is None else _find(layer, rest)
+def _find(model: Mapping[str, Any], names: list[_Name]) -> Mapping[str, Any] | None:
+    """The layer of a model that the outermost of these names is of: its own, or what Keras calls the n-th layer of a class."""
+    layers, numbered = _layers(model) or [], _Numbered()
+    known = {_Name(numbered(layer), own=False): layer for layer in layers} | {_Name(_name(layer), own=True): layer for layer in layers}
+    for k, name in enumerate(names):
+        if name in known:
+            layer = known[name]
+            return layer if _layers(layer) is None else _find(layer, names[k + 1 :])
     return None
+
+
+def _in_direction(key: str, layer: Mapping[str, Any]) -> str:
+    """A key whose names say that a layer goes backward, as they do where Keras itself makes the second layer of a Bidirectional."""
+    backward = (layer.get("config") or {}).get("backward_layer")
+    name = _name(backward) if layer.get("class_name") == "Bidirectional" and isinstance(backward, Mapping) else ""
+    head, found, tail = key.rpartition(f"/{name}/")
+    return f"{head}/backward_{name}/{tail}" if name and found and not name.startswith("backward_") else key
 
 
 class _Numbered:
@@ -168,22 +192,23 @@ _VARIABLES = {
     "batch_normalization": ("gamma", "beta", "moving_mean", "moving_variance"),
     "layer_normalization": ("gamma", "beta"),
     "group_normalization": ("gamma", "beta"),
+    "rms_normalization": ("scale",),
 }
-"""Variables of the layers that may have fewer of them, in their order."""
+"""Variables of layers whose arrays alone do not say which they are, in their order."""
 
 
 def _call(arrays: dict[str, Stored], layers: Mapping[str, Mapping[str, Any]], own: _Names) -> None:
     """Give the numbered variables of norms their names: by the configuration, or by how many there are."""
     groups: dict[str, list[int]] = {}
     for key in arrays:
-        if match := re.fullmatch(r"(.*)/vars/(\d+)", key):
+        if match := _VARIABLE.fullmatch(key):
             groups.setdefault(match[1], []).append(int(match[2]))
     for parent, numbers in groups.items():
         keys = [f"{parent}/vars/{n}" for n in sorted(numbers)]
         layer = layers.get(keys[0])
         while layer is not None and layer.get("class_name") == "TimeDistributed":
             layer = layer["config"]["layer"]
-        said = [_Numbered()(layer)] if layer is not None else [own.of(keys[0])[-2], parent.rpartition("/")[2]]
+        said = [_Numbered()(layer)] if layer is not None else [own.of(keys[0])[-1].text, parent.rpartition("/")[2]]
         kind = next((k for k in (re.sub(r"_\d+$", "", name) for name in said) if k in _VARIABLES), said[0])
         names = _VARIABLES.get(kind, ())
         if layer is not None:

@@ -39,61 +39,84 @@ class Reader:
 
 def said_of(layer: Mapping[str, Any], version: Version, title: str) -> Said:
     """What the configuration of a layer, as Keras writes it, says."""
-    kind, config = str(layer.get("class_name")), dict(layer.get("config") or {})
+    kind, config = _kind(layer), dict(layer.get("config") or {})
     reader = Reader(f"{title} of the class {kind}", version, (layer.get("build_config") or {}).get("input_shape"))
-    module = str(layer.get("module") or "keras")
-    own = module.partition(".")[0] in ("keras", "keras_core", "tensorflow", "tf_keras")
-    if own and kind == "TimeDistributed" and isinstance(config.get("layer"), Mapping):
+    if kind == "TimeDistributed" and isinstance(config.get("layer"), Mapping):
         return said_of(config["layer"], version, title)
-    if own and kind == "Bidirectional" and isinstance(config.get("layer"), Mapping):
+    if kind == "Bidirectional" and isinstance(config.get("layer"), Mapping):
         _bidirectional(config, reader)
-    elif own and (kind in RECURRENT or kind == "RNN"):
+    elif kind in RECURRENT or kind == "RNN":
         _recurrent(layer, reader)
-    elif own and kind in NORMS:
+    elif kind in NORMS:
         reader.said.layer = NORMS[kind]
         reader.read(config, _NORM[kind])
-    elif own and kind == "Dense":
+    elif kind == "Dense":
         reader.said.layer = "Linear"
         reader.read(config, _DENSE)
     else:
-        reader.refuse(
-            "class_name", f"a class that is not read; expected {', '.join((*RECURRENT, 'RNN', 'Bidirectional', *NORMS))} or Dense"
-        )
+        _no_class(reader)
     return reader.said
+
+
+def _kind(layer: Mapping[str, Any]) -> str:
+    """The class of a layer; one that is not Keras' own may have the name of one that is."""
+    kind, module = str(layer.get("class_name")), layer.get("module", "keras")
+    own = isinstance(module, str) and module.partition(".")[0] in ("keras", "keras_core", "tensorflow", "tf_keras")
+    return kind if own and layer.get("registered_name") is None else f"{kind} (not Keras' own)"
+
+
+def _no_class(reader: Reader) -> None:
+    reader.refuse("class_name", f"a class that is not read; expected {', '.join((*RECURRENT, 'RNN', 'Bidirectional', *NORMS))} or Dense")
 
 
 # -- recurrent layers ----------------------------------------------------------------------------------------------------------------------
 
 
 def _recurrent(layer: Mapping[str, Any], reader: Reader) -> None:
-    kind, config = str(layer.get("class_name")), dict(layer.get("config") or {})
+    kind, config = _kind(layer), dict(layer.get("config") or {})
+    reader.said.values["batch_first"] = True
+    if config.get("zero_output_for_mask") and config.get("return_sequences"):
+        why = "zero_output_for_mask=True; a layer here repeats its last result at steps that `mask` leaves out"
+        reader.refuse("zero_output_for_mask", why)
     if kind in RECURRENT:
         reader.said.layer = RECURRENT[kind]
         reader.read(config, _SEQUENCE | _CELL)
+        _old_reset(kind, config, reader)
         return
+    if kind != "RNN":
+        return _no_class(reader)
     reader.read({name: value for name, value in config.items() if name != "cell"}, _SEQUENCE)
     cell = config.get("cell") or {}
-    stacked = cell.get("class_name") == "StackedRNNCells"
+    stacked = _kind(cell) == "StackedRNNCells"
     cells = (cell.get("config") or {}).get("cells", []) if stacked else [cell]
-    kinds = {str(c.get("class_name")) for c in cells}
+    kinds = {_kind(c) for c in cells}
     if len(kinds) != 1 or not kinds <= set(CELLS):
         reader.refuse("cell", f"cells of the classes {', '.join(sorted(kinds))}; expected one of {', '.join(CELLS)} for all")
         return
     settings = [dict(c.get("config") or {}) for c in cells]
     for name in _differing(settings, _CELL):
         reader.refuse(name, f"cells whose {name} differ: {', '.join(repr(s.get(name)) for s in settings)}", *_OURS.get(name, ()))
-    reader.said.layer = CELLS[kinds.pop()]
+    (kind,) = kinds
+    reader.said.layer = CELLS[kind]
     reader.read(settings[0], _CELL)
+    _old_reset(kind, settings[0], reader)
+
+
+def _old_reset(kind: str, config: Mapping[str, Any], reader: Reader) -> None:
+    """Before there was `reset_after`, a GRU reset before its matrix product."""
+    if kind in ("GRU", "GRUCell") and "reset_after" not in config:
+        reader.said.defaults["reset"] = "before"
 
 
 def _bidirectional(config: dict[str, Any], reader: Reader) -> None:
     forward, backward = config["layer"], config.get("backward_layer")
     _recurrent(forward, reader)
+    reader.said.refused.pop("zero_output_for_mask", None)  # as both directions have it in every Bidirectional, and here
     if reader.said.values.pop("direction", None) is not None:
         reader.refuse("go_backwards", "a forward layer with go_backwards=True")
     if isinstance(backward, Mapping):
-        if backward.get("class_name") != forward.get("class_name"):
-            reader.refuse("backward_layer", f"a backward layer of the class {backward.get('class_name')}")
+        if _kind(backward) != _kind(forward):
+            reader.refuse("backward_layer", f"a backward layer of the class {_kind(backward)}")
         sides = [dict(side.get("config") or {}) for side in (forward, backward)]
         if not sides[1].get("go_backwards", True):
             reader.refuse("go_backwards", "a backward layer with go_backwards=False")
@@ -176,7 +199,7 @@ _SEQUENCE: dict[str, Reading] = {
     "go_backwards": _go_backwards,
     "stateful": _noted("stateful=True: a call here starts from zeros unless it is given the `state` of the call before"),
     "unroll": _inert,
-    "time_major": _inert,
+    "time_major": _say("batch_first", lambda value: not value),
     "zero_output_for_mask": _inert,
     "implementation": _inert,
 }

@@ -24,6 +24,8 @@ _GROWING: dict[str, Callable[..., float]] = {
 """Operators whose result may be larger than what they read, and how large."""
 FOLDED = _RESHAPED | {*_GROWING, "DequantizeLinear", "QuantizeLinear", "Add", "Sub", "Mul", "Div", "Neg", "Sqrt"}
 """Operators that are computed here when all that they read is constant."""
+_OWN, _MICROSOFT, _QUANTIZED = ("", "ai.onnx"), "com.microsoft", ("DequantizeLinear", "QuantizeLinear")
+"""Domains of ONNX' own operators, and what onnxruntime has for more types and older files, where it means the same."""
 _MOVED = _RESHAPED | {"Expand", "Tile"}
 """Operators whose result has the values of their first input, or of all where it is Concat."""
 _FOLLOWED = frozenset({"Expand", "Tile", "Identity", "Cast", "Slice", "Unsqueeze", "Add"})
@@ -60,7 +62,7 @@ class Scope:
         return scope.known[name]
 
     def _is_made(self, node: onnx.NodeProto | None, depth: int) -> bool:
-        if node is None or node.domain not in ("", "ai.onnx"):
+        if node is None or not (node.domain in _OWN or (node.domain == _MICROSOFT and node.op_type in _QUANTIZED)):
             return False
         if node.op_type == "Constant":
             return any(a.name in _CONSTANTS for a in node.attribute)
@@ -189,6 +191,10 @@ class File:
             raise CheckpointError(f"{str(self.path)!r}: constants of the node {node.name!r} grow beyond what the file holds")
         names = {n: a for n, a in zip(node.input, inputs, strict=True) if a is not None}
         opsets = _SINCE_19 if node.op_type == "DequantizeLinear" and self.version() < 19 else self.opsets
+        if node.domain == _MICROSOFT:
+            given, node, opsets = node, onnx.NodeProto(), _SINCE_21
+            node.CopyFrom(given)
+            node.domain = ""
         values = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in names.items()]
         outputs = [onnx.ValueInfoProto(name=n) for n in node.output if n]
         try:
@@ -198,8 +204,8 @@ class File:
             raise CheckpointError(f"{str(self.path)!r}: the node {node.name!r} ({node.op_type}) cannot be computed: {error}") from error
 
 
-_SINCE_19 = [helper.make_opsetid("", 19)]
-"""For a node that the evaluator has since then, and that has meant the same since it is there."""
+_SINCE_19, _SINCE_21 = ([helper.make_opsetid("", version)] for version in (19, 21))
+"""For nodes that the evaluator has since then, and that have meant the same since they are there."""
 
 
 def _product(lengths: NumPyArray) -> float:

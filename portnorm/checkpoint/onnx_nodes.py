@@ -154,9 +154,7 @@ class _Node:
                 "direction",
             )
         self._activations(count)
-        batch_first = bool(self.attributes.pop("layout", 0))
-        if batch_first:
-            self.said.values["batch_first"] = True
+        batch_first = self.said.values["batch_first"] = bool(self.attributes.pop("layout", 0))
         for name, usual in (("clip", None), ("input_forget", 0)):
             value = self.attributes.pop(name, usual)
             if value != usual:
@@ -286,7 +284,7 @@ class _Node:
         values["eps"] = float(self.attributes.pop("epsilon", 1e-5))
         for inert in ("stash_type", "consumed_inputs"):
             self.attributes.pop(inert, None)
-        groups = None
+        groups, lengths = None, None
         if self.operator == "BatchNormalization":
             values["momentum"] = round(1.0 - float(self.attributes.pop("momentum", 0.9)), 7)
             old = self._version() < 7  # where the batch's own statistics are usual
@@ -294,13 +292,15 @@ class _Node:
                 value = self.attributes.pop(name, 0 if name == "is_test" and old else usual)
                 if value != usual:
                     self._refuse(name, f"{name}={value}; expected {usual}")
+            if 7 <= self._version() < 14 and any(self.node.output[1:]):  # since then an attribute says it
+                self._refuse("outputs", "more than one output, with which it normalizes by the batch's own statistics")
         if self.operator in ("LayerNormalization", "RMSNormalization"):
-            self._axis(int(self.attributes.pop("axis", -1)))
+            lengths = self._lengths(int(self.attributes.pop("axis", -1)))
         if self.operator == "GroupNormalization":
             groups = values["num_groups"] = int(self.attributes.pop("num_groups"))
         for key in INPUTS[self.node.op_type][1:]:
             if key in self.inputs:
-                yield key, key, self._parameter(key, groups)
+                yield key, key, self._parameter(key, groups) if lengths is None else self._repeated(key, lengths)
 
     def _parameter(self, key: str, groups: int | None) -> Callable[[], NumPyArray]:
         """Before operator set 21 GroupNormalization has one gain for each group."""
@@ -316,17 +316,34 @@ class _Node:
     def _version(self) -> int:
         return next((int(o.version) for o in self.model.opset_import if o.domain in ("", "ai.onnx")), 1)
 
-    def _axis(self, axis: int) -> None:
-        if axis >= 0:
-            shape = self._shape()
-            if shape is None:
-                self._refuse("axis", f"axis={axis} of an input of unknown shape; expected one that is counted from the end")
-                return
-            axis -= len(shape)
-        scale = self.inputs.get("scale")
-        ndim = len(self.scope.shape(scale)[0]) if scale is not None and self.scope.is_constant(scale) else -axis
-        if ndim != -axis:
-            self._refuse("axis", f"axis={axis} and a scale of {ndim} axes; expected one gain for each value that is normalized together")
+    def _lengths(self, axis: int) -> tuple[int, ...] | None:
+        """The lengths of the axes that are normalized together: those of X, and where they are not known those of the parameters."""
+        shape = self._shape()
+        if axis >= 0 and shape is None:
+            self._refuse("axis", f"axis={axis} of an input of unknown shape; expected one that is counted from the end")
+            return None
+        count = -axis if axis < 0 or shape is None else len(shape) - axis
+        given = [self.scope.shape(self.inputs[key])[0] for key in ("scale", "bias") if self._is_constant(key)]
+        if not given:
+            return None  # which says it is computed
+        wide = [(*[1] * (count - len(own)), *own) for own in given]
+        known = [None] * count if shape is None else shape[max(len(shape) - count, 0) :]
+        lengths = [n if n is not None else max((own[k] for own in wide), default=1) for k, n in enumerate(known)]
+        fits = all(len(own) == len(lengths) and all(n in (1, length) for n, length in zip(own, lengths, strict=True)) for own in wide)
+        if not fits or any(n is None and length == 1 for n, length in zip(known, lengths, strict=True)):
+            shapes = " and ".join(map(str, given))
+            x = "unknown shape" if shape is None else f"shape {tuple(shape)}"
+            expected = "expected one gain for each value that is normalized together"
+            self._refuse("axis", f"axis={axis}, parameters of shape {shapes} and an input of {x}; {expected}")
+            return None
+        return tuple(lengths)
+
+    def _is_constant(self, key: str) -> bool:
+        return key in self.inputs and self.scope.is_constant(self.inputs[key])
+
+    def _repeated(self, key: str, lengths: tuple[int, ...]) -> Callable[[], NumPyArray]:
+        """A parameter for each value, of one that is the same along some axes."""
+        return lambda: numpy.ascontiguousarray(numpy.broadcast_to(self._value(key), lengths))
 
     def _shape(self) -> list[int | None] | None:
         """The shape of X, as far as it is known."""

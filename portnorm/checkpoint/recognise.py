@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,13 +40,14 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     exact, plausible = _exact(fits, arrays)
     if len(plausible) == 1:
         return plausible[0]
-    if plausible:
-        names = ", ".join(f"format={fit.row.format!r} with layer={fit.row.layer!r}" for fit in plausible)
-        raise CheckpointError(f"the keys {_some(arrays)} fit more than one: {names}; name the one that is meant")
     of_one = {id(a.said): a.said for a in arrays.values()}
     said = next(iter(of_one.values())) if len(of_one) == 1 else None
-    if said is not None and "class_name" in said.refused:
-        raise CheckpointError(f"{said.title} has {said.refused['class_name'].why}")
+    if said is not None and "class_name" in {*said.refused} - ignore:
+        why = said.refused["class_name"].why
+        raise CheckpointError(f"{said.title} has {why}; pass ignore=('class_name',) where it computes what one of these does")
+    if plausible:
+        names = ", ".join(f"format={fit.row.format!r} with layer={fit.row.layer!r}" for fit in plausible)
+        raise CheckpointError(f"the keys {some(arrays)} fit more than one: {names}; name the one that is meant")
     nearest = sorted((fit for fit in fits if fit.missing or fit.unknown), key=partial(_distance, arrays))
     near = nearest[0] if nearest else None
     wrong = next((fit for fit in fits if not fit.unknown and not fit.missing and fit not in exact and _said_layer(fit, arrays)), None)
@@ -55,9 +56,11 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
         assert said is not None
         for refusal in said.refused.values():
             raise CheckpointError(f"{said.title} has {refusal.why}")
-        raise CheckpointError(f"{said.title} has only the arrays {_some(arrays)}; expected those of a {said.layer} of portnorm")
+        raise CheckpointError(f"{said.title} has only the arrays {some(arrays)}; expected those of a {said.layer} of portnorm")
     almost = exact or (near is not None and near.row.gates and near.found > 1 and near.found >= len(near.unknown))
-    parts = [] if almost else parts_of(chosen, arrays, prefix, ignore)
+    parts = [] if exact else parts_of(chosen, arrays, prefix, ignore)
+    if almost and near is not None and (near.missing or sum(part.is_recurrent for part in parts) < 2):
+        parts = []  # the keys are rather those of one layer
     if layer is not None and len(parts) == 1 and len(parts[0].fits) == 1:
         return parts[0].fits[0]
     if parts:
@@ -274,7 +277,8 @@ def _is_plausible(fit: Fit, arrays: Arrays) -> bool:
             return ndims == {"weight": 2, "bias": 1} or ndims == {"weight": 2}
         if row.layer == "Embedding":
             return ndims == {"weight": 2}
-        return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == {1})
+        flat = {1} if any(read.then is None for read in row.reads.values()) else set(ndims.values())  # made so when it is read
+        return len(set(ndims.values())) <= 1 and (row.layer in ("LayerNorm", "RMSNorm") or set(ndims.values()) == flat)
     size = None
     for name in [n for n in ("weight_hh", "weight_hh.v") if n in shapes]:
         read = row.reads[name]
@@ -312,6 +316,16 @@ def _fits(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> tup
     plain = _Names(arrays, prefix)
     found = [_match(row, templates, keys, ignore) for row in rows for keys in plain.of(row) for templates in row.places]
     return found, plain.clashes
+
+
+def backward_key(fit: Fit, arrays: Arrays) -> str | None:
+    """A key of the backward direction, where a fit has that alone; a prefix may be what says so."""
+    row = fit.row
+    if len(fit.places[0]) != 1 or row.backward is None:
+        return None
+    own = {key: arrays[key] for key in fit.keys.values()}
+    plain = NAMES[row.format](own) if row.format in NAMES else {key: key for key in own}
+    return next((key for key, name in plain.items() if row.backward.search(name)), None)
 
 
 class _Names:
@@ -378,6 +392,12 @@ def expanded(key: str, place: str, keys: Iterable[str]) -> list[str]:
     return [f"{head}{t}{tail}" for t in range(max(steps, default=0) + 1)]
 
 
-def _some(arrays: Mapping[str, Any]) -> str:
+def unnamed(fit: Fit, arrays: Arrays) -> list[str]:
+    """Keys of what is no weight of its own in a format."""
+    plain = NAMES[fit.row.format](arrays) if fit.row.format in NAMES else arrays
+    return [key for key in arrays if key not in plain]
+
+
+def some(arrays: Collection[str]) -> str:
     names = sorted(arrays)
     return ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")

@@ -19,10 +19,11 @@ def keras_rows() -> list[Row]:
     for layer, gates in (("LSTM", "ifgo"), ("RNN", "h")):
         row = Row("keras", layer, {**weights, **bias}, None, gates, _KERAS_PLACES, {"biases": ("bias",)})
         found += [row, without(row, "bias", biases=())]
-    after = Row("keras", "GRU", {**weights, **both}, None, "zrn", _KERAS_PLACES)
+    after = Row("keras", "GRU", {**weights, **both}, None, "zrn", _KERAS_PLACES, {"reset": "after"})
     before = Row("keras", "GRU", {**weights, **bias}, None, "zrn", _KERAS_PLACES, {"reset": "before", "biases": ("bias",)})
-    # Without a bias the arrays do not say where the reset gate is: where Keras has it by default, unless `reset="before"` is given.
-    found += [after, before, without(after, "bias_ih", "bias_hh", biases=()), *_cudnn()]
+    # Without a bias the arrays do not say where the reset gate is: where Keras has it by default, unless the file or the caller says it.
+    unbiased = Row("keras", "GRU", weights, None, "zrn", _KERAS_PLACES, {"biases": ()})
+    found += [after, before, unbiased, *_cudnn()]
     linear = Row("keras", "Linear", {"weight": whole("kernel", transposed=True), "bias": whole("bias")})
     names = {"gain": "gamma", "shift": "beta", "mean": "moving_mean", "var": "moving_variance", "rms": "scale"}
     batch = {"eps": 1e-3, "momentum": 0.01, "unbiased": False}
@@ -67,7 +68,7 @@ def _cudnn() -> list[Row]:
     two = {f"bias_{side}": whole("bias", blocks=6, then=half(k)) for k, side in enumerate(("ih", "hh"))}
     return [
         Row("keras", "LSTM", {**weights(4), **both}, None, "ifgo", _KERAS_PLACES, {"biases": ("bias",), **own}),
-        Row("keras", "GRU", {**weights(3), **two}, None, "zrn", _KERAS_PLACES, own),
+        Row("keras", "GRU", {**weights(3), **two}, None, "zrn", _KERAS_PLACES, {"reset": "after", **own}),
     ]
 
 
@@ -113,18 +114,17 @@ _IN_STACK = re.compile(r"(^|/)((?:cell/)?(?:cells|stacked_rnn_cells(?:_\d+)?)/)(
 
 def _stacked(names: Iterable[str]) -> dict[tuple[str, str], str]:
     """What stands for the cells of each stack, by where the stack is and the name of the cell."""
-    stacks: dict[str, list[str]] = {}
+    stacks: dict[str, dict[str, str]] = {}
     for name in names:
         if match := _IN_STACK.search(name):
-            cells = stacks.setdefault(name[: match.start(2)], [])
-            if match[3] not in cells:
-                cells.append(match[3])
+            stacks.setdefault(name[: match.start(2)], {})[name] = match[3]
     places = {}
-    for parent, cells in stacks.items():
+    for parent, named in stacks.items():
+        cells, listed = list(dict.fromkeys(named.values())), list(named) == sorted(named)
         numbers = [int(cell.rpartition("_")[2]) if cell[-1].isdecimal() else 0 for cell in cells]
         order = [cell for _, cell in sorted(zip(numbers, cells, strict=True))]
         if len(cells) == 1:
             places[parent, cells[0]] = ""
-        elif cells in (order, sorted(cells)):  # else the numbers are not the order in the stack
+        elif cells == order or listed:  # by HDF5, in the order of the alphabet; else the numbers are not the order in the stack
             places |= {(parent, cell): f"cells/{k}/" for k, cell in enumerate(order)}
     return places

@@ -37,14 +37,19 @@ def paddle_rows() -> list[Row]:
 
 
 def paddle_names(arrays: Mapping[str, NumPyArray]) -> dict[str, str]:
-    """Keys as torch has them: `0.cell_bw.weight_ih` is `weight_ih_l0_reverse`, and is left out where that is there and is equal."""
-    found = {key: key for key in arrays}
+    """Keys as torch has them: `0.cell_bw.weight_ih` is `weight_ih_l0_reverse`.
+
+    Paddle stores each array by both names, of which the second is left out: with a projection those are shifted, `bias_ih_l0_reverse` has
+    what is a matrix. One that is equal to none of its layer's stays, and its first name is refused.
+    """
+    found, cells = {key: key for key in arrays}, dict[str, list[NumPyArray]]()
     for key, array in arrays.items():
         if match := re.fullmatch(r"((?:.*[./])?)(\d+)\.cell(?:_(fw|bw))?\.(\w+)", key):
             head, layer, direction, name = match.groups()
-            flat = f"{head}{name}_l{layer}{'_reverse' if direction == 'bw' else ''}"
-            if flat not in arrays:
-                found[key] = flat
-            elif numpy.array_equal(arrays[flat], array):
-                del found[key]
-    return found
+            found[key] = f"{head}{name}_l{layer}{'_reverse' if direction == 'bw' else ''}"
+            cells.setdefault(head, []).append(array)
+    for key, array in arrays.items():
+        match = re.fullmatch(r"((?:.*[./])?)(?:weight|bias)_(?:ih|hh)_l\d+(?:_reverse)?", key)
+        if match and any(own.shape == array.shape and numpy.array_equal(own, array) for own in cells.get(match[1], ())):
+            del found[key]
+    return {key: name if name == key or name not in found else key for key, name in found.items()}

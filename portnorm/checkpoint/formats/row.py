@@ -8,6 +8,7 @@ key stands for the place of a layer and direction (`_l0_reverse`, `layers.0.cell
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -114,6 +115,13 @@ class Row:
     @property
     def title(self) -> str:
         return self.layer + (f"(norm={self.norm!r})" if self.norm else "")
+
+    @property
+    def backward(self) -> re.Pattern[str] | None:
+        """What plain names of the backward direction have in them; `None` where a layer has one direction."""
+        templates = dict.fromkeys(re.escape(two[1]).replace(r"\{l\}", r"\d+") for two in self.places if len(two) > 1)
+        ends = [rf"{t}(?=$|[._])" if t.startswith("_") else rf"(?:^|[./]){t}" for t in templates]
+        return re.compile("|".join(ends)) if ends else None
 
     @property
     def order(self) -> str:

@@ -34,8 +34,10 @@ def tensorflow_rows() -> list[Row]:
 
 
 def tensorflow_names(arrays: Mapping[str, NumPyArray]) -> dict[str, str]:
-    """Names of variables without the number of their output."""
-    return {key: key.removesuffix(":0") for key in arrays}
+    """Variables without the number of their output. What has a variable's name before its own, `kernel/Adam`, is an optimizer's."""
+    plain = {key: key.removesuffix(":0") for key in arrays}
+    variables = set(plain.values())
+    return {key: name for key, name in plain.items() if name.rpartition("/")[0] not in variables}
 
 
 def _places(cell: str) -> tuple[tuple[str, ...], ...]:

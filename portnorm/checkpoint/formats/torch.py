@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy
 
@@ -81,8 +82,9 @@ _NORMED = (
 
 def torch_pieces(arrays: Mapping[str, Stored]) -> dict[str, Stored]:
     """Matrices of recurrent layers in place of their lengths g and directions v, but where all of a layer have these by rows: that is the
-    variant "weight".
+    variant "weight". Pruned arrays in place of these and their masks; what else is parametrized is named.
     """
+    arrays = _without_parametrizations(arrays)
     pairs: dict[str, dict[str, dict[str, Stored]]] = {}
     for key, a in arrays.items():
         for match in (m for form in _NORMED if (m := form.fullmatch(key))):
@@ -101,6 +103,53 @@ def torch_pieces(arrays: Mapping[str, Stored]) -> dict[str, Stored]:
                 del found[a.key]
             found[full] = _folded(full, **pair) if len(pair) == 2 else _halved(full, *pair.values())
     return found
+
+
+_PARAMETRIZED = re.compile(r"(?P<head>(?:.*[./])?)parametrizations\.(?P<name>\w+)\.(?P<part>.+)")
+_HOOKED = re.compile(r"(?P<head>(?:.*[./])?)(?P<name>\w+)_(?P<part>orig|mask|u|v)")
+_WAY_OUT = {
+    _PARAMETRIZED: "torch.nn.utils.parametrize.remove_parametrizations(module, {!r})",
+    _HOOKED: "torch.nn.utils.remove_spectral_norm(module, {!r})",
+}
+
+
+def _without_parametrizations(arrays: Mapping[str, Stored]) -> dict[str, Stored]:
+    """With the arrays themselves in place of what they are made of, where that is not weight normalization."""
+    found = dict(arrays)
+    for form, advice in _WAY_OUT.items():
+        groups: dict[tuple[str, str], dict[str, Stored]] = {}
+        for key, a in arrays.items():
+            if match := form.fullmatch(key):
+                groups.setdefault((match["head"], match["name"]), {})[match["part"]] = a
+        for (head, name), parts in groups.items():
+            full = f"{head}{name}"
+            if full in arrays or not parts.keys() & {"original", "orig", "original2"}:
+                continue
+            for a in parts.values():
+                del found[a.key]
+            if parts.keys() == {"orig", "mask"}:
+                found[full] = _pruned(full, parts["orig"], parts["mask"])
+            else:
+                of = ", ".join(repr(a.key) for a in parts.values())
+                problem = f"{full!r} is made of {of}; {advice.format(name)} leaves the array itself"
+                whole = next(a for part, a in parts.items() if part.startswith("orig"))
+                found[full] = Stored(full, partial(_described, whole), whole.read, said=whole.said, problem=problem)
+    return found
+
+
+def _described(a: Stored) -> tuple[tuple[int, ...], str]:
+    return a.shape, a.dtype
+
+
+def _pruned(key: str, whole: Stored, mask: Stored) -> Stored:
+    def load() -> NumPyArray:
+        if whole.shape != mask.shape:
+            raise CheckpointError(f"{whole.key!r} and {mask.key!r} have the shapes {whole.shape} and {mask.shape}; expected the same")
+        weights = whole.weights()
+        pruned: NumPyArray = weights * mask.read().astype(weights.dtype)
+        return pruned
+
+    return Stored(key, partial(_described, whole), load, said=whole.said, problem=whole.problem or mask.problem)
 
 
 def _keys(matrices: Mapping[str, Mapping[str, Stored]]) -> set[str]:
