@@ -645,6 +645,21 @@ def test_memory_is_cold_once_much_else_was_handed_out() -> None:
     del other
 
 
+@pytest.mark.parametrize("parameters", [2, 1, 0])
+@pytest.mark.parametrize("n", [768, 770, 16])
+@pytest.mark.parametrize("dtype", [np.dtype("float32"), np.dtype("float64"), NARROW], ids=str)
+def test_what_goes_past_the_caches_has_the_same_bits(
+    dtype: Any, n: int, parameters: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Also of rows that do not begin with a cache line, and by threads."""
+    x, w = rng.standard_normal((2**20 // n, n)).astype(dtype), [rng.standard_normal(n).astype(dtype) for _ in range(parameters)]
+    monkeypatch.setattr(memory, "CACHED", 2**62)
+    expected = pn.layer_norm(x, *w)
+    monkeypatch.setattr(memory, "CACHED", 0)
+    np.testing.assert_array_equal(pn.layer_norm(x, *w), expected)
+    np.testing.assert_array_equal(pn.vjp(pn.layer_norm, x, *w)[0], expected)
+
+
 def test_memory_that_waits_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "KEPT", 2**23)
     memory._waiting.clear()

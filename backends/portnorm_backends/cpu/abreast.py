@@ -169,7 +169,9 @@ def _statistics(x: Any, r: int, center: bool, eps: float, t: Any, found: Any) ->
             _sizes(wide, (t[b],), (n, eps), (own[2], own[3]))
 
 
-def _each(x: Any, weight: Any, bias: Any, turns: int, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any) -> bool:
+def _each(
+    x: Any, weight: Any, bias: Any, turns: int, eps: float, center: bool, smallest: float, largest: float, past: bool, y: Any, kept: Any
+) -> bool:
     x, weight, bias, y, kept = bare(x), bare(weight), bare(bias), bare(y), bare(kept)
     t, found = _room(x, kept.dtype)
     gains, shifts = numpy.ones(x.shape[1], kept.dtype), numpy.zeros(x.shape[1], kept.dtype)

@@ -10,7 +10,7 @@ import numba
 import numpy
 
 from portnorm_backends.cpu.compiling import compiled
-from portnorm_backends.cpu.vectors import Vector, streamed
+from portnorm_backends.cpu.vectors import Vector, settle, streamed
 
 Two = tuple[Vector, Vector]
 Three = tuple[Vector, Vector, Vector]
@@ -55,17 +55,20 @@ Numbers = tuple[float, ...]
 
 def _sgd_step(p: Any, g: Any, v: Any, p_new: Any, v_new: Any, numbers: Numbers, past: bool) -> None:
     _sgd(p.size, (p, g, v, numbers[0], numbers[1]), (p_new, v_new), past)
+    settle()
 
 
 def _rmsprop_step(p: Any, g: Any, s: Any, p_new: Any, s_new: Any, numbers: Numbers, past: bool) -> None:
     lr, decay, eps = numbers
     _rmsprop(p.size, (p, g, s, lr, decay, 1.0 - decay, eps), (p_new, s_new), past)
+    settle()
 
 
 def _adam_step(p: Any, g: Any, m: Any, s: Any, p_new: Any, m_new: Any, s_new: Any, numbers: Numbers, past: bool) -> None:
     scale, root, beta1, beta2, eps = numbers[:5]
     known = (p, g, m, s, scale, root, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps)
     _adam(p.size, known + numbers[5:], (p_new, m_new, s_new), past)
+    settle()
 
 
 STEPS: dict[str, tuple[Callable[..., None], int, tuple[int, ...]]] = {

@@ -20,8 +20,8 @@ T = TypeVar("T")
 KEPT = 2**28
 """Bytes that may wait for their next use."""
 
-_CACHED = 2**25
-"""Bytes that were handed out since a block was, from which it is no longer in a cache."""
+CACHED = 2**25
+"""Bytes that a cache may hold: what was handed out before so many others has left it."""
 
 _LARGE = 2**20
 """Bytes from which the C library hands out fresh pages."""
@@ -105,7 +105,7 @@ def _block(count: int) -> tuple[numpy.ndarray[Any, Any], bool]:
         block = _waiting[size].pop()
     except (KeyError, IndexError):
         block = numpy.empty(size, dtype=numpy.uint8)
-    cold = _handed - _when.pop(block.ctypes.data, _handed) >= _CACHED
+    cold = _handed - _when.pop(block.ctypes.data, _handed) >= CACHED
     # An array keeps its owner alive, which nobody else does; the block itself lives on.
     owner = (ctypes.c_char * size).from_buffer(block.data)
     weakref.finalize(owner, _keep, block, _handed).atexit = False

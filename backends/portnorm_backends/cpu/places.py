@@ -87,6 +87,13 @@ class Bits(Memory):
 
     def store(self, value: Any, place: Any, mask: Any = None) -> None:
         """Round the vector to the nearest, ties to even, and write it there; what is not a number stays none."""
+        super().store(self._rounded(value), place, mask)
+
+    def store_past(self, value: Any, place: Any) -> None:
+        """The same past the caches."""
+        super().store_past(self._rounded(value), place)
+
+    def _rounded(self, value: Any) -> Any:
         builder, lanes = self.builder, self.vector.count
         wide = ir.VectorType(ir.IntType(32), lanes)
 
@@ -97,7 +104,7 @@ class Bits(Memory):
         upper = builder.lshr(bits, number(16))
         nearest = builder.lshr(builder.add(builder.add(bits, number(0x7FFF)), builder.and_(upper, number(1))), number(16))
         rounded = builder.select(builder.fcmp_unordered("uno", value, value), number(0x7FC0), nearest)
-        super().store(builder.trunc(rounded, self.vector), place, mask)
+        return builder.trunc(rounded, self.vector)
 
 
 def number_of(builder: Any, bits: Any) -> Any:

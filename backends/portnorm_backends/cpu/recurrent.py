@@ -354,7 +354,7 @@ def _outside(
     """The kernel of the input term's normalizer, the parts of a row, what the kernel is told of them, and a parameter that is not there."""
     slot = cell.input_slot
     assert slot is not None
-    how = (1, float32_value(cell.variant.eps), cell.variant.norm != "rms", *RANGE[dtype])
+    how = (1, float32_value(cell.variant.eps), cell.variant.norm != "rms", *RANGE[dtype], False)
     ends = tuple(itertools.pairwise(map(int, _ends(slot.partition, size))))
     return _compiled("rowwise").forward(dtype), ends, how, numpy.empty(0, dtype)
 

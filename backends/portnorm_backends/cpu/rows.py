@@ -80,12 +80,13 @@ _ROWS_OF_SHARES = 32
 def _each_row(kernel: Any, rows: NumPyArray, parameters: Any, how: tuple[Any, ...], y: NumPyArray, kept: NumPyArray, multiple: int) -> bool:
     """The kernel over all rows, in threads where there are many; `kept` has a row for each or is not wanted."""
     if not is_much(rows.size):
-        return bool(kernel(rows, *parameters, *how, y, kept))
+        return bool(kernel(rows, *parameters, *how, False, y, kept))
+    past = y.nbytes >= memory.CACHED
     fine = []
 
     def some(a: int, b: int) -> None:
         own = kept[a:b] if kept.shape[0] == rows.shape[0] else numpy.empty_like(kept)
-        fine.append(kernel(rows[a:b], *parameters, *how, y[a:b], own))
+        fine.append(kernel(rows[a:b], *parameters, *how, past, y[a:b], own))
 
     in_ranges(rows.shape[0], rows.size, multiple, some)
     return all(fine)

@@ -23,7 +23,7 @@ import numpy
 from portnorm_backends.cpu.compiling import bare, compiled, row_of
 from portnorm_backends.cpu.places import kinds
 from portnorm_backends.cpu.sums import GROUP, carried, carry
-from portnorm_backends.cpu.vectors import Vector, elementwise, fused, leading, like, product, summed
+from portnorm_backends.cpu.vectors import Vector, elementwise, fused, leading, like, product, settle, streamed, summed
 
 _FIRST = 64
 """Values that the first guess of a mean is taken of."""
@@ -93,29 +93,38 @@ def statistics(row: Any, center: bool) -> tuple[Any, Any, float]:
     return m, like(row, d), var
 
 
-@elementwise
-def scaled(x: Vector, m: Vector, d: Vector, gain: Vector, shift: Vector) -> tuple[Vector]:
-    """((x − m) − d) · gain + shift"""
-    return (fused((x - m) - d, gain, shift),)
-
-
 def normalized(x: Vector, gain: Vector, shift: Vector, m: Vector, d: Vector, factor: Vector) -> tuple[Vector]:
     """((x − m) − d) · factor · gain + shift"""
     return (fused(((x - m) - d) * factor, gain, shift),)
 
 
-_scaled_twice = elementwise(normalized)
+def _scaled(x: Vector, m: Vector, d: Vector, gain: Vector, shift: Vector) -> tuple[Vector]:
+    """((x − m) − d) · gain + shift"""
+    return (fused((x - m) - d, gain, shift),)
+
+
+scaled, _scaled_once, _scaled_twice = elementwise(_scaled), streamed(_scaled), streamed(normalized)
 
 
 def _forward(
-    x: Any, weight: Any, bias: Any, turns: int, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any
+    x: Any,
+    weight: Any,
+    bias: Any,
+    turns: int,
+    eps: float,
+    center: bool,
+    smallest: float,
+    largest: float,
+    past: bool,
+    y: Any,
+    kept: Any,
 ) -> bool:
     """y of x, both (rows, n), of which only each row need be contiguous.
 
     Fills `kept` (rows, 3), which may have fewer rows, with m, d and 1 / sqrt(σ² + ε).
 
     `weight` and `bias` are (turns · k,), or (0,) where there is none: row r takes k values from r mod `turns`, each for n / k neighbours.
-    False where σ² + ε is not between `smallest` and `largest`: then the result is not to be used.
+    False where σ² + ε is not between `smallest` and `largest`: then the result is not to be used. `past`: y goes past the caches.
     """
     x, weight, bias, y, kept = bare(x), bare(weight), bare(bias), bare(y), bare(kept)
     n, fine = x.shape[1], True
@@ -136,11 +145,13 @@ def _forward(
                 shift = bias[first + s] if bias.size else like(x, 0)
                 scaled(wide, (row[i:j], m, d, gain, shift), (out[i:j],))
         elif weight.size and bias.size:
-            _scaled_twice(n, (row, weight[first : first + n], bias[first : first + n], m, d, factor), (out,))
+            _scaled_twice(n, (row, weight[first : first + n], bias[first : first + n], m, d, factor), (out,), past)
         elif weight.size:
-            _scaled_twice(n, (row, weight[first : first + n], 0.0, m, d, factor), (out,))
+            _scaled_twice(n, (row, weight[first : first + n], 0.0, m, d, factor), (out,), past)
         else:
-            scaled(n, (row, m, d, factor, bias[first : first + n]), (out,))
+            _scaled_once(n, (row, m, d, factor, bias[first : first + n]), (out,), past)
+    if past:
+        settle()
     return fine
 
 
@@ -226,7 +237,7 @@ def forward_of(kernel: Any, dtype: numpy.dtype[Any]) -> Callable[..., bool]:
     """A forward kernel for one type of values. Inputs are declared read-only, so that those which are need no version of their own."""
     v, t, wide = *kinds(dtype), numba.float64
     apart, given = numba.types.Array(v, 2, "A", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
-    signature = numba.boolean(apart, given, given, numba.int64, wide, numba.boolean, wide, wide, v[:, :], t[:, ::1])
+    signature = numba.boolean(apart, given, given, numba.int64, wide, numba.boolean, wide, wide, numba.boolean, v[:, :], t[:, ::1])
     made: Callable[..., bool] = compiled(signatures=signature)(kernel)
     return made
 

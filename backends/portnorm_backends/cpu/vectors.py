@@ -265,18 +265,31 @@ def elementwise(formula: Formula) -> Any:
 
 
 def streamed(formula: Formula) -> Any:
-    """Decorator: the same as `loop(n, inputs, outputs, past)`, which can write past the caches, where outputs begin with a cache line."""
+    """Decorator: the same as `loop(n, inputs, outputs, past)`, which can write past the caches, where outputs begin with a cache line.
+
+    Other threads see it after `settle`.
+    """
 
     @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
     def loop(typing: Any, n: Any, inputs: Any, outputs: Any, past: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _each(context, builder, formula, (inputs, outputs), args[:3], args[3])
-            builder.fence("seq_cst")  # such writes wait for nobody else
             return context.get_dummy_value()
 
         return types.void(types.int64, inputs, outputs, types.boolean), generate
 
     return loop
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def settle(typing: Any) -> Any:
+    """Wait for what was written past the caches."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def _each(context: Any, builder: Any, formula: Formula, kinds: tuple[Any, Any], args: Any, past: Any = None) -> None:
