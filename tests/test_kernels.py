@@ -786,15 +786,19 @@ def test_no_temporary_of_the_size_of_the_input(
     x, w = rng.standard_normal(shape).astype(np.float32), np.ones(shape[1], np.float32)
     y, pullback = pn.vjp(pn.layer_norm, x, w, w)
     pullback(y)
-    tracemalloc.start()
-    y, pullback = pn.vjp(pn.layer_norm, x, w, w)
-    forward = tracemalloc.get_traced_memory()[1]
-    tracemalloc.reset_peak()
-    dx, _, _ = pullback(y)
-    backward = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert forward < 1.5 * y.nbytes
-    assert backward < 2.5 * dx.nbytes  # with y, which lives
+    forward, backward = [], []
+    for _ in range(3):  # of which the least: another thread may have something of its own
+        y = pullback = dx = None
+        memory.release()
+        tracemalloc.start()
+        y, pullback = pn.vjp(pn.layer_norm, x, w, w)
+        forward.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.reset_peak()
+        dx, _, _ = pullback(y)
+        backward.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert min(forward) < 1.5 * y.nbytes
+    assert min(backward) < 2.5 * dx.nbytes  # with y, which lives
 
 
 @pytest.mark.parametrize(("what", "calls_"), [("layer_norm", 1000), ("LSTM", 100)])
