@@ -785,6 +785,7 @@ def test_no_temporary_of_the_size_of_the_input(
     x, w = rng.standard_normal(shape).astype(np.float32), np.ones(shape[1], np.float32)
     forward, backward = [], []
     for _ in range(3):  # of which the least: another thread may have something of its own
+        before = y = dx = pullback = None
         memory.release()  # else what other tests have left may be given back meanwhile
         before, pullback = pn.vjp(pn.layer_norm, x, w, w)
         pullback(before)
