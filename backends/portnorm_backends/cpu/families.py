@@ -50,7 +50,9 @@ def _channels(dtype: str) -> None:
 
 
 def _products(dtype: str) -> None:
-    importlib.import_module("portnorm_backends.cpu.products").compiled_for(numpy.dtype(dtype))
+    module = importlib.import_module("portnorm_backends.cpu.products")
+    for name in module.KERNELS:
+        module.compiled_for(name, numpy.dtype(dtype))
 
 
 def _outer_products(dtype: str) -> None:

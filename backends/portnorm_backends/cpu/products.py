@@ -222,18 +222,23 @@ def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
 fill_panels = compiled(inner=True)(_fill_panels)
 
 
+KERNELS: dict[str, Callable[..., None]] = {"fill": _fill_panels, "product": _product, "narrow": _narrow, "direct": _direct}
+"""What Python calls, each compiled when it is first called, or all of them before (`families`)."""
+
+
 @functools.cache
-def compiled_for(dtype: numpy.dtype[Any]) -> tuple[Any, ...]:
-    """`_fill_panels`, `_product`, `_narrow` and `_direct` for one type of values."""
+def compiled_for(name: str, dtype: numpy.dtype[Any]) -> Any:
+    """One of them for one type of values."""
     t = numba.from_dtype(dtype)
     w, shift, x = (types.Array(t, ndim, layout, readonly=True) for ndim, layout in ((2, "A"), (1, "C"), (2, "C")))
     packed, y = t[:, :, ::1], t[:, ::1]
-    return (
-        compiled(signatures=types.void(w, types.boolean, shift, packed))(_fill_panels),
-        compiled(signatures=types.void(x, packed, y, y))(_product),
-        compiled(signatures=types.void(x, x, shift, y))(_narrow),
-        compiled(signatures=types.void(x, w, shift, y))(_direct),
-    )
+    given = {
+        "fill": (w, types.boolean, shift, packed),
+        "product": (x, packed, y, y),
+        "narrow": (x, x, shift, y),
+        "direct": (x, w, shift, y),
+    }
+    return compiled(signatures=types.void(*given[name]))(KERNELS[name])
 
 
 def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
@@ -244,7 +249,8 @@ def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     rows = w.T if turned else w
     if not rows.flags.aligned or rows.strides[1] != rows.itemsize:
         rows = rows.copy("C")
-    compiled_for(dtype)[0](rows, turned, numpy.empty(0, dtype) if shift is None else numpy.require(shift, requirements=["C", "A"]), packed)
+    added = numpy.empty(0, dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
+    compiled_for("fill", dtype)(rows, turned, added, packed)
     return packed
 
 
@@ -272,7 +278,7 @@ def product_of(rows: int, length: int, dtype: numpy.dtype[Any]) -> Product:
 
 @functools.cache
 def _address(dtype: numpy.dtype[Any]) -> int:
-    return address_of(compiled_for(dtype)[1])
+    return address_of(compiled_for("product", dtype))
 
 
 def _added(shift: NumPyArray | None, count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
@@ -288,22 +294,22 @@ def _zeros(count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
 def straight(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None, y: NumPyArray) -> None:
     """Writes x · wᵀ + shift into y, for at most `FEW` rows of x, and w (n, k)."""
     if w.strides[1] == w.itemsize and w.flags.aligned:
-        compiled_for(w.dtype)[3](x, w, _added(shift, w.shape[0], w.dtype), y)
+        compiled_for("direct", w.dtype)(x, w, _added(shift, w.shape[0], w.dtype), y)
     else:
         affine_map(w.T, shift, x.shape[0])(x, y)
 
 
 def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS) -> Callable[[NumPyArray, NumPyArray], None]:
     """What writes x · w + shift into y, for contiguous x (m, k) and y (m, n), of which there will be so many `rows` in all."""
-    _, multiply, narrow, direct = compiled_for(w.dtype)
     lies = rows <= FEW and w.flags.aligned and (w.strides[0] == w.itemsize or w.shape[0] == 1)
     if lies or w.shape[0] <= _NARROW:
         added = _added(shift, w.shape[1], w.dtype)
         if lies:
+            direct = compiled_for("direct", w.dtype)
             return lambda x, y: direct(x, w.T, added, y)
-        few = numpy.require(w, requirements=["C", "A"])
+        few, narrow = numpy.require(w, requirements=["C", "A"]), compiled_for("narrow", w.dtype)
         return lambda x, y: narrow(x, few, added, y)
-    packed = pack(w, shift)
+    packed, multiply = pack(w, shift), compiled_for("product", w.dtype)
     return lambda x, y: multiply(x, packed, y, near(x.shape[0], x.shape[1], x.dtype))
 
 
