@@ -234,12 +234,33 @@ def test_long_rows_are_centred_where_they_are_added_up_in_order(target: Any) -> 
     layers = "LayerNormalization" in row.sums_in_order
     assert centred(pn.LayerNorm(1000), ("batch", 1000), target) is (layers or always)
     assert centred(pn.LayerNorm(999), ("batch", 999), target) is always
-    behind = pn.Sequential(pn.Linear(3, 1000, bias=False, rng=0), pn.LayerNorm(1000))
-    assert centred(behind, ("batch", 3), target) is always
+    for bias in (False, True):
+        behind = pn.Sequential(pn.Linear(3, 1000, bias=bias, rng=0), pn.LayerNorm(1000))
+        assert target == "litert" or centred(behind, ("batch", 3), target) is always
     if "InstanceNormalization" not in row.without:
         instances = "InstanceNormalization" in row.sums_in_order
         assert centred(pn.InstanceNorm(2), ("batch", 2, "height", "width"), target) is (instances or always)
         assert centred(pn.InstanceNorm(2), ("batch", 2, 5, 7), target) is always
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_products_for_litert_have_centred_weights(streaming: bool) -> None:
+    """LiteRT takes LayerNormalization apart: behind a product the mean is 0, and the mean of its squares is all that it needs."""
+    shape = (1, 3) if streaming else (2, 1, 3)
+    report = pn.export(pn.LSTM(3, 4, norm="layer", rng=0), None, target="litert", streaming=streaming, input_shape=shape)
+    nodes = report.model.graph.node
+    weights = {
+        t.name: onnx.numpy_helper.to_array(t)
+        for t in report.model.graph.initializer
+        if t.name in {n.input[1] for n in nodes if n.op_type == "MatMul"}
+    }
+    assert len(weights) == 2
+    for name, w in weights.items():
+        np.testing.assert_allclose(w.mean(axis=1), 0, atol=1e-8, err_msg=name)
+    normalized = [n for n in nodes if n.op_type == "LayerNormalization"]
+    assert len(normalized) == shape[0]  # c, in each step
+    kept = pn.export(pn.LSTM(3, 4, norm="layer", rng=0), None, target="litert", streaming=streaming, input_shape=shape, accurate=True)
+    assert sum(n.op_type == "LayerNormalization" for n in kept.model.graph.node) == (3 if streaming else 4)  # h before the first step is 0
 
 
 def test_every_target_that_adds_up_in_order_says_so() -> None:

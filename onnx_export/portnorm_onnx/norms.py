@@ -101,8 +101,12 @@ def normalize(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: fl
 def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
     """Gain and shift may be over more than the normalized axes: it is enough that they broadcast to `x`."""
     axes, params = attrs["axes"], attrs["param_axes"]
-    if bias is None and weight is not None and axes == params and (product := _centred_product(x, axes)) is not None:
-        return node("RMSNormalization", product, weight, axis=axes[0], epsilon=eps)
+    if axes == params and (product := _centred_product(x, axes)) is not None:
+        if x.opset is not None and x.opset.target.centred_weights:
+            square = NAMESPACE.mean(product * product, axis=axes, keepdims=True)
+            return _scaled_by(product / NAMESPACE.sqrt(square + eps), weight, bias, params)
+        if weight is not None and bias is None:
+            return node("RMSNormalization", product, weight, axis=axes[0], epsilon=eps)
     if len(axes) > 1 and x.opset is not None and x.opset.target.one_axis:
         return _of_one_axis(x, weight, bias, eps, attrs)
     if x.opset is not None and x.opset.target.broadcasts_to_maps and _to_be_centred(x, axes, "LayerNormalization"):
@@ -188,7 +192,7 @@ def _is_long(x: SymbolicArray, axes: tuple[int, ...], operator: str) -> bool:
     """
     if x.opset is None or numpy.dtype(x.dtype).itemsize < 4:  # whose own steps are larger than what such a sum loses
         return False
-    product = x.producer is not None and x.producer.op_type in ("MatMul", "Gemm")
+    product = x.affine is not None or (x.producer is not None and x.producer.op_type in ("MatMul", "Gemm"))
     known = [n for n in (x.dims[a] for a in axes) if isinstance(n, int)]
     long = len(known) < len(axes) or math.prod(known) >= LONG
     return operator in x.opset.target.sums_in_order and long and not product
@@ -197,7 +201,9 @@ def _is_long(x: SymbolicArray, axes: tuple[int, ...], operator: str) -> bool:
 def _centred_product(x: SymbolicArray, axes: tuple[int, ...]) -> SymbolicArray | None:
     """h·W less the mean of each row, as the product with W less the mean of its rows."""
     n, opset = x.producer, x.opset
-    if n is None or n.op_type != "MatMul" or opset is None or not (opset.fold and opset.target.captures and opset.version >= 23):
+    if n is None or n.op_type != "MatMul" or opset is None or not opset.fold:
+        return None
+    if not (opset.target.centred_weights or (opset.target.captures and opset.version >= 23)):
         return None
     h, weights = n.inputs
     if h is None or weights is None or weights.constant is None or axes != (x.ndim - 1,) or numpy.dtype(x.dtype).itemsize < 4:

@@ -74,6 +74,8 @@ class Target:
     """An Identity may give an output; else what gives one may be read inside too."""
     wide_gains: bool = False
     """LayerNormalization may have a gain over more axes than it normalizes."""
+    centred_weights: bool = False
+    """The runtime takes LayerNormalization apart: of a product with weights these are centred, and the mean of its squares is enough."""
     output_rows: bool = False
     """Products with weights are Gemm, with a row of the weight for each output, as it is stored."""
     sums_in_order: frozenset[str] = frozenset()
@@ -213,6 +215,8 @@ TARGETS: dict[str, Target] = {
             scalars=False,
             backward_slices=False,
             sums_in_order=frozenset({"InstanceNormalization"}),
+            flat_steps=True,
+            centred_weights=True,
             without=frozenset({"BatchNormalization"}),
             reason="onnx2tf makes a file that cannot be loaded of what it does not have, and takes open lengths for 1; a backward slice "
             "is 1 to 2 off without an error; BatchNormalization is x·s + t, 1e-3 off at a mean of 10,000; InstanceNormalization "
