@@ -93,6 +93,7 @@ $(VENV)-ways-training/.installed: pyproject.toml
 
 ways-out: $(VENV)-ways/.installed $(VENV)-ways-training/.installed
 	PYTHONPATH=.:backends:onnx_export $(VENV)-ways/bin/python -m benchmarks.ways_out
+	PYTHONPATH=.:backends:onnx_export $(VENV)-ways/bin/python -W ignore -m benchmarks.ways_speed
 
 # Runtimes that have a converter or a compiler of their own (docs/runtimes.md), each in an environment of its own: those of `accuracy`, and
 # these. What cannot be installed is left out, and the table says so.

@@ -132,8 +132,9 @@ def advice() -> str:
 
 
 def regimes() -> str:
-    """The regimes, and what data looks like that."""
-    return table(("regime", "data like that", "types"), ((name, REGIMES[name].like, ", ".join(REGIMES[name].dtypes)) for name in FIELD))
+    """The regimes, what data looks like that, and what an error there tells."""
+    rows = ((name, REGIMES[name].like, REGIMES[name].shows, ", ".join(REGIMES[name].dtypes)) for name in FIELD)
+    return table(("regime", "data like that", "what an error tells", "types"), rows)
 
 
 def versions() -> str:

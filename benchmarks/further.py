@@ -56,6 +56,8 @@ class Kind:
     step: tuple[int, ...] = (1, INPUTS)
     mean: float = 0.0
     """Of the values that it is tried on, in standard deviations."""
+    accurate: bool = False
+    """Whether it is exported so."""
 
 
 def _recurrent(cell: type[Recurrent], norm: Any, **keywords: Any) -> Kind:
@@ -67,12 +69,13 @@ def _recurrent(cell: type[Recurrent], norm: Any, **keywords: Any) -> Kind:
     )
 
 
-def _rows(make: Callable[[], pn.Layer], mean: float = 0.0) -> Kind:
-    return Kind(make, (3, INPUTS), ("batch", INPUTS), ("batch", INPUTS), mean=mean)
+def _rows(make: Callable[[], pn.Layer], mean: float = 0.0, values: int = INPUTS, accurate: bool = False) -> Kind:
+    return Kind(make, (3, values), ("batch", values), ("batch", values), mean=mean, accurate=accurate)
 
 
-def _images(make: Callable[[], pn.Layer]) -> Kind:
-    return Kind(lambda: random_numbers(make()), (3, INPUTS, 4, 4), ("batch", INPUTS, "height", "width"), ("batch", INPUTS, 4, 4))
+def _images(make: Callable[[], pn.Layer], mean: float = 0.0, side: int = 4) -> Kind:
+    fixed = (3, INPUTS, side, side)
+    return Kind(lambda: random_numbers(make()), fixed, ("batch", INPUTS, "height", "width"), ("batch", *fixed[1:]), mean=mean)
 
 
 def _far() -> pn.Layer:
@@ -107,11 +110,15 @@ KINDS: dict[str, Kind] = {
     "Embedding, LN-LSTM, Linear": Kind(_tagger, (STEPS, 1), ("time", "batch"), (STEPS, "batch"), (1,)),
     "LayerNorm": _rows(lambda: random_numbers(pn.LayerNorm(INPUTS))),
     "LayerNorm, mean 10,000 σ": _rows(lambda: random_numbers(pn.LayerNorm(INPUTS)), FAR),
+    "LayerNorm, mean 10,000 σ, `accurate=True`": _rows(lambda: random_numbers(pn.LayerNorm(INPUTS)), FAR, accurate=True),
+    "LayerNorm of 4,096, mean 10,000 σ": _rows(lambda: random_numbers(pn.LayerNorm(4096)), FAR, 4096),
     "RMSNorm": _rows(lambda: random_numbers(pn.RMSNorm(INPUTS))),
     "BatchNorm": _rows(lambda: random_numbers(pn.BatchNorm(INPUTS))),
     "BatchNorm, mean 10,000 σ": _rows(_far, FAR),
+    "BatchNorm of images": _images(lambda: pn.BatchNorm(INPUTS)),
     "GroupNorm": _images(lambda: pn.GroupNorm(2, INPUTS)),
     "InstanceNorm": _images(lambda: pn.InstanceNorm(INPUTS, affine=True)),
+    "InstanceNorm of 64 × 64, mean 10,000 σ": _images(lambda: pn.InstanceNorm(INPUTS, affine=True), FAR, 64),
 }
 
 
@@ -136,6 +143,7 @@ def cell(subject: str, name: str, way: str) -> dict[str, Any]:
         x = kind.mean + np.random.default_rng(0).standard_normal(kind.fixed)
         cases = [(x.astype("float32"), None)]
     given: Any = {"target": target, "input_shape": shape, "streaming": way == "step", "inputs": cases and [x for x, _ in cases]}
+    given |= {"accurate": True} if kind.accurate else {}
     try:
         report = pn.export(layer, None, **given)
     except (UnsupportedError, ExportError) as error:

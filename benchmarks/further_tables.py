@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.further import KINDS, RESULTS, SUBJECTS, WAYS
 from benchmarks.tables import table
 from portnorm_onnx.elsewhere import ENGINES
-from portnorm_onnx.targets import TARGETS
+from portnorm_onnx.targets import LONG, TARGETS
 
 Rows = list[dict[str, Any]]
 
@@ -84,10 +84,11 @@ _FIELDS: list[tuple[str, Any]] = [
     ("no LSTM, GRU or RNN operator", lambda t: not t.fused),
     ("no first state of zeros", lambda t: t.fused_start),
     ("flips by Gather", lambda t: not t.backward_slices),
-    ("BatchNormalization as (x − m)·s", lambda t: "BatchNormalization" in t.without),
+    ("BatchNormalization as (x − m)·s", lambda t: "BatchNormalization" in t.without or t.broadcasts_to_maps),
     ("LayerNormalization of one axis", lambda t: t.one_axis),
     ("with a bias", lambda t: t.biased_norms),
     ("centred before LayerNormalization and InstanceNormalization", lambda t: bool(t.one_pass)),
+    (f"rows of {LONG} values and more centred", lambda t: bool(t.sums_in_order)),
     ("no broadcast last input of Where", lambda t: not t.where_broadcasts),
     ("states (batch, features)", lambda t: t.flat_states),
     ("`time_0` of shape (1,)", lambda t: not t.scalars and not t.lacks),

@@ -143,23 +143,35 @@ def torch_trace(layer: pn.Layer, way: Way, path: Path) -> dict[str, Any]:
 # -- phones --------------------------------------------------------------------------------------------------------------------------------
 
 
-def executorch(layer: pn.Layer, way: Way, path: Path, exact: bool = True) -> dict[str, Any]:
+def lowered_by_executorch(module: Any, example: tuple[Any, ...], path: Path, shapes: Any = None) -> Any:
+    """Written for XNNPACK; what became of the program."""
+    import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    lowered = to_edge_transform_and_lower(program_of(layer, way, exact), partitioner=[XnnpackPartitioner()])
+    program = torch.export.export(module, example, dynamic_shapes=shapes)
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     path.write_bytes(lowered.to_executorch().buffer)
-    nodes = lowered.exported_program().graph.nodes
+    return lowered.exported_program()
+
+
+def lowered_by_litert(module: Any, example: tuple[Any, ...], path: Path, shapes: Any = None) -> None:
+    import litert_torch
+
+    litert_torch.convert(module, example, dynamic_shapes=shapes).export(str(path))
+
+
+def executorch(layer: pn.Layer, way: Way, path: Path, exact: bool = True) -> dict[str, Any]:
+    model, example = module_of(layer, way, exact)
+    nodes = lowered_by_executorch(model, example, path, shapes_of(way, example)).graph.nodes
     return {"delegates": sum("executorch_call_delegate" in str(node.target) for node in nodes)}
 
 
 def litert(layer: pn.Layer, way: Way, path: Path, exact: bool = True) -> dict[str, Any]:
-    import litert_torch
     from ai_edge_litert.interpreter import Interpreter
 
     model, example = module_of(layer, way, exact)
-    shapes = shapes_of(way, example) if way.time or way.batch else None
-    litert_torch.convert(model, example, dynamic_shapes=shapes).export(str(path))
+    lowered_by_litert(model, example, path, shapes_of(way, example) if way.time or way.batch else None)
     interpreter = Interpreter(str(path))
     interpreter.allocate_tensors()
     return {"delegates": sum(op["op_name"] == "DELEGATE" for op in interpreter._get_ops_details())}

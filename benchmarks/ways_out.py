@@ -212,15 +212,16 @@ def rows_of(door: Door, kinds: list[str], folder: Path) -> list[dict[str, Any]]:
 def main(names: list[str]) -> None:
     """Measure all doors, or those whose names contain one of these, and keep the rest as it was."""
     doors = [d for d in DOORS if not names or any(n in d.name for n in names)]
-    kept = json.loads(RESULTS.read_text()) if names and RESULTS.exists() else {"rows": [], "about": {}}
-    found = [r for r in kept["rows"] if r["door"] not in {d.name for d in doors}]
+    order = [d.name for d in DOORS]
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    found = [r for r in kept["rows"] if r["door"] in order and r["door"] not in {d.name for d in doors}]
     with tempfile.TemporaryDirectory(prefix="ways-") as folder:
         for door in doors:
             found += rows_of(door, list(KINDS), Path(folder))
-    order = [d.name for d in DOORS]
     found.sort(key=lambda r: order.index(r["door"]))
     packages = dict(sorted({p: version_of(d, p) for d in DOORS for p in d.packages}.items()))
-    RESULTS.write_text(json.dumps({"about": machine() | {"packages": packages}, "rows": found}, indent=1, ensure_ascii=False) + "\n")
+    whole = kept | {"about": machine() | {"packages": packages}, "rows": found}
+    RESULTS.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -116,6 +116,17 @@ def ways_out_pieces() -> str:
     return table(("door", "", *kinds), shown)
 
 
+def ways_out_speed() -> str:
+    """How long each takes, over the first of its kind."""
+    rows = []
+    for of, measured in kept_of("ways_out")["speed"].items():
+        for r in measured:
+            low, high = r["ratios"]
+            took = f"{r['microseconds'] / 1000:.1f} ms" if r["microseconds"] >= 1000 else f"{r['microseconds']:.0f} µs"
+            rows.append((of, r["what"], took, f"{r['ratio']:.2f}" + (f" ({low:.2f}–{high:.2f})" if low < high else "")))
+    return table(("", "", "time", "ratio"), rows)
+
+
 def ways_out_versions() -> str:
     about = kept_of("ways_out")["about"]
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in about["packages"].items())
@@ -128,6 +139,7 @@ TABLES = {
     "behind_versions": behind_versions,
     "ways_out": ways_out,
     "ways_out_said": ways_out_said,
+    "ways_out_speed": ways_out_speed,
     "ways_out_pieces": ways_out_pieces,
     "ways_out_versions": ways_out_versions,
 }

@@ -217,6 +217,85 @@ def test_accurate_keeps_a_large_mean_right_in_the_runtime(layer: pn.Layer, shape
     assert error[True] < 2e-3 < error[False]
 
 
+def centred(layer: pn.Layer, shape: tuple[Any, ...], target: Any, **keywords: Any) -> bool:
+    """Whether its normalization is of what a mean was subtracted from; shapes that are open stay so where the target takes them."""
+    fixed = tuple(d if isinstance(d, int) else 40 for d in shape)
+    report = pn.export(layer, None, target=target, input_shape=shape if TARGETS[target].open_shapes else fixed, **keywords)
+    made = {name: n.op_type for n in report.model.graph.node for name in n.output}
+    (norm,) = [n for n in report.model.graph.node if n.op_type in ("LayerNormalization", "InstanceNormalization")]
+    return made.get(norm.input[0]) == "Sub"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_long_rows_are_centred_where_they_are_added_up_in_order(target: Any) -> None:
+    """And neither short ones, nor those of a product with weights, which have no mean that is large against their spread."""
+    row = TARGETS[target]
+    always = "LayerNormalization" in row.one_pass
+    layers = "LayerNormalization" in row.sums_in_order
+    assert centred(pn.LayerNorm(1000), ("batch", 1000), target) is (layers or always)
+    assert centred(pn.LayerNorm(999), ("batch", 999), target) is always
+    for bias in (False, True):
+        behind = pn.Sequential(pn.Linear(3, 1000, bias=bias, rng=0), pn.LayerNorm(1000))
+        assert target == "litert" or centred(behind, ("batch", 3), target) is always
+    if "InstanceNormalization" not in row.without:
+        instances = "InstanceNormalization" in row.sums_in_order
+        assert centred(pn.InstanceNorm(2), ("batch", 2, "height", "width"), target) is (instances or always)
+        assert centred(pn.InstanceNorm(2), ("batch", 2, 5, 7), target) is always
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_products_for_litert_have_centred_weights(streaming: bool) -> None:
+    """LiteRT takes LayerNormalization apart: behind a product the mean is 0, and the mean of its squares is all that it needs."""
+    shape = (1, 3) if streaming else (2, 1, 3)
+    report = pn.export(pn.LSTM(3, 4, norm="layer", rng=0), None, target="litert", streaming=streaming, input_shape=shape)
+    nodes = report.model.graph.node
+    weights = {
+        t.name: onnx.numpy_helper.to_array(t)
+        for t in report.model.graph.initializer
+        if t.name in {n.input[1] for n in nodes if n.op_type == "MatMul"}
+    }
+    assert len(weights) == 2
+    for name, w in weights.items():
+        np.testing.assert_allclose(w.mean(axis=1), 0, atol=1e-8, err_msg=name)
+    normalized = [n for n in nodes if n.op_type == "LayerNormalization"]
+    assert len(normalized) == shape[0]  # c, in each step
+    kept = pn.export(pn.LSTM(3, 4, norm="layer", rng=0), None, target="litert", streaming=streaming, input_shape=shape, accurate=True)
+    assert sum(n.op_type == "LayerNormalization" for n in kept.model.graph.node) == (3 if streaming else 4)  # h before the first step is 0
+
+
+def test_every_target_that_adds_up_in_order_says_so() -> None:
+    found = {name: sorted(row.sums_in_order) for name, row in TARGETS.items() if row.sums_in_order}
+    assert found.keys() == {"tract", "web", "litert", "mnn", "iree", "tvm", "tinygrad"}
+    assert all("adds up the values of a row one after the other" in TARGETS[name].reason for name in found)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (3, 8), (2, 3, 8)], ids=str)
+def test_accurate_rows_for_ncnn_are_images(shape: tuple[int, ...]) -> None:
+    """ncnn broadcasts the mean of a row as that of a row in images alone; elsewhere it is subtracted from other values."""
+    report = pn.export(pn.LayerNorm(8), None, target="ncnn", input_shape=shape, accurate=True)
+    known = {t.name: onnx.numpy_helper.to_array(t).tolist() for t in report.model.graph.initializer}
+    first, mean, *_ = report.model.graph.node
+    assert [first.op_type, mean.op_type] == ["Reshape", "ReduceMean"]
+    assert known[first.input[1]] == [1 if len(shape) == 2 else shape[0], shape[-2], 1, 8]
+    assert known[mean.input[1]] == [2, 3]
+
+
+def test_statistics_of_images_for_ncnn_are_subtracted_by_an_operator() -> None:
+    """Two BatchNormalizations, of which the first is x − m in whatever order it is computed: right at any mean."""
+    layer = pn.BatchNorm(2)
+    statistics = {"running_mean": np.array([1e4, -1e4], "f4"), "running_var": np.array([1e-4, 1.0], "f4")}
+    layer.assign(layer.params, {**layer.buffers, **statistics})
+    report = pn.export(layer, None, target="ncnn", input_shape=(1, 2, 3, 3))
+    first, second = report.model.graph.node
+    known = {t.name: onnx.numpy_helper.to_array(t) for t in report.model.graph.initializer}
+    assert [first.op_type, second.op_type] == ["BatchNormalization"] * 2
+    eps = next(a.f for a in first.attribute if a.name == "epsilon")
+    assert np.all(known[first.input[4]] + np.float32(eps) == 1)
+    x = (statistics["running_mean"][:, None, None] + 0.01 * np.random.default_rng(0).standard_normal((1, 2, 3, 3))).astype("f4")
+    exact = layer.to(dtype="float64")(x.astype(np.float64))
+    np.testing.assert_allclose(run(report.model, x=x)["y"], exact, atol=2e-6)
+
+
 @pytest.mark.parametrize("target", [name for name in TARGETS if "float16" in TARGETS[name].dtypes])
 @pytest.mark.parametrize("norm", [None, "layer", "batch"])
 def test_accurate_float16_has_products_of_float32(norm: str | None, target: str) -> None:

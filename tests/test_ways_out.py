@@ -296,13 +296,18 @@ def test_fixed_steps_are_written_out_and_others_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch's own code
-def test_a_compiled_package_keeps_time_and_batch_open(tmp_path: Path) -> None:
+@pytest.mark.parametrize("freezing", [False, True])
+def test_a_compiled_package_keeps_time_and_batch_open(freezing: bool, tmp_path: Path) -> None:
     """AOTInductor checks no lengths: what is written out gives the steps that it was exported with for any."""
     import torch
 
     layer = layer_of("LSTM", "layer", "both directions, stacked")
     model, program = exported_by_torch(layer, given := FORMS["both directions, stacked"][1])
-    package = torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2")))
+    with torch.no_grad():
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "m.pt2"), inductor_configs={"freezing": freezing}
+        )
+    package = torch._inductor.aoti_load_package(path)
     for size in SIZES:
         inputs = given_to_torch(layer, given, *size)
         found = torch.utils._pytree.tree_leaves(package(*inputs))

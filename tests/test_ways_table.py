@@ -51,3 +51,14 @@ def test_a_wrong_artifact_gets_its_word() -> None:
         ([right] * 4, "✓ 1e-5"),
     ):
         assert of_door(judged(WAYS[1], rows)) == shown
+
+
+def test_no_layer_takes_less_than_its_products() -> None:
+    """Of each kind, in the kept table; and the page names the option by which a package takes less."""
+    speed = json.loads(RESULTS.read_text())["speed"]
+    assert len(speed) == 3
+    for rows in speed.values():
+        times = {r["what"]: r["microseconds"] for r in rows}
+        least = next(time for what, time in times.items() if what.startswith("its products alone"))
+        assert all(time > least for what, time in times.items() if "exact" in what or what.startswith(("AOT", "by hand"))), times
+    assert 'inductor_configs={"freezing": True}' in TEXT

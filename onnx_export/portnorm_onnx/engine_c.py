@@ -14,7 +14,9 @@ from portnorm_onnx.engine_parts import NumPyArray, RefusedError, Run, command, f
 
 C_OPTIONS = ("--large-weight-threshold", "0", "--large-temp-threshold", "0")
 """Weights in the C: by itself it puts more than 100 kB into a file that the program has to load first. No memory but the stack."""
-CC_OPTIONS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-D__FAST_MATH__")
+WHOLE_NODES = "-DEMX_NODE_FN=static __attribute__((noinline))"
+"""Each node a function that stays one: else sums in any order make 0 of the sum of what a mean was subtracted from, as in exact numbers."""
+CC_OPTIONS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-D__FAST_MATH__", WHOLE_NODES)
 """Sums in any order, or no product is vectorized. NaN stays NaN, for which the compiler leaves out the macro; by it glibc gives functions
 of vectors."""
 

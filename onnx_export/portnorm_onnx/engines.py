@@ -156,6 +156,23 @@ def litert(path: str) -> Run:
         interpreter.invoke()
         return named([_channels_second(interpreter.get_tensor(k), shape) for k, shape in zip(indices, outputs, strict=True)])
 
+    def steps(given: Mapping[str, NumPyArray], fed: Mapping[str, str]) -> list[NumPyArray]:
+        """As docs/examples/deploy/in_litert.py has them."""
+        gives = {o.name: k for o, k in zip(graph.output, indices, strict=True)}
+        back = [(taken[into][0], gives[name]) for name, into in fed.items()]
+        for into in fed.values():
+            index, kind, shape = taken[into]
+            interpreter.set_tensor(index, given[into].astype(kind).reshape(shape))
+        (index, kind, shape), ys = taken["x"], []
+        for x in given["x"].astype(kind).reshape(-1, *shape):
+            interpreter.set_tensor(index, x)
+            interpreter.invoke()
+            ys.append(interpreter.get_tensor(gives["y"]))
+            for into, k in back:
+                interpreter.set_tensor(into, interpreter.get_tensor(k))
+        return ys
+
+    run.steps = steps  # type: ignore[attr-defined]
     return run
 
 

@@ -17,6 +17,7 @@ from portnorm.norm.normalize import standard_deviation
 from portnorm_onnx.fold import one_row, scaled
 from portnorm_onnx.namespace import NAMESPACE
 from portnorm_onnx.symbolic import SymbolicArray, constant, node, nodes
+from portnorm_onnx.targets import LONG
 
 
 def _fits(x: SymbolicArray, weight: Any, attrs: Any) -> str | None:
@@ -31,8 +32,11 @@ def _fits(x: SymbolicArray, weight: Any, attrs: Any) -> str | None:
         known = attrs["mean"].constant is not None and attrs["var"].constant is not None
         # The operator is x · s + t, which cancels where |mean| ≫ std; OpenVINO and tract refuse statistics of a wider type than x.
         alike = attrs["mean"].dtype == x.dtype and not opset.accurate
+        channels = axes == others and params == (1,) and known
+        if channels and opset.target.broadcasts_to_maps:
+            return "BatchNormalization twice" if x.ndim > 2 else None
         alike = alike and "BatchNormalization" not in opset.target.without
-        return "BatchNormalization" if axes == others and params == (1,) and known and alike else None
+        return "BatchNormalization" if channels and alike else None
     if axes != tuple(range(axes[0], x.ndim)) or axes[0] == 0:
         return None
     static = all(isinstance(x.dims[a], int) for a in axes)
@@ -97,11 +101,17 @@ def normalize(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: fl
 def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
     """Gain and shift may be over more than the normalized axes: it is enough that they broadcast to `x`."""
     axes, params = attrs["axes"], attrs["param_axes"]
-    if bias is None and weight is not None and axes == params and (product := _centred_product(x, axes)) is not None:
-        return node("RMSNormalization", product, weight, axis=axes[0], epsilon=eps)
-    x = _centred(x, axes, "LayerNormalization")
+    if axes == params and (product := _centred_product(x, axes)) is not None:
+        if x.opset is not None and x.opset.target.centred_weights:
+            square = NAMESPACE.mean(product * product, axis=axes, keepdims=True)
+            return _scaled_by(product / NAMESPACE.sqrt(square + eps), weight, bias, params)
+        if weight is not None and bias is None:
+            return node("RMSNormalization", product, weight, axis=axes[0], epsilon=eps)
     if len(axes) > 1 and x.opset is not None and x.opset.target.one_axis:
         return _of_one_axis(x, weight, bias, eps, attrs)
+    if x.opset is not None and x.opset.target.broadcasts_to_maps and _to_be_centred(x, axes, "LayerNormalization"):
+        return _layer_of_maps(x, weight, bias, eps, attrs)
+    x = _centred(x, axes, "LayerNormalization")
     wide = x.opset is not None and x.opset.target.wide_gains
     fits = params == tuple(range(params[0], x.ndim)) and (params[0] == axes[0] or (wide and params[0] < axes[0]))
     trainable = x.opset is not None and x.opset.trainable
@@ -117,10 +127,7 @@ def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> 
         axis=axes[0],
         epsilon=eps,
     )
-    along = tuple(x.shape[a] if a in params else 1 for a in range(x.ndim))
-    if not fits and weight is not None:
-        y = y * NAMESPACE.reshape(weight, along)
-    return y + NAMESPACE.reshape(bias, along) if not fits and bias is not None else y
+    return y if fits else _scaled_by(y, weight, bias, params)
 
 
 def _of_one_axis(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
@@ -129,7 +136,21 @@ def _of_one_axis(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: An
     rows = NAMESPACE.reshape(x, (*x.shape[: axes[0]], math.prod(int(x.dims[a]) for a in axes)))
     last = (rows.ndim - 1,)
     y: SymbolicArray = NAMESPACE.reshape(_layer(rows, None, None, eps, {"axes": last, "param_axes": last}), x.shape)
-    along = tuple(x.shape[a] if a in params else 1 for a in range(x.ndim))
+    return _scaled_by(y, weight, bias, params)
+
+
+def _layer_of_maps(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
+    """Rows as images (1, rows, 1, values), or of three axes and more (batch, rows, 1, values), each centred; gain and shift behind."""
+    (first, *_), dims, batch = attrs["axes"], [int(n) for n in x.dims], int(x.ndim > 2)
+    maps = NAMESPACE.reshape(x, (math.prod(dims[:batch]), math.prod(dims[batch:first]), 1, math.prod(dims[first:])))
+    centred = maps - NAMESPACE.mean(maps, axis=(2, 3), keepdims=True)
+    y = node("LayerNormalization", centred, _filled(maps, (3,), 1), _filled(maps, (3,), 0), axis=3, epsilon=eps)
+    return _scaled_by(NAMESPACE.reshape(y, x.shape), weight, bias, attrs["param_axes"])
+
+
+def _scaled_by(y: SymbolicArray, weight: Any, bias: Any, params: tuple[int, ...]) -> SymbolicArray:
+    """Gain and shift behind an operator that has none."""
+    along = tuple(y.shape[a] if a in params else 1 for a in range(y.ndim))
     y = y if weight is None else y * NAMESPACE.reshape(weight, along)
     return y if bias is None else y + NAMESPACE.reshape(bias, along)
 
@@ -155,24 +176,34 @@ def _centred(x: SymbolicArray, axes: tuple[int, ...], operator: str) -> Symbolic
     """`x` less its mean where that was asked for, or needs to be: a runtime's operator then meets no mean that its statistics could cancel
     against. A mean that is not exact is one that the operator finds again, and takes exactly, since it is small.
     """
-    if x.opset is None or not (x.opset.accurate or operator in x.opset.target.one_pass or _is_long(x, axes)):
+    if not _to_be_centred(x, axes, operator):
         return x
     centred: SymbolicArray = x - NAMESPACE.mean(x, axis=axes, keepdims=True)
     return centred
 
 
-def _is_long(x: SymbolicArray, axes: tuple[int, ...]) -> bool:
-    """Whether a row has more values than the target adds up well."""
+def _to_be_centred(x: SymbolicArray, axes: tuple[int, ...], operator: str) -> bool:
+    return x.opset is not None and (x.opset.accurate or operator in x.opset.target.one_pass or _is_long(x, axes, operator))
+
+
+def _is_long(x: SymbolicArray, axes: tuple[int, ...], operator: str) -> bool:
+    """Whether a row has, or may have, more values than the target's operator adds up well, and may have a mean: that of a product is
+    not large, as that of data is.
+    """
     if x.opset is None or numpy.dtype(x.dtype).itemsize < 4:  # whose own steps are larger than what such a sum loses
         return False
-    longest, lengths = x.opset.target.sums_in_order, [x.dims[a] for a in axes]
-    return longest is not None and math.prod(n for n in lengths if isinstance(n, int)) >= longest
+    product = x.affine is not None or (x.producer is not None and x.producer.op_type in ("MatMul", "Gemm"))
+    known = [n for n in (x.dims[a] for a in axes) if isinstance(n, int)]
+    long = len(known) < len(axes) or math.prod(known) >= LONG
+    return operator in x.opset.target.sums_in_order and long and not product
 
 
 def _centred_product(x: SymbolicArray, axes: tuple[int, ...]) -> SymbolicArray | None:
     """h·W less the mean of each row, as the product with W less the mean of its rows."""
     n, opset = x.producer, x.opset
-    if n is None or n.op_type != "MatMul" or opset is None or not (opset.fold and opset.target.captures and opset.version >= 23):
+    if n is None or n.op_type != "MatMul" or opset is None or not opset.fold:
+        return None
+    if not (opset.target.centred_weights or (opset.target.captures and opset.version >= 23)):
         return None
     h, weights = n.inputs
     if h is None or weights is None or weights.constant is None or axes != (x.ndim - 1,) or numpy.dtype(x.dtype).itemsize < 4:
@@ -188,12 +219,20 @@ def _batch(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> 
     return node("BatchNormalization", x, weight, bias, mean, var, epsilon=eps)
 
 
+def _batch_twice(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:
+    """x − m, and the rest behind: what computes x · s + t for given statistics has s = 1 and t = −m in the first, exactly."""
+    ones, zeros, unit = (_filled(x, (1,), value) for value in (1, 0, 1 - eps))
+    less = _batch(x, ones, zeros, eps, {"mean": attrs["mean"], "var": unit})
+    return _batch(less, weight, bias, eps, {"mean": zeros, "var": attrs["var"]})
+
+
 _ROWS = {
     "folded": _folded,
     "grouped": _grouped,
     "LayerNormalization": _layer,
     "InstanceNormalization": _instance,
     "BatchNormalization": _batch,
+    "BatchNormalization twice": _batch_twice,
 }
 
 

@@ -61,6 +61,9 @@ class Target:
     """LayerNormalization needs a bias."""
     one_axis: bool = False
     """LayerNormalization is of one axis."""
+    broadcasts_to_maps: bool = False
+    """What has a value for each row is only known to be such in images, where a constant of each channel is not: two BatchNormalizations
+    stand for given statistics of images."""
     where_broadcasts: bool = True
     """The last input of Where may have fewer values than the result."""
     backward_slices: bool = True
@@ -71,10 +74,12 @@ class Target:
     """An Identity may give an output; else what gives one may be read inside too."""
     wide_gains: bool = False
     """LayerNormalization may have a gain over more axes than it normalizes."""
+    centred_weights: bool = False
+    """The runtime takes LayerNormalization apart: of a product with weights these are centred, and the mean of its squares is enough."""
     output_rows: bool = False
     """Products with weights are Gemm, with a row of the weight for each output, as it is stored."""
-    sums_in_order: int | None = None
-    """Values of a row from which on it is centred before it is normalized: sums are taken one term after the other, and are not exact."""
+    sums_in_order: frozenset[str] = frozenset()
+    """Operators that add up a row one value after the other, which is not exact in `LONG` rows: what they normalize is centred before."""
     one_pass: frozenset[str] = frozenset()
     """Operators that take the variance as E[x²] − E[x]²: what they normalize is centred before."""
     narrow_statistics: frozenset[str] = frozenset()
@@ -94,7 +99,11 @@ class Target:
     reason: str = ""
 
 
+LONG = 1000
+"""Values of a row from which on such a sum is no longer as good as two passes over pairs of values."""
+
 _NARROW = frozenset({"InstanceNormalization"})
+_OWN = frozenset({"LayerNormalization", "InstanceNormalization"})
 _LENGTHS = "sequence_lens gives wrong values in OpenVINO, and tract does not take it"
 
 TargetName = Literal[
@@ -170,7 +179,7 @@ TARGETS: dict[str, Target] = {
             backward_slices=False,
             length_outputs=False,
             wide_gains=True,
-            sums_in_order=1000,
+            sums_in_order=_OWN,
             narrow_statistics=_NARROW,
             reason="takes no sequence_lens that is not constant, and no backward slice of unknown length; one form of an "
             "operator ended its process and is never written; its Python interface gives out no lengths; no Sigmoid in float64; "
@@ -184,9 +193,10 @@ TARGETS: dict[str, Target] = {
             functions=True,
             peepholes=True,
             wide_gains=True,
+            sums_in_order=_OWN,
             dtypes=("float16", "float32", "float64"),
             reason="onnxruntime's CPU kernels, compiled to WebAssembly; 1.30 loads no opset above 26, and its MatMulNBits rounds no "
-            "input to integers",
+            "input to integers; adds up the values of a row one after the other",
         ),
         Target(
             "tensorrt",
@@ -204,9 +214,13 @@ TARGETS: dict[str, Target] = {
             open_shapes=False,
             scalars=False,
             backward_slices=False,
+            sums_in_order=frozenset({"InstanceNormalization"}),
+            flat_steps=True,
+            centred_weights=True,
             without=frozenset({"BatchNormalization"}),
             reason="onnx2tf makes a file that cannot be loaded of what it does not have, and takes open lengths for 1; a backward slice "
-            "is 1 to 2 off without an error; BatchNormalization is x·s + t, 1e-3 off at a mean of 10,000",
+            "is 1 to 2 off without an error; BatchNormalization is x·s + t, 1e-3 off at a mean of 10,000; InstanceNormalization "
+            "adds up the values of a row one after the other",
         ),
         _further(
             "mnn",
@@ -215,9 +229,11 @@ TARGETS: dict[str, Target] = {
             resets_before=False,
             where_broadcasts=False,
             backward_slices=False,
+            sums_in_order=frozenset({"LayerNormalization"}),
             without=frozenset({"BatchNormalization"}),
             reason="without an error: sequence_lens and direction=reverse are ignored, linear_before_reset=0 is computed as 1, Where takes "
-            "wrong values for a last input with fewer values; BatchNormalization is x·s + t, 1e-3 off at a mean of 10,000; no loop",
+            "wrong values for a last input with fewer values; BatchNormalization is x·s + t, 1e-3 off at a mean of 10,000; "
+            "LayerNormalization adds up the values of a row one after the other; no loop",
         ),
         _further(
             "ncnn",
@@ -229,34 +245,39 @@ TARGETS: dict[str, Target] = {
             identities=False,
             biased_norms=True,
             one_axis=True,
+            broadcasts_to_maps=True,
             fused=False,
             opset=23,
             last_opset=23,
-            without=frozenset({"BatchNormalization"}),
             lacks=frozenset({"Gather", "Where"}),
             reason="has no batch, and no axis that stands for it but the first; LayerNormalization of one axis, with a bias; no Gather, "
-            "which tables of statistics need; pnnx ends with exit status 0 and a file that cannot be loaded where an operator is lacking",
+            "which tables of statistics need; without an error: a mean of each row is subtracted from the wrong values but in images, a "
+            "constant of each channel in images; BatchNormalization is x·s + t, 6e-4 off at a mean of 10,000; pnnx ends with exit status 0 "
+            "and a file that cannot be loaded where an operator is lacking",
         ),
         _further(
             "iree",
             open_shapes=False,
             backward_slices=False,
             output_rows=True,
+            sums_in_order=_OWN,
             reason="without an error: an open length comes out of a loop as 1, InstanceNormalization over an open axis is NaN, a backward "
-            "slice is 1 to 6 off, sequence_lens is ignored",
+            "slice is 1 to 6 off, sequence_lens is ignored; adds up the values of a row one after the other",
         ),
         _further(
             "tvm",
             fused=False,
             loops=False,
-            reason="has neither loops nor LSTM, GRU and RNN",
+            sums_in_order=_OWN,
+            reason="has neither loops nor LSTM, GRU and RNN; adds up the values of a row one after the other",
         ),
         _further(
             "tinygrad",
             fused=False,
             loops=False,
             scalars=False,
-            reason="has neither loops nor LSTM, GRU and RNN",
+            sums_in_order=_OWN,
+            reason="has neither loops nor LSTM, GRU and RNN; adds up the values of a row one after the other",
         ),
         _further(
             "c",

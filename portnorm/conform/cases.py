@@ -94,6 +94,8 @@ class Regime:
     """Sides on which results lie below the smallest normal number: not measured of a library that takes those as 0."""
     like: str = ""
     """What data looks like that."""
+    shows: str = ""
+    """What an error in it tells of a subject."""
     immense: tuple[str, ...] = ()
     """Types in which the variance is beyond what statistics are kept in, so that none can be given."""
     field: bool = False
@@ -149,33 +151,98 @@ _HALF = ("float16", "bfloat16")
 REGIMES: dict[str, Regime] = {
     row.name: row
     for row in (
-        Regime("normal", _normal, like="activations, and inputs that were standardized", field=True),
-        Regime("mean 3 std", _with_mean(3.0), like="photographs, with pixels from 0 to 255", field=True),
-        Regime("mean 10 std", _with_mean(10.0), like="kelvin over a year, pulse, blood pressure", field=True),
-        Regime("mean 1e2 std", _with_mean(1e2), like="kelvin in a room, audio in dB where nobody speaks, CT within the liver", field=True),
-        Regime("mean 1e3 std", _with_mean(1e3), like="air pressure in pascal over a day", field=True),
+        Regime(
+            "normal",
+            _normal,
+            like="activations, and inputs that were standardized",
+            shows="the row of the table is wrong, or ε is elsewhere",
+            field=True,
+        ),
+        Regime(
+            "mean 3 std",
+            _with_mean(3.0),
+            like="photographs, with pixels from 0 to 255",
+            shows="nothing but rounding in any form: the lower end of the plot",
+            field=True,
+        ),
+        Regime(
+            "mean 10 std",
+            _with_mean(10.0),
+            like="kelvin over a year, pulse, blood pressure",
+            shows="one pass begins to lose digits",
+            field=True,
+        ),
+        Regime(
+            "mean 1e2 std",
+            _with_mean(1e2),
+            like="kelvin in a room, audio in dB where nobody speaks, CT within the liver",
+            shows="one pass: 3 of 7 digits are left",
+            field=True,
+        ),
+        Regime(
+            "mean 1e3 std",
+            _with_mean(1e3),
+            like="air pressure in pascal over a day",
+            shows="one pass: a digit is left; x·s + t of given statistics",
+            field=True,
+        ),
         Regime(
             "mean 1e4 std",
             _with_mean(1e4),
             dtypes=("float16", "float32", "float64"),
             like="the frequency of the grid in hertz, altitude of a satellite in metres",
+            shows="one pass: NaN, a variance below 0, or the largest error",
             field=True,
         ),
-        Regime("mean 1e6 std", _with_mean(1e6), dtypes=_WIDE, like="timestamps in seconds within an hour", field=True),
+        Regime(
+            "mean 1e6 std",
+            _with_mean(1e6),
+            dtypes=_WIDE,
+            like="timestamps in seconds within an hour",
+            shows="a mean that is not taken twice; x·s + t of given statistics",
+            field=True,
+        ),
         Regime("mean 1e8 std", _with_mean(1e8), dtypes=("float32", "float64")),
         Regime("N(1e4, 0.01)", _with_mean(1e4, 0.01), dtypes=("float32", "float64")),
         Regime("tiny variance", _with_mean(1.0, 1e-6), dtypes=("float32", "float64")),
         Regime("constant", lambda rng, shape, dtype: numpy.full(shape, 1234.5)),
-        Regime("constant 0.1", _constant(0.1), like="padding, a dead channel", field=True),
-        Regime("constant 1234", _constant(1234.0), like="CT outside of the body, a sensor that is stuck", field=True),
-        Regime("constant 1e6", _constant(1e6), dtypes=("bfloat16", *_WIDE), like="a counter that nothing moves", field=True),
+        Regime(
+            "constant 0.1",
+            _constant(0.1),
+            like="padding, a dead channel",
+            shows="a mean that is not the value: 1/√ε makes 316 times of what it is off by",
+            field=True,
+        ),
+        Regime(
+            "constant 1234",
+            _constant(1234.0),
+            like="CT outside of the body, a sensor that is stuck",
+            shows="the same, and a variance below 0 by more than ε",
+            field=True,
+        ),
+        Regime(
+            "constant 1e6",
+            _constant(1e6),
+            dtypes=("bfloat16", *_WIDE),
+            like="a counter that nothing moves",
+            shows="the same, tens large",
+            field=True,
+        ),
         Regime("largest float16", lambda rng, shape, dtype: rng.choice([-1.0, 1.0], shape) * rng.uniform(3e4, 6.5e4, shape)),
-        Regime("spread of 30", _with_mean(0.0, 30.0), dtypes=_HALF, like="logits; sums of squares leave float16 at 30 values", field=True),
+        Regime(
+            "spread of 30",
+            _with_mean(0.0, 30.0),
+            dtypes=_HALF,
+            like="logits; sums of squares leave float16 at 30 values",
+            shows="sums of squares in float16",
+            field=True,
+        ),
         Regime(
             "±300",
             lambda rng, shape, dtype: rng.choice([-300.0, 300.0], shape) * rng.uniform(0.9, 1.1, shape),
             dtypes=_HALF,
             like="outlier features of a transformer; a square leaves float16",
+            shows="squares in float16: the result is the shift alone",
             field=True,
         ),
         Regime(
@@ -184,18 +251,27 @@ REGIMES: dict[str, Regime] = {
             subnormal=("gradient",),
             immense=("bfloat16", *_WIDE),
             like="a training run that diverges",
+            shows="squares that leave the type of the statistics",
             field=True,
         ),
         *(
-            Regime(f"rows of {n}, mean {name} std", _with_mean(mean), values=n, dtypes=_WIDE, like=like, field=True)
-            for n, like in (
-                (4**3, "a head of attention"),
-                (4**6, "the width of a language model"),
-                (4**8, "a picture or a second of sound"),
+            Regime(f"rows of {n}, mean {name} std", _with_mean(mean), values=n, dtypes=_WIDE, like=like, shows=shows, field=True)
+            for n, like, shows in (
+                (4**3, "a head of attention", "nothing that longer rows do not: the yardstick for them"),
+                (4**6, "the width of a language model", "sums that go one after the other"),
+                (4**8, "a picture or a second of sound", "the same, sixteen times as much"),
             )
             for name, mean in (("1e2", 1e2), ("1e4", 1e4))
         ),
-        Regime("image, mean 1e2 std", _with_mean(1e2), shape=_image, dtypes=_WIDE, like="a feature map of a ResNet", field=True),
+        Regime(
+            "image, mean 1e2 std",
+            _with_mean(1e2),
+            shape=_image,
+            dtypes=_WIDE,
+            like="a feature map of a ResNet",
+            shows="another kernel for images than for small arrays",
+            field=True,
+        ),
         # Squares overflow, or underflow, in the type of the statistics.
         Regime("huge", _scaled(lambda d: {"float32": 100.0, "float64": 800.0}[d]), dtypes=("float32", "float64")),
         Regime("tiny", _scaled(lambda d: {"float32": -100.0, "float64": -900.0}[d]), dtypes=("float32", "float64")),

@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 from xml.etree import ElementTree
 
+from portnorm.conform.cases import REGIMES
 from portnorm.conform.forms import Form
 from portnorm.conform.result import Result
 
@@ -35,7 +36,10 @@ def to_junit(results: Sequence[Result]) -> str:
 def to_html(results: Iterable[Result], about: dict[str, Any], named: Sequence[Form] = ()) -> str:
     """One self-contained page: subjects × cases as a heat map, the worst value and how to reproduce it behind every cell, and forms."""
     template = resources.files("portnorm.conform").joinpath("page.html").read_text(encoding="utf-8")
-    data = json.dumps({"about": about, "results": [r.to_dict() for r in results], "forms": [f.to_dict() for f in named]})
+    regimes = {row.name: {"like": row.like, "shows": row.shows} for row in REGIMES.values() if row.like}
+    data = json.dumps(
+        {"about": about, "results": [r.to_dict() for r in results], "forms": [f.to_dict() for f in named], "regimes": regimes}
+    )
     for character, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026")):
         data = data.replace(character, code)
     return template.replace("/*DATA*/null", data)
