@@ -174,7 +174,6 @@ def test_what_prefix_and_ignore_leave_out_is_not_looked_at() -> None:
     assert isinstance(pn.import_checkpoint({**ARRAYS, "extra": instance("Lazy")}, ignore=("extra",)), pn.LSTM)
 
 
-@pytest.mark.peers
 def test_a_text_for_ignore_is_not_taken_letter_by_letter() -> None:
     """The bias of this layer is called "b", a letter of the other's name."""
     arrays = pn.to_format(pn.GRU(3, 4, rng=0), "mlx")
@@ -193,6 +192,7 @@ def test_lists_of_mappings_are_read_by_their_numbers(kind: Any) -> None:
     np.testing.assert_array_equal(second.params["weight_ih_l0"], layers[1]["Wx"])
 
 
+@pytest.mark.peers
 def test_keys_of_random_generators_are_left_out_and_said() -> None:
     import jax
 
