@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
 
 import portnorm as pn
 from benchmarks.tables import ROOT
@@ -43,6 +44,25 @@ def session(model: Any) -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
+def products_alone(outputs: int, hidden: int) -> ort.InferenceSession:
+    """What a step cannot do without: the products of x and h (1, hidden) with int8 weights, each one node, and nothing else."""
+    rng, names, weights = np.random.default_rng(0), ("x", "h"), []
+    for name in names:
+        for what, values in (
+            ("w", rng.integers(-63, 64, (hidden, outputs)).astype(np.int8)),
+            ("s", np.full(outputs, 0.01, np.float32)),
+            ("z", np.zeros(outputs, np.int8)),
+        ):
+            weights.append(numpy_helper.from_array(values, what + name))
+    made = [helper.make_node("DynamicQuantizeMatMul", [n, f"w{n}", f"s{n}", f"z{n}"], [f"y{n}"], domain="com.microsoft") for n in names]
+    given, found = (
+        [helper.make_tensor_value_info(letter + n, TensorProto.FLOAT, (1, size)) for n in names]
+        for letter, size in (("", hidden), ("y", outputs))
+    )
+    domains = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    return session(helper.make_model(helper.make_graph(made, "products", given, found, weights), opset_imports=domains, ir_version=10))
+
+
 def measure(kind: type[Any], norm: str | None, quantize: str, shape: tuple[int, int, int, int]) -> dict[str, Any]:
     """Times of both graphs, the ratio of their minima and of each turn, the ratio of their files, and how far the results are apart."""
     steps, batch, inputs, hidden = shape
@@ -56,12 +76,16 @@ def measure(kind: type[Any], norm: str | None, quantize: str, shape: tuple[int, 
         drawn = rng.standard_normal(dims) if given.name == "x" else rng.uniform(-0.5, 0.5, dims)
         feed[given.name] = drawn.astype(np.float32) if "float" in given.type else np.zeros(dims, np.int64)
     y = {name: run.run(["y"], feed)[0] for name, run in runs.items()}
+    feeds = dict.fromkeys([*runs], feed)
+    if steps == 1 and quantize == "int8":
+        runs["alone"] = products_alone(layer.params["weight_hh_l0"].shape[0], hidden)
+        feeds["alone"] = {name: rng.standard_normal((1, hidden)).astype(np.float32) for name in ("x", "h")}
     times: dict[str | None, list[float]] = {name: [] for name in runs}
     for _ in range(TURNS):
         for name, run in runs.items():
             count, started = 0, time.perf_counter()
             while time.perf_counter() - started < SECONDS:
-                run.run(None, feed)
+                run.run(None, feeds[name])
                 count += 1
             times[name].append((time.perf_counter() - started) / count * 1e3)
     ratios = [b / a for a, b in zip(times[None], times[quantize], strict=True)]
@@ -70,6 +94,7 @@ def measure(kind: type[Any], norm: str | None, quantize: str, shape: tuple[int, 
         "milliseconds": {"float32": min(times[None]), quantize: min(times[quantize])},
         "ratio": min(times[quantize]) / min(times[None]),
         "spread": [min(ratios), max(ratios)],
+        **({"alone": min(times["alone"]) / min(times[None])} if "alone" in times else {}),
         "file": models[quantize].ByteSize() / models[None].ByteSize(),
         "difference": float(np.abs(y[None] - y[quantize]).mean()),
     }

@@ -172,10 +172,12 @@ def integers() -> str:
         for layer, found in rows.items()
     )
     whole = kept_of("integers")
+    alone = [f"{r['layer']} {r['alone']:.2f}" for r in kept if r["shape"][0] == 1 and r["shape"][2] == 1024 and "alone" in r]
     numpy = [f"{_steps(whole['numpy'])}", *(f"held to {isa.upper()} {_steps(found)}" for isa, found in whole["held"].items())]
     return (
         table(("(T, B, I, H)", *shapes, "file", "mean difference of `y`"), shown)
         + f"\n\nonnxruntime {whole['about']['onnxruntime']}, {_processor(whole['about'])}. "
+        + f"Of a step with 1024 features its two products of integers alone, by `DynamicQuantizeMatMul`: {', '.join(alone)}. "
         + f"A step of one sequence with 1024 features in NumPy, `pn.quantized(layer).step` over `layer.step`: {'; '.join(numpy)}."
     )
 
