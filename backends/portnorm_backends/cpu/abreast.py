@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from portnorm_backends.cpu.compiling import bare, compiled, copy
-from portnorm_backends.cpu.places import BITS, INDEX, PLACE, Bits, Memory, computed, mask_of
+from portnorm_backends.cpu.places import BITS, INDEX, Bits, Memory, computed, mask_of, transposed
 from portnorm_backends.cpu.registers import WIDTH
 from portnorm_backends.cpu.rowwise import forward_of, normalized
 from portnorm_backends.cpu.vectors import Vector, across, folded, fused
@@ -70,7 +70,7 @@ def _turned(typing: Any, x: Any, r: Any, t: Any) -> Any:
 
         def block(j: Any) -> None:
             mask = mask_of(builder, builder.sub(n, j), lanes)
-            columns = _transposed(builder, [given.load(given.at(start, j), mask) for start in starts])
+            columns = transposed(builder, [given.load(given.at(start, j), mask) for start in starts])
             for k, column in enumerate(columns):
                 place = builder.mul(builder.add(j, ir.Constant(INDEX, k)), ir.Constant(INDEX, lanes))
                 made.store(column, made.at(out.data, place))
@@ -93,21 +93,6 @@ def _blocks(builder: Any, n: Any, step: int, body: Callable[[Any], None]) -> Non
     j.add_incoming(after, builder.block)
     builder.cbranch(builder.icmp_signed("<", after, n), inside, end)
     builder.position_at_end(end)
-
-
-def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
-    """The columns of as many registers as each has lanes: blocks off the diagonal change places, of one value, then of two, of four …"""
-    found, lanes = list(rows), len(rows)
-    kind, step = ir.VectorType(PLACE, lanes), 1
-    while step < lanes:
-        lower = [k if not k & step else lanes + k - step for k in range(lanes)]
-        upper = [k + step if not k & step else lanes + k for k in range(lanes)]
-        for i in range(lanes):
-            if not i & step:
-                pair = found[i], found[i + step]
-                found[i], found[i + step] = (builder.shuffle_vector(*pair, ir.Constant(kind, order)) for order in (lower, upper))
-        step *= 2
-    return found
 
 
 # -- statistics and results ----------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
-from portnorm_backends.cpu.places import BITS, INDEX, PLACE, Bits, Memory, ask, computed, mask_of, splat
+from portnorm_backends.cpu.places import BITS, INDEX, Bits, Memory, ask, computed, exchange, mask_of, splat
 from portnorm_backends.cpu.registers import WIDTH
 from portnorm_backends.cpu.rowwise import backward_of
 from portnorm_backends.cpu.sums import GROUP, carry
@@ -34,10 +34,7 @@ def _summed(builder: Any, terms: Callable[[int], tuple[Any, ...]], first: int, c
         return terms(first)
     half = count // 2
     parts = _summed(builder, terms, first, half), _summed(builder, terms, first + half, half)
-    lanes = parts[0][0].type.count
-    kind = ir.VectorType(PLACE, lanes)
-    lower = ir.Constant(kind, [k if not k & half else lanes + k - half for k in range(lanes)])
-    upper = ir.Constant(kind, [k + half if not k & half else lanes + k for k in range(lanes)])
+    lower, upper = exchange(parts[0][0].type.count, half)
     return tuple(
         builder.fadd(builder.shuffle_vector(a, b, lower), builder.shuffle_vector(a, b, upper)) for a, b in zip(*parts, strict=True)
     )
@@ -57,12 +54,13 @@ def _block(registers: int) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             arrays = [context.make_array(t)(context, builder, a) for t, a in zip(signature.args[:6], args[:6], strict=True)]
+            of_x, of_dy, of_gains, of_kept, of_shares, of_dx = arrays
             value = context.get_value_type(dtype)
             made = Memory(builder, ir.VectorType(value, lanes), size)
             stored = (Bits if x.dtype == BITS else Memory)(
                 builder, ir.VectorType(context.get_value_type(x.dtype), lanes), x.dtype.bitwidth // 8
             )
-            n = builder.extract_value(arrays[0].shape, 1)
+            n = builder.extract_value(of_x.shape, 1)
 
             def number(k: int) -> Any:
                 return ir.Constant(INDEX, k)
@@ -78,13 +76,13 @@ def _block(registers: int) -> Any:
                 return builder.bitcast(place, array.data.type)
 
             def share_at(j: int, which: int) -> Any:
-                return made.at(arrays[4].data, builder.add(number(j * lanes), builder.mul(number(which), n)))
+                return made.at(of_shares.data, builder.add(number(j * lanes), builder.mul(number(which), n)))
 
-            own = [along(made, arrays[2].data, j) for j in range(registers)]
+            own = [along(made, of_gains.data, j) for j in range(registers)]
             totals = [[Vector(builder, (made.load(share_at(j, which), masks[j]),)) for which in range(2)] for j in range(registers)]
             nothing = ir.Constant(made.vector, None)
 
-            factors = [start_of(arrays[3], builder.add(args[6], number(k))) for k in range(lanes)]
+            factors = [start_of(of_kept, builder.add(args[6], number(k))) for k in range(lanes)]
             kept_xhat = [[cgutils.alloca_once(builder, made.vector) for _ in range(registers)] for _ in range(lanes)]
 
             def kept_of(k: int, which: int) -> Vector:
@@ -94,10 +92,10 @@ def _block(registers: int) -> Any:
                 place, (m, d, factor) = builder.add(args[6], number(k)), (kept_of(k, which) for which in range(3))
                 sums: tuple[Vector, Vector] | None = None
                 for j in range(registers):
-                    for array in (arrays[0], arrays[1], arrays[5]):
+                    for array in (of_x, of_dy, of_dx):
                         start = start_of(array, builder.add(place, number(_AHEAD * lanes)))
                         ask(builder, builder.gep(start, [number(j * lanes)]))
-                    values, given = (along(stored, start_of(array, place), j) for array in arrays[:2])
+                    values, given = (along(stored, start_of(array, place), j) for array in (of_x, of_dy))
                     xhat = Vector(builder, (builder.select(masks[j], (((values - m) - d) * factor).value, nothing),))
                     builder.store(xhat.value, kept_xhat[k][j])
                     totals[j] = [fused(given, xhat, totals[j][0]), totals[j][1] + given]
@@ -121,9 +119,9 @@ def _block(registers: int) -> Any:
                 a, b = (Vector(builder, (splat(builder, builder.load(builder.gep(start, [number(k)])), lanes),)) for start in starts)
                 place, factor = builder.add(args[6], number(k)), kept_of(k, 2)
                 for j in range(registers):
-                    given, xhat = along(stored, start_of(arrays[1], place), j), Vector(builder, (builder.load(kept_xhat[k][j]),))
+                    given, xhat = along(stored, start_of(of_dy, place), j), Vector(builder, (builder.load(kept_xhat[k][j]),))
                     found = factor * ((given * own[j] - a) - xhat * b)
-                    stored.store(found.value, stored.at(start_of(arrays[5], place), number(j * lanes)), masks[j])
+                    stored.store(found.value, stored.at(start_of(of_dx, place), number(j * lanes)), masks[j])
             return context.get_dummy_value()
 
         return types.void(x, dy, gains, kept, shares, dx, types.int64, types.boolean), generate

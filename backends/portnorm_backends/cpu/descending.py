@@ -55,20 +55,23 @@ Numbers = tuple[float, ...]
 
 def _sgd_step(p: Any, g: Any, v: Any, p_new: Any, v_new: Any, numbers: Numbers, past: bool) -> None:
     _sgd(p.size, (p, g, v, numbers[0], numbers[1]), (p_new, v_new), past)
-    settle()
+    if past:
+        settle()
 
 
 def _rmsprop_step(p: Any, g: Any, s: Any, p_new: Any, s_new: Any, numbers: Numbers, past: bool) -> None:
     lr, decay, eps = numbers
     _rmsprop(p.size, (p, g, s, lr, decay, 1.0 - decay, eps), (p_new, s_new), past)
-    settle()
+    if past:
+        settle()
 
 
 def _adam_step(p: Any, g: Any, m: Any, s: Any, p_new: Any, m_new: Any, s_new: Any, numbers: Numbers, past: bool) -> None:
     scale, root, beta1, beta2, eps = numbers[:5]
     known = (p, g, m, s, scale, root, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps)
     _adam(p.size, known + numbers[5:], (p_new, m_new, s_new), past)
-    settle()
+    if past:
+        settle()
 
 
 STEPS: dict[str, tuple[Callable[..., None], int, tuple[int, ...]]] = {

@@ -30,6 +30,27 @@ def mask_of(builder: Any, left: Any, lanes: int) -> Any:
     return builder.icmp_signed("<", numbers, splat(builder, left, lanes))
 
 
+def exchange(lanes: int, step: int) -> tuple[Any, Any]:
+    """Shuffles of two registers, for blocks of `step` lanes: those that keep their place, and the others, each with the second register's
+    where the number of a lane has the bit `step`.
+    """
+    kind = ir.VectorType(PLACE, lanes)
+    kept = [k & ~step | (lanes if k & step else 0) for k in range(lanes)]
+    return ir.Constant(kind, kept), ir.Constant(kind, [k | step for k in kept])
+
+
+def transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """The columns of as many registers as each has lanes: blocks off the diagonal change places, of one value, then of two, of four …"""
+    found, lanes, step = list(rows), len(rows), 1
+    while step < lanes:
+        for i in range(lanes):
+            if not i & step:
+                pair = found[i], found[i + step]
+                found[i], found[i + step] = (builder.shuffle_vector(*pair, order) for order in exchange(lanes, step))
+        step *= 2
+    return found
+
+
 def computed(dtype: Any) -> Any:
     """The numba type that loops over such values compute in."""
     return types.float32 if dtype == BITS else dtype

@@ -25,7 +25,7 @@ from portnorm_backends.cpu import threads
 from portnorm_backends.cpu.compiling import address_of, bare, call_at, compiled, copy, row_of
 from portnorm_backends.cpu.layout import NumPyArray, Product, taken
 from portnorm_backends.cpu.memory import aligned
-from portnorm_backends.cpu.places import Memory
+from portnorm_backends.cpu.places import Memory, transposed
 from portnorm_backends.cpu.registers import WIDTH
 from portnorm_backends.cpu.tiles import HEIGHTS, SHARES, VECTORS, columns_of, tile
 from portnorm_backends.cpu.vectors import Vector, elementwise, fused, summed
@@ -158,10 +158,7 @@ def _direct(x: Any, w: Any, shift: Any, y: Any) -> None:
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
 def _turn(typing: Any, w: Any, j: Any, k: Any, packed: Any, p: Any, column: Any) -> Any:
-    """w[j : j + lanes, k : k + lanes], turned, into the columns from `column` on of panel p.
-
-    A turn exchanges the bits of the two indices, one in each round.
-    """
+    """w[j : j + lanes, k : k + lanes], turned, into the columns from `column` on of panel p."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         size, (j, k), (p, column) = w.dtype.bitwidth // 8, args[1:3], args[4:]
@@ -175,18 +172,11 @@ def _turn(typing: Any, w: Any, j: Any, k: Any, packed: Any, p: Any, column: Any)
         stride = builder.extract_value(source.strides, 0)
         start = cgutils.pointer_add(builder, source.data, builder.add(many(j, stride), many(k, n(size))))
         rows = [memory.load(memory.at(cgutils.pointer_add(builder, start, many(n(r), stride)), n(0))) for r in range(lanes)]
-        bit = 1
-        while bit < lanes:
-            places = [lane & ~bit | (lanes if lane & bit else 0) for lane in range(lanes)]
-            low, high = (ir.Constant(ir.VectorType(ir.IntType(32), lanes), [p | own for p in places]) for own in (0, bit))
-            for r in (r for r in range(lanes) if not r & bit):
-                one, other = rows[r], rows[r | bit]
-                rows[r], rows[r | bit] = (builder.shuffle_vector(one, other, which) for which in (low, high))
-            bit *= 2
+        turned = transposed(builder, rows)
         columns = columns_of(size)
         first = builder.add(many(p, many(builder.extract_value(target.shape, 1), n(columns))), column)
         for r in range(lanes):
-            memory.store(rows[r], memory.at(target.data, builder.add(first, many(builder.add(k, n(1 + r)), n(columns)))))
+            memory.store(turned[r], memory.at(target.data, builder.add(first, many(builder.add(k, n(1 + r)), n(columns)))))
         return context.get_dummy_value()
 
     return types.void(w, types.int64, types.int64, packed, types.int64, types.int64), generate
