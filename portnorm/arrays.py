@@ -39,6 +39,8 @@ class Kernel(NamedTuple):
     vjp: Callable[..., Any] | None = None
     residuals: type | None = None
     accepts: Callable[..., bool] = lambda *args, **attrs: True
+    again: Callable[..., Callable[..., Any] | None] | None = None
+    """`again(*args, **attrs)`: a function that computes such an accepted call again, see `Op.again`."""
 
 
 class Differentiable(Protocol):

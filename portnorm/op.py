@@ -108,6 +108,15 @@ class Op(Generic[P, R]):
             self._kernel_vjps[kernel.residuals] = kernel.vjp
         return kernel.forward(*bound, **named)
 
+    def again(self, *args: P.args, **attrs: P.kwargs) -> Callable[..., Any] | None:
+        """What a kernel has for calls like this one that come one after another, as the steps of a stream do; `None` where it has nothing.
+
+        Which arguments that takes anew, and what it gives, the kernel says.
+        """
+        bound, named = self.bind(args, attrs)
+        kernel = self._kernel(_library_of(bound), bound, named)
+        return None if kernel is None or kernel.again is None else kernel.again(*bound, **named)
+
     def vjp(self, residuals: Any, dy: Any, /, **attrs: Any) -> tuple[Any, ...]:
         """Cotangents of the positional arguments, from the residuals of `forward` and the cotangent of the result."""
         kernel_vjp = self._kernel_vjps.get(type(residuals))

@@ -10,6 +10,7 @@ where a = h W_hhᵀ is the hidden term.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from portnorm.statistics import VALUES, at_steps, rows_of_steps, update
 from portnorm.sums import total_like
 
 Buffers = dict[str, Array]
+Sum = Callable[[list[Array]], Array | None]
+"""What adds arrays; `None` of none."""
 
 
 class RecurrentResiduals(NamedTuple):
@@ -151,12 +154,46 @@ class Direction:
         elif by_batch or cell.variant.affine != "shared":
             y, state = self._run_in_parts(params, buffers, x, state, time, lengths, training)
         else:
-            terms, loop = self._input_params(cell, params, {}, None), {**self._loop_params(cell, params), **masked}
-            state, outputs = linear_scan(x, terms, state, loop, cell=cell, lengths=lengths, sequences=self.sequences)
+            terms, loop = self._shared(cell, params)
+            state, outputs = linear_scan(x, terms, state, {**loop, **masked}, cell=cell, lengths=lengths, sequences=self.sequences)
             y = outputs[0] if self.sequences else state[0]
         if self.reverse and self.sequences and not self.backwards:
             y = reverse_sequences(y, lengths)
         return y, state, buffers, residuals
+
+    def again(self, params: Params, x: Array, state: State) -> Callable[[Array, State], State] | None:
+        """What computes a step after others: a function of `x` (1, batch, inputs) and `state`, shaped like these, to the next state.
+
+        It holds `params`, and reads them anew in each step. `None` where no kernel has such a function, where a step has parameters of its
+        own, and where weights are made of others.
+        """
+        cell = self.cells[0]
+        v, made_of_others = cell.variant, cell.quantize is not None or any(name.endswith(".v") for name in params)
+        if self.reverse or made_of_others or v.norm == "batch" or v.affine != "shared":
+            return None
+        sums: list[tuple[Array, list[Array]]] = []
+
+        def noted(terms: list[Array]) -> Array | None:
+            total = _sum(terms)
+            if len(terms) > 1:
+                sums.append((total, terms))
+            return total
+
+        own, loop = self._shared(cell, params, noted)
+        step: Callable[[Array, State], State] | None = linear_scan.again(x, own, state, loop, cell=cell)
+        if step is None or not sums:
+            return step
+
+        def renewed(x: Array, state: State) -> State:
+            for total, terms in sums:
+                total[...] = _sum(terms)
+            return step(x, state)
+
+        return renewed
+
+    def _shared(self, cell: RecurrentCell, params: Params, add: Sum | None = None) -> tuple[Params, Params]:
+        """What `linear_scan` takes of parameters that all steps share: that of the input term, and that of the loop."""
+        return self._input_params(cell, params, {}, None, add or _sum), self._loop_params(cell, params, add or _sum)
 
     def _run_in_parts(
         self, params: Params, buffers: Buffers, x: Array, state: State, time: Array | None, lengths: Array | None, training: bool
@@ -191,9 +228,9 @@ class Direction:
         batch, reduce = cell.variant.norm == "batch", cell.reduce
         given = at_steps(buffers, time, x) if batch and not training else {}
         rows = None if cell.variant.affine == "shared" else rows_of_steps(time, x, self.t_max)
-        loop = {**self._loop_params(cell, params), **masked}
+        loop = {**self._loop_params(cell, params, _sum), **masked}
         steps = {**given, **drawn, **{name: xp.take(loop.pop(name), rows, axis=0) for name in cell.stepwise()}}
-        terms = self._input_params(cell, params, given, rows)
+        terms = self._input_params(cell, params, given, rows, _sum)
         u, input_residuals, seen = input_term(cell, terms, x, mask)
         xs, again = (u, *(steps[name] for name in cell.given())), None if recompute is None or recompute >= x.shape[0] else recompute
         partly = {} if again is None else {"recompute": again}
@@ -253,12 +290,12 @@ class Direction:
 
     # -- the input term ------------------------------------------------------------------------------------------------------------
 
-    def _input_params(self, cell: RecurrentCell, params: Params, given: Params, rows: Array | None) -> Params:
+    def _input_params(self, cell: RecurrentCell, params: Params, given: Params, rows: Array | None, add: Sum) -> Params:
         """What `input_term` takes; `given` has the statistics of each step, `rows` say which row of a parameter it has."""
         xp, slot = xp_of(params["weight_ih"]), cell.input_slot
-        early, late = _sum([params[name] for name in cell.early_biases[0]]), self._late_bias(cell, params, "norm_ih")
+        early, late = add([params[name] for name in cell.early_biases[0]]), self._late_bias(cell, params, "norm_ih", add)
         if slot is None and late is not None and late.ndim == 1:
-            early, late = late if early is None else early + late, None
+            early, late = add([late] if early is None else [early, late]), None
         own: Params = {"weight_ih": params["weight_ih"]}
         for name in ("norm_ih.mean", "norm_ih.var") if given else ():
             if name in given:
@@ -292,14 +329,14 @@ class Direction:
 
     # -- biases --------------------------------------------------------------------------------------------------------------------
 
-    def _late_bias(self, cell: RecurrentCell, params: Params, slot: str) -> Array | None:
+    def _late_bias(self, cell: RecurrentCell, params: Params, slot: str, add: Sum) -> Array | None:
         """The sum of what is added to a slot's result, with the constant that a variant adds to the forget gate."""
         if slot not in cell.late_biases:
             return None
         terms = [params[name] if "." in name else self._of_gates(params[name], *cell.portion(slot)) for name in cell.late_biases[slot]]
         if cell.variant.runtime_forget_bias and slot != "norm_hh":
             terms.append(self._forget_bias(cell, params["weight_hh"]))
-        return _sum(terms)
+        return add(terms)
 
     def _of_gates(self, bias: Array, first: int, last: int) -> Array:
         """The part of a bias vector that belongs to the gates from `first` to before `last`."""
@@ -328,13 +365,13 @@ class Direction:
         zeros, ones = xp.zeros(self.hidden_size, **place), xp.full(self.hidden_size, cell.variant.runtime_forget_bias, **place)
         return xp.concat([ones if k == cell.forget_gate else zeros for k in range(cell.gates)])
 
-    def _loop_params(self, cell: RecurrentCell, params: Params) -> Params:
+    def _loop_params(self, cell: RecurrentCell, params: Params, add: Sum) -> Params:
         """What the cell reads in every step: the hidden weights, and gain and shift of each slot inside the loop."""
         loop, stepwise = {"weight_hh": params["weight_hh"]}, cell.stepwise()
         if "weight_hr" in params:
             loop["weight_hr"] = params["weight_hr"]
         for name, slot in cell.inside:
-            value = params[name] if slot is None else self._late_bias(cell, params, slot)
+            value = params[name] if slot is None else self._late_bias(cell, params, slot, add)
             loop[name] = _rows(value, self.t_max) if name in stepwise else value
         return loop
 

@@ -439,7 +439,7 @@ def test_recurrent_sizes(cupy: Any, cell: str, norm: str | None, size: Size, dty
 def test_loops_of_bfloat16(cupy: Any, cell: str, norm: str | None, ragged: bool, rng: np.random.Generator) -> None:
     """The kernels of the time loop by themselves: layers of CuPy have no bfloat16."""
     layer, batch = random_recurrent(cell, norm, rng, hidden=9), 40
-    direction = layer._places()[0][2]
+    direction = layer.places()[0][2]
     of_one_step = direction.cells[True]
     params = direction._loop_params(of_one_step, {name.replace("_l0", ""): a for name, a in layer.params.items()})
     state = tuple(rng.standard_normal((batch, 9)) for _ in of_one_step.states)
@@ -473,7 +473,7 @@ def test_scan_is_taken_by_its_kernel(cupy: Any, rng: np.random.Generator) -> Non
         layer = pn.LSTM(3, 4, norm=norm, xp=CUPY.xp, rng=0, reduce=(lambda a: a) if parted else None)
         first = layer._new(rng.standard_normal((5, 2, 3)))
         state, time = layer._starts(layer.params, first), layer._placed(layer.buffers, first, None).time
-        direction = layer._places()[0][2]
+        direction = layer.places()[0][2]
         params, buffers = ({n.replace("_l0", ""): a for n, a in group.items()} for group in (layer.params, layer.buffers))
         x = layer._new(rng.standard_normal((5, 2, 3)))
         kept = direction.forward(params, buffers, x, state[0], time=time, training=True, momentum=0.1)[3].scan

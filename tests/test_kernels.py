@@ -286,7 +286,7 @@ def test_inference_makes_the_input_term_as_the_steps_come_to_it(
     layer, x = getattr(pn, cell)(5, 7, norm=name, rng=0, dtype="float64"), rng.standard_normal((17, 3, 5))
     monkeypatch.setattr(products, "ROWS", 12)
     calls_: list[tuple[int, ...]] = []
-    monkeypatch.setattr(recurrent, "_input_terms", counting(recurrent._input_terms, calls_))
+    monkeypatch.setattr(recurrent, "input_terms", counting(recurrent.input_terms, calls_))
     for lengths in (None, np.array([17, 6, 8])):
         y, last = layer(x, lengths=lengths)
         with without_kernels(np.ndarray):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 
 import portnorm as pn
+from portnorm.arrays import without_kernels
 from portnorm_backends.cpu.memory import SMALL, Turns
 from tests.cases import PRESETS
 from tests.processes import in_threads
@@ -28,6 +32,8 @@ def below(layer: pn.LSTM, name: str, values: np.ndarray[Any, Any]) -> None:
     whole = np.ones((2, *values.shape), values.dtype)
     layer.params[name] = whole[1]
     layer(np.zeros((1, 1, layer.input_size), values.dtype))
+    _, state = layer.step(np.zeros((1, layer.input_size), values.dtype))
+    layer.step(np.zeros((1, layer.input_size), values.dtype), state)
     whole[1] = values
 
 
@@ -50,13 +56,13 @@ CHANGES: list[Changed] = [in_place, below, replaced, elsewhere, assigned]
 
 def random_layer(cell: str, norm: str | None, rng: np.random.Generator, **more: Any) -> Any:
     layer = getattr(pn, cell)(6, 8, norm=norm, rng=0, **more)
-    layer.assign({name: rng.standard_normal(a.shape, np.float32) for name, a in layer.params.items()})
+    layer.assign({name: rng.standard_normal(a.shape).astype(a.dtype) for name, a in layer.params.items()})
     return layer
 
 
 def anew(layer: Any) -> Any:
     """A layer that nobody has called, of copies of the parameters, in the order in which their values lie: sums go by it."""
-    made = type(layer)(**layer.config)
+    made = type(layer)(**layer.config, dtype=layer.dtype)
     made.assign({name: a.copy("K") for name, a in layer.params.items()}, layer.buffers)
     return made
 
@@ -77,8 +83,109 @@ def test_parameters_changed_between_two_calls_are_noticed(cell: str, norm: str |
         for name, parameter in list(layer.params.items()):
             change(layer, name, rng.standard_normal(parameter.shape, np.float32))
             assert_equal(layer(x), anew(layer)(x))
-            assert_equal(layer.step(x[0]), anew(layer).step(x[0]))
+            _, state = layer.step(x[0])
+            for _ in range(2):  # the second of which looks at nothing that the first one saw
+                assert_equal(layer.step(x[0], state), anew(layer).step(x[0], state))
         assert np.abs(layer(x)[0] - before).max() > 1e-3
+
+
+MORE: list[dict[str, Any]] = [
+    {},
+    {"dtype": "float64"},
+    {"num_layers": 2},
+    {"batch_first": True},
+    {"return_sequences": False},
+    {"learned_state": True},
+    {"quantize": "int8"},
+]
+
+
+@pytest.mark.parametrize("more", MORE, ids=str)
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_a_later_step_is_that_of_a_layer_that_has_seen_none(
+    cell: str, norm: str | None, more: dict[str, Any], rng: np.random.Generator
+) -> None:
+    """To the last bit, however the values lie, also where a variance leaves the range of the kernels."""
+    layer = random_layer(cell, norm, rng, **more)
+    for batch in (1, 2, 5):
+        x = rng.standard_normal((6, batch, 6)).astype(layer.dtype)
+        x[3] *= 1e18
+        rows = [x[0], x[1], np.asfortranarray(x[2]), x[3], np.repeat(x[4], 2, axis=1)[:, ::2], x[5]]
+        rows[5].flags.writeable = False
+        for forms in (1, 2):
+            state = None
+            for row in rows:
+                with np.errstate(all="ignore"):
+                    found, expected = layer.step(row, state), anew(layer).step(row, state)
+                assert_equal(found, expected)
+                assert [a.shape for a in found[1]] == [a.shape for a in expected[1]]
+                state = found[1]
+                if forms == 2 and layer.num_layers == 1 and state[0].ndim == 3:
+                    state = (*[a[0] for a in state[: len(layer.cell.states)]], *state[len(layer.cell.states) :])
+
+
+@pytest.mark.parametrize(("cell", "norm"), [("LSTM", None), ("LSTM", "layer"), ("GRU", None), ("GRU", "layer"), ("RNN", None)])
+def test_a_later_step_is_looked_at_no_more(cell: str, norm: str | None, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = random_layer(cell, norm, rng, num_layers=2), rng.standard_normal((4, 2, 6), np.float32)
+    _, state = layer.step(x[0])
+    looked, look = [], layer._first_step
+    monkeypatch.setattr(layer, "_first_step", lambda *arguments: looked.append(arguments) or look(*arguments))
+    for row in x[1:]:
+        _, state = layer.step(row, state)
+    assert looked == []
+    layer.step(x[0])
+    layer.step(x[0, :1], tuple(a[:, :1] for a in state))
+    assert len(looked) == 2  # without a state, and of another batch
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_does_not_fit_is_refused_in_a_later_step_as_in_the_first(layers: int, rng: np.random.Generator) -> None:
+    layer, x = random_layer("LSTM", "layer", rng, num_layers=layers), rng.standard_normal((2, 6), np.float32)
+    _, state = layer.step(x)
+    layer.step(x, state)
+    wide = x.astype("float64")
+    wrong: list[tuple[Any, Any]] = [
+        (wide, state),
+        (x[:, :5], state),
+        (x[:1], state),
+        (x, tuple(a.astype("float64") for a in state)),
+        (x, tuple(a[:, :1] for a in state)),
+        (x, state[:1]),
+        (x, (*state, state[0])),
+        (x, tuple(a.tolist() for a in state)),
+        (x.astype(">f4"), state),
+        (x.tolist(), state),
+    ]
+    for arguments in wrong:
+        with pytest.raises(pn.PortnormError) as found:
+            layer.step(*arguments)
+        with pytest.raises(pn.PortnormError) as expected:
+            anew(layer).step(*arguments)
+        assert str(found.value) == str(expected.value)
+    layer.direction = "reverse"
+    with pytest.raises(pn.UnsupportedError, match="cannot go step by step"):
+        layer.step(x, state)
+
+
+def test_a_copy_computes_its_steps_with_its_own_arrays(rng: np.random.Generator) -> None:
+    layer, x = random_layer("GRU", "layer", rng), rng.standard_normal((2, 6), np.float32)
+    _, state = layer.step(x)
+    expected = layer.step(x, state)
+    for other in (layer.copy(), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert_equal(other.step(x, state), expected)
+        other.assign({name: -a for name, a in other.params.items()})
+        other.norm = dataclasses.replace(other.variant, eps=0.5)
+        assert_equal(other.step(x, state), anew(other).step(x, state))
+        assert_equal(layer.step(x, state), expected)
+
+
+def test_without_kernels_a_later_step_is_the_definition(rng: np.random.Generator) -> None:
+    layer, x = random_layer("LSTM", "layer", rng), rng.standard_normal((2, 6), np.float32)
+    _, state = layer.step(x)
+    layer.step(x, state)
+    with without_kernels(np.ndarray):
+        found, expected = layer.step(x, state), anew(layer).step(x, state)
+    assert_equal(found, expected)
 
 
 @pytest.mark.parametrize(("cell", "norm"), PRESETS)
@@ -119,7 +226,11 @@ def test_a_step_does_not_hang_on_the_one_before_it(cell: str, norm: str | None, 
         with np.errstate(all="ignore"):
             layer(np.full_like(x, value))
             layer(np.full((1, 1, 6), value, np.float32))
+            _, state = layer.step(np.full((1, 6), value, np.float32))
+            layer.step(np.full((1, 6), value, np.float32), state)
         assert_equal(layer(x), expected)
+        _, state = layer.step(x[0])
+        assert_equal(layer.step(x[1], state), anew(layer).step(x[1], state))
 
 
 def test_steps_in_several_threads_are_those_of_each_alone(rng: np.random.Generator) -> None:

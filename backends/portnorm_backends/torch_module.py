@@ -96,7 +96,7 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
             eps = part.variant.eps if isinstance(part, Recurrent) else getattr(part, "eps", None)
             float32_value(torch.finfo(torch.float32).eps if eps is None else eps)
         for part in recurrent_parts(kept):
-            for suffix, _, _ in part._places():
+            for suffix, _, _ in part.places():
                 without_suffix(part.params | part.buffers, suffix)
 
     def _apply(self, fn: Callable[[Array], Array], recurse: bool = True) -> TorchModule:

@@ -109,7 +109,7 @@ class AsInTorch:
     @property
     def all_weights(self) -> list[list[Array]]:
         params, last = self.arrays()[0], "weight_hr"
-        found = [without_suffix(params, suffix) for suffix, _, _ in self._layer._places()]
+        found = [without_suffix(params, suffix) for suffix, _, _ in self._layer.places()]
         return [[a for name, a in sorted(own.items(), key=lambda pair: pair[0] == last)] for own in found]
 
     def flatten_parameters(self) -> None:

@@ -14,6 +14,7 @@ from portnorm.cells.lstm import LSTMCell
 from portnorm.cells.rnn import RNNCell
 from portnorm.cells.variants import NormName, Variant, variant_of
 from portnorm.errors import UnsupportedError
+from portnorm.layers.again import again
 from portnorm.layers.initial import HIDDEN, Generator, HiddenInit, Start, generator, initial_values
 from portnorm.layers.layer import Layer
 from portnorm.layers.names import with_suffix, without_suffix
@@ -33,6 +34,8 @@ DIRECTIONS: tuple[str, ...] = get_args(Way)
 _SIZES = ("input_size", "hidden_size", "norm", "num_layers", "bidirectional")
 _RATES = ("dropout", "recurrent_dropout")
 _FURTHER = ("t_max", "momentum", "proj_size", "learned_state", *_RATES, "quantize")
+_SHAPES = 8
+"""Of `x` for which what a step has settled is kept."""
 _SETTINGS = (*_SIZES, "batch_first", "return_sequences", "direction", *_FURTHER)
 
 
@@ -167,8 +170,8 @@ class Recurrent(Stack):
                 f"`hidden_init` is {hidden_init!r}, but the variant's `recurrence` 'diagonal' has no hidden matrix; use None"
             )
         random = generator(rng)
-        self._made = None
-        for suffix, inputs, place in self._places():
+        self._made, self._again = None, {}
+        for suffix, inputs, place in self.places():
             start = Start(forget_bias, hidden_init, self.proj_size)
             values = initial_values(place.cells[0], inputs, self.hidden_size, self.t_max, start, random)
             self.params |= {with_suffix(name, suffix): self._new(v) for name, v in values}
@@ -247,7 +250,7 @@ class Recurrent(Stack):
         if self.variant.norm != "batch":
             return
         rows = (self.t_max,) if self.timed else ()
-        for suffix, _, direction in self._places():
+        for suffix, _, direction in self.places():
             cell = direction.cells[0]
             for slot in cell.names():
                 shape = (*rows, cell.width(slot) * self.hidden_size)
@@ -271,7 +274,7 @@ class Recurrent(Stack):
     def inside_of(self, takes: Shape, gives: Shape) -> list[SummaryRow]:
         """Of a stack, each direction of each layer."""
         rows = []
-        for k, (suffix, _, _) in enumerate(self._places()):
+        for k, (suffix, _, _) in enumerate(self.places()):
             last = k // self.num_directions == self.num_layers - 1
             own = count(without_suffix(self.params, suffix)), count(without_suffix(self.buffers, suffix))
             output = (*(gives[:-1] if last else takes[:-1]), self.output_size)
@@ -293,12 +296,22 @@ class Recurrent(Stack):
         >>> h.shape, c_n.shape
         ((2, 4), (2, 4))
         """
+        again = self._again.get(x.shape) if type(x) is numpy.ndarray else None
+        found = None if again is None else again(x, state)
+        return self._first_step(x, state) if found is None else found
+
+    def _first_step(self, x: Array, state: Any) -> tuple[Array, State]:
+        """`step`, with a look at everything."""
         self.check_goes_forward()
         namespace(x=x)
         states = len(self.cell.states)
         alone = state is not None and self.num_layers == 1 and is_of_one_cell(state, states)
         y, state = self(x[:, None, ...] if self.batch_first else x[None, ...], of_layers(state, states) if alone else state)
         h = (y[:, 0, ...] if self.batch_first else y[0, ...]) if self.keeps_time else y
+        if type(x) is numpy.ndarray:
+            if len(self._again) >= _SHAPES:
+                self._again.clear()
+            self._again[x.shape] = again(self, x, state)
         return h, of_one_cell(state, states) if alone else state
 
     def check_goes_forward(self) -> None:
@@ -319,7 +332,7 @@ class Recurrent(Stack):
         time = (self._new(0, integer=True),) if self.timed else ()
         states = (self._new(h), *(self._new(numpy.zeros(shape)) for shape in others))
         if self.learned:
-            learned = [self.xp.stack([self.params[with_suffix(name, suffix)] for suffix, _, _ in self._places()]) for name in self.learned]
+            learned = [self.xp.stack([self.params[with_suffix(name, suffix)] for suffix, _, _ in self.places()]) for name in self.learned]
             states = tuple(state + start[:, None, :] for state, start in zip(states, learned, strict=True))
         return (*states, *time)
 

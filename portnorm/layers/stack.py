@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy
 
@@ -25,6 +25,9 @@ from portnorm.quantization import QuantizeName
 from portnorm.recurrent import Direction, RecurrentResiduals
 from portnorm.scan import reverse_sequences
 from portnorm.sums import total_like
+
+if TYPE_CHECKING:
+    from portnorm.layers.again import Again
 
 _H_BOUND = 1.0 + 2.0**-7
 """The largest |h| that may come where |h| ≤ 1 is taken for granted: so much is rounding in the narrowest type."""
@@ -68,6 +71,8 @@ class Stack(Layer):
     variant: Variant
 
     _made: tuple[Any, tuple[tuple[str, int, Direction], ...]] | None
+    _again: dict[tuple[int, ...], Again | None]
+    """What computes the next step, by the shape of its `x`."""
 
     @property
     def timed(self) -> bool:
@@ -128,9 +133,13 @@ class Stack(Layer):
         }
         return {name: draw for name, draw in every.items() if draw.p}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy finds again what computes its steps."""
+        return {**super().__getstate__(), "_again": {}}
+
     # -- where things are ------------------------------------------------------------------------------------------------------------------
 
-    def _places(self) -> tuple[tuple[str, int, Direction], ...]:
+    def places(self) -> tuple[tuple[str, int, Direction], ...]:
         """(suffix of the names, input features, direction) of every layer and direction, in the order of the state's first axis.
 
         Made when they are first asked for, and again when an attribute that they depend on was changed.
@@ -186,7 +195,7 @@ class Stack(Layer):
         states = self._starts(params, x) if states is None else states
         steps, residuals, last, new_buffers, directions = x.shape[0], [], [], {}, []
         drawn = Drawn.of(random, self.draws(*x.shape[:2]), x) if random and training else None
-        for k, (suffix, _, direction) in enumerate(self._places()):
+        for k, (suffix, _, direction) in enumerate(self.places()):
             own, kept = without_suffix(params, suffix), without_suffix(buffers, suffix)
             for name in self.learned:
                 del own[name]
@@ -231,7 +240,7 @@ class Stack(Layer):
         if self.batch_first and self.keeps_time and dy is not None:
             dy = xp.permute_dims(dy, (1, 0, 2))
         dlast = self._checked_cotangents(residuals.last, dstate)
-        places = list(enumerate(self._places()))
+        places = list(enumerate(self.places()))
         dfirst: list[Any] = [None] * len(places)
         grads: Arrays = {}
         for layer in reversed(range(self.num_layers)):
@@ -325,7 +334,7 @@ class Stack(Layer):
 
     def _starts(self, params: Arrays, x: Array) -> list[tuple[Array, ...]]:
         """The state before the first step of every layer and direction where none is given."""
-        xp, places = xp_of(x), self._places()
+        xp, places = xp_of(x), self.places()
         zeros = tuple(xp.zeros((x.shape[1], size), dtype=x.dtype, device=device_of(x)) for size in self.state_sizes())
         if not self.learned:
             return [zeros] * len(places)

@@ -271,7 +271,7 @@ def _address(dtype: numpy.dtype[Any]) -> int:
     return address_of(compiled_for("product", dtype))
 
 
-def _added(shift: NumPyArray | None, count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
+def shift_of(shift: NumPyArray | None, count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
     return _zeros(count, dtype) if shift is None else taken(shift, dtype, (count,))
 
 
@@ -284,7 +284,7 @@ def _zeros(count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
 def straight(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None, y: NumPyArray) -> None:
     """Writes x · wᵀ + shift into y, for at most `FEW` rows of x, and w (n, k)."""
     if w.strides[1] == w.itemsize and w.flags.aligned:
-        compiled_for("direct", w.dtype)(x, w, _added(shift, w.shape[0], w.dtype), y)
+        compiled_for("direct", w.dtype)(x, w, shift_of(shift, w.shape[0], w.dtype), y)
     else:
         affine_map(w.T, shift, x.shape[0])(x, y)
 
@@ -293,7 +293,7 @@ def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS)
     """What writes x · w + shift into y, for contiguous x (m, k) and y (m, n), of which there will be so many `rows` in all."""
     lies = rows <= FEW and w.flags.aligned and (w.strides[0] == w.itemsize or w.shape[0] == 1)
     if lies or w.shape[0] <= _NARROW:
-        added = _added(shift, w.shape[1], w.dtype)
+        added = shift_of(shift, w.shape[1], w.dtype)
         if lies:
             direct = compiled_for("direct", w.dtype)
             return lambda x, y: direct(x, w.T, added, y)
