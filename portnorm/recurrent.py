@@ -28,7 +28,13 @@ from portnorm.sums import total_like
 
 Buffers = dict[str, Array]
 Sum = Callable[[list[Array]], Array | None]
-"""What adds arrays; `None` of none."""
+
+
+def _sum(terms: list[Array]) -> Array | None:
+    """`None` of none."""
+    if len(terms) == 1:
+        return terms[0]
+    return sum(terms[1:], start=terms[0]) if terms else None
 
 
 class RecurrentResiduals(NamedTuple):
@@ -164,13 +170,15 @@ class Direction:
     def again(self, params: Params, x: Array, state: State) -> Callable[[Array, State], State] | None:
         """What computes a step after others: a function of `x` (1, batch, inputs) and `state`, shaped like these, to the next state.
 
-        It holds `params`, and reads them anew in each step. `None` where no kernel has such a function, where a step has parameters of its
-        own, and where weights are made of others.
+        It holds `params`, and reads them anew in each step but for weights that are quantized, which nobody may change. `None` where no
+        kernel has such a function, where a step has parameters of its own, and where weights are normalized.
         """
         cell = self.cells[0]
-        v, made_of_others = cell.variant, cell.quantize is not None or any(name.endswith(".v") for name in params)
-        if self.reverse or made_of_others or v.norm == "batch" or v.affine != "shared":
+        v = cell.variant
+        if self.reverse or any(name.endswith(".v") for name in params) or v.norm == "batch" or v.affine != "shared":
             return None
+        if cell.quantize is not None:
+            params = _quantized_weights(cell, params, SCHEMES[cell.quantize])
         sums: list[tuple[Array, list[Array]]] = []
 
         def noted(terms: list[Array]) -> Array | None:
@@ -191,9 +199,9 @@ class Direction:
 
         return renewed
 
-    def _shared(self, cell: RecurrentCell, params: Params, add: Sum | None = None) -> tuple[Params, Params]:
+    def _shared(self, cell: RecurrentCell, params: Params, add: Sum = _sum) -> tuple[Params, Params]:
         """What `linear_scan` takes of parameters that all steps share: that of the input term, and that of the loop."""
-        return self._input_params(cell, params, {}, None, add or _sum), self._loop_params(cell, params, add or _sum)
+        return self._input_params(cell, params, {}, None, add), self._loop_params(cell, params, add)
 
     def _run_in_parts(
         self, params: Params, buffers: Buffers, x: Array, state: State, time: Array | None, lengths: Array | None, training: bool
@@ -228,9 +236,9 @@ class Direction:
         batch, reduce = cell.variant.norm == "batch", cell.reduce
         given = at_steps(buffers, time, x) if batch and not training else {}
         rows = None if cell.variant.affine == "shared" else rows_of_steps(time, x, self.t_max)
-        loop = {**self._loop_params(cell, params, _sum), **masked}
+        loop = {**self._loop_params(cell, params), **masked}
         steps = {**given, **drawn, **{name: xp.take(loop.pop(name), rows, axis=0) for name in cell.stepwise()}}
-        terms = self._input_params(cell, params, given, rows, _sum)
+        terms = self._input_params(cell, params, given, rows)
         u, input_residuals, seen = input_term(cell, terms, x, mask)
         xs, again = (u, *(steps[name] for name in cell.given())), None if recompute is None or recompute >= x.shape[0] else recompute
         partly = {} if again is None else {"recompute": again}
@@ -290,7 +298,7 @@ class Direction:
 
     # -- the input term ------------------------------------------------------------------------------------------------------------
 
-    def _input_params(self, cell: RecurrentCell, params: Params, given: Params, rows: Array | None, add: Sum) -> Params:
+    def _input_params(self, cell: RecurrentCell, params: Params, given: Params, rows: Array | None, add: Sum = _sum) -> Params:
         """What `input_term` takes; `given` has the statistics of each step, `rows` say which row of a parameter it has."""
         xp, slot = xp_of(params["weight_ih"]), cell.input_slot
         early, late = add([params[name] for name in cell.early_biases[0]]), self._late_bias(cell, params, "norm_ih", add)
@@ -329,7 +337,7 @@ class Direction:
 
     # -- biases --------------------------------------------------------------------------------------------------------------------
 
-    def _late_bias(self, cell: RecurrentCell, params: Params, slot: str, add: Sum) -> Array | None:
+    def _late_bias(self, cell: RecurrentCell, params: Params, slot: str, add: Sum = _sum) -> Array | None:
         """The sum of what is added to a slot's result, with the constant that a variant adds to the forget gate."""
         if slot not in cell.late_biases:
             return None
@@ -365,7 +373,7 @@ class Direction:
         zeros, ones = xp.zeros(self.hidden_size, **place), xp.full(self.hidden_size, cell.variant.runtime_forget_bias, **place)
         return xp.concat([ones if k == cell.forget_gate else zeros for k in range(cell.gates)])
 
-    def _loop_params(self, cell: RecurrentCell, params: Params, add: Sum) -> Params:
+    def _loop_params(self, cell: RecurrentCell, params: Params, add: Sum = _sum) -> Params:
         """What the cell reads in every step: the hidden weights, and gain and shift of each slot inside the loop."""
         loop, stepwise = {"weight_hh": params["weight_hh"]}, cell.stepwise()
         if "weight_hr" in params:
@@ -398,12 +406,6 @@ def _counted_steps(x: Array, lengths: Array | None, reduce: Reduce | None, timed
     alive = sequence_mask(x, lengths)
     count = xp.sum(xp.astype(alive, xp.float32), axis=(1, 2)) if timed else xp.sum(xp.astype(alive, xp.float32), keepdims=True)[:, 0, 0]
     return xp.sum(xp.astype((count if reduce is None else reduce(count)) > 1, integer), keepdims=True)
-
-
-def _sum(terms: list[Array]) -> Array | None:
-    if len(terms) == 1:
-        return terms[0]
-    return sum(terms[1:], start=terms[0]) if terms else None
 
 
 def _rows(parameter: Array, t_max: int) -> Array:

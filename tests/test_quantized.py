@@ -295,6 +295,34 @@ def test_a_few_rows_are_read_as_integers(cell: str, norm: str | None, rows: int,
         layer = pn.quantized(layer)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 8, 9])
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_steps_in_turn_are_those_of_a_sequence(cell: str, norm: str | None, rows: int, rng: np.random.Generator) -> None:
+    """And those of the definition; a variance that leaves the range of the kernels, and a state beyond its bound, are noticed in each."""
+    layer = pn.quantized(recurrent(cell, norm))
+    x = rng.standard_normal((6, rows, 5)).astype(np.float32)
+    x[4] *= 1e17
+    with pn.arrays.without_kernels(np.ndarray), np.errstate(all="ignore"):
+        expected = layer(x)
+    with np.errstate(all="ignore"):
+        found, state, hs = layer(x), None, []
+        for row in x:
+            h, state = layer.step(row, state)
+            hs.append(h)
+    for a, b, c in zip((found[0], *found[1]), (expected[0], *expected[1]), (np.stack(hs), *state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=INTEGERS_KERNEL)
+        np.testing.assert_allclose(a, c, rtol=0, atol=INTEGERS_KERNEL)
+    other = layer.copy()
+    layer.step(x[0], state)
+    with rounding_moved(0.4):
+        np.testing.assert_array_equal(layer.step(x[0], state)[0], other.step(x[0], state)[0])
+    if layer.bounds_h:
+        with pytest.raises(pn.UnsupportedError, match="expected at most 1"):
+            layer.step(x[0], (state[0] + 2, *state[1:]))
+    spoiled_state = (np.where(np.arange(state[0].size).reshape(state[0].shape) == 0, np.nan, state[0]).astype("float32"), *state[1:])
+    assert np.isnan(layer.step(x[0], spoiled_state)[0][0]).any()
+
+
 def test_layers_without_weights_and_models_of_several(rng: np.random.Generator) -> None:
     model = pn.Sequential(pn.Linear(5, 8, rng=0), pn.LayerNorm(8), pn.Linear(8, 2, rng=1))
     with pytest.raises(pn.UnsupportedError, match="`quantize` is 'int8', but LayerNorm has no weights to quantize"):

@@ -14,6 +14,9 @@ from portnorm.arrays import Array, Library, library
 from portnorm.layers.names import without_suffix
 from portnorm.scan import State
 
+H_BOUND = 1.0 + 2.0**-7
+"""The largest |h| that may come where |h| ≤ 1 is taken for granted: so much is rounding in the narrowest type."""
+
 if TYPE_CHECKING:
     from portnorm.layers.stack import Stack
 
@@ -26,24 +29,27 @@ class Again:
     A call gives `(h, state)`, or `None` where this is not such a step: then the layer has to look at it.
     """
 
-    __slots__ = ("_arrays", "_changes", "_dtype", "_layer", "_library", "_looks", "_of_cell", "_of_layers", "_steps")
+    __slots__ = ("_arrays", "_bounds_h", "_changes", "_dtype", "_library", "_looks", "_of_cell", "_of_layers", "_steps")
 
     def __init__(self, layer: Stack, own: Library, batch: int, steps: list[Step]) -> None:
-        self._layer, self._library, self._steps, self._dtype = layer, own, steps, layer.dtype
+        self._library, self._steps, self._dtype = own, steps, layer.dtype
+        self._bounds_h = layer.bounds_h
         self._changes, self._arrays = layer.changes, list(layer.params.values())
         self._looks = _looks(self._arrays)
         self._of_cell = [(batch, size) for size in layer.state_sizes()]
         self._of_layers = [(len(steps), *shape) for shape in self._of_cell]
 
-    def __call__(self, x: Array, state: Any) -> tuple[Array, State] | None:
+    def __call__(self, layer: Stack, x: Array, state: Any) -> tuple[Array, State] | None:
         """`x` is known to be of the shape."""
-        if x.dtype != self._dtype or type(state) not in (tuple, list) or not self._holds():
+        if x.dtype != self._dtype or type(state) not in (tuple, list) or not self.holds(layer):
             return None
         shapes = []
         for a in state:
             if type(a) is not numpy.ndarray or a.dtype != self._dtype:
                 return None
             shapes.append(a.shape)
+        if self._bounds_h and state and float(numpy.abs(state[0]).max()) > H_BOUND:
+            return None
         places = len(self._steps)
         if shapes == self._of_cell and places == 1:
             given = [state]
@@ -62,10 +68,9 @@ class Again:
             return h, after[0]
         return h, tuple([a[None] for a in after[0]] if places == 1 else [numpy.stack(parts) for parts in zip(*after, strict=True)])
 
-    def _holds(self) -> bool:
+    def holds(self, layer: Stack) -> bool:
         """Whether the layer, its arrays (not their values) and what computes are those that were looked at."""
-        layer, arrays = self._layer, self._arrays
-        now = layer.params.values()
+        arrays, now = self._arrays, layer.params.values()
         return (
             layer.changes == self._changes
             and library(arrays[0]) is self._library
@@ -80,6 +85,8 @@ def again(layer: Stack, x: Array, state: tuple[Array, ...]) -> Again | None:
     own, params = library(x), layer.params
     if not all(type(a) is numpy.ndarray and a.dtype == layer.dtype for a in (x, *state, *params.values())):
         return None
+    if layer.quantize is not None and any(a.ndim == 2 and a.flags.writeable for a in params.values()):
+        return None  # each call rounds the weights that it finds
     steps: list[Step] = []
     for k, (suffix, inputs, direction) in enumerate(layer.places()):
         given = without_suffix(params, suffix)

@@ -297,7 +297,7 @@ class Recurrent(Stack):
         ((2, 4), (2, 4))
         """
         again = self._again.get(x.shape) if type(x) is numpy.ndarray else None
-        found = None if again is None else again(x, state)
+        found = None if again is None else again(self, x, state)
         return self._first_step(x, state) if found is None else found
 
     def _first_step(self, x: Array, state: Any) -> tuple[Array, State]:
@@ -309,9 +309,9 @@ class Recurrent(Stack):
         y, state = self(x[:, None, ...] if self.batch_first else x[None, ...], of_layers(state, states) if alone else state)
         h = (y[:, 0, ...] if self.batch_first else y[0, ...]) if self.keeps_time else y
         if type(x) is numpy.ndarray:
-            if len(self._again) >= _SHAPES:
-                self._again.clear()
-            self._again[x.shape] = again(self, x, state)
+            kept = {shape: a for shape, a in self._again.items() if a.holds(self)} if len(self._again) < _SHAPES else {}
+            made = again(self, x, state)
+            self._again = kept if made is None else {**kept, x.shape: made}
         return h, of_one_cell(state, states) if alone else state
 
     def check_goes_forward(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy
 
@@ -14,6 +14,7 @@ from portnorm.cells.variants import Variant
 from portnorm.dropout import dropout
 from portnorm.dtypes import default_integer
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
+from portnorm.layers.again import H_BOUND, Again
 from portnorm.layers.layer import Layer
 from portnorm.layers.names import in_direction, with_suffix, without_suffix
 from portnorm.layers.pure import Arrays, Every, Keep
@@ -25,12 +26,6 @@ from portnorm.quantization import QuantizeName
 from portnorm.recurrent import Direction, RecurrentResiduals
 from portnorm.scan import reverse_sequences
 from portnorm.sums import total_like
-
-if TYPE_CHECKING:
-    from portnorm.layers.again import Again
-
-_H_BOUND = 1.0 + 2.0**-7
-"""The largest |h| that may come where |h| ≤ 1 is taken for granted: so much is rounding in the narrowest type."""
 
 
 class StackResiduals(NamedTuple):
@@ -71,7 +66,7 @@ class Stack(Layer):
     variant: Variant
 
     _made: tuple[Any, tuple[tuple[str, int, Direction], ...]] | None
-    _again: dict[tuple[int, ...], Again | None]
+    _again: dict[tuple[int, ...], Again]
     """What computes the next step, by the shape of its `x`."""
 
     @property
@@ -150,7 +145,7 @@ class Stack(Layer):
         return self._made[1]
 
     def _new_places(self) -> Iterator[tuple[str, int, Direction]]:
-        usual = self.cell(self.variant, False, self.reduce, self.quantize, 1.0 if self._bounds_h else None)
+        usual = self.cell(self.variant, False, self.reduce, self.quantize, 1.0 if self.bounds_h else None)
         cells = usual, dataclasses.replace(usual, training=True)
         zoned = dataclasses.replace(cells[1], draws_zoneout=True) if self.variant.zoneout else cells[1]
         for layer in range(self.num_layers):
@@ -162,7 +157,7 @@ class Stack(Layer):
                 yield suffix, inputs, Direction((*cells, zoned), self.hidden_size, self.t_max, reverse, sequences, backwards)
 
     @property
-    def _bounds_h(self) -> bool:
+    def bounds_h(self) -> bool:
         """Whether products of integers take |h| ≤ 1 for granted."""
         return self.quantize == "int8" and self.cell.bounds_h(self.variant) and not self.proj_size and not self.learned_state
 
@@ -310,7 +305,7 @@ class Stack(Layer):
             length = f" of length {len(state)}" if isinstance(state, tuple | list) else ""
             names = (*self.cell.states, *(("time",) if timed else ()))
             raise ShapeError(f"`state` is {type(state).__name__}{length}; expected ({', '.join(names)}{',' * (len(names) == 1)})")
-        dtype, bounds_h = x.dtype, self._bounds_h
+        dtype, bounds_h = x.dtype, self.bounds_h
         for name, array, size in zip(self.cell.states, state, self.state_sizes(), strict=False):
             expected = (places, batch, size)
             if type(array) is not numpy.ndarray or type(x) is not numpy.ndarray:  # else they are together
@@ -320,7 +315,7 @@ class Stack(Layer):
                 raise ShapeError(
                     f"`state` has {name} of shape {tuple(array.shape)}; expected (layers × directions, batch, hidden) = {expected}"
                 )
-            if bounds_h and name == "h" and is_concrete(array) and 0 not in array.shape and float(xp.max(xp.abs(array))) > _H_BOUND:
+            if bounds_h and name == "h" and is_concrete(array) and 0 not in array.shape and float(xp.max(xp.abs(array))) > H_BOUND:
                 raise UnsupportedError(
                     f"`state` has an h of up to {float(xp.max(xp.abs(array))):g}; expected at most 1, since `quantize` {self.quantize!r} "
                     "takes h for what the layer gives, which lies in (−1, 1)"

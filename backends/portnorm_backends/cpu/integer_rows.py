@@ -38,12 +38,18 @@ def _multiplied(typing: Any, x: Any, weight: Any, registers: Any) -> Any:
         add_up = _four if has_products_of_bytes() else _two_and_two
         totals = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0] * vector.count)) for _ in range(_TURNS)]
         turns = builder.udiv(registers, registers.type(_TURNS))
+
+        def take(at: Any, total: Any) -> None:
+            pair = [builder.load(builder.gep(a, [at]), align=1) for a in (x, weight)]
+            builder.store(add_up(builder, builder.load(total), *pair), total)
+
         with cgutils.for_range(builder, turns) as loop:
             start = builder.mul(loop.index, loop.index.type(_TURNS))
             for k, total in enumerate(totals):
                 at = builder.add(start, start.type(k))
-                pair = [builder.load(builder.gep(a, [at]), align=1) for a in (x, weight)]
-                builder.store(add_up(builder, builder.load(total), *pair), total)
+                take(at, total)
+        with cgutils.for_range(builder, builder.urem(registers, registers.type(_TURNS))) as loop:
+            take(builder.add(builder.mul(turns, turns.type(_TURNS)), loop.index), totals[0])
         whole = builder.load(totals[0])
         for total in totals[1:]:
             whole = builder.add(whole, builder.load(total))
@@ -73,7 +79,7 @@ def _two_and_two(builder: Any, total: Any, x: Any, weight: Any) -> Any:
 def of_bytes(q: Any, weight: Any, sums: Any, totals: Any) -> None:
     """Rows of `weight` (outputs, inputs), whose sums are `sums`, times `q` (inputs,), which are 128 more than they should be."""
     outputs, inputs = weight.shape
-    registers, x, start = inputs // (_BYTES * _TURNS) * _TURNS, q.ctypes.data, weight.ctypes.data
+    registers, x, start = inputs // _BYTES, q.ctypes.data, weight.ctypes.data
     for j in range(outputs):
         total = _multiplied(x, start + j * inputs, registers)
         for i in range(registers * _BYTES, inputs):

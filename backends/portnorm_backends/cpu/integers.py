@@ -7,6 +7,7 @@ by BLAS, as the definition has it, with rounded weights that are made once as we
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy
@@ -79,22 +80,37 @@ def _rounded(x: NumPyArray, **attrs: Any) -> NumPyArray:
     return rounded
 
 
-def _is_few(x: Any, weight: Any, *, bound: float | None = None, block: int | None = None) -> bool:
-    """A few rows, and weights whose integers are known."""
+def take(weight: Any, rows: int, bound: float | None, block: int | None) -> bool:
+    """Whether the kernel multiplies so many rows with it now: few, and weights whose integers are known."""
     known = _of_rounded.get(id(weight))
-    if known is None or block is not None or known.rounded is not weight or type(x) is not numpy.ndarray or x.dtype != _FLOAT32:
+    if known is None or known.rounded is not weight or block is not None or bound not in (None, 1.0):
         return False
-    fits = x.ndim > 0 and x.shape[-1] == weight.shape[1] and 0 < x.size <= _ROWS * x.shape[-1]
-    return bool(fits and bound in (None, 1.0) and not is_rounding_moved() and ready("integers", _FLOAT32))
+    return 0 < rows <= _ROWS and not is_rounding_moved() and ready("integers", _FLOAT32)
+
+
+def _is_few(x: Any, weight: Any, *, bound: float | None = None, block: int | None = None) -> bool:
+    if type(x) is not numpy.ndarray or x.dtype != _FLOAT32 or x.ndim == 0 or x.shape[-1] == 0:
+        return False
+    return take(weight, x.size // x.shape[-1], bound, block) and bool(x.shape[-1] == weight.shape[1])
+
+
+def into(weight: NumPyArray, bound: float | None) -> Callable[[NumPyArray, NumPyArray], None]:
+    """What writes x · weightᵀ into y, for contiguous x (rows, inputs) and y (rows, outputs), and a weight that `take` was asked of."""
+    from portnorm_backends.cpu import integer_rows
+
+    known, bounded = _of_rounded[id(weight)], bound is not None
+
+    def multiply(x: NumPyArray, y: NumPyArray) -> None:
+        x = x if x.flags.writeable else x.copy()  # else all would be compiled again for arrays that can only be read
+        integer_rows.product(x, bounded, numpy.empty(x.shape, integer_rows.INTEGER), known.q, known.sums, known.steps, y)
+
+    return multiply
 
 
 def _product(x: NumPyArray, weight: NumPyArray, *, bound: float | None = None, block: None = None) -> NumPyArray:
-    from portnorm_backends.cpu import integer_rows
-
-    known, inputs = _of_rounded[id(weight)], x.shape[-1]
-    rows = numpy.ascontiguousarray(x).reshape(-1, inputs)
-    q, y = numpy.empty(rows.shape, integer_rows.INTEGER), numpy.empty((len(rows), len(weight)), numpy.float32)
-    integer_rows.product(rows, bound is not None, q, known.q, known.sums, known.steps, y)
+    rows = numpy.ascontiguousarray(x).reshape(-1, x.shape[-1])
+    y = numpy.empty((len(rows), len(weight)), numpy.float32)
+    into(weight, bound)(rows, y)
     return y.reshape(*x.shape[:-1], len(weight))
 
 

@@ -22,7 +22,7 @@ from portnorm_backends.cpu.input_terms import AT_ONCE, Feed, at_once, input_term
 from portnorm_backends.cpu.layout import OWN, ROWS, SHIFT, NumPyArray, Shares, Terms, rooms, writable
 from portnorm_backends.cpu.loops import LOOPS, accepts, accepts_inputs, kernels_of, of_cell
 from portnorm_backends.cpu.sizes import sizes_of, slot_of
-from portnorm_backends.cpu.steps import again
+from portnorm_backends.cpu.steps import again, integers_in_turn, take_integers
 
 _WORTH = 2**27
 """Multiplications from which a thread pays: a few milliseconds."""
@@ -71,8 +71,12 @@ def _forward(
 def _forward_of_inputs(
     x: Array, params: Params, state: State, loop: Params, *, cell: Any, lengths: Any = None, sequences: bool = True
 ) -> tuple[tuple[State, tuple[Array, ...]], None]:
-    shape = (*x.shape[:2], params["weight_ih"].shape[0])
-    found = _run(shape, lambda one: input_terms(x, params, cell, one), (), state, loop, cell, lengths, sequences, False)
+    found: tuple[tuple[State, tuple[Array, ...]], None] | None
+    if cell.quantize is not None:
+        found = integers_in_turn(x, params, state, loop, cell=cell, sequences=sequences)
+    else:
+        shape = (*x.shape[:2], params["weight_ih"].shape[0])
+        found = _run(shape, lambda one: input_terms(x, params, cell, one), (), state, loop, cell, lengths, sequences, False)
     return linear_scan.definition(x, params, state, loop, cell=cell, lengths=lengths, sequences=sequences) if found is None else found
 
 
@@ -248,5 +252,8 @@ KERNEL = Kernel(
     call=lambda *args, **attrs: _forward(*args, **attrs)[0], forward=_forward, vjp=_vjp, residuals=LoopResiduals, accepts=accepts
 )
 FROM_INPUTS = Kernel(
-    call=lambda *args, **attrs: _forward_of_inputs(*args, **attrs)[0], forward=_forward_of_inputs, accepts=accepts_inputs, again=again
+    call=lambda *args, **attrs: _forward_of_inputs(*args, **attrs)[0],
+    forward=_forward_of_inputs,
+    accepts=lambda *args, **attrs: accepts_inputs(*args, **attrs) or take_integers(*args, **attrs),
+    again=again,
 )
