@@ -15,16 +15,21 @@ from typing import Any
 import numpy
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from portnorm_backends.cpu.compiling import bare, compiled, copy
-from portnorm_backends.cpu.places import BITS, INDEX, Bits, Memory, computed, mask_of, transposed
+from portnorm_backends.cpu.places import BITS, INDEX, Bits, Memory, ask, computed, mask_of, transposed
 from portnorm_backends.cpu.registers import WIDTH
 from portnorm_backends.cpu.rowwise import forward_of, normalized
 from portnorm_backends.cpu.vectors import Vector, across, folded, fused
 
 _ROOM = 128
 """Registers of values that are turned before the first of them is read again."""
+
+
+_FAR = 2**20
+"""Bytes of rows from which those of the next turn are asked for: fewer are in a near cache."""
 
 
 # -- rows as columns ---------------------------------------------------------------------------------------------------------------------
@@ -95,6 +100,22 @@ def _blocks(builder: Any, n: Any, step: int, body: Callable[[Any], None]) -> Non
     builder.position_at_end(end)
 
 
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _asked(typing: Any, x: Any, start: Any, stop: Any) -> Any:
+    """Ask for the memory of the rows from `start` to before `stop`, which are next: the processor does not look so far ahead."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        matrix, byte = context.make_array(x)(context, builder, args[0]), ir.IntType(8).as_pointer()
+        stride, first = builder.extract_value(matrix.strides, 0), builder.bitcast(matrix.data, byte)
+        size = builder.mul(builder.extract_value(matrix.shape, 1), matrix.itemsize)
+        with cgutils.for_range_slice(builder, args[1], args[2], ir.Constant(INDEX, 1)) as (r, _):
+            row = builder.gep(first, [builder.mul(r, stride)])
+            _blocks(builder, size, 64, lambda line: ask(builder, builder.gep(row, [line])))
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.int64), generate
+
+
 # -- statistics and results ----------------------------------------------------------------------------------------------------------------
 
 
@@ -133,15 +154,20 @@ _normalized = across(normalized)
 
 
 @compiled(inner=True)
-def _statistics(x: Any, r: int, center: bool, eps: float, t: Any, found: Any) -> None:
+def _statistics(x: Any, r: int, center: bool, eps: float, t: Any, found: Any, y: Any) -> None:
     """m, d, σ² + ε and 1 / √(σ² + ε) of the rows from r on, `found` (4, rows); as in `rowwise`.
 
+    The rows after them are asked for, and the room of their results in `y`: few at a time, since many would be waited for.
     The first guess of a mean is that of the whole row: nothing is left to a second.
     """
     wide, n, lanes = x.shape[1], float(x.shape[1]), t.shape[2]
     blocks = range(min(t.shape[0], -(-(x.shape[0] - r) // lanes)))
+    last = x.shape[0] if x.size * x.itemsize >= _FAR else 0
     for b in blocks:
         _turned(x, r + b * lanes, t[b])
+        start = r + (t.shape[0] + b) * lanes
+        _asked(x, start, min(start + lanes, last))
+        _asked(y, start, min(start + lanes, last))
     if center:
         for b in blocks:
             _means(wide, (t[b],), (t[b, 0], n), (found[0, b * lanes : (b + 1) * lanes],))
@@ -173,7 +199,7 @@ def _forward(
     rows, many, fine, every = x.shape[0], found.shape[1], True, kept.shape[0] == x.shape[0]
     for r in range(0, rows, many):
         count = min(many, rows - r)
-        _statistics(x, r, center, eps, t, found)
+        _statistics(x, r, center, eps, t, found, y)
         _normalized((x[r : r + count],), (gains, shifts), (found[0], found[1], found[3]), (y[r : r + count],))
         for i in range(count):
             if not (smallest < found[2, i] < largest):
