@@ -43,6 +43,8 @@ def is_kind(xp: Namespace, dtype: DType, *kinds: str) -> bool:
 
 def is_floating(xp: Namespace, dtype: DType) -> bool:
     """Whether `dtype` holds real numbers in a floating-point format that ONNX has too, as NumPy's longdouble has not."""
+    if getattr(dtype, "kind", "") == "f":  # NumPy's own, asked in every call
+        return not is_longdouble(dtype)
     return is_kind(xp, dtype, "real floating") and not is_longdouble(dtype)
 
 

@@ -14,11 +14,12 @@ from portnorm.arrays import Library
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
 from portnorm_backends import bfloat16
-from portnorm_backends.cpu import affine, descent, integers, memory, normalize, recurrent, rows
+from portnorm_backends.cpu import affine, channels, descent, integers, memory, normalize, recurrent, rows
 
 _KERNELS = {
     "normalize": normalize.KERNEL,
     "layer_norm": rows.last_axis(layer_norm, center=True),
+    "batch_norm": channels.BATCH_NORM,
     "rms_norm": rows.last_axis(rms_norm, center=False),
     **affine.KERNELS,
     "fake_quantize": integers.ROUNDED,

@@ -7,9 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy
 
+from portnorm.arrays import Kernel
+from portnorm.dtypes import float32_value
+from portnorm.norm.arguments import LARGEST
 from portnorm_backends.cpu import memory
-from portnorm_backends.cpu.layout import RANGE, NumPyArray, bits, computed, taken
+from portnorm_backends.cpu.layout import RANGE, NumPyArray, bits, can_take, computed, taken
 from portnorm_backends.cpu.residuals import KernelResiduals, as_wide_as, cotangents, in_ranges, is_much
+from portnorm_backends.cpu.warming import ready
 
 
 def masks_rows(x: Any, mask: Any, axes: tuple[int, ...], param_axes: tuple[int, ...]) -> bool:
@@ -130,15 +134,65 @@ def scaled_channels(
 
     (channel,) = param_axes
     own, count = computed(x.dtype), x.shape[channel]
-    m, spread = (s.astype(own, copy=False) for s in (mean, var))
-    groups = spread.size // count
+    groups = var.size // count
     blocks = _blocks(x, channel, groups)
-    shape = (count,) if blocks.inner else (groups, count)
-    kept = numpy.zeros((3, *shape), dtype=own)
-    kept[0], kept[2] = m.reshape(shape), 1.0 / numpy.sqrt(spread.reshape(shape) + eps)
+    kept = numpy.empty((3, count) if blocks.inner else (3, groups, count), own)
+    m, rest, rstd = kept
+    m[...], rest[...] = mean.reshape(m.shape), 0
+    numpy.add(var.reshape(m.shape), eps, out=rstd)
+    numpy.divide(1.0, numpy.sqrt(rstd, out=rstd), out=rstd)
     parameters = (taken(weight, own, (count,)), taken(bias, own, (count,)))
     _each_channel(channelwise.scale(x.dtype, blocks.inner), blocks, *parameters, kept, blocks.like(y))
-    return KernelResiduals(x, kept, weight, bias, None, spread)
+    return KernelResiduals(x, kept, weight, bias, None, var.astype(own, copy=False))
+
+
+def _is_plain(
+    x: Any,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    mean: Any = None,
+    var: Any = None,
+    channel_axis: Any = 1,
+    eps: Any = 1e-5,
+    mask: Any = None,
+    reduce: Any = None,
+    out: Any = None,
+) -> bool:
+    """Whether the arguments of `batch_norm` need no further look: given statistics, and contiguous arrays of one type."""
+    if type(x) is not numpy.ndarray or mean is None or var is None or mask is not None or reduce is not None:
+        return False
+    if type(channel_axis) is not int or not 0 <= channel_axis < x.ndim or x.ndim < 2 or type(eps) is not float or not 0 <= eps <= LARGEST:
+        return False
+    dtype, shape = x.dtype, (x.shape[channel_axis],)
+    if not (dtype in RANGE and x.size and x.flags.c_contiguous and x.flags.aligned):
+        return False
+    for p in (weight, bias, mean, var):
+        if p is not None and (type(p) is not numpy.ndarray or p.dtype != dtype or p.shape != shape):
+            return False
+    fits = out is None or (can_take(out, x, weight, bias, mean, var) and out.dtype == dtype and out.shape == x.shape)
+    return fits and ready("channels", dtype)
+
+
+def _given(
+    x: NumPyArray,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    mean: Any,
+    var: Any,
+    channel_axis: int = 1,
+    eps: float = 1e-5,
+    out: Any = None,
+    **attrs: Any,
+) -> NumPyArray:
+    y: NumPyArray = memory.like(x) if out is None else out
+    scaled_channels(x, weight, bias, mean, var, (channel_axis,), float32_value(eps), y)
+    return y
+
+
+BATCH_NORM = Kernel(call=_given, accepts=_is_plain)
+"""`batch_norm` for the arguments that most calls in inference have; what others need, and residuals, its definition makes."""
 
 
 def vjp_of_channels(

@@ -51,6 +51,12 @@ def writable(a: NumPyArray) -> NumPyArray:
     return a if a.flags.aligned and a.flags.writeable else a.copy()
 
 
+def can_take(out: Any, *others: Any) -> bool:
+    """Whether a kernel can write into `out` while it reads the others."""
+    contiguous = type(out) is numpy.ndarray and out.flags.c_contiguous and out.flags.aligned and out.flags.writeable
+    return bool(contiguous and not any(p is not None and numpy.may_share_memory(out, p) for p in others))
+
+
 # -- the time loop ---------------------------------------------------------------------------------------------------------------------
 
 NONE, SHIFT, ROWS, OWN, GIVEN = range(5)

@@ -11,9 +11,9 @@ from portnorm.dtypes import float32_value
 from portnorm.norm.normalize import normalize, written
 from portnorm_backends.cpu import memory
 from portnorm_backends.cpu.channels import forward_of_channels, forward_of_counted, is_channel, masks_rows, scaled_channels, vjp_of_channels
-from portnorm_backends.cpu.layout import RANGE, NumPyArray
+from portnorm_backends.cpu.layout import RANGE, NumPyArray, can_take
 from portnorm_backends.cpu.residuals import KernelResiduals
-from portnorm_backends.cpu.rows import are_rows, as_rows, can_take, forward_of_rows, vjp_of_rows
+from portnorm_backends.cpu.rows import are_rows, as_rows, forward_of_rows, vjp_of_rows
 from portnorm_backends.cpu.warming import ready
 
 

@@ -12,7 +12,7 @@ from portnorm.arrays import Kernel
 from portnorm.dtypes import float32_value
 from portnorm.norm.arguments import LARGEST
 from portnorm_backends.cpu import memory
-from portnorm_backends.cpu.layout import RANGE, SHORT, NumPyArray, bits, computed, taken
+from portnorm_backends.cpu.layout import RANGE, SHORT, NumPyArray, bits, can_take, computed, taken
 from portnorm_backends.cpu.residuals import KernelResiduals, as_wide_as, cotangents, in_ranges, is_much
 from portnorm_backends.cpu.warming import READY, ready
 
@@ -128,12 +128,6 @@ def vjp_of_rows(
 
 
 # -- the last axis -------------------------------------------------------------------------------------------------------------------------
-
-
-def can_take(out: Any, *others: Any) -> bool:
-    """Whether a kernel can write into `out` while it reads the others."""
-    contiguous = type(out) is numpy.ndarray and out.flags.c_contiguous and out.flags.aligned and out.flags.writeable
-    return bool(contiguous and not any(p is not None and numpy.may_share_memory(out, p) for p in others))
 
 
 _ROWS = READY["rows"]
