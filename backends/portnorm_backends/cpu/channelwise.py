@@ -18,7 +18,7 @@ import numpy
 
 from portnorm_backends.cpu.compiling import bare, compiled, fill
 from portnorm_backends.cpu.places import kinds
-from portnorm_backends.cpu.rowwise import guess, scaled, sums, sums_of_cotangents
+from portnorm_backends.cpu.rowwise import guess, scaled, scaled_asking, sums, sums_of_cotangents
 from portnorm_backends.cpu.sums import GROUP, TERMS, carried, carry
 from portnorm_backends.cpu.vectors import Vector, elementwise, fused, like, prefetch
 
@@ -225,14 +225,6 @@ def _ahead(x: Any, k: int, c: int) -> None:
 
 
 @compiled(inner=True)
-def _beyond(x: Any, k: int, c: int, stop: int) -> None:
-    """The same where one channel comes after the other."""
-    c += max(1, _AHEAD // (x.shape[2] * x.itemsize))
-    if c < stop:
-        prefetch(x[k, c])
-
-
-@compiled(inner=True)
 def _channel_sums(x: Any, c: int, m: Any) -> tuple[float, float]:
     """Σ (x − m) and Σ (x − m)² of one channel."""
     first = second = lost_first = lost_second = 0.0
@@ -300,9 +292,7 @@ def _channels_scaled(start: int, stop: int, x: Any, weight: Any, bias: Any, kept
     for k in range(outer):
         for c in range(start, stop):
             gain, shift = weight[c] * kept[2, c] if weight.size else kept[2, c], bias[c] if bias.size else like(x, 0)
-            _beyond(x, k, c, stop)
-            _beyond(y, k, c, stop)
-            scaled(inner, (x[k, c], kept[0, c], kept[1, c], gain, shift), (y[k, c],))
+            scaled_asking(inner, (x[k, c], kept[0, c], kept[1, c], gain, shift), (y[k, c],))
 
 
 def _channels_backward(

@@ -23,7 +23,7 @@ import numpy
 from portnorm_backends.cpu.compiling import bare, compiled, row_of
 from portnorm_backends.cpu.places import kinds
 from portnorm_backends.cpu.sums import GROUP, carried, carry
-from portnorm_backends.cpu.vectors import Vector, elementwise, fused, leading, like, product, settle, streamed, summed
+from portnorm_backends.cpu.vectors import Vector, asking, elementwise, fused, leading, like, product, settle, streamed, summed
 
 _FIRST = 64
 """Values that the first guess of a mean is taken of."""
@@ -103,7 +103,8 @@ def _scaled(x: Vector, m: Vector, d: Vector, gain: Vector, shift: Vector) -> tup
     return (fused((x - m) - d, gain, shift),)
 
 
-scaled, _scaled_once, _scaled_twice = elementwise(_scaled), streamed(_scaled), streamed(normalized)
+scaled, scaled_asking = elementwise(_scaled), asking(_scaled)
+_scaled_once, _scaled_twice = streamed(_scaled), streamed(normalized)
 
 
 def _forward(
