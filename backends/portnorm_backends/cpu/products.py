@@ -51,7 +51,10 @@ ROWS = 240
 
 _HIGHEST, _HIGH = HEIGHTS[0], HEIGHTS[-2 if len(HEIGHTS) > 1 else 0]
 _highest, _high, _four = (tile(rows, 1) for rows in (_HIGHEST, _HIGH, 4))
-_two, _two_by_two, _one, _one_by_four = tile(2, 1), tile(2, 2), tile(1, 1), tile(1, 4)
+_MANY = 8 if WIDTH == 64 else 4
+"""Panels that a single row takes at once, so that sixteen sums of AVX-512, or eight, are on their way."""
+
+_two, _two_beside, _one, _one_beside = tile(2, 1), tile(2, _MANY // 2), tile(1, 1), tile(1, _MANY)
 
 
 @compiled(inner=True)
@@ -69,17 +72,18 @@ def _few_rows(x: Any, packed: Any, y: Any, i: int, first: int, last: int, start:
     """The up to three last rows, from row i on, of panels `first` to before `last`."""
     if i + 2 <= x.shape[0]:
         p = first
-        while p + 2 <= last:
-            _two_by_two(x, packed, y, i, p, start, stop, origin, 0, adds)
-            p += 2
-        if p < last:
+        while p + _MANY // 2 <= last:
+            _two_beside(x, packed, y, i, p, start, stop, origin, 0, adds)
+            p += _MANY // 2
+        while p < last:
             _two(x, packed, y, i, p, start, stop, origin, 0, adds)
+            p += 1
         i += 2
     if i < x.shape[0]:
         p = first
-        while p + 4 <= last:
-            _one_by_four(x, packed, y, i, p, start, stop, origin, 0, adds)
-            p += 4
+        while p + _MANY <= last:
+            _one_beside(x, packed, y, i, p, start, stop, origin, 0, adds)
+            p += _MANY
         while p < last:
             _one(x, packed, y, i, p, start, stop, origin, 0, adds)
             p += 1
@@ -94,8 +98,8 @@ def _block(x: Any, packed: Any, y: Any, start: int, stop: int, origin: int, adds
     fours = (rows - highest * _HIGHEST - high * _HIGH) // 4
     to_high = highest * _HIGHEST
     to_fours = to_high + high * _HIGH
-    for first in range(0, panels, 4):
-        last = min(panels, first + 4)
+    for first in range(0, panels, _MANY):
+        last = min(panels, first + _MANY)
         for p in range(first, last if rows >= 4 else first):
             for k in range(highest):
                 _highest(x, packed, y, k * _HIGHEST, p, start, stop, origin, _next(packed, p, start, stop, k), adds)
