@@ -89,6 +89,7 @@ SUPPORT: dict[str, Support] = {
                 "input_cotangent",
                 "weight_cotangent",
                 "layer_norm",
+                "batch_norm",
                 "rms_norm",
                 "fake_quantize",
                 "integer_product",

@@ -167,13 +167,14 @@ class Direction:
             y = reverse_sequences(y, lengths)
         return y, state, buffers, residuals
 
-    def again(self, params: Params, x: Array, state: State) -> Callable[[Array, State], State] | None:
-        """What computes a step after others: a function of `x` (1, batch, inputs) and `state`, shaped like these, to the next state.
+    def again(self, params: Params, x: Array, state: State) -> Callable[[Array, State], tuple[Array, State] | None] | None:
+        """What computes calls like `forward(params, {}, x, state, keep=False)` that come again: a function of `x` and `state`, shaped like
+        these, to `(y, state)`, or to `None` where `forward` has to do it.
 
-        It holds `params`, and reads them anew in each step but for weights that are quantized, which nobody may change. `None` where no
-        kernel has such a function, where a step has parameters of its own, and where weights are normalized.
+        It holds `params`, and reads them anew in each call but for weights that are quantized, which nobody may change. `None` where no
+        kernel has such a function, where a step has parameters of its own, in reverse, and where weights are normalized.
         """
-        cell = self.cells[0]
+        cell, sequences = self.cells[0], self.sequences
         v = cell.variant
         if self.reverse or any(name.endswith(".v") for name in params) or v.norm == "batch" or v.affine != "shared":
             return None
@@ -188,16 +189,20 @@ class Direction:
             return total
 
         own, loop = self._shared(cell, params, noted)
-        step: Callable[[Array, State], State] | None = linear_scan.again(x, own, state, loop, cell=cell)
-        if step is None or not sums:
-            return step
+        scanned = linear_scan.again(x, own, state, loop, cell=cell, sequences=sequences)
+        if scanned is None:
+            return None
 
-        def renewed(x: Array, state: State) -> State:
+        def run(x: Array, state: State) -> tuple[Array, State] | None:
             for total, terms in sums:
                 total[...] = _sum(terms)
-            return step(x, state)
+            found = scanned(x, state)
+            if found is None:
+                return None
+            state, outputs = found
+            return (outputs[0] if sequences else state[0]), state
 
-        return renewed
+        return run
 
     def _shared(self, cell: RecurrentCell, params: Params, add: Sum = _sum) -> tuple[Params, Params]:
         """What `linear_scan` takes of parameters that all steps share: that of the input term, and that of the loop."""

@@ -33,7 +33,8 @@ def below(layer: pn.LSTM, name: str, values: np.ndarray[Any, Any]) -> None:
     layer.params[name] = whole[1]
     layer(np.zeros((1, 1, layer.input_size), values.dtype))
     _, state = layer.step(np.zeros((1, layer.input_size), values.dtype))
-    layer.step(np.zeros((1, layer.input_size), values.dtype), state)
+    for _ in range(2):
+        layer.step(np.zeros((1, layer.input_size), values.dtype), state)
     whole[1] = values
 
 
@@ -84,7 +85,8 @@ def test_parameters_changed_between_two_calls_are_noticed(cell: str, norm: str |
             change(layer, name, rng.standard_normal(parameter.shape, np.float32))
             assert_equal(layer(x), anew(layer)(x))
             _, state = layer.step(x[0])
-            for _ in range(2):  # the second of which looks at nothing that the first one saw
+            for _ in range(3):  # the last of which does not look at what the first ones saw
+                assert_equal(layer(x), anew(layer)(x))
                 assert_equal(layer.step(x[0], state), anew(layer).step(x[0], state))
         assert np.abs(layer(x)[0] - before).max() > 1e-3
 
@@ -124,25 +126,54 @@ def test_a_later_step_is_that_of_a_layer_that_has_seen_none(
                     state = (*[a[0] for a in state[: len(layer.cell.states)]], *state[len(layer.cell.states) :])
 
 
+@pytest.mark.parametrize("more", MORE, ids=str)
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_a_later_call_is_that_of_a_layer_that_has_seen_none(
+    cell: str, norm: str | None, more: dict[str, Any], rng: np.random.Generator
+) -> None:
+    """To the last bit, with and without a state, and after calls of other shapes and of training between."""
+    layer = random_layer(cell, norm, rng, **more)
+    for shape in ((1, 1), (4, 1), (3, 4), (4, 1), (0, 2), (2, 0), (4, 6)):
+        for k in range(4):
+            x = rng.standard_normal((*shape, 6)).astype(layer.dtype) * (1e18 if k == 2 else 1)
+            x = np.ascontiguousarray(x.swapaxes(0, 1)) if layer.batch_first else x
+            state = None if k == 0 else layer.initial_state(shape[1], noise=0.1, rng=k)
+            with np.errstate(all="ignore"):
+                assert_equal(layer(x, state), anew(layer)(x, state))
+                assert_equal(layer(x), anew(layer)(x))
+        layer(np.ones((2, 3, 6), layer.dtype), training=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (5, 2)], ids=str)
 @pytest.mark.parametrize(("cell", "norm"), [("LSTM", None), ("LSTM", "layer"), ("GRU", None), ("GRU", "layer"), ("RNN", None)])
-def test_a_later_step_is_looked_at_no_more(cell: str, norm: str | None, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = random_layer(cell, norm, rng, num_layers=2), rng.standard_normal((4, 2, 6), np.float32)
-    _, state = layer.step(x[0])
-    looked, look = [], layer._first_step
-    monkeypatch.setattr(layer, "_first_step", lambda *arguments: looked.append(arguments) or look(*arguments))
-    for row in x[1:]:
-        _, state = layer.step(row, state)
-    assert looked == []
-    layer.step(x[0])
-    layer.step(x[0, :1], tuple(a[:, :1] for a in state))
-    assert len(looked) == 2  # without a state, and of another batch
+def test_a_later_call_is_looked_at_no_more(
+    cell: str, norm: str | None, shape: tuple[int, int], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = random_layer(cell, norm, rng, num_layers=2), rng.standard_normal((*shape, 6), np.float32)
+    looked, look = [], layer.forward
+    monkeypatch.setattr(layer, "forward", lambda *arguments: looked.append(arguments) or look(*arguments))
+    _, state = layer(x)
+    layer(x, state)
+    assert len(looked) == 2
+    for _ in range(3):
+        _, state = layer(x, state)
+        layer(x)
+    if shape[0] == 1:
+        layer.step(x[0], state)
+    assert len(looked) == 2
+    layer(x, training=True)
+    layer(x, lengths=[1, 1])
+    layer(x, mask=np.zeros(shape, bool))
+    layer(x[:, :1], tuple(a[:, :1] for a in state))
+    assert len(looked) == 6
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_what_does_not_fit_is_refused_in_a_later_step_as_in_the_first(layers: int, rng: np.random.Generator) -> None:
     layer, x = random_layer("LSTM", "layer", rng, num_layers=layers), rng.standard_normal((2, 6), np.float32)
     _, state = layer.step(x)
-    layer.step(x, state)
+    for _ in range(2):
+        layer.step(x, state)
     wide = x.astype("float64")
     wrong: list[tuple[Any, Any]] = [
         (wide, state),
@@ -171,6 +202,7 @@ def test_a_copy_computes_its_steps_with_its_own_arrays(rng: np.random.Generator)
     layer, x = random_layer("GRU", "layer", rng), rng.standard_normal((2, 6), np.float32)
     _, state = layer.step(x)
     expected = layer.step(x, state)
+    layer.step(x, state)
     for other in (layer.copy(), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert_equal(other.step(x, state), expected)
         other.assign({name: -a for name, a in other.params.items()})
@@ -182,7 +214,8 @@ def test_a_copy_computes_its_steps_with_its_own_arrays(rng: np.random.Generator)
 def test_without_kernels_a_later_step_is_the_definition(rng: np.random.Generator) -> None:
     layer, x = random_layer("LSTM", "layer", rng), rng.standard_normal((2, 6), np.float32)
     _, state = layer.step(x)
-    layer.step(x, state)
+    for _ in range(2):
+        layer.step(x, state)
     with without_kernels(np.ndarray):
         found, expected = layer.step(x, state), anew(layer).step(x, state)
     assert_equal(found, expected)
@@ -191,30 +224,38 @@ def test_without_kernels_a_later_step_is_the_definition(rng: np.random.Generator
 @pytest.mark.parametrize(("cell", "norm"), PRESETS)
 def test_settings_changed_between_two_steps_are_noticed(cell: str, norm: str | None, rng: np.random.Generator) -> None:
     layer, x = random_layer(cell, norm, rng), rng.standard_normal((3, 1, 6), np.float32)
-    layer(x)
+    for _ in range(3):
+        layer(x)
     for name, value in (("direction", "reverse"), ("return_sequences", False), ("batch_first", True)):
         setattr(layer, name, value)
-        assert_equal(layer(x), anew(layer)(x))
+        for _ in range(3):
+            assert_equal(layer(x), anew(layer)(x))
 
 
+@pytest.mark.parametrize("more", MORE, ids=str)
 @pytest.mark.parametrize(("cell", "norm"), PRESETS)
-def test_results_of_a_step_outlive_the_steps_after_it(cell: str, norm: str | None, rng: np.random.Generator) -> None:
-    """Also where a result is written to: the room of calls is none of theirs."""
-    layer, x, state = random_layer(cell, norm, rng), rng.standard_normal((6, 1, 6), np.float32), None
-    found, kept = [], []
-    for t in range(6):
-        h, state = layer.step(x[t], state)
-        found.append((h, *state))
-        kept.append([np.copy(a) for a in found[-1]])
-    for step, copies in zip(found, kept, strict=True):
-        for a, b in zip(step, copies, strict=True):
-            np.testing.assert_array_equal(a, b)
-    expected = layer.step(x[0])
-    expected = expected[0].copy(), [a.copy() for a in expected[1]]
-    h, state = layer.step(x[0])
-    for array in (h, *state[: len(layer.cell.states)]):
-        array[...] = np.nan
-    assert_equal(layer.step(x[0]), expected)
+def test_results_of_a_call_outlive_the_calls_after_it(cell: str, norm: str | None, more: dict[str, Any], rng: np.random.Generator) -> None:
+    """Also where a result is written to, which changes no other: the room of calls is none of theirs."""
+    layer = random_layer(cell, norm, rng, **more)
+    for shape in ((6,), (1, 1, 6), (3, 1, 6)):
+        call = layer.step if len(shape) == 1 else layer
+        x, state, found, kept = rng.standard_normal((6, *((1, 6) if len(shape) == 1 else shape))).astype(layer.dtype), None, [], []
+        x = x.swapaxes(1, 2) if layer.batch_first and x.ndim == 4 else x
+        for one in x:
+            h, state = call(one, state)
+            found.append((h, *state))
+            kept.append([np.copy(a) for a in found[-1]])
+        for own, copies in zip(found, kept, strict=True):
+            for a, b in zip(own, copies, strict=True):
+                np.testing.assert_array_equal(a, b)
+        expected = call(x[0])
+        expected = expected[0].copy(), [a.copy() for a in expected[1]]
+        arrays = [a for own in found for a in own if a.ndim]
+        for i, array in enumerate(arrays):
+            array[...] = i
+        for i, array in enumerate(arrays):
+            np.testing.assert_array_equal(array, i)
+        assert_equal(call(x[0]), expected)
 
 
 @pytest.mark.parametrize(("cell", "norm"), PRESETS)
@@ -225,9 +266,9 @@ def test_a_step_does_not_hang_on_the_one_before_it(cell: str, norm: str | None, 
     for value in (np.nan, 1e30, np.inf, 0.0):
         with np.errstate(all="ignore"):
             layer(np.full_like(x, value))
-            layer(np.full((1, 1, 6), value, np.float32))
-            _, state = layer.step(np.full((1, 6), value, np.float32))
-            layer.step(np.full((1, 6), value, np.float32), state)
+            _, state = layer(np.full((1, 1, 6), value, np.float32))
+            for _ in range(3):
+                layer.step(np.full((1, 6), value, np.float32), state)
         assert_equal(layer(x), expected)
         _, state = layer.step(x[0])
         assert_equal(layer.step(x[1], state), anew(layer).step(x[1], state))

@@ -94,11 +94,7 @@ class Recurrent(Stack):
     ((2, 8), (4, 2, 4))
     """
 
-    if TYPE_CHECKING:  # what a call of `Layer` gives here
-
-        def __call__(
-            self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
-        ) -> tuple[Array, State]: ...
+    if TYPE_CHECKING:  # what that of `Layer` gives here
 
         def vjp(
             self,
@@ -170,7 +166,7 @@ class Recurrent(Stack):
                 f"`hidden_init` is {hidden_init!r}, but the variant's `recurrence` 'diagonal' has no hidden matrix; use None"
             )
         random = generator(rng)
-        self._made, self._again = None, {}
+        self._made, self._again, self._last_shape = None, {}, ()
         for suffix, inputs, place in self.places():
             start = Start(forget_bias, hidden_init, self.proj_size)
             values = initial_values(place.cells[0], inputs, self.hidden_size, self.t_max, start, random)
@@ -281,6 +277,35 @@ class Recurrent(Stack):
             rows.append(SummaryRow(f"  {suffix.removeprefix('_')}", "", output, *own, inside=True))
         return rows if len(rows) > 1 else []
 
+    # -- calls -----------------------------------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, x: Array, state: Any = None, lengths: Any = None, *, mask: Array | None = None, training: bool = False, rng: Any = None
+    ) -> tuple[Array, State]:
+        """`(y, state)`; see `Layer` and the arguments of a call above."""
+        if type(x) is not numpy.ndarray or lengths is not None or mask is not None or training is not False:
+            called: tuple[Array, State] = super().__call__(x, state, lengths, mask=mask, training=training, rng=rng)
+            return called
+        found = self._called_again(x, state)
+        if found is None:
+            found = super().__call__(x, state)
+            self._note(x, found[1])
+        return found
+
+    def _called_again(self, x: Array, state: Any, *, step: bool = False) -> tuple[Array, State] | None:
+        """The call by what earlier ones have settled; `None` where they have not."""
+        known = self._again.get(x.shape)
+        return None if known is None else known(self, x, state, step)
+
+    def _note(self, x: Array, state: State) -> None:
+        """Keep what computes such a call, with this state after it, once there was one of its shape before."""
+        if self._last_shape != x.shape:
+            self._last_shape = x.shape
+            return
+        kept = {shape: a for shape, a in self._again.items() if a.holds(self)} if len(self._again) < _SHAPES else {}
+        made = again(self, x, state)
+        self._again = kept if made is None else {**kept, x.shape: made}
+
     # -- step by step ----------------------------------------------------------------------------------------------------------------------
 
     def step(self, x: Array, state: Any = None) -> tuple[Array, State]:
@@ -296,23 +321,18 @@ class Recurrent(Stack):
         >>> h.shape, c_n.shape
         ((2, 4), (2, 4))
         """
-        again = self._again.get(x.shape) if type(x) is numpy.ndarray else None
-        found = None if again is None else again(self, x, state)
-        return self._first_step(x, state) if found is None else found
-
-    def _first_step(self, x: Array, state: Any) -> tuple[Array, State]:
-        """`step`, with a look at everything."""
-        self.check_goes_forward()
-        namespace(x=x)
-        states = len(self.cell.states)
-        alone = state is not None and self.num_layers == 1 and is_of_one_cell(state, states)
-        y, state = self(x[:, None, ...] if self.batch_first else x[None, ...], of_layers(state, states) if alone else state)
-        h = (y[:, 0, ...] if self.batch_first else y[0, ...]) if self.keeps_time else y
-        if type(x) is numpy.ndarray:
-            kept = {shape: a for shape, a in self._again.items() if a.holds(self)} if len(self._again) < _SHAPES else {}
-            made = again(self, x, state)
-            self._again = kept if made is None else {**kept, x.shape: made}
-        return h, of_one_cell(state, states) if alone else state
+        found, first = None, self.batch_first
+        if type(x) is numpy.ndarray and x.ndim == 2:
+            found = self._called_again(x[:, None] if first else x[None], state, step=True)
+        if found is None:
+            self.check_goes_forward()
+            namespace(x=x)
+            states = len(self.cell.states)
+            alone = state is not None and self.num_layers == 1 and is_of_one_cell(state, states)
+            y, after = self(x[:, None, ...] if first else x[None, ...], of_layers(state, states) if alone else state)
+            found = y, of_one_cell(after, states) if alone else after
+        y, after = found
+        return (y if not self.return_sequences else y[:, 0, ...] if first else y[0, ...]), after
 
     def check_goes_forward(self) -> None:
         """Raise `UnsupportedError` where it cannot go step by step."""

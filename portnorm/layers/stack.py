@@ -67,7 +67,8 @@ class Stack(Layer):
 
     _made: tuple[Any, tuple[tuple[str, int, Direction], ...]] | None
     _again: dict[tuple[int, ...], Again]
-    """What computes the next step, by the shape of its `x`."""
+    """What computes the next call, by the shape of its `x`."""
+    _last_shape: tuple[int, ...]
 
     @property
     def timed(self) -> bool:

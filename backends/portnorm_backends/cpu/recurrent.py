@@ -22,7 +22,7 @@ from portnorm_backends.cpu.input_terms import AT_ONCE, Feed, at_once, input_term
 from portnorm_backends.cpu.layout import OWN, ROWS, SHIFT, NumPyArray, Shares, Terms, rooms, writable
 from portnorm_backends.cpu.loops import LOOPS, accepts, accepts_inputs, kernels_of, of_cell
 from portnorm_backends.cpu.sizes import sizes_of, slot_of
-from portnorm_backends.cpu.steps import again, integers_in_turn, take_integers
+from portnorm_backends.cpu.steps import integers_in_turn, of_one_step, take_integers
 
 _WORTH = 2**27
 """Multiplications from which a thread pays: a few milliseconds."""
@@ -78,6 +78,21 @@ def _forward_of_inputs(
         shape = (*x.shape[:2], params["weight_ih"].shape[0])
         found = _run(shape, lambda one: input_terms(x, params, cell, one), (), state, loop, cell, lengths, sequences, False)
     return linear_scan.definition(x, params, state, loop, cell=cell, lengths=lengths, sequences=sequences) if found is None else found
+
+
+def _again(
+    x: NumPyArray, params: Params, state: State, loop: Params, *, cell: Any, sequences: bool, **attrs: Any
+) -> Callable[[NumPyArray, State], tuple[State, tuple[NumPyArray, ...]] | None]:
+    """What computes such calls for other `x` and states of the same shapes and types."""
+    step = of_one_step(x, params, loop, cell=cell)
+    if step is None:
+        return lambda x, state: _forward_of_inputs(x, params, state, loop, cell=cell, sequences=sequences)[0]
+
+    def run(x: NumPyArray, state: State) -> tuple[State, tuple[NumPyArray, ...]] | None:
+        after = step(x, state)
+        return None if after is None else (after, (after[0].copy()[None],) if sequences else ())
+
+    return run
 
 
 def _run(
@@ -255,5 +270,5 @@ FROM_INPUTS = Kernel(
     call=lambda *args, **attrs: _forward_of_inputs(*args, **attrs)[0],
     forward=_forward_of_inputs,
     accepts=lambda *args, **attrs: accepts_inputs(*args, **attrs) or take_integers(*args, **attrs),
-    again=again,
+    again=_again,
 )

@@ -28,8 +28,8 @@ Multiply = Callable[[NumPyArray, NumPyArray], None]
 """Writes the product of its first argument with a weight, and a shift, into its second."""
 
 
-def again(x: NumPyArray, params: Params, state: State, loop: Params, *, cell: Any, **attrs: Any) -> Step | None:
-    """What computes one step of few sequences after another."""
+def of_one_step(x: NumPyArray, params: Params, loop: Params, *, cell: Any) -> Step | None:
+    """What computes one step of few sequences after another; `None` for more, and for parameters that would have to be copied."""
     products, (time, batch, _), dtype = kernels_of("products"), x.shape, x.dtype
     weights = params["weight_ih"], loop["weight_hh"]
     read = [p for p in (*params.values(), *loop.values()) if cell.quantize is None or p.ndim == 1]
@@ -107,7 +107,7 @@ def integers_in_turn(
     x: NumPyArray, params: Params, state: State, loop: Params, *, cell: Any, sequences: bool
 ) -> tuple[tuple[State, tuple[Array, ...]], None] | None:
     """`linear_scan` step by step; `None` where a variance left its range."""
-    step = again(x[:1], params, state, loop, cell=cell)
+    step = of_one_step(x[:1], params, loop, cell=cell)
     if step is None:
         return None
     h = memory.room((len(x), *state[0].shape), x.dtype) if sequences else None
