@@ -82,6 +82,7 @@ SUPPORT: dict[str, Support] = {
             "numpy",
             _EVERY,
             kernels=(
+                "rows_added",
                 "normalize",
                 "scan",
                 "linear_scan",
@@ -106,10 +107,10 @@ SUPPORT: dict[str, Support] = {
             "torch",
             _EVERY,
             "torch",
-            ("loop", "normalize", "sigmoid", "steps_so_far", "times_transposed", "steps_at"),
+            ("loop", "normalize", "sigmoid", "steps_so_far", "times_transposed", "steps_at", "rows_added"),
             autodiff=True,
         ),
-        Support("jax", "jax.numpy", "jax", _EVERY, kernels=("loop",), autodiff=True, out=False, wide=_X64),
+        Support("jax", "jax.numpy", "jax", _EVERY, kernels=("loop", "rows_added"), autodiff=True, out=False, wide=_X64),
         Support(
             "dask",
             "dask.array",
@@ -120,7 +121,7 @@ SUPPORT: dict[str, Support] = {
         ),
         Support("mlx", "mlx.core", "mlx", ("float16", "bfloat16", "float32"), "mlx", autodiff=True),
         Support("paddle", "paddle", "paddlepaddle", ("float32", "float64"), "paddle", autodiff=True),
-        Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", kernels=("normalize", "scan"), gpu=True),
+        Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", kernels=("rows_added", "normalize", "scan"), gpu=True),
     )
 }
 """Array libraries by name."""

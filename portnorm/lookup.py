@@ -41,15 +41,35 @@ def embedding(ids: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
 
 @embedding.backward
 def _(residuals: tuple[Array, Array], dy: Array) -> tuple[None, Array]:
-    """dweight = Σ one-hot(ids)ᵀ · dy in at least float32, in blocks of cases: the standard has no scattered addition."""
+    """dweight: the rows of dy added up by entry, in at least float32."""
     ids, weight = residuals
-    xp, entries = xp_of(weight), weight.shape[0]
-    flat, dtype = xp.reshape(ids, (-1, 1)), statistics_dtype(xp, weight.dtype)
-    rows = xp.astype(xp.reshape(dy, (-1, weight.shape[1])), dtype, copy=False)
-    classes = xp.arange(entries, dtype=flat.dtype, device=device_of(ids))
-    total, block = xp.zeros_like(weight, dtype=dtype), max(1, _BLOCK // entries)
-    for start in range(0, flat.shape[0], block):
-        part = slice(start, min(start + block, flat.shape[0]))
-        chosen = xp.astype(flat[part, :] == classes, dtype)
+    xp = xp_of(weight)
+    rows = xp.astype(xp.reshape(dy, (-1, weight.shape[1])), statistics_dtype(xp, weight.dtype), copy=False)
+    return None, xp.astype(rows_added(rows, xp.reshape(ids, (-1,)), entries=weight.shape[0]), weight.dtype, copy=False)
+
+
+@op
+def rows_added(rows: Array, ids: Array, *, entries: int) -> tuple[Array, Array]:
+    """Σ one-hot(ids)ᵀ · rows: of `rows` (n, features) those with the same number in `ids` (n,) added up, (entries, features).
+
+    In blocks of rows, as products of matrices: the standard has no scattered addition.
+
+    >>> import numpy as np
+    >>> rows_added(np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), np.array([2, 0, 2]), entries=3)
+    array([[3., 4.],
+           [0., 0.],
+           [6., 8.]])
+    """
+    xp = xp_of(rows)
+    column, classes = ids[:, None], xp.arange(entries, dtype=ids.dtype, device=device_of(ids))
+    total, block = xp.zeros((entries, rows.shape[1]), dtype=rows.dtype, device=device_of(rows)), max(1, _BLOCK // entries)
+    for start in range(0, rows.shape[0], block):
+        part = slice(start, min(start + block, rows.shape[0]))
+        chosen = xp.astype(column[part, :] == classes, rows.dtype)
         total = total + xp.matmul(xp.matrix_transpose(chosen), rows[part, :])
-    return None, xp.astype(total, weight.dtype, copy=False)
+    return total, ids
+
+
+@rows_added.backward
+def _(residuals: Array, dy: Array, *, entries: int) -> tuple[Array, None]:
+    return xp_of(dy).take(dy, residuals, axis=0), None

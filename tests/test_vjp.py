@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 
 import portnorm as pn
+from portnorm.arrays import without_kernels
+from portnorm.lookup import rows_added
 from portnorm.op import OPS as ALL_OPS
 from tests.cases import (
     COMBINATIONS,
@@ -149,10 +152,20 @@ def test_learned_first_state_is_dead_in_bn_lstm(rng: np.random.Generator) -> Non
     assert np.max(np.abs(dc)) > 1e-3
 
 
-def test_embedding_in_blocks_is_embedding_at_once(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "definitions"])
+def test_rows_added_in_parts_are_those_added_at_once(kernels: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     ids, weight, dy = rng.integers(0, 7, (50, 3)), rng.standard_normal((7, 4)), rng.standard_normal((50, 3, 4))
     expected = np.zeros((7, 4))
     np.add.at(expected, ids, dy)
-    for block in (1, 7 * 11, 2**22):
-        monkeypatch.setattr("portnorm.lookup._BLOCK", block)
-        np.testing.assert_allclose(pn.vjp(pn.embedding, ids, weight)[1](dy)[1], expected, rtol=1e-12)
+    for part in (1, 7 * 11, 2**22):
+        monkeypatch.setattr("portnorm.lookup._BLOCK", part)
+        monkeypatch.setattr("portnorm_backends.numpy._ROWS", part)
+        with nullcontext() if kernels else without_kernels(np.ndarray):
+            np.testing.assert_allclose(pn.vjp(pn.embedding, ids, weight)[1](dy)[1], expected, rtol=1e-12)
+
+
+def test_many_rows_of_one_number_lose_nothing() -> None:
+    """In float32, one after the other, so many equal terms lose 4 of 10,000."""
+    rows = np.full((100_000, 2), 0.1, np.float32)
+    found = rows_added(rows, np.zeros(len(rows), int), entries=1)
+    np.testing.assert_allclose(found, rows.sum(axis=0, dtype=np.float64, keepdims=True), rtol=1e-7)

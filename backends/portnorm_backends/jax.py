@@ -31,6 +31,10 @@ def loop(carry: Any, xs: Any, kept: Any = None, *, body: Body, reverse: bool = F
     return carry, outputs, keeps
 
 
+def _rows_added(rows: Array, ids: Array, *, entries: int) -> Array:
+    return jax.numpy.zeros((entries, rows.shape[1]), rows.dtype).at[ids].add(rows)
+
+
 def _records(args: Any) -> bool:
     return not is_inside() and any(isinstance(a, jax.core.Tracer) for a in leaves(args))
 
@@ -90,7 +94,7 @@ def _draws(rng: Any, shapes: list[tuple[int, ...]], x: Array) -> list[Array] | N
 
 LIBRARY = Library(
     "jax",
-    kernels={"loop": Kernel(call=loop)},
+    kernels={"loop": Kernel(call=loop), "rows_added": Kernel(call=_rows_added)},
     is_concrete=lambda x: not isinstance(x, jax.core.Tracer),
     autodiff=Autodiff(_records, _call, jax.lax.stop_gradient, is_passing=lambda x: isinstance(x, jax.core.Tracer)),
     namespace=jax.numpy,  # while something is traced a constant can be of a type that is one of NumPy's too

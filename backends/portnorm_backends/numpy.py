@@ -1,4 +1,4 @@
-"""NumPy: kernels compiled by numba where it is installed (extra `fast`), else the definitions alone.
+"""NumPy: kernels compiled by numba where it is installed (extra `fast`), else the definitions but for what NumPy itself has better.
 
 numba itself is imported when the first array comes that a kernel takes.
 """
@@ -6,17 +6,18 @@ numba itself is imported when the first array comes that a kernel takes.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from typing import Any
 
 import numpy
 
-from portnorm.arrays import Library
+from portnorm.arrays import Kernel, Library
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
 from portnorm_backends import bfloat16
 from portnorm_backends.cpu import affine, channels, descent, integers, memory, normalize, recurrent, rows
 
-_KERNELS = {
+_COMPILED = {
     "normalize": normalize.KERNEL,
     "layer_norm": rows.last_axis(layer_norm, center=True),
     "batch_norm": channels.BATCH_NORM,
@@ -30,6 +31,24 @@ _KERNELS = {
 }
 
 
+_ROWS = 2**12
+"""Rows that are added up at a time: what is made of them on the way stays in a cache."""
+
+
+def _rows_added(rows: numpy.ndarray[Any, Any], ids: numpy.ndarray[Any, Any], *, entries: int) -> numpy.ndarray[Any, Any]:
+    """In the order of their numbers, so that those of one number lie beside each other; in float64."""
+    total, order = numpy.zeros((entries, rows.shape[1]), rows.dtype), numpy.argsort(ids, kind="stable")
+    ordered = ids[order]
+    starts = numpy.flatnonzero(numpy.diff(ordered, prepend=-1))
+    parts = [*numpy.unique(numpy.searchsorted(starts, numpy.arange(0, len(ids), _ROWS))), len(starts)]
+    for first, last in itertools.pairwise(parts):
+        begin, end = starts[first], starts[last] if last < len(starts) else len(ids)
+        total[ordered[starts[first:last]]] = numpy.add.reduceat(
+            rows[order[begin:end]], starts[first:last] - begin, axis=0, dtype=numpy.float64
+        )
+    return total
+
+
 def _fixed(x: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
     """A copy that can only be read."""
     copy = numpy.array(x, order="C")
@@ -40,7 +59,7 @@ def _fixed(x: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
 # 16 MB in float32: enough rows for what is done once for them all, and little enough for a cache.
 LIBRARY = Library(
     "numpy",
-    kernels=_KERNELS if importlib.util.find_spec("numba") is not None else {},
+    kernels={"rows_added": Kernel(call=_rows_added), **(_COMPILED if importlib.util.find_spec("numba") is not None else {})},
     at_once=2**22,
     fixed=_fixed,
     narrow=bfloat16.NARROW,

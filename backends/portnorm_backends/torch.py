@@ -110,6 +110,10 @@ def _steps_at(x: Array, place: Array) -> Array:
     return torch.gather(x, 0, place[:, :, None].expand(x.shape))
 
 
+def _rows_added(rows: Array, ids: Array, *, entries: int) -> Array:
+    return torch.zeros((entries, rows.shape[1]), dtype=rows.dtype, device=rows.device).index_add(0, ids, rows)
+
+
 def _to_numpy(x: Array) -> Any:
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
@@ -125,6 +129,7 @@ LIBRARY = Library(
         # One operator, which backends of phones take; of a transposed matrix and a product they take neither.
         "times_transposed": Kernel(call=torch.nn.functional.linear, accepts=lambda x, weight: torch_plain.is_followed()),
         "steps_at": Kernel(call=_steps_at),
+        "rows_added": Kernel(call=_rows_added),
     },
     is_concrete=_is_concrete,
     autodiff=Autodiff(_records, _call, constant=lambda x: x.detach(), is_passing=_is_passing, unrolls=_unrolls),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.lib.stride_tricks import sliding_window_view
 from onnx import compose, helper, numpy_helper, parser
 from side_by_side import Case, main, package_file, session
 
@@ -22,7 +23,7 @@ import portnorm as pn
 BRANCH = {16000: "then_branch", 8000: "else_branch"}
 STRIDES = (1, 2, 2, 1)
 Step = Callable[[np.ndarray, Any], tuple[np.ndarray, Any]]
-"""A chunk with what went before it, (batch, samples), and a state, to the probability (batch, 1) and the state."""
+"""A chunk with what went before it, (1, samples), and a state, to the probability (1, 1) and the state."""
 
 
 def from_onnx(rate: int) -> tuple[pn.Layer, dict[str, np.ndarray]]:
@@ -56,22 +57,27 @@ def from_jit(rate: int) -> tuple[pn.Layer, dict[str, np.ndarray]]:
 
 
 def in_numpy(lstm: pn.Layer, arrays: dict[str, np.ndarray]) -> Step:
+    """With one array for what each convolution reads, whose edges stay 0, so that a chunk makes few new ones."""
     basis = arrays["stft.forward_basis_buffer"][:, 0].T
     size, bins = basis.shape[0], basis.shape[1] // 2
-    parts = [tuple(arrays[f"encoder.{n}.reparam_conv.{p}"] for p in ("weight", "bias")) for n in range(4)]
-    convolutions = [(w.transpose(2, 1, 0).reshape(-1, len(w)), b, stride) for (w, b), stride in zip(parts, STRIDES, strict=True)]
+    wave = np.zeros(5 * size // 2, "float32")
+    windows, spectrum = sliding_window_view(wave, size)[:: size // 2], np.zeros((6, bins), "float32")
+    convolutions, reads = [], spectrum
+    for n, stride in enumerate(STRIDES):  # of width 3, one step of padding on each side
+        w, shift = (arrays[f"encoder.{n}.reparam_conv.{p}"] for p in ("weight", "bias"))
+        seen = sliding_window_view(reads, (3, reads.shape[1]))[::stride, 0]
+        reads = np.zeros((len(seen) + 2, len(w)), "float32")
+        convolutions.append((seen, w.transpose(2, 1, 0).reshape(-1, len(w)), shift, reads[1:-1]))
     weight, bias = arrays["decoder.decoder.2.weight"][:, :, 0].T, arrays["decoder.decoder.2.bias"]
 
     def step(x: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
-        x = np.concatenate([x, x[:, -2 : -size // 4 - 2 : -1]], axis=1)  # reflected at the end
-        halves = x.reshape(len(x), -1, size // 2)  # of windows that overlap by one
-        y = np.concatenate([halves[:, :-1], halves[:, 1:]], axis=2) @ basis
-        y = np.sqrt(y[..., :bins] ** 2 + y[..., bins:] ** 2)
-        for kernel, shift, stride in convolutions:  # of width 3, one step of padding on each side
-            edge = np.zeros_like(y[:, :1])
-            y, steps = np.concatenate([edge, y, edge], axis=1), y.shape[1]
-            y = np.maximum(np.concatenate([y[:, k : k + steps : stride] for k in range(3)], axis=2) @ kernel + shift, 0)
-        h, state = lstm.step(y[:, 0], state)
+        wave[: x.shape[1]], wave[x.shape[1] :] = x[0], x[0, -2 : -size // 4 - 2 : -1]  # reflected at the end
+        y = np.ascontiguousarray(windows) @ basis
+        y *= y
+        np.sqrt(y[:, :bins] + y[:, bins:], out=spectrum[1:-1])
+        for seen, kernel, shift, into in convolutions:
+            np.maximum(seen.reshape(len(seen), -1) @ kernel + shift, 0, out=into)
+        h, state = lstm.step(into, state)
         return 1 / (1 + np.exp(-(np.maximum(h, 0) @ weight + bias))), state
 
     return step
