@@ -121,7 +121,7 @@ SUPPORT: dict[str, Support] = {
         ),
         Support("mlx", "mlx.core", "mlx", ("float16", "bfloat16", "float32"), "mlx", autodiff=True),
         Support("paddle", "paddle", "paddlepaddle", ("float32", "float64"), "paddle", autodiff=True),
-        Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", kernels=("rows_added", "normalize", "scan"), gpu=True),
+        Support("cupy", "cupy", "cupy-cuda12x", extra="cupy", kernels=("normalize", "scan"), gpu=True),
     )
 }
 """Array libraries by name."""

@@ -44,19 +44,11 @@ def _is_bfloat16(dtype: Any) -> bool:
     return getattr(dtype, "name", None) == "bfloat16"
 
 
-def _rows_added(rows: Any, ids: Any, *, entries: int) -> Any:
-    cupy = importlib.import_module("cupy")
-    total = cupy.zeros((entries, rows.shape[1]), rows.dtype)
-    cupy.add.at(total, ids, rows)
-    return total
-
-
 LIBRARY = Library(
     "cupy",
     namespace=CuPyNamespace,
     to_numpy=lambda x: x.get(),
     kernels={
-        "rows_added": Kernel(call=_rows_added),
         "normalize": Kernel(
             call=lambda *args, **attrs: normalize.forward(*args, **attrs)[0],
             forward=normalize.forward,

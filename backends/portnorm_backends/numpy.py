@@ -40,7 +40,7 @@ def _rows_added(rows: numpy.ndarray[Any, Any], ids: numpy.ndarray[Any, Any], *, 
     total, order = numpy.zeros((entries, rows.shape[1]), rows.dtype), numpy.argsort(ids, kind="stable")
     ordered = ids[order]
     starts = numpy.flatnonzero(numpy.diff(ordered, prepend=-1))
-    parts = [*numpy.unique(numpy.searchsorted(starts, numpy.arange(0, len(ids), _ROWS))), len(starts)]
+    parts = numpy.unique([*numpy.searchsorted(starts, numpy.arange(0, len(ids), _ROWS)), len(starts)])
     for first, last in itertools.pairwise(parts):
         begin, end = starts[first], starts[last] if last < len(starts) else len(ids)
         total[ordered[starts[first:last]]] = numpy.add.reduceat(
@@ -59,7 +59,10 @@ def _fixed(x: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
 # 16 MB in float32: enough rows for what is done once for them all, and little enough for a cache.
 LIBRARY = Library(
     "numpy",
-    kernels={"rows_added": Kernel(call=_rows_added), **(_COMPILED if importlib.util.find_spec("numba") is not None else {})},
+    kernels={
+        "rows_added": Kernel(call=_rows_added, accepts=lambda rows, *_, **__: rows.dtype.kind == "f"),
+        **(_COMPILED if importlib.util.find_spec("numba") is not None else {}),
+    },
     at_once=2**22,
     fixed=_fixed,
     narrow=bfloat16.NARROW,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any, Self
 
@@ -253,11 +252,17 @@ class Sequential(Layer):
         return f"Sequential({', '.join(map(repr, self.parts))})"
 
 
-@functools.lru_cache(maxsize=4096)
+_homes: dict[str, tuple[int, str]] = {}
+"""What `_home` has found: it is asked in every call, for every name. `torch.compile` follows a dict, and warns of `functools.lru_cache`."""
+
+
 def _home(name: str) -> tuple[int, str]:
-    """The part of an array, and its name there: asked in every call, for every name."""
-    k, _, inner = name.partition(".")
-    return int(k), inner
+    """The part of an array, and its name there."""
+    found = _homes.get(name)
+    if found is None:
+        k, _, inner = name.partition(".")
+        found = _homes[name] = int(k), inner
+    return found
 
 
 def _by_part(arrays: Mapping[str, Array]) -> dict[int, Arrays]:
