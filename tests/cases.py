@@ -93,7 +93,6 @@ OPS = [
     OpCase("weight_norm of empty rows", pn.weight_norm, _norm((4, 0), (4,))),
     OpCase("embedding", pn.embedding, lambda rng: (np.array([[0, 2, 2], [4, 0, 2]]), rng.standard_normal((5, 3)))),
     OpCase("rows_added", rows_added, lambda rng: (rng.standard_normal((6, 3)), np.array([0, 2, 2, 4, 0, 2])), {"entries": 5}),
-    OpCase("rows_added of none", rows_added, lambda rng: (np.empty((0, 3)), np.empty(0, int)), {"entries": 2}),
     OpCase("without_padding", without_padding, lambda rng: (rng.standard_normal((2, 3, 4)), MASK[:, :, None])),
     OpCase("pack_steps", pack_steps, lambda rng: (rng.standard_normal((4, 3, 2)), GAPS)),
     OpCase("unpack_steps", unpack_steps, lambda rng: (rng.standard_normal((4, 3, 2)), GAPS, rng.standard_normal((3, 2)))),

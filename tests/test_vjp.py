@@ -169,3 +169,7 @@ def test_many_rows_of_one_number_lose_nothing() -> None:
     rows = np.full((100_000, 2), 0.1, np.float32)
     found = rows_added(rows, np.zeros(len(rows), int), entries=1)
     np.testing.assert_allclose(found, rows.sum(axis=0, dtype=np.float64, keepdims=True), rtol=1e-7)
+
+
+def test_no_rows_are_zeros() -> None:
+    np.testing.assert_array_equal(rows_added(np.empty((0, 3)), np.empty(0, int), entries=2), np.zeros((2, 3)))
