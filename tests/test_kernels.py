@@ -542,6 +542,28 @@ def test_products_of_packed_weights(dtype: Any, columns: int, outputs: int, rng:
                     assert np.max(np.abs(y - expected) / size) < tolerance
 
 
+@pytest.mark.parametrize("room", [1, 2**14, 2**18])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("columns", "outputs"), [*product([5, 40, 300, 512], [1, 33, 100, 200])])
+def test_products_in_panels_are_those_with_packed_weights(
+    dtype: Any, columns: int, outputs: int, room: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, however many panels are packed at a time, alone and by threads."""
+    w, shift = rng.standard_normal((columns, outputs)).astype(dtype), rng.standard_normal(outputs).astype(dtype)
+    for rows in (5, 12, 27, 240):
+        x = rng.standard_normal((rows, columns)).astype(dtype)
+        for laid in (w, np.asfortranarray(w), np.repeat(w, 2, axis=1)[:, ::2]):
+            for own in (shift, None):
+                expected = products.affine(x, laid, own)
+                for ways in (1, 3):
+                    with monkeypatch.context() as patch:
+                        if ways > 1:
+                            parted(patch)
+                        patch.setattr(products, "_NEAR", 0)
+                        patch.setattr(products, "_PACKED", room)
+                        np.testing.assert_array_equal(products.affine(x, laid, own), expected)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("columns", [1, 12, 13, 100, 481])
 @pytest.mark.parametrize("rows", [1, 5, 256, 257, 1200])

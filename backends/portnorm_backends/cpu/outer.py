@@ -71,7 +71,7 @@ def _sum(x: Any, y: Any, first: int, last: int, room_x: Any, room_y: Any, rest: 
     for start in range(0, rows, depth):
         count, adds = min(depth, rows - start), start > 0
         packed = room_y[: panels * (1 + count) * columns].reshape(panels, 1 + count, columns)
-        fill_panels(y[start : start + count], False, none, packed)
+        fill_panels(y[start : start + count], False, none, 0, packed)
         for begin in range(first, last, _WIDE):
             end = min(begin + _WIDE, last)
             whole, number = (end - begin) // _HIGHEST, -(-(end - begin) // _HIGHEST)

@@ -33,6 +33,9 @@ from portnorm_backends.cpu.vectors import Vector, elementwise, fused, summed
 _NEAR = 2**21
 """Bytes of w up to which the caches have it from one step to the next."""
 
+_PACKED = 2**19
+"""Bytes of panels that are packed and read again before the next ones."""
+
 _PANEL = 2**15
 """Bytes of the part of a panel that is read again and again."""
 
@@ -186,14 +189,17 @@ def _turn(typing: Any, w: Any, j: Any, k: Any, packed: Any, p: Any, column: Any)
     return types.void(w, types.int64, types.int64, packed, types.int64, types.int64), generate
 
 
-def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
-    """`turned`: w is (n, k), of which each row becomes a column."""
+def _fill_panels(w: Any, turned: bool, shift: Any, begin: int, packed: Any) -> None:
+    """The panels of the columns of w from `begin` on, as many as there is room for.
+
+    `turned`: w is (n, k), of which each row becomes a column.
+    """
     w, shift, packed = bare(w), bare(shift), bare(packed)
     panels, length, columns = packed.shape
     count, lanes = w.shape[0] if turned else w.shape[1], columns // VECTORS
     for p in range(panels):
-        first = p * columns
-        here = min(columns, count - first)
+        first = begin + p * columns
+        here = max(0, min(columns, count - first))
         if turned:
             whole, depth = here // lanes * lanes, (length - 1) // lanes * lanes
             for column in range(0, whole, lanes):
@@ -216,7 +222,29 @@ def _fill_panels(w: Any, turned: bool, shift: Any, packed: Any) -> None:
 fill_panels = compiled(inner=True)(_fill_panels)
 
 
-KERNELS: dict[str, Callable[..., None]] = {"fill": _fill_panels, "product": _product, "narrow": _narrow, "direct": _direct}
+def _in_panels(x: Any, w: Any, turned: bool, shift: Any, first: int, last: int, packed: Any, part: Any, how: Any, y: Any) -> None:
+    """The product of few rows: the columns `first` to before `last`, some panels after the others, each read just after it was packed.
+
+    `packed` has room for those at a time, `part` (rows · columns,) for their product.
+    """
+    x, w, shift, packed, part, y = bare(x), bare(w), bare(shift), bare(packed), bare(part), bare(y)
+    rows, columns = x.shape[0], packed.shape[2]
+    for begin in range(first, last, packed.shape[0] * columns):
+        here = min(packed.shape[0] * columns, last - begin)
+        own, wide = packed[: -(-here // columns)], part[: rows * here].reshape((rows, here))
+        fill_panels(w, turned, shift, begin, own)
+        product(x, own, wide, how)
+        for i in range(rows):
+            copy(wide[i], y[i, begin : begin + here])
+
+
+KERNELS: dict[str, Callable[..., None]] = {
+    "fill": _fill_panels,
+    "product": _product,
+    "in panels": _in_panels,
+    "narrow": _narrow,
+    "direct": _direct,
+}
 """What Python calls, each compiled when it is first called, or all of them before (`families`)."""
 
 
@@ -226,8 +254,10 @@ def compiled_for(name: str, dtype: numpy.dtype[Any]) -> Any:
     t = numba.from_dtype(dtype)
     w, shift, x = (types.Array(t, ndim, layout, readonly=True) for ndim, layout in ((2, "A"), (1, "C"), (2, "C")))
     packed, y = t[:, :, ::1], t[:, ::1]
+    how = types.NamedTuple((types.int64, y), Product)
     given = {
-        "fill": (w, types.boolean, shift, packed),
+        "fill": (w, types.boolean, shift, types.int64, packed),
+        "in panels": (x, w, types.boolean, shift, types.int64, types.int64, packed, t[::1], how, y),
         "product": (x, packed, y, y),
         "narrow": (x, x, shift, y),
         "direct": (x, w, shift, y),
@@ -239,13 +269,17 @@ def pack(w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     """w (k, n) and shift (n,) as `product` takes them: (panels, 1 + k, columns). Any strides."""
     columns, dtype = columns_of(w.itemsize), w.dtype
     packed = aligned((-(-w.shape[1] // columns), 1 + w.shape[0], columns), dtype)
+    compiled_for("fill", dtype)(*_as_it_lies(w, shift), 0, packed)
+    return packed
+
+
+def _as_it_lies(w: NumPyArray, shift: NumPyArray | None) -> tuple[NumPyArray, bool, NumPyArray]:
+    """w (k, n) or, where that is how its rows are contiguous, (n, k); whether it is that; and the shift, empty where there is none."""
     turned = w.strides[0] == w.itemsize and w.shape[0] > 1
     rows = w.T if turned else w
     if not rows.flags.aligned or rows.strides[1] != rows.itemsize:
         rows = rows.copy("C")
-    added = numpy.empty(0, dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
-    compiled_for("fill", dtype)(rows, turned, added, packed)
-    return packed
+    return rows, turned, numpy.empty(0, w.dtype) if shift is None else numpy.require(shift, requirements=["C", "A"])
 
 
 @functools.cache
@@ -303,13 +337,35 @@ def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS)
             return lambda x, y: direct(x, w.T, added, y)
         few, narrow = numpy.require(w, requirements=["C", "A"]), compiled_for("narrow", w.dtype)
         return lambda x, y: narrow(x, few, added, y)
+    if _goes_in_panels(w, rows):
+        return lambda x, y: _multiply_in_panels(x, w, shift, y)
     packed, multiply = pack(w, shift), compiled_for("product", w.dtype)
     return lambda x, y: multiply(x, packed, y, near(x.shape[0], x.shape[1], x.dtype))
 
 
+def _goes_in_panels(w: NumPyArray, rows: int) -> bool:
+    """Whether few rows read so much of w that it would leave the near caches between its packing and its reading."""
+    return FEW < rows <= ROWS and w.nbytes > _NEAR and w.shape[0] > _NARROW
+
+
+def _multiply_in_panels(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None, y: NumPyArray) -> None:
+    """Threads have a part of the columns each."""
+    own, kernel, columns = _as_it_lies(w, shift), compiled_for("in panels", w.dtype), columns_of(w.itemsize)
+    panels = max(1, min(-(-w.shape[1] // columns), _PACKED // ((1 + w.shape[0]) * columns * w.itemsize)))
+
+    def some(first: int, last: int) -> None:
+        packed, part = aligned((panels, 1 + w.shape[0], columns), w.dtype), aligned((x.shape[0] * panels * columns,), w.dtype)
+        kernel(x, *own, first, last, packed, part, product_of(x.shape[0], x.shape[1], x.dtype), y)
+
+    threads.each(threads.parts(w.shape[1], x.shape[0] * w.size / _WORTH, panels * columns), some)
+
+
 def affine(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     """x · w + shift for contiguous x (m, k)."""
-    y, into = aligned((x.shape[0], w.shape[1]), x.dtype), affine_map(w, shift)
+    y, into = aligned((x.shape[0], w.shape[1]), x.dtype), affine_map(w, shift, x.shape[0])
+    if _goes_in_panels(w, x.shape[0]):
+        into(x, y)
+        return y
     ranges = threads.parts(x.shape[0], x.shape[0] * w.size / _WORTH, _HIGHEST)
     threads.each(ranges, lambda first, last: into(x[first:last], y[first:last]))
     return y
