@@ -82,6 +82,7 @@ SUPPORT: dict[str, Support] = {
             "numpy",
             _EVERY,
             kernels=(
+                "embedding",
                 "rows_added",
                 "normalize",
                 "scan",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 
 from portnorm.arrays import Kernel, Library
+from portnorm.lookup import embedding
 from portnorm.norm.layer import layer_norm
 from portnorm.norm.rms import rms_norm
 from portnorm_backends import bfloat16
@@ -49,6 +50,21 @@ def _rows_added(rows: numpy.ndarray[Any, Any], ids: numpy.ndarray[Any, Any], *, 
     return total
 
 
+def _looks_up(ids: Any, weight: Any) -> bool:
+    """Integers that NumPy takes for places, and a table."""
+    of_numpy = type(ids) is numpy.ndarray and type(weight) is numpy.ndarray
+    return of_numpy and ids.dtype.kind == "i" and weight.dtype.kind == "f" and weight.dtype.char != "g" and weight.ndim == 2
+
+
+def _embedding(ids: numpy.ndarray[Any, Any], weight: numpy.ndarray[Any, Any]) -> Any:
+    try:
+        if not ids.size or ids.min() >= 0:
+            return weight.take(ids, axis=0)
+    except IndexError:
+        pass
+    return embedding.definition(ids, weight)[0]  # which says what is wrong
+
+
 def _fixed(x: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
     """A copy that can only be read."""
     copy = numpy.array(x, order="C")
@@ -56,13 +72,16 @@ def _fixed(x: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
     return copy
 
 
+_OWN = {
+    "embedding": Kernel(call=_embedding, accepts=_looks_up),
+    "rows_added": Kernel(call=_rows_added, accepts=lambda rows, *_, **__: rows.dtype.kind == "f"),
+}
+
+
 # 16 MB in float32: enough rows for what is done once for them all, and little enough for a cache.
 LIBRARY = Library(
     "numpy",
-    kernels={
-        "rows_added": Kernel(call=_rows_added, accepts=lambda rows, *_, **__: rows.dtype.kind == "f"),
-        **(_COMPILED if importlib.util.find_spec("numba") is not None else {}),
-    },
+    kernels=_OWN | (_COMPILED if importlib.util.find_spec("numba") is not None else {}),
     at_once=2**22,
     fixed=_fixed,
     narrow=bfloat16.NARROW,

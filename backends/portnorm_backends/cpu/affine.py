@@ -23,10 +23,13 @@ def _are_alike(*arrays: Any) -> bool:
 
 
 def _is_worth(x: NumPyArray, weight: NumPyArray, contracted: int) -> bool:
-    """A product over the last axis of x and that axis of the weights, for which BLAS would pack both; for few rows it need not."""
+    """A product over the last axis of x and that axis of the weights, for which BLAS would pack both.
+
+    For a single row it need not, nor for few where the weights lie as it reads them.
+    """
     if weight.ndim != 2 or x.ndim < 2 or not 0 < weight.shape[contracted] == x.shape[-1]:
         return False
-    large = x.size * weight.shape[1 - contracted] >= _WORTH and x.size >= 8 * x.shape[-1]
+    large = x.size * weight.shape[1 - contracted] >= _WORTH and x.size >= (2 if contracted == 1 else 8) * x.shape[-1]
     return large and ready("products", x.dtype)
 
 

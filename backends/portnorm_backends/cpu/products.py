@@ -149,18 +149,30 @@ def _narrow(x: Any, w: Any, shift: Any, y: Any) -> None:
             _line(shift.size, (w[k], x[i, k], y[i]), (y[i],))
 
 
-@summed(1)
-def _along(w: Vector, x: Vector) -> tuple[Vector]:
-    return (w * x,)
+_BESIDE = 8
+"""Rows of w that are read at once: their sums do not wait for each other, and share what is read of x."""
+
+
+@summed(_BESIDE)
+def _along(x: Vector, *rows: Vector) -> tuple[Vector, ...]:
+    return tuple(row * x for row in rows)
 
 
 def _direct(x: Any, w: Any, shift: Any, y: Any) -> None:
     """The same from w (n, k) itself, of which only each row need be contiguous."""
     x, w, shift, y = bare(x), bare(w), bare(shift), bare(y)
-    for j in range(w.shape[0]):
-        row = row_of(w, j)
+    count, last = w.shape[0], w.shape[0] - 1
+    for j in range(0, count, _BESIDE):  # the last row once more where there are fewer
+        a, b, c, d = row_of(w, j), row_of(w, min(j + 1, last)), row_of(w, min(j + 2, last)), row_of(w, min(j + 3, last))
+        e, f, g, h = row_of(w, min(j + 4, last)), row_of(w, min(j + 5, last)), row_of(w, min(j + 6, last)), row_of(w, min(j + 7, last))
         for i in range(x.shape[0]):
-            y[i, j] = _along(row.size, (row, x[i]))[0] + shift[j]
+            found = _along(a.size, (x[i], a, b, c, d, e, f, g, h))
+            if j + _BESIDE <= count:
+                for q in range(_BESIDE):
+                    y[i, j + q] = found[q] + shift[j + q]
+            else:
+                for q in range(count - j):
+                    y[i, j + q] = found[q] + shift[j + q]
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
