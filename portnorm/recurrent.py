@@ -167,17 +167,20 @@ class Direction:
             y = reverse_sequences(y, lengths)
         return y, state, buffers, residuals
 
+    @property
+    def repeats(self) -> bool:
+        """Whether there may be an `again`: not where a step has parameters of its own, in reverse, or with normalized weights."""
+        v = self.cells[0].variant
+        return not self.reverse and v.norm not in ("batch", "weight") and v.affine == "shared"
+
     def again(self, params: Params, x: Array, state: State) -> Callable[[Array, State], tuple[Array, State] | None] | None:
         """What computes calls like `forward(params, {}, x, state, keep=False)` that come again: a function of `x` and `state`, shaped like
         these, to `(y, state)`, or to `None` where `forward` has to do it.
 
         It holds `params`, and reads them anew in each call but for weights that are quantized, which nobody may change. `None` where no
-        kernel has such a function, where a step has parameters of its own, in reverse, and where weights are normalized.
+        kernel has such a function.
         """
         cell, sequences = self.cells[0], self.sequences
-        v = cell.variant
-        if self.reverse or any(name.endswith(".v") for name in params) or v.norm == "batch" or v.affine != "shared":
-            return None
         if cell.quantize is not None:
             params = _quantized_weights(cell, params, SCHEMES[cell.quantize])
         sums: list[tuple[Array, list[Array]]] = []

@@ -94,14 +94,18 @@ class Again:
 
 def again(layer: Stack, x: Array, state: tuple[Array, ...]) -> Again | None:
     """What computes calls like this one, which was computed, and left the `state` (layers, batch, hidden); `None` where nothing does."""
-    own, params = library(x), layer.params
-    if not all(type(a) is numpy.ndarray and a.dtype == layer.dtype for a in (x, *state, *params.values())) or 0 in x.shape:
+    own, params, places = library(x), layer.params, layer.places()
+    if (
+        not all(direction.repeats for _, _, direction in places)
+        or not all(type(a) is numpy.ndarray and a.dtype == layer.dtype for a in (x, *state, *params.values()))
+        or 0 in x.shape
+    ):
         return None
     if layer.quantize is not None and any(a.ndim == 2 and a.flags.writeable for a in params.values()):
         return None  # each call rounds the weights that it finds
     steps, batch = (x.shape[1], x.shape[0]) if layer.batch_first else x.shape[:2]
     runs: list[Run] = []
-    for k, (suffix, inputs, direction) in enumerate(layer.places()):
+    for k, (suffix, inputs, direction) in enumerate(places):
         given = without_suffix(params, suffix)
         for name in layer.learned:
             del given[name]
