@@ -179,7 +179,10 @@ OUT: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", OUT)
 def test_out_takes_the_result(name: str, library: Library, rng: np.random.Generator) -> None:
-    """And is what comes back; also with gaps between its rows, and where it is the input itself."""
+    """And is what comes back; also with gaps between its rows, with its axes in another order, and where it is the input itself.
+
+    Before each call one of other values: what memory has by chance is then none of the result.
+    """
     if library.name == "numpy-readonly":
         pytest.skip("nothing can be written to")
     x, w = rng.standard_normal((3, 5, 4)), 1.0 + rng.uniform(size=4)
@@ -192,8 +195,10 @@ def test_out_takes_the_result(name: str, library: Library, rng: np.random.Genera
     for out in (
         library.array(np.zeros((3, 5, 4)), "float32"),
         library.array(np.zeros((3, 5, 8)), "float32")[..., ::2],
+        library.array(np.zeros((3, 4, 5)), "float32").swapaxes(1, 2) if library.name.startswith("numpy") else library.array(x, "float32"),
         library.array(x, "float32"),
     ):
+        OUT[name](library.array(rng.standard_normal((3, 5, 4)), "float32"), w)
         x = out if float(to_numpy(out)[0, 0, 0]) else given_
         assert OUT[name](x, w, out=out) is out
         np.testing.assert_allclose(to_numpy(out), expected, atol=1e-6)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +54,17 @@ def assigned(layer: pn.LSTM, name: str, values: np.ndarray[Any, Any]) -> None:
     layer.assign({**layer.params, name: values})
 
 
-CHANGES: list[Changed] = [in_place, below, replaced, elsewhere, assigned]
+def written_after_it_was_read_only(layer: pn.LSTM, name: str, values: np.ndarray[Any, Any]) -> None:
+    """For one call, which may then have made a copy."""
+    array, x = layer.params[name], np.zeros((1, layer.input_size), values.dtype)
+    array.flags.writeable = False
+    _, state = layer.step(x)
+    layer.step(x, state)
+    array.flags.writeable = True
+    array[...] = values
+
+
+CHANGES: list[Changed] = [in_place, below, replaced, elsewhere, assigned, written_after_it_was_read_only]
 
 
 def random_layer(cell: str, norm: str | None, rng: np.random.Generator, **more: Any) -> Any:
@@ -209,6 +221,69 @@ def test_a_copy_computes_its_steps_with_its_own_arrays(rng: np.random.Generator)
         other.norm = dataclasses.replace(other.variant, eps=0.5)
         assert_equal(other.step(x, state), anew(other).step(x, state))
         assert_equal(layer.step(x, state), expected)
+
+
+@pytest.mark.parametrize(("cell", "first", "second"), [("GRU", "bias_ih_l0", "bias_hh_l0"), ("LSTM", "weight_ih_l0", "weight_hh_l0")])
+def test_parameters_that_change_their_names_are_noticed(cell: str, first: str, second: str, rng: np.random.Generator) -> None:
+    """Also where the same arrays come in the same order."""
+    layer = getattr(pn, cell)(8, 8, rng=0)
+    layer.assign({name: rng.standard_normal(a.shape).astype(a.dtype) for name, a in layer.params.items()})
+    x = rng.standard_normal((2, 8), np.float32)
+    _, state = layer.step(x)
+    for _ in range(3):
+        before, _ = layer.step(x, state)
+    swapped = {first: second, second: first}
+    layer.params = {swapped.get(name, name): a for name, a in layer.params.items()}
+    assert_equal(layer.step(x, state), anew(layer).step(x, state))
+    assert np.abs(layer.step(x, state)[0] - before).max() > 1e-3
+    layer.params["another"] = layer.params.pop(first)
+    with pytest.raises(KeyError, match=first.removesuffix("_l0")):
+        layer.step(x, state)
+
+
+def test_weights_of_integers_that_were_made_writeable_are_read_anew(rng: np.random.Generator) -> None:
+    layer, x = pn.quantized(random_layer("LSTM", None, rng)), rng.standard_normal((2, 6), np.float32)
+    _, state = layer.step(x)
+    for _ in range(3):
+        layer.step(x, state)
+    layer.params["weight_hh_l0"].flags.writeable = True
+    layer.params["weight_hh_l0"][...] *= -2
+    np.testing.assert_allclose(layer.step(x, state)[0], anew(layer).step(x, state)[0], rtol=0, atol=1e-6)
+
+
+def test_a_sum_over_processes_that_is_set_later_is_noticed(rng: np.random.Generator) -> None:
+    layer, x = random_layer("LSTM", "layer", rng), rng.standard_normal((6, 3, 6), np.float32)
+    for _ in range(3):
+        layer(x)
+    layer.reduce = lambda a: a
+    other = anew(layer)
+    other.reduce = layer.reduce
+    assert_equal(layer(x), other(x))
+
+
+def test_arrays_that_a_layer_has_no_longer_are_let_go(rng: np.random.Generator) -> None:
+    """At its next call, of whatever shape."""
+    layer, x = random_layer("LSTM", "layer", rng), rng.standard_normal((4, 2, 6), np.float32)
+    for shape in (x, x[:1], x[:, :1]):
+        for _ in range(3):
+            layer(shape)
+    old = [weakref.ref(a) for a in layer.params.values()]
+    layer.assign({name: a.copy() for name, a in layer.params.items()})
+    layer(x[:2])
+    gc.collect()
+    assert [ref() for ref in old] == [None] * len(old)
+
+
+@pytest.mark.parametrize("sequences", [True, False])
+@pytest.mark.parametrize(("cell", "norm"), PRESETS)
+def test_the_result_of_no_steps_is_none_of_the_state_that_came(
+    cell: str, norm: str | None, sequences: bool, rng: np.random.Generator
+) -> None:
+    layer = random_layer(cell, norm, rng, return_sequences=sequences)
+    state = layer.initial_state(3, noise=0.1, rng=0)
+    y, after = layer(np.zeros((0, 3, 6), np.float32), state)
+    for a in (y, *after):
+        assert not any(np.shares_memory(a, b) for b in state)
 
 
 def test_without_kernels_a_later_step_is_the_definition(rng: np.random.Generator) -> None:

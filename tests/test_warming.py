@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from itertools import product
@@ -14,6 +15,7 @@ import pytest
 
 import portnorm as pn
 from portnorm.__main__ import main
+from portnorm_backends.cpu import notes
 from tests.processes import ROOT, output_of
 from tests.tolerances import relative
 
@@ -140,6 +142,23 @@ def test_a_claim_of_a_process_that_is_no_more_holds_nobody_up(cache: Path, tmp_p
     (note,) = cache.glob("*rows-float32.json")
     (tmp_path / note.with_suffix(".claim").name).write_text(str(ended.pid))
     assert run(tmp_path, "call(); wait(there); print(json.dumps(call()[1]))") is True
+
+
+def test_a_claim_that_comes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a process which looked just before was taken away by who looked just after, and both compiled."""
+    note = tmp_path / "rows-float32.json"
+    monkeypatch.setattr(notes, "note_of", lambda family: note)
+    claim, left = note.with_suffix(".claim"), notes._is_left
+
+    def and_then_somebody_comes(path: Path) -> bool:
+        found = left(path)
+        claim.write_text(str(os.getpid()))
+        return found
+
+    monkeypatch.setattr(notes, "_is_left", and_then_somebody_comes)
+    with notes.claimed(("rows", "float32")) as mine:
+        assert not mine
+    assert claim.read_text() == str(os.getpid())
 
 
 def test_without_a_place_to_keep_them_the_thread_compiles(tmp_path: Path) -> None:

@@ -30,12 +30,27 @@ class Again:
     without an axis for layers, it gives that too where it is a `step`.
     """
 
-    __slots__ = ("_arrays", "_bounds_h", "_changes", "_dtype", "_library", "_looks", "_of_cell", "_of_layers", "_runs", "_turned", "_zeros")
+    __slots__ = (
+        "_arrays",
+        "_bounds_h",
+        "_changes",
+        "_dtype",
+        "_library",
+        "_looks",
+        "_names",
+        "_of_cell",
+        "_of_layers",
+        "_reduce",
+        "_runs",
+        "_turned",
+        "_zeros",
+    )
 
     def __init__(self, layer: Stack, own: Library, batch: int, runs: list[Run]) -> None:
         self._library, self._runs, self._dtype, self._bounds_h = own, runs, layer.dtype, layer.bounds_h
         self._turned = layer.batch_first
-        self._changes, self._arrays = layer.changes, list(layer.params.values())
+        self._changes, self._reduce = layer.changes, layer.reduce
+        self._names, self._arrays = list(layer.params), list(layer.params.values())
         self._looks = _looks(self._arrays)
         self._of_cell = [(batch, size) for size in layer.state_sizes()]
         self._of_layers = [(len(runs), *shape) for shape in self._of_cell]
@@ -82,12 +97,13 @@ class Again:
 
     def holds(self, layer: Stack) -> bool:
         """Whether the layer, its arrays (not their values) and what computes are those that were looked at."""
-        arrays, now = self._arrays, layer.params.values()
+        arrays, params = self._arrays, layer.params
         return (
             layer.changes == self._changes
+            and layer.reduce is self._reduce
             and library(arrays[0]) is self._library
-            and len(now) == len(arrays)
-            and all(map(operator.is_, now, arrays))
+            and [*params] == self._names
+            and all(map(operator.is_, params.values(), arrays))
             and _looks(arrays) == self._looks
         )
 
@@ -123,4 +139,4 @@ def _state_of(state: State, k: int) -> State:
 
 def _looks(arrays: list[Any]) -> list[Any]:
     """What can be changed of an array in its place beside its values."""
-    return [(a.shape, a.dtype, a.strides) for a in arrays]
+    return [(a.shape, a.dtype, a.strides, a.flags.writeable) for a in arrays]

@@ -298,13 +298,12 @@ class Recurrent(Stack):
         return None if known is None else known(self, x, state, step)
 
     def _note(self, x: Array, state: State) -> None:
-        """Keep what computes such a call, with this state after it, once there was one of its shape before."""
-        if self._last_shape != x.shape:
-            self._last_shape = x.shape
-            return
+        """Keep what computes such a call, with this state after it, once there was one of its shape before; and nothing that is of arrays
+        which the layer has no longer.
+        """
         kept = {shape: a for shape, a in self._again.items() if a.holds(self)} if len(self._again) < _SHAPES else {}
-        made = again(self, x, state)
-        self._again = kept if made is None else {**kept, x.shape: made}
+        made = again(self, x, state) if self._last_shape == x.shape else None
+        self._again, self._last_shape = kept if made is None else {**kept, x.shape: made}, x.shape
 
     # -- step by step ----------------------------------------------------------------------------------------------------------------------
 

@@ -217,7 +217,8 @@ class Stack(Layer):
                 y = self._shown(y, mask, lengths, states[k][0])
             directions.append(y)
             if len(directions) == self.num_directions:
-                x = directions[0] if self.num_directions == 1 else xp.concat(directions, axis=-1)
+                its_own = self.keeps_time or not isinstance(steps, int) or steps > 0  # else h is the state that came
+                x = directions[0] if self.num_directions == 1 and its_own else xp.concat(directions, axis=-1)
                 if drawn is not None and k // self.num_directions < len(drawn.between):
                     x = dropout(x, drawn.between[k // self.num_directions], p=self.dropout)
                 directions = []

@@ -71,12 +71,13 @@ def _forward(
 ) -> tuple[NumPyArray, Any]:
     into = memory.room(x.shape, x.dtype) if out is None or not can_take(out, x, weight, bias, mean, var) else out
     if mean is not None:
-        return written(into, out), scaled_channels(x, weight, bias, mean, var, param_axes, float32_value(eps), into)
+        made = scaled_channels(x, weight, bias, mean, var, param_axes, float32_value(eps), into)
+        return written(into, out), made
     if mask is not None:
         found = forward_of_counted(x, weight, bias, mask, axes[0], float32_value(eps), center, into)
     else:  # The channels of (channels, values) are rows too, but someone may ask for their statistics.
-        made = forward_of_channels if is_channel(x, axes, param_axes) else forward_of_rows
-        found = made(x, weight, bias, axes, param_axes, float32_value(eps), center, into)
+        of_kind = forward_of_channels if is_channel(x, axes, param_axes) else forward_of_rows
+        found = of_kind(x, weight, bias, axes, param_axes, float32_value(eps), center, into)
     if found is None:
         how = {"axes": axes, "param_axes": param_axes, "eps": eps, "center": center, "mask": mask, "out": out, **attrs}
         return normalize.definition(x, weight, bias, **how)

@@ -76,7 +76,7 @@ def claimed(family: Family) -> Iterator[bool]:
     if claim is None:
         yield True
         return
-    if is_free(family):
+    if _is_left(claim):
         claim.unlink(missing_ok=True)
     try:
         with claim.open("x") as file:
@@ -92,15 +92,14 @@ def claimed(family: Family) -> Iterator[bool]:
         forget()
 
 
-def is_free(family: Family) -> bool:
-    """Whether nobody is compiling it, or somebody said so who is no more."""
-    note = note_of(family)
-    assert note is not None
-    claim = note.with_suffix(".claim")
+def _is_left(claim: Path) -> bool:
+    """Whether it is there, and of somebody who is no more. One that comes meanwhile is somebody else's, and stays."""
     try:
         age, process = time.time() - claim.stat().st_mtime, int(claim.read_text() or "0")
+    except FileNotFoundError:
+        return False
     except (OSError, ValueError):
-        return not claim.exists()
+        return claim.exists()
     if process:
         try:
             os.kill(process, 0)

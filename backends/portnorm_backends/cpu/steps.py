@@ -43,11 +43,15 @@ def of_one_step(x: NumPyArray, params: Params, loop: Params, *, cell: Any) -> St
     normalize = None if cell.input_slot is None else normalizer(params, cell, dtype, features)
     function, entry = kernels_of(LOOPS[type(cell)].module).forward, kernels_of("compiling").entry
 
+    own = sizes.room(1, False)
+    slots = [slot_of(still, place, 1, {}, loop) for still, place in zip(sizes.slots, own.slots, strict=True)]
+    """With the gains and shifts as they are read in every step."""
+
     def make() -> tuple[Room, NumPyArray, tuple[Any, ...]]:
         made, h = sizes.room(1, False), memory.aligned((2, batch, size), dtype)
-        slots = tuple([slot_of(still, place, 1, {}, loop) for still, place in zip(sizes.slots, made.slots, strict=True)])
+        in_room = tuple([slot._replace(xhat=xhat, rstd=rstd) for slot, (xhat, rstd) in zip(slots, made.slots, strict=True)])
         steps = (products.nothing(dtype), made.steps, Terms(made.term, 0, 0), sizes.no_lengths, made.a, h, sizes.none)
-        return made, h, (0, 1, 0, batch, *steps, *of_cell(cell, made.c, made.gates, made.inner, slots))
+        return made, h, (0, 1, 0, batch, *steps, *of_cell(cell, made.c, made.gates, made.inner, in_room))
 
     rooms = memory.Turns(make, batch * features * dtype.itemsize)
     loops = entry(function, dtype, make()[2])
