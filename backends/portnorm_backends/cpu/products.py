@@ -5,7 +5,7 @@ laid out in panels of `2 · lanes` columns, each a contiguous (1 + k, columns) t
 panel, stays in registers while k runs; each k loads two vectors of w, which all rows of the tile use, and one value of x per row (Goto &
 van de Geijn 2008). One or two rows would wait for their sums, so they take several panels at once.
 
-The sum over k is taken in its order, in blocks whose panel stays in the nearest cache.
+The sum over k is taken in its order, in blocks whose panel stays in the nearest cache, and the sums of blocks are added up.
 """
 
 from __future__ import annotations

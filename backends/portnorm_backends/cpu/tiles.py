@@ -42,11 +42,11 @@ def columns_of(itemsize: int) -> int:
 
 def tile(rows: int, panels: int, *, turned: bool = False) -> Any:
     """`tile(x, packed, y, i, p, start, stop, origin, following, adds)`: of y[i : i + rows], in the columns of panels p … p + panels − 1,
-    add Σ over k in start … stop − 1 to what is there, or to the shift unless `adds`. x begins with column `origin`. Ask for what stands at
-    `following` in `packed`, unless that is 0.
+    Σ over k in start … stop − 1 and the shift, or where it `adds` what is there, which comes last: so a sum of many terms is one of sums of
+    fewer, whose rounding does not grow with their number. x begins with column `origin`. Ask for what stands at `following` in `packed`,
+    unless that is 0.
 
-    `turned`: x is (parts, k, rows), and has the values that a term takes beside each other. These sums are of many terms, and begin at 0:
-    what is there is added to them at the end.
+    `turned`: x is (parts, k, rows), and has the values that a term takes beside each other.
     """
 
     @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
@@ -122,12 +122,12 @@ def tile(rows: int, panels: int, *, turned: bool = False) -> Any:
                 builder.position_at_end(end)
                 return k, before
 
-            def with_found(sums: dict[Any, Any], together: Callable[[Any, Any], Any]) -> dict[Any, Any]:
-                """Where the tile adds to what is there, `together(sum, found)` in place of each of them."""
+            def with_found(sums: dict[Any, Any]) -> dict[Any, Any]:
+                """The sums, and where the tile adds to what is there that too."""
                 entry, again, ready = builder.block, builder.append_basic_block(), builder.append_basic_block()
-                builder.cbranch(builder.icmp_signed("!=", adds, ir.Constant(adds.type, 0)), again, ready)
+                builder.cbranch(follows, again, ready)
                 builder.position_at_end(again)
-                other = {key: together(sums[key], memory.load(places[key], masks[key[1:]])) for key in keys}
+                other = {key: builder.fadd(sums[key], memory.load(places[key], masks[key[1:]])) for key in keys}
                 builder.branch(ready)
                 builder.position_at_end(ready)
                 either = {key: builder.phi(memory.vector) for key in keys}
@@ -136,13 +136,10 @@ def tile(rows: int, panels: int, *, turned: bool = False) -> Any:
                     phi.add_incoming(other[key], again)
                 return either
 
-            sums = {key: shifts[key[1:]] for key in keys}
-            if not turned:
-                sums = with_found(sums, lambda _, found: found)
-            k, sums = summed(start, _AT_ONCE, sums)
+            follows, zero = builder.icmp_signed("!=", adds, ir.Constant(adds.type, 0)), ir.Constant(memory.vector, None)
+            k, sums = summed(start, _AT_ONCE, {key: builder.select(follows, zero, shifts[key[1:]]) for key in keys})
             _, sums = summed(k, 1, sums)
-            if turned:
-                sums = with_found(sums, builder.fadd)
+            sums = with_found(sums)
             for key in keys:
                 memory.store(sums[key], places[key], masks[key[1:]])
             return context.get_dummy_value()
