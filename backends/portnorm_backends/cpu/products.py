@@ -349,8 +349,6 @@ def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS)
             return lambda x, y: direct(x, w.T, added, y)
         few, narrow = numpy.require(w, requirements=["C", "A"]), compiled_for("narrow", w.dtype)
         return lambda x, y: narrow(x, few, added, y)
-    if _goes_in_panels(w, rows):
-        return lambda x, y: _multiply_in_panels(x, w, shift, y)
     packed, multiply = pack(w, shift), compiled_for("product", w.dtype)
     return lambda x, y: multiply(x, packed, y, near(x.shape[0], x.shape[1], x.dtype))
 
@@ -374,10 +372,11 @@ def _multiply_in_panels(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None, 
 
 def affine(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None = None) -> NumPyArray:
     """x · w + shift for contiguous x (m, k)."""
-    y, into = aligned((x.shape[0], w.shape[1]), x.dtype), affine_map(w, shift, x.shape[0])
+    y = aligned((x.shape[0], w.shape[1]), x.dtype)
     if _goes_in_panels(w, x.shape[0]):
-        into(x, y)
+        _multiply_in_panels(x, w, shift, y)
         return y
+    into = affine_map(w, shift, x.shape[0])
     ranges = threads.parts(x.shape[0], x.shape[0] * w.size / _WORTH, _HIGHEST)
     threads.each(ranges, lambda first, last: into(x[first:last], y[first:last]))
     return y
