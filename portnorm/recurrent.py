@@ -28,6 +28,7 @@ from portnorm.sums import total_like
 
 Buffers = dict[str, Array]
 Sum = Callable[[list[Array]], Array | None]
+"""What adds up biases; who computes again notes which sums it has to make anew."""
 
 
 def _sum(terms: list[Array]) -> Array | None:

@@ -12,10 +12,8 @@ import numpy
 
 from portnorm.arrays import Array, Library, library
 from portnorm.layers.names import without_suffix
+from portnorm.layers.state import H_BOUND
 from portnorm.scan import State
-
-H_BOUND = 1.0 + 2.0**-7
-"""The largest |h| that may come where |h| ≤ 1 is taken for granted: so much is rounding in the narrowest type."""
 
 if TYPE_CHECKING:
     from portnorm.layers.stack import Stack

@@ -14,12 +14,12 @@ from portnorm.cells.variants import Variant
 from portnorm.dropout import dropout
 from portnorm.dtypes import default_integer
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
-from portnorm.layers.again import H_BOUND, Again
+from portnorm.layers.again import Again
 from portnorm.layers.layer import Layer
 from portnorm.layers.names import in_direction, with_suffix, without_suffix
 from portnorm.layers.pure import Arrays, Every, Keep
 from portnorm.layers.randomness import Draw, Drawn
-from portnorm.layers.state import PlacedState, checked_time
+from portnorm.layers.state import H_BOUND, PlacedState, checked_time
 from portnorm.norm.normalize import Reduce
 from portnorm.padding import Counted, Mask, are_in_front, pack_steps, unpack_steps
 from portnorm.quantization import QuantizeName

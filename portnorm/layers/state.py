@@ -8,6 +8,9 @@ from portnorm.arrays import Array, device_of, is_concrete, namespace, xp_of
 from portnorm.dtypes import default_integer, is_kind
 from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 
+H_BOUND = 1.0 + 2.0**-7
+"""The largest |h| that may come where |h| ≤ 1 is taken for granted: so much is rounding in the narrowest type."""
+
 
 class PlacedState(NamedTuple):
     """A state as the directions take it: that of each layer and direction, and the number of steps that have gone before."""

@@ -43,9 +43,8 @@ def of_one_step(x: NumPyArray, params: Params, loop: Params, *, cell: Any) -> St
     normalize = None if cell.input_slot is None else normalizer(params, cell, dtype, features)
     function, entry = kernels_of(LOOPS[type(cell)].module).forward, kernels_of("compiling").entry
 
-    own = sizes.room(1, False)
-    slots = [slot_of(still, place, 1, {}, loop) for still, place in zip(sizes.slots, own.slots, strict=True)]
-    """With the gains and shifts as they are read in every step."""
+    # With the gains and shifts themselves, which are read in every step: what is made later is room alone.
+    slots = [slot_of(still, place, 1, {}, loop) for still, place in zip(sizes.slots, sizes.room(1, False).slots, strict=True)]
 
     def make() -> tuple[Room, NumPyArray, tuple[Any, ...]]:
         made, h = sizes.room(1, False), memory.aligned((2, batch, size), dtype)
@@ -76,6 +75,7 @@ def of_one_step(x: NumPyArray, params: Params, loop: Params, *, cell: Any) -> St
 
 
 def _multiply(weight: NumPyArray, shift: NumPyArray | None, cell: RecurrentCell, bound: float | None) -> Multiply:
+    """With the weight as it lies, or with its integers where the cell is to `quantize`; what is multiplied lies within the `bound`."""
     if cell.quantize is None:
         products = kernels_of("products")
         direct, plus = products.compiled_for("direct", weight.dtype), products.shift_of(shift, len(weight), weight.dtype)
