@@ -506,16 +506,18 @@ def test_steps_whose_rows_a_mask_lets_count(sizes: tuple[int, ...], parameters: 
 
 def parted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Let three threads pay for everything; the ranges that they get, as they come."""
-    ranges, parts = [], threads.parts
+    ranges, plan = [], threads.plan
 
-    def seen(*args: Any) -> Any:
-        ranges.append(parts(*args))
-        return ranges[-1]
+    def seen(rows: int, *args: Any) -> Any:
+        found = plan(rows, *args)
+        ranges.append([(k, min(k + found.step, rows)) for k in range(0, rows, found.step)])
+        return found
 
     monkeypatch.setattr(threads, "_count", lambda: 3)
-    monkeypatch.setattr(threads, "parts", seen)
+    monkeypatch.setattr(threads, "plan", seen)
     for module in (recurrent, products, outer, residuals):
         monkeypatch.setattr(module, "_WORTH", 1)
+    monkeypatch.setattr(residuals, "_WAKES", 1)
     return ranges
 
 
@@ -571,6 +573,30 @@ def test_products_in_panels_are_those_with_packed_weights(
                         patch.setattr(products, "_NEAR", 0)
                         patch.setattr(products, "_PACKED", room)
                         np.testing.assert_array_equal(products.affine(x, laid, own), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("outputs", [1, 8, 33, 100, 500])
+@pytest.mark.parametrize("columns", [1, 5, 40, 512])
+def test_few_rows_give_the_same_by_threads(
+    dtype: Any, columns: int, outputs: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit, with weights as they lie, of which each thread reads some rows."""
+    w, shift = rng.standard_normal((outputs, columns)).astype(dtype), rng.standard_normal(outputs).astype(dtype)
+    for rows in range(1, products.FEW + 1):
+        x = rng.standard_normal((rows, columns)).astype(dtype)
+        for laid in (w, np.repeat(w, 2, axis=0)[::2]):
+            for own in (shift, None):
+                expected, found = (np.full((rows, outputs), np.nan, dtype) for _ in range(2))
+                products.as_it_lies(laid, own)(x, expected)
+                np.testing.assert_allclose(expected, x @ w.T + (0 if own is None else own), rtol=1e-4, atol=1e-4)
+                with monkeypatch.context() as patch:
+                    ranges = parted(patch)
+                    patch.setattr(products, "_READ", 1)
+                    patch.setattr(products, "_NEAR", 1)
+                    products.as_it_lies(laid, own)(x, found)
+                    assert (len(ranges[0]) > 1) is (outputs * w.itemsize > 64)
+                np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -11,9 +11,11 @@ import time
 from _thread import interrupt_main
 from typing import Any
 
+import numba
+import numpy as np
 import pytest
 
-from portnorm_backends.cpu import threads
+from portnorm_backends.cpu import compiling, sharing, threads
 from tests.processes import in_threads, output_of
 
 
@@ -150,6 +152,7 @@ import time
 from portnorm_backends.cpu import threads
 threads._count = lambda: 3
 threads.each([(k, k + 1) for k in range(9)], lambda first, last: time.sleep(0.001))
+time.sleep(0.5)  # until the threads of NumPy's BLAS sleep
 before = time.process_time()
 time.sleep(1)
 print(time.process_time() - before < 0.02)
@@ -186,3 +189,117 @@ print(before, inside, threads._count())
     environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True).stdout.split()
     assert found[0] == found[2] > found[1] == "1"
+
+
+# -- kernels that threads share -----------------------------------------------------------------------------------------------------------
+
+
+def _squares(x: Any, y: Any, own: Any, factor: float) -> bool:
+    """A kernel: y = factor · x², and in `own` how many rows; wrong where one is negative."""
+    fine = True
+    for k in range(x.shape[0]):
+        y[k] = factor * x[k] * x[k]
+        own[0] += 1
+        if x[k] < 0:
+            fine = False
+    return fine
+
+
+@pytest.fixture(scope="module")
+def squares() -> Any:
+    t = numba.float64
+    given = (numba.types.Array(t, 1, "C", readonly=True), t[::1], numba.int64[::1], t)
+    return sharing.shared(compiling.compiled(signatures=numba.boolean(*given))(_squares), 2, 1)
+
+
+def squared(kernel: Any, rows: int, ranges: int, count: int = 3, wakes: bool = True, start: int = 0) -> bool:
+    """Share a call, and look at what it did; whether it said that all was right."""
+    step = -(-rows // ranges)
+    plan = threads.Plan(count, step, -(-rows // step), wakes)
+    x, y, own = np.arange(start, start + rows, dtype=float), np.full(rows, np.nan), np.zeros((plan.ranges, 1), np.int64)
+    fine = sharing.call(kernel, plan, rows, (x, y), (own,), (2.0,))
+    np.testing.assert_array_equal(y, 2 * x * x)
+    assert own.sum() == rows
+    assert own[:-1].tolist() == [[step]] * (plan.ranges - 1)
+    return fine
+
+
+@pytest.mark.parametrize("wakes", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 1000, 100_000])
+def test_a_shared_kernel_computes_each_range_once(rows: int, wakes: bool, squares: Any, pool: threads._Pool) -> None:
+    for ranges in (1, 2, 3, 8, 64):
+        for _ in range(100):
+            assert squared(squares, rows, min(rows, ranges), wakes=wakes)
+    assert pool.started == (2 if wakes else 0)
+    assert not squared(squares, rows, min(rows, 8), start=-1)
+
+
+def test_threads_that_listen_take_part(squares: Any, pool: threads._Pool) -> None:
+    """Each has computed some ranges of a hundred calls, of which none but the first had to wake it."""
+    assert squared(squares, 100_000, 32)
+    line, seen = pool.board[0], set[int]()
+    until = time.monotonic() + 30
+    while not {threads.LISTENS, threads.WORKS} <= seen and time.monotonic() < until:
+        seen.add(int(line[threads.STATE]))
+        squared(squares, 100_000, 32)
+    jobs = set(pool.board[:2, threads.JOB].tolist())
+    assert 0 not in jobs, "a thread was given nothing"
+
+
+def test_callers_at_once_share_kernels_and_python(squares: Any, pool: threads._Pool) -> None:
+    """Some call kernels, others Python functions that take the same threads away from listening."""
+
+    def call(k: int) -> None:
+        for turn in range(200):
+            if (k + turn) % 3:
+                squared(squares, 1 + 37 * turn, 1 + turn % 9, wakes=bool(turn % 2))
+            else:
+                assert computed(5) == [*range(5)]
+
+    in_threads(call)
+    assert settled(pool) == pool.started <= 2
+    assert computed(7) == [*range(7)]
+
+
+def test_threads_sleep_when_nobody_has_called_for_a_while(squares: Any, pool: threads._Pool) -> None:
+    for _ in range(20):
+        squared(squares, 100_000, 8)
+        until = time.monotonic() + 10
+        while pool.states.any() and time.monotonic() < until:
+            time.sleep(0.001)
+        assert not pool.states.any()
+    assert settled(pool) == 2
+
+
+def test_a_range_that_finds_no_memory_is_an_error(pool: threads._Pool) -> None:
+    def kernel(start: int, stop: int, size: int) -> bool:
+        return bool(np.empty(size if start else 1).size > 0)
+
+    whole = numba.boolean(*(numba.int64,) * 3)
+    shared = sharing.shared(numba.njit([whole], nogil=True)(kernel))
+    plan = threads.Plan(3, 1, 4)
+    assert sharing.call(shared, plan, 4, whole=(1,))
+    with pytest.raises(MemoryError, match="no memory for 4 ranges of 4 rows"):
+        sharing.call(shared, plan, 4, whole=(2**60,))
+
+
+def test_a_child_of_a_fork_shares_with_threads_of_its_own() -> None:
+    code = """
+import os, numpy as np, portnorm as pn
+from portnorm_backends.cpu import threads
+threads._count = lambda: 3
+x, w = np.random.default_rng(0).standard_normal((1000, 512), np.float32), np.ones(512, np.float32)
+pn.warm(pn.LayerNorm(512))
+expected = pn.layer_norm(x, w, w)
+def same():
+    return all((pn.layer_norm(x, w, w) == expected).all() for _ in range(50))
+assert same() and threads._pool.started
+children = []
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if not threads._pool.started and same() and threads._pool.started else 1)
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], same())
+"""
+    assert output_of(code) == "[0, 0, 0, 0, 0] True"

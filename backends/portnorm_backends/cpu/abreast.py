@@ -181,7 +181,7 @@ def _statistics(x: Any, r: int, center: bool, eps: float, t: Any, found: Any, y:
 
 
 def _each(
-    x: Any, weight: Any, bias: Any, turns: int, eps: float, center: bool, smallest: float, largest: float, past: bool, y: Any, kept: Any
+    x: Any, y: Any, kept: Any, weight: Any, bias: Any, turns: int, eps: float, center: bool, smallest: float, largest: float, past: bool
 ) -> bool:
     x, weight, bias, y, kept = bare(x), bare(weight), bare(bias), bare(y), bare(kept)
     t, found = _room(x, kept.dtype)
@@ -196,7 +196,7 @@ def _forward(
     x: Any, gains: Any, shifts: Any, eps: float, center: bool, smallest: float, largest: float, y: Any, kept: Any, t: Any, found: Any
 ) -> bool:
     gains, shifts, t, found = bare(gains), bare(shifts), bare(t), bare(found)
-    rows, many, fine, every = x.shape[0], found.shape[1], True, kept.shape[0] == x.shape[0]
+    rows, many, fine = x.shape[0], found.shape[1], True
     for r in range(0, rows, many):
         count = min(many, rows - r)
         _statistics(x, r, center, eps, t, found, y)
@@ -204,7 +204,7 @@ def _forward(
         for i in range(count):
             if not (smallest < found[2, i] < largest):
                 fine = False
-            if every:
+            if kept.size:
                 kept[r + i, 0], kept[r + i, 1], kept[r + i, 2] = found[0, i], found[1, i], found[3, i]
     return fine
 

@@ -132,7 +132,7 @@ def _block(registers: int) -> Any:
 _one, _two = _block(1), _block(2)
 
 
-def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, dx: Any, dweight: Any, dbias: Any) -> None:
+def _backward(x: Any, dy: Any, kept: Any, dx: Any, part: Any, dweight: Any, dbias: Any, weight: Any, center: bool) -> bool:
     """`rowwise._backward` of rows that fit into two registers, with a gain and a shift for each value, or none."""
     x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
     n, rows, lanes = x.shape[1], x.shape[0], WIDTH // kept.itemsize
@@ -155,6 +155,7 @@ def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, 
         for r in range(whole, rows):
             copy(made[r - whole], row_of(dx, r))
     _carried(shares, dweight, dbias)
+    return True
 
 
 @compiled(inner=True)
@@ -179,6 +180,6 @@ def fits(n: int, itemsize: int) -> bool:
 
 
 @functools.cache
-def backward(dtype: numpy.dtype[Any]) -> Callable[..., None]:
+def backward(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
     """`rowwise.backward` for rows that fit."""
     return backward_of(_backward, dtype)

@@ -12,7 +12,7 @@ from portnorm.dtypes import float32_value
 from portnorm.norm.arguments import LARGEST
 from portnorm_backends.cpu import memory
 from portnorm_backends.cpu.layout import RANGE, NumPyArray, bits, can_take, computed, taken
-from portnorm_backends.cpu.residuals import KernelResiduals, as_wide_as, cotangents, in_ranges, is_much
+from portnorm_backends.cpu.residuals import KernelResiduals, as_wide_as, cotangents, is_much, plan
 from portnorm_backends.cpu.warming import ready
 
 
@@ -40,7 +40,8 @@ class _Blocks(NamedTuple):
     """Values as the kernels of channels take them: (outer, channels, inner), or (rows, channels) where nothing comes after the channels."""
 
     values: NumPyArray
-    ends: tuple[NumPyArray, ...]  # of rows: where each group with statistics of its own begins, and the last ends
+    rows: tuple[NumPyArray, ...]
+    """Of rows: where each group with statistics of its own begins, and the last ends; and those that count, or none where all do."""
     inner: bool
 
     def like(self, y: NumPyArray) -> NumPyArray:
@@ -48,12 +49,15 @@ class _Blocks(NamedTuple):
         return bits(y.reshape(self.values.shape))
 
 
+_ALL = numpy.empty(0, numpy.int64)
+
+
 def _blocks(x: NumPyArray, channel: int, groups: int) -> _Blocks:
     inner = math.prod(x.shape[channel + 1 :])
     if inner > 1:
         return _Blocks(bits(x.reshape(-1, x.shape[channel], inner)), (), True)
     rows = x.reshape(-1, x.shape[channel])
-    return _Blocks(bits(rows), (numpy.arange(groups + 1) * (rows.shape[0] // groups),), False)
+    return _Blocks(bits(rows), (numpy.arange(groups + 1) * (rows.shape[0] // groups), _ALL), False)
 
 
 _LINE = 16
@@ -62,12 +66,12 @@ _LINE = 16
 
 def _each_channel(kernel: Any, blocks: _Blocks, *others: Any) -> bool:
     """The kernel over all channels, in threads where there is much; whether it was right in all."""
-    values, given, count = blocks.values, (blocks.values, *blocks.ends, *others), blocks.values.shape[1]
+    values, given, count = blocks.values, (blocks.values, *blocks.rows, *others), blocks.values.shape[1]
     if not is_much(values.size):
-        return kernel(0, count, *given) is not False
-    fine: list[Any] = []
-    in_ranges(count, values.size, 1 if blocks.inner else _LINE, lambda a, b: fine.append(kernel(a, b, *given)))
-    return False not in fine
+        return bool(kernel(0, count, *given))
+    from portnorm_backends.cpu import sharing
+
+    return sharing.call(kernel, plan(count, values.size, 1 if blocks.inner else _LINE), count, whole=given)
 
 
 def forward_of_channels(
@@ -87,7 +91,7 @@ def _statistics(
     from portnorm_backends.cpu import channelwise
 
     own, count = computed(dtype), blocks.values.shape[1]
-    shape = (count,) if blocks.inner else (blocks.ends[0].size - 1, count)
+    shape = (count,) if blocks.inner else (blocks.rows[0].size - 1, count)
     kept, var = numpy.empty((3, *shape), dtype=own), numpy.empty(shape)
     parameters, how = (taken(weight, own, (count,)), taken(bias, own, (count,))), (eps, center, *RANGE[own])
     fine = _each_channel(channelwise.forward(dtype, blocks.inner), blocks, *parameters, *how, blocks.like(y), kept, var)
@@ -106,24 +110,22 @@ def forward_of_counted(
     if not sizes.size or not sizes.all():
         return None
     places, ends = numpy.flatnonzero(counts), numpy.concatenate((numpy.zeros(1, sizes.dtype), numpy.cumsum(sizes)))
-    rows = x.reshape(-1, x.shape[-1]).take(places, axis=0)
-    made = memory.room(rows.shape, x.dtype)
-    found = _statistics(_Blocks(rows, (ends,), False), x.dtype, weight, bias, eps, center, made)
+    found = _statistics(_Blocks(x.reshape(-1, x.shape[-1]), (ends, places), False), x.dtype, weight, bias, eps, center, y)
     if found is None:
         return None
-    _put(made, places, y)
+    _clear(y, places)
     kept, var = found
     shape = (*x.shape[:first], *(1 for _ in x.shape[first:-1]), x.shape[-1])
     counted = numpy.broadcast_to(sizes[:, None], var.shape).astype(var.dtype).reshape(shape)
-    return KernelResiduals(rows, kept, weight, bias, None, var.reshape(shape), counted, (places, ends, x.shape))
+    return KernelResiduals(x, kept, weight, bias, None, var.reshape(shape), counted, (ends, places))
 
 
-def _put(rows: NumPyArray, places: NumPyArray, y: NumPyArray) -> None:
-    """Rows at their places in `y` (…, values), and 0 elsewhere."""
-    whole = y.reshape(-1, y.shape[-1])
-    absent = numpy.ones(whole.shape[0], bool)
+def _clear(y: NumPyArray, places: NumPyArray) -> None:
+    """0 in all rows (…, values) but these."""
+    rows = y.reshape(-1, y.shape[-1])
+    absent = numpy.ones(rows.shape[0], bool)
     absent[places] = False
-    whole[absent], whole[places] = 0, rows
+    rows[absent] = 0
 
 
 def scaled_channels(
@@ -203,17 +205,11 @@ def vjp_of_channels(
     x, kept, weight, bias, _, var, _, masked = residuals
     assert var is not None
     x, count = as_wide_as(x, dy), kept.shape[-1]
-    if masked is None:
-        blocks, given = _blocks(x, param_axes[0], var.size // count), taken(dy, x.dtype, x.shape)
-    else:
-        places, ends, shape = masked
-        blocks = _Blocks(x, (ends,), False)
-        given = numpy.ascontiguousarray(dy, x.dtype).reshape(-1, count).take(places, axis=0)
+    blocks = _blocks(x, param_axes[0], var.size // count) if masked is None else _Blocks(x.reshape(-1, count), masked, False)
+    given = taken(dy, x.dtype, x.shape)
     dx, dweight, dbias = memory.room(x.shape, x.dtype), numpy.empty(count), numpy.empty(count)
     kernel, how = channelwise.backward(x.dtype, blocks.inner), (center, mean is None)
     _each_channel(kernel, blocks, blocks.like(given), taken(weight, kept.dtype, (count,)), kept, *how, blocks.like(dx), dweight, dbias)
     if masked is not None:
-        whole = memory.room(shape, x.dtype)
-        _put(dx, places, whole)
-        dx = whole
+        _clear(dx, masked[1])
     return dx.astype(dy.dtype, copy=False), cotangents(weight, dweight), cotangents(bias, dbias)

@@ -10,6 +10,7 @@ import numba
 import numpy
 
 from portnorm_backends.cpu.compiling import compiled
+from portnorm_backends.cpu.sharing import shared
 from portnorm_backends.cpu.vectors import Vector, settle, streamed
 
 Two = tuple[Vector, Vector]
@@ -53,28 +54,31 @@ def _adam(
 Numbers = tuple[float, ...]
 
 
-def _sgd_step(p: Any, g: Any, v: Any, p_new: Any, v_new: Any, numbers: Numbers, past: bool) -> None:
+def _sgd_step(p: Any, g: Any, v: Any, p_new: Any, v_new: Any, numbers: Numbers, past: bool) -> bool:
     _sgd(p.size, (p, g, v, numbers[0], numbers[1]), (p_new, v_new), past)
     if past:
         settle()
+    return True
 
 
-def _rmsprop_step(p: Any, g: Any, s: Any, p_new: Any, s_new: Any, numbers: Numbers, past: bool) -> None:
+def _rmsprop_step(p: Any, g: Any, s: Any, p_new: Any, s_new: Any, numbers: Numbers, past: bool) -> bool:
     lr, decay, eps = numbers
     _rmsprop(p.size, (p, g, s, lr, decay, 1.0 - decay, eps), (p_new, s_new), past)
     if past:
         settle()
+    return True
 
 
-def _adam_step(p: Any, g: Any, m: Any, s: Any, p_new: Any, m_new: Any, s_new: Any, numbers: Numbers, past: bool) -> None:
+def _adam_step(p: Any, g: Any, m: Any, s: Any, p_new: Any, m_new: Any, s_new: Any, numbers: Numbers, past: bool) -> bool:
     scale, root, beta1, beta2, eps = numbers[:5]
     known = (p, g, m, s, scale, root, beta1, 1.0 - beta1, beta2, 1.0 - beta2, eps)
     _adam(p.size, known + numbers[5:], (p_new, m_new, s_new), past)
     if past:
         settle()
+    return True
 
 
-STEPS: dict[str, tuple[Callable[..., None], int, tuple[int, ...]]] = {
+STEPS: dict[str, tuple[Callable[..., bool], int, tuple[int, ...]]] = {
     "sgd_step": (_sgd_step, 2, (2,)),
     "rmsprop_step": (_rmsprop_step, 2, (3,)),
     "adam_step": (_adam_step, 3, (5, 6)),
@@ -83,11 +87,11 @@ STEPS: dict[str, tuple[Callable[..., None], int, tuple[int, ...]]] = {
 
 
 @functools.cache
-def compiled_for(name: str, dtype: numpy.dtype[Any], numbers: int) -> Callable[..., None]:
+def compiled_for(name: str, dtype: numpy.dtype[Any], numbers: int) -> Callable[..., bool]:
     """The loop for one type of values and so many numbers. Inputs are declared read-only, so that those which are need no other version."""
     loop, written, _ = STEPS[name]
     value = numba.from_dtype(dtype)
     given = (numba.types.Array(value, 1, "C", readonly=True),) * (written + 1)
-    signature = numba.void(*given, *(value[::1],) * written, numba.types.UniTuple(numba.float64, numbers), numba.boolean)
-    made: Callable[..., None] = compiled(signatures=signature)(loop)
+    signature = numba.boolean(*given, *(value[::1],) * written, numba.types.UniTuple(numba.float64, numbers), numba.boolean)
+    made: Callable[..., bool] = shared(compiled(signatures=signature)(loop), 2 * written + 1)
     return made

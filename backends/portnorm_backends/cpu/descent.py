@@ -14,7 +14,7 @@ import numpy
 from portnorm.arrays import Kernel
 from portnorm_backends.cpu import memory
 from portnorm_backends.cpu.layout import RANGE, NumPyArray
-from portnorm_backends.cpu.residuals import in_ranges, is_much
+from portnorm_backends.cpu.residuals import is_much, plan
 from portnorm_backends.cpu.warming import ready
 
 _AS_MUCH = 4
@@ -39,7 +39,7 @@ def _flat(arrays: tuple[Any, ...]) -> bool:
 
 
 @functools.cache
-def _loop(name: str, dtype: Any, numbers: int) -> Callable[..., None]:
+def _loop(name: str, dtype: Any, numbers: int) -> Callable[..., bool]:
     from portnorm_backends.cpu import descending
 
     return descending.compiled_for(name, dtype, numbers)
@@ -58,11 +58,10 @@ def _of(name: str, count: int) -> Kernel:
         kernel, flat = _loop(name, arrays[0].dtype, len(numbers)), [a.reshape(-1) for a in (*arrays, *made)]
         size = flat[0].size
 
-        def some(a: int, b: int) -> None:
-            kernel(*(x[a:b] for x in flat), numbers, past)
-
         if is_much(_AS_MUCH * size):
-            in_ranges(size, _AS_MUCH * size, _LINES, some)
+            from portnorm_backends.cpu import sharing
+
+            sharing.call(kernel, plan(size, _AS_MUCH * size, _LINES), size, tuple(flat), whole=(numbers, past))
         else:
             kernel(*flat, numbers, past)
         return made

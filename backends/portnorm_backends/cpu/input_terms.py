@@ -59,15 +59,16 @@ def input_terms(x: NumPyArray, params: Params, cell: RecurrentCell, one: NumPyAr
 def normalizer(params: Params, cell: RecurrentCell, dtype: numpy.dtype[Any], size: int) -> Callable[[NumPyArray], bool]:
     """What normalizes rows of the input term in their place, unless a variance leaves its range."""
     forward, ends, how, none = _outside(cell, dtype, size)
+    unread = none.reshape(0, 3)
     weight, bias = (none if p is None else taken(p, dtype, (size,)) for p in map(params.get, ("norm_ih.weight", "norm_ih.bias")))
     if len(ends) == 1:
-        return lambda rows: bool(forward(rows, weight, bias, *how, rows, numpy.empty((1, 3), dtype)))
+        return lambda rows: bool(forward(rows, rows, unread, weight, bias, *how))
 
     def normalize(rows: NumPyArray) -> bool:
         fine = True
         for i, j in ends:
             part = rows[:, i:j]
-            fine &= forward(part, weight[i:j], bias[i:j], *how, part, numpy.empty((1, 3), dtype))
+            fine &= forward(part, part, unread, weight[i:j], bias[i:j], *how)
         return fine
 
     return normalize

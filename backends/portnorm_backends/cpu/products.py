@@ -27,6 +27,7 @@ from portnorm_backends.cpu.layout import NumPyArray, Product, taken
 from portnorm_backends.cpu.memory import aligned
 from portnorm_backends.cpu.places import Memory, transposed
 from portnorm_backends.cpu.registers import WIDTH
+from portnorm_backends.cpu.sharing import call, shared
 from portnorm_backends.cpu.tiles import HEIGHTS, SHARES, VECTORS, columns_of, tile
 from portnorm_backends.cpu.vectors import Vector, elementwise, fused, summed
 
@@ -41,6 +42,12 @@ _PANEL = 2**15
 
 _WORTH = 2**25
 """Multiplications from which a thread pays: half a millisecond."""
+
+_READ = 2**20
+"""Bytes of w, read for few rows, from which a thread that listens pays: some twenty microseconds."""
+
+_PIECES = 2
+"""Ranges for each thread."""
 
 _NARROW = 4
 """Columns of x up to which the sums are not worth a tile."""
@@ -158,9 +165,9 @@ def _along(x: Vector, *rows: Vector) -> tuple[Vector, ...]:
     return tuple(row * x for row in rows)
 
 
-def _direct(x: Any, w: Any, shift: Any, y: Any) -> None:
-    """The same from w (n, k) itself, of which only each row need be contiguous."""
-    x, w, shift, y = bare(x), bare(w), bare(shift), bare(y)
+def _direct(start: int, stop: int, x: Any, w: Any, shift: Any, y: Any) -> bool:
+    """Columns `start` to before `stop` of the same, from w (n, k) itself, of which only each row need be contiguous."""
+    x, w, shift, y = bare(x), bare(w)[start:stop], bare(shift)[start:stop], bare(y)[:, start:stop]
     count, last = w.shape[0], w.shape[0] - 1
     for j in range(0, count, _BESIDE):  # the last row once more where there are fewer
         a, b, c, d = row_of(w, j), row_of(w, min(j + 1, last)), row_of(w, min(j + 2, last)), row_of(w, min(j + 3, last))
@@ -173,6 +180,7 @@ def _direct(x: Any, w: Any, shift: Any, y: Any) -> None:
             else:
                 for q in range(count - j):
                     y[i, j + q] = found[q] + shift[j + q]
+    return True
 
 
 @intrinsic  # type: ignore[untyped-decorator, unused-ignore]
@@ -250,7 +258,7 @@ def _in_panels(x: Any, w: Any, turned: bool, shift: Any, first: int, last: int, 
             copy(wide[i], y[i, begin : begin + here])
 
 
-KERNELS: dict[str, Callable[..., None]] = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "fill": _fill_panels,
     "product": _product,
     "in panels": _in_panels,
@@ -272,8 +280,10 @@ def compiled_for(name: str, dtype: numpy.dtype[Any]) -> Any:
         "in panels": (x, w, types.boolean, shift, types.int64, types.int64, packed, t[::1], how, y),
         "product": (x, packed, y, y),
         "narrow": (x, x, shift, y),
-        "direct": (x, w, shift, y),
+        "direct": (types.int64, types.int64, x, w, shift, y),
     }
+    if name == "direct":
+        return shared(compiled(signatures=types.boolean(*given[name]))(_direct))
     return compiled(signatures=types.void(*given[name]))(KERNELS[name])
 
 
@@ -331,10 +341,23 @@ def _zeros(count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
     return numpy.zeros(count, dtype)
 
 
+def as_it_lies(w: NumPyArray, shift: NumPyArray | None) -> Callable[[NumPyArray, NumPyArray], None]:
+    """What writes x · wᵀ + shift into y (m, n), for few rows of x and w (n, k) with contiguous rows, which threads share if it is large."""
+    count, direct, added = len(w), compiled_for("direct", w.dtype), shift_of(shift, len(w), w.dtype)
+    if w.nbytes < 2 * _READ:
+        return lambda x, y: direct(0, count, x, w, added, y)
+
+    def multiply(x: NumPyArray, y: NumPyArray) -> None:
+        plan = threads.plan(count, w.nbytes / _READ, 64 // w.itemsize, _PIECES, w.nbytes >= _NEAR)
+        call(direct, plan, count, whole=(x, w, added, y))
+
+    return multiply
+
+
 def straight(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None, y: NumPyArray) -> None:
     """Writes x · wᵀ + shift into y, for at most `FEW` rows of x, and w (n, k)."""
     if w.strides[1] == w.itemsize and w.flags.aligned:
-        compiled_for("direct", w.dtype)(x, w, shift_of(shift, w.shape[0], w.dtype), y)
+        as_it_lies(w, shift)(x, y)
     else:
         affine_map(w.T, shift, x.shape[0])(x, y)
 
@@ -343,10 +366,9 @@ def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS)
     """What writes x · w + shift into y, for contiguous x (m, k) and y (m, n), of which there will be so many `rows` in all."""
     lies = rows <= FEW and w.flags.aligned and (w.strides[0] == w.itemsize or w.shape[0] == 1)
     if lies or w.shape[0] <= _NARROW:
-        added = shift_of(shift, w.shape[1], w.dtype)
         if lies:
-            direct = compiled_for("direct", w.dtype)
-            return lambda x, y: direct(x, w.T, added, y)
+            return as_it_lies(w.T, shift)
+        added = shift_of(shift, w.shape[1], w.dtype)
         few, narrow = numpy.require(w, requirements=["C", "A"]), compiled_for("narrow", w.dtype)
         return lambda x, y: narrow(x, few, added, y)
     packed, multiply = pack(w, shift), compiled_for("product", w.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from portnorm_backends.cpu import threads
@@ -19,13 +18,13 @@ class KernelResiduals(NamedTuple):
     laid_out: tuple[int, int] | None  # of rows: the shape of the parameters as the kernel takes them
     var: NumPyArray | None  # of channels: σ², of length 1 along the normalized axes
     counted: NumPyArray | None = None  # with a mask: the values that entered each statistic
-    masked: tuple[NumPyArray, NumPyArray, tuple[int, ...]] | None = None
-    """With a mask `x` has the rows that count alone: their places, the ends of groups among them, and the whole shape."""
+    masked: tuple[NumPyArray, NumPyArray] | None = None
+    """With a mask: the ends of groups among the rows that count, and their places."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """That of the array that was normalized."""
-        shape: tuple[int, ...] = self.x.shape if self.masked is None else self.masked[2]
+        shape: tuple[int, ...] = self.x.shape
         return shape
 
     @property
@@ -51,8 +50,11 @@ def as_wide_as(x: NumPyArray, dy: Any) -> NumPyArray:
     return x if x.dtype in RANGE or dy.dtype == x.dtype else x.astype(computed(x.dtype))
 
 
-_WORTH = 2**18
-"""Values from which a thread pays: some forty microseconds. With fewer, to wake it takes longer than it saves."""
+_WORTH = 2**16
+"""Values from which a thread that listens pays: some ten microseconds."""
+
+_WAKES = 2**18
+"""Values from which all threads are woken. With fewer, to wake one takes longer than it saves."""
 
 _PIECES = 4
 """Ranges for each thread: one that woke late takes fewer."""
@@ -63,6 +65,6 @@ def is_much(values: int) -> bool:
     return values >= 2 * _WORTH
 
 
-def in_ranges(count: int, values: int, multiple: int, work: Callable[[int, int], None]) -> None:
-    """`work(first, last)` for ranges of `count` rows or channels with so many values in all, multiples of `multiple`, in threads."""
-    threads.each(threads.parts(count, values / _WORTH, multiple, _PIECES), work)
+def plan(count: int, values: int, multiple: int) -> threads.Plan:
+    """The ranges of `count` rows or channels with so many values in all, multiples of `multiple`."""
+    return threads.plan(count, values / _WORTH, multiple, _PIECES, values >= _WAKES)

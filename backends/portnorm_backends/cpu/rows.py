@@ -13,7 +13,7 @@ from portnorm.dtypes import float32_value
 from portnorm.norm.arguments import LARGEST
 from portnorm_backends.cpu import memory
 from portnorm_backends.cpu.layout import RANGE, SHORT, NumPyArray, bits, can_take, computed, taken
-from portnorm_backends.cpu.residuals import KernelResiduals, as_wide_as, cotangents, in_ranges, is_much
+from portnorm_backends.cpu.residuals import KernelResiduals, as_wide_as, cotangents, is_much, plan
 from portnorm_backends.cpu.warming import READY, ready
 
 
@@ -78,18 +78,13 @@ _ROWS_OF_SHARES = 32
 
 
 def _each_row(kernel: Any, rows: NumPyArray, parameters: Any, how: tuple[Any, ...], y: NumPyArray, kept: NumPyArray, multiple: int) -> bool:
-    """The kernel over all rows, in threads where there are many; `kept` has a row for each or is not wanted."""
+    """The kernel over all rows, in threads where there are many; `kept` has a row for each, or none."""
     if not is_much(rows.size):
-        return bool(kernel(rows, *parameters, *how, False, y, kept))
-    past = y.nbytes >= memory.CACHED
-    fine = []
+        return bool(kernel(rows, y, kept, *parameters, *how, False))
+    from portnorm_backends.cpu import sharing
 
-    def some(a: int, b: int) -> None:
-        own = kept[a:b] if kept.shape[0] == rows.shape[0] else numpy.empty_like(kept)
-        fine.append(kernel(rows[a:b], *parameters, *how, past, y[a:b], own))
-
-    in_ranges(rows.shape[0], rows.size, multiple, some)
-    return all(fine)
+    whole = (*parameters, *how, y.nbytes >= memory.CACHED)
+    return sharing.call(kernel, plan(rows.shape[0], rows.size, multiple), rows.shape[0], (rows, y, kept), whole=whole)
 
 
 def vjp_of_rows(
@@ -103,26 +98,22 @@ def vjp_of_rows(
     assert rows is not None
     given = as_rows(dy, first) if type(dy) is numpy.ndarray and dy.dtype == dtype and dy.flags.aligned else None
     by_value = shape[1] == rows.shape[1] and not (weight is None and bias is None)
-    dx, part = memory.room(rows.shape, dtype), numpy.zeros((2, *(shape if by_value else (0, 0))), computing)
-    dweight, dbias = (numpy.zeros((2, *(shape if p is not None else (0, 0)))) for p in (weight, bias))
+    dx, parts = memory.room(rows.shape, dtype), (2, *(shape if by_value else (0, 0)))
+    sums = [(2, *(shape if p is not None else (0, 0))) for p in (weight, bias)]
     given = taken(dy, dtype, rows.shape) if given is None else given
     short = _are_short(rows, shape, weight is None and bias is None)
     backward, own = _backward(dtype, short and rows.shape[1]), taken(weight, computing, shape)
     values, given, into = bits(rows), bits(given), bits(dx)
     if not is_much(rows.size):
-        backward(values, given, own, kept, center, part, into, dweight, dbias)
+        dweight, dbias = (numpy.zeros(s) for s in sums)
+        backward(values, given, kept, into, numpy.zeros(parts, computing), dweight, dbias, own, center)
     else:
-        found = dict[int, tuple[NumPyArray, NumPyArray]]()
+        from portnorm_backends.cpu import sharing
 
-        def some(a: int, b: int) -> None:
-            """The kernel over some rows, with shares of its own."""
-            shares = (dweight.copy(), dbias.copy())
-            found[a] = shares
-            backward(values[a:b], given[a:b], own, kept[a:b], center, part.copy(), into[a:b], *shares)
-
-        in_ranges(rows.shape[0], rows.size, -(-_ROWS_OF_SHARES // shape[0]) * shape[0], some)
-        ordered = [found[a] for a in sorted(found)]  # the same sums whoever was first
-        dweight, dbias = (numpy.add.reduce([s[k] for s in ordered]) for k in (0, 1))
+        planned = plan(rows.shape[0], rows.size, -(-_ROWS_OF_SHARES // shape[0]) * shape[0])
+        part, *shares = numpy.zeros((planned.ranges, *parts), computing), *(numpy.zeros((planned.ranges, *s)) for s in sums)
+        sharing.call(backward, planned, rows.shape[0], (values, given, kept, into), (part, *shares), (own, center))
+        dweight, dbias = (numpy.add.reduce(s) for s in shares)
     dx = dx if rows is x else dx.reshape(x.shape)
     return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), cotangents(weight, dweight[0]), cotangents(bias, dbias[0])
 
@@ -140,13 +131,13 @@ class LastAxisResiduals(KernelResiduals):
 
 @functools.cache
 def _plain(dtype: Any, short: bool) -> tuple[Any, ...]:
-    """For rows of one type, short ones or others: the kernel, what it takes for no parameter, the bounds of σ² + ε, and room for statistics
-    that nobody reads, so that it matters to no one who else writes there.
+    """For rows of one type, short ones or others: the kernel, what it takes for no parameter, the bounds of σ² + ε, and no room for
+    statistics, which nobody reads.
     """
     from portnorm_backends.cpu import abreast, rowwise
 
     kernel = (abreast if short else rowwise).forward(dtype)
-    return kernel, numpy.empty((0,), dtype=dtype), *RANGE[dtype], numpy.empty((1, 3), dtype)
+    return kernel, numpy.empty((0,), dtype=dtype), *RANGE[dtype], numpy.empty((0, 3), dtype)
 
 
 @functools.cache

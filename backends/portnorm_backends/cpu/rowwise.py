@@ -22,6 +22,7 @@ import numpy
 
 from portnorm_backends.cpu.compiling import bare, compiled, row_of
 from portnorm_backends.cpu.places import kinds
+from portnorm_backends.cpu.sharing import shared
 from portnorm_backends.cpu.sums import GROUP, carried, carry
 from portnorm_backends.cpu.vectors import Vector, asking, elementwise, fused, leading, like, product, settle, streamed, summed
 
@@ -109,6 +110,8 @@ _scaled_once, _scaled_twice = streamed(_scaled), streamed(normalized)
 
 def _forward(
     x: Any,
+    y: Any,
+    kept: Any,
     weight: Any,
     bias: Any,
     turns: int,
@@ -117,12 +120,10 @@ def _forward(
     smallest: float,
     largest: float,
     past: bool,
-    y: Any,
-    kept: Any,
 ) -> bool:
     """y of x, both (rows, n), of which only each row need be contiguous.
 
-    Fills `kept` (rows, 3), which may have fewer rows, with m, d and 1 / sqrt(σ² + ε).
+    Fills `kept` (rows, 3), or (0, 3) where nobody reads it, with m, d and 1 / sqrt(σ² + ε).
 
     `weight` and `bias` are (turns · k,), or (0,) where there is none: row r takes k values from r mod `turns`, each for n / k neighbours.
     False where σ² + ε is not between `smallest` and `largest`: then the result is not to be used. `past`: y goes past the caches.
@@ -132,12 +133,13 @@ def _forward(
     k = max(weight.size, bias.size) // turns
     wide, by_value = n // k if k else n, k == n
     for r in range(x.shape[0]):
-        row, out, q = row_of(x, r), row_of(y, r), r % kept.shape[0]
+        row, out = row_of(x, r), row_of(y, r)
         m, d, var = statistics(row, center)
         if not (smallest < var + eps < largest):
             fine = False
         factor = like(x, 1.0 / math.sqrt(var + eps))
-        kept[q, 0], kept[q, 1], kept[q, 2] = m, d, factor
+        if kept.size:
+            kept[r, 0], kept[r, 1], kept[r, 2] = m, d, factor
         first = r % turns * k
         if not by_value:
             for s in range(n // wide):
@@ -182,7 +184,7 @@ def back(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, factor: Vect
     return (factor * ((dy * gain - a) - ((x - m) - d) * factor * b),)
 
 
-def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, dx: Any, dweight: Any, dbias: Any) -> None:
+def _backward(x: Any, dy: Any, kept: Any, dx: Any, part: Any, dweight: Any, dbias: Any, weight: Any, center: bool) -> bool:
     """dx = rstd · (g − Σ g / n − x̂ · Σ g x̂ / n) with g = dy · weight; adds Σ dy · x̂ and Σ dy to the float64 `dweight` and `dbias`.
 
     `weight` is (p, k), or (0, 0); row r takes that of r mod p. `dweight` and `dbias` are (2, p, k), the sums and what rounding lost of
@@ -232,14 +234,15 @@ def _backward(x: Any, dy: Any, weight: Any, kept: Any, center: bool, part: Any, 
                     carry(dweight[0, k], dweight[1, k], part[0, k])
                 if dbias.size:
                     carry(dbias[0, k], dbias[1, k], part[1, k])
+    return True
 
 
 def forward_of(kernel: Any, dtype: numpy.dtype[Any]) -> Callable[..., bool]:
     """A forward kernel for one type of values. Inputs are declared read-only, so that those which are need no version of their own."""
     v, t, wide = *kinds(dtype), numba.float64
     apart, given = numba.types.Array(v, 2, "A", readonly=True), numba.types.Array(t, 1, "C", readonly=True)
-    signature = numba.boolean(apart, given, given, numba.int64, wide, numba.boolean, wide, wide, numba.boolean, v[:, :], t[:, ::1])
-    made: Callable[..., bool] = compiled(signatures=signature)(kernel)
+    how = (numba.int64, wide, numba.boolean, wide, wide, numba.boolean)
+    made: Callable[..., bool] = shared(compiled(signatures=numba.boolean(apart, v[:, :], t[:, ::1], given, given, *how))(kernel), 3)
     return made
 
 
@@ -249,16 +252,16 @@ def forward(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
     return forward_of(_forward, dtype)
 
 
-def backward_of(kernel: Any, dtype: numpy.dtype[Any]) -> Callable[..., None]:
+def backward_of(kernel: Any, dtype: numpy.dtype[Any]) -> Callable[..., bool]:
     """A backward kernel, likewise."""
     v, t, wide = *kinds(dtype), numba.float64[:, :, ::1]
     apart, given = numba.types.Array(v, 2, "A", readonly=True), numba.types.Array(t, 2, "C", readonly=True)
-    signature = numba.void(apart, apart, given, given, numba.boolean, t[:, :, ::1], v[:, :], wide, wide)
-    made: Callable[..., None] = compiled(signatures=signature)(kernel)
+    signature = numba.boolean(apart, apart, given, v[:, :], t[:, :, ::1], wide, wide, given, numba.boolean)
+    made: Callable[..., bool] = shared(compiled(signatures=signature)(kernel), 4, 3)
     return made
 
 
 @functools.cache
-def backward(dtype: numpy.dtype[Any]) -> Callable[..., None]:
+def backward(dtype: numpy.dtype[Any]) -> Callable[..., bool]:
     """`_backward` for one type of values."""
     return backward_of(_backward, dtype)

@@ -3,9 +3,10 @@
 As many as NumPy's BLAS takes at the moment: what `threadpoolctl` has told it, else `OPENBLAS_NUM_THREADS` or `OMP_NUM_THREADS`, else the
 processors that this process may use.
 
-The threads outlive a call and wait for the next, each on a lock of its own, which costs nothing. Whoever has something to compute wakes
-some and begins: what none of them has taken when it comes to it, it computes itself, so that it waits only for what is being computed. A
-child of a fork has none of them, and starts its own.
+The threads outlive a call and wait for the next. For some 200 microseconds they listen, for calls of kernels that need no interpreter
+(`sharing`); then each sleeps on a lock of its own, which costs nothing. Whoever has something to compute wakes some and begins: what none
+of them has taken when it comes to it, it computes itself, so that it waits only for what is being computed. A child of a fork has none of
+them, and starts its own.
 """
 
 from __future__ import annotations
@@ -17,10 +18,23 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy
+
+from portnorm_backends.cpu import memory
 
 Range = tuple[int, int]
 Work = Callable[[int, int], None]
+
+ASLEEP, LISTENS, CLAIMED, GIVEN, WORKS = range(5)
+"""What a thread does, as its line of the board says."""
+
+STATE, JOB, LEAVE = range(3)
+"""The words of a line: that, what it was given to compute, and whether it is to come back to the interpreter."""
+
+LINE = 8
+"""Words of a line, that of a cache."""
 
 
 def _count() -> int:
@@ -39,7 +53,17 @@ def _blas() -> list[Any]:
     return [library for library in found if library.user_api == "blas"]
 
 
-def parts(rows: int, cost: float, multiple: int = 1, pieces: int = 1) -> list[Range]:
+class Plan(NamedTuple):
+    """How a number of rows is computed."""
+
+    threads: int
+    step: int  # rows of a range, but for the last
+    ranges: int  # their number
+    wakes: bool = True
+    """Whether that is worth waking a thread that sleeps."""
+
+
+def plan(rows: int, cost: float, multiple: int = 1, pieces: int = 1, wakes: bool = True) -> Plan:
     """Ranges of rows for threads that are worth it, for each of them up to so many `pieces`, of which each takes the next when it is free.
 
     `cost` is that of all rows, 1 where a thread begins to pay; all ranges but the last are a multiple of `multiple` rows.
@@ -47,6 +71,12 @@ def parts(rows: int, cost: float, multiple: int = 1, pieces: int = 1) -> list[Ra
     threads = max(1, min(_count(), int(cost), -(-rows // multiple))) if cost >= 2 else 1
     count = threads if threads == 1 else min(threads * pieces, max(threads, int(cost)))
     step = -(-rows // count // multiple) * multiple
+    return Plan(threads, step, -(-rows // step) if step else 1, wakes)
+
+
+def parts(rows: int, cost: float, multiple: int = 1, pieces: int = 1) -> list[Range]:
+    """The ranges of a `plan`."""
+    step = plan(rows, cost, multiple, pieces).step
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
@@ -93,11 +123,25 @@ class _Job:
                     self.finished(dropped)
 
 
+def _listen_to_none(place: int) -> None:
+    """While there are no kernels that call."""
+
+
+_listen: Callable[[int], None] = _listen_to_none
+
+
+def listen_by(function: Callable[[int], None]) -> None:
+    """Let threads listen at their lines of the board so, from now on."""
+    global _listen
+    _listen = function
+
+
 class _Helper:
     """A thread that helps with one job after another."""
 
-    def __init__(self, pool: _Pool) -> None:
-        self.pool = pool
+    def __init__(self, pool: _Pool, line: Any) -> None:
+        self.pool, self.line = pool, line
+        self.place: int = line.ctypes.data
         self.job: _Job | None = None
         self.woken = threading.Lock()
         self.woken.acquire()
@@ -106,19 +150,28 @@ class _Helper:
     def run(self) -> None:
         while True:
             self.woken.acquire()
+            self.line[LEAVE] = 0
             job, self.job = self.job, None
-            assert job is not None
-            taken = job.take()
-            while taken and job.left:
-                job.finished()
+            if job is None:
+                self.pool.waiting.append(self)
+            else:
                 taken = job.take()
-            self.pool.waiting.append(self)  # before who waits for the last range goes on, and looks for help again
-            if taken:
-                job.finished()
-            del job  # and with it the arrays
+                while taken and job.left:
+                    job.finished()
+                    taken = job.take()
+                self.pool.waiting.append(self)  # before who waits for the last range goes on, and looks for help again
+                if taken:
+                    job.finished()
+                del job  # and with it the arrays
+            _listen(self.place)
 
-    def wake(self, job: _Job) -> None:
-        self.job = job
+    def sleeps(self) -> bool:
+        return bool(self.line[STATE] == ASLEEP)
+
+    def wake(self, job: _Job | None = None) -> None:
+        """One that waits: to compute something, or to listen."""
+        if job is not None:
+            self.job, self.line[LEAVE] = job, 1
         self.woken.release()
 
 
@@ -128,21 +181,38 @@ class _Pool:
     def __init__(self) -> None:
         self.waiting: list[_Helper] = []
         self.starting, self.started = threading.RLock(), 0
+        self.board = memory.aligned((os.cpu_count() or 1, LINE), numpy.dtype("int64"))
+        self.board[...] = 0
+        self.states, self.place = self.board[:, STATE], self.board.ctypes.data
 
     def helper(self) -> _Helper | None:
         """One that waits, or a new one; `None` where all that there may be are at work, or none can be started."""
         with contextlib.suppress(IndexError):
             return self.waiting.pop()
         with self.starting:
-            if self.started >= _count() - 1:
+            if self.started >= min(_count() - 1, len(self.board)):
                 return None
             self.started += 1
+            line = self.board[self.started - 1]
         try:
-            return _Helper(self)
+            return _Helper(self, line)
         except RuntimeError:  # as while the interpreter ends
             with self.starting:
                 self.started -= 1
             return None
+
+    def rouse(self, count: int) -> None:
+        """Have so many listen, or work already."""
+        listening = []
+        for _ in range(count):
+            helper = self.helper()
+            if helper is None:
+                break
+            if helper.sleeps():
+                helper.wake()
+            else:
+                listening.append(helper)
+        self.waiting += listening
 
 
 _pool = _Pool()
@@ -156,6 +226,14 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
+
+
+def board_for(plan: Plan) -> tuple[int, int]:
+    """Where those who help with a plan listen: the place of their lines, and the number of these."""
+    pool, wanted = _pool, plan.threads - 1
+    if plan.wakes and wanted > numpy.count_nonzero(pool.states[: pool.started]):
+        pool.rouse(wanted)
+    return pool.place, pool.started
 
 
 def each(ranges: list[Range], work: Work) -> None:
