@@ -9,8 +9,8 @@ listens for a while after each call, and then sleeps. Each has a line of the boa
                                      ├──── the caller, who has nothing left to compute, takes it back ───┘                     │
                                      └───────────────────────────────── nothing is left ───────────────────────────────────────┘
 
-A job lies on the stack of its caller, who waits for the threads at work, and for no other. Who begins to listen in the middle of a call
-is told between two ranges.
+One that sleeps, but was woken, is taken as well, and finds its job when it comes. A job lies on the stack of its caller, who waits for the
+threads at work, and for no other. Who begins to listen in the middle of a call is told between two ranges.
 
 A kernel that is shared takes arrays of which each range has its rows, those of which it has one entry for itself, and what all have;
 where none is parted, the first row of the range and that after its last, and what all have.
@@ -32,7 +32,7 @@ from numba.np.arrayobj import populate_array
 from portnorm_backends.cpu import threads
 from portnorm_backends.cpu.compiling import address_of, compiled
 from portnorm_backends.cpu.places import INDEX, PLACE
-from portnorm_backends.cpu.threads import ASLEEP, CLAIMED, GIVEN, JOB, LEAVE, LISTENS, STATE, WORKS
+from portnorm_backends.cpu.threads import ASLEEP, BEFORE, CLAIMED, GIVEN, JOB, LEAVE, LISTENS, ROUSED, STATE, WORKS
 
 _BYTE = ir.IntType(8).as_pointer()
 _WORDS = INDEX.as_pointer()
@@ -84,9 +84,9 @@ class _Words(NamedTuple):
         """Only these bits of it."""
         self.builder.atomic_rmw("and", self._at(field), bits, "acq_rel")
 
-    def turn(self, field: int, old: int, new: int) -> Any:
+    def turn(self, field: int, old: Any, new: int) -> Any:
         """Whether it was `old` and is `new` now."""
-        return self.builder.extract_value(self.builder.cmpxchg(self._at(field), _n(old), _n(new), "acq_rel", "acquire"), 1)
+        return self.builder.extract_value(self.builder.cmpxchg(self._at(field), old, _n(new), "acq_rel", "acquire"), 1)
 
     def line(self, k: Any) -> _Words:
         """A line of the board."""
@@ -141,13 +141,16 @@ def _one_more(builder: Any, job: Any) -> Any:
 
 
 def _hand_out(builder: Any, function: Any) -> None:
-    """Tell of a job those who listen, and no more of them than it is to have."""
+    """Tell of a job those who listen or will in a moment, and no more of them than it is to have."""
     lines, wanted, (board, job) = function.args[1], function.args[2], (_Words(builder, function.args[k]) for k in (0, 3))
     with cgutils.for_range(builder, lines) as each:
         line = board.line(each.index)
         more = builder.icmp_signed("<", job.read(_HANDED), wanted)
-        listens = builder.icmp_signed("==", line.read(STATE), _n(LISTENS))
-        with builder.if_then(builder.and_(more, listens)), builder.if_then(line.turn(STATE, LISTENS, CLAIMED)):
+        before = line.read(STATE)
+        listens, sleeps = (builder.icmp_signed("==", before, _n(state)) for state in (LISTENS, ASLEEP))
+        comes = builder.and_(sleeps, builder.icmp_signed("!=", line.read(ROUSED), _n(0)))
+        with builder.if_then(builder.and_(more, builder.or_(listens, comes))), builder.if_then(line.turn(STATE, before, CLAIMED)):
+            line.write(BEFORE, before)
             line.write(JOB, builder.ptrtoint(function.args[3], INDEX))
             job.add(_HANDED, _n(1))
             job.add(_BUSY, _n(1))
@@ -165,10 +168,10 @@ def _take_back(builder: Any, function: Any) -> None:
     with cgutils.for_range(builder, lines) as each:
         line = board.line(each.index)
         given = builder.icmp_signed("==", line.read(STATE), _n(GIVEN))
-        with builder.if_then(builder.and_(given, has(line))), builder.if_then(line.turn(STATE, GIVEN, CLAIMED)):
+        with builder.if_then(builder.and_(given, has(line))), builder.if_then(line.turn(STATE, _n(GIVEN), CLAIMED)):
             own_still = has(line)  # in the meantime it may have been given another's
             job.add(_BUSY, builder.sext(own_still, INDEX))
-            line.write(STATE, builder.select(own_still, _n(LISTENS), _n(GIVEN)))
+            line.write(STATE, builder.select(own_still, line.read(BEFORE), _n(GIVEN)))
     builder.ret_void()
 
 
@@ -306,12 +309,14 @@ def _listen(typing: Any, place: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         line, looks = _Words(builder, builder.inttoptr(args[0], _WORDS)), cgutils.alloca_once_value(builder, _n(0))
         goes = cgutils.alloca_once_value(builder, ir.Constant(ir.IntType(1), False))
-        line.write(STATE, _n(LISTENS))
+        line.write(ROUSED, _n(0))
 
         def look() -> None:
-            given = builder.icmp_signed("==", line.read(STATE), _n(GIVEN))
-            with builder.if_else(given) as (to_compute, nothing):
-                with to_compute, builder.if_then(line.turn(STATE, GIVEN, WORKS)):
+            state = line.read(STATE)
+            with builder.if_then(builder.icmp_signed("==", state, _n(ASLEEP))):
+                line.turn(STATE, _n(ASLEEP), LISTENS)
+            with builder.if_else(builder.icmp_signed("==", state, _n(GIVEN))) as (to_compute, nothing):
+                with to_compute, builder.if_then(line.turn(STATE, _n(GIVEN), WORKS)):
                     start = builder.inttoptr(line.read(JOB), _WORDS)
                     _while(builder, lambda: _one_more(builder, start), lambda: None)
                     line.write(STATE, _n(LISTENS))
@@ -324,7 +329,7 @@ def _listen(typing: Any, place: Any) -> Any:
                     enough = builder.icmp_signed(">=", count, _n(_LISTENING))
                     asked = builder.icmp_signed("!=", line.read(LEAVE), _n(0))
                     with builder.if_then(builder.or_(enough, asked)):
-                        builder.store(line.turn(STATE, LISTENS, ASLEEP), goes)
+                        builder.store(line.turn(STATE, _n(LISTENS), ASLEEP), goes)
 
         _while(builder, lambda: builder.not_(builder.load(goes)), look)
         return context.get_dummy_value()

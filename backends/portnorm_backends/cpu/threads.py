@@ -30,8 +30,10 @@ Work = Callable[[int, int], None]
 ASLEEP, LISTENS, CLAIMED, GIVEN, WORKS = range(5)
 """What a thread does, as its line of the board says."""
 
-STATE, JOB, LEAVE = range(3)
-"""The words of a line: that, what it was given to compute, and whether it is to come back to the interpreter."""
+STATE, JOB, BEFORE, ROUSED, LEAVE = range(5)
+"""The words of a line: that, what it was given to compute, the state that it was in before, whether it was woken to listen, and whether it is
+to come back to the interpreter.
+"""
 
 LINE = 8
 """Words of a line, that of a cache."""
@@ -170,7 +172,9 @@ class _Helper:
 
     def wake(self, job: _Job | None = None) -> None:
         """One that waits: to compute something, or to listen."""
-        if job is not None:
+        if job is None:
+            self.line[ROUSED] = 1
+        else:
             self.job, self.line[LEAVE] = job, 1
         self.woken.release()
 
