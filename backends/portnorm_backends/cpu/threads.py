@@ -31,8 +31,8 @@ ASLEEP, LISTENS, CLAIMED, GIVEN, WORKS = range(5)
 """What a thread does, as its line of the board says."""
 
 STATE, JOB, BEFORE, ROUSED, LEAVE = range(5)
-"""The words of a line: that, what it was given to compute, the state that it was in before, whether it was woken to listen, and whether it is
-to come back to the interpreter.
+"""The words of a line: that, what it was given to compute, the state that it was in before, whether it was woken to listen, and whether it
+comes back to the interpreter.
 """
 
 LINE = 8
