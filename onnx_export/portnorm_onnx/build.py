@@ -67,30 +67,71 @@ _WIDE = 2**24
 
 
 def keep_transposed(proto: onnx.ModelProto) -> None:
-    """Keep the Transpose in front of a product apart from it in a float16 graph, by a Reshape that changes nothing.
+    """Keep a Transpose away from the product that it is in front of in a float16 graph.
 
-    onnxruntime's CPU (1.24 to 1.31, x86-64) ended the process when it optimized some float16 graphs; all that are written so load.
+    onnxruntime's CPU (1.24 to 1.32, x86-64) ended the process when it optimized some float16 graphs; all that are written so load. A
+    product with weights comes first, for it is along the axis that stays where it is. In front of others stands a Reshape that changes
+    nothing; where all lengths are known, that alone would be optimized away.
     """
     graph = proto.graph
     types = {*(t.data_type for t in graph.initializer), *(i.type.tensor_type.elem_type for i in graph.input)}
     if onnx.TensorProto.FLOAT16 not in types:
         return
-    ranks = {n.output[0]: len(helper.get_node_attr_value(n, "perm")) for n in graph.node if n.op_type == "Transpose" and n.attribute}
+    matrices = {t.name for t in graph.initializer if len(t.dims) == 2}
+    matrices |= {n.output[0] for n in graph.node if n.op_type == "Cast" and n.input[0] in matrices}
+    makers = {name: n for n in graph.node for name in n.output}
+    turned = {name: path for name in makers if (path := _turned(name, makers))}
+    if not any(name in turned for n in graph.node if n.op_type == "MatMul" for name in n.input):
+        return
     nodes, kept = [], set()
     for n in graph.node:
-        for k, name in enumerate(n.input if n.op_type == "MatMul" else ()):
-            if ranks.get(name, 0) < 3:
-                continue
+        names = [name for name in n.input if name in turned] if n.op_type == "MatMul" else []
+        if names == [n.input[0]] and n.input[1] in matrices and _perm(turned[names[0]])[-1] == len(_perm(turned[names[0]])) - 1:
+            nodes += _product_first(n, turned[names[0]])
+            continue
+        for name in names:
             if name not in kept:
                 kept.add(name)
-                _put(graph.initializer.add(), f"{name}_lengths", numpy.zeros(ranks[name], numpy.int64))
+                _put(graph.initializer.add(), f"{name}_lengths", numpy.zeros(len(_perm(turned[name])), numpy.int64))
                 nodes.append(helper.make_node("Reshape", [name, f"{name}_lengths"], [f"{name}_kept"], f"{name}_kept"))
-            n.input[k] = f"{name}_kept"
+            _rename(n, name, f"{name}_kept")
         nodes.append(n)
-    if kept:
-        nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-        del graph.node[:]
-        graph.node.extend(nodes)
+    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for n in reversed([n for n in nodes if n.output[0] in turned]):
+        if n.output[0] not in _readers(graph):
+            graph.node.remove(n)
+
+
+def _turned(name: str, makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The Transpose of several axes that gives a value, and the Casts after it; none of another value."""
+    maker = makers.get(name)
+    if maker is None or maker.op_type not in ("Transpose", "Cast"):
+        return []
+    if maker.op_type == "Transpose":
+        return [maker] if len(_perm([maker])) > 2 else []
+    path = _turned(maker.input[0], makers)
+    return [*path, maker] if path else []
+
+
+def _perm(path: list[onnx.NodeProto]) -> list[int]:
+    """In which order it has the axes."""
+    perm: list[int] = next((list(a.ints) for a in path[0].attribute if a.name == "perm"), [])
+    return perm
+
+
+def _product_first(n: onnx.NodeProto, path: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The same as a product of what was transposed: Casts, product, Transpose."""
+    made, found = n.output[0], []
+    turn, *casts = path
+    value = turn.input[0]
+    for one, end in zip((*casts, n, turn), (*(f"{made}_cast_{k}" for k in range(len(casts))), f"{made}_before", made), strict=True):
+        again = onnx.NodeProto.FromString(one.SerializeToString())
+        again.input[0], again.output[0], again.name = value, end, end
+        found.append(again)
+        value = end
+    return found
 
 
 def _put(tensor: onnx.TensorProto, name: str, values: NumPyArray) -> None:
