@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from portnorm.arrays import Array, xp_of
 from portnorm.dtypes import statistics_dtype
 
@@ -20,27 +22,38 @@ def _parted(a: Array, axes: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int
 def is_long(a: Array, axes: tuple[int, ...]) -> bool:
     """Whether a sum over `axes` could add many values one after the other."""
     before, _ = _parted(a, axes)
-    return bool(before) and isinstance(a.shape[before[0]], int) and a.shape[before[0]] > 2 * _BLOCK
+    known = [n for n in (a.shape[axis] for axis in (before if _in_order(a) else axes)) if isinstance(n, int)]
+    return math.prod(known) > 2 * _BLOCK
+
+
+def _in_order(a: Array) -> bool:
+    """Whether what is beside each other along the last axis is so in memory, by whose order NumPy and CuPy add."""
+    strides = getattr(a, "strides", None)
+    if not (isinstance(strides, tuple) and hasattr(a, "flags") and strides and a.shape[-1] > 1):
+        return True
+    return all(abs(strides[-1]) <= abs(step) for step, n in zip(strides, a.shape, strict=True) if n > 1)
 
 
 def total(a: Array, axes: tuple[int, ...], keepdims: bool = False) -> Array:
-    """Sum over `axes` in at least float32; a long first axis in blocks, and their sums again: the error grows with its logarithm."""
+    """Sum over `axes` in at least float32; long axes in blocks, and their sums again: the error grows with the logarithm of a length."""
     xp = xp_of(a)
     a = xp.astype(a, statistics_dtype(xp, a.dtype), copy=False)
     if not axes:
         return a
-    before, ends = _parted(a, axes)
     if not is_long(a, axes):
         return xp.sum(a, axis=axes, keepdims=keepdims)
+    before, ends = _parted(a, axes)
+    a = a if _in_order(a) else a.copy("C")
     a = xp.sum(a, axis=ends, keepdims=True) if ends else a
-    while a.shape[before[0]] > 2 * _BLOCK:
-        axis = before[0]
-        whole = a.shape[axis] // _BLOCK
-        index = (slice(None),) * axis
-        blocks = xp.reshape(a[(*index, slice(whole * _BLOCK), ...)], (*a.shape[:axis], whole, _BLOCK, *a.shape[axis + 1 :]))
-        rest = xp.sum(a[(*index, slice(whole * _BLOCK, None), ...)], axis=axis, keepdims=True)
-        a = xp.concat((xp.sum(blocks, axis=axis + 1), rest), axis=axis)
-    return xp.sum(a, axis=axes, keepdims=keepdims)
+    for axis in before:
+        while isinstance(a.shape[axis], int) and a.shape[axis] > 2 * _BLOCK:
+            whole = a.shape[axis] // _BLOCK
+            index = (slice(None),) * axis
+            blocks = xp.reshape(a[(*index, slice(whole * _BLOCK), ...)], (*a.shape[:axis], whole, _BLOCK, *a.shape[axis + 1 :]))
+            rest = xp.sum(a[(*index, slice(whole * _BLOCK, None), ...)], axis=axis, keepdims=True)
+            a = xp.concat((xp.sum(blocks, axis=axis + 1), rest), axis=axis)
+        a = xp.sum(a, axis=axis, keepdims=True)
+    return a if keepdims else xp.sum(a, axis=axes)
 
 
 def total_like(a: Array, axes: tuple[int, ...]) -> Array:

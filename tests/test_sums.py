@@ -100,6 +100,34 @@ def test_like_terms(place: Place, count: int, dtype: str, rng: np.random.Generat
             assert off(last, exact[int(place.center)], dtype, None) <= GRADIENT_ULP, which
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("op", [pn.layer_norm, pn.rms_norm], ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((100, 100, 3), (0, 1)),
+        ((2, 16000), (1,)),
+        ((2, 500, 32), (1, 2)),
+        ((2, 130, 1, 64), (1, 2, 3)),
+        ((300, 7), (0,)),
+        ((3, 5, 7), (0, 2)),
+    ],
+    ids=str,
+)
+def test_like_terms_in_any_order_of_memory(shape: Shape, axes: Shape, op: Any, order: Any, rng: np.random.Generator) -> None:
+    """Also of values that do not lie beside each other, or along the first axes: NumPy adds those one after the other."""
+    for values in (np.full(shape, 1e4), rng.uniform(1, 2, shape)):
+        x, dy = (np.asarray(a.astype(np.float32), order=order) for a in (values, rng.standard_normal(shape)))
+        y, pullback = pn.vjp(op, x, axis=axes, eps=1e-3)
+        z = x.astype(np.float64)
+        z = z - z.mean(axis=axes, keepdims=True) if op is pn.layer_norm else z
+        rstd = 1 / np.sqrt((z * z).mean(axis=axes, keepdims=True) + float32_value(1e-3))
+        g = dy - dy.mean(axis=axes, keepdims=True, dtype=np.float64) if op is pn.layer_norm else dy
+        dx = rstd * (g - z * rstd * (dy * z * rstd).mean(axis=axes, keepdims=True))
+        for found, exact, limit in ((y, z * rstd, FORWARD_ULP), (pullback(dy)[0], dx, GRADIENT_ULP)):
+            assert np.max(np.abs(found - exact)) <= limit * np.spacing(np.float32(np.max(np.abs(exact)) + 1e-30))
+
+
 def truth(place: Place, x: Array, weight: Array, dy: Array) -> tuple[Array, Array, list[Array]]:
     """y, dx and the cotangents of gain and shift in a wider type."""
     x, weight, dy = (a.astype(np.longdouble) for a in (x, weight, dy))

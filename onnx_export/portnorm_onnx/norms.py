@@ -183,7 +183,14 @@ def _centred(x: SymbolicArray, axes: tuple[int, ...], operator: str) -> Symbolic
 
 
 def _to_be_centred(x: SymbolicArray, axes: tuple[int, ...], operator: str) -> bool:
-    return x.opset is not None and (x.opset.accurate or operator in x.opset.target.one_pass or _is_long(x, axes, operator))
+    if x.opset is None:
+        return False
+    return x.opset.accurate or operator in x.opset.target.one_pass or _is_long(x, axes, operator) or _is_pair(x, axes)
+
+
+def _is_pair(x: SymbolicArray, axes: tuple[int, ...]) -> bool:
+    """Whether a row has two values: they become −1 and 1, whatever they are, and show nothing but what an operator's mean is off."""
+    return numpy.dtype(x.dtype).itemsize >= 4 and [x.dims[a] for a in axes if x.dims[a] != 1] == [2]
 
 
 def _is_long(x: SymbolicArray, axes: tuple[int, ...], operator: str) -> bool:
