@@ -249,6 +249,34 @@ def test_values_and_gradients_are_those_of_the_published_cell(cell: str, name: s
         np.testing.assert_allclose(np.sum(gradient * direction), difference, rtol=DIFFERENCES, atol=DIFFERENCES * max(1, abs(difference)))
 
 
+@pytest.mark.parametrize("early", [(), ("bias",), ("bias_ih", "bias_hh")], ids=str)
+@pytest.mark.parametrize("terms", ["separate", "sum", "input", "hidden", None])
+@pytest.mark.parametrize(("cell", "gates"), [("LSTM", 4), ("RNN", 1)])
+def test_terms_and_early_biases_are_where_the_equation_of_a_variant_has_them(
+    cell: str, gates: int, terms: Any, early: tuple[str, ...], rng: np.random.Generator
+) -> None:
+    """a = N_ih(x W + b₀) + N_hh(h U + b₁) + b, or N_sum(x W + b₀ + h U + b₁) + b."""
+    norm = None if terms is None else "layer"
+    layer: Any = LAYERS[cell](3, 4, norm=pn.Variant("mine", norm=norm, terms=terms, early=early), dtype="float64", rng=rng)
+    layer.assign({n: rng.standard_normal(a.shape) for n, a in layer.parameters().items()})
+    p = {n.replace("_l0", ""): a for n, a in layer.parameters().items()}
+    x, h, c = rng.standard_normal((1, 2, 3)), rng.standard_normal((2, 4)), rng.standard_normal((2, 4))
+
+    def normalized(slot: str, v: Any) -> Any:
+        return ln(v, p[f"{slot}.weight"], p[f"{slot}.bias"], 1e-5) if f"{slot}.weight" in p else v
+
+    first, second = (p[name] if name in p and name in early else 0.0 for name in (early or ("",))[:1] + ("bias_hh",))
+    xw, hu = x[0] @ p["weight_ih"].T + first, h @ p["weight_hh"].T + second
+    a = normalized("norm_sum", xw + hu) if terms == "sum" else normalized("norm_ih", xw) + normalized("norm_hh", hu)
+    a = a + p["bias"]
+    expected = np.tanh(a)
+    if cell == "LSTM":
+        i, f, g, o = np.split(a, gates, axis=-1)
+        expected = sigmoid(o) * np.tanh(sigmoid(f) * c + sigmoid(i) * np.tanh(g))
+    y, _ = layer(x, tuple(s[None] for s in ((h, c) if cell == "LSTM" else (h,))))
+    np.testing.assert_allclose(y[0], expected, rtol=1e-6, atol=1e-6)  # ε is float32's
+
+
 LESS_ONE = {"jihunchoi", "iassael", "hellozgy", "mrubio-chavarria", "li-gru"}
 """Rows whose source keeps its running variances by torch's batch normalization, which divides them by n − 1."""
 BATCH_ROWS = [

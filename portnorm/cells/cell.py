@@ -147,7 +147,7 @@ class RecurrentCell:
         return (0, self.gates)
 
     def _early_biases(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        inside = self.hidden_apart or "norm_hh" in self.names()
+        inside = self.hidden_apart or not {"norm_ih", "norm_hh"}.isdisjoint(self.names())
         hidden = tuple(name for name in self.variant.early if name == "bias_hh" and inside)
         return tuple(name for name in self.variant.early if name not in hidden), hidden
 

@@ -55,7 +55,7 @@ class Variant:
       shift: whether N_ih, N_hh and N_sum have a β.
       early: names of the vectors that N sees: ("bias_ih", "bias_hh") are b₀ and b₁, ("bias",) is b₀ alone; () is none.
       biases: names of the vectors in b: ("bias",), ("bias_ih", "bias_hh") or (). A name that is in `early` too is one vector, added twice.
-        In a GRU with reset="after" "bias_hh" stays with h U: n = φ(x W_n + b_ih + r ⊙ (h U_n + b_hh)).
+        In a GRU with reset="after" "bias_hh" stays with h U: n = φ(x W_n + b_ih + r ⊙ (h U_n + b_hh)); with terms="sum" it is in b.
       gain: what γ is in a new layer.
       forget_bias: what the slice of b for f is in a new LSTM.
       runtime_forget_bias: LSTM: a number added to f in every step, which is no parameter.
