@@ -265,8 +265,8 @@ def test_terms_and_early_biases_are_where_the_equation_of_a_variant_has_them(
     def normalized(slot: str, v: Any) -> Any:
         return ln(v, p[f"{slot}.weight"], p[f"{slot}.bias"], 1e-5) if f"{slot}.weight" in p else v
 
-    first, second = (p[name] if name in p and name in early else 0.0 for name in (early or ("",))[:1] + ("bias_hh",))
-    xw, hu = x[0] @ p["weight_ih"].T + first, h @ p["weight_hh"].T + second
+    xw = x[0] @ p["weight_ih"].T + (p[early[0]] if early else 0.0)
+    hu = h @ p["weight_hh"].T + (p["bias_hh"] if "bias_hh" in early else 0.0)
     a = normalized("norm_sum", xw + hu) if terms == "sum" else normalized("norm_ih", xw) + normalized("norm_hh", hu)
     a = a + p["bias"]
     expected = np.tanh(a)
