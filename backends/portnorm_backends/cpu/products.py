@@ -348,7 +348,7 @@ def as_it_lies(w: NumPyArray, shift: NumPyArray | None) -> Callable[[NumPyArray,
         return lambda x, y: direct(0, count, x, w, added, y)
 
     def multiply(x: NumPyArray, y: NumPyArray) -> None:
-        plan = threads.plan(count, w.nbytes / _READ, 64 // w.itemsize, _PIECES, w.nbytes >= _NEAR)
+        plan = threads.plan(count, w.nbytes / _READ, 64 // w.itemsize, _PIECES, w.nbytes // _NEAR)
         call(direct, plan, count, whole=(x, w, added, y))
 
     return multiply

@@ -54,7 +54,7 @@ _WORTH = 2**16
 """Values from which a thread that listens pays: some ten microseconds."""
 
 _WAKES = 2**18
-"""Values from which all threads are woken. With fewer, to wake one takes longer than it saves."""
+"""Values for each thread that is woken. With fewer, to wake it takes longer than it saves."""
 
 _PIECES = 4
 """Ranges for each thread: one that woke late takes fewer."""
@@ -67,4 +67,4 @@ def is_much(values: int) -> bool:
 
 def plan(count: int, values: int, multiple: int) -> threads.Plan:
     """The ranges of `count` rows or channels with so many values in all, multiples of `multiple`."""
-    return threads.plan(count, values / _WORTH, multiple, _PIECES, values >= _WAKES)
+    return threads.plan(count, values / _WORTH, multiple, _PIECES, values // _WAKES)

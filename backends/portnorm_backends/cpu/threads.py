@@ -1,7 +1,7 @@
 """Rows that do not know of each other, computed by several threads.
 
-As many as NumPy's BLAS takes at the moment: what `threadpoolctl` has told it, else `OPENBLAS_NUM_THREADS` or `OMP_NUM_THREADS`, else the
-processors that this process may use.
+As many as NumPy's BLAS takes at the moment: what `threadpoolctl` has told it, else `OPENBLAS_NUM_THREADS` or `OMP_NUM_THREADS` as they were
+when this was loaded, else the processors that this process may use, and no more than its control group gives it time of.
 
 The threads outlive a call and wait for the next. For some 200 microseconds they listen, for calls of kernels that need no interpreter
 (`sharing`); then each sleeps on a lock of its own, which costs nothing. Whoever has something to compute wakes some and begins: what none
@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
@@ -39,13 +41,27 @@ LINE = 8
 """Words of a line, that of a cache."""
 
 
+def _limit(environment: Mapping[str, str], groups: Path) -> int:
+    """The most that the environment and the control group of this process allow."""
+    given = (environment.get("OPENBLAS_NUM_THREADS") or environment.get("OMP_NUM_THREADS", "")).partition(",")[0]
+    found = [int(given)] if given.isdigit() and int(given) else []
+    with contextlib.suppress(OSError, ValueError):  # microseconds of processors in a period, or "max"
+        quota, period = (groups / "cpu.max").read_text().split()
+        found.append(math.ceil(int(quota) / int(period)))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = ((groups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        found += [math.ceil(int(quota) / int(period))] if int(quota) > 0 else []
+    return max(1, min(found, default=sys.maxsize))
+
+
+_at_most = _limit(os.environ, Path("/sys/fs/cgroup"))
+
+
 def _count() -> int:
-    given = (os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS", "")).partition(",")[0]
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = int(given) if given.isdigit() and int(given) else processors
+    found = min(_at_most, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if "threadpoolctl" in sys.modules:  # nobody else can have told NumPy's BLAS anything
-        wanted = min([wanted, *(blas.num_threads for blas in _blas())])
-    return min(wanted, processors)
+        found = min([found, *(blas.num_threads for blas in _blas())])
+    return found
 
 
 @functools.cache
@@ -61,11 +77,11 @@ class Plan(NamedTuple):
     threads: int
     step: int  # rows of a range, but for the last
     ranges: int  # their number
-    wakes: bool = True
-    """Whether that is worth waking a thread that sleeps."""
+    wakes: int = 0
+    """How many are worth waking for it if they sleep."""
 
 
-def plan(rows: int, cost: float, multiple: int = 1, pieces: int = 1, wakes: bool = True) -> Plan:
+def plan(rows: int, cost: float, multiple: int = 1, pieces: int = 1, wakes: int = 0) -> Plan:
     """Ranges of rows for threads that are worth it, for each of them up to so many `pieces`, of which each takes the next when it is free.
 
     `cost` is that of all rows, 1 where a thread begins to pay; all ranges but the last are a multiple of `multiple` rows.
@@ -234,8 +250,8 @@ if hasattr(os, "register_at_fork"):
 
 def board_for(plan: Plan) -> tuple[int, int]:
     """Where those who help with a plan listen: the place of their lines, and the number of these."""
-    pool, wanted = _pool, plan.threads - 1
-    if plan.wakes and wanted > numpy.count_nonzero(pool.states[: pool.started]):
+    pool, wanted = _pool, min(plan.threads - 1, plan.wakes)
+    if wanted > numpy.count_nonzero(pool.states[: pool.started]):
         pool.rouse(wanted)
     return pool.place, pool.started
 
