@@ -20,6 +20,7 @@ import portnorm as pn
 from portnorm.checkpoint import containers, safetensors
 from tests.oracles import D, H
 from tests.processes import output_of
+from tests.tolerances import LIBRARY_FLOAT32
 
 ARRAYS = pn.to_format(pn.LSTM(D, H, rng=0), "torch")
 
@@ -560,3 +561,85 @@ def test_damaged_bytes_of_npz_give_a_layer_or_one_family_of_errors(tmp_path: Pat
         (tmp_path / "w.npz").write_bytes(bytes(damaged))
         with contextlib.suppress(pn.PortnormError):
             assert isinstance(pn.import_checkpoint(tmp_path / "w.npz"), pn.Layer)
+
+
+# -- what the metadata of safetensors say ------------------------------------------------------------------------------------------------
+
+SAVED: dict[str, Any] = {
+    "reverse": lambda: pn.LSTM(D, H, direction="reverse", batch_first=True, rng=0),
+    "relu": lambda: pn.RNN(D, H, norm=pn.Variant("", activation="relu", biases=("bias_ih", "bias_hh")), rng=0),
+    "a variant": lambda: pn.GRU(D, H, norm="layer", rng=0),
+    "eps": lambda: pn.LayerNorm(D, eps=0.5),
+    "channel axis": lambda: pn.BatchNorm(D, channel_axis=-1, eps=0.5),
+    "integers": lambda: pn.quantized(pn.LSTM(D, H, rng=0)),
+    "several": lambda: pn.Sequential(pn.LSTM(D, H, batch_first=True, rng=0), pn.LayerNorm(H, eps=0.5)),
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_file_of_portnorm_is_read_as_its_configuration_says(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    saved = SAVED[kind]()
+    pn.save(saved, tmp_path / "m.safetensors")
+    again = pn.import_checkpoint(tmp_path / "m.safetensors")
+    assert repr(again) == repr(saved)
+    assert "as its configuration in the file says" in again.provenance
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    y, expected = again(x), saved(x)
+    np.testing.assert_allclose(*((y[0], expected[0]) if saved.recurrent else (y, expected)), **LIBRARY_FLOAT32)
+    for given in ({"format": "torch"}, {"ignore": ("bias",)}, {"batch_first": False}):
+        with pytest.raises(pn.UnsupportedError, match=rf"{next(iter(given))} would say otherwise; portnorm\.load"):
+            pn.import_checkpoint(tmp_path / "m.safetensors", **given)
+
+
+def test_a_part_of_a_file_of_portnorm(tmp_path: Path) -> None:
+    saved, path = SAVED["several"](), tmp_path / "m.safetensors"
+    pn.save(saved, path)
+    for asked in ({"prefix": "1."}, {"prefix": "1"}, {"layer": "LayerNorm"}, {"prefix": "1.", "layer": "LayerNorm"}):
+        assert repr(pn.import_checkpoint(path, **asked)) == repr(saved.parts[1])
+    with pytest.raises(pn.CheckpointError, match=r"`prefix` is '2\.', which names no part of .*expected one of the parts '0\.', '1\.'"):
+        pn.import_checkpoint(path, prefix="2.")
+    with pytest.raises(pn.CheckpointError, match=r"`layer` is 'GRU', of which .* has 0: it holds Sequential"):
+        pn.import_checkpoint(path, layer="GRU")
+
+
+def _square(*_: Any) -> dict[str, Any]:
+    return {"weight": np.arange(9.0).reshape(3, 3), "bias": np.ones(3)}
+
+
+def _statistics(*_: Any) -> dict[str, Any]:
+    return {name: np.arange(1.0, 4.0) for name in ("weight", "bias", "running_mean", "running_var")}
+
+
+WRITERS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("pd", "paddle", "Linear", _square()),
+    ("mlx", "mlx", "BatchNorm", _statistics()),
+    ("mlx", "mlx", "Embedding", {"weight": np.ones((5, 3))}),
+    ("flax", "flax", "LayerNorm", {"scale": np.ones(3), "bias": np.ones(3)}),
+    ("pt", "torch", "Linear", _square()),
+    ("np", "torch", "BatchNorm", _statistics()),
+]
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize(("written", "format_", "layer", "arrays"), WRITERS, ids=lambda value: value if isinstance(value, str) else "")
+def test_the_writer_in_the_metadata_is_the_format(
+    written: str, format_: str, layer: str, arrays: dict[str, Any], shards: bool, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path = tmp_path / "m.safetensors"
+    safetensors.write(path, arrays, {"format": written})
+    if shards:
+        path = tmp_path / "m.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": dict.fromkeys(arrays, "m.safetensors")}))
+    found, expected = pn.import_checkpoint(path, layer=layer), pn.import_checkpoint(arrays, format_, layer=layer)
+    assert found.provenance == expected.provenance
+    x = np.array([[0, 1, 2]]) if layer == "Embedding" else rng.standard_normal((2, 3, 3))
+    np.testing.assert_array_equal(found(x), expected(x))
+
+
+def test_weights_of_another_than_the_writer_are_told_apart_by_format(tmp_path: Path) -> None:
+    arrays = pn.to_format(pn.GroupNorm(2, 4), "torch")  # which MLX groups in another way
+    safetensors.write(tmp_path / "m.safetensors", arrays, {"format": "mlx"})
+    with pytest.raises(pn.UnsupportedError, match=r"said by its metadata, format='mlx', another has to be named by `format`"):
+        pn.import_checkpoint(tmp_path / "m.safetensors", layer="GroupNorm", num_groups=2)
+    found = pn.import_checkpoint(tmp_path / "m.safetensors", "torch", layer="GroupNorm", num_groups=2)
+    assert isinstance(found, pn.GroupNorm)

@@ -20,6 +20,7 @@ import numpy
 
 from portnorm.arrays import require_extra, to_numpy
 from portnorm.checkpoint import keras_files, safetensors
+from portnorm.checkpoint.described import OWN_KEY
 from portnorm.checkpoint.stored import Held, NumPyArray, Stored
 from portnorm.errors import CheckpointError, UnsupportedError
 
@@ -135,7 +136,21 @@ def _values(value: Any) -> Callable[[], NumPyArray]:
 
 
 def _safetensors(path: Path, stack: contextlib.ExitStack) -> Held:
-    return Held(safetensors.entries(path)[0])
+    stored, metadata = safetensors.entries(path)
+    held = _of_writer(Held(stored), metadata)
+    held.own = OWN_KEY in metadata
+    return held
+
+
+_WRITERS = {"mlx": "mlx", "pd": "paddle", "paddle": "paddle", "flax": "flax"}
+"""The format of weights, by what metadata call it. Those of "pt" and "tf" come from many libraries, and "np" says nothing."""
+
+
+def _of_writer(held: Held, metadata: Mapping[str, str]) -> Held:
+    written = metadata.get("format", "")
+    if written in _WRITERS:
+        held.format, held.because = _WRITERS[written], f"that the file is of this format is said by its metadata, format={written!r}"
+    return held
 
 
 def _shards(path: Path, stack: contextlib.ExitStack) -> Held:
@@ -148,13 +163,14 @@ def _shards(path: Path, stack: contextlib.ExitStack) -> Held:
     for name in dict.fromkeys(places.values()):
         said = [key for key, place in places.items() if place == name]
         try:
-            stored = safetensors.entries(path.with_name(name))[0]
+            stored, metadata = safetensors.entries(path.with_name(name))
         except CheckpointError as error:  # which does not stop what lies in the others
             held.arrays |= {key: Stored.unreadable(key, str(error)) for key in said}
             continue
         if strange := sorted({*stored} ^ {*said}):
             raise CheckpointError(f"{os.fspath(path)!r} and {name!r} do not agree whether {strange[0]!r} is in the latter")
         held.arrays |= {key: stored[key] for key in said}
+        _of_writer(held, metadata)
     return held
 
 

@@ -19,6 +19,9 @@ from portnorm.layers.sequential import Sequential
 
 _CLASSES = (LSTM, GRU, RNN, Embedding, Linear, LayerNorm, RMSNorm, BatchNorm, BatchRenorm, GroupNorm, InstanceNorm)
 
+OWN_KEY = "portnorm"
+"""Under which metadata of a file have the configuration."""
+
 LAYERS: dict[str, type[Layer]] = {c.__name__: c for c in _CLASSES}
 """Layers that a checkpoint can name."""
 

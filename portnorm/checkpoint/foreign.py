@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import logging
@@ -20,12 +21,14 @@ from portnorm.checkpoint.described import LAYERS
 from portnorm.checkpoint.formats import FORMATS as FORMATS
 from portnorm.checkpoint.formats import PIECES
 from portnorm.checkpoint.formats.row import Read
+from portnorm.checkpoint.layers import load
 from portnorm.checkpoint.recognise import Fit, backward_key, expanded, fit_of, placed, some, unnamed
-from portnorm.checkpoint.stored import Said
+from portnorm.checkpoint.stored import Held, Said
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.names import in_direction
 from portnorm.layers.recurrent import Recurrent
+from portnorm.layers.sequential import Sequential
 
 _log = logging.getLogger("portnorm")
 _VARIANT_FIELDS = {f.name for f in fields(Variant)}
@@ -46,8 +49,8 @@ def import_checkpoint(
     """The layer whose weights another library stored: normalization layers, LSTM, GRU, RNN, plain or normalized.
 
     `source` is a file (.safetensors or the index of several, .npz, .h5 and .keras with h5py, .onnx with onnx), a mapping of arrays, nested
-    or not, or a `torch.nn.Module`. `format` is one of `portnorm.FORMATS`, or `"auto"` for the only one that fits; `layer.provenance` then
-    says which it was, and why. `prefix` is the beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros'
+    or not, or a `torch.nn.Module`; a file of `save` is read as `load` does. `format` is one of `portnorm.FORMATS`, or `"auto"` for the
+    only one that fits; `layer.provenance` then says which it was, and why. `prefix` is the beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros'
     `encoder_W`), where the file holds more; only what it names is read. `layer` names the class where arrays alone cannot tell, such as
     `"GroupNorm"`, or the only layer of a class in a file of many. Keys in `ignore` are neither asked for nor refused; what they would have
     given is as in a new layer (statistics that `estimate_population` is to take, for example). Settings of the file that a layer cannot
@@ -70,11 +73,15 @@ def import_checkpoint(
         raise UnsupportedError(f"`format` is {format!r}; expected 'auto' or one of {', '.join(map(repr, FORMATS))}")
     if isinstance(ignore, str):
         raise UnsupportedError(f"`ignore` is the text {ignore!r}; expected a collection of names: ignore=({ignore!r},)")
+    where = {"xp": xp, "device": device, "dtype": dtype}
     with containers.opened(source) as held:
+        if held.own:
+            given = {"format": format != "auto" and format, "ignore": ignore, **config}
+            return _own(source, prefix, layer, [name for name, value in given.items() if value or name in config], where)
         arrays = {key: a for key, a in held.arrays.items() if key.startswith(prefix)}
         alone = held.said_of([prefix]) if held.said_of is not None and not arrays else None
         if alone is not None and (alone.alone is not None or alone.refused):
-            return _without_arrays(alone, {"xp": xp, "device": device, "dtype": dtype or "float32"}, config, set(ignore))
+            return _without_arrays(alone, {**where, "dtype": dtype or "float32"}, config, set(ignore))
         if not arrays:
             begin = held.beginnings(prefix) if held.arrays else []
             known = f"; the keys begin with {', '.join(map(repr, begin[:8]))}{', …' * (len(begin) > 8)}" if begin else ""
@@ -82,11 +89,10 @@ def import_checkpoint(
         for name, (take_apart, _) in PIECES.items():
             if format in ("auto", name):
                 arrays = take_apart(arrays)
-        wanted = held.format if format == "auto" and held.format is not None else format
-        fit = fit_of(arrays, prefix, wanted, layer, set(ignore))
+        fit = _fit(arrays, prefix, format, layer, set(ignore), held)
         said = held.said_of(fit.keys.values()) if held.said_of is not None else _only_said(fit, arrays)
         reader = _Reader(fit, arrays, set(ignore), said)
-        made = reader.layer({"xp": xp, "device": device, "dtype": dtype}, config)
+        made = reader.layer(where, config)
     made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted(fit.keys.values()))}"
     made.provenance += "".join(f"; {note}" for note in reader.notes(made))
     if left := unnamed(fit, arrays):
@@ -95,6 +101,49 @@ def import_checkpoint(
         made.provenance += f"; keys of random generators, which are no weights, were left out: {', '.join(held.left_out)}"
     _log.info("import_checkpoint took %s", made.provenance)
     return made
+
+
+def _fit(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: set[str], held: Held) -> Fit:  # noqa: A002
+    """The row that explains the arrays: of the format that the file is of, or of another whose recurrent cells no other format has."""
+    wanted = held.format if format == "auto" and held.format is not None else format
+    try:
+        return fit_of(arrays, prefix, wanted, layer, ignore)
+    except (CheckpointError, UnsupportedError) as error:
+        if wanted == format or not held.because:
+            raise
+        with contextlib.suppress(CheckpointError, UnsupportedError):
+            fit = fit_of(arrays, prefix, "auto", layer, ignore)
+            if fit.row.gates:
+                return fit
+        raise type(error)(f"{error}; {held.because}, another has to be named by `format`") from None
+
+
+def _own(path: Any, prefix: str, layer: str | None, given: list[str], where: dict[str, Any]) -> Layer:
+    """The layer of a file that portnorm wrote, or the part of it that is meant, as `load` makes it: by the configuration in the file."""
+    if given:
+        raise UnsupportedError(
+            f"{os.fspath(path)!r} is a file of portnorm, whose configuration says what its arrays are, and {', '.join(given)} would say "
+            "otherwise; portnorm.load(path) is the layer as it was saved, and the state_dict() of that a mapping without a configuration"
+        )
+    made: Any = load(path, **where)
+    for number in prefix.removesuffix(".").split(".") if prefix else ():
+        parts = {str(k): part for k, part in enumerate(made.parts)} if isinstance(made, Sequential) else {}
+        if number not in parts:
+            known = f"; expected one of the parts {', '.join(repr(f'{k}.') for k in parts)}" if parts else ": it holds one layer"
+            raise CheckpointError(f"`prefix` is {prefix!r}, which names no part of {os.fspath(path)!r}, a file of portnorm{known}")
+        made = parts[number]
+    if layer not in (None, type(made).__name__):
+        found = [part for part in made.layers() if type(part).__name__ == layer]
+        if len(found) != 1:
+            raise CheckpointError(
+                f"`layer` is {layer!r}, of which {os.fspath(path)!r}, a file of portnorm, has {len(found)}: it holds {made!r}; "
+                "portnorm.load gives all of it"
+            )
+        (made,) = found
+    own: Layer = made
+    own.provenance = f"portnorm: {own!r}, as its configuration in the file says"
+    _log.info("import_checkpoint took %s", own.provenance)
+    return own
 
 
 def _without_arrays(said: Said, where: dict[str, Any], config: dict[str, Any], ignore: set[str]) -> Layer:

@@ -7,14 +7,12 @@ from typing import Any, Literal, overload
 
 from portnorm.arrays import DType, Namespace, require_extra, to_numpy, xp_of
 from portnorm.checkpoint import safetensors
-from portnorm.checkpoint.described import from_json, to_json
+from portnorm.checkpoint.described import OWN_KEY, from_json, to_json
 from portnorm.checkpoint.training import TRAINING_KEY, Training, described, given_out, loaded, parted
 from portnorm.dtypes import dtype_name
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.optimizers import Optimizer
-
-_KEY = "portnorm"
 
 
 def save(layer: Layer | Training, path: str | os.PathLike[str]) -> None:
@@ -37,7 +35,7 @@ def save(layer: Layer | Training, path: str | os.PathLike[str]) -> None:
     halved = {name for name, a in values.items() if dtype_name(xp_of(a), a.dtype) == "bfloat16"}
     arrays = {name: to_numpy(a) for name, a in values.items()}
     about = {TRAINING_KEY: described(layer, arrays)} if isinstance(layer, Training) else {}
-    safetensors.write(path, arrays, {_KEY: to_json(model), "format": "np", **about}, halved=halved)
+    safetensors.write(path, arrays, {OWN_KEY: to_json(model), "format": "np", **about}, halved=halved)
 
 
 @overload
@@ -99,11 +97,11 @@ def load(
     if prefix is not None:
         raise UnsupportedError(f"`prefix` is {prefix!r}, and {name!r} is no .onnx file; only in those there are several layers")
     arrays, metadata = safetensors.read(path)
-    if _KEY not in metadata:
+    if OWN_KEY not in metadata:
         raise CheckpointError(f"{name!r} holds arrays but no configuration of portnorm; make the layer and use load_state_dict")
     own, beside, about = parted(arrays, metadata, path)
     if training and about is None:
         raise CheckpointError(f"{name!r} holds a model and no state of its training, which portnorm.save writes of a portnorm.Training")
-    layer = from_json(metadata[_KEY], xp=xp, device=device, dtype=dtype)
+    layer = from_json(metadata[OWN_KEY], xp=xp, device=device, dtype=dtype)
     layer.load_state_dict(own)
     return loaded(layer, beside, about, optimizer, dtype, path) if training else layer

@@ -148,7 +148,11 @@ class Held:
 
     arrays: dict[str, Stored]
     format: str | None = None
-    """The format, where the kind of file leaves no other."""
+    """The format, where the kind of file leaves no other, or its writer is named in it."""
+    because: str = ""
+    """What in the file says the format."""
+    own: bool = False
+    """Whether portnorm wrote the file, with the configuration of its layer."""
     said_of: Callable[[Iterable[str]], Said] | None = None
     """What is said of the layer that has these keys, where that does not belong to each array."""
     left_out: list[str] = field(default_factory=list)

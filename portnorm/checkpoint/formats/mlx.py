@@ -26,5 +26,6 @@ def mlx_rows() -> list[Row]:
         without(rnn, "bias", biases=()),
         linear,
         without(linear, "bias"),
+        Row("mlx", "Embedding", {"weight": whole("weight")}, auto=False, asked=True),
         *(replace(row, auto=False) for row in norms("mlx", names, 1e-5, 1e-5, batch, -1) if row.layer != "GroupNorm"),
     ]

@@ -31,6 +31,7 @@ def paddle_rows() -> list[Row]:
         *found,
         linear,
         without(linear, "bias"),
+        Row("paddle", "Embedding", {"weight": whole("weight")}, auto=False, asked=True),
         *(replace(row, auto=False) for row in norms("paddle", names, 1e-5, 1e-5, batch, 1) if row.layer != "InstanceNorm"),
         Row("paddle", "InstanceNorm", instance, config={"eps": 1e-5, "affine": True, "channel_axis": 1}, auto=False),
     ]
