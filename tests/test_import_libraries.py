@@ -491,3 +491,19 @@ def test_thinc(first: bool, both: bool, depth: int, rng: np.random.Generator) ->
 
     layer = compared(arrays, forward, rng.standard_normal((6, 3, D)).astype("float32"), LIBRARY_FLOAT32, "thinc")
     is_written_alike(layer, "thinc", arrays)
+
+
+def test_a_live_ligru_says_its_nonlinearity_and_directions(speechbrain: Any, rng: np.random.Generator) -> None:
+    import torch
+
+    x = rng.standard_normal((6, 3, D))
+    for given in ({}, {"nonlinearity": "tanh"}, {"bidirectional": True}, {"bidirectional": True, "num_layers": 2}):
+        theirs = speechbrain.LiGRU(H, (3, 6, D), **given).double().eval()
+        with torch.no_grad():
+            expected = theirs(torch.asarray(x.transpose(1, 0, 2)))[0].numpy().transpose(1, 0, 2)
+        layer = compared(theirs, lambda _, y=expected: y, x, {"rtol": TORCH_FLOAT64, "atol": TORCH_FLOAT64}, "auto")
+        assert layer.num_directions == 1 + bool(given.get("bidirectional"))
+    with pytest.raises(pn.CheckpointError, match=r"the nonlinearity sin; expected ReLU or Tanh.*activation=…"):
+        pn.import_checkpoint(speechbrain.LiGRU(H, (3, 6, D), nonlinearity="sin"))
+    with pytest.raises(pn.CheckpointError, match="layers of SLiGRU, which is another cell"):
+        pn.import_checkpoint(speechbrain.SLiGRU(H, (3, 6, D)))

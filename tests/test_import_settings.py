@@ -584,7 +584,7 @@ def test_the_norms_inside_a_cell_say_their_eps(rng: np.random.Generator) -> None
 
     layer: Any = pn.import_checkpoint(Cell(0.1, 0.1), "torch-fastrnns")
     assert layer.variant.eps == 0.1
-    with pytest.raises(pn.CheckpointError, match=r"norms whose eps differ.*eps=…"):
+    with pytest.raises(pn.CheckpointError, match=r"modules whose eps differ.*eps=…"):
         pn.import_checkpoint(Cell(0.1, 0.2), "torch-fastrnns")
     bare: Any = pn.import_checkpoint(Cell(0.1, 0.1).state_dict(), "torch-fastrnns")
     assert "not stored, taken as usual there: eps=1e-05" in bare.provenance
@@ -766,3 +766,174 @@ def test_that_arrays_do_not_say_the_order_of_axes_is_said(cell: str, given: dict
     layer = pn.import_checkpoint(arrays, "torch", **given)
     said = "not stored: the order of axes; x is (time, batch, features), batch_first=True makes it the other"
     assert (said in layer.provenance) == (not given)
+
+
+# -- torch: what compilers leave of a module, and what is beside one ----------------------------------------------------------------------
+
+X_OF_TORCH: dict[str, tuple[int, ...]] = {"Linear": (4, 8), "LayerNorm": (4, 8), "RMSNorm": (4, 8), "BatchNorm1d": (4, 8)}
+COMPILED: dict[str, tuple[tuple[Any, ...], dict[str, Any], list[str]]] = {
+    "RNN": (("RNN", 8, H), {"nonlinearity": "relu", "batch_first": True}, ["activation", "batch_first"]),
+    "LSTM": (("LSTM", 8, H, 2), {"dropout": 0.3}, ["batch_first", "dropout"]),
+    "GRU": (("GRU", 8, H), {"bidirectional": True}, ["batch_first"]),
+    "LayerNorm": (("LayerNorm", 8), {"eps": 0.1}, ["eps"]),
+    "RMSNorm": (("RMSNorm", 8), {"eps": 0.1}, ["eps"]),
+    "BatchNorm": (("BatchNorm1d", 8), {"eps": 0.1, "momentum": 0.3}, ["momentum", "eps"]),
+    "BatchNorm of all batches": (("BatchNorm1d", 8), {"momentum": None}, ["momentum", "eps"]),
+    "GroupNorm": (("GroupNorm", 2, 8), {"eps": 0.1}, ["num_groups", "eps"]),
+    "InstanceNorm": (("InstanceNorm1d", 8), {"affine": True, "eps": 0.1}, ["eps"]),
+    "InstanceNorm with statistics": (
+        ("InstanceNorm1d", 8),
+        {"affine": True, "track_running_stats": True, "eps": 0.1, "momentum": 0.3},
+        ["momentum", "eps"],
+    ),
+    "Linear": (("Linear", 8, 3), {}, []),
+}
+"""A module of torch, and what it says beside its weights, in our words and the order in which it is asked for."""
+
+
+def within(module: Any, inside: bool) -> Any:
+    """A module, or one around it whose forward gives its first result."""
+    import torch
+
+    class Around(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    class First(Around):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)[0]
+
+    if not inside:
+        return module
+    return First() if isinstance(module, torch.nn.RNNBase) else Around()
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside a model"])
+@pytest.mark.parametrize("kind", COMPILED)
+def test_what_torchscript_keeps_is_read_and_the_rest_asked_for(
+    kind: str, inside: bool, how: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    import torch
+
+    (name, *args), keywords, asked = COMPILED[kind]
+    theirs = torch_module(name, *args, **keywords).eval()
+    x = (
+        rng.standard_normal((4, 6, 8))
+        if theirs.__module__.endswith("rnn")
+        else 3 * rng.standard_normal((4, 8, 6)[: 3 - (name in X_OF_TORCH)])
+    )
+    model = within(theirs, inside).eval()
+    compiled: Any = torch.jit.script(model) if how == "script" else torch.jit.trace(model, torch.asarray(x))
+    compiled.save(str(tmp_path / "m.pt"))
+    plain: Any = pn.import_checkpoint(theirs)
+    given: dict[str, Any] = {}
+    for source in (compiled, torch.jit.load(str(tmp_path / "m.pt"))):
+        given = {}
+        for setting in asked if how == "trace" else ():
+            with pytest.raises(pn.CheckpointError, match=rf"torch\.jit\.trace does not keep.*say {setting}=…"):
+                pn.import_checkpoint(source, layer=type(plain).__name__, **given)
+            given[setting] = plain.variant.activation if setting == "activation" else getattr(plain, setting, plain.config.get(setting))
+        layer: Any = pn.import_checkpoint(source, layer=type(plain).__name__, **given)
+        assert layer.config == plain.config
+        y, expected = layer(x), theirs(torch.asarray(x))
+        ours, its = (y[0], expected[0]) if plain.recurrent else (y, expected)
+        np.testing.assert_allclose(ours, its.detach(), rtol=TORCH_FLOAT64, atol=1e-8)  # ε is rounded to float32
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The tensor attribute:UserWarning")
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside a model"])
+def test_what_torch_has_made_a_graph_of_says_no_settings(inside: bool) -> None:
+    import torch
+
+    model, x = within(torch.nn.RNN(8, H, nonlinearity="relu"), inside).eval(), torch.ones(4, 2, 8)
+    graphs: list[tuple[Any, str]] = [(torch.export.export(model, (x,)).module(), "RNN")]
+    graphs += [] if inside else [(torch.fx.symbolic_trace(torch.nn.LayerNorm(8, eps=0.1)), "LayerNorm")]
+    for graph, layer in graphs:
+        with pytest.raises(pn.CheckpointError, match=r"no settings: they are in the graph.*state_dict\(\) with the settings as arguments"):
+            pn.import_checkpoint(graph, layer=layer)
+    found: Any = pn.import_checkpoint(graphs[0][0].state_dict(), activation="relu")
+    y = model(x) if inside else model(x)[0]
+    np.testing.assert_allclose(found(x.numpy())[0], y.detach(), **LIBRARY_FLOAT32)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_class_of_somebody_in_torchscript_says_no_settings(frozen: bool) -> None:
+    import torch
+
+    class Normed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias, self.eps = torch.nn.Parameter(torch.ones(8)), torch.nn.Parameter(torch.ones(8)), 0.1
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.layer_norm(x, [8], self.weight, self.bias, self.eps)
+
+    compiled = torch.jit.script(Normed().eval())
+    with pytest.raises(pn.CheckpointError, match=r"the class Normed has a form that TorchScript has compiled.*state_dict\(\)"):
+        pn.import_checkpoint(torch.jit.freeze(compiled) if frozen else compiled, layer="LayerNorm")
+
+
+def _beside(kind: str) -> Any:
+    import torch
+    from torch.ao.nn.intrinsic import LinearReLU
+
+    nn = torch.nn
+    made: dict[str, Callable[[], Any]] = {
+        "ReLU": lambda: nn.Sequential(nn.Linear(D, H), nn.ReLU()),
+        "Tanh": lambda: nn.Sequential(nn.LayerNorm(D), nn.Dropout(0.5), nn.Tanh()),
+        "Flatten": lambda: nn.Sequential(nn.Flatten(0, 1), nn.Sequential(nn.Linear(D, H))),
+        "fused": lambda: LinearReLU(nn.Linear(D, H), nn.ReLU()),
+    }
+    return made[kind]().eval()
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize(("kind", "prefix"), [("ReLU", "0."), ("Tanh", "0."), ("Flatten", "1.0."), ("fused", "0.")])
+def test_what_computes_beside_a_module_is_not_dropped(kind: str, prefix: str, scripted: bool, rng: np.random.Generator) -> None:
+    import torch
+
+    model = _beside(kind)
+    source = torch.jit.script(model) if scripted else model
+    beside = {"fused": "ReLU"}.get(kind, kind)
+    with pytest.raises(
+        pn.CheckpointError, match=rf"{beside} beside it in the .*prefix='{prefix}' names it alone; .*ignore=\('{beside}',\)"
+    ):
+        pn.import_checkpoint(source)
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    inner = model.get_submodule(prefix.removesuffix("."))
+    for asked in ({"prefix": prefix}, {"prefix": prefix[:-1]}, {"ignore": (beside,)}):
+        layer: Any = pn.import_checkpoint(source, **asked)
+        np.testing.assert_allclose(layer(x), inner(torch.asarray(x)).detach(), **LIBRARY_FLOAT32)
+
+
+@pytest.mark.peers
+def test_what_surrounds_a_module_is_said() -> None:
+    import torch
+
+    class Tagger(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.act, self.drop = torch.nn.GRU(D, H), torch.nn.ReLU(), torch.nn.Dropout(0.5)
+
+        def forward(self, x: Any) -> Any:
+            return self.act(self.drop(self.rnn(x)[0]))
+
+    around = "of the Tagger around it ReLU and what forward does beside are not read"
+    assert around in pn.import_checkpoint(Tagger()).provenance
+    assert around not in pn.import_checkpoint(Tagger(), prefix="rnn.").provenance
+    model = torch.nn.Sequential(torch.nn.Embedding(9, D), torch.nn.GRU(D, H), torch.nn.ReLU())
+    assert "of the Sequential around it Embedding, ReLU" in pn.import_checkpoint(model, layer="GRU").provenance

@@ -50,11 +50,11 @@ def import_checkpoint(
 
     `source` is a file (.safetensors or the index of several, .npz, .h5 and .keras with h5py, .onnx with onnx), a mapping of arrays, nested
     or not, or a `torch.nn.Module`; a file of `save` is read as `load` does. `format` is one of `portnorm.FORMATS`, or `"auto"` for the
-    only one that fits; `layer.provenance` then says which it was, and why. `prefix` is the beginning of the names that are meant, such as `"encoder.lstm."` (or `"encoder"` for Kiros'
-    `encoder_W`), where the file holds more; only what it names is read. `layer` names the class where arrays alone cannot tell, such as
-    `"GroupNorm"`, or the only layer of a class in a file of many. Keys in `ignore` are neither asked for nor refused; what they would have
-    given is as in a new layer (statistics that `estimate_population` is to take, for example). Settings of the file that a layer cannot
-    have are refused by name; that name in `ignore` leaves them out.
+    only one that fits; `layer.provenance` then says which it was, and why. `prefix` is the beginning of the names that are meant, such as
+    `"encoder.lstm."` (or `"encoder"` for Kiros' `encoder_W`), where the file holds more; only what it names is read. `layer` names the
+    class where arrays alone cannot tell, such as `"GroupNorm"`, or the only layer of a class in a file of many. Keys in `ignore` are
+    neither asked for nor refused; what they would have given is as in a new layer (statistics that `estimate_population` is to take, for
+    example). Settings of the file that a layer cannot have are refused by name; that name in `ignore` leaves them out.
 
     `config` is what arrays do not say: arguments of the layer (`batch_first=True`, `num_groups=4`) or fields of its `Variant`
     (`zoneout=0.1`, `eps=1e-3`). It goes before what the file says (a Keras configuration, ONNX attributes, a module's own settings), and
@@ -79,7 +79,7 @@ def import_checkpoint(
             given = {"format": format != "auto" and format, "ignore": ignore, **config}
             return _own(source, prefix, layer, [name for name, value in given.items() if value or name in config], where)
         arrays = {key: a for key, a in held.arrays.items() if key.startswith(prefix)}
-        alone = held.said_of([prefix]) if held.said_of is not None and not arrays else None
+        alone = held.said_of([prefix], prefix) if held.said_of is not None and not arrays else None
         if alone is not None and (alone.alone is not None or alone.refused):
             return _without_arrays(alone, {**where, "dtype": dtype or "float32"}, config, set(ignore))
         if not arrays:
@@ -90,7 +90,7 @@ def import_checkpoint(
             if format in ("auto", name):
                 arrays = take_apart(arrays)
         fit = _fit(arrays, prefix, format, layer, set(ignore), held)
-        said = held.said_of(fit.keys.values()) if held.said_of is not None else _only_said(fit, arrays)
+        said = held.said_of(fit.keys.values(), prefix) if held.said_of is not None else _only_said(fit, arrays)
         reader = _Reader(fit, arrays, set(ignore), said)
         made = reader.layer(where, config)
     made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted(fit.keys.values()))}"
@@ -148,11 +148,11 @@ def _own(path: Any, prefix: str, layer: str | None, given: list[str], where: dic
 
 def _without_arrays(said: Said, where: dict[str, Any], config: dict[str, Any], ignore: set[str]) -> Layer:
     """The layer of a module that has neither parameters nor statistics."""
-    assert said.layer is not None
-    made: Any = LAYERS[said.layer]
     for name, refusal in said.refused.items():
         if said.alone is None or name not in ignore:
             raise CheckpointError(f"{said.title} has {refusal.why}")
+    assert said.layer is not None
+    made: Any = LAYERS[said.layer]
     try:
         layer: Layer = made(**{**(said.alone or {}), **config}, **where)
     except TypeError as error:
@@ -185,7 +185,7 @@ class _Reader:
     def layer(self, where: dict[str, Any], config: dict[str, Any]) -> Layer:
         row = self.row
         self._check_settings(config)
-        if row.shared and (config.get("bidirectional") or self._returns_both()):
+        if row.shared and ({**self.said.values, **config}.get("bidirectional") or self._returns_both()):
             self.fit = replace(self.fit, places=[[place, place] for (place,) in self.fit.places])
         found = {
             (n, d, name): self._array(name, r, place)

@@ -153,8 +153,8 @@ class Held:
     """What in the file says the format."""
     own: bool = False
     """Whether portnorm wrote the file, with the configuration of its layer."""
-    said_of: Callable[[Iterable[str]], Said] | None = None
-    """What is said of the layer that has these keys, where that does not belong to each array."""
+    said_of: Callable[[Iterable[str], str], Said] | None = None
+    """What is said of the layer that has these keys, asked for by this prefix, where that does not belong to each array."""
     left_out: list[str] = field(default_factory=list)
     """Keys of what is no weight by its nature, such as keys of random generators."""
 
