@@ -53,6 +53,11 @@ KERAS: dict[str, Callable[[Any], Any]] = {
     "RMSNormalization": lambda k: k.RMSNormalization(epsilon=0.1),
     "RMSNormalization of two axes": lambda k: k.RMSNormalization(axis=[1, 2], epsilon=0.1),
     "each step": lambda k: k.TimeDistributed(k.LayerNormalization(epsilon=0.1)),
+    "each step, BatchNormalization": lambda k: k.TimeDistributed(k.BatchNormalization(epsilon=0.1)),
+    "each step, BatchNormalization of the first axis that is seen": lambda k: k.TimeDistributed(k.BatchNormalization(axis=1)),
+    "each step, Dense": lambda k: k.TimeDistributed(k.Dense(3)),
+    "LSTM, called backward": lambda k: k.LSTM(H, name="backward_lstm", **SEQUENCES),
+    "GRU, called forward": lambda k: k.GRU(H, name="forward_gru", go_backwards=True, **SEQUENCES),
     "Dense": lambda k: k.Dense(3),
 }
 REFUSED_OF_KERAS: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -71,6 +76,10 @@ REFUSED_OF_KERAS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "axis": (lambda k: k.LayerNormalization(axis=1), r"axis=.*1.*; expected the last axes"),
     "Dense with more": (lambda k: k.Dense(3, activation="softmax"), "activation='softmax'"),
     "zero_output_for_mask": (lambda k: k.GRU(H, zero_output_for_mask=True, **SEQUENCES), "zero_output_for_mask=True"),
+    "each step, groups": (
+        lambda k: k.TimeDistributed(k.GroupNormalization(5)),
+        "a TimeDistributed around it, so that each step is normalized alone",
+    ),
     "another class": (lambda k: k.Conv1D(3, 2), "of the class Conv1D has a class that is not read"),
 }
 
@@ -124,6 +133,75 @@ def test_keras_settings_that_no_layer_has_are_refused(kind: str, ending: str, tm
     keras_model(made, rng).save(tmp_path / f"m.{ending}")
     with pytest.raises(pn.CheckpointError, match=message):
         pn.import_checkpoint(tmp_path / f"m.{ending}")
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("axis", [1, 2, -1])
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+def test_axes_in_a_layer_for_each_step_are_counted_without_it(axis: int, ending: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """All are of one length, so that a wrong one is not seen by the shapes."""
+    import keras
+
+    theirs = keras.Sequential(
+        [keras.Input((4, 4, 4)), keras.layers.TimeDistributed(keras.layers.BatchNormalization(axis=axis, epsilon=0.1))]
+    )
+    theirs.set_weights([rng.uniform(0.2, 1.0, w.shape) for w in theirs.get_weights()])
+    theirs.save(tmp_path / f"m.{ending}")
+    layer: Any = pn.import_checkpoint(tmp_path / f"m.{ending}")
+    assert "TimeDistributed takes the statistics of each step apart in training" in layer.provenance
+    x = rng.standard_normal((3, 4, 4, 4)).astype("float32")
+    np.testing.assert_allclose(layer(x), np.asarray(theirs(x)), **LIBRARY_FLOAT32)
+
+
+CALLED: dict[str, tuple[Callable[..., Any], str]] = {
+    "by name": (lambda k, x, h: k.GRU(H, **SEQUENCES)(x, initial_state=h), "initial_state, which a call here takes as `state`"),
+    "in its place": (lambda k, x, h: k.LSTM(H, **SEQUENCES)(x, [h, h]), "initial_state, which a call here takes as `state`"),
+    "both directions": (
+        lambda k, x, h: k.Bidirectional(k.GRU(H, **SEQUENCES))(x, initial_state=[h, h]),
+        "initial_state, which a call here takes as `state`",
+    ),
+    "mask": (lambda k, x, h: k.GRU(H, **SEQUENCES)(k.Masking()(x)), "mask, which a call here takes as `mask`"),
+    "nothing": (lambda k, x, h: k.GRU(H, **SEQUENCES)(x), ""),
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+@pytest.mark.parametrize("kind", CALLED)
+def test_how_a_model_calls_a_layer_is_said(kind: str, ending: str, tmp_path: Path) -> None:
+    import keras
+
+    made, note = CALLED[kind]
+    x, h = keras.Input((6, D)), keras.Input((H,))
+    keras.Model([x, h], made(keras.layers, x, h)).save(tmp_path / f"m.{ending}")
+    said = pn.import_checkpoint(tmp_path / f"m.{ending}").provenance
+    assert note in said
+    assert ("the model calls it with" in said) == bool(note)
+
+
+CALLED_BEFORE: dict[str, Any] = {
+    "an input for each": [[["x", 0, 0, {}], ["h", 0, 0, {}]]],
+    "by name": [[["x", 0, 0, {"initial_state": [["h", 0, 0]]}]]],
+    "nothing": [[["x", 0, 0, {}]]],
+}
+
+
+@pytest.mark.parametrize("kind", CALLED_BEFORE)
+def test_how_a_model_of_keras_2_calls_a_layer_is_said(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    layer = {"class_name": "LSTM", "name": "lstm_1", "config": {"name": "lstm_1"}, "inbound_nodes": CALLED_BEFORE[kind]}
+    config = {"class_name": "Functional", "config": {"layers": [layer]}}
+    said = pn.import_checkpoint(old_file(tmp_path / "w.h5", keras_arrays(4, rng), "2.9.0", config)).provenance
+    assert ("the model calls it with initial_state" in said) == (kind != "nothing")
+
+
+@pytest.mark.peers
+def test_a_norm_that_is_always_in_training_is_refused(tmp_path: Path) -> None:
+    import keras
+
+    x = keras.Input((6, D))
+    keras.Model(x, keras.layers.BatchNormalization()(x, training=True)).save(tmp_path / "m.keras")
+    with pytest.raises(pn.CheckpointError, match=r"a call with training=True.*ignore=\('training',\)"):
+        pn.import_checkpoint(tmp_path / "m.keras")
 
 
 @pytest.mark.peers
@@ -267,6 +345,70 @@ def test_weights_of_keras_without_a_configuration_say_what_was_taken(tmp_path: P
     keras_model(lambda k: k.BatchNormalization(scale=False, name="named"), rng).save_weights(tmp_path / "c.weights.h5")
     with pytest.raises(pn.CheckpointError, match=r"does not say whether it has gamma or beta; one with the configuration does"):
         pn.import_checkpoint(tmp_path / "c.weights.h5")
+
+
+NOT_READ: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
+    "embedding": (lambda k: k.Embedding(10, 4), (6,)),
+    "einsum_dense": (lambda k: k.EinsumDense("abc,dc->abd", output_shape=(None, 8), bias_axes="d"), (6, 8)),
+    "p_re_lu": (lambda k: k.PReLU(shared_axes=[1]), (6, 8)),
+    "additive_attention": (lambda k: k.AdditiveAttention(), (6, 8)),
+    "mine": (lambda k: type("Mine", (k.Dense,), {})(3), (6, 8)),
+}
+
+
+def attributes_of(keras: Any, **layers: Any) -> Any:
+    """A model whose layers are attributes, by which a file calls them."""
+
+    class Model(keras.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            for name, layer in layers.items():
+                setattr(self, name, layer)
+            self.built = True
+
+    return Model()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(("kind", "listed"), [(kind, True) for kind in NOT_READ] + [(kind, False) for kind in NOT_READ if kind != "mine"])
+def test_weights_of_other_classes_are_not_taken_for_those_of_a_linear(kind: str, listed: bool, tmp_path: Path) -> None:
+    import keras
+
+    made, shape = NOT_READ[kind]
+    layer, x = made(keras.layers), keras.Input(shape)
+    y = layer([x, x]) if "attention" in kind else layer(x)
+    (keras.Model(x, y) if listed else attributes_of(keras, tail=layer)).save_weights(tmp_path / "m.weights.h5")
+    with pytest.raises(pn.CheckpointError, match=rf"of the class {kind} has a class that is not read.*ignore=\('class_name',\)"):
+        pn.import_checkpoint(tmp_path / "m.weights.h5")
+
+
+@pytest.mark.peers
+def test_names_of_attributes_do_not_hide_a_class_that_is_read(tmp_path: Path, rng: np.random.Generator) -> None:
+    import keras
+
+    inner = keras.layers.Dense(3)
+    inner.build((None, D))
+    attributes_of(keras, embedding=inner).save_weights(tmp_path / "m.weights.h5")
+    x = rng.standard_normal((2, D)).astype("float32")
+    np.testing.assert_allclose(pn.import_checkpoint(tmp_path / "m.weights.h5")(x), np.asarray(inner(x)), **LIBRARY_FLOAT32)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("ending", ["keras", "weights.h5"])
+def test_the_list_says_which_classes_are_not_read(ending: str, tmp_path: Path) -> None:
+    import keras
+
+    k = keras.layers
+    model = keras.Sequential(
+        [keras.Input((6,)), k.Embedding(9, D), k.LSTM(H, **SEQUENCES), k.GRU(H, **SEQUENCES), k.PReLU(shared_axes=[1])]
+    )
+    (model.save if ending == "keras" else model.save_weights)(tmp_path / f"m.{ending}")
+    names = "1 Embedding, 1 PReLU" if ending == "keras" else "1 embedding, 1 p_re_lu"
+    with pytest.raises(pn.CheckpointError, match=rf"keras GRU.*keras LSTM.*; beside {names} \(classes that are not read\)$"):
+        pn.import_checkpoint(tmp_path / f"m.{ending}")
+    with pytest.raises(pn.CheckpointError, match=r"(?i)embedding has a class that is not read"):
+        pn.import_checkpoint(tmp_path / f"m.{ending}", prefix="layers/embedding/")
+    assert isinstance(pn.import_checkpoint(tmp_path / f"m.{ending}", prefix="layers/embedding/", ignore=("class_name",)), pn.Linear)
 
 
 def old_file(path: Path, arrays: dict[str, Any], version: str | None, config: Any = None) -> Path:

@@ -280,7 +280,7 @@ class _Reader:
                 instead = f"say {' or '.join(f'{o}=…' for o in ours)} yourself, or " if ours else ""
                 raise CheckpointError(f"{self.said.title} has {why}; {instead}pass ignore=({name!r},) where that makes no difference")
         backward = backward_key(self.fit, self.arrays)
-        if backward is not None and "direction" not in config:
+        if backward is not None and "direction" not in {**self.said.values, **config}:
             raise CheckpointError(
                 f"{backward!r} is the backward direction alone; pass direction='reverse', or take both by a shorter prefix"
             )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from portnorm.arrays import require_extra
-from portnorm.checkpoint.keras_settings import Version, said_of
+from portnorm.checkpoint.keras_settings import Version, no_class, said_of
 from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
 from portnorm.errors import CheckpointError
 
@@ -70,7 +70,7 @@ def _held(file: Any, config: Any, version: Version, said: Said | None, path: str
                 own = known[id(layer)]
                 key = _in_direction(key, layer)
         held.arrays[key] = _stored(key, dataset, own, path)
-    _call(held.arrays, layers, names)
+    _call(held.arrays, layers, names, path)
     keras = config is not None or said is not None or "keras_version" in file.attrs or "layer_names" in file.attrs
     held.format = "keras" if keras or any(_VARIABLE.fullmatch(f"/{key}") for key in held.arrays) else None
     return held
@@ -197,7 +197,21 @@ _VARIABLES = {
 """Variables of layers whose arrays alone do not say which they are, in their order."""
 
 
-def _call(arrays: dict[str, Stored], layers: Mapping[str, Mapping[str, Any]], own: _Names) -> None:
+_READ = {"dense", "lstm_cell", "gru_cell", "simple_rnn_cell", *_VARIABLES}
+_OTHERS = re.compile(r"(\w+_)?(embedding|attention|conv\w*)|einsum_dense|p_re_lu|(spectral_)?normalization")
+"""What Keras calls layers with variables that are not read, where these may look like some that are."""
+
+
+def _other_class(parent: str, name: str) -> str | None:
+    """The class, as groups have it, of a layer that is not read. Those in lists are called by it; others by an attribute, or a name."""
+    group, *outer = (part for part in reversed(parent.split("/")))
+    kinds = [re.sub(r"_\d+$", "", called) for called in (group, name)]
+    if outer[:1] == ["layers"]:
+        return kinds[0] if kinds[0] not in _READ else None
+    return None if _READ.intersection(kinds) else next((kind for kind in kinds if _OTHERS.fullmatch(kind)), None)
+
+
+def _call(arrays: dict[str, Stored], layers: Mapping[str, Mapping[str, Any]], own: _Names, path: str) -> None:
     """Give the numbered variables of norms their names: by the configuration, or by how many there are."""
     groups: dict[str, list[int]] = {}
     for key in arrays:
@@ -206,6 +220,10 @@ def _call(arrays: dict[str, Stored], layers: Mapping[str, Mapping[str, Any]], ow
     for parent, numbers in groups.items():
         keys = [f"{parent}/vars/{n}" for n in sorted(numbers)]
         layer = layers.get(keys[0])
+        if layer is None and (other := _other_class(parent, own.of(keys[0])[-1].text)) is not None:
+            unread = no_class(f"{path!r}: the layer {parent!r}", other)
+            for key in keys:
+                arrays[key].said = unread
         while layer is not None and layer.get("class_name") == "TimeDistributed":
             layer = layer["config"]["layer"]
         said = [_Numbered()(layer)] if layer is not None else [own.of(keys[0])[-1].text, parent.rpartition("/")[2]]

@@ -23,8 +23,8 @@ NORMS = {
 class Reader:
     """Collects what the settings of one layer say."""
 
-    def __init__(self, title: str, version: Version, shape: Any):
-        self.said, self.version, self.shape = Said(title), version, shape
+    def __init__(self, title: str, version: Version, shape: Any, before: int):
+        self.said, self.version, self.shape, self.before = Said(title), version, shape, before
 
     def refuse(self, name: str, why: str, *ours: str) -> None:
         self.said.refused[name] = Refusal(why, ours)
@@ -37,12 +37,13 @@ class Reader:
                 self.refuse(name, f"{name}={value!r}, which is not known here")
 
 
-def said_of(layer: Mapping[str, Any], version: Version, title: str) -> Said:
-    """What the configuration of a layer, as Keras writes it, says."""
+def said_of(layer: Mapping[str, Any], version: Version, title: str, before: int = 0) -> Said:
+    """What the configuration of a layer, as Keras writes it, says; it may not see some axes, which come before those that it does."""
     kind, config = _kind(layer), dict(layer.get("config") or {})
-    reader = Reader(f"{title} of the class {kind}", version, (layer.get("build_config") or {}).get("input_shape"))
     if kind == "TimeDistributed" and isinstance(config.get("layer"), Mapping):
-        return said_of(config["layer"], version, title)
+        return said_of({**config["layer"], "inbound_nodes": layer.get("inbound_nodes")}, version, title, before + 1)
+    reader = Reader(f"{title} of the class {kind}", version, (layer.get("build_config") or {}).get("input_shape"), before)
+    reader.said.kind = kind
     if kind == "Bidirectional" and isinstance(config.get("layer"), Mapping):
         _bidirectional(config, reader)
     elif kind in RECURRENT or kind == "RNN":
@@ -55,7 +56,39 @@ def said_of(layer: Mapping[str, Any], version: Version, title: str) -> Said:
         reader.read(config, _DENSE)
     else:
         _no_class(reader)
+    if before:
+        _each_step(kind, reader)
+    _called(kind, layer.get("inbound_nodes") or [], reader)
     return reader.said
+
+
+def _each_step(kind: str, reader: Reader) -> None:
+    """What is different where a TimeDistributed calls the layer for each step."""
+    if kind == "GroupNormalization":
+        why = "a TimeDistributed around it, so that each step is normalized alone, where a GroupNorm here takes all but the batch"
+        reader.refuse("TimeDistributed", f"{why}: make that axis one with the batch")
+    elif kind == "BatchNormalization":
+        reader.said.notes.append("TimeDistributed takes the statistics of each step apart in training, a BatchNorm here those of all")
+    elif reader.said.layer in RECURRENT.values():
+        reader.said.notes.append("TimeDistributed calls it for each entry of axis 1: make that axis one with the batch")
+
+
+def _called(kind: str, nodes: Iterable[Any], reader: Reader) -> None:
+    """How a functional model calls the layer, where that changes what it computes."""
+    recurrent = reader.said.layer in RECURRENT.values()
+    for node in nodes:
+        if isinstance(node, Mapping):
+            args, given = list(node.get("args") or []), dict(node.get("kwargs") or {})
+        else:  # before Keras 3: [layer, node, tensor, arguments] for each input
+            args = [entry for entry in node if isinstance(entry, list)] if isinstance(node, list) else []
+            given = {name: value for entry in args if isinstance(entry[-1], Mapping) for name, value in entry[-1].items()}
+        given = dict(zip(("inputs", "initial_state", "mask"), args, strict=False)) | given if recurrent else given
+        for name, ours in (("initial_state", "state"), ("mask", "mask")):
+            note = f"the model calls it with {name}, which a call here takes as `{ours}`"
+            if recurrent and given.get(name) is not None and note not in reader.said.notes:
+                reader.said.notes.append(note)
+        if kind == "BatchNormalization" and given.get("training") is True:
+            reader.refuse("training", "a call with training=True, which takes the statistics of the batch in evaluation too")
 
 
 def _kind(layer: Mapping[str, Any]) -> str:
@@ -69,12 +102,20 @@ def _no_class(reader: Reader) -> None:
     reader.refuse("class_name", f"a class that is not read; expected {', '.join((*RECURRENT, 'RNN', 'Bidirectional', *NORMS))} or Dense")
 
 
+def no_class(title: str, kind: str) -> Said:
+    """What is said of a layer of a class that is not read."""
+    reader = Reader(f"{title} of the class {kind}", (), None, 0)
+    reader.said.kind = kind
+    _no_class(reader)
+    return reader.said
+
+
 # -- recurrent layers ----------------------------------------------------------------------------------------------------------------------
 
 
 def _recurrent(layer: Mapping[str, Any], reader: Reader) -> None:
     kind, config = _kind(layer), dict(layer.get("config") or {})
-    reader.said.values["batch_first"] = True
+    reader.said.values |= {"batch_first": True, "direction": "forward"}
     if config.get("zero_output_for_mask") and config.get("return_sequences"):
         why = "zero_output_for_mask=True; a layer here repeats its last result at steps that `mask` leaves out"
         reader.refuse("zero_output_for_mask", why)
@@ -112,7 +153,7 @@ def _bidirectional(config: dict[str, Any], reader: Reader) -> None:
     forward, backward = config["layer"], config.get("backward_layer")
     _recurrent(forward, reader)
     reader.said.refused.pop("zero_output_for_mask", None)  # as both directions have it in every Bidirectional, and here
-    if reader.said.values.pop("direction", None) is not None:
+    if reader.said.values.pop("direction", "forward") != "forward":
         reader.refuse("go_backwards", "a forward layer with go_backwards=True")
     if isinstance(backward, Mapping):
         if _kind(backward) != _kind(forward):
@@ -250,7 +291,7 @@ def _channel_axis(value: Any, reader: Reader) -> None:
     if len(axes) != 1:
         reader.refuse("axis", f"axis={value!r}; expected one axis", "channel_axis")
     else:
-        reader.said.values["channel_axis"] = axes[0]
+        reader.said.values["channel_axis"] = axes[0] + (reader.before if axes[0] >= 0 else 0)
 
 
 def _groups(value: Any, reader: Reader) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -160,6 +161,8 @@ def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> 
         own = inside[beginning]
         if len(own) == len(arrays) or any(shorter in found for shorter in _beginnings(beginning, len(prefix))):
             continue
+        if _class_not_read(own, ignore) is not None:
+            continue
         leaves = {re.split(r"[./]", key)[-1] for key in own}
         numbered = any(leaf.isdecimal() for leaf in leaves)
         possible = [row for row, first, most in quick if len(own) <= most and (numbered or any(first in leaf for leaf in leaves))]
@@ -169,6 +172,14 @@ def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> 
         if fits:
             found[beginning] = Part(beginning, fits)
     return list(found.values())
+
+
+def _class_not_read(arrays: Mapping[str, Stored], ignore: set[str]) -> str | None:
+    """What the file calls the class of all these arrays, where it is none that is read."""
+    said = next(iter(arrays.values())).said
+    if said is None or "class_name" not in {*said.refused} - ignore or any(a.said is not said for a in arrays.values()):
+        return None
+    return said.kind
 
 
 def _has_one_axis(fit: Fit, arrays: Arrays) -> bool:
@@ -206,6 +217,10 @@ def _listed(parts: list[Part], arrays: Arrays, prefix: str, layer: str | None) -
     named = [f"{same[0]}{f' and {len(same) - 1} more with other numbers' if len(same) > 1 else ''}" for same in alike.values()]
     said = ", ".join(named[:_SHOWN]) + (f", … ({len(named)} in all)" if len(named) > _SHOWN else "")
     also = [f"{linear} Linear"] if linear else []
+    unread = {id(own): own.kind for key in rest if (own := arrays[key].said) is not None and "class_name" in own.refused}
+    kinds = collections.Counter(kind for kind in unread.values() if kind is not None)
+    also += [f"{', '.join(f'{count} {kind}' for kind, count in kinds.items())} (classes that are not read)"] if kinds else []
+    rest = [key for key in rest if id(arrays[key].said) not in unread]
     also += [f"{len(rest)} other arrays, such as {rest[0]!r}"] if rest else []
     beside = f"; beside {' and '.join(also)}" if also else ""
     choice = " (with `layer` where there are several classes)" if any(len(part.fits) > 1 for part in shown) else ""

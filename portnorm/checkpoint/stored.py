@@ -35,6 +35,8 @@ class Said:
     """Where the file has the layer, and what it calls it."""
     layer: str | None = None
     """Its class here, where that is known."""
+    kind: str | None = None
+    """Its class there."""
     alone: dict[str, Any] | None = None
     """All arguments of the layer, where it has no arrays that could say some of them."""
     values: dict[str, Any] = field(default_factory=dict)
