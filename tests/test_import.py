@@ -416,8 +416,13 @@ def test_gains_that_are_stored_less_one(format_: str, layer: str, bias: bool, dt
 
 
 def test_a_bias_that_rms_norm_has_no_place_for_is_named() -> None:
-    with pytest.raises(pn.CheckpointError, match=r"unknown \['bias'\]"):
-        pn.import_checkpoint({"weight": np.ones(4), "bias": np.ones(4)}, "equinox", layer="RMSNorm")
+    arrays = {"weight": np.full(4, 2.0), "bias": np.ones(4)}
+    with pytest.raises(pn.CheckpointError, match=r"'bias' is not 0, and a RMSNorm here has no such array; pass ignore=\('bias',\)"):
+        pn.import_checkpoint(arrays, "equinox", layer="RMSNorm")
+    for some in (arrays | {"bias": np.zeros(4)}, {"weight": arrays["weight"]}):
+        np.testing.assert_array_equal(pn.import_checkpoint(some, "equinox", layer="RMSNorm").params["weight"], arrays["weight"])
+    left = pn.import_checkpoint(arrays, "equinox", layer="RMSNorm", ignore=("bias",))
+    assert "left out, as `ignore` says: bias" in left.provenance
 
 
 LEARNED: dict[str, tuple[str, dict[str, Any], Any]] = {

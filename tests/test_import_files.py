@@ -643,3 +643,54 @@ def test_weights_of_another_than_the_writer_are_told_apart_by_format(tmp_path: P
         pn.import_checkpoint(tmp_path / "m.safetensors", layer="GroupNorm", num_groups=2)
     found = pn.import_checkpoint(tmp_path / "m.safetensors", "torch", layer="GroupNorm", num_groups=2)
     assert isinstance(found, pn.GroupNorm)
+
+
+# -- arguments -----------------------------------------------------------------------------------------------------------------------------
+
+TWO = pn.to_format(pn.LSTM(D, H, num_layers=2, rng=0), "torch")
+ARGUMENTS: list[tuple[dict[str, Any], Any, str]] = [
+    ({"ignore": ("weight_hh_l0",)}, pn.CheckpointError, "`weight_hh` cannot be left out"),
+    ({"ignore": ("weight_ih_l0",)}, pn.CheckpointError, "`weight_ih` cannot be left out"),
+    ({"ignore": None}, pn.UnsupportedError, "`ignore` is None; expected a collection of names"),
+    ({"ignore": ([],)}, pn.UnsupportedError, r"`ignore` is \(\[\],\); expected a collection of names"),
+    ({"prefix": None}, pn.UnsupportedError, "`prefix` is None; expected a text"),
+    ({"prefix": 3}, pn.UnsupportedError, "`prefix` is 3; expected a text"),
+    ({"num_layers": 1}, pn.CheckpointError, "'weight_ih_l1' would be `weight_ih_l1`, .*: leave out what makes it so of num_layers=1"),
+]
+
+
+@pytest.mark.parametrize(("given", "kind", "message"), ARGUMENTS, ids=[str(given) for given, _, _ in ARGUMENTS])
+def test_arguments_that_cannot_be_are_named(given: dict[str, Any], kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        pn.import_checkpoint(TWO, "torch", **given)
+
+
+@pytest.mark.parametrize(("layer", "given"), [("Linear", {"bias": False}), ("BatchNorm", {"affine": False})])
+def test_arrays_that_an_argument_leaves_no_place_for_are_named(layer: str, given: dict[str, Any]) -> None:
+    whole = {"weight": np.ones((3, 4)), "bias": np.ones(3)} if layer == "Linear" else {name: np.ones(3) for name in _statistics()}
+    with pytest.raises(pn.CheckpointError, match=rf"which {layer}\(.*has not: leave out what makes it so of {next(iter(given))}=False"):
+        pn.import_checkpoint(whole, "torch", layer=layer, **given)
+
+
+def test_what_is_ignored_is_not_said_to_be_read() -> None:
+    said = pn.import_checkpoint(ARRAYS, "torch", ignore=("bias_hh_l0",)).provenance
+    assert "whose keys are bias_ih_l0, weight_hh_l0, weight_ih_l0;" in said
+    assert said.endswith("left out, as `ignore` says: bias_hh_l0")
+
+
+def test_the_only_embedding_of_a_model_is_found() -> None:
+    model = {"emb.weight": np.ones((9, D)), **{f"rnn.{name}": a for name, a in ARRAYS.items()}}
+    assert isinstance(pn.import_checkpoint(model, layer="Embedding"), pn.Embedding)
+
+
+@pytest.mark.parametrize(
+    "beside", [("lora.lora_a", "lora.lora_b"), ("lora_A.default.weight",), ("weight_scale",), ("weight_scale_inv",), ("scales",)]
+)
+@pytest.mark.parametrize("inside", ["", "base_layer."])
+def test_what_changes_a_matrix_is_not_advised_to_be_ignored(inside: str, beside: tuple[str, ...]) -> None:
+    arrays = {f"{inside}weight": np.ones((H, D)), f"{inside}bias": np.ones(H), **{name: np.ones((2, 2)) for name in beside}}
+    with pytest.raises(pn.CheckpointError, match="make one array of these and the matrix beside first") as caught:
+        pn.import_checkpoint(arrays, layer="Linear")
+    assert "`ignore`" not in str(caught.value)
+    with pytest.raises(pn.CheckpointError, match="what changes nothing that the layer computes goes into `ignore`"):
+        pn.import_checkpoint({"weight": np.ones((H, D)), "bias": np.ones(H), "step": np.ones(())}, layer="Linear")

@@ -344,6 +344,34 @@ def test_flax_bidirectional(interface: str, kind: str, tmp_path: Path, rng: np.r
     assert layer.num_directions == 2
 
 
+def test_flax_dense_without_bias(rng: np.random.Generator) -> None:
+    from flax import linen
+
+    arrays = {"params": {"kernel": rng.standard_normal((D, H)).astype("float32")}}
+    compared(arrays, lambda x: linen.Dense(H, use_bias=False).apply(arrays, x), np.ones((2, D), "float32"), LIBRARY_FLOAT32, "flax")
+
+
+@pytest.mark.parametrize("interface", ["linen", "nnx"])
+@pytest.mark.parametrize("wrapper", ["WeightNorm", "SpectralNorm"])
+def test_kernels_that_flax_normalizes_are_named(wrapper: str, interface: str, rng: np.random.Generator) -> None:
+    """What is stored is another kernel than the one that is used."""
+    import jax
+    from flax import linen, nnx
+    from flax.traverse_util import flatten_dict
+
+    if interface == "linen":
+        module: Any = getattr(linen, wrapper)(linen.Dense(H))
+        update: Any = {"update_stats": True} if wrapper == "SpectralNorm" else {}
+        arrays = {"/".join(path): a for path, a in flatten_dict(module.init(jax.random.key(0), np.ones((2, D)), **update)).items()}
+    else:
+        module = getattr(nnx, wrapper)(nnx.Linear(D, H, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+        arrays = {"/".join(map(str, path)): a[...] for path, a in nnx.to_flat_state(nnx.state(module))}
+    for format_ in ("auto", "flax"):
+        for prefix in ("", next(key for key in arrays if key.endswith("layer_instance/bias")).removesuffix("bias")):
+            with pytest.raises(pn.CheckpointError, match=r"layer_instance/kernel' is normalized by the WeightNorm or SpectralNorm"):
+                pn.import_checkpoint(arrays, format_, prefix=prefix)
+
+
 # -- paddle, speechbrain, thinc ------------------------------------------------------------------------------------------------------------
 
 
@@ -392,6 +420,8 @@ def test_paddle(kind: str, paddle: Any, rng: np.random.Generator) -> None:
 
     which: Any = {"layer": kind} if "Norm" in kind else {}
     layer = compared(arrays, forward, x, LIBRARY_FLOAT32, "paddle", **which)
+    if recurrent:  # whose names are paddle's alone
+        assert pn.import_checkpoint(arrays).provenance == layer.provenance
     again = pn.to_format(layer, "paddle")
     for name, array in again.items():
         if match := re.fullmatch(r"(\w+)_l(\d)(_reverse)?", name):  # the name by which no other array goes

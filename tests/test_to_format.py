@@ -72,3 +72,19 @@ def test_what_a_format_does_not_have_is_named(layer: pn.Layer, format_: str, mes
         return
     with pytest.raises(pn.UnsupportedError, match=rf"format {format_!r} has no .*{message}"):
         pn.to_format(layer, format_)
+
+
+@pytest.mark.parametrize("norm", ["sonnet-batch", "sonnet-batch-hidden"])
+def test_statistics_of_several_steps_are_not_cut_off(norm: Any, rng: np.random.Generator) -> None:
+    layer = pn.LSTM(3, 4, norm=norm, t_max=3, dtype="float64", rng=rng)
+    x = rng.standard_normal((5, 2, 3))
+    again: Any = pn.import_checkpoint(pn.to_format(layer, "sonnet"), "sonnet")  # those of a new layer are alike
+    np.testing.assert_allclose(again(x)[0], layer(x)[0], rtol=PUBLISHED_FLOAT64, atol=PUBLISHED_FLOAT64)
+    layer.load_state_dict({n: a + rng.uniform(0, 1, a.shape) if "running" in n else a for n, a in layer.state_dict().items()})
+    with pytest.raises(pn.UnsupportedError, match="statistics of one step where this has those of 3, which differ"):
+        pn.to_format(layer, "sonnet")
+
+
+def test_what_is_no_layer_is_named() -> None:
+    with pytest.raises(pn.UnsupportedError, match="`layer` is a int; expected a layer of portnorm"):
+        pn.to_format(3, "torch")  # type: ignore[arg-type]

@@ -71,8 +71,12 @@ def import_checkpoint(
     """
     if format not in ("auto", *FORMATS):
         raise UnsupportedError(f"`format` is {format!r}; expected 'auto' or one of {', '.join(map(repr, FORMATS))}")
+    if not isinstance(prefix, str):
+        raise UnsupportedError(f"`prefix` is {prefix!r}; expected a text, '' for all names")
     if isinstance(ignore, str):
         raise UnsupportedError(f"`ignore` is the text {ignore!r}; expected a collection of names: ignore=({ignore!r},)")
+    if not isinstance(ignore, Collection) or not all(isinstance(name, str) for name in ignore):
+        raise UnsupportedError(f"`ignore` is {ignore!r}; expected a collection of names, () for none")
     where = {"xp": xp, "device": device, "dtype": dtype}
     with containers.opened(source) as held:
         if held.own:
@@ -93,8 +97,10 @@ def import_checkpoint(
         said = held.said_of(fit.keys.values(), prefix) if held.said_of is not None else _only_said(fit, arrays)
         reader = _Reader(fit, arrays, set(ignore), said)
         made = reader.layer(where, config)
-    made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted(fit.keys.values()))}"
+    made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted({*fit.keys.values()} - reader.left))}"
     made.provenance += "".join(f"; {note}" for note in reader.notes(made))
+    if reader.left:
+        made.provenance += f"; left out, as `ignore` says: {some(reader.left)}"
     if left := unnamed(fit, arrays):
         made.provenance += f"; no weights of their own, and left out: {some(left)}"
     if held.left_out:
@@ -181,6 +187,8 @@ class _Reader:
         self.cell = self.made.cell if issubclass(self.made, Recurrent) else None
         self.stated: set[str] = set()
         self.filled: list[str] = []
+        self.left = {key for key in arrays if key in ignore}
+        """Keys that are not read because the caller said so."""
 
     def layer(self, where: dict[str, Any], config: dict[str, Any]) -> Layer:
         row = self.row
@@ -192,8 +200,9 @@ class _Reader:
             for n, places in enumerate(self.fit.places)
             for d, place in enumerate(places)
             for name, r in row.reads.items()
-            if not set(self._originals(r, place)) & self.ignore
+            if not self._is_left(set(self._originals(r, place)))
         }
+        self._check_zero()
         first = self._first()
         if any(numpy.any(a) for a in first.values()):
             found |= first
@@ -220,6 +229,9 @@ class _Reader:
             values[full] = array[None, :] if timed else array
             if own.get(full) != values[full].shape:
                 keys = ", ".join(repr(k) for k in self._originals(row.reads[name], self.fit.places[n][d]))
+                if full not in own:
+                    given = ", ".join(f"{key}={value!r}" for key, value in config.items())
+                    raise CheckpointError(f"{keys} would be `{full}`, which {layer!r} has not: leave out what makes it so of {given}")
                 raise CheckpointError(
                     f"{keys} give `{full}` the shape {values[full].shape}; expected {own.get(full)} for {layer!r} of format {row.format!r}"
                 )
@@ -231,6 +243,20 @@ class _Reader:
         self.filled = [name for name in layer.params if not recurrent and (0, 0, name) not in found]
         layer.load_state_dict(values)
         return layer
+
+    def _check_zero(self) -> None:
+        for key in self.row.zero:
+            original = self.fit.keys.get(key)
+            if original is not None and original not in self.ignore and numpy.any(self.arrays[original].weights()):
+                raise CheckpointError(
+                    f"{original!r} is not 0, and a {self.row.layer} here has no such array; pass ignore=({original!r},) and use it after "
+                    "the layer, as that does"
+                )
+
+    def _is_left(self, keys: set[str]) -> bool:
+        """Whether one of the keys of an array is to be ignored, so that the others are not read either."""
+        self.left |= keys & set(self.fit.keys.values()) if keys & self.ignore else set()
+        return bool(keys & self.ignore)
 
     def _check_fed(self, layer: Layer, found: Collection[tuple[int, int, str]]) -> None:
         """Raise where a parameter is in no key, such as those of layers that only an argument speaks of."""
@@ -333,7 +359,7 @@ class _Reader:
         assert issubclass(cell, Recurrent)
         names = {name for _, _, name in found}
         for side in ("weight_ih", "weight_hh"):
-            if not {side, f"{side}.v"} & names:
+            if not {(0, 0, side), (0, 0, f"{side}.v")} & found.keys():
                 raise CheckpointError(f"`{side}` cannot be left out, by `ignore` or otherwise: it gives the layer its size")
         rows, outputs = found[0, 0, "weight_hh" if "weight_hh" in names else "weight_hh.v"].shape
         hidden = rows // len(row.gates)

@@ -63,6 +63,8 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     if almost and near is not None and (near.missing or sum(part.is_recurrent for part in parts) < 2):
         parts = []  # the keys are rather those of one layer
     if layer is not None and len(parts) == 1 and len(parts[0].fits) == 1:
+        if change := [key for key in arrays if key not in ignore and _changes_beside(key, parts[0].prefix)]:
+            raise CheckpointError(f"{parts[0]} has {some(change)} beside it: {_MADE_ONE}")
         return parts[0].fits[0]
     if parts:
         raise CheckpointError(_listed(parts, arrays, prefix, layer))
@@ -90,11 +92,25 @@ def fit_of(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: 
     if near is None:
         raise CheckpointError(f"{clashes[0]}; name the one that is meant by `prefix`")
     hint = own_cell(dict(arrays) if near.missing else {key: arrays[key] for key in near.unknown})
-    rest = f"; what does not belong to the layer goes into `ignore`{hint}" if near.unknown else ""
+    change = [key for key in near.unknown if _CHANGES.search(key)]
+    rest = f"; what changes nothing that the layer computes goes into `ignore`{hint}" if near.unknown else ""
+    if change:
+        rest = f"; {some(change)}: {_MADE_ONE}"
     raise CheckpointError(
         f"the keys do not fit {near.row.format!r} {near.row.title}, the nearest: missing {near.missing or 'nothing'}, "
         f"unknown {near.unknown or 'nothing'}{rest}"
     )
+
+
+_CHANGES = re.compile(r"(^|[./_])lora(_?[abAB])?([./_]|$)|(^|[./])(\w*weight_scale(_inv)?|scales|absmax|SCB)$")
+"""What adapters and quantized weights have beside a matrix."""
+_MADE_ONE = "make one array of these and the matrix beside first, such as weight * scale, or W + scale · B·A"
+
+
+def _changes_beside(key: str, prefix: str) -> bool:
+    """Whether an array changes the weights under a prefix, where it lies beside them."""
+    match = _CHANGES.search(key)
+    return match is not None and key[: match.start()].rstrip("./") == re.sub(r"[^./]+[./]$", "", prefix).rstrip("./")
 
 
 def _exact(fits: list[Fit], arrays: Arrays) -> tuple[list[Fit], list[Fit]]:
@@ -161,14 +177,14 @@ def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> 
         own = inside[beginning]
         if len(own) == len(arrays) or any(shorter in found for shorter in _beginnings(beginning, len(prefix))):
             continue
-        if _class_not_read(own, ignore) is not None:
+        if _class_not_read(own, ignore) is not None or any(_CHANGES.search(key[len(prefix) :]) for key in own):
             continue
         leaves = {re.split(r"[./]", key)[-1] for key in own}
         numbered = any(leaf.isdecimal() for leaf in leaves)
         possible = [row for row, first, most in quick if len(own) <= most and (numbered or any(first in leaf for leaf in leaves))]
         fits = _exact(_fits(possible, own, beginning, ignore)[0], own)[1] if possible else []
         # A matrix is rather an embedding than a γ.
-        fits = [fit for fit in fits if fit.row.gates or fit.row.layer == "Linear" or _has_one_axis(fit, own)]
+        fits = [fit for fit in fits if fit.row.gates or fit.row.layer in ("Linear", "Embedding") or _has_one_axis(fit, own)]
         if fits:
             found[beginning] = Part(beginning, fits)
     return list(found.values())
@@ -386,7 +402,7 @@ def _match(row: Row, templates: tuple[str, ...], keys: dict[str, str], ignore: s
     directions = [t for t in templates if t and there(t, 0)] if len(templates) > 1 else [templates[0]]
     places = [[t.format(l=n) for t in directions or templates[:1]] for n in range(max(layers, 1))]
     wanted = {key for place in itertools.chain(*places) for r in row.reads.values() for k in r.keys for key in expanded(k, place, keys)}
-    optional = {placed(key, place) for place in itertools.chain(*places) for key in (*row.unused, *row.first)}
+    optional = {placed(key, place) for place in itertools.chain(*places) for key in (*row.unused, *row.first, *row.zero)}
     known = {key: keys[key] for key in keys if key in wanted | optional}
     missing = [key for key in sorted(wanted - set(keys)) if key not in ignore]
     unknown = [original for key, original in keys.items() if key not in known and not {key, original} & ignore]

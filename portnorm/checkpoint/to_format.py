@@ -40,6 +40,8 @@ def to_format(layer: Layer, format: str) -> dict[str, NumPyArray]:  # noqa: A002
     """
     if format not in FORMATS:
         raise UnsupportedError(f"`format` is {format!r}; expected one of {', '.join(map(repr, FORMATS))}")
+    if not isinstance(layer, Layer):
+        raise UnsupportedError(f"`layer` is a {type(layer).__name__}; expected a layer of portnorm")
     if layer.quantizes is not None:
         raise UnsupportedError(
             f"{layer!r} computes with integers, which no format says; `layer.quantize = None` makes it a layer whose arrays are all of it"
@@ -89,6 +91,10 @@ def _differences(row: Row, layer: Layer) -> list[str]:
     said = ["a form of its own, which is read and not written"] if any(_only_reads(read) for read in row.reads.values()) else []
     if not isinstance(layer, Recurrent):
         return said
+    once = [name for name, read in row.reads.items() if read.at is not None and "running" in name]
+    kept = [to_numpy(a) for name, a in layer.buffers.items() if once and "running" in name]
+    if any(numpy.any(steps != steps[:1]) for steps in kept):
+        said.append(f"statistics of one step where this has those of {kept[0].shape[0]}, which differ")
     if layer.direction != "forward":
         said.append(f"direction='forward' where this has {layer.direction!r}")
     if layer.learned_state and not row.first:
@@ -146,7 +152,7 @@ def _written(row: Row, own: dict[str, NumPyArray], place: str) -> dict[str, NumP
         array = array if read.back is None else read.back(array)
         array = array.T if read.transposed else array
         if read.at is not None and "running" in name:
-            array = array[0]  # the only row of statistics
+            array = array[0]  # the only row of statistics, or one of several that are alike
         if read.by_gate:
             blocks = numpy.split(array, len(order), axis=axis)
             array = numpy.concatenate([blocks[order.index(gate)] for gate in row.gates], axis=axis)

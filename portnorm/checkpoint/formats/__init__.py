@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from portnorm.checkpoint.formats.cells import CELLS
-from portnorm.checkpoint.formats.flax import flax_names, flax_rows
+from portnorm.checkpoint.formats.flax import flax_names, flax_pieces, flax_rows
 from portnorm.checkpoint.formats.jax import equinox_rows, haiku_names, haiku_rows
 from portnorm.checkpoint.formats.keras import keras_layernorm_rows, keras_names, keras_rows
 from portnorm.checkpoint.formats.madmom import madmom_rows
@@ -52,5 +52,5 @@ NAMES: dict[str, Callable[[Mapping[str, Any]], dict[str, str]]] = {
 
 PIECES: dict[
     str, tuple[Callable[[Mapping[str, Stored]], dict[str, Stored]], Callable[[Mapping[str, NumPyArray]], dict[str, NumPyArray]]]
-] = {"thinc": (thinc_pieces, thinc_vector), "torch": (torch_pieces, dict)}
+] = {"thinc": (thinc_pieces, thinc_vector), "torch": (torch_pieces, dict), "flax": (flax_pieces, dict)}
 """Formats whose arrays are not those of a layer: what makes these of them, and what puts them together again."""

@@ -29,7 +29,7 @@ def equinox_rows() -> list[Row]:
         Row("equinox", "LayerNorm", affine, config={"eps": 1e-5}, auto=False),
         Row("equinox", "LayerNorm", gain, config={"eps": 1e-5, "bias": False}, auto=False),
         Row("equinox", "GroupNorm", affine, config={"eps": 1e-5}, auto=False),
-        Row("equinox", "RMSNorm", gain, config={"eps": 1e-5}, auto=False),
+        Row("equinox", "RMSNorm", gain, config={"eps": 1e-5}, zero=("bias",), auto=False),
     ]
 
 

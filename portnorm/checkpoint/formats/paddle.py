@@ -17,11 +17,11 @@ _PLACES = (("_l{l}", "_l{l}_reverse"), ("",))
 def paddle_rows() -> list[Row]:
     found = []
     for layer, gates in OUR_GATES.items():
-        plain = Row("paddle", layer, torch_reads(), None, gates, _PLACES, auto=False)
+        plain = Row("paddle", layer, torch_reads(), None, gates, _PLACES)
         kinds = [plain]
         if layer == "LSTM":
             projection = {"weight_hr": Read(("weight_ho{p}",), transposed=True, by_gate=False)}
-            kinds.append(replace(plain, reads={**torch_reads(), **projection}, auto=True))
+            kinds.append(replace(plain, reads={**torch_reads(), **projection}))
         found += [kind for row in kinds for kind in (row, without(row, *BIASES, biases=()))]
     linear = Row("paddle", "Linear", {"weight": whole("weight", transposed=True), "bias": whole("bias")}, auto=False)
     names = {"gain": "weight", "shift": "bias", "mean": "_mean", "var": "_variance", "rms": "weight"}

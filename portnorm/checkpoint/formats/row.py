@@ -101,6 +101,8 @@ class Row:
     """Arguments of the layer that are the format's defaults."""
     unused: tuple[str, ...] = ()
     """Keys that belong to the format and that its computation does not use."""
+    zero: tuple[str, ...] = ()
+    """Keys of what the format adds and no layer here does: where they are there they have to be 0."""
     first: Mapping[str, str] = field(default_factory=dict)
     """By key: which state before the first step it has, "h0" or "c0". They need not be there; a layer learns them unless all are 0."""
     auto: bool = True
