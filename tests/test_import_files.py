@@ -591,6 +591,14 @@ def test_a_file_of_portnorm_is_read_as_its_configuration_says(kind: str, tmp_pat
             pn.import_checkpoint(tmp_path / "m.safetensors", **given)
 
 
+def test_a_file_of_training_gives_its_layer(tmp_path: Path) -> None:
+    layer = pn.Linear(D, H, rng=0)
+    pn.save(pn.Training(layer, pn.Adam(1e-3)), tmp_path / "m.safetensors")
+    again = pn.import_checkpoint(tmp_path / "m.safetensors")
+    np.testing.assert_array_equal(again.params["weight"], layer.params["weight"])
+    assert again.provenance.endswith("that is of a run of training, of which the layer alone is read")
+
+
 def test_a_part_of_a_file_of_portnorm(tmp_path: Path) -> None:
     saved, path = SAVED["several"](), tmp_path / "m.safetensors"
     pn.save(saved, path)

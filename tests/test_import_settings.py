@@ -1074,6 +1074,11 @@ def test_what_surrounds_a_module_is_said() -> None:
         def forward(self, x: Any) -> Any:
             return self.act(self.drop(self.rnn(x)[0]))
 
+    hooked = torch.nn.Sequential(torch.nn.GRU(D, H))
+    hooked.register_forward_hook(lambda module, given, found: found)
+    with pytest.raises(pn.CheckpointError, match=r"a forward hook, .* of Sequential.*ignore=\('hooks',\)"):
+        pn.import_checkpoint(hooked)
+    assert isinstance(pn.import_checkpoint(hooked, prefix="0."), pn.GRU)
     around = "of the Tagger around it ReLU and what forward does beside are not read"
     assert around in pn.import_checkpoint(Tagger()).provenance
     assert around not in pn.import_checkpoint(Tagger(), prefix="rnn.").provenance

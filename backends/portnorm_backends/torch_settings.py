@@ -96,6 +96,8 @@ _NOTHING = (torch.nn.Identity, torch.nn.modules.dropout._DropoutNd)
 def _beside(said: Said, outer: torch.nn.Module, inner: torch.nn.Module, *, alone: bool, prefix: str) -> None:
     """What a module computes beside what is read of it. One that is known to is refused, unless the part was asked for."""
     kind = _kind(outer)
+    for what in forward_hooks(outer) if alone else ():
+        said.refused["hooks"] = Refusal(f"{what}, which may change what it computes")
     beside = [_kind(child).__name__ for child in outer.children() if child is not inner and not issubclass(_kind(child), _NOTHING)]
     if alone and beside and issubclass(kind, torch.nn.Sequential):
         why = f"{', '.join(beside)} beside it in the {kind.__name__}, which would be left out; prefix={prefix!r} names it alone"

@@ -22,6 +22,7 @@ from portnorm.arrays import require_extra, to_numpy
 from portnorm.checkpoint import keras_files, safetensors
 from portnorm.checkpoint.described import OWN_KEY
 from portnorm.checkpoint.stored import Held, NumPyArray, Stored
+from portnorm.checkpoint.training import TRAINING_KEY
 from portnorm.errors import CheckpointError, UnsupportedError
 
 Arrays = dict[str, Stored]
@@ -138,7 +139,8 @@ def _values(value: Any) -> Callable[[], NumPyArray]:
 def _safetensors(path: Path, stack: contextlib.ExitStack) -> Held:
     stored, metadata = safetensors.entries(path)
     held = _of_writer(Held(stored), metadata)
-    held.own = OWN_KEY in metadata
+    if OWN_KEY in metadata:
+        held.own = "a run of training, of which the layer alone is read" if TRAINING_KEY in metadata else "a layer"
     return held
 
 

@@ -79,9 +79,9 @@ def import_checkpoint(
         raise UnsupportedError(f"`ignore` is {ignore!r}; expected a collection of names, () for none")
     where = {"xp": xp, "device": device, "dtype": dtype}
     with containers.opened(source) as held:
-        if held.own:
+        if held.own is not None:
             given = {"format": format != "auto" and format, "ignore": ignore, **config}
-            return _own(source, prefix, layer, [name for name, value in given.items() if value or name in config], where)
+            return _own(source, held.own, prefix, layer, [name for name, value in given.items() if value or name in config], where)
         arrays = {key: a for key, a in held.arrays.items() if key.startswith(prefix)}
         alone = held.said_of([prefix], prefix) if held.said_of is not None and not arrays else None
         if alone is not None and (alone.alone is not None or alone.refused):
@@ -124,7 +124,7 @@ def _fit(arrays: Arrays, prefix: str, format: str, layer: str | None, ignore: se
         raise type(error)(f"{error}; {held.because}, another has to be named by `format`") from None
 
 
-def _own(path: Any, prefix: str, layer: str | None, given: list[str], where: dict[str, Any]) -> Layer:
+def _own(path: Any, what: str, prefix: str, layer: str | None, given: list[str], where: dict[str, Any]) -> Layer:
     """The layer of a file that portnorm wrote, or the part of it that is meant, as `load` makes it: by the configuration in the file."""
     if given:
         raise UnsupportedError(
@@ -147,7 +147,7 @@ def _own(path: Any, prefix: str, layer: str | None, given: list[str], where: dic
             )
         (made,) = found
     own: Layer = made
-    own.provenance = f"portnorm: {own!r}, as its configuration in the file says"
+    own.provenance = f"portnorm: {own!r}, as its configuration in the file says; that is of {what}"
     _log.info("import_checkpoint took %s", own.provenance)
     return own
 

@@ -153,8 +153,8 @@ class Held:
     """The format, where the kind of file leaves no other, or its writer is named in it."""
     because: str = ""
     """What in the file says the format."""
-    own: bool = False
-    """Whether portnorm wrote the file, with the configuration of its layer."""
+    own: str | None = None
+    """What portnorm wrote, with its configuration, where the file is its own."""
     said_of: Callable[[Iterable[str], str], Said] | None = None
     """What is said of the layer that has these keys, asked for by this prefix, where that does not belong to each array."""
     left_out: list[str] = field(default_factory=list)
