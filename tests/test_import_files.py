@@ -663,7 +663,11 @@ ARGUMENTS: list[tuple[dict[str, Any], Any, str]] = [
     ({"ignore": ([],)}, pn.UnsupportedError, r"`ignore` is \(\[\],\); expected a collection of names"),
     ({"prefix": None}, pn.UnsupportedError, "`prefix` is None; expected a text"),
     ({"prefix": 3}, pn.UnsupportedError, "`prefix` is 3; expected a text"),
-    ({"num_layers": 1}, pn.CheckpointError, "'weight_ih_l1' would be `weight_ih_l1`, .*: leave out what makes it so of num_layers=1"),
+    (
+        {"num_layers": 1},
+        pn.CheckpointError,
+        "'weight_ih_l1' would be `weight_ih_l1`, .* has not; arrays say what there is: do without what says otherwise of num_layers=1",
+    ),
 ]
 
 
@@ -676,7 +680,10 @@ def test_arguments_that_cannot_be_are_named(given: dict[str, Any], kind: Any, me
 @pytest.mark.parametrize(("layer", "given"), [("Linear", {"bias": False}), ("BatchNorm", {"affine": False})])
 def test_arrays_that_an_argument_leaves_no_place_for_are_named(layer: str, given: dict[str, Any]) -> None:
     whole = {"weight": np.ones((3, 4)), "bias": np.ones(3)} if layer == "Linear" else {name: np.ones(3) for name in _statistics()}
-    with pytest.raises(pn.CheckpointError, match=rf"which {layer}\(.*has not: leave out what makes it so of {next(iter(given))}=False"):
+    with pytest.raises(
+        pn.CheckpointError,
+        match=rf"which {layer}\(.*has not; arrays say what there is: do without what says otherwise of {next(iter(given))}=False",
+    ):
         pn.import_checkpoint(whole, "torch", layer=layer, **given)
 
 

@@ -230,8 +230,9 @@ class _Reader:
             if own.get(full) != values[full].shape:
                 keys = ", ".join(repr(k) for k in self._originals(row.reads[name], self.fit.places[n][d]))
                 if full not in own:
-                    given = ", ".join(f"{key}={value!r}" for key, value in config.items())
-                    raise CheckpointError(f"{keys} would be `{full}`, which {layer!r} has not: leave out what makes it so of {given}")
+                    given = ", ".join(f"{key}={value!r}" for key, value in {**self.said.values, **config}.items())
+                    says = f"arrays say what there is: do without what says otherwise of {given}"
+                    raise CheckpointError(f"{keys} would be `{full}`, which {layer!r} has not; {says}")
                 raise CheckpointError(
                     f"{keys} give `{full}` the shape {values[full].shape}; expected {own.get(full)} for {layer!r} of format {row.format!r}"
                 )
