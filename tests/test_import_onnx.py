@@ -328,6 +328,81 @@ def test_weights_that_the_graph_computes_are_named(tmp_path: Path, rng: np.rando
         imported(model, tmp_path)
 
 
+def behind(operator: str, rng: np.random.Generator) -> tuple[list[Any], dict[str, np.ndarray]]:
+    """Nodes that make `made` of constants, and the constants."""
+    w, other = (rng.standard_normal((1, 4 * H, D)).astype("float32") * np.float32(0.5) for _ in range(2))
+    numbers: dict[str, Any] = {
+        "Pow": {"w": w, "two": np.float32(2)},
+        "MatMul": {"w": rng.standard_normal((1, 4 * H, 2)).astype("float32"), "right": rng.standard_normal((2, D)).astype("float32")},
+        "CastLike": {"w": w.astype("float16"), "right": np.float32(0)},
+        "Sum": {"w": w, "w2": other, "w3": w},
+        "Max": {"w": w, "w2": other},
+        "Where": {"which": other > 0, "w": w, "w2": other},
+        "Pad": {"w": w[:, :, :-1], "by": np.array([0, 0, 0, 0, 0, 1])},
+        "Clip": {"w": w, "low": np.float32(-0.3), "high": np.float32(0.3)},
+        "ReduceSum": {"w": np.stack([w, other]), "axes": np.array([0])},
+        "Tanh": {"w": w},
+    }
+    initial = numbers[operator]
+    return [helper.make_node(operator, list(initial), ["made"], **({"keepdims": 0} if operator == "ReduceSum" else {}))], initial
+
+
+@pytest.mark.parametrize("operator", ["Pow", "MatMul", "CastLike", "Sum", "Max", "Where", "Pad", "Clip", "ReduceSum", "Tanh"])
+def test_weights_are_read_whatever_makes_them_of_constants(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    nodes, initial = behind(operator, rng)
+    arrays = {k: v for k, v in weights("LSTM", rng).items() if k != "W"}
+    model = onnx_model("LSTM", {**arrays, **initial}, ("x", "W", "R", "B"), hidden_size=H)
+    model.graph.node[0].input[1] = "made"
+    for node in reversed(nodes):
+        model.graph.node.insert(0, node)
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    np.testing.assert_allclose(imported(model, tmp_path)(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+@pytest.mark.parametrize("places", ["flat", "by axis"])
+@pytest.mark.parametrize("where", ["sparse_initializer", "Constant"])
+def test_sparse_weights(where: str, places: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    arrays = weights("GRU", rng)
+    w = np.where(rng.random(arrays["W"].shape) < 0.4, arrays["W"], np.float32(0))
+    at = np.flatnonzero(w) if places == "flat" else np.argwhere(w)
+    values, indices = numpy_helper.from_array(w[w != 0], "W"), numpy_helper.from_array(at, "W_at")
+    sparse = helper.make_sparse_tensor(values, indices, list(w.shape))
+    model = onnx_model("GRU", {k: v for k, v in arrays.items() if k != "W"}, ("x", "W", "R", "B"), hidden_size=H)
+    model.graph.node[0].input[1] = "W"
+    if where == "Constant":
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["W"], sparse_value=sparse))
+    else:
+        model.graph.sparse_initializer.append(sparse)
+    dense = onnx_model("GRU", {**arrays, "W": w}, ("x", "W", "R", "B"), hidden_size=H)
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    np.testing.assert_allclose(imported(model, tmp_path)(x)[0], run_onnx(dense, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+    huge = model.graph.node[0].attribute[0].sparse_tensor if where == "Constant" else model.graph.sparse_initializer[0]
+    huge.dims[:] = [2**20, 2**20, 2**20]
+    with pytest.raises(pn.CheckpointError, match=r"the sparse 'W' has the shape .* more than is made dense here"):
+        imported(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("node", "named"),
+    [
+        (helper.make_node("RandomNormal", [], ["w"], name="noise", shape=[1, 3 * H, D]), r"'noise' \(RandomNormal\), which is another one"),
+        (helper.make_node("Einsum", ["W"], ["w"], name="sums", equation="...->..."), r"'sums' \(Einsum\), which is not computed here"),
+        (helper.make_node("Mine", ["W"], ["w"], name="own", domain="mine"), r"'own' \(Mine\), which is of the domain 'mine'"),
+        (helper.make_node("Identity", ["x"], ["w"]), "'x', an input of the graph"),
+    ],
+)
+def test_what_makes_a_weight_is_named(node: Any, named: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    model = onnx_model("GRU", weights("GRU", rng), ("x", "W", "R", "B"), hidden_size=H)
+    model.graph.node[0].input[1] = "w_again"
+    model.graph.node.insert(0, helper.make_node("Neg", ["w"], ["w_again"]))
+    model.graph.node.insert(0, node)
+    model.opset_import.append(helper.make_opsetid("mine", 1))
+    with pytest.raises(
+        pn.CheckpointError, match=f"the input W is computed in the graph.*it comes from .*{named}.*give the arrays as a mapping"
+    ):
+        imported(model, tmp_path)
+
+
 def test_constants_that_grow_are_not_followed(tmp_path: Path, rng: np.random.Generator) -> None:
     """Each node doubles what it reads; the file is small."""
     model = onnx_model("RNN", weights("RNN", rng), ("x", "W", "R", "B"), hidden_size=H)

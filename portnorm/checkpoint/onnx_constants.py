@@ -3,35 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
 from portnorm.checkpoint.stored import NumPyArray
 from portnorm.errors import CheckpointError
 
-_RESHAPED = frozenset({"Identity", "Cast", "Unsqueeze", "Squeeze", "Slice", "Concat", "Reshape", "Transpose", "Split", "Gather", "Flatten"})
-_GROWING: dict[str, Callable[..., float]] = {
-    "ConstantOfShape": lambda shape: _product(shape),
-    "Expand": lambda x, shape: x.size * _product(shape),
-    "Tile": lambda x, repeats: x.size * _product(repeats),
-}
-"""Operators whose result may be larger than what they read, and how large."""
-FOLDED = _RESHAPED | {*_GROWING, "DequantizeLinear", "QuantizeLinear", "Add", "Sub", "Mul", "Div", "Neg", "Sqrt"}
-"""Operators that are computed here when all that they read is constant."""
 _OWN, _MICROSOFT, _QUANTIZED = ("", "ai.onnx"), "com.microsoft", ("DequantizeLinear", "QuantizeLinear")
 """Domains of ONNX' own operators, and what onnxruntime has for more types and older files, where it means the same."""
-_MOVED = _RESHAPED | {"Expand", "Tile"}
+_RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout"})
+"""Operators whose result is another one in each run, or may be."""
+_LABORIOUS = frozenset({"Einsum", "Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "DeformConv", "LSTM", "GRU", "RNN", "Attention"})
+"""Operators whose work is not bounded by the sizes of what they read and give."""
+_MOVED = frozenset({"Identity", "Cast", "Unsqueeze", "Squeeze", "Slice", "Concat", "Reshape", "Transpose", "Split", "Gather", "Flatten"})
+_MOVED |= {"Expand", "Tile"}
 """Operators whose result has the values of their first input, or of all where it is Concat."""
 _FOLLOWED = frozenset({"Expand", "Tile", "Identity", "Cast", "Slice", "Unsqueeze", "Add"})
 """Operators that repeat the rows of a first state for a batch, or leave them as they are."""
 _DEPTH = 200
 _ROOM = 2**20
+_SPARSE = 2**26
+"""Entries that an array of a `sparse_initializer` may have."""
 
 
 class Scope:
@@ -39,9 +37,10 @@ class Scope:
 
     def __init__(self, graph: onnx.GraphProto, outer: Scope | None, file: File):
         self.outer, self.file = outer, file
-        self.tensors = {t.name: t for t in graph.initializer}
+        self.tensors: dict[str, onnx.TensorProto | onnx.SparseTensorProto] = {t.name: t for t in graph.initializer}
+        self.tensors |= {t.values.name: t for t in graph.sparse_initializer}
         self.nodes = {name: node for node in graph.node for name in node.output if name}
-        self.own = {*self.tensors, *self.nodes, *(i.name for i in graph.input), *(t.values.name for t in graph.sparse_initializer)}
+        self.own = {*self.tensors, *self.nodes, *(i.name for i in graph.input)}
         self.values: dict[str, NumPyArray] = {}
         self.known: dict[str, bool] = {}
         self.made_by: dict[str, frozenset[str]] = {}
@@ -62,11 +61,17 @@ class Scope:
         return scope.known[name]
 
     def _is_made(self, node: onnx.NodeProto | None, depth: int) -> bool:
-        if node is None or not (node.domain in _OWN or (node.domain == _MICROSOFT and node.op_type in _QUANTIZED)):
-            return False
-        if node.op_type == "Constant":
-            return any(a.name in _CONSTANTS for a in node.attribute)
-        return node.op_type in FOLDED and all(self.is_constant(i, depth + 1) for i in node.input if i)
+        return node is not None and _hinders(node) is None and all(self.is_constant(i, depth + 1) for i in node.input if i)
+
+    def maker(self, name: str, depth: int = 0) -> str:
+        """Why a value is no constant: what it comes from, in words."""
+        scope = self.home(name)
+        node = None if scope is None else scope.nodes.get(name)
+        if scope is None or node is None or depth > _DEPTH:
+            return f"{name!r}, an input of {'the graph' if scope is None or scope.outer is None else 'a body'}"
+        if (why := _hinders(node)) is not None:
+            return f"the node {node.name or name!r} ({node.op_type}), {why}"
+        return scope.maker(next((i for i in node.input if i and not self.is_constant(i)), ""), depth + 1)
 
     def operators(self, name: str) -> frozenset[str]:
         """The operators that a constant is made by."""
@@ -84,7 +89,8 @@ class Scope:
         assert scope is not None
         if name in scope.tensors:
             tensor = scope.tensors[name]
-            return tuple(tensor.dims), helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+            values = tensor.values if isinstance(tensor, onnx.SparseTensorProto) else tensor
+            return tuple(tensor.dims), helper.tensor_dtype_to_np_dtype(values.data_type).name
         value = scope.value(name)
         return value.shape, value.dtype.name
 
@@ -167,9 +173,13 @@ class File:
 
     def __init__(self, path: Path, model: onnx.ModelProto):
         self.path, self.opsets = path, list(model.opset_import)
-        self.limit = _ROOM + 4 * sum(math.prod(t.dims) for graph in graphs(model.graph) for t in tensors(graph))
+        every = list(graphs(model.graph))
+        self.limit = _ROOM + 4 * sum(math.prod(t.dims) for graph in every for t in tensors(graph))
+        self.limit += min(sum(math.prod(t.dims) for graph in every for t in graph.sparse_initializer), _SPARSE)
 
-    def read(self, tensor: onnx.TensorProto) -> NumPyArray:
+    def read(self, tensor: onnx.TensorProto | onnx.SparseTensorProto) -> NumPyArray:
+        if isinstance(tensor, onnx.SparseTensorProto):
+            return self._dense(tensor)
         if tensor.data_location == onnx.TensorProto.EXTERNAL:  # a copy, which does not keep what is read
             copied = onnx.TensorProto()
             copied.CopyFrom(tensor)
@@ -180,15 +190,26 @@ class File:
             raise CheckpointError(f"{str(self.path)!r}: the values of {tensor.name!r} cannot be read: {error}") from error
         return array
 
+    def _dense(self, sparse: onnx.SparseTensorProto) -> NumPyArray:
+        """An array of which only the entries that are not 0 are stored: at places in all of it, or at one along each axis."""
+        values, places, shape = self.read(sparse.values), self.read(sparse.indices), tuple(sparse.dims)
+        if math.prod(shape) > _SPARSE:
+            raise CheckpointError(
+                f"{str(self.path)!r}: the sparse {sparse.values.name!r} has the shape {shape}, more than is made dense here"
+            )
+        try:
+            dense = numpy.zeros(shape, values.dtype)
+            dense[numpy.unravel_index(places, shape) if places.ndim == 1 else tuple(places.T)] = values
+        except (ValueError, IndexError, TypeError) as error:
+            raise CheckpointError(f"{str(self.path)!r}: the places of the sparse {sparse.values.name!r} do not fit: {error}") from error
+        return dense
+
     def version(self) -> int:
         """That of ONNX' own operators."""
         return next((int(o.version) for o in self.opsets if o.domain in ("", "ai.onnx")), 1)
 
     def run(self, node: onnx.NodeProto, inputs: list[NumPyArray | None]) -> list[NumPyArray]:
         """What a node makes of constants."""
-        size = _GROWING[node.op_type](*inputs) if node.op_type in _GROWING else sum(a.size for a in inputs if a is not None)
-        if size > self.limit:
-            raise CheckpointError(f"{str(self.path)!r}: constants of the node {node.name!r} grow beyond what the file holds")
         names = {n: a for n, a in zip(node.input, inputs, strict=True) if a is not None}
         opsets = _SINCE_19 if node.op_type == "DequantizeLinear" and self.version() < 19 else self.opsets
         if node.domain == _MICROSOFT:
@@ -199,17 +220,51 @@ class File:
         outputs = [onnx.ValueInfoProto(name=n) for n in node.output if n]
         try:
             proto = helper.make_model(helper.make_graph([node], "constant", values, outputs), opset_imports=opsets)
-            return list(ReferenceEvaluator(proto).run(None, names))
+            size = _size(proto, names)
+            if size <= self.limit:
+                made = list(ReferenceEvaluator(proto).run(None, names))
         except Exception as error:  # the evaluator raises what NumPy raises
             raise CheckpointError(f"{str(self.path)!r}: the node {node.name!r} ({node.op_type}) cannot be computed: {error}") from error
+        if size > self.limit:
+            why = (
+                "constants of the node {} grow beyond what the file holds"
+                if size < math.inf
+                else "how large the node {} grows is not known"
+            )
+            raise CheckpointError(f"{str(self.path)!r}: {why.format(f'{node.name!r} ({node.op_type})')}")
+        return made
+
+
+def _hinders(node: onnx.NodeProto) -> str | None:
+    """Why a node is not computed here, even if all that it reads is constant."""
+    if not (node.domain in _OWN or (node.domain == _MICROSOFT and node.op_type in _QUANTIZED)):
+        return f"which is of the domain {node.domain!r}"
+    if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
+        return "which has a body"
+    if node.op_type == "Constant":
+        return None if any(a.name in _CONSTANTS for a in node.attribute) else "which is no array of numbers"
+    if node.op_type in _LABORIOUS:
+        return "which is not computed here"
+    return "which is another one in each run" if node.op_type in _RANDOM else None
+
+
+def _size(model: onnx.ModelProto, inputs: dict[str, NumPyArray]) -> float:
+    """How many entries the results of a model of one node have, at least those that it reads; endless where ONNX cannot tell."""
+    known = onnx.ModelProto()
+    known.CopyFrom(model)
+    known.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in inputs.items() if a.size <= _SHORT)
+    found = shape_inference.infer_shapes(known, data_prop=True).graph.output
+    sizes = [sum(a.size for a in inputs.values())]
+    for value in found:
+        dims = value.type.tensor_type.shape.dim if value.type.tensor_type.HasField("shape") else None
+        if dims is None or any(not d.HasField("dim_value") for d in dims):
+            return math.inf
+        sizes.append(math.prod(d.dim_value for d in dims))
+    return max(sizes)
 
 
 _SINCE_19, _SINCE_21 = ([helper.make_opsetid("", version)] for version in (19, 21))
 """For nodes that the evaluator has since then, and that have meant the same since they are there."""
-
-
-def _product(lengths: NumPyArray) -> float:
-    return math.prod(abs(float(n)) for n in lengths.reshape(-1)[:64])
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -227,12 +282,13 @@ def tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from (a.t for node in graph.node if node.op_type == "Constant" for a in node.attribute if a.HasField("t"))
 
 
-_CONSTANTS = ("value", "value_float", "value_floats", "value_int", "value_ints")
+_SHORT = 64
+_CONSTANTS = ("value", "sparse_value", "value_float", "value_floats", "value_int", "value_ints")
 
 
 def _constant(node: onnx.NodeProto, file: File) -> NumPyArray:
     (attribute,) = (a for a in node.attribute if a.name in _CONSTANTS)
-    if attribute.name == "value":
-        return file.read(attribute.t)
+    if attribute.name in ("value", "sparse_value"):
+        return file.read(attribute.t if attribute.name == "value" else attribute.sparse_tensor)
     kind: Any = numpy.float32 if "float" in attribute.name else numpy.int64
     return numpy.asarray(helper.get_attribute_value(attribute), dtype=kind)

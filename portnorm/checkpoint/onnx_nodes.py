@@ -45,6 +45,7 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
 _USUAL = {"gate_activation": "Sigmoid", "activation": "Tanh", "output_activation": "Tanh"}
 _THROUGH = {"Squeeze": 0, "Unsqueeze": 0, "Transpose": 0, "Cast": 0, "Identity": 0, "Reshape": 0, "ScatterElements": 0, "Where": 1}
 """Operators that leave the steps in their order, and which of their inputs has them."""
+_WAY_OUT = "give the arrays as a mapping, or a file in which a tool such as onnxruntime's optimizer has made a constant of it"
 _DEPTH = 50
 _KNOWN = {"sigmoid": "sigmoid", "tanh": "tanh", "relu": "relu"}
 
@@ -119,7 +120,8 @@ class _Node:
         """The array `load` gives, which is made of the input `of`."""
         value = self.inputs[of]
         if not self.scope.is_constant(value):
-            return Stored.unreadable(key, f"node {self.name!r}: the input {of} is computed in the graph; expected a constant", self.said)
+            why = f"the input {of} is computed in the graph; expected a constant, and it comes from {self.scope.maker(value)}"
+            return Stored.unreadable(key, f"node {self.name!r}: {why}; {_WAY_OUT}", self.said)
         if "DequantizeLinear" in self.scope.operators(value):
             self._note(f"{of} is dequantized")
         loaded: list[NumPyArray] = []
