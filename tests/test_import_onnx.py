@@ -81,6 +81,36 @@ def test_attributes_that_no_layer_has_are_named(
         imported(model, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("functions", "numbers", "strange", "answer"),
+    [
+        (["HardSigmoid", "Tanh", "Relu"], {"activation_alpha": [0.3]}, ["gate_activation"], {"gate_activation": "hard_sigmoid_5"}),
+        (["Sigmoid", "Elu", "Relu"], {}, ["activation"], {"activation": "relu"}),
+        (["Elu", "HardSigmoid", "Relu"], {"activation_alpha": [0.7, 0.2]}, ["gate_activation"], {"gate_activation": "sigmoid"}),
+        (
+            ["Softsign", "Relu", "Affine"],
+            {"activation_alpha": [0.3], "activation_beta": [0.1]},
+            ["gate_activation", "output_activation"],
+            {"gate_activation": "sigmoid", "output_activation": "relu"},
+        ),
+    ],
+)
+def test_each_function_that_no_layer_has_needs_an_answer_of_its_own(
+    functions: list[str], numbers: dict[str, Any], strange: list[str], answer: dict[str, str], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    model = onnx_model("LSTM", weights("LSTM", rng), ("x", "W", "R", "B"), hidden_size=H, activations=functions, **numbers)
+    asked = " and ".join(f"{field}=…" for field in strange)
+    fields = ["gate_activation", "activation", "output_activation"]
+    others = {field: "tanh" for field in fields if field not in strange}
+    for said in ({}, others, dict(list(answer.items())[1:])):
+        with pytest.raises(pn.CheckpointError, match=f"a_node.*activations=.*say {asked} yourself"):
+            imported(model, tmp_path, **said)
+    variant = pn.import_checkpoint(tmp_path / "m.onnx", **answer).variant
+    known = {"Sigmoid": "sigmoid", "Tanh": "tanh", "Relu": "relu", "HardSigmoid": "hard_sigmoid_5"}
+    for field, function in zip(fields, functions, strict=True):
+        assert getattr(variant, field) == answer.get(field, known.get(function))
+
+
 def test_an_attribute_nobody_knows_is_named(tmp_path: Path, rng: np.random.Generator) -> None:
     model = onnx_model("GRU", weights("GRU", rng), ("x", "W", "R", "B"), hidden_size=H, dropout=0.5)
     with pytest.raises(pn.CheckpointError, match=r"a_node.*dropout=0\.5, which is not known here.*ignore=\('dropout',\)"):

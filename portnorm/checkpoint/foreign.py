@@ -301,10 +301,11 @@ class _Reader:
                 hint = f"did you mean {near[0]!r}? There are " if near else "expected one of "
                 kinds = f"{self.row.layer}{' and fields of its Variant' if fields_ else ''}"
                 raise UnsupportedError(f"`{name}` is no argument of {kinds}; {hint}{', '.join(sorted(own | fields_))}")
-        for name, (why, ours) in self.said.refused.items():
-            answered = {*config, *self.row.changes} & set(ours) or (ours and not any(self._takes(o) for o in ours))
+        for name, (why, ours, every) in self.said.refused.items():
+            said = [o in {*config, *self.row.changes} for o in ours]
+            answered = bool(ours) and ((all if every else any)(said) or not any(self._takes(o) for o in ours))
             if name not in self.ignore and not answered:
-                instead = f"say {' or '.join(f'{o}=…' for o in ours)} yourself, or " if ours else ""
+                instead = f"say {(' and ' if every else ' or ').join(f'{o}=…' for o in ours)} yourself, or " if ours else ""
                 raise CheckpointError(f"{self.said.title} has {why}; {instead}pass ignore=({name!r},) where that makes no difference")
         backward = backward_key(self.fit, self.arrays)
         if backward is not None and "direction" not in {**self.said.values, **config}:

@@ -43,6 +43,15 @@ _FUNCTIONS: dict[str, tuple[str, ...]] = {
     "RNN": ("activation",),
 }
 _USUAL = {"gate_activation": "Sigmoid", "activation": "Tanh", "output_activation": "Tanh"}
+_NUMBERS: dict[str, tuple[float, ...]] = {
+    "hardsigmoid": (0.2, 0.5),
+    "leakyrelu": (0.01,),
+    "thresholdedrelu": (1.0,),
+    "elu": (1.0,),
+    "affine": (1.0, 0.0),
+    "scaledtanh": (1.0, 1.0),
+}
+"""Functions that take numbers, one after the other out of activation_alpha and activation_beta, and the usual ones."""
 _THROUGH = {"Squeeze": 0, "Unsqueeze": 0, "Transpose": 0, "Cast": 0, "Identity": 0, "Reshape": 0, "ScatterElements": 0, "Where": 1}
 """Operators that leave the steps in their order, and which of their inputs has them."""
 _WAY_OUT = "give the arrays as a mapping, or a file in which a tool such as onnxruntime's optimizer has made a constant of it"
@@ -113,8 +122,8 @@ class _Node:
             self._refuse(name, f"{name}={_text(value)}, which is not known here")
         return found
 
-    def _refuse(self, name: str, why: str, *ours: str) -> None:
-        self.said.refused[name] = Refusal(why, ours)
+    def _refuse(self, name: str, why: str, *ours: str, every: bool = False) -> None:
+        self.said.refused[name] = Refusal(why, ours, every)
 
     def _stored(self, key: str, of: str, load: Callable[[], NumPyArray]) -> Stored:
         """The array `load` gives, which is made of the input `of`."""
@@ -228,24 +237,24 @@ class _Node:
         found = []
         for name in names:
             low = name.lower()
-            if low == "hardsigmoid":
-                alpha, beta = (numbers[k].pop(0) if numbers[k] else usual for k, usual in (("alpha", 0.2), ("beta", 0.5)))
-                slope = next((n for n in (5, 6) if abs(alpha - 1 / n) < 1e-6 and beta == 0.5), None)
-                found.append(f"hard_sigmoid_{slope}" if slope else f"HardSigmoid({alpha:g}, {beta:g})")
-            else:
-                found.append(_KNOWN.get(low, name))
-        sides = [tuple(found[k : k + len(fields)]) for k in range(0, len(found), len(fields))]
+            own = [numbers[k].pop(0) if numbers[k] else usual for k, usual in zip(numbers, _NUMBERS.get(low, ()), strict=False)]
+            slope = next((n for n in (5, 6) if low == "hardsigmoid" and abs(own[0] - 1 / n) < 1e-6 and own[1] == 0.5), None)
+            plain = _KNOWN.get(low, f"{name}({', '.join(f'{n:g}' for n in own)})" if own else name)
+            found.append(f"hard_sigmoid_{slope}" if slope else plain)
         known = {*_KNOWN.values(), "hard_sigmoid_5", "hard_sigmoid_6"}
-        strange = sorted({f for f in found if f not in known})
-        if len(sides) != directions or len(set(sides)) != 1 or strange or any(numbers.values()):
+        fits = len(found) == directions * len(fields) and not any(numbers.values())
+        each = {field: found[k :: len(fields)] for k, field in enumerate(fields)}
+        strange = {field: own for field, own in each.items() if not fits or len(set(own)) != 1 or own[0] not in known}
+        self.said.values |= {field: own[0] for field, own in each.items() if field not in strange}
+        if strange:
+            which = ", ".join(f"{field} is {' and '.join(own) or 'missing'}" for field, own in strange.items())
             self._refuse(
                 "activations",
-                f"activations={names!r}{f' with {numbers}' if any(numbers.values()) else ''}; expected, for every direction alike, "
-                f"{len(fields)} of {', '.join(sorted(known))}",
-                *fields,
+                f"activations={names!r}{f' with {numbers}' if any(numbers.values()) else ''}, of which {which}; expected, for every "
+                f"direction alike, {len(fields)} of {', '.join(sorted(known))}",
+                *strange,
+                every=True,
             )
-        else:
-            self.said.values |= dict(zip(fields, sides[0], strict=True))
 
     def _states(self, directions: int, batch_first: bool) -> None:
         if "sequence_lens" in self.inputs:

@@ -25,6 +25,8 @@ class Refusal(NamedTuple):
     why: str
     ours: tuple[str, ...] = ()
     """Arguments here that say it instead."""
+    every: bool = False
+    """Whether each of them stands for a part, so that all have to be said."""
 
 
 @dataclass
