@@ -239,6 +239,38 @@ def test_momentum_of_batch_normalization(momentum: float | None, tmp_path: Path,
         imported(onnx_model("BatchNormalization", arrays, ("x", *arrays), training_mode=1), tmp_path)
 
 
+STASHED = {"LayerNormalization": {}, "RMSNormalization": {}, "GroupNormalization": {"num_groups": 2}}
+
+
+@pytest.mark.parametrize("operator", STASHED)
+@pytest.mark.parametrize(
+    ("stash", "kind", "named"),
+    [
+        (None, "float32", None),
+        (1, "float32", None),
+        (11, "float64", None),
+        (11, "float32", r"stash_type=11 \(double\)"),
+        (10, "float32", r"stash_type=10 \(float16\)"),
+        (16, "float32", r"stash_type=16 \(bfloat16\)"),
+        (99, "float32", r"stash_type=99 \(no type\)"),
+    ],
+)
+def test_the_type_of_statistics(operator: str, stash: int | None, kind: str, named: str | None, tmp_path: Path, rng: Any) -> None:
+    names = ("scale",) if operator == "RMSNormalization" else ("scale", "bias")
+    arrays = {n: rng.uniform(0.5, 1.5, 6).astype(kind) for n in names}
+    attributes = {**STASHED[operator], **({} if stash is None else {"stash_type": stash})}
+    model = onnx_model(operator, arrays, ("x", *names), **attributes)
+    if named is not None:
+        with pytest.raises(pn.CheckpointError, match=f"a_node.*{named}.*expected 1.*ignore=\\('stash_type',\\)"):
+            imported(model, tmp_path)
+        imported(model, tmp_path, ignore=("stash_type",))
+        return
+    x = rng.standard_normal((4, 6, 6)).astype(kind)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.DOUBLE if kind == "float64" else TensorProto.FLOAT
+    np.testing.assert_allclose(imported(model, tmp_path)(x), run_onnx(model, x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("operator", ["LayerNormalization", "RMSNormalization"])
 @pytest.mark.parametrize(("axis", "known"), [(-1, True), (2, True), (-2, True), (1, True), (2, False), (1, "scale of one axis")])
 def test_axis(operator: str, axis: int, known: Any, tmp_path: Path, rng: np.random.Generator) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 import onnx
-from onnx import helper, inliner, shape_inference
+from onnx import TensorProto, helper, inliner, shape_inference
 
 from portnorm.checkpoint.onnx_constants import File, Scope, graphs
 from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
@@ -293,8 +293,16 @@ class _Node:
     def _normalization(self) -> Iterator[tuple[str, str, Callable[[], NumPyArray]]]:
         values = self.said.values
         values["eps"] = float(self.attributes.pop("epsilon", 1e-5))
-        for inert in ("stash_type", "consumed_inputs"):
-            self.attributes.pop(inert, None)
+        self.attributes.pop("consumed_inputs", None)
+        stash = self.attributes.pop("stash_type", TensorProto.FLOAT)
+        if stash != TensorProto.FLOAT:
+            try:
+                kind = TensorProto.DataType.Name(stash).lower()
+            except ValueError:
+                kind = "no type"
+            wide = stash == TensorProto.DOUBLE and self._is_constant("scale") and self.scope.shape(self.inputs["scale"])[1] == "float64"
+            if not wide:
+                self._refuse("stash_type", f"stash_type={stash} ({kind}), the type of its statistics; expected 1 (float), as they are here")
         groups, lengths = None, None
         if self.operator == "BatchNormalization":
             values["momentum"] = round(1.0 - float(self.attributes.pop("momentum", 0.9)), 7)
