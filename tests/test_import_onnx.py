@@ -229,6 +229,84 @@ def test_first_states_that_differ_within_the_batch_are_named(operator: str, tmp_
     np.testing.assert_allclose(layer(x, tuple(values.values()))[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
 
 
+def stepping(kind: str, operator: str, rng: np.random.Generator, first: str = "zeros", **scan: Any) -> Any:
+    """A model whose `Scan` or `Loop` computes one step after another by the operator, and carries its states."""
+    info, states, arrays = helper.make_tensor_value_info, STATES[operator], weights(operator, rng)
+    rows = rng.standard_normal((1, 3 if first == "each its own" else 1, H)).astype("float32") * np.float32(first != "zeros")
+    arrays |= {s: np.repeat(rows, 3 // rows.shape[1], 1) for s in states}
+    arrays |= {"zero": np.array([0]), "count": np.array(6), "true": np.array(True), "half": np.float32(0.5)}
+    after = [s.replace("initial", "next") for s in states]
+    step = helper.make_node(operator, ["step_x", "W", "R", "B", "", *(f"{s}_c" for s in states)], ["", *after], name="cell", hidden_size=H)
+    nodes, carried = [step, helper.make_node("Squeeze", [after[0], "zero"], ["step_y"])], list(after)
+    if first == "changed":
+        nodes.append(helper.make_node("Mul", [after[0], "half"], ["halved"]))
+        carried[0] = "halved"
+    before = [info(f"{s}_c", TensorProto.FLOAT, [1, 3, H]) for s in states]
+    results = [*(info(n, TensorProto.FLOAT, [1, 3, H]) for n in carried), info("step_y", TensorProto.FLOAT, [3, H])]
+    last = [s.replace("initial", "last") for s in states]
+    if kind == "Scan":
+        body = helper.make_graph(
+            [helper.make_node("Unsqueeze", ["one", "zero"], ["step_x"]), *nodes],
+            "body",
+            [*before, info("one", TensorProto.FLOAT, [3, D])],
+            results,
+        )
+        around = helper.make_node("Scan", [*states, "x"], [*last, "y"], name="along", body=body, num_scan_inputs=1, **scan)
+    else:
+        nodes = [
+            helper.make_node("Gather", ["x", "k"], ["one"], axis=0),
+            helper.make_node("Unsqueeze", ["one", "zero"], ["step_x"]),
+            *nodes,
+            helper.make_node("Identity", ["go"], ["go_on"]),
+        ]
+        before = [info("k", TensorProto.INT64, []), info("go", TensorProto.BOOL, []), *before]
+        body = helper.make_graph(nodes, "body", before, [info("go_on", TensorProto.BOOL, []), *results])
+        around = helper.make_node("Loop", ["count", "true", *states], [*last, "y"], name="again", body=body)
+    graph = helper.make_graph(
+        [around],
+        "g",
+        [info("x", TensorProto.FLOAT, [None, None, D])],
+        [info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("operator", GATES)
+@pytest.mark.parametrize("kind", ["Scan", "Loop"])
+@pytest.mark.parametrize("first", ["zeros", "constant", "each its own", "changed"])
+def test_first_states_that_a_body_carries(first: str, kind: str, operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    model = stepping(kind, operator, rng, first)
+    if first in ("each its own", "changed"):
+        why = "differs within the batch" if first == "each its own" else f"the {kind} around carries from run to run, and changes"
+        with pytest.raises(pn.CheckpointError, match=rf"cell.*first state of its own \(initial_h is not zero\), which {why}"):
+            imported(model, tmp_path)
+        return
+    layer, x = imported(model, tmp_path), rng.standard_normal((6, 3, D)).astype("float32")
+    assert layer.learned_state == (first == "constant")
+    assert f"initial_h is carried from run to run by the {kind} around" in layer.provenance
+    np.testing.assert_allclose(layer(x)[0], run_onnx(model, x), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_weights_that_a_body_hands_on_as_they_are(changed: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    model = stepping("Loop", "GRU", rng)
+    (around,) = model.graph.node
+    body = next(a.g for a in around.attribute if a.name == "body")
+    around.input.append("W")
+    around.output.insert(1, "W_last")
+    body.input.append(helper.make_tensor_value_info("W_c", TensorProto.FLOAT, [1, 3 * H, D]))
+    body.output.insert(2, helper.make_tensor_value_info("W_next", TensorProto.FLOAT, [1, 3 * H, D]))
+    body.node.append(helper.make_node("Neg" if changed else "Identity", ["W_c"], ["W_next"]))
+    next(n for n in body.node if n.op_type == "GRU").input[1] = "W_c"
+    if changed:
+        with pytest.raises(pn.CheckpointError, match=r"the input W is computed .*'W_c', an input of the body of Loop 'again'"):
+            imported(model, tmp_path)
+        return
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    np.testing.assert_allclose(imported(model, tmp_path)(x)[0], run_onnx(model, x), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
 @pytest.mark.parametrize("momentum", [None, 0.75])
 def test_momentum_of_batch_normalization(momentum: float | None, tmp_path: Path, rng: np.random.Generator) -> None:
     arrays = {n: rng.uniform(0.5, 1.5, 6).astype("float32") for n in ("scale", "bias", "mean", "var")}

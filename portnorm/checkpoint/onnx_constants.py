@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +33,89 @@ _SPARSE = 2**26
 """Entries that an array of a `sparse_initializer` may have."""
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What an input of a body is given by the node around it."""
+
+    node: onnx.NodeProto
+    scope: Scope
+    """Of the graph around."""
+    name: str
+    """Of the value there."""
+    kind: str
+    """`"carried"` from run to run, a `"slice"` of a value, or the `"count"` of runs and their condition."""
+    axis: int | None = 0
+    """Along which a slice is taken."""
+    backwards: bool = False
+    """Whether the last slice is the first one."""
+    after: str = ""
+    """The output of the body that the next run takes."""
+
+
+def entries(node: onnx.NodeProto, body: onnx.GraphProto, scope: Scope) -> dict[str, Entry]:
+    """What a body is given, by the names of its inputs."""
+    inputs, outputs = [i.name for i in body.input], [o.name for o in body.output]
+    if node.op_type == "Loop":
+        given = [*node.input[2:]]
+        carried = zip(inputs[2:], given, outputs[1:], strict=False)
+        return {name: Entry(node, scope, "", "count") for name in inputs[:2]} | {
+            name: Entry(node, scope, outside, "carried", after=after) for name, outside, after in carried
+        }
+    if node.op_type != "Scan":
+        return {}
+    said = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    given = list(node.input)[
+        scope.file.version() < 9 :
+    ]  # lengths come first in operator set 8, whose values have the batch before the steps
+    states = len(given) - int(said.get("num_scan_inputs", 0))
+    found = {
+        name: Entry(node, scope, outside, "carried", after=after)
+        for name, outside, after in zip(inputs[:states], given, outputs, strict=False)
+    }
+    backwards, axes = said.get("scan_input_directions", said.get("directions", ())), said.get("scan_input_axes", ())
+    for k, (name, outside) in enumerate(zip(inputs[states:], given[states:], strict=False)):
+        axis = None if scope.file.version() < 9 else int(axes[k]) if k < len(axes) else 0
+        found[name] = Entry(node, scope, outside, "slice", axis, k < len(backwards) and bool(backwards[k]))
+    return found
+
+
 class Scope:
     """The names of a graph, inside those of the graph around it."""
 
-    def __init__(self, graph: onnx.GraphProto, outer: Scope | None, file: File):
-        self.outer, self.file = outer, file
+    def __init__(self, graph: onnx.GraphProto, outer: Scope | None, file: File, around: onnx.NodeProto | None = None):
+        self.graph, self.outer, self.file, self.around = graph, outer, file, around
         self.tensors: dict[str, onnx.TensorProto | onnx.SparseTensorProto] = {t.name: t for t in graph.initializer}
         self.tensors |= {t.values.name: t for t in graph.sparse_initializer}
         self.nodes = {name: node for node in graph.node for name in node.output if name}
         self.own = {*self.tensors, *self.nodes, *(i.name for i in graph.input)}
+        self.entries = {} if outer is None or around is None else entries(around, graph, outer)
         self.values: dict[str, NumPyArray] = {}
         self.known: dict[str, bool] = {}
         self.made_by: dict[str, frozenset[str]] = {}
         self.starts: dict[str, str] = {}
         self.varying: dict[str, bool] = {}
 
-    def home(self, name: str) -> Scope | None:
-        """The scope that a name belongs to."""
-        return self if name in self.own else None if self.outer is None else self.outer.home(name)
+    def at(self, name: str) -> tuple[Scope | None, str]:
+        """The scope that a name belongs to, and what it is called there; what a body hands on as it is belongs to the graph around."""
+        if name not in self.own:
+            return (None, name) if self.outer is None else self.outer.at(name)
+        entry = self.entries.get(name)
+        if entry is None or not entry.name or self._unchanged(entry.after) != name:
+            return self, name
+        return entry.scope.at(entry.name)
+
+    def _unchanged(self, name: str) -> str:
+        """What a value is called before nodes that do nothing."""
+        for _ in range(_DEPTH):
+            node = self.nodes.get(name)
+            if node is None or node.op_type != "Identity":
+                break
+            name = node.input[0]
+        return name
 
     def is_constant(self, name: str, depth: int = 0) -> bool:
         """Whether a value can be known before the graph runs."""
-        scope = self.home(name)
+        scope, name = self.at(name)
         if scope is None or depth > _DEPTH:
             return False
         if name not in scope.known:
@@ -65,17 +127,18 @@ class Scope:
 
     def maker(self, name: str, depth: int = 0) -> str:
         """Why a value is no constant: what it comes from, in words."""
-        scope = self.home(name)
+        scope, name = self.at(name)
         node = None if scope is None else scope.nodes.get(name)
         if scope is None or node is None or depth > _DEPTH:
-            return f"{name!r}, an input of {'the graph' if scope is None or scope.outer is None else 'a body'}"
+            around = None if scope is None else scope.around
+            return f"{name!r}, an input of the {'graph' if around is None else f'body of {around.op_type} {around.name!r}'}"
         if (why := _hinders(node)) is not None:
             return f"the node {node.name or name!r} ({node.op_type}), {why}"
         return scope.maker(next((i for i in node.input if i and not self.is_constant(i)), ""), depth + 1)
 
     def operators(self, name: str) -> frozenset[str]:
         """The operators that a constant is made by."""
-        scope = self.home(name)
+        scope, name = self.at(name)
         assert scope is not None
         if name not in scope.made_by:
             node = None if name in scope.tensors else scope.nodes[name]
@@ -85,7 +148,7 @@ class Scope:
 
     def shape(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and type of a constant."""
-        scope = self.home(name)
+        scope, name = self.at(name)
         assert scope is not None
         if name in scope.tensors:
             tensor = scope.tensors[name]
@@ -96,7 +159,7 @@ class Scope:
 
     def value(self, name: str) -> NumPyArray:
         """A constant's values."""
-        scope = self.home(name)
+        scope, name = self.at(name)
         assert scope is not None
         if name in scope.tensors:
             return self.file.read(scope.tensors[name])
@@ -114,8 +177,12 @@ class Scope:
         """What a first state is: "zeros", "learned" (values that are in the file), "given" by whoever runs the graph, or "computed"."""
         if self.is_constant(name):
             return "learned" if numpy.any(self.value(name)) else "zeros"
-        scope = self.home(name)
+        scope, name = self.at(name)
         node = None if scope is None else scope.nodes.get(name)
+        entry = None if scope is None else scope.entries.get(name)
+        if entry is not None and depth <= _DEPTH:
+            kind = entry.scope.start(entry.name, depth + 1) if entry.name else "computed"
+            return "computed" if kind == "learned" and entry.kind == "slice" else kind
         if scope is None or node is None or depth > _DEPTH:
             return "given"
         if name not in scope.starts:
@@ -126,8 +193,10 @@ class Scope:
         """The values of a first state that are in the file, before they are repeated for a batch; `None` where they cannot be known."""
         if self.is_constant(name):
             return self.value(name)
-        scope = self.home(name)
+        scope, name = self.at(name)
         node = None if scope is None else scope.nodes.get(name)
+        if scope is not None and name in scope.entries:
+            return scope.entries[name].scope.first(scope.entries[name].name)
         if scope is None or node is None or node.op_type not in _FOLLOWED:
             return None
         inner = scope.first(next((i for i in node.input[:2] if self.start(i) == "learned"), node.input[0]))
@@ -136,6 +205,28 @@ class Scope:
         if inner.ndim != (2 if node.op_type == "Unsqueeze" else 3) or not all(scope.is_constant(i) for i in node.input[1:] if i):
             return None
         return self.file.run(node, [inner, *(scope.value(i) if i else None for i in node.input[1:])])[0]
+
+    def carried(self, name: str, depth: int = 0) -> Entry | None:
+        """The value that a `Loop` or `Scan` carries from run to run, where a first state is made of one."""
+        scope, name = self.at(name)
+        if scope is None or depth > _DEPTH:
+            return None
+        entry, node = scope.entries.get(name), scope.nodes.get(name)
+        if node is not None and node.op_type in _MOVED | {"Add"}:
+            found = (scope.carried(i, depth + 1) for i in (node.input if node.op_type in ("Concat", "Add") else node.input[:1]))
+            entry = next((e for e in found if e is not None), None)
+        return entry if entry is not None and entry.kind == "carried" else None
+
+    def is_made_of(self, name: str, wanted: Collection[str], depth: int = 0) -> bool:
+        """Whether a value is one of some values, but for its layout and for sequences that have ended."""
+        if name in wanted:
+            return True
+        scope, name = self.at(name)
+        node = None if scope is None else scope.nodes.get(name)
+        if scope is None or node is None or depth > 20 or node.op_type not in _MOVED | {"Where"}:
+            return False
+        data = {"Where": node.input[1:], "Concat": node.input}.get(node.op_type, node.input[:1])
+        return any(scope.is_made_of(i, wanted, depth + 1) for i in data)
 
     def _start_of(self, node: onnx.NodeProto, depth: int) -> str:
         if node.op_type == "ConstantOfShape":
@@ -159,7 +250,7 @@ class Scope:
         return any(self._is_varying(i, depth + 1) for i in node.input if i and not self.is_constant(i))
 
     def _is_varying(self, name: str, depth: int) -> bool:
-        scope = self.home(name)
+        scope, name = self.at(name)
         node = None if scope is None else scope.nodes.get(name)
         if scope is None or node is None:
             return True

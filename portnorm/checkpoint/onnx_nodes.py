@@ -83,16 +83,16 @@ def _nodes(model: onnx.ModelProto, path: Path) -> Iterator[tuple[onnx.NodeProto,
     """(node, its scope, the way to it) of all nodes that are read."""
     file = File(path, model)
 
-    def walk(graph: onnx.GraphProto, outer: Scope | None, way: str) -> Iterator[tuple[onnx.NodeProto, Scope, str]]:
-        scope = Scope(graph, outer, file)
-        for k, node in enumerate(graph.node):
+    def walk(scope: Scope, way: str) -> Iterator[tuple[onnx.NodeProto, Scope, str]]:
+        for k, node in enumerate(scope.graph.node):
             if node.op_type in INPUTS and node.domain in ("", "ai.onnx", "com.microsoft"):
                 yield node, scope, way
             for attribute in node.attribute:
                 if attribute.type == onnx.AttributeProto.GRAPH:
-                    yield from walk(attribute.g, scope, f"{way}{node.name or f'{node.op_type}{k}'}/{attribute.name}/")
+                    inside = Scope(attribute.g, scope, file, node)
+                    yield from walk(inside, f"{way}{node.name or f'{node.op_type}{k}'}/{attribute.name}/")
 
-    yield from walk(model.graph, None, "")
+    yield from walk(Scope(model.graph, None, file), "")
 
 
 class _Node:
@@ -216,7 +216,7 @@ class _Node:
 
     def _is_turned(self, name: str, depth: int = 0) -> bool:
         """Whether the graph turns an input around before the node: by a step of -1, or by places that count down."""
-        scope = self.scope.home(name)
+        scope, name = self.scope.at(name)
         n = None if scope is None else scope.nodes.get(name)
         if scope is None or n is None or depth > _DEPTH:
             return False
@@ -264,6 +264,16 @@ class _Node:
                 self._note("sequence_lens is `lengths` of a call")
         kinds = {key: self.scope.start(self.inputs[key]) for key in ("initial_h", "initial_c") if key in self.inputs}
         for key, kind in kinds.items():
+            entry = self.scope.carried(self.inputs[key])
+            own = self.node.output[:2] if key == "initial_h" else self.node.output[2:]
+            if entry is not None and not self.scope.is_made_of(entry.after, [name for name in own if name]):
+                if kind in ("learned", "computed"):
+                    why = f"which the {entry.node.op_type} around carries from run to run, and changes"
+                    self._refuse(key, f"a first state of its own ({key} is not zero), {why}; a call takes it as `state`")
+                    continue
+                kind = "given"
+            elif entry is not None:
+                self._note(f"{key} is carried from run to run by the {entry.node.op_type} around, as the `state` of calls is")
             if kind == "given":
                 self._note(f"{key} is in the `state` of a call")
             elif kind == "computed":
