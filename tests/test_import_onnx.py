@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -761,6 +762,320 @@ def test_damaged_bytes_give_a_layer_or_one_family_of_errors(kind: str, tmp_path:
         (tmp_path / "m.onnx").write_bytes(bytes(damaged))
         with contextlib.suppress(pn.PortnormError):
             assert isinstance(pn.import_checkpoint(tmp_path / "m.onnx"), pn.Layer)
+
+
+# -- what lies around a node ---------------------------------------------------------------------------------------------------------------
+
+STEPS = 6
+Nodes = list[tuple[str, list[str], list[str], dict[str, Any]]]
+DOWN = np.arange(STEPS)[::-1].copy()
+
+
+def around(
+    rng: np.random.Generator,
+    before: Nodes,
+    after: Nodes = (),  # type: ignore[assignment]
+    numbers: dict[str, Any] | None = None,
+    *,
+    operator: str = "LSTM",
+    **attributes: Any,
+) -> Any:
+    """A model that makes `xr` of `x`, `y` of it by the operator, and `out` of `y`; `out` is `y` where there is nothing after."""
+    count = 2 if attributes.get("direction") == "bidirectional" else 1
+    model = onnx_model(operator, {**weights(operator, rng, count), **(numbers or {})}, ("x", "W", "R", "B"), hidden_size=H, **attributes)
+    (node,) = model.graph.node
+    node.input[0] = "xr" if before else "x"
+    made = [helper.make_node(kind, i, o, **more) for kind, i, o, more in (*before, *after)]
+    del model.graph.node[:]
+    model.graph.node.extend([*made[: len(before)], node, *made[len(before) :]])
+    if after:
+        model.graph.output[0].name = "out"
+    return model
+
+
+SLICE: Nodes = [("Slice", ["x", "minus", "far", "zero", "minus"], ["xr"], {})]
+AT = {"minus": np.array([-1]), "far": np.array([-100]), "zero": np.array([0]), "down": DOWN, "one": np.array([1])}
+TURNED: dict[str, tuple[str, Nodes]] = {
+    "Slice": ("Slice", SLICE),
+    "Slice before a Transpose and back": (
+        "Slice",
+        [
+            ("Transpose", ["x"], ["x1"], {"perm": [1, 2, 0]}),
+            ("Slice", ["x1", "minus", "far", "minus", "minus"], ["x2"], {}),
+            ("Transpose", ["x2"], ["xr"], {"perm": [2, 0, 1]}),
+        ],
+    ),
+    "Slice behind what computes each step": (
+        "Slice",
+        [("Slice", SLICE[0][1], ["x1"], {}), ("Relu", ["x1"], ["x2"], {}), ("Mul", ["x2", "half"], ["xr"], {})],
+    ),
+    "Gather": ("Gather", [("Gather", ["x", "down"], ["xr"], {"axis": 0})]),
+    "Gather by places that count down": (
+        "Gather",
+        [("Range", ["last", "minus_0", "minus_0"], ["places"], {}), ("Gather", ["x", "places"], ["xr"], {"axis": 0})],
+    ),
+    "GatherND": ("GatherND", [("Unsqueeze", ["down", "one"], ["places"], {}), ("GatherND", ["x", "places"], ["xr"], {})]),
+    "GatherElements": (
+        "GatherElements",
+        [
+            ("Shape", ["x"], ["shape"], {}),
+            ("Unsqueeze", ["down", "axes"], ["places"], {}),
+            ("Expand", ["places", "shape"], ["wide"], {}),
+            ("GatherElements", ["x", "wide"], ["xr"], {"axis": 0}),
+        ],
+    ),
+    "ReverseSequence": ("ReverseSequence", [("ReverseSequence", ["x", "lengths"], ["xr"], {"time_axis": 0, "batch_axis": 1})]),
+    "Split and Concat": (
+        "Concat",
+        [
+            ("Split", ["x"], [f"p{k}" for k in range(STEPS)], {"axis": 0, "num_outputs": STEPS}),
+            ("Concat", [f"p{k}" for k in DOWN], ["xr"], {"axis": 0}),
+        ],
+    ),
+    "steps one by one": (
+        "Concat",
+        [
+            *(("Gather", ["x", f"n{k}"], [f"g{k}"], {"axis": 0}) for k in range(STEPS)),
+            *(("Unsqueeze", [f"g{k}", "zero"], [f"u{k}"], {}) for k in range(STEPS)),
+            ("Concat", [f"u{k}" for k in DOWN], ["xr"], {"axis": 0}),
+        ],
+    ),
+}
+NUMBERS = {
+    **AT,
+    "half": np.float32(1),
+    "last": np.array(STEPS - 1),
+    "minus_0": np.array(-1),
+    "axes": np.array([1, 2]),
+    "lengths": np.full(3, STEPS),
+    **{f"n{k}": np.array(k) for k in range(STEPS)},
+}
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("operator", GATES)
+@pytest.mark.parametrize("kind", TURNED)
+def test_steps_that_the_graph_around_turns_are_named(
+    kind: str, operator: str, back: bool, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    by, before = TURNED[kind]
+    after: Nodes = [("Slice", ["y", "minus", "far", "zero", "minus"], ["out"], {})] if back else []
+    model = around(rng, before, after, NUMBERS, operator=operator)
+    direction: Any = "reverse" if back else "backwards"
+    named = rf"a_node.*goes from the last step to the first, or in another order, by {by} of the graph around.*direction={direction!r} here"
+    with pytest.raises(pn.CheckpointError, match=named):
+        imported(model, tmp_path)
+    x = np.abs(rng.standard_normal((STEPS, 3, D)).astype("float32"))
+    layer = pn.import_checkpoint(tmp_path / "m.onnx", direction=direction)
+    np.testing.assert_allclose(layer(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [("Split", ["x"], ["a", "b"], {"axis": 0, "num_outputs": 2}), ("Concat", ["a", "b"], ["xr"], {"axis": 0})],
+        [("Slice", ["x", "minus", "far", "one", "minus"], ["xr"], {})],  # of the batch
+        [("Gather", ["x", "places"], ["xr"], {"axis": 2})],
+        [("Gather", ["x", "up"], ["xr"], {"axis": 0})],
+        [("Range", ["n0", "last", "n1"], ["some"], {}), ("Gather", ["x", "some"], ["xr"], {"axis": 0})],
+        [("Split", ["x"], ["a", "b"], {"axis": 2, "num_outputs": 2}), ("Concat", ["b", "a"], ["xr"], {"axis": 2})],
+        [("Transpose", ["x"], ["a"], {"perm": [2, 1, 0]}), ("Transpose", ["a"], ["xr"], {"perm": [2, 1, 0]})],
+    ],
+)
+def test_steps_that_stay_in_their_order_are_taken(before: Nodes, tmp_path: Path, rng: np.random.Generator) -> None:
+    numbers = {**NUMBERS, "places": np.arange(D)[::-1].copy(), "up": np.array([0, 2, 2, 5])}
+    layer = imported(around(rng, before, (), numbers), tmp_path)  # type: ignore[arg-type]
+    assert isinstance(layer, pn.LSTM)
+    assert layer.direction == "forward"
+    assert not layer.batch_first
+
+
+def test_steps_that_a_table_is_asked_for_in_another_order_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    before: Nodes = [
+        ("Slice", ["x", "minus", "far", "zero", "minus"], ["ids"], {}),
+        ("Gather", ["table", "ids"], ["xr"], {"axis": 0}),
+    ]
+    numbers = {**NUMBERS, "table": rng.standard_normal((9, D)).astype("float32")}
+    with pytest.raises(pn.CheckpointError, match="or in another order, by Slice of the graph around"):
+        imported(around(rng, before, (), numbers), tmp_path)
+    assert isinstance(imported(around(rng, [("Gather", ["table", "x"], ["xr"], {})], (), numbers), tmp_path), pn.LSTM)
+
+
+@pytest.mark.parametrize("operator", GATES)
+@pytest.mark.parametrize(("into", "out"), [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_directions_of_a_scan(into: int, out: int, operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    model = stepping("Scan", operator, rng, scan_input_directions=[into], scan_output_directions=[out])
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    expected, direction = run_onnx(model, x), {(0, 0): "forward", (1, 1): "reverse", (1, 0): "backwards"}.get((into, out))
+    if into:
+        with pytest.raises(pn.CheckpointError, match=rf"Scan \(scan_input_directions\) of the graph around.*direction={direction!r}"):
+            imported(model, tmp_path)
+        y = pn.import_checkpoint(tmp_path / "m.onnx", direction=direction)(x)[0]
+    else:
+        layer = imported(model, tmp_path)
+        assert ("Scan (scan_output_directions) of the graph around puts the steps of the output" in layer.provenance) == bool(out)
+        y = layer(x)[0][:: -1 if out else 1]
+    np.testing.assert_allclose(y, expected, rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+def test_a_loop_that_counts_down(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = stepping("Loop", "LSTM", rng)
+    body = next(a.g for a in model.graph.node[0].attribute if a.name == "body")
+    model.graph.initializer.append(numpy_helper.from_array(np.array(5), "five"))
+    next(n for n in body.node if n.op_type == "Gather").input[1] = "place"
+    body.node.insert(0, helper.make_node("Sub", ["five", "k"], ["place"]))
+    with pytest.raises(pn.CheckpointError, match="or in another order, by Gather of the graph around"):
+        imported(model, tmp_path)
+    x = rng.standard_normal((6, 3, D)).astype("float32")
+    y = pn.import_checkpoint(tmp_path / "m.onnx", direction="backwards")(x)[0]
+    np.testing.assert_allclose(y, run_onnx(model, x), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+SWAP = {"perm": [1, 0, 2]}
+ENTERS: Nodes = [("Transpose", ["x"], ["xr"], SWAP)]
+LEAVES: Nodes = [("Squeeze", ["y", "one"], ["y1"], {}), ("Transpose", ["y1"], ["out"], SWAP)]
+ORDERS: dict[str, tuple[Nodes, Nodes, dict[str, Any], bool, str]] = {
+    "both, as torch writes it": (ENTERS, LEAVES, {}, True, r"the graph around has its axes in the order \(batch, time, …\) \(Transpose\)"),
+    "both, of two directions": (
+        ENTERS,
+        [
+            ("Transpose", ["y"], ["y1"], {"perm": [0, 2, 1, 3]}),
+            ("Reshape", ["y1", "flat"], ["y2"], {}),
+            ("Transpose", ["y2"], ["out"], SWAP),
+        ],
+        {"direction": "bidirectional"},
+        True,
+        r"\(batch, time, …\) \(Transpose\)",
+    ),
+    "both, by shapes of the call": (
+        ENTERS,
+        [
+            ("Transpose", ["y"], ["y1"], {"perm": [0, 2, 1, 3]}),
+            ("Shape", ["xr"], ["shape"], {"end": 2}),
+            ("Concat", ["shape", "minus"], ["wide"], {"axis": 0}),
+            ("Reshape", ["y1", "wide"], ["y2"], {}),
+            ("Transpose", ["y2"], ["out"], SWAP),
+        ],
+        {},
+        True,
+        r"\(batch, time, …\) \(Transpose\)",
+    ),
+    "both, of a node that has the batch first": (
+        ENTERS,
+        [("Squeeze", ["y", "two"], ["y1"], {}), ("Transpose", ["y1"], ["out"], SWAP)],
+        {"layout": 1},
+        False,
+        r"\(time, batch, …\) \(Transpose\)",
+    ),
+    "the input alone": (ENTERS, LEAVES[:1], {}, False, r"as the node does; the input of the graph around is \(batch, time, …\)"),
+    "the output alone": ([], LEAVES, {}, False, r"as the node does; the output of the graph around is \(batch, time, …\)"),
+}
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+def test_the_order_of_axes_around(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    before, after, attributes, batch_first, said = ORDERS[kind]
+    after = [(op, i, ["out"] if k == len(after) - 1 else o, more) for k, (op, i, o, more) in enumerate(after)]
+    numbers = {**NUMBERS, "flat": np.array([0, 0, -1]), "two": np.array([2])}
+    model = around(rng, before, after, numbers, **attributes)
+    if attributes.get("layout"):  # which onnxruntime does not have
+        layer = imported(model, tmp_path)
+        assert layer.batch_first == batch_first
+        return
+    layer, x = imported(model, tmp_path), rng.standard_normal((5, 3, D)).astype("float32")
+    assert layer.batch_first == batch_first
+    assert re.search(said, layer.provenance)
+    own = x if batch_first or not before else x.transpose(1, 0, 2)
+    y = layer(own)[0]
+    y = y.transpose(1, 0, 2) if kind == "the output alone" else y
+    np.testing.assert_allclose(y, run_onnx(model, x), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+def test_the_order_of_axes_of_layers_that_follow_each_other_is_that_of_the_nodes(tmp_path: Path, rng: np.random.Generator) -> None:
+    """One after the other they fit, as their nodes do."""
+    model = around(rng, ENTERS, [("Squeeze", ["y", "one"], ["y1"], {})], NUMBERS)
+    again = weights("LSTM", rng)
+    again["W"] = rng.standard_normal((1, 4 * H, H)).astype("float32")
+    model.graph.initializer.extend(numpy_helper.from_array(a, f"{n}2") for n, a in again.items())
+    model.graph.node.append(helper.make_node("LSTM", ["y1", "W2", "R2", "B2"], ["z"], name="second", hidden_size=H))
+    model.graph.node.append(helper.make_node("Squeeze", ["z", "one"], ["z1"]))
+    model.graph.node.append(helper.make_node("Transpose", ["z1"], ["out"], **SWAP))
+    x = rng.standard_normal((5, 3, D)).astype("float32")
+    model.graph.output[0].name = "out"
+    layers = [imported(model, tmp_path, prefix=f"{name}/") for name in ("a_node", "second")]
+    assert [layer.batch_first for layer in layers] == [False, False]
+    y = layers[1](layers[0](x.transpose(1, 0, 2))[0])[0].transpose(1, 0, 2)
+    np.testing.assert_allclose(y, run_onnx(model, x), rtol=ONNX_OPERATOR, atol=5 * ONNX_OPERATOR)
+
+
+@pytest.mark.parametrize("operator", GATES)
+def test_axes_of_a_scan(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    model = stepping("Scan", operator, rng, scan_input_axes=[1], scan_output_axes=[1])
+    layer, x = imported(model, tmp_path), rng.standard_normal((3, 5, D)).astype("float32")
+    assert layer.batch_first
+    np.testing.assert_allclose(layer(x)[0], run_onnx(model, x), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+@pytest.mark.parametrize("operator", GATES)
+@pytest.mark.parametrize("arguments", [{"batch_first": True}, {"batch_first": True, "bidirectional": True}])
+def test_the_order_of_axes_of_an_export_comes_back(operator: str, arguments: dict[str, Any], tmp_path: Path, rng: Any) -> None:
+    layer = getattr(pn, operator)(D, H, rng=rng, **arguments)
+    pn.export(layer, tmp_path / "m.onnx")
+    first = next(n.name or f"node{k}" for k, n in enumerate(onnx.load(tmp_path / "m.onnx").graph.node) if n.op_type == operator)
+    assert pn.import_checkpoint(tmp_path / "m.onnx", prefix=f"{first}/").batch_first
+
+
+NONE = {"value": numpy_helper.from_array(np.array([0]))}
+LENGTHS: dict[str, tuple[Nodes, str | None]] = {
+    "all steps": ([("Expand", ["steps", "rows"], ["lens"], {})], None),
+    "all steps, repeated": ([("Tile", ["steps", "rows"], ["lens"], {})], None),
+    "all steps, added to 0": ([("ConstantOfShape", ["rows"], ["none"], NONE), ("Add", ["none", "steps"], ["lens"], {})], None),
+    "a constant": ([("ConstantOfShape", ["rows"], ["none"], NONE), ("Add", ["none", "three"], ["lens"], {})], "a constant sequence_lens"),
+    "a constant, expanded": ([("Expand", ["three", "rows"], ["lens"], {})], "a constant sequence_lens"),
+    "a constant, repeated": ([("Tile", ["three", "rows"], ["lens"], {})], "a constant sequence_lens"),
+    "one step fewer": (
+        [("Sub", ["steps", "one"], ["fewer"], {}), ("Expand", ["fewer", "rows"], ["lens"], {})],
+        "a sequence_lens that the graph makes of shapes, other than all steps",
+    ),
+    "as many as rows": ([("Expand", ["rows", "rows"], ["lens"], {})], "a sequence_lens that the graph makes of shapes"),
+}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_lengths_that_nodes_make(kind: str, swapped: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    nodes, refused = LENGTHS[kind]
+    time = 1 if swapped else 0
+    shapes: Nodes = [
+        ("Shape", ["x"], ["steps"], {"start": time, "end": time + 1}),
+        ("Shape", ["x"], ["rows"], {"start": 1 - time, "end": 2 - time}),
+    ]
+    before = [*(ENTERS if swapped else [("Identity", ["x"], ["xr"], {})]), *shapes, *nodes, ("Cast", ["lens"], ["narrow"], {"to": 6})]
+    model = around(rng, before, LEAVES if swapped else (), {**NUMBERS, "three": np.array([3])})  # type: ignore[arg-type]
+    next(n for n in model.graph.node if n.op_type == "LSTM").input.append("narrow")
+    if refused is not None:
+        with pytest.raises(pn.CheckpointError, match=rf"a_node.*{refused}.*ignore=\('sequence_lens',\)"):
+            imported(model, tmp_path)
+        return
+    layer, x = imported(model, tmp_path), rng.standard_normal((5, 3, D)).astype("float32")
+    assert "sequence_lens" not in layer.provenance
+    np.testing.assert_allclose(layer(x)[0], run_onnx(model, x)[slice(None) if swapped else (slice(None), 0)], rtol=1e-5, atol=1e-5)
+
+
+def test_lengths_that_come_with_a_call_are_its_own(tmp_path: Path, rng: np.random.Generator) -> None:
+    model = around(rng, [("Identity", ["x"], ["xr"], {}), ("Cast", ["lengths_in"], ["narrow"], {"to": 6})], (), NUMBERS)  # type: ignore[arg-type]
+    model.graph.input.append(helper.make_tensor_value_info("lengths_in", TensorProto.INT64, [None]))
+    next(n for n in model.graph.node if n.op_type == "LSTM").input.append("narrow")
+    assert "sequence_lens is `lengths` of a call" in imported(model, tmp_path).provenance
+
+
+@pytest.mark.parametrize("kind", ["QuantizeLinear", "Cast"])
+def test_an_input_that_the_graph_rounds_is_named(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    rounding: Nodes = [("QuantizeLinear", ["x", "scale"], ["q"], {}), ("DequantizeLinear", ["q", "scale"], ["xr"], {})]
+    if kind == "Cast":
+        rounding = [("Cast", ["x"], ["q"], {"to": 10}), ("Cast", ["q"], ["xr"], {"to": 1})]
+    layer = imported(around(rng, rounding, (), {"scale": np.float32(0.1)}), tmp_path)  # type: ignore[arg-type]
+    assert re.search("(DequantizeLinear|Cast) of the graph around rounds the input, and this does not", layer.provenance)
 
 
 @pytest.mark.parametrize("direction", ["reverse", "backwards"])

@@ -123,7 +123,7 @@ class Scope:
         return scope.known[name]
 
     def _is_made(self, node: onnx.NodeProto | None, depth: int) -> bool:
-        return node is not None and _hinders(node) is None and all(self.is_constant(i, depth + 1) for i in node.input if i)
+        return node is not None and hinders(node) is None and all(self.is_constant(i, depth + 1) for i in node.input if i)
 
     def maker(self, name: str, depth: int = 0) -> str:
         """Why a value is no constant: what it comes from, in words."""
@@ -132,7 +132,7 @@ class Scope:
         if scope is None or node is None or depth > _DEPTH:
             around = None if scope is None else scope.around
             return f"{name!r}, an input of the {'graph' if around is None else f'body of {around.op_type} {around.name!r}'}"
-        if (why := _hinders(node)) is not None:
+        if (why := hinders(node)) is not None:
             return f"the node {node.name or name!r} ({node.op_type}), {why}"
         return scope.maker(next((i for i in node.input if i and not self.is_constant(i)), ""), depth + 1)
 
@@ -326,7 +326,7 @@ class File:
         return made
 
 
-def _hinders(node: onnx.NodeProto) -> str | None:
+def hinders(node: onnx.NodeProto) -> str | None:
     """Why a node is not computed here, even if all that it reads is constant."""
     if not (node.domain in _OWN or (node.domain == _MICROSOFT and node.op_type in _QUANTIZED)):
         return f"which is of the domain {node.domain!r}"

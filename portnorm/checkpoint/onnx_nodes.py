@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto, helper, inliner, shape_inference
 
 from portnorm.checkpoint.onnx_constants import File, Scope, graphs
+from portnorm.checkpoint.onnx_steps import PLACED, Axes, Steps
 from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
 from portnorm.errors import CheckpointError
 
@@ -52,10 +53,7 @@ _NUMBERS: dict[str, tuple[float, ...]] = {
     "scaledtanh": (1.0, 1.0),
 }
 """Functions that take numbers, one after the other out of activation_alpha and activation_beta, and the usual ones."""
-_THROUGH = {"Squeeze": 0, "Unsqueeze": 0, "Transpose": 0, "Cast": 0, "Identity": 0, "Reshape": 0, "ScatterElements": 0, "Where": 1}
-"""Operators that leave the steps in their order, and which of their inputs has them."""
 _WAY_OUT = "give the arrays as a mapping, or a file in which a tool such as onnxruntime's optimizer has made a constant of it"
-_DEPTH = 50
 _KNOWN = {"sigmoid": "sigmoid", "tanh": "tanh", "relu": "relu"}
 
 
@@ -157,15 +155,9 @@ class _Node:
             self.said.values["direction"] = "reverse"
         elif direction not in _DIRECTIONS:
             self._refuse("direction", f"direction={direction!r}; expected one of {', '.join(_DIRECTIONS)}", "direction")
-        if self._is_turned(self.inputs.get("X", "")):
-            self._refuse(
-                "X",
-                "an input that goes from the last step to the first, which its graph does outside of the nodes that are read here "
-                "(of a file of portnorm.export, portnorm.load gives the layer)",
-                "direction",
-            )
         self._activations(count)
-        batch_first = self.said.values["batch_first"] = bool(self.attributes.pop("layout", 0))
+        batch_first = bool(self.attributes.pop("layout", 0))
+        steps = self._around(direction, batch_first)
         for name, usual in (("clip", None), ("input_forget", 0)):
             value = self.attributes.pop(name, usual)
             if value != usual:
@@ -173,6 +165,7 @@ class _Node:
         for inert in ("hidden_size", "output_sequence"):  # the shapes say it
             self.attributes.pop(inert, None)
         before = self.operator == "GRU" and not self.attributes.pop("linear_before_reset", 0)
+        self._lengths_of(steps)
         self._states(count, batch_first)
         for d in range(count):
             for key in ("W", "R", "P"):
@@ -214,21 +207,43 @@ class _Node:
 
         return load
 
-    def _is_turned(self, name: str, depth: int = 0) -> bool:
-        """Whether the graph turns an input around before the node: by a step of -1, or by places that count down."""
-        scope, name = self.scope.at(name)
-        n = None if scope is None else scope.nodes.get(name)
-        if scope is None or n is None or depth > _DEPTH:
-            return False
-        if n.op_type in ("ReverseSequence", "GatherElements"):
-            return True
-        if n.op_type == "Slice" and len(n.input) > 4 and scope.is_constant(n.input[4]):
-            return bool(numpy.any(scope.value(n.input[4]) < 0)) or self._is_turned(n.input[0], depth + 1)
-        if n.op_type == "Gather" and not scope.is_constant(n.input[0]):
-            places = scope.nodes.get(n.input[1])
-            return (places is not None and places.op_type in ("Sub", "Range")) or self._is_turned(n.input[0], depth + 1)
-        data = _THROUGH.get(n.op_type)
-        return data is not None and self._is_turned(n.input[data], depth + 1)
+    def _around(self, direction: str, batch_first: bool) -> Steps:
+        """What the graph does to the order of steps and axes before the node and after it."""
+        steps, output = Steps(self.scope), dict(enumerate(self.node.output))
+        before = steps.before(self.inputs.get("X", ""), ("b", "t", "f") if batch_first else ("t", "b", "f"))
+        wide: tuple[Axes, Axes] = (("b", "t", "d", "f"), ("b", "d", "f")) if batch_first else (("t", "d", "b", "f"), ("d", "b", "f"))
+        ends = steps.after({output[k]: axes for k, axes in enumerate(wide) if output.get(k)})
+        if before.turned is not None:
+            back = {end.turned is not None for end in ends}
+            way = "reverse" if True in back else "backwards"
+            ours = f"; its output is {'' if True in back else 'not '}turned back: that is direction={way!r} here"
+            sure = direction == "forward" and len(back) == 1 and not any(end.turned in PLACED for end in ends)
+            self._refuse(
+                "X",
+                f"an input that goes from the last step to the first, or in another order, by {before.turned} of the graph around"
+                f"{ours if sure else ''} "
+                "(of a file of portnorm.export, portnorm.load gives the layer)",
+                "direction",
+            )
+        elif turned := next((end.turned for end in ends if end.turned is not None), None):
+            self._note(f"{turned} of the graph around puts the steps of the output into another order, and this does not")
+        if before.placed is not None:
+            self._note(f"{before.placed} of the graph around takes the input from places that are not known before it runs")
+        if before.rounded is not None:
+            self._note(f"{before.rounded} of the graph around rounds the input, and this does not")
+        outside, given = {_order(axes) for axes in before.ends}, {_order(end.axes) for end in ends}
+        other, names = not batch_first, {True: "(batch, time, …)", False: "(time, batch, …)"}
+        by = f" ({', '.join(dict.fromkeys(before.by))})" if before.by else ""
+        if outside == {other} and given <= {other}:
+            self._note(f"the graph around has its axes in the order {names[other]}{by}, and so has the layer")
+            batch_first = other
+        elif other in outside or other in given:
+            where = " and ".join(name for name, side in (("input", outside), ("output", given)) if other in side)
+            self._note(
+                f"the layer takes and gives {names[batch_first]}, as the node does; the {where} of the graph around is {names[other]}"
+            )
+        self.said.values["batch_first"] = batch_first
+        return steps
 
     def _activations(self, directions: int) -> None:
         fields = _FUNCTIONS[self.operator]
@@ -256,12 +271,26 @@ class _Node:
                 every=True,
             )
 
+    def _lengths_of(self, steps: Steps) -> None:
+        """What sequence_lens is: all steps, an argument of the call, or something that no call says."""
+        if "sequence_lens" not in self.inputs:
+            return
+        name, sizes = self.inputs["sequence_lens"], (11, 13)
+        found = [steps.number(self.scope, name, {"t": size, "b": size - 8}) for size in sizes]
+        values = [set() if n is None else set(n.reshape(-1).tolist()) for n in found]
+        kind = self.scope.start(name)
+        if values == [{size} for size in sizes]:
+            return
+        if kind in ("zeros", "learned") or (values[0] and values[0] == values[1]):
+            self._refuse("sequence_lens", "a constant sequence_lens, which a call takes as `lengths`")
+        elif kind == "computed":
+            self._refuse(
+                "sequence_lens", "a sequence_lens that the graph makes of shapes, other than all steps; a call takes it as `lengths`"
+            )
+        else:
+            self._note("sequence_lens is `lengths` of a call")
+
     def _states(self, directions: int, batch_first: bool) -> None:
-        if "sequence_lens" in self.inputs:
-            if self.scope.is_constant(self.inputs["sequence_lens"]):
-                self._refuse("sequence_lens", "a constant sequence_lens, which a call takes as `lengths`")
-            else:
-                self._note("sequence_lens is `lengths` of a call")
         kinds = {key: self.scope.start(self.inputs[key]) for key in ("initial_h", "initial_c") if key in self.inputs}
         for key, kind in kinds.items():
             entry = self.scope.carried(self.inputs[key])
@@ -382,6 +411,11 @@ class _Node:
                 if value.name == self.inputs.get("X") and value.type.tensor_type.HasField("shape"):
                     return [d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim]
         return None
+
+
+def _order(axes: Axes) -> bool | None:
+    """Whether the batch is before the steps."""
+    return axes.index("b") < axes.index("t") if axes is not None and {"b", "t"} <= {*axes} else None
 
 
 def _text(value: Any) -> str:
