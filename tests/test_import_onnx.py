@@ -745,13 +745,17 @@ def test_external_weights_outside_the_folder_are_not_read(tmp_path: Path, rng: n
         pn.import_checkpoint(tmp_path / "in" / "m.onnx")
 
 
-@pytest.mark.parametrize("kind", ["folded", "inside", "groups"])
+@pytest.mark.parametrize("kind", ["folded", "inside", "groups", "stepping", "around"])
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")  # of a constant whose bytes were damaged
 def test_damaged_bytes_give_a_layer_or_one_family_of_errors(kind: str, tmp_path: Path, rng: np.random.Generator) -> None:
     if kind == "folded":
         model = with_folded("LSTM", rng)[0]
     elif kind == "inside":
         model = inside("If", "GRU", rng)[0]
+    elif kind == "stepping":
+        model = stepping("Scan", "GRU", rng, "constant", scan_input_axes=[1], scan_output_axes=[1])
+    elif kind == "around":
+        model = around(rng, TURNED["Split and Concat"][1], LEAVES, NUMBERS)
     else:
         arrays = {n: np.ones(6, "float32") for n in ("scale", "bias")}
         model = onnx_model("GroupNormalization", arrays, ("x", "scale", "bias"), num_groups=2)
@@ -1023,6 +1027,114 @@ def test_the_order_of_axes_of_an_export_comes_back(operator: str, arguments: dic
     pn.export(layer, tmp_path / "m.onnx")
     first = next(n.name or f"node{k}" for k, n in enumerate(onnx.load(tmp_path / "m.onnx").graph.node) if n.op_type == operator)
     assert pn.import_checkpoint(tmp_path / "m.onnx", prefix=f"{first}/").batch_first
+
+
+@pytest.mark.parametrize("condition", ["a constant", "shapes", "values"])
+@pytest.mark.parametrize("yes", [False, True])
+def test_what_comes_out_of_an_if(yes: bool, condition: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Each branch has constants of its own: which of them is known where the condition is."""
+    arrays = weights("GRU", rng)
+
+    def branch(name: str, factor: float) -> Any:
+        values = {"W": arrays["W"] * np.float32(factor), "h": np.full((1, 3, H), factor, "float32")}
+        nodes = [helper.make_node("Constant", [], [f"{k}_{name}"], value=numpy_helper.from_array(v)) for k, v in values.items()]
+        return helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(f"{k}_{name}", TensorProto.FLOAT, None) for k in values])
+
+    reads: Nodes = {
+        "a constant": [("Less", ["a", "b"], ["yes"], {})],
+        "shapes": [("Size", ["x"], ["size"], {}), ("Less", ["size", "b"], ["yes"], {})],
+        "values": [
+            ("ReduceMax", ["x"], ["most"], {"keepdims": 0}),
+            ("Cast", ["most"], ["m"], {"to": 7}),
+            ("Less", ["m", "b"], ["yes"], {}),
+        ],
+    }[condition]
+    choose = ("If", ["yes"], ["W_in", "h_in"], {"then_branch": branch("then", 0.5), "else_branch": branch("else", 0.25)})
+    model = around(rng, [*reads, choose, ("Identity", ["x"], ["xr"], {})], (), {"a": np.array(0), "b": np.array(int(yes))}, operator="GRU")  # type: ignore[arg-type]
+    node = next(n for n in model.graph.node if n.op_type == "GRU")
+    node.input.extend(["", "h_in"])
+    if condition != "a constant":
+        with pytest.raises(pn.CheckpointError, match=r"a first state that the graph computes \(initial_h\)"):
+            imported(model, tmp_path)
+        node.input[1] = "W_in"
+        with pytest.raises(pn.CheckpointError, match=r"the input W is computed in the graph.*\(If\), which has a body"):
+            imported(model, tmp_path, ignore=("initial_h",))
+        return
+    node.input[1] = "W_in"
+    x = rng.standard_normal((5, 3, D)).astype("float32")
+    np.testing.assert_allclose(imported(model, tmp_path)(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+def test_operators_that_meant_something_else_are_not_computed(tmp_path: Path, rng: np.random.Generator) -> None:
+    arrays = weights("GRU", rng)
+    model = onnx_model("GRU", {**arrays, "w": arrays["W"]}, ("x", "W", "R", "B"), hidden_size=H)
+    model.graph.node[0].input[1] = "made"
+    model.graph.node.insert(0, helper.make_node("Softmax", ["w"], ["made"], name="soft", axis=1))
+    x = rng.standard_normal((5, 3, D)).astype("float32")
+    np.testing.assert_allclose(imported(model, tmp_path)(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+    model.opset_import[0].version = 11
+    with pytest.raises(pn.CheckpointError, match=r"'soft' \(Softmax\), which meant something else in operator set 11"):
+        imported(model, tmp_path)
+
+
+@pytest.mark.parametrize("operator", ["BatchNormalization", "LayerNormalization"])
+def test_axes_that_the_graph_around_a_normalization_moves_are_named(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    arrays = {n: rng.uniform(0.5, 1.5, 4).astype("float32") for n in ("scale", "bias", "mean", "var")[: 4 if operator[0] == "B" else 2]}
+    model, x = onnx_model(operator, arrays, ("x", *arrays)), rng.standard_normal((3, 4, 4)).astype("float32")
+    assert "moves the axes" not in imported(model, tmp_path).provenance
+    model.graph.node[0].input[0] = "turned"
+    model.graph.node.insert(0, helper.make_node("Transpose", ["x"], ["turned"], perm=[0, 2, 1]))
+    layer = imported(model, tmp_path)
+    assert "Transpose of the graph around moves the axes of the input; the layer takes them as the node does" in layer.provenance
+    np.testing.assert_allclose(layer(x.transpose(0, 2, 1)), run_onnx(model, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "named"),
+    [
+        ([("Gather", ["x", "places"], ["xr"], {"axis": 2})], "Gather"),
+        ([("Split", ["x"], ["a", "b"], {"axis": 2, "num_outputs": 2}), ("Concat", ["b", "a"], ["xr"], {"axis": 2})], "Concat, Split"),
+        ([("Slice", ["x", "zero", "one", "zero"], ["xr"], {})], "Slice"),
+    ],
+)
+def test_what_makes_the_input_of_another_value_is_named(before: Nodes, named: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    layer = imported(around(rng, before, (), {**NUMBERS, "places": np.arange(D)[::-1].copy()}), tmp_path)  # type: ignore[arg-type]
+    assert f"{named} of the graph around makes the input of another value; the layer takes what the node does" in layer.provenance
+    assert "of another value" not in imported(stepping("Loop", "LSTM", rng), tmp_path).provenance
+
+
+def test_an_output_that_the_graph_rounds_is_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    after: Nodes = [("QuantizeLinear", ["y", "scale"], ["q"], {}), ("DequantizeLinear", ["q", "scale"], ["out"], {})]
+    layer = imported(around(rng, [], after, {"scale": np.float32(0.1)}), tmp_path)
+    assert re.search("(Deq|Q)uantizeLinear of the graph around rounds the output, and this does not", layer.provenance)
+
+
+@pytest.mark.parametrize("operator", ["Add", "Concat", "Where"])
+def test_values_that_are_read_twice_again_and_again_are_followed_once(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    """Twice as many ways back with every node."""
+    model = stepping("Scan", "GRU", rng)
+    body = next(a.g for a in model.graph.node[0].attribute if a.name == "body")
+    last = "initial_h_c"
+    for k in range(60):
+        inputs = ["yes", last, last] if operator == "Where" else [last, last]
+        body.node.insert(k, helper.make_node(operator, inputs, [f"again{k}"], **({"axis": 0} if operator == "Concat" else {})))
+        last = f"again{k}"
+    next(n for n in body.node if n.op_type == "GRU").input[5] = last
+    body.output[0].name = last
+    with contextlib.suppress(pn.CheckpointError):
+        assert isinstance(imported(model, tmp_path), pn.GRU)
+    model = around(
+        rng,
+        [(operator, *([["x", "x"]] if operator != "Where" else [["yes", "x", "x"]]), ["xr"], {"axis": 2} if operator == "Concat" else {})],
+    )
+    for k in range(60):
+        previous = model.graph.node[0].input[-1]
+        inputs = ["yes", "x", "x"] if operator == "Where" else ["x", "x"]
+        model.graph.node.insert(0, helper.make_node(operator, inputs, [f"more{k}"], **({"axis": 2} if operator == "Concat" else {})))
+        for j, name in enumerate(model.graph.node[1].input):
+            if name == previous:
+                model.graph.node[1].input[j] = f"more{k}"
+    assert isinstance(imported(model, tmp_path), pn.LSTM)
 
 
 NONE = {"value": numpy_helper.from_array(np.array([0]))}

@@ -27,6 +27,8 @@ _MOVED |= {"Expand", "Tile"}
 """Operators whose result has the values of their first input, or of all where it is Concat."""
 _FOLLOWED = frozenset({"Expand", "Tile", "Identity", "Cast", "Slice", "Unsqueeze", "Add"})
 """Operators that repeat the rows of a first state for a batch, or leave them as they are."""
+_OLDER = {"Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "Resize": 11, "Upsample": 99, "GroupNormalization": 21, "Concat": 4, "Selu": 6}
+"""Operators that meant something else before an operator set; what they mean since then is computed here."""
 _DEPTH = 200
 _ROOM = 2**20
 _SPARSE = 2**26
@@ -94,6 +96,7 @@ class Scope:
         self.made_by: dict[str, frozenset[str]] = {}
         self.starts: dict[str, str] = {}
         self.varying: dict[str, bool] = {}
+        self.chosen: dict[str, tuple[Scope | None, str] | None] = {}
 
     def at(self, name: str) -> tuple[Scope | None, str]:
         """The scope that a name belongs to, and what it is called there; what a body hands on as it is belongs to the graph around."""
@@ -101,8 +104,29 @@ class Scope:
             return (None, name) if self.outer is None else self.outer.at(name)
         entry = self.entries.get(name)
         if entry is None or not entry.name or self._unchanged(entry.after) != name:
-            return self, name
+            return self._chosen(name) or (self, name)
         return entry.scope.at(entry.name)
+
+    def branches(self, node: onnx.NodeProto) -> list[tuple[Scope, onnx.GraphProto]]:
+        """The bodies of an `If` that may run: one where its condition is constant."""
+        bodies = {a.name: a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH}
+        wanted = ["then_branch", "else_branch"]
+        if self.is_constant(node.input[0]):
+            wanted = [wanted[0 if numpy.all(self.value(node.input[0])) else 1]]
+        return [(Scope(bodies[name], self, self.file, node), bodies[name]) for name in wanted if name in bodies]
+
+    def _chosen(self, name: str) -> tuple[Scope | None, str] | None:
+        """The value in a body that a value is, where it comes out of an `If` whose condition is constant."""
+        node = self.nodes.get(name)
+        if node is None or node.op_type != "If":
+            return None
+        if name not in self.chosen:
+            self.chosen[name] = None  # for graphs that go in circles
+            found = self.branches(node)
+            place = list(node.output).index(name)
+            alone = len(found) == 1 and place < len(found[0][1].output)
+            self.chosen[name] = found[0][0].at(found[0][1].output[place].name) if alone else None
+        return self.chosen[name]
 
     def _unchanged(self, name: str) -> str:
         """What a value is called before nodes that do nothing."""
@@ -123,7 +147,9 @@ class Scope:
         return scope.known[name]
 
     def _is_made(self, node: onnx.NodeProto | None, depth: int) -> bool:
-        return node is not None and hinders(node) is None and all(self.is_constant(i, depth + 1) for i in node.input if i)
+        if node is None or hinders(node, self.file.version()) is not None:
+            return False
+        return all(self.is_constant(i, depth + 1) for i in node.input if i)
 
     def maker(self, name: str, depth: int = 0) -> str:
         """Why a value is no constant: what it comes from, in words."""
@@ -132,7 +158,7 @@ class Scope:
         if scope is None or node is None or depth > _DEPTH:
             around = None if scope is None else scope.around
             return f"{name!r}, an input of the {'graph' if around is None else f'body of {around.op_type} {around.name!r}'}"
-        if (why := hinders(node)) is not None:
+        if (why := hinders(node, self.file.version())) is not None:
             return f"the node {node.name or name!r} ({node.op_type}), {why}"
         return scope.maker(next((i for i in node.input if i and not self.is_constant(i)), ""), depth + 1)
 
@@ -186,7 +212,7 @@ class Scope:
         if scope is None or node is None or depth > _DEPTH:
             return "given"
         if name not in scope.starts:
-            scope.starts[name] = scope._start_of(node, depth)
+            scope.starts[name] = scope._start_of(node, name, depth)
         return scope.starts[name]
 
     def first(self, name: str) -> NumPyArray | None:
@@ -206,29 +232,33 @@ class Scope:
             return None
         return self.file.run(node, [inner, *(scope.value(i) if i else None for i in node.input[1:])])[0]
 
-    def carried(self, name: str, depth: int = 0) -> Entry | None:
+    def carried(self, name: str) -> Entry | None:
         """The value that a `Loop` or `Scan` carries from run to run, where a first state is made of one."""
-        scope, name = self.at(name)
-        if scope is None or depth > _DEPTH:
-            return None
-        entry, node = scope.entries.get(name), scope.nodes.get(name)
-        if node is not None and node.op_type in _MOVED | {"Add"}:
-            found = (scope.carried(i, depth + 1) for i in (node.input if node.op_type in ("Concat", "Add") else node.input[:1]))
-            entry = next((e for e in found if e is not None), None)
-        return entry if entry is not None and entry.kind == "carried" else None
+        for scope, found in self.sources(name, _MOVED | {"Add"}):
+            entry = scope.entries.get(found)
+            if entry is not None and entry.kind == "carried":
+                return entry
+        return None
 
-    def is_made_of(self, name: str, wanted: Collection[str], depth: int = 0) -> bool:
-        """Whether a value is one of some values, but for its layout and for sequences that have ended."""
-        if name in wanted:
-            return True
-        scope, name = self.at(name)
-        node = None if scope is None else scope.nodes.get(name)
-        if scope is None or node is None or depth > 20 or node.op_type not in _MOVED | {"Where"}:
-            return False
-        data = {"Where": node.input[1:], "Concat": node.input}.get(node.op_type, node.input[:1])
-        return any(scope.is_made_of(i, wanted, depth + 1) for i in data)
+    def is_made_of(self, name: str, wanted: Collection[str]) -> bool:
+        """Whether a value is one of some values here, but for its layout and for sequences that have ended."""
+        return any(scope is self and found in wanted for scope, found in self.sources(name, _MOVED | {"Where"}))
 
-    def _start_of(self, node: onnx.NodeProto, depth: int) -> str:
+    def sources(self, name: str, through: Collection[str]) -> Iterator[tuple[Scope, str]]:
+        """A value and all that it is made of through nodes of some operators, each once."""
+        waiting, seen = [self.at(name)], set[tuple[int, str]]()
+        while waiting:
+            scope, name = waiting.pop()
+            if scope is None or (id(scope), name) in seen:
+                continue
+            seen.add((id(scope), name))
+            yield scope, name
+            node = scope.nodes.get(name)
+            if node is not None and node.op_type in through:
+                data = {"Where": node.input[1:], "Concat": node.input, "Add": node.input}.get(node.op_type, node.input[:1])
+                waiting += [scope.at(i) for i in reversed(data) if i]
+
+    def _start_of(self, node: onnx.NodeProto, name: str, depth: int) -> str:
         if node.op_type == "ConstantOfShape":
             fill = [numpy_helper.to_array(a.t) for a in node.attribute if a.name == "value"]
             return "learned" if any(numpy.any(f) for f in fill) else "zeros"
@@ -236,18 +266,30 @@ class Scope:
             kinds = {self.start(i, depth + 1) for i in node.input}
             if kinds <= {"learned", "zeros"} and "zeros" in kinds:
                 return "learned" if "learned" in kinds else "zeros"
+        if node.op_type == "If":
+            return self._start_of_branches(node, list(node.output).index(name), depth)
         if node.op_type not in _MOVED:
             return "given" if self._varies(node, depth) else "computed"
         found = {self.start(i, depth + 1) for i in (node.input if node.op_type == "Concat" else node.input[:1])}
         return next(kind for kind in ("computed", "learned", "given", "zeros") if kind in found)
 
+    def _start_of_branches(self, node: onnx.NodeProto, place: int, depth: int) -> str:
+        """What a first state is that comes out of an `If`: what is in the file of it is one of several."""
+        kinds = {inside.start(body.output[place].name, depth + 1) for inside, body in self.branches(node) if place < len(body.output)}
+        if kinds & {"learned", "computed"}:
+            return "computed"
+        return "zeros" if kinds == {"zeros"} else "given"
+
     def _varies(self, node: onnx.NodeProto, depth: int) -> bool:
         """Whether what a node computes depends on the values of a graph's inputs, and not on their shapes alone."""
         if node.op_type in ("Shape", "Size"):
             return False
-        if depth > _DEPTH or any(a.type == onnx.AttributeProto.GRAPH for a in node.attribute):
+        if depth > _DEPTH:
             return True
-        return any(self._is_varying(i, depth + 1) for i in node.input if i and not self.is_constant(i))
+        inside = [inner for a in node.attribute if a.type == onnx.AttributeProto.GRAPH for inner in graphs(a.g)]
+        own = {name for g in inside for n in g.node for name in n.output} | {t.name for g in inside for t in (*g.initializer, *g.input)}
+        taken = {name for g in inside for n in g.node for name in n.input} | {o.name for g in inside for o in g.output}
+        return any(self._is_varying(i, depth + 1) for i in {*node.input, *(taken - own)} if i and not self.is_constant(i))
 
     def _is_varying(self, name: str, depth: int) -> bool:
         scope, name = self.at(name)
@@ -326,14 +368,16 @@ class File:
         return made
 
 
-def hinders(node: onnx.NodeProto) -> str | None:
-    """Why a node is not computed here, even if all that it reads is constant."""
+def hinders(node: onnx.NodeProto, version: int) -> str | None:
+    """Why a node of a file of an operator set is not computed here, even if all that it reads is constant."""
     if not (node.domain in _OWN or (node.domain == _MICROSOFT and node.op_type in _QUANTIZED)):
         return f"which is of the domain {node.domain!r}"
     if any(a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute):
         return "which has a body"
     if node.op_type == "Constant":
         return None if any(a.name in _CONSTANTS for a in node.attribute) else "which is no array of numbers"
+    if node.op_type in _OLDER and version < _OLDER[node.op_type]:
+        return f"which meant something else in operator set {version} than it does now"
     if node.op_type in _LABORIOUS:
         return "which is not computed here"
     return "which is another one in each run" if node.op_type in _RANDOM else None

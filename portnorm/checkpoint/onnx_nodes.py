@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, inliner, shape_inference
 
 from portnorm.checkpoint.onnx_constants import File, Scope, graphs
-from portnorm.checkpoint.onnx_steps import PLACED, Axes, Steps
+from portnorm.checkpoint.onnx_steps import PLACED, Axes, Steps, layout
 from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
 from portnorm.errors import CheckpointError
 
@@ -229,11 +229,14 @@ class _Node:
             self._note(f"{turned} of the graph around puts the steps of the output into another order, and this does not")
         if before.placed is not None:
             self._note(f"{before.placed} of the graph around takes the input from places that are not known before it runs")
-        if before.rounded is not None:
-            self._note(f"{before.rounded} of the graph around rounds the input, and this does not")
+        for rounding, what in ((before.rounded, "input"), (steps.rounded, "output")):
+            if rounding is not None:
+                self._note(f"{rounding} of the graph around rounds the {what}, and this does not")
+        if before.chosen:
+            self._note(f"{_listed(before.chosen)} of the graph around makes the input of another value; the layer takes what the node does")
         outside, given = {_order(axes) for axes in before.ends}, {_order(end.axes) for end in ends}
         other, names = not batch_first, {True: "(batch, time, …)", False: "(time, batch, …)"}
-        by = f" ({', '.join(dict.fromkeys(before.by))})" if before.by else ""
+        by = f" ({_listed(before.by)})" if before.by else ""
         if outside == {other} and given <= {other}:
             self._note(f"the graph around has its axes in the order {names[other]}{by}, and so has the layer")
             batch_first = other
@@ -342,6 +345,8 @@ class _Node:
             wide = stash == TensorProto.DOUBLE and self._is_constant("scale") and self.scope.shape(self.inputs["scale"])[1] == "float64"
             if not wide:
                 self._refuse("stash_type", f"stash_type={stash} ({kind}), the type of its statistics; expected 1 (float), as they are here")
+        if moved := layout(self.scope, self.inputs.get("X", "")):
+            self._note(f"{_listed(moved)} of the graph around moves the axes of the input; the layer takes them as the node does")
         groups, lengths = None, None
         if self.operator == "BatchNormalization":
             values["momentum"] = round(1.0 - float(self.attributes.pop("momentum", 0.9)), 7)
@@ -406,16 +411,22 @@ class _Node:
     def _shape(self) -> list[int | None] | None:
         """The shape of X, as far as it is known."""
         inferred = shape_inference.infer_shapes(self.model)
-        for graph in graphs(inferred.graph):
-            for value in (*graph.value_info, *graph.input, *graph.output):
-                if value.name == self.inputs.get("X") and value.type.tensor_type.HasField("shape"):
-                    return [d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim]
-        return None
+        found = [
+            [d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim]
+            for graph in graphs(inferred.graph)
+            for value in (*graph.value_info, *graph.input, *graph.output)
+            if value.name == self.inputs.get("X") and value.type.tensor_type.HasField("shape")
+        ]
+        return found[0] if found and all(shape == found[0] for shape in found) else None  # bodies side by side may share names
 
 
 def _order(axes: Axes) -> bool | None:
     """Whether the batch is before the steps."""
     return axes.index("b") < axes.index("t") if axes is not None and {"b", "t"} <= {*axes} else None
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
 def _text(value: Any) -> str:

@@ -23,9 +23,11 @@ _SAME = frozenset({"Identity", "Cast", "CastLike", "Dropout", "Pad", "ScatterEle
 _EACH = frozenset({"Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "PRelu", "Elu", "Gelu", "Sigmoid", "Tanh", "Clip", "Neg", "Abs", "Exp"})
 _EACH |= {"Log", "Sqrt", "Pow", "Softplus", "Erf", "LayerNormalization", "RMSNormalization"}
 """Operators that compute something for each step, and leave each axis in its place."""
+_LAYOUT = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _NARROW = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 _FURTHER = 60
 _END = 2**40
+_CHOOSING = frozenset({"Slice", "Gather", "GatherElements", "GatherND", "Compress", "Split", "Concat", "Pad", "Tile"})
 PLACED = ("GatherElements", "GatherND", "ScatterND")
 """Operators that take each value from a place of its own, in whatever order."""
 
@@ -44,6 +46,8 @@ class Before:
     """What takes steps from places that the graph computes."""
     rounded: str | None = None
     """What rounds the values."""
+    chosen: list[str] = field(default_factory=list)
+    """What takes a part of the values, or puts them elsewhere, and leaves the steps in their order."""
 
 
 class After(NamedTuple):
@@ -60,6 +64,8 @@ class Steps:
         self.scope = scope
         self.seen: dict[tuple[int, str], Axes] = {}
         self.given: set[tuple[int, str, bool]] = set()
+        self.rounded: str | None = None
+        """What rounds the output."""
 
     # -- before the node -----------------------------------------------------------------------------------------------------------------
 
@@ -107,6 +113,8 @@ class Steps:
             inner = None if axes is None else axes[: len(axes) - len(scope.shape(node.input[0])[0]) + 1]
             self._back(scope, node.input[1], inner, found, computed=True, depth=depth + 1)
             return
+        elif not computed and turned is None and node.op_type in _CHOOSING and not move.is_step():
+            found.chosen.append(node.op_type)
         sources = list(move.sources())
         if not sources:
             end.append(axes)
@@ -134,6 +142,8 @@ class Steps:
             yield After(axes if inside else None, turned)
             readers = readers if inside else []
         for node in readers:
+            if node.op_type in _ROUNDING:
+                self.rounded = node.op_type
             moved = self._moved(scope, node, name, axes)
             if moved is None:
                 yield After(axes, turned)
@@ -231,7 +241,7 @@ class Steps:
                     return numpy.asarray(math.prod(shape))
                 said = {a.name: a.i for a in node.attribute}
                 return numpy.asarray(shape[said.get("start", 0) : said.get("end", len(shape))])
-            if hinders(node) is not None:
+            if hinders(node, scope.file.version()) is not None:
                 return None
             inputs = [self._number(scope, i, sizes, known, depth + 1) if i else None for i in node.input]
             if any(i and a is None for i, a in zip(node.input, inputs, strict=True)):
@@ -239,6 +249,19 @@ class Steps:
             return scope.file.run(node, inputs)[[o for o in node.output if o].index(name)]
         except CheckpointError:
             return None
+
+
+def layout(at: Scope, name: str) -> list[str]:
+    """The operators that move the axes of a value right before it is read."""
+    found: list[str] = []
+    for _ in range(_FURTHER):
+        scope, name = at.at(name)
+        node = None if scope is None else scope.nodes.get(name)
+        if scope is None or node is None or node.op_type not in ("Identity", "Cast", *_LAYOUT):
+            break
+        found += [node.op_type] if node.op_type in _LAYOUT else []
+        at, name = scope, node.input[0]
+    return found
 
 
 class _Move:
@@ -255,6 +278,10 @@ class _Move:
     def _value(self, k: int) -> NumPyArray | None:
         given = len(self.node.input) > k and self.node.input[k] and self.scope.is_constant(self.node.input[k])
         return self.scope.value(self.node.input[k]) if given else None
+
+    def is_step(self) -> bool:
+        """Whether this is the step of a loop."""
+        return self.node.op_type == "Gather" and _way_of(self.scope, self.node.input[1]) is not None
 
     def turns(self) -> str | None:
         """The operator, where it brings the steps into another order; with a question mark where it may, by places that are not known."""
