@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -798,6 +799,7 @@ def around(
 
 
 SLICE: Nodes = [("Slice", ["x", "minus", "far", "zero", "minus"], ["xr"], {})]
+SWAP = {"perm": [1, 0, 2]}
 AT = {"minus": np.array([-1]), "far": np.array([-100]), "zero": np.array([0]), "down": DOWN, "one": np.array([1])}
 TURNED: dict[str, tuple[str, Nodes]] = {
     "Slice": ("Slice", SLICE),
@@ -874,6 +876,51 @@ def test_steps_that_the_graph_around_turns_are_named(
     np.testing.assert_allclose(layer(x)[0], run_onnx(model, x)[:, 0], rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_steps_that_are_turned_with_the_batch_first(back: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    turn = ("Slice", ["x", "minus", "far", "one", "minus"], ["x1"], {})
+    before: Nodes = [turn, ("Transpose", ["x1"], ["xr"], SWAP)]
+    after: Nodes = [("Squeeze", ["y", "one"], ["y1"], {}), ("Transpose", ["y1"], ["out"], SWAP)]
+    if back:
+        after = [("Squeeze", ["y", "one"], ["y1"], {}), ("Transpose", ["y1"], ["y2"], SWAP), ("Slice", ["y2", *turn[1][1:]], ["out"], {})]
+    model = around(rng, before, after, NUMBERS)
+    direction: Any = "reverse" if back else "backwards"
+    with pytest.raises(pn.CheckpointError, match=f"by Slice of the graph around.*direction={direction!r} here"):
+        imported(model, tmp_path)
+    x = rng.standard_normal((3, STEPS, D)).astype("float32")
+    layer = pn.import_checkpoint(tmp_path / "m.onnx", direction=direction)
+    assert layer.batch_first
+    np.testing.assert_allclose(layer(x)[0], run_onnx(model, x), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_packed_sequences_of_torch(batch_first: bool, tmp_path: Path) -> None:
+    """Its exporter sorts the batch by lengths before the node, and back behind it."""
+    torch = pytest.importorskip("torch")
+
+    class Packed(torch.nn.Module):  # type: ignore[misc,name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = torch.nn.LSTM(D, H, batch_first=batch_first)
+
+        def forward(self, x: Any, lengths: Any) -> Any:
+            packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=False)
+            return torch.nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=batch_first)[0]
+
+    model, lengths, x = Packed().eval(), torch.tensor([2, 6, 3]), torch.randn(3, 6, D)
+    x = x if batch_first else x.transpose(0, 1).contiguous()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = {"input_names": ["x", "lengths"], "dynamic_axes": {"x": {0: "a", 1: "b"}, "lengths": {0: "batch"}}}
+        torch.onnx.export(model, (x, lengths), tmp_path / "m.onnx", dynamo=False, verbose=False, **names)
+    layer = pn.import_checkpoint(tmp_path / "m.onnx")
+    assert layer.batch_first == batch_first
+    assert "sequence_lens is `lengths` of a call" in layer.provenance
+    y = layer(x.numpy(), lengths=lengths.numpy())[0]
+    np.testing.assert_allclose(y, model(x, lengths).detach().numpy(), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
+
+
 @pytest.mark.parametrize(
     "before",
     [
@@ -935,7 +982,6 @@ def test_a_loop_that_counts_down(tmp_path: Path, rng: np.random.Generator) -> No
     np.testing.assert_allclose(y, run_onnx(model, x), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
 
 
-SWAP = {"perm": [1, 0, 2]}
 ENTERS: Nodes = [("Transpose", ["x"], ["xr"], SWAP)]
 LEAVES: Nodes = [("Squeeze", ["y", "one"], ["y1"], {}), ("Transpose", ["y1"], ["out"], SWAP)]
 ORDERS: dict[str, tuple[Nodes, Nodes, dict[str, Any], bool, str]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -305,10 +306,28 @@ class File:
     """A model's file, out of which one tensor is read at a time."""
 
     def __init__(self, path: Path, model: onnx.ModelProto):
-        self.path, self.opsets = path, list(model.opset_import)
+        self.path, self.model, self.opsets = path, model, list(model.opset_import)
         every = list(graphs(model.graph))
         self.limit = _ROOM + 4 * sum(math.prod(t.dims) for graph in every for t in tensors(graph))
         self.limit += min(sum(math.prod(t.dims) for graph in every for t in graph.sparse_initializer), _SPARSE)
+
+    @cached_property
+    def _shapes(self) -> dict[str, list[int | None] | None]:
+        found: dict[str, list[int | None] | None] = {}
+        try:
+            inferred = shape_inference.infer_shapes(self.model)
+        except Exception:  # of a graph that is wrong somewhere, which is no reason not to read another part of it
+            return found
+        for graph in graphs(inferred.graph):
+            for value in (*graph.value_info, *graph.input, *graph.output):
+                if value.type.tensor_type.HasField("shape"):
+                    shape = [d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim]
+                    found[value.name] = shape if found.get(value.name, shape) == shape else None
+        return found
+
+    def shape(self, name: str) -> list[int | None] | None:
+        """The shape of a value, as far as ONNX knows it; bodies side by side may have values of one name that differ."""
+        return self._shapes.get(name)
 
     def read(self, tensor: onnx.TensorProto | onnx.SparseTensorProto) -> NumPyArray:
         if isinstance(tensor, onnx.SparseTensorProto):

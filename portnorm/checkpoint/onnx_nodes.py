@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy
 import onnx
-from onnx import TensorProto, helper, inliner, shape_inference
+from onnx import TensorProto, helper, inliner
 
-from portnorm.checkpoint.onnx_constants import File, Scope, graphs
+from portnorm.checkpoint.onnx_constants import File, Scope
 from portnorm.checkpoint.onnx_steps import PLACED, Axes, Steps, layout
 from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
 from portnorm.errors import CheckpointError
@@ -71,7 +71,7 @@ def held(path: Path) -> Held:
         while own in taken:
             own += "_"
         taken.add(own)
-        found.arrays |= _Node(own, node, scope, model).arrays()
+        found.arrays |= _Node(own, node, scope).arrays()
     if not found.arrays:
         raise CheckpointError(f"{name!r} has no node of {', '.join(INPUTS)}, in its graph or in a body inside it")
     return found
@@ -96,8 +96,8 @@ def _nodes(model: onnx.ModelProto, path: Path) -> Iterator[tuple[onnx.NodeProto,
 class _Node:
     """Reads one node."""
 
-    def __init__(self, name: str, node: onnx.NodeProto, scope: Scope, model: onnx.ModelProto):
-        self.name, self.node, self.scope, self.model = name, node, scope, model
+    def __init__(self, name: str, node: onnx.NodeProto, scope: Scope):
+        self.name, self.node, self.scope = name, node, scope
         self.operator = "LSTM" if node.op_type == "DynamicQuantizeLSTM" else node.op_type
         self.inputs = {key: value for key, value in zip(INPUTS[node.op_type], node.input, strict=False) if value}
         self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -350,12 +350,12 @@ class _Node:
         groups, lengths = None, None
         if self.operator == "BatchNormalization":
             values["momentum"] = round(1.0 - float(self.attributes.pop("momentum", 0.9)), 7)
-            old = self._version() < 7  # where the batch's own statistics are usual
+            old = self.scope.file.version() < 7  # where the batch's own statistics are usual
             for name, usual in (("training_mode", 0), ("spatial", 1), ("is_test", 1)):
                 value = self.attributes.pop(name, 0 if name == "is_test" and old else usual)
                 if value != usual:
                     self._refuse(name, f"{name}={value}; expected {usual}")
-            if 7 <= self._version() < 14 and any(self.node.output[1:]):  # since then an attribute says it
+            if 7 <= self.scope.file.version() < 14 and any(self.node.output[1:]):  # since then an attribute says it
                 self._refuse("outputs", "more than one output, with which it normalizes by the batch's own statistics")
         if self.operator in ("LayerNormalization", "RMSNormalization"):
             lengths = self._lengths(int(self.attributes.pop("axis", -1)))
@@ -367,7 +367,7 @@ class _Node:
 
     def _parameter(self, key: str, groups: int | None) -> Callable[[], NumPyArray]:
         """Before operator set 21 GroupNormalization has one gain for each group."""
-        if groups is None or self._version() >= 21:
+        if groups is None or self.scope.file.version() >= 21:
             return lambda: self._value(key)
         shape = self._shape()
         channels = shape[1] if shape is not None and len(shape) > 1 else None
@@ -375,9 +375,6 @@ class _Node:
             self._refuse("scale", f"one gain for each of {groups} groups, and an input of unknown shape; expected its channels to be known")
             return lambda: self._value(key)
         return lambda: numpy.repeat(self._value(key), channels // groups)
-
-    def _version(self) -> int:
-        return next((int(o.version) for o in self.model.opset_import if o.domain in ("", "ai.onnx")), 1)
 
     def _lengths(self, axis: int) -> tuple[int, ...] | None:
         """The lengths of the axes that are normalized together: those of X, and where they are not known those of the parameters."""
@@ -410,14 +407,7 @@ class _Node:
 
     def _shape(self) -> list[int | None] | None:
         """The shape of X, as far as it is known."""
-        inferred = shape_inference.infer_shapes(self.model)
-        found = [
-            [d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim]
-            for graph in graphs(inferred.graph)
-            for value in (*graph.value_info, *graph.input, *graph.output)
-            if value.name == self.inputs.get("X") and value.type.tensor_type.HasField("shape")
-        ]
-        return found[0] if found and all(shape == found[0] for shape in found) else None  # bodies side by side may share names
+        return self.scope.file.shape(self.inputs.get("X", ""))
 
 
 def _order(axes: Axes) -> bool | None:

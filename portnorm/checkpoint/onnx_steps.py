@@ -77,7 +77,7 @@ class Steps:
 
     def _back(self, at: Scope, name: str, axes: Axes, found: Before, *, computed: bool, depth: int) -> None:
         scope, name = at.at(name)
-        if scope is None or depth > _FURTHER or scope.is_constant(name) or found.turned is not None or (computed and axes is None):
+        if scope is None or depth > _FURTHER or scope.is_constant(name) or (computed and axes is None):
             return
         if (id(scope), name) in self.seen:
             return
@@ -88,7 +88,7 @@ class Steps:
             entry = scope.entries.get(name)
             if entry is not None and entry.kind == "slice":
                 if entry.backwards:
-                    found.turned = f"{entry.node.op_type} (scan_input_directions)"
+                    found.turned = found.turned or f"{entry.node.op_type} (scan_input_directions)"
                 axes = None if entry.axis is None else _with(axes, entry.axis)
                 self._back(entry.scope, entry.name, axes, found, computed=computed, depth=depth + 1)
             else:
@@ -104,8 +104,7 @@ class Steps:
         if turned is not None and turned.endswith("?"):
             found.placed = found.placed or turned[:-1]
         elif turned is not None:
-            found.turned = turned
-            return
+            found.turned = found.turned or turned
         if not computed and (node.op_type in _ROUNDING or (node.op_type == "Cast" and move.said.get("to") in _NARROW)):
             found.rounded = found.rounded or node.op_type
         if node.op_type == "Gather" and scope.is_constant(node.input[0]):  # rows of a table
@@ -200,11 +199,11 @@ class Steps:
             return (axes, None) if axes[int(said["axis"]) % len(axes)] != "t" else None
         move = _Move(scope, node, axes)
         if kind in ("Slice", "ReverseSequence", *PLACED) and name == node.input[0]:
-            return axes, move.turns()
+            return axes, move.certainly_turns()
         if kind == "Gather" and name == node.input[0] and scope.is_constant(node.input[1]) and not scope.shape(node.input[1])[0]:
             place = int(said.get("axis", 0)) % len(axes)
             return () if axes[place] == "t" else tuple(a for k, a in enumerate(axes) if k != place), None
-        return (axes, move.turns()) if kind == "Gather" and name == node.input[0] else None
+        return (axes, move.certainly_turns()) if kind == "Gather" and name == node.input[0] else None
 
     # -- numbers that shapes make ----------------------------------------------------------------------------------------------------------
 
@@ -288,6 +287,10 @@ class _Move:
         rule = _TURNS.get(self.node.op_type)
         return rule(self) if rule is not None else None
 
+    def certainly_turns(self) -> str | None:
+        turned = self.turns()
+        return None if turned is None or turned.endswith("?") else turned
+
     def slice(self) -> str | None:
         if len(self.node.input) < 5 or not self.node.input[4]:
             return None
@@ -368,9 +371,10 @@ class _Move:
             yield inputs[0], None
         elif kind == "Gather":
             chosen = self._value(1)
-            one = _way_of(self.scope, inputs[1]) is not None if chosen is None else not chosen.ndim
-            inner = _with(axes, int(self.said.get("axis", 0))) if one else None
-            yield inputs[0], axes if chosen is not None and chosen.ndim == 1 else inner
+            shape = self.scope.file.shape(inputs[1]) if chosen is None else chosen.shape
+            rank = len(shape) if shape is not None else 0 if _way_of(self.scope, inputs[1]) is not None else None
+            one = _with(axes, int(self.said.get("axis", 0))) if rank == 0 else None
+            yield inputs[0], axes if rank == 1 else one
 
 
 _TURNS: dict[str, Callable[[_Move], str | None]] = {
