@@ -234,17 +234,19 @@ class _Node:
                 self._note(f"{rounding} of the graph around rounds the {what}, and this does not")
         if before.chosen:
             self._note(f"{_listed(before.chosen)} of the graph around makes the input of another value; the layer takes what the node does")
+        if steps.chosen:
+            self._note(f"{_listed(steps.chosen)} of the graph around makes another value of the output; the layer gives what the node does")
         outside, given = {_order(axes) for axes in before.ends}, {_order(end.axes) for end in ends}
-        other, names = not batch_first, {True: "(batch, time, …)", False: "(time, batch, …)"}
+        own, other = _order(wide[0]), "(time, batch, …)" if batch_first else "(batch, time, …)"
         by = f" ({_listed(before.by)})" if before.by else ""
         if outside == {other} and given <= {other}:
-            self._note(f"the graph around has its axes in the order {names[other]}{by}, and so has the layer")
-            batch_first = other
-        elif other in outside or other in given:
-            where = " and ".join(name for name, side in (("input", outside), ("output", given)) if other in side)
-            self._note(
-                f"the layer takes and gives {names[batch_first]}, as the node does; the {where} of the graph around is {names[other]}"
-            )
+            self._note(f"the graph around has its axes in the order {other}{by}, and so has the layer")
+            batch_first = not batch_first
+        else:
+            sides = {"input": outside if before.by or None not in outside else set(), "output": given - {None}}
+            for side, orders in sides.items():
+                if found := [order or "in an order that is not known" for order in orders if order != own]:
+                    self._note(f"the layer takes and gives {own}, as the node does; the {side} of the graph around is {found[0]}")
         self.said.values["batch_first"] = batch_first
         return steps
 
@@ -410,9 +412,13 @@ class _Node:
         return self.scope.file.shape(self.inputs.get("X", ""))
 
 
-def _order(axes: Axes) -> bool | None:
-    """Whether the batch is before the steps."""
-    return axes.index("b") < axes.index("t") if axes is not None and {"b", "t"} <= {*axes} else None
+def _order(axes: Axes) -> str | None:
+    """The order of the axes of a sequence, in words; `None` where it is not known."""
+    if axes is None or not {"b", "t"} <= {*axes}:
+        return None
+    known = [a for a in axes if a in ("b", "t", "f")]
+    names = {"b": "batch", "t": "time"}
+    return f"({', '.join(names[a] for a in known[:-1])}, …)" if known[-1] == "f" else "with features before the end"
 
 
 def _listed(names: list[str]) -> str:

@@ -27,9 +27,10 @@ _LAYOUT = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _NARROW = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 _FURTHER = 60
 _END = 2**40
-_CHOOSING = frozenset({"Slice", "Gather", "GatherElements", "GatherND", "Compress", "Split", "Concat", "Pad", "Tile"})
 PLACED = ("GatherElements", "GatherND", "ScatterND")
 """Operators that take each value from a place of its own, in whatever order."""
+_CHOOSING = frozenset({"Slice", "Gather", "ReverseSequence", "Compress", "Split", "Pad", "Tile", *PLACED})
+"""Operators that take a part of a value, or put its parts elsewhere."""
 
 
 @dataclass
@@ -66,6 +67,8 @@ class Steps:
         self.given: set[tuple[int, str, bool]] = set()
         self.rounded: str | None = None
         """What rounds the output."""
+        self.chosen: list[str] = []
+        """What takes a part of the output, or puts it elsewhere, and leaves the steps in their order."""
 
     # -- before the node -----------------------------------------------------------------------------------------------------------------
 
@@ -112,7 +115,7 @@ class Steps:
             inner = None if axes is None else axes[: len(axes) - len(scope.shape(node.input[0])[0]) + 1]
             self._back(scope, node.input[1], inner, found, computed=True, depth=depth + 1)
             return
-        elif not computed and turned is None and node.op_type in _CHOOSING and not move.is_step():
+        elif not computed and turned is None and node.op_type in (*_CHOOSING, "Concat") and not move.is_step():
             found.chosen.append(node.op_type)
         sources = list(move.sources())
         if not sources:
@@ -126,7 +129,8 @@ class Steps:
 
     def after(self, outputs: dict[str, Axes]) -> list[After]:
         """Where the sequences end up that a node gives."""
-        return [end for name, axes in outputs.items() for end in self._forth(self.scope, name, axes, None, 0) if _is_sequence(end.axes)]
+        found = (end for name, axes in outputs.items() for end in self._forth(self.scope, name, axes, None, 0))
+        return [end for end in found if end.turned is not None or (end.axes is not None and "t" in end.axes)]
 
     def _forth(self, scope: Scope, name: str, axes: Axes, turned: str | None, depth: int) -> Iterator[After]:
         if (id(scope), name, turned is None) in self.given:
@@ -148,6 +152,10 @@ class Steps:
                 yield After(axes, turned)
                 continue
             inner, again = moved
+            if inner is None and axes is not None:
+                yield After(axes, turned)
+            if again is None and (node.op_type in _CHOOSING or (axes is None and node.op_type == "Transpose")):
+                self.chosen.append(node.op_type)
             for output in node.output:
                 if output and inner != ():
                     yield from self._forth(scope, output, inner, turned or again, depth + 1)
@@ -179,7 +187,7 @@ class Steps:
         if kind in _SAME:
             return axes, None
         if axes is None:
-            return (None, None) if kind in ("Transpose", "Squeeze", "Unsqueeze", "Reshape", "Flatten") else None
+            return (None, None) if kind in _LAYOUT or (kind in _CHOOSING and name == node.input[0]) else None
         if kind == "Transpose":
             order = said.get("perm", range(len(axes))[::-1])
             return tuple(axes[p] for p in order) if len(order) == len(axes) else None, None
@@ -196,7 +204,9 @@ class Steps:
                 return (*axes[:2], "f"), None
             return None, None
         if kind == "Concat":
-            return (axes, None) if axes[int(said["axis"]) % len(axes)] != "t" else None
+            return axes, _Move(scope, node, axes).certainly_turns()
+        if kind == "Split":
+            return axes, None
         move = _Move(scope, node, axes)
         if kind in ("Slice", "ReverseSequence", *PLACED) and name == node.input[0]:
             return axes, move.certainly_turns()
@@ -435,10 +445,6 @@ def _piece(scope: Scope, name: str) -> tuple[tuple[int, str], int]:
 def _is_ascending(places: NumPyArray) -> bool:
     counted = numpy.where(places < 0, places.astype(numpy.int64) + _END, places)
     return bool(numpy.all(numpy.diff(counted) >= 0))
-
-
-def _is_sequence(axes: Axes) -> bool:
-    return axes is None or "t" in axes
 
 
 def _with(axes: Axes, place: int) -> Axes:
