@@ -1123,6 +1123,18 @@ def test_operators_that_meant_something_else_are_not_computed(tmp_path: Path, rn
         imported(model, tmp_path)
 
 
+@pytest.mark.parametrize(("node", "why"), [("Scatter", "cannot be computed"), ("Unique", "grows is not known")])
+def test_operators_that_cannot_be_computed_are_named(node: str, why: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    arrays = weights("GRU", rng)
+    initial = {**arrays, "w": arrays["W"], "at": np.zeros((1, 1, 1), "int64"), "one": np.zeros((1, 1, 1), "float32")}
+    model = onnx_model("GRU", initial, ("x", "W", "R", "B"), hidden_size=H)
+    model.graph.node[0].input[1] = "made"
+    model.graph.node.insert(0, helper.make_node(node, ["w", "at", "one"] if node == "Scatter" else ["w"], ["made"], name="it"))
+    model.opset_import[0].version = 11
+    with pytest.raises(pn.CheckpointError, match=rf"'it' \({node}\).*{why}.*; give the arrays as a mapping"):
+        imported(model, tmp_path)
+
+
 @pytest.mark.parametrize("operator", ["BatchNormalization", "LayerNormalization"])
 def test_axes_that_the_graph_around_a_normalization_moves_are_named(operator: str, tmp_path: Path, rng: np.random.Generator) -> None:
     arrays = {n: rng.uniform(0.5, 1.5, 4).astype("float32") for n in ("scale", "bias", "mean", "var")[: 4 if operator[0] == "B" else 2]}

@@ -30,6 +30,7 @@ _FOLLOWED = frozenset({"Expand", "Tile", "Identity", "Cast", "Slice", "Unsqueeze
 """Operators that repeat the rows of a first state for a batch, or leave them as they are."""
 _OLDER = {"Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "Resize": 11, "Upsample": 99, "GroupNormalization": 21, "Concat": 4, "Selu": 6}
 """Operators that meant something else before an operator set; what they mean since then is computed here."""
+WAY_OUT = "give the arrays as a mapping, or a file in which a tool such as onnxruntime's optimizer has made a constant of it"
 _DEPTH = 200
 _ROOM = 2**20
 _SPARSE = 2**26
@@ -376,14 +377,16 @@ class File:
             if size <= self.limit:
                 made = list(ReferenceEvaluator(proto).run(None, names))
         except Exception as error:  # the evaluator raises what NumPy raises
-            raise CheckpointError(f"{str(self.path)!r}: the node {node.name!r} ({node.op_type}) cannot be computed: {error}") from error
+            why = next(iter(str(error).splitlines()), "")
+            named = f"{str(self.path)!r}: the node {node.name!r} ({node.op_type}) of constants"
+            raise CheckpointError(f"{named} cannot be computed: {why}; {WAY_OUT}") from error
         if size > self.limit:
             why = (
                 "constants of the node {} grow beyond what the file holds"
                 if size < math.inf
                 else "how large the node {} grows is not known"
             )
-            raise CheckpointError(f"{str(self.path)!r}: {why.format(f'{node.name!r} ({node.op_type})')}")
+            raise CheckpointError(f"{str(self.path)!r}: {why.format(f'{node.name!r} ({node.op_type})')}; {WAY_OUT}")
         return made
 
 

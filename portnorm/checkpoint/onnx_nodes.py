@@ -11,7 +11,7 @@ import numpy
 import onnx
 from onnx import TensorProto, helper, inliner
 
-from portnorm.checkpoint.onnx_constants import File, Scope
+from portnorm.checkpoint.onnx_constants import WAY_OUT, File, Scope
 from portnorm.checkpoint.onnx_steps import PLACED, Axes, Steps, layout
 from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
 from portnorm.errors import CheckpointError
@@ -53,7 +53,6 @@ _NUMBERS: dict[str, tuple[float, ...]] = {
     "scaledtanh": (1.0, 1.0),
 }
 """Functions that take numbers, one after the other out of activation_alpha and activation_beta, and the usual ones."""
-_WAY_OUT = "give the arrays as a mapping, or a file in which a tool such as onnxruntime's optimizer has made a constant of it"
 _KNOWN = {"sigmoid": "sigmoid", "tanh": "tanh", "relu": "relu"}
 
 
@@ -128,7 +127,7 @@ class _Node:
         value = self.inputs[of]
         if not self.scope.is_constant(value):
             why = f"the input {of} is computed in the graph; expected a constant, and it comes from {self.scope.maker(value)}"
-            return Stored.unreadable(key, f"node {self.name!r}: {why}; {_WAY_OUT}", self.said)
+            return Stored.unreadable(key, f"node {self.name!r}: {why}; {WAY_OUT}", self.said)
         if "DequantizeLinear" in self.scope.operators(value):
             self._note(f"{of} is dequantized")
         loaded: list[NumPyArray] = []
