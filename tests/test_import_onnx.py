@@ -921,6 +921,18 @@ def test_packed_sequences_of_torch(batch_first: bool, tmp_path: Path) -> None:
     np.testing.assert_allclose(y, model(x, lengths).detach().numpy(), rtol=ONNX_OPERATOR, atol=ONNX_OPERATOR)
 
 
+@pytest.mark.parametrize("where", ["input", "output"])
+def test_steps_that_are_turned_twice_give_no_advice(where: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    turn = ["minus", "far", "zero", "minus"]
+    before: Nodes = [("Slice", ["x", *turn], ["xr"], {})]
+    if where == "input":
+        before = [("Slice", ["x", *turn], ["x1"], {}), ("Gather", ["x1", "down"], ["xr"], {"axis": 0})]
+    after: Nodes = [("Slice", ["y", *turn], ["y1"], {}), ("Gather", ["y1", "down"], ["out"], {"axis": 0})] if where == "output" else []
+    with pytest.raises(pn.CheckpointError, match=r"or in another order, by (Gather and Slice|Slice) of the graph around") as caught:
+        imported(around(rng, before, after, NUMBERS), tmp_path)
+    assert "direction='" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "before",
     [

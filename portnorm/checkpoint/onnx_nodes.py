@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, inliner
 
 from portnorm.checkpoint.onnx_constants import WAY_OUT, File, Scope
-from portnorm.checkpoint.onnx_steps import PLACED, Axes, Steps, layout
+from portnorm.checkpoint.onnx_steps import PLACED, SEVERAL, Axes, Steps, layout
 from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
 from portnorm.errors import CheckpointError
 
@@ -216,7 +216,8 @@ class _Node:
             back = {end.turned is not None for end in ends}
             way = "reverse" if True in back else "backwards"
             ours = f"; its output is {'' if True in back else 'not '}turned back: that is direction={way!r} here"
-            sure = direction == "forward" and len(back) == 1 and not any(end.turned in PLACED for end in ends)
+            unsure = any(end.turned in PLACED or SEVERAL in (end.turned or "") for end in ends) or SEVERAL in before.turned
+            sure = direction == "forward" and len(back) == 1 and not unsure
             self._refuse(
                 "X",
                 f"an input that goes from the last step to the first, or in another order, by {before.turned} of the graph around"

@@ -23,6 +23,8 @@ _SAME = frozenset({"Identity", "Cast", "CastLike", "Dropout", "Pad", "ScatterEle
 _EACH = frozenset({"Add", "Sub", "Mul", "Div", "Relu", "LeakyRelu", "PRelu", "Elu", "Gelu", "Sigmoid", "Tanh", "Clip", "Neg", "Abs", "Exp"})
 _EACH |= {"Log", "Sqrt", "Pow", "Softplus", "Erf", "LayerNormalization", "RMSNormalization"}
 """Operators that compute something for each step, and leave each axis in its place."""
+SEVERAL = " and "
+"""Between the names of operators where several turn the steps, which may be back again."""
 _LAYOUT = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 _NARROW = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 _FURTHER = 60
@@ -91,7 +93,7 @@ class Steps:
             entry = scope.entries.get(name)
             if entry is not None and entry.kind == "slice":
                 if entry.backwards:
-                    found.turned = found.turned or f"{entry.node.op_type} (scan_input_directions)"
+                    found.turned = _and(found.turned, f"{entry.node.op_type} (scan_input_directions)")
                 axes = None if entry.axis is None else _with(axes, entry.axis)
                 self._back(entry.scope, entry.name, axes, found, computed=computed, depth=depth + 1)
             else:
@@ -107,7 +109,7 @@ class Steps:
         if turned is not None and turned.endswith("?"):
             found.placed = found.placed or turned[:-1]
         elif turned is not None:
-            found.turned = found.turned or turned
+            found.turned = _and(found.turned, turned)
         if not computed and (node.op_type in _ROUNDING or (node.op_type == "Cast" and move.said.get("to") in _NARROW)):
             found.rounded = found.rounded or node.op_type
         if node.op_type == "Gather" and scope.is_constant(node.input[0]):  # rows of a table
@@ -158,7 +160,7 @@ class Steps:
                 self.chosen.append(node.op_type)
             for output in node.output:
                 if output and inner != ():
-                    yield from self._forth(scope, output, inner, turned or again, depth + 1)
+                    yield from self._forth(scope, output, inner, _and(turned, again), depth + 1)
 
     def _out(self, scope: Scope, places: list[int], axes: Axes, turned: str | None, depth: int) -> Iterator[After]:
         """Out of a body."""
@@ -179,7 +181,7 @@ class Steps:
                 slot = k - inputs
                 again = f"{around.op_type} (scan_output_directions)" if slot < len(ways) and ways[slot] else None
                 wide = _with(axes, int(along[slot]) if slot < len(along) else 0)
-                yield from self._forth(outer, around.output[k], wide, turned or again, depth + 1)
+                yield from self._forth(outer, around.output[k], wide, _and(turned, again), depth + 1)
 
     def _moved(self, scope: Scope, node: onnx.NodeProto, name: str, axes: Axes) -> tuple[Axes, str | None] | None:
         """(axes, what turned the steps) after a node; no axes at all where one step is taken, `None` where it does something else."""
@@ -258,6 +260,11 @@ class Steps:
             return scope.file.run(node, inputs)[[o for o in node.output if o].index(name)]
         except CheckpointError:
             return None
+
+
+def _and(one: str | None, other: str | None) -> str | None:
+    """What turns steps around, once or several times."""
+    return f"{one}{SEVERAL}{other}" if one and other else one or other
 
 
 def layout(at: Scope, name: str) -> list[str]:
