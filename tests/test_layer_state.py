@@ -86,6 +86,41 @@ def test_assign_and_apply_are_as_strict_as_a_state_dict(name: str, rng: np.rando
     layer.assign(dict(reversed(params.items())), buffers)  # any order
 
 
+OF_ANOTHER_DTYPE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a wider one": (lambda a: a - np.float64(0.1) * a, "float64"),
+    "a narrower one": (lambda a: a.astype("float16"), "float16"),
+    "integers": (lambda a: np.round(a).astype("int64"), "int64"),
+}
+
+
+@pytest.mark.parametrize("kind", OF_ANOTHER_DTYPE)
+def test_assign_takes_no_arrays_of_another_dtype(kind: str, rng: np.random.Generator) -> None:
+    """NumPy makes float64 of float32 times one of its own numbers."""
+    changed, name = OF_ANOTHER_DTYPE[kind]
+    layer, x = pn.LSTM(3, 4, norm="batch", rng=0), rng.standard_normal((5, 2, 3)).astype("float32")
+    y, before = layer(x)[0], layer.state_dict()
+    params, buffers = layer.params, layer.buffers
+    for one, inside in ((layer, ""), (pn.Sequential(layer), "0.")):
+        given, held = ({f"{inside}{n}": a for n, a in group.items()} for group in (params, buffers))
+        for n, a in given.items():
+            with pytest.raises(pn.DTypeError, match=f"`{n}` has dtype {name}; expected float32.*load_state_dict"):
+                one.assign({**given, n: changed(a)})
+        for n, a in held.items():
+            if "num_batches" in n and kind == "integers":
+                continue
+            expected = "integers" if "num_batches" in n else "float32"
+            with pytest.raises(pn.DTypeError, match=f"`{n}` has dtype {name}; expected {expected}"):
+                one.assign(given, {**held, n: changed(a)})
+    assert {n: id(a) for n, a in layer.state_dict().items()} == {n: id(a) for n, a in before.items()}
+    layer.load_state_dict({n: a.astype("float64") for n, a in before.items()})
+    assert {a.dtype for a in layer.params.values()} == {np.dtype("float32")}
+    np.testing.assert_array_equal(layer(x)[0], y)
+    wide = layer.to(dtype="float64")
+    wide.assign({n: a.astype("float64") for n, a in before.items() if n in layer.params}, wide.buffers)
+    half = layer.to(dtype="float16")
+    half.assign(half.params, layer.buffers)  # whose statistics are of at least float32
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_order_of_parameters_in_a_mapping_says_nothing(name: str, rng: np.random.Generator) -> None:
     """JAX gives mappings back in the order of their names."""

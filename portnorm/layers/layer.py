@@ -241,9 +241,11 @@ class Layer(Pure):
     def assign(self, params: Mapping[str, Array], buffers: Mapping[str, Array] | None = None) -> None:
         """Hold these parameters (and buffers) from now on, as they are: what an optimizer returns.
 
-        Raises `CheckpointError` for a missing or unknown name or a shape that does not fit; the layer is then as it was.
+        Raises `CheckpointError` for a missing or unknown name or a shape that does not fit, `DTypeError` for another dtype than the
+        layer's, which `load_state_dict` converts; the layer is then as it was.
         """
         self._check_given(params, self.buffers if buffers is None else buffers)
+        self._check_dtypes(params, buffers or {})
         self.params = dict(params)
         if buffers is not None:
             self.buffers = dict(buffers)
@@ -260,6 +262,26 @@ class Layer(Pure):
         for name, array in {**params, **buffers}.items():
             if is_longdouble(array.dtype):
                 raise DTypeError(f"`{name}` has dtype {array.dtype}; expected {called(self.xp, self.dtype)}, that of the layer")
+
+    def _check_dtypes(self, params: Mapping[str, Array], buffers: Mapping[str, Array]) -> None:
+        """Raise `DTypeError` unless the arrays are of the layer's dtype, its statistics of theirs, and its counters integers."""
+        own = self.buffers if buffers else {}
+        for group, statistic in ((params, False), (buffers, True)):
+            expected = self._dtype_of(statistic)
+            for name, array in group.items():
+                if array.dtype == expected and name not in own:
+                    continue
+                xp, wanted = namespace(**{name: array}), called(self.xp, expected)
+                if statistic and is_kind(xp_of(own[name]), own[name].dtype, "integral"):
+                    fits, wanted = is_kind(xp, array.dtype, "integral"), "integers"
+                else:
+                    fits = called(xp, array.dtype) == wanted
+                if not fits:
+                    came = called(xp, array.dtype)
+                    raise DTypeError(
+                        f"`{name}` has dtype {came}; expected {wanted}, that of the layer; convert it, or give all arrays to "
+                        f"`load_state_dict`, which does{_also(self.xp, came)}"
+                    )
 
     def check_fit(self) -> None:
         """Raise `CheckpointError` unless the arrays fit the attributes, as those of a layer do that was just made."""
@@ -468,3 +490,8 @@ class StatelessLayer(Layer):
 
 def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _also(xp: Namespace, name: str) -> str:
+    """How a layer takes arrays of this dtype, where it can be made of it."""
+    return f"; layer.to(dtype={name!r}) takes it" if is_kind(xp, getattr(xp, name, xp.int64), "real floating") else ""
