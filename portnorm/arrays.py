@@ -91,6 +91,8 @@ class Library:
     kernels: Mapping[str, Kernel] = field(default_factory=lambda: MappingProxyType({}))
     is_concrete: Callable[[Array], bool] = lambda x: True
     """False for an array whose values cannot be looked at now (traced or symbolic)."""
+    seen: Callable[[Array], Array] = lambda x: x
+    """A concrete array as one whose values can be looked at while others are traced, where a library traces what is done to any of its."""
     autodiff: Autodiff | None = None
     namespace: Namespace | Callable[[], Namespace] | None = None
     """The module of its functions, or what makes it when it is first asked for; `None` for the one that array-api-compat finds."""
@@ -430,6 +432,12 @@ def to_numpy(x: Array) -> Any:
 def is_concrete(x: Array) -> bool:
     """Whether the values of `x` can be looked at now."""
     return library(x).is_concrete(x)
+
+
+def seen(x: Array) -> Array | None:
+    """`x`, or an array of NumPy in its stead, to look at its values now, by functions of `xp_of(...)`; `None` where nobody can."""
+    own = library(x)
+    return own.seen(x) if own.is_concrete(x) else None
 
 
 def constant(x: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from portnorm.arrays import Array, device_of, is_concrete, namespace, require_given, require_lengths, xp_of
+from portnorm.arrays import Array, device_of, namespace, require_given, require_lengths, seen, xp_of
 from portnorm.dtypes import default_integer, is_kind, require_floating, statistics_dtype
 from portnorm.errors import DTypeError, ShapeError
 from portnorm.op import op
@@ -31,8 +31,11 @@ def embedding(ids: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
         raise ShapeError(f"`weight` has shape {tuple(weight.shape)}; expected (entries, features)")
     if not is_kind(xp, ids.dtype, "integral"):
         raise DTypeError(f"`ids` has dtype {ids.dtype}; expected integers")
-    if is_concrete(ids) and 0 not in ids.shape and (int(xp.min(ids)) < 0 or int(xp.max(ids)) >= weight.shape[0]):
-        raise ShapeError(f"`ids` reach from {int(xp.min(ids))} to {int(xp.max(ids))}; expected 0 to {weight.shape[0] - 1}")
+    known = seen(ids)
+    if known is not None and 0 not in ids.shape:
+        low, high = int(xp_of(known).min(known)), int(xp_of(known).max(known))
+        if low < 0 or high >= weight.shape[0]:
+            raise ShapeError(f"`ids` reach from {low} to {high}; expected 0 to {weight.shape[0] - 1}")
     if ids.dtype != xp.int32 and ids.dtype != xp.int64:
         ids = xp.astype(ids, default_integer(xp))  # a narrow type could not name every entry, and some libraries take none by it
     rows = xp.take(weight, xp.reshape(ids, (math.prod(ids.shape),)), axis=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
-from portnorm.arrays import Array, device_of, is_concrete, namespace, xp_of
+from portnorm.arrays import Array, device_of, namespace, seen, xp_of
 from portnorm.dtypes import default_integer, statistics_dtype
 from portnorm.errors import ShapeError
 from portnorm.norm.arguments import checked_mask
@@ -43,7 +43,8 @@ def mask_of(x: Array, mask: Array, features: tuple[int, ...]) -> Mask:
 
 def is_whole(mask: Mask) -> bool:
     """Whether a mask is known to leave nothing out."""
-    return is_concrete(mask.values) and bool(xp_of(mask.values).all(mask.values))
+    known = seen(mask.values)
+    return known is not None and bool(xp_of(known).all(known))
 
 
 def valid(x: Array, counted: Array | Mask, features: tuple[int, ...], batch_first: bool, channels: bool) -> Array:
@@ -96,7 +97,8 @@ def _does_not_fit(x: Array, mask: Mask, expected: str) -> ShapeError:
 
 def are_in_front(mask: Array) -> bool:
     """Whether the steps of a mask (time, batch) are known to be the first ones of each sequence already."""
-    return is_concrete(mask) and not bool(xp_of(mask).any(mask[1:, :] & ~mask[:-1, :]))
+    known = seen(mask)
+    return known is not None and not bool(xp_of(known).any(known[1:, :] & ~known[:-1, :]))
 
 
 @op

@@ -202,6 +202,51 @@ def test_jax_vmap_is_one_case_after_the_other(rng: np.random.Generator) -> None:
             assert_same(mapped[name][k], gradient)
 
 
+CLOSED_OVER: dict[str, tuple[dict[str, Any], Any, Any, Any, str]] = {
+    "lengths": ({}, lambda layer, x, v: layer(x, None, v)[0], [2, 3], [2, 4], "`lengths` reach from 2 to 4"),
+    "a mask": ({}, lambda layer, x, v: layer(x, mask=v)[0], [[True, True], [False, True], [True, False]], None, ""),
+    "a mask of all": ({"norm": "layer"}, lambda layer, x, v: layer(x, mask=v)[0], np.ones((3, 2), bool), None, ""),
+    "a first h": (
+        {"quantize": "int8"},
+        lambda layer, x, v: layer(x, (v, 9.0 * v))[0],
+        np.full((1, 2, 3), 0.5),
+        np.full((1, 2, 3), 2.0),
+        "h of up to 2",
+    ),
+    "a time": ({"norm": "batch"}, lambda layer, x, v: layer(x, (*layer.initial_state(2)[:2], v))[0], 1, -1, "`state` has time -1"),
+    "integers": ({}, lambda layer, x, v: pn.embedding(v, x[:, 0, :]), [[0, 2], [1, 1]], [[0, 3]], "`ids` reach from 0 to 3"),
+    "labels": ({}, lambda layer, x, v: pn.softmax_cross_entropy(x[0], v), [0, 3], None, ""),
+    "random numbers": (
+        {"dropout": 0.5, "num_layers": 2},
+        lambda layer, x, v: layer(x, training=True, rng=dict.fromkeys(layer.random_shapes(3, 2), v))[0],
+        np.full((1, 3, 2, 3), 0.7),
+        np.full((1, 3, 2, 3), 1.7),
+        "numbers that do not lie from 0 to 1",
+    ),
+    "weights": ({}, lambda layer, x, v: pn.quantized(layer)(x)[0], 0, None, ""),
+}
+"""Settings of a layer, what is computed with values that are closed over, right ones, wrong ones, and what is said of these."""
+
+
+@pytest.mark.parametrize("place", CLOSED_OVER)
+def test_jax_looks_at_values_that_a_function_closes_over(place: str, rng: np.random.Generator) -> None:
+    """Inside of `jit` JAX traces what is done to any array, also to one whose values are there."""
+    import jax
+    import jax.numpy as jnp
+
+    settings, compute, right, wrong, message = CLOSED_OVER[place]
+    layer, x = pn.LSTM(4, 3, xp="jax", rng=0, dtype="float64", **settings), jnp.asarray(rng.standard_normal((3, 2, 4)))
+
+    def gradient(values: Any) -> Any:
+        return jax.grad(lambda x: jnp.sum(jnp.sin(compute(layer, x, values))))
+
+    right = jnp.asarray(right)
+    assert_same(jax.jit(gradient(right))(x), gradient(right)(x))
+    if wrong is not None:
+        with pytest.raises(pn.PortnormError, match=message):
+            jax.jit(gradient(jnp.asarray(wrong)))(x)
+
+
 @pytest.mark.parametrize("norm", [None, "layer"])
 def test_a_step_outside_of_jit_compiles_nothing_again(norm: Any, rng: np.random.Generator) -> None:
     """A loop of one step was compiled at each call, for a quarter of a second."""

@@ -77,6 +77,10 @@ def _device(x: Any) -> Any:
     return x.device if len(x.sharding.device_set) == 1 else None
 
 
+def _seen(x: Array) -> Array:
+    return numpy.asarray(x) if x.is_fully_addressable else x  # of which nobody can close over inside of a transformation
+
+
 def _is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | jax.core.Tracer)
 
@@ -96,6 +100,7 @@ LIBRARY = Library(
     "jax",
     kernels={"loop": Kernel(call=loop), "rows_added": Kernel(call=_rows_added)},
     is_concrete=lambda x: not isinstance(x, jax.core.Tracer),
+    seen=_seen,
     autodiff=Autodiff(_records, _call, jax.lax.stop_gradient, is_passing=lambda x: isinstance(x, jax.core.Tracer)),
     namespace=jax.numpy,  # while something is traced a constant can be of a type that is one of NumPy's too
     device=_device,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy
 
-from portnorm.arrays import Array, DType, Namespace, device_of, is_concrete, namespace, require_lengths
+from portnorm.arrays import Array, DType, Namespace, device_of, namespace, require_lengths, seen, xp_of
 from portnorm.dtypes import default_integer, dtype_name, is_kind
 from portnorm.errors import CheckpointError, DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.pure import Pure
@@ -79,8 +79,9 @@ def checked_lengths(xp: Namespace, x: Array, lengths: Any, batch_first: bool = F
         raise DTypeError(f"`lengths` has dtype {lengths.dtype}; expected integers")
     if tuple(lengths.shape) != (batch,):
         raise ShapeError(f"`lengths` has shape {tuple(lengths.shape)}; expected ({batch},), one for each sequence of `x` {tuple(x.shape)}")
-    if is_concrete(lengths) and batch:
-        low, high = int(xp.min(lengths)), int(xp.max(lengths))
+    known = seen(lengths) if batch else None
+    if known is not None:
+        low, high = int(xp_of(known).min(known)), int(xp_of(known).max(known))
         if low < 0 or high > steps:
             raise ShapeError(f"`lengths` reach from {low} to {high}; expected 0 to {steps}, the number of steps of `x` {tuple(x.shape)}")
     return xp.astype(lengths, default_integer(xp))

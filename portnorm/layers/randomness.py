@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
-from portnorm.arrays import Array, device_of, is_concrete, leaves, library, namespace, xp_of
+from portnorm.arrays import Array, device_of, is_concrete, leaves, library, namespace, seen, xp_of
 from portnorm.dropout import kept, scale
 from portnorm.dtypes import is_kind
 from portnorm.errors import ArgumentError, DTypeError, ShapeError, UnsupportedError
@@ -116,7 +116,8 @@ def _check_given(given: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             continue
         if not is_kind(xp, array.dtype, "real floating"):
             raise DTypeError(f"`rng` has {name!r} of dtype {array.dtype}; expected numbers uniform in [0, 1), or True for what is kept")
-        if is_concrete(array) and 0 not in array.shape and not bool(xp.all((array >= 0) & (array <= 1))):
+        known = seen(array)
+        if known is not None and 0 not in array.shape and not bool(xp_of(known).all((known >= 0) & (known <= 1))):
             raise UnsupportedError(
                 f"`rng` has {name!r} with numbers that do not lie from 0 to 1; expected uniform ones, which are not scaled, or True for "
                 "what is kept"

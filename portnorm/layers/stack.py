@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy
 
-from portnorm.arrays import Array, device_of, is_concrete, namespace, require_given, xp_of
+from portnorm.arrays import Array, device_of, is_concrete, namespace, require_given, seen, xp_of
 from portnorm.cells.cell import RecurrentCell
 from portnorm.cells.variants import Variant
 from portnorm.dropout import dropout
@@ -317,9 +317,11 @@ class Stack(Layer):
                 raise ShapeError(
                     f"`state` has {name} of shape {tuple(array.shape)}; expected (layers × directions, batch, hidden) = {expected}"
                 )
-            if bounds_h and name == "h" and is_concrete(array) and 0 not in array.shape and float(xp.max(xp.abs(array))) > H_BOUND:
+            known = seen(array) if bounds_h and name == "h" and 0 not in array.shape else None
+            largest = 0.0 if known is None else float(xp_of(known).max(xp_of(known).abs(known)))
+            if largest > H_BOUND:
                 raise UnsupportedError(
-                    f"`state` has an h of up to {float(xp.max(xp.abs(array))):g}; expected at most 1, since `quantize` {self.quantize!r} "
+                    f"`state` has an h of up to {largest:g}; expected at most 1, since `quantize` {self.quantize!r} "
                     "takes h for what the layer gives, which lies in (−1, 1)"
                 )
             if array.dtype != dtype:
