@@ -20,7 +20,7 @@ from portnorm.arrays import Array, constant, device_of, library, namespace, requ
 from portnorm.dtypes import require_floating, statistics_dtype
 from portnorm.errors import UnsupportedError
 from portnorm.op import op
-from portnorm.scalars import real_number, whole_number
+from portnorm.scalars import real_number, switch, whole_number
 
 QuantizeName = Literal["int8", "int4"]
 """The names that `quantize=` takes."""
@@ -95,6 +95,7 @@ def fake_quantize(
     levels = whole_number("levels", levels, 1)
     bound = None if bound is None else real_number("bound", bound, 0.0, math.inf, "a positive number, or None")
     block = None if block is None else whole_number("block", block, 1)
+    lopsided = switch("lopsided", lopsided)
     if bound is not None and not 0.0 < bound < math.inf:
         raise UnsupportedError(f"`bound` is {bound}; expected a positive number, or None")
     dtype = statistics_dtype(xp, x.dtype)

@@ -39,9 +39,18 @@ def switch(name: str, value: Any) -> bool:
     """`value` as a bool, from any kind of truth value; raises `UnsupportedError` for what is neither true nor false."""
     if value is True or value is False:
         return value
-    if not _is_truth_value(value) and value not in (0, 1):
+    try:
+        meant = bool(value) if _is_truth_value(value) or value in (0, 1) else None
+    except (TypeError, ValueError, RuntimeError):  # of many arrays of several values
+        meant = None
+    if meant is None:
         raise UnsupportedError(f"`{name}` is {value!r}; expected True or False")
-    return bool(value)
+    return meant
+
+
+def switches(**given: Any) -> list[bool]:
+    """`switch` of each, in their order."""
+    return [switch(name, value) for name, value in given.items()]
 
 
 def _is_truth_value(value: Any) -> bool:

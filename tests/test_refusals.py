@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -74,3 +75,81 @@ def test_a_state_that_is_none_is_named(optimizer: Any) -> None:
     for state in (None, [], {}, {"steps": 0}):
         with pytest.raises(pn.UnsupportedError, match="`state"):
             optimizer.update(PARAMS, PARAMS, state)
+
+
+SEQUENCE = np.ones((3, 2, 4), np.float32)
+MADE: dict[str, tuple[Any, ...]] = {
+    "BatchNorm": (4,),
+    "BatchRenorm": (4,),
+    "GRU": (4, 3),
+    "GroupNorm": (2, 4),
+    "InstanceNorm": (4,),
+    "LSTM": (4, 3),
+    "LayerNorm": (4,),
+    "Linear": (4, 3),
+    "RMSNorm": (4,),
+    "RNN": (4, 3),
+}
+"""How layers with switches are made."""
+SWITCHED: dict[str, Callable[..., Any]] = {
+    **{name: lambda name=name, **given: getattr(pn, name)(*args_of(name), **given) for name in MADE},
+    "Variant": lambda **given: pn.Variant("a cell", "layer", **given),
+    "Layer.__call__": lambda **given: pn.LSTM(4, 3)(SEQUENCE, **given),
+    "Layer.vjp": lambda **given: pn.LSTM(4, 3).vjp(SEQUENCE, **given),
+    "Layer.apply": lambda **given: (m := pn.LSTM(4, 3)).apply(m.params, {}, SEQUENCE, **given),
+    "Layer.pure_vjp": lambda **given: (m := pn.LSTM(4, 3)).pure_vjp(m.params, {}, SEQUENCE, **given),
+    "export": lambda **given: pn.export(pn.LSTM(4, 3), None, **given),
+    "export_torch": lambda **given: pn.export_torch(module_of_torch(), (SEQUENCE,), None, **given),
+    "export_training_step": lambda **given: pn.export_training_step(pn.LSTM(4, 3), pn.mean_squared_error, pn.SGD(), None, **given),
+    "fake_quantize": lambda **given: pn.fake_quantize(X, **given),
+    "fit": lambda **given: pn.fit(pn.Linear(6, 3), X.astype("float32"), LABELS, **given),
+    "load": lambda **given: pn.load("no file", **given),
+    "pad_sequences": lambda **given: pn.pad_sequences([X, X[:2]], **given),
+    "replace_modules": lambda **given: pn.replace_modules(module_of_torch(), {"0": "torch"}, **given),
+    "torch_module": lambda **given: pn.torch_module(pn.Linear(4, 3), **given),
+}
+"""Public functions with switches, each called with one of them."""
+
+
+def args_of(name: str) -> tuple[Any, ...]:
+    return MADE[name]
+
+
+def module_of_torch() -> Any:
+    import torch
+
+    return torch.nn.Sequential(torch.nn.Linear(4, 3))
+
+
+def switches() -> list[Any]:
+    """Every public function and method of `Layer` with its parameters that are True or False, by the signatures."""
+    found = []
+    for name in pn.__all__:
+        function = getattr(pn, name)
+        if not callable(function) or (isinstance(function, type) and issubclass(function, Exception)):
+            continue
+        methods = ("__call__", "vjp", "apply", "pure_vjp") if name == "Layer" else ()
+        for title, each in {name: function, **{f"{name}.{m}": getattr(function, m) for m in methods}}.items():
+            if title == "Layer":
+                continue
+            needs_torch = title in ("export_torch", "replace_modules", "torch_module")
+            found += [
+                pytest.param(title, p.name, marks=[pytest.mark.peers] * needs_torch, id=f"{title}({p.name})")
+                for p in inspect.signature(each).parameters.values()
+                if isinstance(p.default, bool) or "bool" in str(p.annotation).replace(" ", "").split("|")
+            ]
+    return found
+
+
+@pytest.mark.parametrize(("function", "parameter"), switches())
+def test_a_switch_is_true_or_false(function: str, parameter: str) -> None:
+    for value in ("no", [5, 2], 2, np.ones(2, bool), np.zeros(0)):
+        with pytest.raises(pn.UnsupportedError, match=f"`{parameter}` is .*; expected True or False"):
+            SWITCHED[function](**{parameter: value})
+
+
+def test_a_switch_may_come_from_an_array() -> None:
+    for value in (1, np.True_, np.asarray(True)):
+        assert pn.LSTM(4, 3, bidirectional=value).bidirectional is True
+    model = pn.export(pn.LSTM(4, 3), None, lengths=np.False_, metadata=False).model
+    assert [i.name for i in model.graph.input] == ["x"]

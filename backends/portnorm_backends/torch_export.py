@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from portnorm.errors import ExportError, UnsupportedError
 from portnorm.layers.quantized import quantized
 from portnorm.quantization import QuantizeName, checked_quantize
+from portnorm.scalars import switch, switches
 from portnorm_backends.torch_calls import DOMAIN, Given, Recorder, free_axes, given_of, is_floating, tensors_of, translated
 from portnorm_backends.torch_cases import Cases
 from portnorm_backends.torch_gate import Case, Eager, compared
@@ -103,6 +104,8 @@ def export_torch(
     """
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a torch.nn.Module")
+    fold, accurate, streaming, metadata = switches(fold=fold, accurate=accurate, streaming=streaming, metadata=metadata)
+    external_data = None if external_data is None else switch("external_data", external_data)
     row = target_of(target)
     if row.further:
         raise UnsupportedError(

@@ -14,6 +14,7 @@ from portnorm.checkpoint.foreign import import_checkpoint
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.recurrent import Recurrent
+from portnorm.scalars import switch
 from portnorm_backends.torch_alone import check
 from portnorm_backends.torch_attached import check_held, check_hooks, check_parametrized
 from portnorm_backends.torch_compare import Call, Compared
@@ -87,6 +88,7 @@ def replace_modules(
     ['evaluation: values', 'training step: values', 'training step: gradients', 'training step: statistics']
     """
     _check_table(model, table)
+    training = switch("training", training)
     places, rows = _found(model, table)
     firsts: dict[int, tuple[str, torch.nn.Module]] = {}
     for path, _, _, module in places:

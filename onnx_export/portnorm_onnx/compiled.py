@@ -13,6 +13,7 @@ from portnorm.errors import DTypeError, ShapeError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.layers.state import checked_time
 from portnorm.padding import Mask
+from portnorm.scalars import whole_number
 from portnorm_onnx.export import export
 from portnorm_onnx.signature import TIME, named_state
 from portnorm_onnx.symbolic import NumPyArray
@@ -50,9 +51,7 @@ def compile(model: Layer, *, threads: int = 1) -> Compiled:  # noqa: A001  # the
     """
     if not isinstance(model, Layer):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
-    if threads < 1:
-        raise UnsupportedError(f"`threads` is {threads}; expected 1 or more")
-    return Compiled(model, threads)
+    return Compiled(model, whole_number("threads", threads, 1))
 
 
 class Compiled:

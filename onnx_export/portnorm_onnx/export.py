@@ -22,6 +22,7 @@ from portnorm.layers.layer import Layer
 from portnorm.layers.quantized import quantized, with_rounded_weights
 from portnorm.layers.recurrent import recurrent_parts
 from portnorm.quantization import QuantizeName
+from portnorm.scalars import switch, switches
 from portnorm_onnx.as_loop import as_loops
 from portnorm_onnx.build import Names, build, keep_apart, put_inside
 from portnorm_onnx.inputs import random_inputs
@@ -130,6 +131,10 @@ def export(
     """
     if not isinstance(model, Layer):
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
+    streaming, lengths, mask, state = switches(streaming=streaming, lengths=lengths, mask=mask, state=state)
+    fold, accurate, unroll, trainable = switches(fold=fold, accurate=accurate, unroll=unroll, trainable=trainable)
+    function, metadata = switches(function=function, metadata=metadata)
+    external_data = None if external_data is None else switch("external_data", external_data)
     row = target_of(target)
     version = checked_opset(opset, row)
     checked_path(path)

@@ -19,6 +19,7 @@ from portnorm.layers.layer import Layer
 from portnorm.losses import softmax_cross_entropy
 from portnorm.op import Op, vjp
 from portnorm.optimizers import Optimizer
+from portnorm.scalars import switches
 from portnorm.updates import clip_by_global_norm
 from portnorm_onnx.bounds import FACTOR, FLOOR, ROUNDINGS, nudged, wide
 from portnorm_onnx.build import build
@@ -89,6 +90,7 @@ def export_training_step(
     if not isinstance(loss, Op):
         raise UnsupportedError(f"`loss` is {loss!r}; expected an Op of the result and a target, such as portnorm.softmax_cross_entropy")
     checked_path(path)
+    state, lengths, metadata = switches(state=state, lengths=lengths, metadata=metadata)
     model = model.to(xp="numpy")
     step = _Step(model, loss, optimizer, clip)
     started = time.perf_counter()

@@ -13,6 +13,7 @@ from portnorm.dtypes import dtype_name
 from portnorm.errors import CheckpointError, UnsupportedError
 from portnorm.layers.layer import Layer
 from portnorm.optimizers import Optimizer
+from portnorm.scalars import switch
 
 
 def save(layer: Layer | Training, path: str | os.PathLike[str]) -> None:
@@ -86,6 +87,7 @@ def load(
     Raises `CheckpointError` where the file cannot be read, is damaged, does not hold an array any more, or was not written by portnorm.
     """
     name = os.fspath(path)
+    training = switch("training", training)
     if optimizer is not None and not training:
         raise UnsupportedError("`optimizer` is given, but without training=True a model alone is loaded")
     if name.endswith(".onnx"):

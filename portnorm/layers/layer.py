@@ -36,7 +36,6 @@ from portnorm.errors import CheckpointError, DTypeError, ShapeError, Unsupported
 from portnorm.layers.arguments import called, check_names, checked_call
 from portnorm.layers.initial import Generator
 from portnorm.layers.pure import Arrays, Pure, constants, kept_of
-from portnorm.layers.randomness import uniform_numbers
 from portnorm.layers.summary import Call, Calls, Shape, Summary, SummaryRow, summarized
 from portnorm.op import require_cotangent
 from portnorm.padding import Counted
@@ -153,7 +152,7 @@ class Layer(Pure):
         """
         params = self.params  # of a model they are put together anew each time
         lengths = checked_call(self, params, self.dtype, x, state, lengths, mask)
-        random = uniform_numbers(self, params, x, rng) if training and self.drops else None
+        random = self._drawn(params, x, training, rng)
         y, state, buffers = self._applied(params, self.buffers, x, state, lengths, training, random)
         if training:
             self._keep(buffers)
@@ -177,7 +176,7 @@ class Layer(Pure):
         again, bit by bit as they were. Some tens of steps are a good k.
         """
         lengths, keep = self._checked(x, state, lengths, mask), kept_of(recompute)
-        random = uniform_numbers(self, self.params, x, rng) if training and self.drops else None
+        random = self._drawn(self.params, x, training, rng)
         y, out, buffers, pure = self._applied_vjp(self.params, self.buffers, x, state, lengths, training, random, keep)
         if training and not self.evaluates:
             self._keep(constants(buffers))

@@ -97,7 +97,7 @@ class Pure:
         self._require_array(x)
         if mask is not None:
             lengths = mask_of(x, mask, self.feature_axes(x.ndim))
-        random = uniform_numbers(self, params, x, rng) if training and self.drops else None
+        random = self._drawn(params, x, training, rng)
         return self._applied(params, buffers, x, state, lengths, training, random)
 
     def _require_array(self, x: Array) -> None:
@@ -145,7 +145,7 @@ class Pure:
         self._check_given(params, buffers)
         self._require_array(x)
         keep = kept_of(recompute)
-        random = uniform_numbers(self, params, x, rng) if training and self.drops else None
+        random = self._drawn(params, x, training, rng)
         return self._applied_vjp(params, buffers, x, state, lengths, training, random, keep)
 
     def _applied_vjp(
@@ -203,6 +203,10 @@ class Pure:
             return narrow.rounded(dx) if narrow.holds(x) else dx, narrow.rounded(dbefore), of_arrays
 
         return narrow.rounded(y), narrow.rounded(out), new, pullback
+
+    def _drawn(self, params: Arrays, x: Array, training: Any, rng: Any) -> Arrays | None:
+        """The numbers that a call takes from `rng`; `None` where nothing is dropped."""
+        return uniform_numbers(self, params, x, rng) if self._trains(training) and self.drops else None
 
     def _trains(self, training: Any) -> bool:
         """Whether a call with this `training` computes as in training; raises `UnsupportedError` for what is neither true nor false."""

@@ -134,13 +134,14 @@ class Recurrent(Stack):
         dtype: DType = "float32",
         rng: int | Generator | None = None,
     ):
-        if direction not in DIRECTIONS or (bidirectional and direction != "forward"):
+        flags = {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
+        config: dict[str, Any] = {name: switch(name, value) for name, value in flags.items()}
+        bidirectional = config["bidirectional"]
+        if not isinstance(direction, str) or direction not in DIRECTIONS or (bidirectional and direction != "forward"):
             expected = "'forward', since `bidirectional` has both" if bidirectional else "'forward', 'reverse' or 'backwards'"
             raise UnsupportedError(f"`direction` is {direction!r}; expected {expected}")
         sizes = {"input_size": input_size, "hidden_size": hidden_size, "num_layers": num_layers, "t_max": t_max}
-        config: dict[str, Any] = {name: whole_number(name, value, 1) for name, value in sizes.items()}
-        flags = {"bidirectional": bidirectional, "batch_first": batch_first, "return_sequences": return_sequences}
-        config |= {name: switch(name, value) for name, value in flags.items()}
+        config = {**{name: whole_number(name, value, 1) for name, value in sizes.items()}, **config}
         config |= {"direction": direction, "learned_state": switch("learned_state", learned_state)}
         config |= {"momentum": checked_momentum(momentum), "proj_size": whole_number("proj_size", proj_size)}
         if not 0 <= config["proj_size"] < config["hidden_size"] or (proj_size and not self.cell.projects):

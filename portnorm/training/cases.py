@@ -14,6 +14,7 @@ from portnorm.dtypes import default_integer, is_kind, require_real
 from portnorm.errors import DTypeError, PortnormError, ShapeError, UnsupportedError
 from portnorm.layers.arguments import checked_lengths
 from portnorm.layers.layer import Layer
+from portnorm.scalars import switch
 
 NumPyArray = numpy.ndarray[Any, Any]
 
@@ -29,7 +30,7 @@ def pad_sequences(sequences: Sequence[Array], *, batch_first: bool = False) -> t
     >>> x.shape, lengths
     ((3, 2, 2), array([3, 1]))
     """
-    return padded("sequences", sequences, batch_first)
+    return padded("sequences", sequences, switch("batch_first", batch_first))
 
 
 def padded(name: str, sequences: Any, batch_first: bool) -> tuple[Array, Array]:

@@ -106,6 +106,7 @@ def fit(
     _check_noise(model, state_noise)
     patience = None if patience is None else whole_number("patience", patience, 1)
     whole_batches, resume = switch("whole_batches", whole_batches), switch("resume", resume)
+    progress = progress if callable(progress) else switch("progress", progress)
     if clip is not None:
         clip = real_number("clip", clip, 5e-324, math.inf, "a number > 0, or None")
     if patience is not None and validation is None:
