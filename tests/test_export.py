@@ -374,3 +374,10 @@ def test_population_statistics_are_in_the_graph() -> None:
     after = run(pn.export(layer, None).model, x=x, lengths=np.full(3, 6))[0]
     np.testing.assert_allclose(after, layer(x)[0], atol=1e-5)
     assert np.max(np.abs(after - before)) > 1e-2
+
+
+def test_inference_of_batch_renormalization_is_the_graph_of_batch_normalization() -> None:
+    for settings in ({}, {"channel_axis": -1}):
+        graphs = [pn.export(kind(4, **settings), None, metadata=False).model.graph for kind in (pn.BatchNorm, pn.BatchRenorm)]
+        assert graphs[0].input[0] == graphs[1].input[0]
+        assert [n.op_type for n in graphs[0].node] == [n.op_type for n in graphs[1].node]

@@ -44,7 +44,7 @@ class _ChannelNorm(Norm):
         super().__init__(checked, (checked["num_features"],), checked["affine"], checked["affine"], xp, device, dtype)
 
     def input_dims(self) -> tuple[int | str, ...]:
-        space = () if type(self) is BatchNorm else ("space",)
+        space = () if isinstance(self, BatchNorm) else ("space",)
         return ("batch", self.num_features, *space) if self.channel_axis == 1 else ("batch", *space, self.num_features)
 
     def attributes(self, buffers: Arrays, x: Array, lengths: Counted, training: bool) -> dict[str, Any]:
