@@ -7,10 +7,19 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from portnorm.errors import PortnormError, UnsupportedError
 from portnorm.interrupts import undone
+
+
+def checked_path(name: str, path: Any) -> str:
+    """`path` as a text; raises `UnsupportedError` for what is none."""
+    if isinstance(path, str | os.PathLike):
+        found = os.fspath(path)
+        if isinstance(found, str):
+            return found
+    raise UnsupportedError(f"`{name}` is {path!r}; expected the path of a file, a text or a pathlib.Path")
 
 
 @contextlib.contextmanager

@@ -68,9 +68,9 @@ _movers = 0
 
 def checked_quantize(name: Any) -> QuantizeName | None:
     """`name`, or `UnsupportedError`."""
-    if name is not None and name not in get_args(QuantizeName):
+    if name is not None and (not isinstance(name, str) or name not in get_args(QuantizeName)):
         raise UnsupportedError(f"`quantize` is {name!r}; expected {' or '.join(map(repr, get_args(QuantizeName)))}, or None")
-    return name  # type: ignore[no-any-return]
+    return name  # type: ignore[return-value]
 
 
 @op

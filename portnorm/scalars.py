@@ -6,6 +6,7 @@ What comes out is of Python, so that a configuration can be written as JSON and 
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from typing import Any
 
 from portnorm.errors import UnsupportedError
@@ -51,6 +52,13 @@ def switch(name: str, value: Any) -> bool:
 def switches(**given: Any) -> list[bool]:
     """`switch` of each, in their order."""
     return [switch(name, value) for name, value in given.items()]
+
+
+def choice(name: str, value: Any, allowed: Collection[Any]) -> Any:
+    """`value`, one of these texts, tuples of them or `None`; raises `UnsupportedError` for another."""
+    if not (value is None or isinstance(value, str | tuple)) or value not in allowed:
+        raise UnsupportedError(f"`{name}` is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+    return value
 
 
 def _is_truth_value(value: Any) -> bool:

@@ -34,10 +34,15 @@ def first_of(name: str, arrays: Mapping[str, Array]) -> Array:
     raise UnsupportedError(f"`{name}` is empty; expected arrays by name")
 
 
-def require_arrays(group: str, arrays: Mapping[str, Array]) -> None:
-    """Raise `UnsupportedError` or `DTypeError` where one of them is no array of real floating-point numbers."""
+def require_names(group: str, arrays: Any) -> None:
+    """Raise `UnsupportedError` for what is no mapping."""
     if not isinstance(arrays, Mapping):
         raise UnsupportedError(f"`{group}` is a {type(arrays).__name__}; expected arrays by name")
+
+
+def require_arrays(group: str, arrays: Mapping[str, Array]) -> None:
+    """Raise `UnsupportedError` or `DTypeError` where one of them is no array of real floating-point numbers."""
+    require_names(group, arrays)
     for name, a in arrays.items():
         label = f"{group}[{name!r}]"
         require_floating(namespace(**{label: a}), **{label: a})
@@ -61,6 +66,7 @@ def wide(arrays: Mapping[str, Array]) -> Arrays:
 
 def check(params: Mapping[str, Array], **groups: Any) -> None:
     """Raise `UnsupportedError` for a group that lacks one of `params` or has one more, `ShapeError` where shapes differ."""
+    require_names("params", params)
     for group, arrays in groups.items():
         names = arrays.keys() if isinstance(arrays, Mapping) else ()
         if names != params.keys():
@@ -163,7 +169,12 @@ def checked_decayed(decayed: Any) -> Decayed:
     if callable(decayed):
         chosen: Decayed = decayed
         return chosen
-    if isinstance(decayed, str) or not isinstance(decayed, Collection) or not all(isinstance(pattern, str) for pattern in decayed):
+    if (
+        isinstance(decayed, str)
+        or not isinstance(decayed, Collection)
+        or getattr(decayed, "ndim", 1) != 1
+        or not all(isinstance(pattern, str) for pattern in decayed)
+    ):
         raise UnsupportedError(
             f"`decayed` is {decayed!r}; expected patterns of names such as ['*weight_hh*'], or a function of name and array"
         )
@@ -172,6 +183,7 @@ def checked_decayed(decayed: Any) -> Decayed:
 
 def names_that_decay(decayed: Decayed, params: Mapping[str, Array]) -> set[str]:
     """The names among `params`; raises `UnsupportedError` for a pattern that fits none of them."""
+    require_names("params", params)
     if callable(decayed):
         return {name for name, p in params.items() if decayed(name, p)}
     for pattern in decayed:

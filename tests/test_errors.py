@@ -201,6 +201,10 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "export to nowhere": (lambda: pn.export(lstm(), "/no/such/place/m.onnx"), pn.ExportError, "no such directory"),
     "save to nowhere": (lambda: pn.save(lstm(), "/no/such/place/m"), pn.PortnormError, "cannot write '/no/such/place/m': No such file"),
     "save to a directory": (lambda: pn.save(lstm(), "tests"), pn.PortnormError, "cannot write 'tests': Is a directory"),
+    "a path that is a number": (lambda: pn.export(lstm(), 3), pn.UnsupportedError, "`path` is 3; expected the path of a file"),  # type: ignore[arg-type]
+    "a file of no name": (lambda: pn.save(lstm(), None), pn.UnsupportedError, "`path` is None; expected the path"),  # type: ignore[arg-type]
+    "a name that is a list": (lambda: pn.load(["m"]), pn.UnsupportedError, r"`path` is \['m'\]; expected the path"),  # type: ignore[call-overload]
+    "verify of no file": (lambda: pn.verify(None), pn.UnsupportedError, "`path` is None; expected the path"),  # type: ignore[arg-type]
     "checkpoint that is not there": (lambda: pn.load("/no/such/file"), pn.CheckpointError, "cannot read '/no/such/file'"),
 }
 

@@ -153,3 +153,42 @@ def test_a_switch_may_come_from_an_array() -> None:
         assert pn.LSTM(4, 3, bidirectional=value).bidirectional is True
     model = pn.export(pn.LSTM(4, 3), None, lengths=np.False_, metadata=False).model
     assert [i.name for i in model.graph.input] == ["x"]
+
+
+OTHER_KINDS: dict[str, tuple[Callable[[Any], Any], tuple[Any, ...]]] = {
+    "mean": (lambda v: pn.batch_renorm(X, mean=v, var=np.ones(6)), (None, [1.0])),
+    "var": (lambda v: pn.batch_renorm(X, mean=np.ones(6), var=v), (None, [1.0])),
+    "params of SGD": (lambda v: pn.SGD().update(v, PARAMS, {}), (None, [X], X)),
+    "params of Adam": (lambda v: pn.Adam().update(v, PARAMS, pn.Adam().init(PARAMS)), (None, [X], X)),
+    "params of AdamW": (lambda v: pn.AdamW().update(v, PARAMS, pn.AdamW().init(PARAMS)), (None, [X], X)),
+    "params of a state": (lambda v: pn.AdamW(decayed=["a"]).init(v), (None, [X], X)),
+    "decayed": (lambda v: pn.AdamW(decayed=v), (None, 1.0, "a", np.asarray(1.0))),
+    "batch": (lambda v: pn.LSTM(4, 3).initial_state(v), (None, -1, "a", 2.5, [2], True)),
+    "batch of a model": (lambda v: pn.Sequential(pn.LSTM(4, 3)).initial_state(v), (None, -1, "a")),
+    "levels": (lambda v: pn.fake_quantize(X.astype("float32"), levels=v), (None, [1], "4", 0)),
+    "block": (lambda v: pn.fake_quantize(X.astype("float32"), block=v), ([1], "4", np.ones(2), 0)),
+    "batches": (lambda v: pn.LSTM(4, 3, norm="batch").estimate_population(v), (None, 3, np.asarray(1.0))),
+    "dstate": (lambda v: pn.LSTM(4, 3).vjp(SEQUENCE)[2](None, v), ([1, 2], 1.0, np.asarray(1.0), [None])),
+    "biases": (lambda v: pn.Variant("a cell", biases=v), (X, ["bias"], "bias")),
+    "activation": (lambda v: pn.Variant("a cell", activation=v), (X, 1, None)),
+    "bidirectional": (lambda v: pn.LSTM(4, 3, bidirectional=v), (X, "no")),
+    "direction": (lambda v: pn.LSTM(4, 3, direction=v), (X, None, [1])),
+    "hidden_init": (lambda v: pn.LSTM(4, 3, hidden_init=v), (X, 1, "ones")),
+    "quantize": (lambda v: pn.LSTM(4, 3, quantize=v), (X, ["int8"], 8)),
+    "input_shape": (lambda v: pn.export(pn.Linear(3, 4), None, input_shape=v), (3, "x", 2.5)),
+    "inputs": (lambda v: pn.export(pn.Linear(3, 4), None, inputs=v), (3, "x", [[1.0, 2.0]], [(X,)], np.ones(3), np.asarray(1.0))),
+    "names": (lambda v: pn.export(pn.Linear(3, 4), None, names=v), (["a"], "x", {"x": 3})),
+    "prefix": (lambda v: pn.export(pn.Linear(3, 4), None, prefix=v), (None, 3, ["a"])),
+    "target": (lambda v: pn.export(pn.Linear(3, 4), None, target=v), (["web"], None, 3, X)),
+    "opset": (lambda v: pn.export(pn.Linear(3, 4), None, opset=v), ([18], "18", X)),
+    "threads": (lambda v: pn.compile(pn.Linear(3, 4), threads=v), (None, "2", 0)),
+}
+"""Arguments that are no arrays of numbers, and values of other kinds."""
+
+
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_an_argument_of_another_kind_is_named(name: str) -> None:
+    call, values = OTHER_KINDS[name]
+    for value in values:
+        with pytest.raises(pn.PortnormError, match=f"`{name.partition(' ')[0]}`"):
+            call(value)

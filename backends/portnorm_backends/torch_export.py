@@ -26,7 +26,7 @@ from portnorm_backends.torch_module import TorchModule
 from portnorm_backends.torch_stream import Stream
 from portnorm_onnx.bfloat16 import holds_bfloat16
 from portnorm_onnx.build import Names, copy_shared, keep_apart, keep_transposed, put_inside
-from portnorm_onnx.export import TYPES, Shape, checked_opset, checked_path
+from portnorm_onnx.export import TYPES, Shape, check_place, checked_opset
 from portnorm_onnx.metadata import layers_described
 from portnorm_onnx.report import Change, Outcome, Report
 from portnorm_onnx.runtimes import runtime_of, session_of
@@ -124,7 +124,7 @@ def export_torch(
     if opset is None and any(a.dtype == torch.bfloat16 for a in (*model.state_dict().values(), *tensors_of(example))):
         opset = max(row.opset, _OPSET_OF_BFLOAT16)
     version = checked_opset(opset, row)
-    checked_path(path)
+    check_place(path)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -18,6 +18,7 @@ import onnx
 from portnorm.arrays import DType, library, mapped, to_numpy
 from portnorm.dtypes import dtype_name
 from portnorm.errors import ExportError, UnsupportedError
+from portnorm.files import checked_path
 from portnorm.layers.layer import Layer
 from portnorm.layers.quantized import quantized, with_rounded_weights
 from portnorm.layers.recurrent import recurrent_parts
@@ -25,7 +26,7 @@ from portnorm.quantization import QuantizeName
 from portnorm.scalars import switch, switches
 from portnorm_onnx.as_loop import as_loops
 from portnorm_onnx.build import Names, build, keep_apart, put_inside
-from portnorm_onnx.inputs import random_inputs
+from portnorm_onnx.inputs import checked_cases, random_inputs
 from portnorm_onnx.lowering import OPSETS, opset
 from portnorm_onnx.metadata import described, on_numpy, rounded
 from portnorm_onnx.namespace import NAMESPACE
@@ -137,7 +138,7 @@ def export(
     external_data = None if external_data is None else switch("external_data", external_data)
     row = target_of(target)
     version = checked_opset(opset, row)
-    checked_path(path)
+    check_place(path)
     if trainable:
         row = target_for_training(row)
     if unroll and streaming:
@@ -153,8 +154,8 @@ def export(
         check_integers(row, kind, model.quantizes)
     if trainable:
         check_trainable(model, version, kind, function=function)
-    named = Names(prefix, dict(names or {}))
-    cases = None if inputs is None else [_on_numpy(item) if isinstance(item, tuple) else (_on_numpy(item), None) for item in inputs]
+    named = Names(checked_prefix(prefix), checked_names(names))
+    cases = None if inputs is None else [_on_numpy(case) for case in checked_cases(inputs)]
     dims = checked_dims(model, input_shape, streaming=streaming, like=cases[0][0] if cases else None)
     check_dims(row, dims, batch=batch_axis(model), time=time_axis(model), streaming=streaming)
     change = None
@@ -207,6 +208,22 @@ def export(
     return dataclasses.replace(report, left=draft.left, model=draft.proto, size=file_size(draft.proto), seconds=seconds, change=change)
 
 
+def checked_prefix(prefix: Any) -> str:
+    """`prefix`, or `UnsupportedError` for what is no text."""
+    if not isinstance(prefix, str):
+        raise UnsupportedError(f"`prefix` is {prefix!r}; expected a text")
+    return prefix
+
+
+def checked_names(names: Any) -> dict[str, str]:
+    """`names` as a dict; raises `UnsupportedError` for what maps no names to names."""
+    if names is None:
+        return {}
+    if not isinstance(names, Mapping) or not all(isinstance(name, str) for pair in names.items() for name in pair):
+        raise UnsupportedError(f"`names` is {names!r}; expected a mapping of names to others, such as {{'x': 'features'}}")
+    return dict(names)
+
+
 def _on_numpy(given: Any) -> Any:
     """Arrays of any library as those of NumPy."""
     return mapped(lambda a: to_numpy(a) if hasattr(a, "__array_namespace__") or hasattr(a, "device") else a, given)
@@ -237,9 +254,10 @@ class Shape(NamedTuple):
 def checked_opset(opset: int | None, target: Target) -> int:
     """`opset`, or the default; raises `UnsupportedError` for one that the table, the target or onnxruntime lacks."""
     version = target.opset if opset is None else opset
+    known = isinstance(version, int | numpy.integer) and version in OPSETS
     last = min(target.last_opset, max(OPSETS))
-    if version not in OPSETS or version > last:
-        others = [f"target={row.name!r}" for row in TARGETS.values() if version in OPSETS and version <= row.last_opset]
+    if not known or version > last:
+        others = [f"target={row.name!r}" for row in TARGETS.values() if known and version <= row.last_opset]
         way_out = f"; {' or '.join(others)} takes it" if others else ""
         raise UnsupportedError(f"`opset` is {opset!r}; expected a number from {min(OPSETS)} to {last} for target {target.name!r}{way_out}")
     if version > _EVERYWHERE and not loads_opset(version):
@@ -247,9 +265,9 @@ def checked_opset(opset: int | None, target: Target) -> int:
     return version
 
 
-def checked_path(path: str | os.PathLike[str] | None) -> None:
+def check_place(path: str | os.PathLike[str] | None) -> None:
     """Raise `ExportError` now, not after the work, where nothing can be written."""
-    if path is not None and not Path(path).resolve().parent.is_dir():
+    if path is not None and not Path(checked_path("path", path)).resolve().parent.is_dir():
         raise ExportError(f"cannot write {os.fspath(path)!r}: there is no such directory")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 
+from portnorm.errors import UnsupportedError
 from portnorm.layers.channels import GroupNorm, InstanceNorm
 from portnorm.layers.embedding import Embedding
 from portnorm.layers.layer import Layer
@@ -19,6 +20,19 @@ Inputs = tuple[NumPyArray, NumPyArray | None]
 """`x`, and the lengths or the mask, if the graph takes one."""
 Stated = tuple[NumPyArray, NumPyArray | None, Any]
 """The same and a state to begin with; `None` for the first one."""
+
+
+def checked_cases(inputs: Any) -> list[tuple[Any, ...]]:
+    """Each of `inputs` as a tuple; raises `UnsupportedError` for what is no arrays to check a graph on."""
+    if not hasattr(inputs, "__iter__") or isinstance(inputs, str | bytes) or (hasattr(inputs, "ndim") and not inputs.ndim):
+        raise UnsupportedError(f"`inputs` is {inputs!r}; expected a list of x, (x, lengths) or (x, mask)")
+    cases = [item if isinstance(item, tuple) else (item, None) for item in inputs]
+    for k, case in enumerate(cases):
+        if len(case) != 2 or not getattr(case[0], "ndim", 0):
+            what = f"a tuple of {len(case)}" if len(case) != 2 else f"a {type(case[0]).__name__}"
+            raise UnsupportedError(f"`inputs` has {what} at {k}; expected x, (x, lengths) or (x, mask), arrays")
+    return cases
+
 
 # (time, batch) of the cases; with `lengths`, every case but the first is ragged, with `mask` it has gaps.
 CASES = ((1, 1), (1, 3), (5, 2), (24, 7))

@@ -106,6 +106,8 @@ def checked_dims(model: Layer, given: Sequence[int | str] | None, *, streaming: 
     dims, time = model.input_dims(), time_axis(model)
     if given is None:
         return dims if like is None or len(numpy.shape(like)) == len(dims) or time is not None else _of_rank(model, numpy.ndim(like))
+    if not isinstance(given, list | tuple):
+        raise UnsupportedError(f"`input_shape` is {given!r}; expected a tuple such as {dims}")
     given = tuple(given)
     wrong = [d for d in given if isinstance(d, bool) or not (isinstance(d, str) or (isinstance(d, int) and d >= 1))]
     if wrong:

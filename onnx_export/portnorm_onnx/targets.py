@@ -309,7 +309,7 @@ TARGETS: dict[str, Target] = {
 
 def target_of(name: str) -> Target:
     """The row of a target; raises `UnsupportedError`."""
-    if name not in TARGETS:
+    if not isinstance(name, str) or name not in TARGETS:
         raise UnsupportedError(f"`target` is {name!r}; expected one of {', '.join(TARGETS)}")
     return TARGETS[name]
 

@@ -23,7 +23,7 @@ from portnorm.scalars import switches
 from portnorm.updates import clip_by_global_norm
 from portnorm_onnx.bounds import FACTOR, FLOOR, ROUNDINGS, nudged, wide
 from portnorm_onnx.build import build
-from portnorm_onnx.export import checked_opset, checked_path
+from portnorm_onnx.export import check_place, checked_opset
 from portnorm_onnx.inputs import random_inputs
 from portnorm_onnx.lowering import training_opset
 from portnorm_onnx.metadata import TRAINING, described
@@ -89,7 +89,7 @@ def export_training_step(
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
     if not isinstance(loss, Op):
         raise UnsupportedError(f"`loss` is {loss!r}; expected an Op of the result and a target, such as portnorm.softmax_cross_entropy")
-    checked_path(path)
+    check_place(path)
     state, lengths, metadata = switches(state=state, lengths=lengths, metadata=metadata)
     model = model.to(xp="numpy")
     step = _Step(model, loss, optimizer, clip)

@@ -18,12 +18,13 @@ import numpy
 
 from portnorm.arrays import library
 from portnorm.errors import ConformanceError, ExportError, MissingExtraError, UnsupportedError
+from portnorm.files import checked_path
 from portnorm.layers.layer import Layer
 from portnorm.scalars import real_number
 from portnorm_onnx.bounds import NumPyArray, distance
 from portnorm_onnx.checked import Graph, random_cases, with_states
 from portnorm_onnx.gates import from_states, one_step, trajectory
-from portnorm_onnx.inputs import Inputs, Stated, steps_of
+from portnorm_onnx.inputs import Inputs, Stated, checked_cases, steps_of
 from portnorm_onnx.loops import OPERATORS
 from portnorm_onnx.metadata import changes_of, graph_facts, read_layer
 from portnorm_onnx.nothing import empty_cases, unanswered
@@ -74,13 +75,14 @@ def verify(
         raise UnsupportedError(f"`model` is a {type(model).__name__}; expected a layer of portnorm")
     if tolerance is not None:
         tolerance = real_number("tolerance", tolerance, 0.0, sys.float_info.max, "a number that is not negative")
+    checked_path("path", path)
     proto = read_model(path)
     holds = graph_facts(proto)["holds"]
     if holds:
         raise UnsupportedError(f"{os.fspath(path)!r} holds {holds}, which was checked when it was exported; this checks graphs of layers")
     if model is None:
         model, _ = read_layer(path)
-    cases = None if inputs is None else [item if isinstance(item, tuple) else (item, None) for item in inputs]
+    cases = None if inputs is None else checked_cases(inputs)
     changed = changes_of(proto)
     told = ""
     if changed:

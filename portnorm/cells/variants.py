@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from portnorm.errors import UnsupportedError
 from portnorm.norm.arguments import LARGEST
-from portnorm.scalars import real_number, switch
+from portnorm.scalars import choice, real_number, switch
 
 Function = Literal["tanh", "relu", "sigmoid", "hard_sigmoid_5", "hard_sigmoid_6"]
 FUNCTIONS: tuple[str, ...] = get_args(Function)
@@ -108,8 +108,7 @@ class Variant:
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise UnsupportedError(f"`{name}` is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}")
+            choice(name, getattr(self, name), allowed)
         if self.groups != "all" and self.norm not in ("layer", "rms"):
             raise UnsupportedError(f"`groups` is {self.groups!r}, which only layer and RMS normalization can have")
         if self.statistics == "sequence" and (self.norm, self.terms, self.cell) != ("batch", "input", None):

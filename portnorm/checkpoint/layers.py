@@ -11,6 +11,7 @@ from portnorm.checkpoint.described import OWN_KEY, from_json, to_json
 from portnorm.checkpoint.training import TRAINING_KEY, Training, described, given_out, loaded, parted
 from portnorm.dtypes import dtype_name
 from portnorm.errors import CheckpointError, UnsupportedError
+from portnorm.files import checked_path
 from portnorm.layers.layer import Layer
 from portnorm.optimizers import Optimizer
 from portnorm.scalars import switch
@@ -29,6 +30,7 @@ def save(layer: Layer | Training, path: str | os.PathLike[str]) -> None:
     >>> pn.load(path)
     Linear(in_features=2, out_features=3, bias=True)
     """
+    checked_path("path", path)
     model = layer.model if isinstance(layer, Training) else layer
     if not isinstance(model, Layer):
         raise UnsupportedError(f"`layer` is a {type(layer).__name__}; expected a layer of portnorm, or a portnorm.Training")
@@ -86,7 +88,7 @@ def load(
     `ChangedFileWarning` that names the arrays; numbers of the graph that are only made of them are named too.
     Raises `CheckpointError` where the file cannot be read, is damaged, does not hold an array any more, or was not written by portnorm.
     """
-    name = os.fspath(path)
+    name = checked_path("path", path)
     training = switch("training", training)
     if optimizer is not None and not training:
         raise UnsupportedError("`optimizer` is given, but without training=True a model alone is loaded")

@@ -378,6 +378,10 @@ class Layer(Pure):
         pure.forget_statistics()
         buffers = {**pure.buffers, **pure._counters()}
         count = 0
+        if not hasattr(batches, "__iter__") or (hasattr(batches, "ndim") and not batches.ndim):
+            raise UnsupportedError(
+                f"`batches` is {batches!r}; expected a list of x, (x, lengths) or (x, lengths, state), or what yields them"
+            )
         for batch in batches:
             given = batch if isinstance(batch, tuple) else (batch,)
             if not 1 <= len(given) <= 3:

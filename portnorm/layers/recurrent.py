@@ -24,7 +24,7 @@ from portnorm.layers.state import is_of_one_cell, of_layers, of_one_cell
 from portnorm.layers.summary import Shape, SummaryRow, count
 from portnorm.norm.normalize import Reduce
 from portnorm.quantization import QuantizeName, checked_quantize
-from portnorm.scalars import real_number, switch, whole_number
+from portnorm.scalars import choice, real_number, switch, whole_number
 from portnorm.scan import State
 from portnorm.statistics import checked_momentum
 
@@ -160,8 +160,7 @@ class Recurrent(Stack):
                 raise UnsupportedError(f"`forget_bias` is {forget_bias}, but {type(self).__name__} has no forget gate")
             forget_bias = real_number("forget_bias", forget_bias, -math.inf, math.inf, "a number, or None")
         self.reduce = reduce
-        if hidden_init not in (None, *HIDDEN):
-            raise UnsupportedError(f"`hidden_init` is {hidden_init!r}; expected one of {', '.join(map(repr, HIDDEN))}, or None")
+        choice("hidden_init", hidden_init, (None, *HIDDEN))
         if hidden_init is not None and self.variant.recurrence == "diagonal":
             raise UnsupportedError(
                 f"`hidden_init` is {hidden_init!r}, but the variant's `recurrence` 'diagonal' has no hidden matrix; use None"
@@ -346,6 +345,7 @@ class Recurrent(Stack):
         Noise is for training with batch normalization, where Cooijmans et al. 2016 use 0.1: without it, steps at which all sequences are
         still alike have variance 0, and what follows amplifies rounding by γ/√eps per step.
         """
+        batch = whole_number("batch", batch, 0)
         noise = real_number("noise", noise, 0.0, math.inf, "a number ≥ 0")
         first, *others = ((self.num_layers * self.num_directions, batch, size) for size in self.state_sizes())
         h = generator(rng).standard_normal(first) * noise if noise else numpy.zeros(first)

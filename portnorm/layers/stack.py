@@ -347,8 +347,11 @@ class Stack(Layer):
         xp, count = xp_of(last[0]), len(last)
         given = (None,) * count if dstate is None else dstate
         if not isinstance(given, tuple | list) or len(given) not in (count, count + self.timed):
-            raise ShapeError(f"`dstate` is {type(given).__name__} of {getattr(given, '__len__', lambda: 'no')()} parts; expected {count}")
+            length = f" of {len(given)} parts" if isinstance(given, tuple | list) else ""
+            raise ShapeError(f"`dstate` is {type(given).__name__}{length}; expected {count} arrays, for {', '.join(self.cell.states)}")
         for name, s, d in zip(self.cell.states, last, given, strict=False):
+            if d is not None and type(d) is not type(s):
+                namespace(state=s, dstate=d)
             if d is not None and tuple(d.shape) != tuple(s.shape):
                 raise ShapeError(f"`dstate` has {name} of shape {tuple(d.shape)}; expected {tuple(s.shape)}, that of the state")
         return tuple(xp.zeros_like(s) if d is None else d for s, d in zip(last, given, strict=False))

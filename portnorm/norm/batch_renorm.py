@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from portnorm.arrays import Array, constant, require_lengths, xp_of
+from portnorm.arrays import Array, constant, require_given, require_lengths, xp_of
 from portnorm.dtypes import float32_value
 from portnorm.norm.arguments import check_affine, checked_channel_axis, checked_eps, checked_namespace
 from portnorm.norm.batch import batch_norm
@@ -55,6 +55,7 @@ def batch_renorm(
     array([[0.],
            [1.]])
     """
+    require_given(mean=mean, var=var)
     xp = checked_namespace(x, weight, bias, mean=mean, var=var, mask=mask)
     require_lengths(x=x)
     r_max, d_max = checked_bounds(r_max, d_max)

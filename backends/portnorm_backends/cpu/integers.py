@@ -42,7 +42,7 @@ _of_rounded: dict[int, _Integers] = {}
 
 def _is_fixed(x: Any, *, levels: int = INPUTS, bound: float | None = None, block: int | None = None, lopsided: bool = False) -> bool:
     """A matrix of weights that can only be read, and is no view of what could be written."""
-    if type(levels) is not int or type(lopsided) is not bool:  # which the definition looks at
+    if type(levels) is not int or type(lopsided) is not bool or not (block is None or type(block) is int):  # which the definition looks at
         return False
     if Grid(levels, block, lopsided) not in _GRIDS or bound is not None or type(x) is not numpy.ndarray or x.dtype != _FLOAT32:
         return False
