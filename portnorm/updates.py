@@ -8,6 +8,8 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
+import numpy
+
 from portnorm.arrays import Array, DType, device_of, is_concrete, namespace, xp_of
 from portnorm.dtypes import require_floating, statistics_dtype
 from portnorm.errors import ShapeError, UnsupportedError
@@ -195,6 +197,10 @@ def names_that_decay(decayed: Decayed, params: Mapping[str, Array]) -> set[str]:
 # -- clipping ------------------------------------------------------------------------------------------------------------------------------
 
 
+_SMALL = 2.0**-64
+"""The square of which, and all between, every type has with all of its bits."""
+
+
 def clip_by_global_norm(grads: Mapping[str, Array], limit: float) -> tuple[Arrays, Array]:
     """Gradients scaled to a global L2 norm of at most `limit`, and the norm before: g ← g · min(1, limit / ‖g‖) (Pascanu et al. 2013).
 
@@ -215,9 +221,18 @@ def clip_by_global_norm(grads: Mapping[str, Array], limit: float) -> tuple[Array
     largest = zero
     for g in widened.values():
         largest = xp.maximum(largest, xp.max(xp.abs(g))) if 0 not in g.shape else largest
-    # Divided by the largest entry first, so that squares of large gradients stay in range.
+    # Divided by the largest entry first, so that squares of large gradients stay in range, or by a part of it, which some multiply with the
+    # reciprocal of: that of 3e38 is 0 where small numbers are flushed.
     unit = xp.where((largest > 0) & xp.isfinite(largest), largest, 1.0)
+    unit = xp.where(unit > 1.0, 2.0**-8 * unit, unit)
     ratio = xp.sqrt(sum((total((g / unit) ** 2, tuple(range(g.ndim))) for g in widened.values()), start=zero))
     norm = unit * ratio
-    factor = xp.where(norm > limit, limit / unit / xp.where(norm > limit, ratio, 1.0), 1.0)
-    return {n: xp.astype(widened[n] * factor, g.dtype, copy=False) for n, g in grads.items()}, norm
+    clips = norm > limit
+    ratio = xp.where(clips, ratio, 1.0)
+    factor = xp.where(clips, limit / unit / ratio, 1.0)
+    if isinstance(factor, numpy.ndarray | numpy.number) and float(factor) >= _SMALL:  # of which one can ask without waiting for it
+        return {n: xp.astype(widened[n] * factor, g.dtype, copy=False) for n, g in grads.items()}, norm
+    # A factor that its type may have few bits for is taken in two.
+    first = xp.where(factor < _SMALL, _SMALL, xp.ones_like(factor))
+    second = xp.where(factor < _SMALL, limit / (unit * first) / ratio, factor)
+    return {n: xp.astype(widened[n] * first * second, g.dtype, copy=False) for n, g in grads.items()}, norm

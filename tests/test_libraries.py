@@ -145,6 +145,14 @@ def test_clipping_keeps_the_direction_of_gradients_of_any_size(size: float, libr
     np.testing.assert_allclose(np.concatenate([to_numpy(clipped[n]) for n in ("w", "b")]), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("limit", [1e-7, 1e-3, 1.0])
+def test_clipping_of_the_largest_gradients_keeps_all_bits(limit: float, library: Library) -> None:
+    """limit / norm is 3e-42 where the gradients are 3e38 and the limit 1e-3, of which float32 has 11 bits."""
+    values = 3e38 * np.array([0.6, -0.3, 0.2])
+    (clipped,) = pn.clip_by_global_norm({"w": library.array(values, "float32")}, limit)[0].values()
+    np.testing.assert_allclose(to_numpy(clipped), limit * values / 3e38 / np.linalg.norm(values / 3e38), rtol=1e-6)
+
+
 def test_the_row_of_a_library_is_true(library: Library) -> None:
     """What is declared without importing the library, against the library; that `out=` is written to is tested in test_normalize.py."""
     row, zeros = library.support, library.array(np.zeros(3))
