@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from portnorm_backends.cpu.compiling import bare, compiled, copy, row_of
+from portnorm_backends.cpu.compiling import bare, compiled, copy, fill, row_of
 from portnorm_backends.cpu.places import BITS, INDEX, Bits, Memory, ask, computed, exchange, mask_of, splat
 from portnorm_backends.cpu.registers import WIDTH
 from portnorm_backends.cpu.rowwise import backward_of
@@ -135,6 +135,8 @@ _one, _two = _block(1), _block(2)
 def _backward(x: Any, dy: Any, kept: Any, dx: Any, part: Any, dweight: Any, dbias: Any, weight: Any, center: bool) -> bool:
     """`rowwise._backward` of rows that fit into two registers, with a gain and a shift for each value, or none."""
     x, dy, weight, kept, dx, dweight, dbias = bare(x), bare(dy), bare(weight), bare(kept), bare(dx), bare(dweight), bare(dbias)
+    fill(dweight.reshape(dweight.size), 0)
+    fill(dbias.reshape(dbias.size), 0)
     n, rows, lanes = x.shape[1], x.shape[0], WIDTH // kept.itemsize
     gains, shares = numpy.ones(n, kept.dtype), numpy.zeros((2, n), kept.dtype)
     if weight.size:

@@ -64,9 +64,10 @@ _LINE = 16
 """Channels that lie beside each other of which a thread takes whole multiples, so that no two write into the same line of a cache."""
 
 
-def _each_channel(kernel: Any, blocks: _Blocks, *others: Any) -> bool:
-    """The kernel over all channels, in threads where there is much; whether it was right in all."""
+def _each_channel(kernel: Any, blocks: _Blocks, *others: Any, apart: bool = False) -> bool:
+    """The kernel over all channels, or where blocks are `apart` over these, in threads where there is much; whether it was right in all."""
     values, given, count = blocks.values, (blocks.values, *blocks.rows, *others), blocks.values.shape[1]
+    count *= values.shape[0] if apart else 1
     if not is_much(values.size):
         return bool(kernel(0, count, *given))
     from portnorm_backends.cpu import sharing
@@ -144,7 +145,7 @@ def scaled_channels(
     numpy.add(var.reshape(m.shape), eps, out=rstd)
     numpy.divide(1.0, numpy.sqrt(rstd, out=rstd), out=rstd)
     parameters = (taken(weight, own, (count,)), taken(bias, own, (count,)))
-    _each_channel(channelwise.scale(x.dtype, blocks.inner), blocks, *parameters, kept, blocks.like(y))
+    _each_channel(channelwise.scale(x.dtype, blocks.inner), blocks, *parameters, kept, blocks.like(y), apart=blocks.inner)
     return KernelResiduals(x, kept, weight, bias, None, var.astype(own, copy=False))
 
 

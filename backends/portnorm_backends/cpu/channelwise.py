@@ -304,12 +304,13 @@ def _channels_forward(
 
 
 def _channels_scaled(start: int, stop: int, x: Any, weight: Any, bias: Any, kept: Any, y: Any) -> bool:
+    """Blocks `start` to before `stop`, in the order of memory."""
     x, weight, bias, kept, y = bare(x), bare(weight), bare(bias), bare(kept), bare(y)
-    outer, inner = x.shape[0], x.shape[2]
-    for k in range(outer):
-        for c in range(start, stop):
-            gain, shift = weight[c] * kept[2, c] if weight.size else kept[2, c], bias[c] if bias.size else like(x, 0)
-            scaled_asking(inner, (x[k, c], kept[0, c], kept[1, c], gain, shift), (y[k, c],))
+    channels, inner = x.shape[1], x.shape[2]
+    for block in range(start, stop):
+        k, c = block // channels, block % channels
+        gain, shift = weight[c] * kept[2, c] if weight.size else kept[2, c], bias[c] if bias.size else like(x, 0)
+        scaled_asking(inner, (x[k, c], kept[0, c], kept[1, c], gain, shift), (y[k, c],))
     return True
 
 

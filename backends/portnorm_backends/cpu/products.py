@@ -46,9 +46,6 @@ _WORTH = 2**25
 _READ = 2**20
 """Bytes of w, read for few rows, from which a thread that listens pays: some twenty microseconds."""
 
-_PIECES = 2
-"""Ranges for each thread."""
-
 _NARROW = 4
 """Columns of x up to which the sums are not worth a tile."""
 
@@ -348,7 +345,7 @@ def as_it_lies(w: NumPyArray, shift: NumPyArray | None) -> Callable[[NumPyArray,
         return lambda x, y: direct(0, count, x, w, added, y)
 
     def multiply(x: NumPyArray, y: NumPyArray) -> None:
-        plan = threads.plan(count, w.nbytes / _READ, 64 // w.itemsize, _PIECES, w.nbytes // _NEAR)
+        plan = threads.plan(count, w.nbytes / _READ, 64 // w.itemsize, 1, w.nbytes // _NEAR)
         call(direct, plan, count, whole=(x, w, added, y))
 
     return multiply

@@ -65,6 +65,6 @@ def is_much(values: int) -> bool:
     return values >= 2 * _WORTH
 
 
-def plan(count: int, values: int, multiple: int) -> threads.Plan:
-    """The ranges of `count` rows or channels with so many values in all, multiples of `multiple`."""
-    return threads.plan(count, values / _WORTH, multiple, _PIECES, values // _WAKES)
+def plan(count: int, values: int, multiple: int, pieces: int = _PIECES) -> threads.Plan:
+    """The ranges of `count` rows or channels with so many values in all, multiples of `multiple`; so many `pieces` for each thread."""
+    return threads.plan(count, values / _WORTH, multiple, pieces, values // _WAKES)

@@ -105,15 +105,15 @@ def vjp_of_rows(
     backward, own = _backward(dtype, short and rows.shape[1]), taken(weight, computing, shape)
     values, given, into = bits(rows), bits(given), bits(dx)
     if not is_much(rows.size):
-        dweight, dbias = (numpy.zeros(s) for s in sums)
-        backward(values, given, kept, into, numpy.zeros(parts, computing), dweight, dbias, own, center)
+        dweight, dbias = (numpy.empty(s) for s in sums)
+        backward(values, given, kept, into, numpy.empty(parts, computing), dweight, dbias, own, center)
     else:
         from portnorm_backends.cpu import sharing
 
-        planned = plan(rows.shape[0], rows.size, -(-_ROWS_OF_SHARES // shape[0]) * shape[0])
-        part, *shares = numpy.zeros((planned.ranges, *parts), computing), *(numpy.zeros((planned.ranges, *s)) for s in sums)
+        planned = plan(rows.shape[0], rows.size, -(-_ROWS_OF_SHARES // shape[0]) * shape[0], 2)
+        part, *shares = numpy.empty((planned.ranges, *parts), computing), *(numpy.empty((planned.ranges, *s)) for s in sums)
         sharing.call(backward, planned, rows.shape[0], (values, given, kept, into), (part, *shares), (own, center))
-        dweight, dbias = (numpy.add.reduce(s) for s in shares)
+        dweight, dbias = (numpy.add.reduce(s[:, :1]) for s in shares)
     dx = dx if rows is x else dx.reshape(x.shape)
     return dx if dy.dtype is dtype else dx.astype(dy.dtype, copy=False), cotangents(weight, dweight[0]), cotangents(bias, dbias[0])
 

@@ -20,7 +20,7 @@ from typing import Any
 import numba
 import numpy
 
-from portnorm_backends.cpu.compiling import bare, compiled, row_of
+from portnorm_backends.cpu.compiling import bare, compiled, fill, row_of
 from portnorm_backends.cpu.places import kinds
 from portnorm_backends.cpu.sharing import shared
 from portnorm_backends.cpu.sums import GROUP, carried, carry
@@ -185,13 +185,16 @@ def back(x: Vector, dy: Vector, gain: Vector, m: Vector, d: Vector, factor: Vect
 
 
 def _backward(x: Any, dy: Any, kept: Any, dx: Any, part: Any, dweight: Any, dbias: Any, weight: Any, center: bool) -> bool:
-    """dx = rstd · (g − Σ g / n − x̂ · Σ g x̂ / n) with g = dy · weight; adds Σ dy · x̂ and Σ dy to the float64 `dweight` and `dbias`.
+    """dx = rstd · (g − Σ g / n − x̂ · Σ g x̂ / n) with g = dy · weight; Σ dy · x̂ and Σ dy into the float64 `dweight` and `dbias`.
 
     `weight` is (p, k), or (0, 0); row r takes that of r mod p. `dweight` and `dbias` are (2, p, k), the sums and what rounding lost of
-    them, or (2, 0, 0). `part` (2, p, k), or (2, 0, 0), is zeroed room for sums over a few rows.
+    them, or (2, 0, 0). `part` (2, p, k), or (2, 0, 0), is room for sums over a few rows.
     """
     x, dy, weight, kept, part, dx = bare(x), bare(dy), bare(weight), bare(kept), bare(part), bare(dx)
     dweight, dbias = bare(dweight), bare(dbias)
+    fill(part.reshape(part.size), 0)
+    fill(dweight.reshape(dweight.size), 0)
+    fill(dbias.reshape(dbias.size), 0)
     n, wide = x.shape[1], x.shape[1]
     if weight.size:
         wide = n // weight.shape[1]
