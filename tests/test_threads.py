@@ -254,16 +254,25 @@ def test_a_shared_kernel_computes_each_range_once(rows: int, wakes: int, squares
     assert not squared(squares, rows, min(rows, 8), start=-1)
 
 
-def test_threads_that_listen_take_part(squares: Any, pool: threads._Pool) -> None:
-    """Each has computed some ranges of a hundred calls, of which none but the first had to wake it."""
-    assert squared(squares, 100_000, 32)
-    line, seen = pool.board[0], set[int]()
-    until = time.monotonic() + 30
-    while not {threads.LISTENS, threads.WORKS} <= seen and time.monotonic() < until:
-        seen.add(int(line[threads.STATE]))
-        squared(squares, 100_000, 32)
-    jobs = set(pool.board[:2, threads.JOB].tolist())
-    assert 0 not in jobs, "a thread was given nothing"
+def test_threads_that_listen_take_part(pool: threads._Pool) -> None:
+    """Ranges of one call are computed by three threads, of which none but the first had to be woken."""
+    myself = numba.types.ExternalFunction("pthread_self", numba.uint64())
+
+    def by_whom(x: Any, own: Any, turns: int) -> bool:
+        for _ in range(turns):
+            for k in range(x.shape[0]):
+                x[k] = x[k] * 0.5 + 1
+        own[0] = myself()
+        return True
+
+    given = (numba.float64[::1], numba.uint64[::1], numba.int64)
+    kernel = sharing.shared(numba.njit([numba.boolean(*given)], nogil=True)(by_whom), 1, 1)
+    who, until, wakes = set[int](), time.monotonic() + 60, 2
+    while len(who) < 3 and time.monotonic() < until:
+        own = np.zeros((12, 1), np.uint64)
+        assert sharing.call(kernel, threads.Plan(3, 1000, 12, wakes), 12_000, (np.zeros(12_000),), (own,), (100,))
+        who, wakes = set(own.ravel().tolist()), 0 if pool.states.all() else 2
+    assert len(who) == 3
 
 
 def test_callers_at_once_share_kernels_and_python(squares: Any, pool: threads._Pool) -> None:
