@@ -613,6 +613,16 @@ def test_an_attribute_is_refused_that_could_not_be_loaded_again(name: str) -> No
     assert getattr(layer, attribute) == before
 
 
+@pytest.mark.parametrize(("attribute", "value"), [("dtype", "float64"), ("device", "cpu"), ("xp", np)])
+def test_what_all_arrays_have_in_common_is_not_changed_beside_them(attribute: str, value: Any) -> None:
+    for layer in (pn.LSTM(3, 4), pn.LayerNorm(3), pn.Sequential(pn.LayerNorm(3))):
+        before = getattr(layer, attribute)
+        with pytest.raises(pn.UnsupportedError, match=rf"`{attribute}` is .*to\({attribute}=…\) gives a copy"):
+            setattr(layer, attribute, value)
+        assert getattr(layer, attribute) is before
+        assert layer.to(dtype="float64").dtype == np.float64
+
+
 @pytest.mark.parametrize(
     ("name", "attribute", "value", "kept"),
     [

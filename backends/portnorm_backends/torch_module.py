@@ -229,7 +229,7 @@ class TorchModule(torch.nn.Module):  # type: ignore[misc]  # torch is not looked
         layer, dtype = self._layer.copy(), self._floating(params)
         device = next((a.device for a in (*params.values(), *buffers.values())), None)
         for part in (layer, *layer.layers()):
-            part.device, part.dtype = device, dtype
+            part.__dict__.update(device=device, dtype=dtype)
         layer.assign(params, buffers)
         return layer
 

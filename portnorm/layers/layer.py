@@ -43,6 +43,8 @@ from portnorm.quantization import QuantizeName
 from portnorm.statistics import BATCHES, VALUES
 
 _NUMBERS = itertools.count(1)
+_WHERE = ("xp", "device", "dtype")
+"""What all arrays of a layer have in common."""
 
 
 class Layer(Pure):
@@ -99,6 +101,10 @@ class Layer(Pure):
             super().__setattr__("changes", str(next(_NUMBERS)))
         elif name == "quantize" and "params" in self.__dict__ and value is not None:
             raise UnsupportedError(f"`quantize` is {value!r}, but {type(self).__name__} has no weights to quantize; expected None")
+        elif name in _WHERE and name in self.__dict__:
+            raise UnsupportedError(
+                f"`{name}` is {value!r}, but the arrays of a layer stay what they are; to({name}=…) gives a copy with others"
+            )
         super().__setattr__(name, value)
 
     def told(self) -> str:
@@ -324,7 +330,7 @@ class Layer(Pure):
 
     def _place(self, xp: Namespace, device: Any, dtype: DType) -> None:
         groups = ((self.params, False), (self.buffers, True))
-        self.xp, self.device, self.dtype = xp, device, load_dtype(xp, dtype)
+        self.__dict__.update(xp=xp, device=device, dtype=load_dtype(xp, dtype))
         require_dtype(xp, self.dtype, device)
         dtype_name(xp, self.dtype)
         self.assign(*({n: self._converted(a, like=a, statistic=kept) for n, a in group.items()} for group, kept in groups))
@@ -340,9 +346,8 @@ class Layer(Pure):
         return {**self.__dict__, "xp": kept_name(self.xp), "dtype": dtype_name(self.xp, self.dtype)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update({**state, "changes": str(next(_NUMBERS))})
-        self.xp = load_namespace(state["xp"])
-        self.dtype = load_dtype(self.xp, state["dtype"])
+        xp = load_namespace(state["xp"])
+        self.__dict__.update({**state, "xp": xp, "dtype": load_dtype(xp, state["dtype"]), "changes": str(next(_NUMBERS))})
 
     def _converted(self, array: Array, like: Array, statistic: bool) -> Array:
         floating = is_kind(xp_of(like), like.dtype, "real floating")

@@ -209,7 +209,7 @@ class Sequential(Layer):
     def _place(self, xp: Namespace, device: Any, dtype: DType) -> None:
         for _, part in self._places():
             part._place(xp, device, dtype)
-        self.xp, self.device, self.dtype = xp, device, self.parts[0].dtype
+        self.__dict__.update(xp=xp, device=device, dtype=self.parts[0].dtype)
 
     def forget_statistics(self) -> None:
         for _, part in self._places():
