@@ -275,6 +275,40 @@ def test_threads_that_listen_take_part(pool: threads._Pool) -> None:
     assert len(who) == 3
 
 
+def test_every_caller_has_threads_of_its_own_while_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that compute for one caller are none for another, be it of kernels or of Python: it wakes some that sleep."""
+    monkeypatch.setattr(threads, "_count", lambda: 9)
+    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    monkeypatch.setattr(threads, "_pool", threads._Pool())
+    myself = numba.types.ExternalFunction("pthread_self", numba.uint64())
+    nap = numba.types.ExternalFunction("usleep", numba.int32(numba.int32))
+
+    def by_whom(own: Any, microseconds: int) -> bool:
+        nap(microseconds)
+        own[0] = myself()
+        return True
+
+    kernel = sharing.shared(numba.njit([numba.boolean(numba.uint64[::1], numba.int32)], nogil=True)(by_whom), 1)
+
+    def call(counts: list[int]) -> None:
+        own = np.zeros(12, np.uint64)
+        assert sharing.call(kernel, threads.Plan(4, 1, 12, 3), 12, (own,), whole=(50_000,))
+        counts.append(len(set(own.tolist())))
+
+    def at_once() -> list[int]:
+        counts, idents = list[int](), set[int]()
+        callers = [threading.Thread(target=call, args=(counts,)) for _ in range(2)]
+        for caller in callers:
+            caller.start()
+            time.sleep(0.02)  # until its threads are at work
+        threads.each([(k, k + 1) for k in range(3)], lambda *_: idents.add(threading.get_ident()) or time.sleep(0.02))
+        for caller in callers:
+            caller.join()
+        return [*counts, len(idents)]
+
+    assert any(min(at_once()) >= 3 for _ in range(20))  # a busy machine may be late, and not always
+
+
 def test_callers_at_once_share_kernels_and_python(squares: Any, pool: threads._Pool) -> None:
     """Some call kernels, others Python functions that take the same threads away from listening."""
 

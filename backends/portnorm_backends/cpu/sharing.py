@@ -18,6 +18,7 @@ where none is parted, the first row of the range and that after its last, and wh
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -229,8 +230,14 @@ def _call(typing: Any, board: Any, lines: Any, helpers: Any, step: Any, total: A
 
         told()
         _while(builder, lambda: _one_more(builder, start), told)
+
+        def gather() -> None:
+            """Once more in each turn: while one caller looks at a line, it is hidden from the other."""
+            builder.call(take_back, [board, lines, start])
+            _wait_a_little(builder)
+
         builder.call(take_back, [board, lines, start])
-        _while(builder, lambda: builder.icmp_signed("!=", job.read(_BUSY), _n(0)), lambda: _wait_a_little(builder))
+        _while(builder, lambda: builder.icmp_signed("!=", job.read(_BUSY), _n(0)), gather)
         return job.read(_FINE)
 
     return types.int64(*(types.int64,) * 6, parted, own, whole), generate
@@ -293,6 +300,7 @@ def call(
     kernel: Any, plan: threads.Plan, total: int, parted: tuple[Any, ...] = (), own: tuple[Any, ...] = (), whole: tuple[Any, ...] = ()
 ) -> bool:
     """The kernel over all rows, in the ranges of a plan; whether it was right in each."""
+    assert all(len(a) >= plan.ranges for a in own)
     compute, address = _kernels[kernel]
     board, lines = threads.board_for(plan)
     found = compute(board, lines, plan.threads - 1, plan.step, total, address, parted, own, whole)
@@ -342,6 +350,7 @@ def _listened(place: int) -> None:
     _listen(place)
 
 
+@functools.cache
 def _listening() -> Callable[[int], None]:
     made: Any = compiled(signatures=types.void(types.int64))(_listened)
     (overload,) = made.overloads.values()

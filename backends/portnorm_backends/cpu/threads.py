@@ -168,11 +168,9 @@ class _Helper:
     def run(self) -> None:
         while True:
             self.woken.acquire()
-            self.line[LEAVE] = 0
             job, self.job = self.job, None
-            if job is None:
-                self.pool.waiting.append(self)
-            else:
+            if job is not None:
+                self.line[LEAVE] = self.line[ROUSED] = 0
                 taken = job.take()
                 while taken and job.left:
                     job.finished()
@@ -183,16 +181,27 @@ class _Helper:
                 del job  # and with it the arrays
             _listen(self.place)
 
-    def sleeps(self) -> bool:
-        return bool(self.line[STATE] == ASLEEP)
+    def computes(self) -> bool:
+        """Whether a kernel has it, or is about to."""
+        return self.line[STATE] not in (ASLEEP, LISTENS)
 
-    def wake(self, job: _Job | None = None) -> None:
-        """One that waits: to compute something, or to listen."""
-        if job is None:
-            self.line[ROUSED] = 1
-        else:
-            self.job, self.line[LEAVE] = job, 1
-        self.woken.release()
+    def sleeps(self) -> bool:
+        """And nobody has woken it."""
+        return bool(self.line[STATE] == ASLEEP and not self.line[ROUSED])
+
+    def wake(self, job: _Job) -> None:
+        """To compute something, by whoever has taken it from those that wait."""
+        self.job, self.line[LEAVE] = job, 1
+        self._go_on()
+
+    def rouse(self) -> None:
+        """To listen."""
+        self.line[ROUSED] = 1
+        self._go_on()
+
+    def _go_on(self) -> None:
+        with contextlib.suppress(RuntimeError):  # somebody else has said so
+            self.woken.release()
 
 
 class _Pool:
@@ -204,16 +213,28 @@ class _Pool:
         self.board = memory.aligned((os.cpu_count() or 1, LINE), numpy.dtype("int64"))
         self.board[...] = 0
         self.states, self.place = self.board[:, STATE], self.board.ctypes.data
+        self.lines = 0
+        """Those that have been given to a helper."""
 
     def helper(self) -> _Helper | None:
         """One that waits, or a new one; `None` where all that there may be are at work, or none can be started."""
-        with contextlib.suppress(IndexError):
-            return self.waiting.pop()
+        busy = []
+        try:
+            with contextlib.suppress(IndexError):
+                while (helper := self.waiting.pop()).computes():
+                    busy.append(helper)
+                return helper
+            return self._start()
+        finally:
+            self.waiting += busy
+
+    def _start(self) -> _Helper | None:
         with self.starting:
-            if self.started >= min(_count() - 1, len(self.board)):
+            if self.started >= _count() - 1 or self.lines == len(self.board):
                 return None
             self.started += 1
-            line = self.board[self.started - 1]
+            self.lines += 1
+            line = self.board[self.lines - 1]
         try:
             return _Helper(self, line)
         except RuntimeError:  # as while the interpreter ends
@@ -221,18 +242,21 @@ class _Pool:
                 self.started -= 1
             return None
 
+    def listening(self) -> int:
+        """How many listen, or will in a moment."""
+        found: int = self.states[: self.lines].tolist().count(LISTENS)
+        return found + int(numpy.count_nonzero(self.board[: self.lines, ROUSED]))
+
     def rouse(self, count: int) -> None:
-        """Have so many listen, or work already."""
-        listening = []
-        for _ in range(count):
-            helper = self.helper()
-            if helper is None:
-                break
-            if helper.sleeps():
-                helper.wake()
-            else:
-                listening.append(helper)
-        self.waiting += listening
+        """Let so many more listen."""
+        for helper in self.waiting.copy():
+            if count and helper.sleeps():
+                helper.rouse()
+                count -= 1
+        while count and (new := self._start()) is not None:
+            self.waiting.append(new)
+            new.rouse()
+            count -= 1
 
 
 _pool = _Pool()
@@ -251,9 +275,9 @@ if hasattr(os, "register_at_fork"):
 def board_for(plan: Plan) -> tuple[int, int]:
     """Where those who help with a plan listen: the place of their lines, and the number of these."""
     pool, wanted = _pool, min(plan.threads - 1, plan.wakes)
-    if wanted > numpy.count_nonzero(pool.states[: pool.started]):
-        pool.rouse(wanted)
-    return pool.place, pool.started
+    if wanted and wanted > (there := pool.listening()):
+        pool.rouse(wanted - there)
+    return pool.place, pool.lines
 
 
 def each(ranges: list[Range], work: Work) -> None:
@@ -262,10 +286,15 @@ def each(ranges: list[Range], work: Work) -> None:
         return work(*ranges[0])
     job = _Job(ranges, work)
     for _ in range(min(len(ranges), _count()) - 1):
-        helper = _pool.helper()
-        if helper is None:
-            break
-        helper.wake(job)
+        helper = None
+        try:
+            helper = _pool.helper()
+            if helper is None:
+                break
+            helper.wake(job)
+        except BaseException:  # an interrupt
+            _pool.waiting += [] if helper is None or helper.job is job else [helper]
+            raise
     while job.take():
         job.finished()
     job.wait()
