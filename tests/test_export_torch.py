@@ -269,7 +269,8 @@ def test_dtypes(dtype: str) -> None:
     assert outputs(report.model, x)[0].dtype == dtype
 
 
-def test_a_speech_model_in_float16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_speech_model_in_float16(fixed: bool, tmp_path: Path) -> None:
     """With products of transposed arrays, torch's and ours, in the form in which onnxruntime loads them in float16."""
     import torch
 
@@ -286,11 +287,11 @@ def test_a_speech_model_in_float16(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = Model().half()
-    free = {"x": {0: "batch", 2: "time"}, "lengths": {0: "batch"}}
+    free = None if fixed else {"x": {0: "batch", 2: "time"}, "lengths": {0: "batch"}}
     args = (torch.randn(2, 3, 9).half(), torch.tensor([9, 5]))
     report = pn.export_torch(model, args, tmp_path / "m.onnx", dynamic_shapes=free)
     assert {c.runtime for c in report.trajectories} == {"onnxruntime"}
-    x, lengths = torch.randn(4, 3, 17), torch.tensor([17, 3, 1, 9])
+    x, lengths = args if fixed else (torch.randn(4, 3, 17), torch.tensor([17, 3, 1, 9]))
     with torch.no_grad():
         exact = model.double()(x.half().double(), lengths)
     (y,) = outputs(tmp_path / "m.onnx", x.half(), lengths)

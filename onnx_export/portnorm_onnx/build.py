@@ -67,71 +67,46 @@ _WIDE = 2**24
 
 
 def keep_transposed(proto: onnx.ModelProto) -> None:
-    """Keep a Transpose away from the product that it is in front of in a float16 graph.
+    """Keep a Transpose apart from the product behind it in a float16 graph, by a node that changes nothing.
 
-    onnxruntime's CPU (1.24 to 1.32, x86-64) ended the process when it optimized some float16 graphs; all that are written so load. A
-    product with weights comes first, for it is along the axis that stays where it is. In front of others stands a Reshape that changes
-    nothing; where all lengths are known, that alone would be optimized away.
+    onnxruntime's CPU (1.24 to 1.32, x86-64) ended the process when it optimized some float16 graphs; all that are written so load. That
+    node is a Reshape, or where all lengths are known and it would be optimized away, a Slice of everything.
     """
     graph = proto.graph
     types = {*(t.data_type for t in graph.initializer), *(i.type.tensor_type.elem_type for i in graph.input)}
     if onnx.TensorProto.FLOAT16 not in types:
         return
-    matrices = {t.name for t in graph.initializer if len(t.dims) == 2}
-    matrices |= {n.output[0] for n in graph.node if n.op_type == "Cast" and n.input[0] in matrices}
+    fixed = all(d.HasField("dim_value") for i in graph.input for d in i.type.tensor_type.shape.dim)
     makers = {name: n for n in graph.node for name in n.output}
-    turned = {name: path for name in makers if (path := _turned(name, makers))}
-    if not any(name in turned for n in graph.node if n.op_type == "MatMul" for name in n.input):
-        return
-    nodes, kept = [], set()
+    turned = {source for n in graph.node if n.op_type == "MatMul" for name in n.input if (source := _turned(name, makers))}
+    nodes = []
     for n in graph.node:
-        names = [name for name in n.input if name in turned] if n.op_type == "MatMul" else []
-        if names == [n.input[0]] and n.input[1] in matrices and _perm(turned[names[0]])[-1] == len(_perm(turned[names[0]])) - 1:
-            nodes += _product_first(n, turned[names[0]])
-            continue
-        for name in names:
-            if name not in kept:
-                kept.add(name)
-                _put(graph.initializer.add(), f"{name}_lengths", numpy.zeros(len(_perm(turned[name])), numpy.int64))
-                nodes.append(helper.make_node("Reshape", [name, f"{name}_lengths"], [f"{name}_kept"], f"{name}_kept"))
-            _rename(n, name, f"{name}_kept")
         nodes.append(n)
-    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    for n in reversed([n for n in nodes if n.output[0] in turned]):
-        if n.output[0] not in _readers(graph):
-            graph.node.remove(n)
+        if n.output[0] not in turned:
+            continue
+        name, kept, rank = n.output[0], f"{n.output[0]}_kept", len(_perm(n))
+        n.output[0] = f"{name}_turned"
+        places = {"starts": [0], "ends": [2**31 - 1], "axes": [0]} if fixed else {"lengths": [0] * rank}
+        for place, numbers in places.items():
+            _put(graph.initializer.add(), f"{name}_{place}", numpy.array(numbers, numpy.int64))
+        inputs = [n.output[0], *(f"{name}_{place}" for place in places)]
+        nodes.append(helper.make_node("Slice" if fixed else "Reshape", inputs, [name], kept))
+    if turned:
+        nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+        del graph.node[:]
+        graph.node.extend(nodes)
 
 
-def _turned(name: str, makers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """The Transpose of several axes that gives a value, and the Casts after it; none of another value."""
+def _turned(name: str, makers: Mapping[str, onnx.NodeProto]) -> str | None:
+    """What a Transpose of several axes gives, of which this is the value or a Cast."""
     maker = makers.get(name)
-    if maker is None or maker.op_type not in ("Transpose", "Cast"):
-        return []
-    if maker.op_type == "Transpose":
-        return [maker] if len(_perm([maker])) > 2 else []
-    path = _turned(maker.input[0], makers)
-    return [*path, maker] if path else []
+    if maker is not None and maker.op_type == "Cast":
+        return _turned(maker.input[0], makers)
+    return name if maker is not None and maker.op_type == "Transpose" and len(_perm(maker)) > 2 else None
 
 
-def _perm(path: list[onnx.NodeProto]) -> list[int]:
-    """In which order it has the axes."""
-    perm: list[int] = next((list(a.ints) for a in path[0].attribute if a.name == "perm"), [])
-    return perm
-
-
-def _product_first(n: onnx.NodeProto, path: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
-    """The same as a product of what was transposed: Casts, product, Transpose."""
-    made, found = n.output[0], []
-    turn, *casts = path
-    value = turn.input[0]
-    for one, end in zip((*casts, n, turn), (*(f"{made}_cast_{k}" for k in range(len(casts))), f"{made}_before", made), strict=True):
-        again = onnx.NodeProto.FromString(one.SerializeToString())
-        again.input[0], again.output[0], again.name = value, end, end
-        found.append(again)
-        value = end
-    return found
+def _perm(n: onnx.NodeProto) -> list[int]:
+    return next((list(a.ints) for a in n.attribute if a.name == "perm"), [])
 
 
 def _put(tensor: onnx.TensorProto, name: str, values: NumPyArray) -> None:
