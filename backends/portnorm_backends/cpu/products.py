@@ -346,7 +346,10 @@ def as_it_lies(w: NumPyArray, shift: NumPyArray | None) -> Callable[[NumPyArray,
 
     def multiply(x: NumPyArray, y: NumPyArray) -> None:
         plan = threads.plan(count, w.nbytes / _READ, 64 // w.itemsize, 1, w.nbytes // _NEAR)
-        call(direct, plan, count, whole=(x, w, added, y))
+        if plan.threads == 1:
+            direct(0, count, x, w, added, y)
+        else:
+            call(direct, plan, count, whole=(x, w, added, y))
 
     return multiply
 
