@@ -277,13 +277,26 @@ class _Shared(NamedTuple):
     address: int  # of the kernel
 
 
-_kernels: dict[Any, _Shared] = {}
+_kernels: dict[Any, tuple[int, int]] = {}
 
 
 def shared(kernel: Any, parted: int = 0, own: int = 0) -> Any:
     """The kernel, which `call` can share from now on: it takes so many arrays of which ranges have their rows, so many of which each range
     has an entry, and what all have; and says whether it was right.
     """
+    _kernels[kernel] = parted, own
+    return kernel
+
+
+def prepare() -> None:
+    """Compile what the first `call` of each kernel would."""
+    for kernel in list(_kernels):
+        _made(kernel)
+
+
+@functools.cache
+def _made(kernel: Any) -> _Shared:
+    parted, own = _kernels[kernel]
     ((given, _),) = ((s.args, s.return_type) for s in kernel.nopython_signatures)
     if not parted:
         given = given[2:]
@@ -291,9 +304,8 @@ def shared(kernel: Any, parted: int = 0, own: int = 0) -> Any:
     groups = (types.Tuple(given[:parted]), types.Tuple(apart), types.Tuple(given[parted + own :]))
     made: Any = compiled(signatures=types.int64(*(types.int64,) * 6, *groups))(_shared)
     (overload,) = made.overloads.values()
-    _kernels[kernel] = _Shared(overload.entry_point, address_of(kernel))
     threads.listen_by(_listening())
-    return kernel
+    return _Shared(overload.entry_point, address_of(kernel))
 
 
 def call(
@@ -301,7 +313,7 @@ def call(
 ) -> bool:
     """The kernel over all rows, in the ranges of a plan; whether it was right in each."""
     assert all(len(a) >= plan.ranges for a in own)
-    compute, address = _kernels[kernel]
+    compute, address = _made(kernel)
     board, lines = threads.board_for(plan)
     found = compute(board, lines, plan.threads - 1, plan.step, total, address, parted, own, whole)
     if not found & 2:

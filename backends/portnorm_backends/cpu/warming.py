@@ -141,6 +141,7 @@ def _load(family: Family) -> None:
     before, _own.compiles = _own.compiles, True
     try:
         FAMILIES[name](dtype)
+        importlib.import_module("portnorm_backends.cpu.sharing").prepare()
     finally:
         _own.compiles = before
     _there(family)
