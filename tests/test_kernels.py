@@ -588,13 +588,13 @@ def test_few_rows_give_the_same_by_threads(
         for laid in (w, np.repeat(w, 2, axis=0)[::2]):
             for own in (shift, None):
                 expected, found = (np.full((rows, outputs), np.nan, dtype) for _ in range(2))
-                products.as_it_lies(laid, own)(x, expected)
+                products.from_rows(laid, own)(x, expected)
                 np.testing.assert_allclose(expected, x @ w.T + (0 if own is None else own), rtol=1e-4, atol=1e-4)
                 with monkeypatch.context() as patch:
                     ranges = parted(patch)
                     patch.setattr(products, "_READ", 1)
                     patch.setattr(products, "_NEAR", 1)
-                    products.as_it_lies(laid, own)(x, found)
+                    products.from_rows(laid, own)(x, found)
                     assert (len(ranges[0]) > 1) is (outputs * w.itemsize > 64)
                 np.testing.assert_array_equal(found, expected)
 

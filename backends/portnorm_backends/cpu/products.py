@@ -338,7 +338,7 @@ def _zeros(count: int, dtype: numpy.dtype[Any]) -> NumPyArray:
     return numpy.zeros(count, dtype)
 
 
-def as_it_lies(w: NumPyArray, shift: NumPyArray | None) -> Callable[[NumPyArray, NumPyArray], None]:
+def from_rows(w: NumPyArray, shift: NumPyArray | None) -> Callable[[NumPyArray, NumPyArray], None]:
     """What writes x · wᵀ + shift into y (m, n), for few rows of x and w (n, k) with contiguous rows, which threads share if it is large."""
     count, direct, added = len(w), compiled_for("direct", w.dtype), shift_of(shift, len(w), w.dtype)
     if w.nbytes < 2 * _READ:
@@ -357,7 +357,7 @@ def as_it_lies(w: NumPyArray, shift: NumPyArray | None) -> Callable[[NumPyArray,
 def straight(x: NumPyArray, w: NumPyArray, shift: NumPyArray | None, y: NumPyArray) -> None:
     """Writes x · wᵀ + shift into y, for at most `FEW` rows of x, and w (n, k)."""
     if w.strides[1] == w.itemsize and w.flags.aligned:
-        as_it_lies(w, shift)(x, y)
+        from_rows(w, shift)(x, y)
     else:
         affine_map(w.T, shift, x.shape[0])(x, y)
 
@@ -367,7 +367,7 @@ def affine_map(w: NumPyArray, shift: NumPyArray | None = None, rows: int = ROWS)
     lies = rows <= FEW and w.flags.aligned and (w.strides[0] == w.itemsize or w.shape[0] == 1)
     if lies or w.shape[0] <= _NARROW:
         if lies:
-            return as_it_lies(w.T, shift)
+            return from_rows(w.T, shift)
         added = shift_of(shift, w.shape[1], w.dtype)
         few, narrow = numpy.require(w, requirements=["C", "A"]), compiled_for("narrow", w.dtype)
         return lambda x, y: narrow(x, few, added, y)

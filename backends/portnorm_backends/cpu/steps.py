@@ -77,8 +77,8 @@ def of_one_step(x: NumPyArray, params: Params, loop: Params, *, cell: Any) -> St
 def _multiply(weight: NumPyArray, shift: NumPyArray | None, cell: RecurrentCell, bound: float | None) -> Multiply:
     """With the weight as it lies, or with its integers where the cell is to `quantize`; what is multiplied lies within the `bound`."""
     if cell.quantize is None:
-        multiply_as_it_lies: Multiply = kernels_of("products").as_it_lies(weight, shift)
-        return multiply_as_it_lies
+        from_rows: Multiply = kernels_of("products").from_rows(weight, shift)
+        return from_rows
     into = integers.into(weight, bound)
     if shift is None:
         return into

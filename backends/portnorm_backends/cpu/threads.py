@@ -186,16 +186,16 @@ class _Helper:
         return self.line[STATE] not in (ASLEEP, LISTENS)
 
     def sleeps(self) -> bool:
-        """And nobody has woken it."""
+        """Whether it sleeps, and nobody has woken it."""
         return bool(self.line[STATE] == ASLEEP and not self.line[ROUSED])
 
     def wake(self, job: _Job) -> None:
-        """To compute something, by whoever has taken it from those that wait."""
+        """Let it compute something; for whoever has taken it from those that wait."""
         self.job, self.line[LEAVE] = job, 1
         self._go_on()
 
     def rouse(self) -> None:
-        """To listen."""
+        """Let it listen."""
         self.line[ROUSED] = 1
         self._go_on()
 
