@@ -210,6 +210,16 @@ def test_an_older_instruction_set_holds_every_engine_that_is_measured(capsys: An
     assert "nothing holds them to avx2: onnxruntime" in shown
 
 
+@pytest.mark.peers
+@pytest.mark.skipif("avx2" not in isa.flags(), reason="the processor has no AVX2")
+def test_jax_takes_what_holds_it_to_an_older_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = bench.measure(SMALL[:1], ["JAX jit"], seconds=0.01, rounds=1, isa="avx2")
+    assert {*row["times"]} == {"JAX jit"}
+    for version, own in (("0.9.2", False), ("0.10.0", True), ("1.0", True)):
+        monkeypatch.setattr("importlib.metadata.version", lambda _, version=version: version)
+        assert ("ynn" in isa.environment_of("avx2")["XLA_FLAGS"]) == own
+
+
 def test_an_instruction_set_that_cannot_be_measured(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isa, "flags", lambda: frozenset({"asimd"}))
     assert isa.shown() == "NEON"

@@ -27,6 +27,11 @@ HELD: dict[str, dict[str, str]] = {
 XLA. NumPy is told what to leave out; nothing holds onnxruntime.
 """
 
+_OWN_PRODUCTS = "--xla_cpu_experimental_ynn_fusion_type="
+"""What keeps XLA from multiplying matrices by YNNPACK, which nothing holds: it is faster than AVX2 can be. Only jaxlib from 0.10 on knows
+the flag; an older one would end the process.
+"""
+
 _SHOWN = {"avx512_vnni": "AVX-512 with VNNI", "avx512f": "AVX-512", "avx2": "AVX2", "asimd": "NEON"}
 
 
@@ -58,4 +63,16 @@ def environment_of(isa: str | None) -> dict[str, str]:
     apart = {
         "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid() if hasattr(os, 'getuid') else ''}_{isa}")
     }
-    return {**HELD[isa], **apart, **({"NPY_DISABLE_CPU_FEATURES": " ".join(wider)} if wider else {})}
+    held = {**HELD[isa], **apart, **({"NPY_DISABLE_CPU_FEATURES": " ".join(wider)} if wider else {})}
+    if _has_own_products():
+        held["XLA_FLAGS"] += f" {_OWN_PRODUCTS}"
+    return held
+
+
+def _has_own_products() -> bool:
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
+    try:
+        return tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 10)
+    except PackageNotFoundError:
+        return False
