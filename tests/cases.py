@@ -248,8 +248,8 @@ COMBINATIONS = [
 def random_recurrent(
     cell: str, norm: str | pn.Variant | None, rng: np.random.Generator, inputs: int = 4, hidden: int = 3, **keywords: Any
 ) -> Recurrent:
-    """A float64 layer whose every parameter and statistic is random, with statistics for four steps."""
-    layer = LAYERS[cell](inputs, hidden, norm=norm, dtype="float64", t_max=4, rng=rng, **keywords)
+    """A float64 layer whose every parameter and statistic is random, with statistics for four steps unless stated."""
+    layer = LAYERS[cell](inputs, hidden, norm=norm, dtype="float64", rng=rng, **{"t_max": 4, **keywords})
     params = {name: p + 0.3 * rng.standard_normal(p.shape) for name, p in layer.parameters().items()}
     buffers = {name: b + (1 if name.startswith("num") else rng.uniform(0.1, 1.0, b.shape)) for name, b in layer.buffers.items()}
     layer.assign(params, buffers)

@@ -83,6 +83,16 @@ def test_any_row_that_a_user_may_write(cell: str, variant: pn.Variant) -> None:
     assert pn.export(recurrent(cell, variant), None).worst_step is not None
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("place", "variance"), [("std", "biased"), ("variance", "unbiased"), ("variance", "biased")])
+@pytest.mark.parametrize("terms", ["sum", "hidden", "separate"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_statistics_that_all_steps_share(cell: str, terms: Any, place: Any, variance: Any, streaming: bool) -> None:
+    variant = pn.Variant("mine", norm="batch", terms=terms, eps_place=place, variance=variance, early=("bias",))
+    report = pn.export(recurrent(cell, variant, t_max=1), None, streaming=streaming)
+    assert report.worst_step is not None
+
+
 LAYERS = [
     (pn.LayerNorm(7), {}, 1),
     (pn.LayerNorm((3, 7)), {}, 1),
@@ -359,6 +369,13 @@ def test_a_check_of_nothing_is_refused(tmp_path: Path) -> None:
             pn.verify(tmp_path / "m.onnx", layer, inputs=[])
         with pytest.raises(pn.UnsupportedError, match="`runtimes` is empty"):
             pn.verify(tmp_path / "m.onnx", layer, runtimes=())
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("shape", [("a", "b"), ("a", 5), (2, 5), ("a", "b", "c")], ids=str)
+def test_an_input_that_does_not_fit_a_linear_is_named(shape: tuple[int | str, ...], quantize: Any) -> None:
+    with pytest.raises(pn.ShapeError, match="expected"):
+        pn.export(pn.Sequential(pn.Linear(4, 3, quantize=quantize, rng=0), pn.LayerNorm(3)), None, input_shape=shape)
 
 
 def test_the_bound_of_one_step_is_what_is_promised() -> None:

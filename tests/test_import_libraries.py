@@ -396,6 +396,7 @@ PADDLE: dict[str, Callable[[Any], Any]] = {
     "SimpleRNN": lambda nn: nn.SimpleRNN(D, H),
     "Linear": lambda nn: nn.Linear(D, H),
     "LayerNorm": lambda nn: nn.LayerNorm(D),
+    "LayerNorm of two axes": lambda nn: nn.LayerNorm([3, D]),
     "BatchNorm": lambda nn: nn.BatchNorm1D(D),
     "InstanceNorm": lambda nn: nn.InstanceNorm1D(3),
 }
@@ -418,7 +419,8 @@ def test_paddle(kind: str, paddle: Any, rng: np.random.Generator) -> None:
             return theirs(paddle.to_tensor(x)).numpy()
         return theirs(paddle.to_tensor(x.transpose(1, 0, 2)))[0].numpy().transpose(1, 0, 2)
 
-    which: Any = {"layer": kind} if "Norm" in kind else {}
+    which: Any = {"layer": kind.split()[0]} if "Norm" in kind else {}
+    which |= {"normalized_shape": (3, D)} if "two axes" in kind else {}
     layer = compared(arrays, forward, x, LIBRARY_FLOAT32, "paddle", **which)
     if recurrent:  # whose names are paddle's alone
         assert pn.import_checkpoint(arrays).provenance == layer.provenance

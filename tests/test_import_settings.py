@@ -650,8 +650,8 @@ TORCH: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
 
 @pytest.mark.peers
 @pytest.mark.parametrize("kind", TORCH)
-@pytest.mark.parametrize("inside", [False, True], ids=["alone", "inside a model"])
-def test_a_live_module_says_its_settings(kind: str, inside: bool, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("under", ["", "b.", "again."], ids=["alone", "inside a model", "by its second name"])
+def test_a_live_module_says_its_settings(kind: str, under: str, rng: np.random.Generator) -> None:
     import torch
 
     (name, *args), keywords, attribute = TORCH[kind]
@@ -659,8 +659,9 @@ def test_a_live_module_says_its_settings(kind: str, inside: bool, rng: np.random
     if keywords.get("track_running_stats"):
         theirs(3.0 + 2.0 * torch.randn(4, 8, 5).double())
     theirs.eval()
-    model = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8).double(), "b": theirs}) if inside else theirs
-    layer: Any = pn.import_checkpoint(model, prefix="b." if inside else "")
+    beside = torch.nn.LayerNorm(8, eps=0.5).double()
+    model = torch.nn.ModuleDict({"a": beside, "b": theirs, "again": theirs}) if under else theirs
+    layer: Any = pn.import_checkpoint(model, prefix=under)
     assert getattr(layer, attribute, layer.config.get(attribute)) == getattr(theirs, attribute)
     x = 1e-4 * rng.standard_normal((4, 8, 5) if "Instance" in name or "Group" in name else (4, 8))
     np.testing.assert_allclose(layer(x), theirs(torch.asarray(x)).detach(), rtol=TORCH_FLOAT64, atol=1e-8)  # ε is rounded to float32
@@ -728,6 +729,10 @@ def test_the_norms_inside_a_cell_say_their_eps(rng: np.random.Generator) -> None
     assert layer.variant.eps == 0.1
     with pytest.raises(pn.CheckpointError, match=r"modules whose eps differ.*eps=…"):
         pn.import_checkpoint(Cell(0.1, 0.2), "torch-fastrnns")
+    mixed = Cell(0.1, 0.1)
+    mixed.unread = torch.nn.RMSNorm(H)  # whose ε is that of the dtype
+    with pytest.raises(pn.CheckpointError, match=r"modules whose eps differ.*None in RMSNorm"):
+        pn.import_checkpoint(mixed, "torch-fastrnns", ignore=("unread.weight",))
     bare: Any = pn.import_checkpoint(Cell(0.1, 0.1).state_dict(), "torch-fastrnns")
     assert "not stored, taken as usual there: eps=1e-05" in bare.provenance
 

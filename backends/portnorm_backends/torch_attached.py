@@ -74,7 +74,7 @@ def check_parametrized(path: str, module: torch.nn.Module) -> None:
 
 def parametrized(path: str, module: torch.nn.Module) -> Iterator[tuple[str, str, str, str]]:
     """(path of the module, parameter, what computes it, what makes it plain)."""
-    for inner_path, inner in module.named_modules(prefix=path):
+    for inner_path, inner in module.named_modules(prefix=path, remove_duplicate=False):
         if parametrize.is_parametrized(inner):
             for name, by in inner.parametrizations.items():
                 yield inner_path, name, " and ".join(type(p).__name__ for p in by), "torch.nn.utils.parametrize.remove_parametrizations"

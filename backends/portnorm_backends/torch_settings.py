@@ -35,7 +35,7 @@ _LAYERS: dict[type[torch.nn.Module], str] = {
 
 def held(module: torch.nn.Module) -> Held:
     """The state dict of a module, and what the module that holds some of it says of them."""
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules(remove_duplicate=False))
     of_class = {name: said_of(inner, name) for name, inner in modules.items() if _layer(inner) is not None}
     found = {}
     for key, tensor in module.state_dict().items():
@@ -171,13 +171,20 @@ def said_of(module: torch.nn.Module, name: str) -> Said:
     for name, of in (("zoneout", float), ("batch_first", bool)):
         if said.layer is None and isinstance(getattr(module, name, None), of):
             said.values[name] = getattr(module, name)
-    _only(said, "eps", [(m, getattr(m, n)) for m in inside for n in _EPS if isinstance(getattr(m, n, None), int | float)])
+    _only(
+        said, "eps", [(m, getattr(m, n)) for m in inside for n in _EPS if isinstance(getattr(m, n, None), int | float) or _by_dtype(m, n)]
+    )
     tracked = [m for m in inside if issubclass(_kind(m), torch.nn.modules.batchnorm._NormBase) and hasattr(m, "momentum")]
     _only(said, "momentum", [(m, m.momentum) for m in tracked if m.track_running_stats])
     if said.layer in _SIZES and not module.state_dict() and "track_running_stats" not in said.refused:
         sizes = {ours: _asked(said, module, theirs) for ours, theirs in _SIZES[said.layer].items()}
         said.alone = None if said.refused else {**sizes, **_but(said, "momentum"), "affine": False}
     return said
+
+
+def _by_dtype(module: torch.nn.Module, name: str) -> bool:
+    """Whether an ε is the one of the dtype."""
+    return issubclass(_kind(module), torch.nn.RMSNorm) and getattr(module, name, 0.0) is None
 
 
 def _asked(said: Said, module: torch.nn.Module, name: str, ours: str | None = None) -> Any:

@@ -141,7 +141,7 @@ def _integer_product(x: SymbolicArray, weight: SymbolicArray, *, bound: float | 
 
 def _has_integer_product(x: SymbolicArray, weight: SymbolicArray, **attrs: Any) -> bool:
     """Of float32 and weights that are known; in training they change."""
-    return weight.constant is not None and numpy.dtype(x.dtype) == numpy.float32
+    return weight.constant is not None and numpy.dtype(x.dtype) == numpy.float32 and _has_as_many(x, weight)
 
 
 _integer_product.accepts = _has_integer_product  # type: ignore[attr-defined]
@@ -155,6 +155,14 @@ def _linear(x: SymbolicArray, weight: SymbolicArray, bias: SymbolicArray | None 
     y = y if bias is None else node("Add", y, bias)
     y.linear_of = (x, weight, bias) if y.opset is not None and y.opset.trainable else None
     return y
+
+
+def _has_as_many(x: SymbolicArray, weight: SymbolicArray, bias: Any = None) -> bool:
+    """Whether x ends with as many values as the weight takes; where it does not, the definition says so."""
+    return x.ndim > 0 and bool(x.dims[-1] == weight.dims[-1])
+
+
+_linear.accepts = _has_as_many  # type: ignore[attr-defined]
 
 
 def _times_transposed(x: SymbolicArray, weight: SymbolicArray) -> SymbolicArray:

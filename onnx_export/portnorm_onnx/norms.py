@@ -22,6 +22,7 @@ from portnorm_onnx.targets import LONG
 
 def _fits(x: SymbolicArray, weight: Any, attrs: Any) -> str | None:
     """The operator that computes these arguments, or `None`."""
+    attrs = _of_one_row(attrs)
     axes, params, opset = attrs["axes"], attrs["param_axes"], x.opset
     if _folds(x, attrs):
         return "folded"
@@ -51,6 +52,11 @@ def _fits(x: SymbolicArray, weight: Any, attrs: Any) -> str | None:
 
 _INSTANCE_DTYPES = ("float16", "float32")
 """onnxruntime has no InstanceNormalization for other types; then the definition is traced."""
+
+
+def _of_one_row(attrs: Any) -> Any:
+    """The same, with given statistics that are all steps' as what they are."""
+    return attrs if attrs.get("mean") is None else {**attrs, **{name: one_row(attrs[name]) for name in ("mean", "var")}}
 
 
 def _folds(x: SymbolicArray, attrs: Any) -> bool:
@@ -93,9 +99,9 @@ def normalize(x: SymbolicArray, weight: Any = None, bias: Any = None, *, eps: fl
         wide |= {n: NAMESPACE.astype(attrs[n], numpy.float32) for n in ("mean", "var") if attrs.get(n) is not None}
         y: SymbolicArray = normalize(NAMESPACE.astype(x, numpy.float32), eps=eps, **{**attrs, **wide})
         return NAMESPACE.astype(y, x.dtype)
-    if attrs.get("mean") is not None:
-        attrs |= {name: one_row(attrs[name]) for name in ("mean", "var")}
-    return _ROWS[_fits(x, weight, attrs) or ""](x, weight, bias, eps, attrs)
+    found = _fits(x, weight, attrs)
+    assert found is not None  # `accepts` asks first
+    return _ROWS[found](x, weight, bias, eps, _of_one_row(attrs))
 
 
 def _layer(x: SymbolicArray, weight: Any, bias: Any, eps: float, attrs: Any) -> SymbolicArray:

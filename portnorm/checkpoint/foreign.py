@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import inspect
 import logging
+import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
@@ -227,6 +228,8 @@ class _Reader:
             full = in_direction(name, n, d) if recurrent else name
             timed = name.partition(".")[2].startswith("running") and recurrent and len(own.get(full, ())) == 2 and array.ndim == 1
             values[full] = array[None, :] if timed else array
+            if name in row.reads and row.reads[name].flat and full in own and math.prod(own[full]) == array.size:
+                values[full] = values[full].reshape(own[full])
             if own.get(full) != values[full].shape:
                 keys = ", ".join(repr(k) for k in self._originals(row.reads[name], self.fit.places[n][d]))
                 if full not in own:
@@ -343,6 +346,8 @@ class _Reader:
         if isinstance(layer, Recurrent) and "batch_first" not in self.stated:
             order = "batch, time" if layer.batch_first else "time, batch"
             found.append(f"not stored: the order of axes; x is ({order}, features), batch_first={not layer.batch_first} makes it the other")
+        if any(read.flat for read in self.row.reads.values()) and "normalized_shape" not in self.stated:
+            found.append("not stored: how many axes are normalized; normalized_shape=(…) says it")
         found += [f"not stored, so {'1' if name == 'weight' else '0'}: {name}" for name in self.filled]
         return found
 

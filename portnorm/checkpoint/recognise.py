@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -173,21 +173,40 @@ def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> 
         for beginning in _beginnings(key, len(prefix)):
             inside.setdefault(beginning, {})[key] = a
     quick, found = [(row, *_signature(row)) for row in rows], dict[str, Part]()
+    alike = dict[Any, tuple[str, list[Fit]]]()  # a network has the same block many times
     for beginning in sorted(inside, key=lambda e: (len(e), e)):
         own = inside[beginning]
         if len(own) == len(arrays) or any(shorter in found for shorter in _beginnings(beginning, len(prefix))):
             continue
         if _class_not_read(own, ignore) is not None or any(_CHANGES.search(key[len(prefix) :]) for key in own):
             continue
-        leaves = {re.split(r"[./]", key)[-1] for key in own}
-        numbered = any(leaf.isdecimal() for leaf in leaves)
-        possible = [row for row, first, most in quick if len(own) <= most and (numbered or any(first in leaf for leaf in leaves))]
-        fits = _exact(_fits(possible, own, beginning, ignore)[0], own)[1] if possible else []
-        # A matrix is rather an embedding than a γ.
-        fits = [fit for fit in fits if fit.row.gates or fit.row.layer in ("Linear", "Embedding") or _has_one_axis(fit, own)]
+        looks = _looks(own, beginning, ignore)
+        if looks is not None and looks in alike:
+            before, fits = alike[looks]
+            fits = [replace(fit, keys={name: beginning + key[len(before) :] for name, key in fit.keys.items()}) for fit in fits]
+        else:
+            fits = _fits_of_part(quick, own, beginning, ignore)
+            alike[looks] = beginning, fits
         if fits:
             found[beginning] = Part(beginning, fits)
     return list(found.values())
+
+
+def _looks(arrays: Arrays, beginning: str, ignore: set[str]) -> Any:
+    """What decides which rows explain the arrays under a beginning of their names; `None` where more does than what stands here."""
+    if any(a.said is not None or key in ignore for key, a in arrays.items()):
+        return None
+    last = re.split(r"[./]", beginning[:-1])[-1]
+    return last, beginning[-1], tuple((key[len(beginning) :], a.shape) for key, a in arrays.items())
+
+
+def _fits_of_part(quick: list[tuple[Row, str, float]], arrays: Arrays, beginning: str, ignore: set[str]) -> list[Fit]:
+    leaves = {re.split(r"[./]", key)[-1] for key in arrays}
+    numbered = any(leaf.isdecimal() for leaf in leaves)
+    possible = [row for row, first, most in quick if len(arrays) <= most and (numbered or any(first in leaf for leaf in leaves))]
+    fits = _exact(_fits(possible, arrays, beginning, ignore)[0], arrays)[1] if possible else []
+    # A matrix is rather an embedding than a γ.
+    return [fit for fit in fits if fit.row.gates or fit.row.layer in ("Linear", "Embedding") or _has_one_axis(fit, arrays)]
 
 
 def _class_not_read(arrays: Mapping[str, Stored], ignore: set[str]) -> str | None:

@@ -150,6 +150,7 @@ def _written(row: Row, own: dict[str, NumPyArray], place: str) -> dict[str, NumP
     for name, read in row.reads.items():
         array, axis = own[name], 0 if name.startswith("weight") and not read.transposed else -1
         array = array if read.back is None else read.back(array)
+        array = array.reshape(-1) if read.flat else array
         array = array.T if read.transposed else array
         if read.at is not None and "running" in name:
             array = array[0]  # the only row of statistics, or one of several that are alike

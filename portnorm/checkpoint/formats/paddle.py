@@ -24,6 +24,7 @@ def paddle_rows() -> list[Row]:
             kinds.append(replace(plain, reads={**torch_reads(), **projection}))
         found += [kind for row in kinds for kind in (row, without(row, *BIASES, biases=()))]
     linear = Row("paddle", "Linear", {"weight": whole("weight", transposed=True), "bias": whole("bias")}, auto=False)
+    layer_norm = {"weight": whole("weight", flat=True), "bias": whole("bias", flat=True)}
     names = {"gain": "weight", "shift": "bias", "mean": "_mean", "var": "_variance", "rms": "weight"}
     batch = {"eps": 1e-5, "momentum": 0.1, "unbiased": False}
     instance = {"weight": whole("scale"), "bias": whole("bias")}
@@ -32,7 +33,11 @@ def paddle_rows() -> list[Row]:
         linear,
         without(linear, "bias"),
         Row("paddle", "Embedding", {"weight": whole("weight")}, auto=False, asked=True),
-        *(replace(row, auto=False) for row in norms("paddle", names, 1e-5, 1e-5, batch, 1) if row.layer != "InstanceNorm"),
+        *(
+            replace(row, auto=False, reads={n: layer_norm[n] for n in row.reads} if row.layer == "LayerNorm" else row.reads)
+            for row in norms("paddle", names, 1e-5, 1e-5, batch, 1)
+            if row.layer != "InstanceNorm"
+        ),
         Row("paddle", "InstanceNorm", instance, config={"eps": 1e-5, "affine": True, "channel_axis": 1}, auto=False),
     ]
 

@@ -44,6 +44,8 @@ class Read:
     """The inverse of `then`; without it the row is not written."""
     join: Callable[..., NumPyArray] | None = None
     """What makes one array of those under the keys, if they are not pieces of it."""
+    flat: bool = False
+    """Stored with one axis, whatever the axes here."""
     candidate: bool = False
     """GRU: the bias of the hidden term, of which the format has the candidate's part; that of the gates is 0, or in the other bias."""
 
