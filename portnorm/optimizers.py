@@ -1,7 +1,8 @@
-"""Optimizers as pure functions of parameters, gradients and a state.
+"""Optimizers as functions of parameters, gradients and a state, pure unless they are told to write in place.
 
 state = optimizer.init(params)
 params, state = optimizer.update(params, grads, state)
+params, state = optimizer.update(params, grads, state, in_place=True)  # writes into both, as other optimizers do
 
 The state is kept, and an update computed, in at least float32; parameters keep their dtype, to which the new ones are rounded once. An
 optimizer is settings alone, and all that it remembers is in the state: `dataclasses.replace(adam, lr=1e-4)` goes on from the same moments.
@@ -12,13 +13,14 @@ be looked at (under `jax.jit`, in Dask, in an exported graph) an array of floats
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from portnorm.arrays import Array, device_of, xp_of
-from portnorm.descent import adam_step, moved, rmsprop_step, sgd_step
+from portnorm.descent import adam_step, moved, rmsprop_step, sgd_step, written
 from portnorm.dtypes import default_integer
+from portnorm.scalars import switch
 from portnorm.updates import (
     Arrays,
     Decayed,
@@ -32,6 +34,7 @@ from portnorm.updates import (
     names_that_decay,
     rates,
     require_arrays,
+    require_in_place,
     set_learning_rate,
     set_rate,
     shown,
@@ -60,6 +63,27 @@ def _no_steps(params: Mapping[str, Array]) -> Array:
     first = first_of("params", params)
     xp = xp_of(first)
     return xp.asarray(0, dtype=default_integer(xp), device=device_of(first))
+
+
+def _places(
+    params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState, in_place: bool, *names: str
+) -> Callable[[str], Any]:
+    """Where what becomes of a parameter and of what is remembered of it under `names` is written; `None` for arrays of their own."""
+    if not switch("in_place", in_place):
+        return lambda _: None
+    require_in_place(params, grads, state)
+    return lambda n: (params[n], *(state[name][n] for name in names))
+
+
+def _updated(
+    found: Mapping[str, tuple[Array, ...]], state: OptimizerState, steps: Array, in_place: bool, *names: str
+) -> tuple[Arrays, OptimizerState]:
+    """Parameters and the state after an update, from both together by the name of the parameter."""
+    params = {n: arrays[0] for n, arrays in found.items()}
+    if in_place:
+        state["steps"] = steps
+        return params, state
+    return params, {**{name: {n: arrays[k] for n, arrays in found.items()} for k, name in enumerate(names, 1)}, "steps": steps}
 
 
 @dataclass(frozen=True)
@@ -94,19 +118,25 @@ class SGD:
         steps = _no_steps(params)
         return {"velocity": zeros(params), "steps": steps} if self.momentum else {"steps": steps}
 
-    def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
+    def update(
+        self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState, *, in_place: bool = False
+    ) -> tuple[Arrays, OptimizerState]:
         """New parameters, in their own dtype, and the next state, by the equation of the class.
 
-        `grads` are named and shaped like `params`; `state` is what `init` or the last update gave, and stays as it was. Raises
-        `UnsupportedError` for names that differ and for what is no state of this optimizer, `ShapeError` where shapes differ.
+        `grads` are named and shaped like `params`; `state` is what `init` or the last update gave. Both it and `params` stay as they were,
+        unless the update is `in_place`: then their arrays are written to and given back, and no memory is needed for others. Raises
+        `UnsupportedError` for names that differ, for what is no state of this optimizer, and in place for arrays that cannot be written to
+        or share memory, `ShapeError` where shapes differ.
         """
         check(params, grads=grads, **({"state['velocity']": entry(state, "velocity")} if self.momentum else {}))
-        steps, widened = counted(state), wide(grads)
+        steps, widened, out = counted(state), wide(grads), _places(params, grads, state, in_place, *["velocity"] * bool(self.momentum))
         lr = rates(self.lr, steps, widened)
         if not self.momentum:
-            return {n: moved(params[n], lr[g.dtype] * g) for n, g in widened.items()}, {"steps": steps + 1}
-        found = {n: sgd_step(params[n], g, state["velocity"][n], lr[g.dtype], self.momentum) for n, g in widened.items()}
-        return {n: p for n, (p, _) in found.items()}, {"velocity": {n: v for n, (_, v) in found.items()}, "steps": steps + 1}
+            moves = {n: written(out(n), (moved(params[n], lr[g.dtype] * g),)) for n, g in widened.items()}
+            return _updated(moves, state, steps + 1, in_place)
+        known = state["velocity"]
+        found = {n: sgd_step(params[n], g, known[n], lr[g.dtype], self.momentum, out=out(n)) for n, g in widened.items()}
+        return _updated(found, state, steps + 1, in_place, "velocity")
 
 
 @dataclass(frozen=True)
@@ -140,13 +170,15 @@ class RMSProp:
         """
         return {"square": zeros(params), "steps": _no_steps(params)}
 
-    def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
+    def update(
+        self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState, *, in_place: bool = False
+    ) -> tuple[Arrays, OptimizerState]:
         """New parameters, in their own dtype, and the next state, by the equation of the class. Arguments and errors as `SGD.update`."""
         check(params, grads=grads, **{"state['square']": entry(state, "square")})
-        widened, steps = wide(grads), counted(state)
-        lr = rates(self.lr, steps, widened)
-        found = {n: rmsprop_step(params[n], g, state["square"][n], lr[g.dtype], self.decay, self.eps) for n, g in widened.items()}
-        return {n: p for n, (p, _) in found.items()}, {"square": {n: s for n, (_, s) in found.items()}, "steps": steps + 1}
+        widened, steps, out = wide(grads), counted(state), _places(params, grads, state, in_place, "square")
+        lr, known = rates(self.lr, steps, widened), state["square"]
+        found = {n: rmsprop_step(params[n], g, known[n], lr[g.dtype], self.decay, self.eps, out=out(n)) for n, g in widened.items()}
+        return _updated(found, state, steps + 1, in_place, "square")
 
 
 @dataclass(frozen=True)
@@ -188,15 +220,23 @@ class Adam:
         """
         return {"mean": zeros(params), "square": zeros(params), "steps": _no_steps(params)}
 
-    def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
+    def update(
+        self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState, *, in_place: bool = False
+    ) -> tuple[Arrays, OptimizerState]:
         """New parameters, in their own dtype, and the next state, by the equation of the class. Arguments and errors as `SGD.update`."""
-        return self._updated(params, grads, state, 0.0, set())
+        return self._update(params, grads, state, 0.0, set(), in_place)
 
-    def _updated(
-        self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState, weight_decay: float, decaying: set[str]
+    def _update(
+        self,
+        params: Mapping[str, Array],
+        grads: Mapping[str, Array],
+        state: OptimizerState,
+        weight_decay: float,
+        decaying: set[str],
+        in_place: bool,
     ) -> tuple[Arrays, OptimizerState]:
         check(params, grads=grads, **{f"state[{name!r}]": entry(state, name) for name in ("mean", "square")})
-        widened, before = wide(grads), counted(state)
+        widened, before, out = wide(grads), counted(state), _places(params, grads, state, in_place, "mean", "square")
         steps = before + 1
         lr = rates(self.lr, before, widened)
         likes = {g.dtype: xp_of(g) for g in widened.values()}
@@ -207,9 +247,9 @@ class Adam:
         found = {}
         for n, g in widened.items():
             decay = lr[g.dtype] * weight_decay if n in decaying else None
-            found[n] = adam_step(params[n], g, state["mean"][n], state["square"][n], scales[g.dtype], roots[g.dtype], *rest, decay)
-        remembered = {name: {n: three[k] for n, three in found.items()} for k, name in ((1, "mean"), (2, "square"))}
-        return {n: p for n, (p, *_) in found.items()}, {**remembered, "steps": steps}
+            known = params[n], g, state["mean"][n], state["square"][n]
+            found[n] = adam_step(*known, scales[g.dtype], roots[g.dtype], *rest, decay, out=out(n))
+        return _updated(found, state, steps, in_place, "mean", "square")
 
 
 @dataclass(frozen=True)
@@ -243,11 +283,12 @@ class AdamW(Adam):
         names_that_decay(self.decayed, params)
         return super().init(params)
 
-    def update(self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState) -> tuple[Arrays, OptimizerState]:
+    def update(
+        self, params: Mapping[str, Array], grads: Mapping[str, Array], state: OptimizerState, *, in_place: bool = False
+    ) -> tuple[Arrays, OptimizerState]:
         """New parameters, in their own dtype, and the next state, by the equation of the class. Arguments and errors as `SGD.update`."""
-        return self._updated(
-            params, grads, state, self.weight_decay, names_that_decay(self.decayed, params) if self.weight_decay else set()
-        )
+        decaying = names_that_decay(self.decayed, params) if self.weight_decay else set[str]()
+        return self._update(params, grads, state, self.weight_decay, decaying, in_place)
 
 
 OPTIMIZERS: dict[str, Any] = {"sgd": SGD, "rmsprop": RMSProp, "adam": Adam, "adamw": AdamW}

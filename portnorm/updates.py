@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import numpy
+from array_api_compat import is_writeable_array
+from numpy.lib.array_utils import byte_bounds
 
 from portnorm.arrays import Array, DType, device_of, is_concrete, namespace, xp_of
 from portnorm.dtypes import require_floating, statistics_dtype
@@ -83,6 +85,44 @@ def check(params: Mapping[str, Array], **groups: Any) -> None:
                 require_floating(namespace(**{label: a, "params": p}), **{label: a})
             if a.shape != p.shape and tuple(a.shape) != tuple(p.shape):
                 raise ShapeError(f"`{group}` has {name!r} of shape {tuple(a.shape)}; expected {tuple(p.shape)}, that of the parameter")
+
+
+def require_in_place(params: Mapping[str, Array], grads: Mapping[str, Array], state: Mapping[str, Any]) -> None:
+    """Raise `UnsupportedError` where an array that is to change cannot be written to, or lies in the memory of another."""
+    if not isinstance(state, MutableMapping):
+        raise UnsupportedError(f"`state` is a {type(state).__name__}; expected a dict, whose number of steps changes in place too")
+    changing = {f"params[{name!r}]": p for name, p in params.items()}
+    for group, arrays in state.items():
+        changing |= {f"state[{group!r}][{name!r}]": a for name, a in arrays.items()} if isinstance(arrays, Mapping) else {}
+    for label, a in changing.items():
+        if not is_writeable_array(a) or getattr(a, "requires_grad", False) or not is_concrete(a):
+            why = "requires a gradient" if getattr(a, "requires_grad", False) else "cannot be written to"
+            raise UnsupportedError(f"`{label}` {why}; leave `in_place` out, and take the arrays that `update` gives")
+    read = {f"grads[{name!r}]": g for name, g in grads.items()}
+    spans = sorted((*span, label, label in changing) for label, a in (*changing.items(), *read.items()) if (span := _span(a)) is not None)
+    written, any_end = (0, ""), (0, "")
+    for start, stop, label, changes in spans:
+        end, other = max(written, any_end) if changes else written
+        if start < end:
+            raise UnsupportedError(f"`{label}` lies in the memory of `{other}`; leave `in_place` out, or copy one of them")
+        written, any_end = max(written, (stop, label)) if changes else written, max(any_end, (stop, label))
+
+
+def _span(a: Array) -> tuple[int, int] | None:
+    """From which to before which address an array lies; of a library that does not say it, itself counts as such a place."""
+    array = getattr(a, "_array", a)  # of array_api_strict
+    if math.prod(a.shape) == 0:
+        return None
+    if isinstance(array, numpy.ndarray):
+        return byte_bounds(array)
+    if hasattr(a, "data_ptr"):  # torch
+        start, size, steps = a.data_ptr(), a.element_size(), [step * a.element_size() for step in a.stride()]
+    elif hasattr(getattr(a, "data", None), "ptr"):  # CuPy
+        start, size, steps = a.data.ptr, a.dtype.itemsize, a.strides
+    else:
+        start, size, steps = id(a), 1, [0] * a.ndim
+    ends = [(n - 1) * step for n, step in zip(a.shape, steps, strict=True)]
+    return start + sum(min(end, 0) for end in ends), start + sum(max(end, 0) for end in ends) + size
 
 
 # -- the state -----------------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from benchmarks import gpu
 from portnorm.arrays import leaves, mapped, without_kernels
 from portnorm.norm.normalize import Normalized, normalize
 from portnorm.scan import scan
-from tests import test_libraries, test_normalize
+from tests import test_libraries, test_normalize, test_optimizers
 from tests.cases import COMBINATIONS, IMPLEMENTATIONS, LAYERS, OPS, PRESETS, OpCase, random_recurrent, random_state
 from tests.conftest import LIBRARIES
 from tests.cuda import fake_cupy
@@ -317,6 +317,7 @@ def test_a_layer_moves_here_and_back(cupy: Any, cell: str, norm: str | None, rng
 @pytest.mark.parametrize("optimizer", [pn.SGD(0.1, momentum=0.5), pn.RMSProp(0.1), pn.Adam(0.1)], ids=lambda o: type(o).__name__)
 def test_optimizer(cupy: Any, optimizer: Any, rng: np.random.Generator) -> None:
     test_libraries.test_optimizer(optimizer, CUPY, rng)
+    test_optimizers.test_arrays_of_a_library_change_in_place_or_are_refused("adam", CUPY)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])

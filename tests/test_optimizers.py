@@ -234,3 +234,90 @@ def test_moments_go_on_where_a_rate_is_replaced() -> None:
     slower, _ = dataclasses.replace(adam, lr=0.05).update(params, {"weight": GRADS[1]}, state)
     same, _ = adam.update(params, {"weight": GRADS[1]}, state)
     np.testing.assert_allclose(params["weight"] - slower["weight"], 0.5 * (params["weight"] - same["weight"]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [(1,), (3, 5), (1, 2**18 + 3)], ids=["one", "few", "for threads"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_an_update_in_place_gives_the_same_bits(name: str, size: tuple[int, ...], dtype: str, rng: np.random.Generator) -> None:
+    optimizer = KERNELS[name]
+    params = {n: rng.standard_normal(size).astype(dtype) for n in ("weight", "other.weight")}
+    own = {n: p.copy() for n, p in params.items()}
+    state, changing = optimizer.init(params), optimizer.init(own)
+    for _ in range(3):
+        grads = {n: rng.standard_normal(size).astype(dtype) for n in params}
+        params, state = optimizer.update(params, grads, state)
+        given, there = dict(own), {n: dict(a) for n, a in changing.items() if isinstance(a, dict)}
+        result, after = optimizer.update(own, grads, changing, in_place=True)
+        assert after is changing
+        assert all(result[n] is given[n] for n in given)
+        assert all(changing[n][m] is there[n][m] for n in there for m in there[n])
+        assert int(changing["steps"]) == int(state["steps"])
+        for n in params:
+            np.testing.assert_array_equal(own[n], params[n])
+            for group in there:
+                np.testing.assert_array_equal(changing[group][n], state[group][n])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_arrays_of_a_library_change_in_place_or_are_refused(name: str, library: Library) -> None:
+    optimizer, grads = KERNELS[name], {"weight": library.array(GRADS[0])}
+    params = {"weight": library.array(np.ones((2, 3)))}
+    state = optimizer.init(params)
+    expected = library.values([optimizer.update(params, grads, state)[0]["weight"]])[0]
+    if library.name in ("jax", "dask", "numpy-readonly"):
+        with pytest.raises(pn.UnsupportedError, match="cannot be written to; leave `in_place` out"):
+            optimizer.update(params, grads, state, in_place=True)
+        expected = np.ones((2, 3))
+    else:
+        optimizer.update(params, grads, state, in_place=True)
+    np.testing.assert_array_equal(library.values([params["weight"]])[0], expected)
+
+
+def _adam(params: dict[str, Any], grads: dict[str, Any] | None = None, state: Any = None) -> Any:
+    adam = pn.Adam()
+    state = adam.init(params) if state is None else state
+    return adam.update(params, {n: np.ones_like(p) for n, p in params.items()} if grads is None else grads, state, in_place=True)
+
+
+def test_what_an_update_in_place_would_spoil_is_refused() -> None:
+    whole = np.ones((4, 6))
+    locked = whole.copy()
+    locked.flags.writeable = False
+    mixed = pn.Adam().init({"a": whole})
+    for call, message in (
+        (lambda: _adam({"a": locked}), r"params\['a'\]` cannot be written to"),
+        (lambda: _adam({"a": whole, "b": whole}), r"lies in the memory of"),
+        (lambda: _adam({"a": whole[:3], "b": whole[2:]}), r"params\['b'\]` lies in the memory of `params\['a'\]"),
+        (lambda: _adam({"a": whole[1:]}, {"a": whole[:-1]}), r"lies in the memory of"),
+        (lambda: _adam({"a": np.broadcast_to(np.ones(3), (2, 3))}), "cannot be written to"),
+        (lambda: _adam({"a": whole}, None, {**mixed, "square": {"a": mixed["mean"]["a"]}}), r"state\['square'\]\['a'\]` lies in"),
+        (lambda: _adam({"a": whole}, {"a": mixed["mean"]["a"]}, mixed), "lies in the memory of"),
+    ):
+        with pytest.raises(pn.UnsupportedError, match=message):
+            call()
+        np.testing.assert_array_equal(whole, np.ones((4, 6)))
+    with pytest.raises(pn.UnsupportedError, match="`in_place` is 'yes'"):
+        pn.SGD().update({"a": whole}, {"a": whole}, pn.SGD().init({"a": whole}), in_place="yes")  # type: ignore[arg-type]
+    _adam({"a": whole[:2], "b": whole[2:]}, {"a": np.ones((2, 6)), "b": np.ones((2, 6))})
+    _adam({"a": whole[:, ::-1]}, {"a": np.ones((4, 6))})
+
+
+def test_a_run_is_updated_in_place(rng: np.random.Generator) -> None:
+    runs = [pn.Training(pn.Sequential(pn.LSTM(3, 4, norm="layer", rng=0), pn.Linear(4, 2, rng=1)), pn.AdamW(0.1)) for _ in range(2)]
+    x, held = rng.standard_normal((5, 2, 3)).astype("float32"), dict(runs[0].model.parameters())
+    for _ in range(3):
+        for run, how in zip(runs, ({"in_place": True}, {}), strict=True):
+            y, _, pullback = run.model.vjp(x, training=True)
+            run.update(pullback(np.ones_like(y))[2], **how)
+    for name, p in runs[0].model.parameters().items():
+        assert p is held[name]
+        np.testing.assert_array_equal(p, runs[1].model.parameters()[name])
+    assert runs[0].step == int(runs[0].state["steps"]) == 3  # type: ignore[index]
+
+
+def test_one_gradient_of_two_parameters_may_be_one_array() -> None:
+    params, g = {"a": np.ones(3), "b": np.ones(3)}, np.ones(3)
+    _adam(params, {"a": g, "b": g})
+    np.testing.assert_allclose(params["a"], params["b"])
+    np.testing.assert_array_equal(g, np.ones(3))

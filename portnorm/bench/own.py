@@ -65,21 +65,23 @@ def _layer(work: Work, data: Arrays) -> Any:
     return layer
 
 
-def _update(work: Work, data: Arrays) -> Run:
+def _update(work: Work, data: Arrays, *, in_place: bool = False) -> Run:
     """Each goes on from the one before, as in training."""
     params, grads, mean, square = ({str(k): a for k, a in enumerate(data[name])} for name in "pgmv")
     state: dict[str, Any] = {"mean": mean, "square": square, "steps": numpy.asarray(UPDATES)}
 
     def run() -> Any:
         nonlocal params, state
-        params, state = ADAM.update(params, grads, state)
+        params, state = ADAM.update(params, grads, state, in_place=in_place)
         return [*params.values(), *state["mean"].values(), *state["square"].values()]
 
     return run
 
 
 def out(work: Work, data: Arrays) -> Run | None:
-    """A normalization into memory that is there."""
+    """A normalization, or an update, into memory that is there."""
+    if work.room == "update":
+        return _update(work, data, in_place=True)
     if work.room != "norm" or work.backward:
         return None
     op, (arguments, options), there = NORMS[work.what], _call(work, data), numpy.empty_like(data["x"])

@@ -89,10 +89,14 @@ class Training:
         if self.state is None:
             self.state = self.optimizer.init(self.model.parameters())
 
-    def update(self, grads: Mapping[str, Array]) -> None:
-        """One update of the model by gradients of its parameters, as `model.vjp`'s pullback gives them. Raises as the optimizer does."""
+    def update(self, grads: Mapping[str, Array], *, in_place: bool = False) -> None:
+        """One update of the model by gradients of its parameters, as `model.vjp`'s pullback gives them. Raises as the optimizer does.
+
+        `in_place` writes into the arrays that the model and the state have: whoever else holds them sees them change.
+        """
         assert self.state is not None
-        params, state = self.optimizer.update(self.model.parameters(), grads, self.state)
+        how = {"in_place": True} if switch("in_place", in_place) else {}  # which an optimizer of somebody need not know
+        params, state = self.optimizer.update(self.model.parameters(), grads, self.state, **how)
         self.model.assign(params)
         self.state, self.step, self.result = state, self.step + 1, None
 

@@ -48,13 +48,16 @@ def _loop(name: str, dtype: Any, numbers: int) -> Callable[..., bool]:
 def _of(name: str, count: int) -> Kernel:
     """The kernel of an update, which is given the parameter, its gradient and `count` − 1 arrays that are remembered, then numbers."""
 
-    def accepts(*given: Any) -> bool:
+    def accepts(*given: Any, out: tuple[NumPyArray, ...] | None = None) -> bool:
         return _flat(given[: count + 1])
 
-    def call(*given: Any) -> tuple[NumPyArray, ...]:
+    def call(*given: Any, out: tuple[NumPyArray, ...] | None = None) -> tuple[NumPyArray, ...]:
         arrays, numbers = given[: count + 1], tuple(float(n) for n in given[count + 1 :] if n is not None)
-        found = [memory.room_and_cold(arrays[0].shape, arrays[0].dtype) for _ in range(count)]
-        made, past = tuple(a for a, _ in found), all(cold for _, cold in found)
+        if out is None:
+            found = [memory.room_and_cold(arrays[0].shape, arrays[0].dtype) for _ in range(count)]
+            made, past = tuple(a for a, _ in found), all(cold for _, cold in found)
+        else:  # those of the arguments that change, which have just been read
+            made, past = out, False
         kernel, flat = _loop(name, arrays[0].dtype, len(numbers)), [a.reshape(-1) for a in (*arrays, *made)]
         size = flat[0].size
 
