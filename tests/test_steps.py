@@ -241,14 +241,22 @@ def test_parameters_that_change_their_names_are_noticed(cell: str, first: str, s
         layer.step(x, state)
 
 
-def test_weights_of_integers_that_were_made_writeable_are_read_anew(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("locked", [False, True], ids=["", "read-only once more"])
+def test_weights_of_integers_cannot_be_written_to_and_others_are_read_anew(locked: bool, rng: np.random.Generator) -> None:
     layer, x = pn.quantized(random_layer("LSTM", None, rng)), rng.standard_normal((2, 6), np.float32)
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        layer.params["weight_hh_l0"].flags.writeable = True
+    layer.params["weight_hh_l0"] = own = layer.params["weight_hh_l0"].copy()
+    own.flags.writeable = False
     _, state = layer.step(x)
     for _ in range(3):
-        layer.step(x, state)
-    layer.params["weight_hh_l0"].flags.writeable = True
-    layer.params["weight_hh_l0"][...] *= -2
-    np.testing.assert_allclose(layer.step(x, state)[0], anew(layer).step(x, state)[0], rtol=0, atol=1e-6)
+        before, _ = layer.step(x, state)
+    own.flags.writeable = True
+    own[...] *= -2
+    own.flags.writeable = not locked
+    found, _ = layer.step(x, state)
+    assert np.abs(found - before).max() > 1e-3
+    np.testing.assert_allclose(found, anew(layer).step(x, state)[0], rtol=0, atol=1e-6)
 
 
 def test_a_sum_over_processes_that_is_set_later_is_noticed(rng: np.random.Generator) -> None:

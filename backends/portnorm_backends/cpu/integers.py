@@ -41,12 +41,20 @@ _of_rounded: dict[int, _Integers] = {}
 
 
 def _is_fixed(x: Any, *, levels: int = INPUTS, bound: float | None = None, block: int | None = None, lopsided: bool = False) -> bool:
-    """A matrix of weights that can only be read, and is no view of what could be written."""
+    """A matrix of weights that nobody can write to."""
     if type(levels) is not int or type(lopsided) is not bool or not (block is None or type(block) is int):  # which the definition looks at
         return False
     if Grid(levels, block, lopsided) not in _GRIDS or bound is not None or type(x) is not numpy.ndarray or x.dtype != _FLOAT32:
         return False
-    return x.ndim == 2 and x.size > 0 and not x.flags.writeable and x.base is None and x.flags.c_contiguous
+    return x.ndim == 2 and x.size > 0 and x.flags.c_contiguous and isinstance(_owner(x), bytes)
+
+
+def _owner(x: NumPyArray) -> object:
+    """What has the memory of an array. One that can only be read, but has its own, can be made one that can be written to."""
+    found: object = x
+    while isinstance(found, numpy.ndarray) and found.base is not None:
+        found = found.base
+    return found
 
 
 def _is_wide(x: Any, *, bound: float | None = None, **attrs: Any) -> bool:
