@@ -599,6 +599,24 @@ def test_few_rows_give_the_same_by_threads(
                 np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("columns", [700, 1031])
+@pytest.mark.parametrize("outputs", [1029, 2051])
+def test_large_weights_are_read_in_two_places_with_the_same_bits(columns: int, outputs: int, rows: int, rng: np.random.Generator) -> None:
+    """Whatever ranges of them threads have."""
+    w, x = rng.standard_normal((outputs, columns), np.float32), rng.standard_normal((rows, columns), np.float32)
+    shift = rng.standard_normal(outputs, np.float32)
+    kernel, found = products.compiled_for("direct", np.dtype("float32")), np.full((rows, outputs), np.nan, np.float32)
+    kernel(0, outputs, x, w, shift, found)
+    exact, size = x.astype(np.float64) @ w.T + shift, np.abs(x).astype(np.float64) @ np.abs(w.T) + np.abs(shift)
+    assert np.max(np.abs(found - exact) / size) < 4 * np.finfo(np.float32).eps * columns**0.5
+    for length in (16, 1040):
+        again = np.full_like(found, np.nan)
+        for start in range(0, outputs, length):
+            kernel(start, min(start + length, outputs), x, w, shift, again)
+        np.testing.assert_array_equal(again, found)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("columns", [1, 12, 13, 100, 481])
 @pytest.mark.parametrize("rows", [1, 5, 256, 257, 1200])
@@ -979,3 +997,11 @@ def test_products_of_integers_are_exact(name: str, inputs: int, rng: np.random.G
         q = (row + 128).astype(np.uint8) if name == "of_bytes" else row.astype(np.int16)
         getattr(integer_rows, name)(q, weight, sums, totals)
         assert totals.tolist() == (weight.astype(np.int64) @ row).tolist()
+
+
+def test_a_function_without_a_module_compiles_beside_the_kernels() -> None:
+    """numba tells whoever listens of every function, somebody's too, such as those that `exec` makes."""
+    made: dict[str, Any] = {}
+    exec("def twice(x):\n    return 2 * x", made)
+    made["twice"].__module__ = None
+    assert pytest.importorskip("numba").njit(made["twice"])(3) == 6

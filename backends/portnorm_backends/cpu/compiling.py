@@ -49,7 +49,8 @@ class _Progress(event.Listener):  # type: ignore[misc]
 
 
 def _is_ours(found: Any) -> bool:
-    return bool(found.data["dispatcher"].py_func.__module__.startswith("portnorm_backends."))
+    """Whether it is one of this library: somebody's own, which numba tells of too, need not even have a module."""
+    return str(found.data["dispatcher"].py_func.__module__).startswith("portnorm_backends.")
 
 
 @functools.cache  # once
