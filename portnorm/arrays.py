@@ -100,6 +100,8 @@ class Library:
     """Where an array is, as creation functions take it; `None` where the library itself finds the place."""
     at_once: int | None = None
     """Values of a recurrent layer's input term that are made at a time where nothing is kept for a vjp; `None`: those of all steps."""
+    stored: Callable[[Array, DType], Array] | None = None
+    """A copy of an array in a type, where what is read over and over lies best; `None`: as `astype` makes it."""
     fixed: Callable[[Array], Array] = lambda x: x
     """An array with the same values that nobody can change: what is made of it may be kept."""
     draws: Callable[[Any, list[tuple[int, ...]], Array], list[Array] | None] | None = None

@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -649,3 +650,26 @@ def test_no_file_is_written_of_statistics_that_do_not_fit(tmp_path: Any) -> None
     with pytest.raises(pn.CheckpointError, match=r"expected \(3, 16\)"):
         pn.save(layer, tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
+
+
+WAYS = {
+    "made": lambda layer, path: layer,
+    "of another type": lambda layer, path: layer.to(dtype="float64"),
+    "a copy": lambda layer, path: copy.deepcopy(layer),
+    "of another process": lambda layer, path: pickle.loads(pickle.dumps(layer)),
+    "of a file": lambda layer, path: (pn.save(layer, path), pn.load(path))[1],
+    "imported": lambda layer, path: pn.import_checkpoint(pn.to_format(layer, "torch")),
+    "loaded": lambda layer, path: (layer.load_state_dict({n: a.copy(order="F") for n, a in layer.state_dict().items()}), layer)[1],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_matrices_begin_with_a_cache_line(way: str, tmp_path: Path) -> None:
+    """In NumPy, whichever way they came: a step reads them half as fast elsewhere."""
+    made = pn.LSTM(9, 300, num_layers=2, rng=0)
+    layer = WAYS[way](made, tmp_path / "layer.safetensors")
+    for name, a in layer.params.items():
+        np.testing.assert_array_equal(a, made.params[name])
+        assert a.flags.c_contiguous
+        assert a.flags.writeable
+        assert a.ndim < 2 or a.ctypes.data % 64 == 0

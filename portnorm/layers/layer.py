@@ -348,13 +348,16 @@ class Layer(Pure):
     def __setstate__(self, state: dict[str, Any]) -> None:
         xp = load_namespace(state["xp"])
         self.__dict__.update({**state, "xp": xp, "dtype": load_dtype(xp, state["dtype"]), "changes": str(next(_NUMBERS))})
+        self.params = {name: a if library(a).stored is None else self._stored(a, a.dtype) for name, a in self.params.items()}
 
     def _converted(self, array: Array, like: Array, statistic: bool) -> Array:
         floating = is_kind(xp_of(like), like.dtype, "real floating")
         dtype = self._dtype_of(statistic) if floating else default_integer(self.xp)
         if xp_of(array) is not self.xp:
-            return self.xp.asarray(numpy.array(to_numpy(array)), dtype=dtype, device=self.device)
-        (array,) = constants({"": self.xp.astype(array, dtype)}).values()
+            array = to_numpy(array)
+            if xp_of(array) is not self.xp:
+                return self.xp.asarray(numpy.array(array), dtype=dtype, device=self.device)
+        (array,) = constants({"": self._stored(array, dtype)}).values()
         return array if self.device is None else library(array).to_device(array, self.device)
 
     def _dtype_of(self, statistic: bool) -> DType:
@@ -363,8 +366,13 @@ class Layer(Pure):
 
     def _new(self, values: Any, *, integer: bool = False, statistic: bool = False) -> Array:
         """A new array of the layer's library, device and dtype."""
-        dtype = default_integer(self.xp) if integer else self._dtype_of(statistic)
-        return self.xp.asarray(numpy.asarray(values), dtype=dtype, device=self.device)
+        dtype, array = default_integer(self.xp) if integer else self._dtype_of(statistic), numpy.asarray(values)
+        return self._stored(array, dtype) if xp_of(array) is self.xp else self.xp.asarray(array, dtype=dtype, device=self.device)
+
+    def _stored(self, array: Array, dtype: DType) -> Array:
+        """A copy of an array of the layer's library in a type of it."""
+        stored = library(array).stored
+        return self.xp.astype(array, dtype) if stored is None else stored(array, dtype)
 
     # -- running statistics --------------------------------------------------------------------------------------------------------
 

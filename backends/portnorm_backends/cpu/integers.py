@@ -14,6 +14,7 @@ import numpy
 
 from portnorm.arrays import Kernel
 from portnorm.quantization import INPUTS, SCHEMES, WEIGHTS, Grid, fake_quantize, integers_of, is_rounding_moved
+from portnorm_backends.cpu import memory
 from portnorm_backends.cpu.layout import NumPyArray
 from portnorm_backends.cpu.warming import ready
 
@@ -78,7 +79,8 @@ def _rounded(x: NumPyArray, **attrs: Any) -> NumPyArray:
         return known[1].rounded
     rounded = _by_rows(x, **attrs) if _is_wide(x) else fake_quantize.definition(x, **attrs)[0]
     rounded.flags.writeable = False
-    q, steps = map(numpy.ascontiguousarray, integers_of(rounded)) if grid.levels == WEIGHTS else (_empty, _empty)
+    q, steps = integers_of(rounded) if grid.levels == WEIGHTS else (_empty, _empty)
+    q, steps = memory.aligned_copy(q, q.dtype), numpy.ascontiguousarray(steps)
     made, key = _Integers(rounded, q, q.sum(axis=-1, dtype=numpy.int32), steps), (id(x), grid)
 
     def forget(_: Any) -> None:

@@ -64,6 +64,13 @@ def aligned(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> numpy.ndarray[An
     return block[start : start + count].view(dtype).reshape(shape)
 
 
+def aligned_copy(x: numpy.ndarray[Any, Any], dtype: numpy.dtype[Any]) -> numpy.ndarray[Any, Any]:
+    """The values in a type, from the beginning of a cache line on."""
+    copy = aligned(x.shape, dtype)
+    copy[...] = x
+    return copy
+
+
 def release() -> None:
     """Give back to the system what waits."""
     _waiting.clear()
