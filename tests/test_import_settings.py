@@ -231,6 +231,60 @@ def test_each_layer_of_a_model_has_its_own_settings(ending: str, tmp_path: Path,
         pn.import_checkpoint(tmp_path / f"m.{ending}")
 
 
+AROUND: dict[str, Callable[[Any], list[Any]]] = {
+    "ReLU": lambda layers: [layers.LSTM(H, return_sequences=True), layers.ReLU()],
+    "Activation": lambda layers: [layers.LSTM(H, return_sequences=True), layers.Activation("tanh")],
+    "Rescaling": lambda layers: [layers.Rescaling(2.0), layers.LSTM(H, return_sequences=True)],
+    "Masking": lambda layers: [layers.Masking(0.0), layers.LSTM(H, return_sequences=True)],
+    "UnitNormalization": lambda layers: [layers.LayerNormalization(), layers.UnitNormalization()],
+    "": lambda layers: [
+        layers.Dropout(0.5),
+        layers.LSTM(H, return_sequences=True),
+        layers.SpatialDropout1D(0.5),
+        layers.Activation("linear"),
+    ],
+}
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("ending", ["keras", "h5"])
+@pytest.mark.parametrize("inside", [False, True], ids=["", "inside a model"])
+@pytest.mark.parametrize("kind", AROUND)
+def test_what_a_model_of_keras_computes_around_a_layer_is_not_dropped(
+    kind: str, inside: bool, ending: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    import keras
+
+    sequential = keras.Sequential([keras.Input((6, D)), *AROUND[kind](keras.layers)], name="inner")
+    x = keras.Input((6, D))
+    model = keras.Model(x, keras.layers.Permute((2, 1))(sequential(x))) if inside else sequential
+    model.save(tmp_path / f"m.{ending}")
+    if kind:
+        with pytest.raises(pn.CheckpointError, match=rf"has {kind} beside it in the Sequential.*; prefix='(.*)' names it alone") as refused:
+            pn.import_checkpoint(tmp_path / f"m.{ending}")
+        prefix = str(refused.value).partition("prefix='")[2].partition("'")[0]
+        alone: Any = pn.import_checkpoint(tmp_path / f"m.{ending}", prefix=prefix)
+        ignored: Any = pn.import_checkpoint(tmp_path / f"m.{ending}", ignore=(kind,))
+        assert ("of the Functional around it Permute" in ignored.provenance) is inside
+        assert "beside" not in alone.provenance.replace("said beside", "")
+        assert ("with the mask of its Masking, which a call here takes as `mask`" in alone.provenance) is (kind == "Masking")
+    else:
+        ignored = pn.import_checkpoint(tmp_path / f"m.{ending}")
+    a = rng.standard_normal((2, 6, D)).astype("float32")
+    own = next(layer for layer in sequential.layers if layer.weights)
+    np.testing.assert_allclose(computed(ignored, a), np.asarray(own(a)), **LIBRARY_FLOAT32)
+
+
+@pytest.mark.peers
+def test_the_mask_of_an_embedding_is_told_of(tmp_path: Path) -> None:
+    import keras
+
+    keras.Sequential([keras.Input((6,)), keras.layers.Embedding(9, D, mask_zero=True), keras.layers.GRU(H)]).save(tmp_path / "m.keras")
+    layer: Any = pn.import_checkpoint(tmp_path / "m.keras", layer="GRU")
+    assert "with the mask of its Embedding, which a call here takes as `mask`" in layer.provenance
+    assert "of the Sequential around it Embedding" in layer.provenance
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize("name", ["GRU", "LSTMCell", "LayerNormalization", "Dense"])

@@ -96,6 +96,8 @@ def import_checkpoint(
                 arrays = take_apart(arrays)
         fit = _fit(arrays, prefix, format, layer, set(ignore), held)
         said = held.said_of(fit.keys.values(), prefix) if held.said_of is not None else _only_said(fit, arrays)
+        if held.around is not None:
+            held.around(said, fit.keys.values(), prefix)
         reader = _Reader(fit, arrays, set(ignore), said)
         made = reader.layer(where, config)
     made.provenance = f"{fit.row.format}: {fit.row.title}, whose keys are {', '.join(sorted({*fit.keys.values()} - reader.left))}"
@@ -330,7 +332,7 @@ class _Reader:
 
     def notes(self, layer: Layer) -> list[str]:
         """What somebody who uses the layer should know of how it was read."""
-        names = ["eps", "momentum"] if self.cell is None else []
+        names = ["eps", "momentum", "channel_axis"] if self.cell is None else []
         if isinstance(layer, Recurrent):
             functions = ["activation", *(["gate_activation"] if self._takes("gate_activation") else [])]
             functions += ["reset"] if self._takes("reset") and "reset" not in self.row.changes else []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy
 
 from portnorm.arrays import require_extra
-from portnorm.checkpoint.keras_settings import Version, no_class, said_of
+from portnorm.checkpoint.keras_settings import RECURRENT, Version, no_class, said_of
 from portnorm.checkpoint.stored import Held, NumPyArray, Refusal, Said, Stored
 from portnorm.errors import CheckpointError
 
@@ -59,18 +59,22 @@ def _held(file: Any, config: Any, version: Version, said: Said | None, path: str
     held, names = Held({}), _Names(file)
     known: dict[int, Said] = {}
     layers: dict[str, Mapping[str, Any]] = {}
+    ways: dict[str, list[_Within]] = {}
     for key, dataset in _in_order(file, dict(_datasets(file))).items():
         own = said
         if config is not None:
-            layer = _find(config, names.of(key))
-            if layer is not None:
-                layers[key] = layer
+            way = _way(config, names.of(key), key.split("/"))
+            if way:
+                layers[key] = layer = way[-1].layer
                 if id(layer) not in known:
                     known[id(layer)] = said_of(layer, version, f"{path!r}: the layer {_name(layer)!r}")
                 own = known[id(layer)]
                 key = _in_direction(key, layer)
+                ways[key] = way
         held.arrays[key] = _stored(key, dataset, own, path)
     _call(held.arrays, layers, names, path)
+    if ways:
+        held.around = lambda said, keys, prefix: _around(said, keys, prefix, held.arrays, ways)
     keras = config is not None or said is not None or "keras_version" in file.attrs or "layer_names" in file.attrs
     held.format = "keras" if keras or any(_VARIABLE.fullmatch(f"/{key}") for key in held.arrays) else None
     return held
@@ -157,15 +161,62 @@ def _name(layer: Mapping[str, Any]) -> str:
     return str(config.get("name") if isinstance(config, Mapping) else layer.get("name"))
 
 
-def _find(model: Mapping[str, Any], names: list[_Name]) -> Mapping[str, Any] | None:
-    """The layer of a model that the outermost of these names is of: its own, or what Keras calls the n-th layer of a class."""
+class _Within(NamedTuple):
+    """A layer, or a model, in a model."""
+
+    model: Mapping[str, Any]
+    layer: Mapping[str, Any]
+    group: str
+    """What the keys of its arrays begin with."""
+
+
+def _way(model: Mapping[str, Any], names: list[_Name], parts: list[str], start: int = 0) -> list[_Within]:
+    """From the outside in to the layer that the outermost of these names is of: its own, or what Keras calls the n-th layer of a class."""
     layers, numbered = _layers(model) or [], _Numbered()
     known = {_Name(numbered(layer), own=False): layer for layer in layers} | {_Name(_name(layer), own=True): layer for layer in layers}
-    for k, name in enumerate(names):
+    for k, name in enumerate(names[start:], start):
         if name in known:
             layer = known[name]
-            return layer if _layers(layer) is None else _find(layer, names[k + 1 :])
-    return None
+            here = [_Within(model, layer, "/".join(parts[: k + 1]))]
+            inner = [] if _layers(layer) is None else _way(layer, names, parts, k + 1)
+            return here + inner if inner or _layers(layer) is None else []
+    return []
+
+
+_NOTHING = {"InputLayer", "Dropout", "GaussianNoise", "GaussianDropout", "AlphaDropout", "ActivityRegularization", "Identity"}
+"""What computes nothing in evaluation, beside the kinds of SpatialDropout."""
+
+
+def _computes(layer: Mapping[str, Any]) -> bool:
+    kind, config = str(layer.get("class_name")), layer.get("config") or {}
+    linear = kind == "Activation" and isinstance(config, Mapping) and config.get("activation") == "linear"
+    return not (kind in _NOTHING or kind.startswith("SpatialDropout") or linear)
+
+
+def _masks(layer: Mapping[str, Any]) -> bool:
+    """Whether the layers behind it leave out steps."""
+    config = layer.get("config") or {}
+    return layer.get("class_name") == "Masking" or (isinstance(config, Mapping) and bool(config.get("mask_zero")))
+
+
+def _around(said: Said, keys: Collection[str], prefix: str, arrays: Mapping[str, Stored], ways: Mapping[str, list[_Within]]) -> None:
+    """What the models around a layer compute beside it is refused where it is all that was asked for of a sequential one, else a note."""
+    way = next((ways[key] for key in keys if key in ways), [])
+    alone = all(key in ways and ways[key][-1].layer is way[-1].layer for key in arrays if key.startswith(prefix)) if way else False
+    for model, layer, group in reversed(way):
+        layers, kind = _layers(model) or [], str(model.get("class_name"))
+        at = next(k for k, other in enumerate(layers) if other is layer)
+        for other in layers[:at] if layer is way[-1].layer and said.layer in RECURRENT.values() else ():
+            if _masks(other):
+                said.notes.append(f"the model calls it with the mask of its {other.get('class_name')}, which a call here takes as `mask`")
+        if len(prefix.rstrip("/")) >= len(group):
+            return
+        beside = list(dict.fromkeys(str(other.get("class_name")) for other in layers if other is not layer and _computes(other)))
+        if beside and alone and kind == "Sequential":
+            why = f"{', '.join(beside)} beside it in the Sequential, which would be left out; prefix={group + '/'!r} names it alone"
+            said.refused[beside[0]] = Refusal(why)
+        elif beside:
+            said.notes.append(f"of the {kind} around it {', '.join(beside)} and how they are joined are not read")
 
 
 def _in_direction(key: str, layer: Mapping[str, Any]) -> str:

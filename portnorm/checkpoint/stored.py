@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -159,6 +159,8 @@ class Held:
     """What portnorm wrote, with its configuration, where the file is its own."""
     said_of: Callable[[Iterable[str], str], Said] | None = None
     """What is said of the layer that has these keys, asked for by this prefix, where that does not belong to each array."""
+    around: Callable[[Said, Collection[str], str], None] | None = None
+    """Adds what a model computes around the layer that has these keys, in what was asked for by this prefix."""
     left_out: list[str] = field(default_factory=list)
     """Keys of what is no weight by its nature, such as keys of random generators."""
 
