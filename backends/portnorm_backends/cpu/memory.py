@@ -57,16 +57,19 @@ def like(x: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
 def aligned(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> numpy.ndarray[Any, Any]:
     """An array that begins with a cache line, whatever its size."""
     count = math.prod(shape) * dtype.itemsize
-    if count >= _LARGE:
-        return room(shape, dtype)
+    return room(shape, dtype) if count >= _LARGE else _from_a_line(shape, dtype)
+
+
+def _from_a_line(shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> numpy.ndarray[Any, Any]:
+    count = math.prod(shape) * dtype.itemsize
     block = numpy.empty(count + _LINE, dtype=numpy.uint8)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(block.data)) % _LINE
     return block[start : start + count].view(dtype).reshape(shape)
 
 
 def aligned_copy(x: numpy.ndarray[Any, Any], dtype: numpy.dtype[Any]) -> numpy.ndarray[Any, Any]:
-    """The values in a type, from the beginning of a cache line on."""
-    copy = aligned(x.shape, dtype)
+    """The values in a type, from the beginning of a cache line on; nothing waits for others when they are gone."""
+    copy = _from_a_line(x.shape, dtype)
     copy[...] = x
     return copy
 
