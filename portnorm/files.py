@@ -33,7 +33,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if target.exists() and not target.is_file():
             what = "Is a directory" if target.is_dir() else "it is there, and no file"  # a pipe, or a device, which must stay one
             raise PortnormError(f"cannot write {os.fspath(path)!r}: {what}")
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", dir=target.parent)
         forget = undone(lambda: os.unlink(name))
         try:
             with os.fdopen(handle, "wb") as file:

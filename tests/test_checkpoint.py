@@ -195,3 +195,9 @@ def test_loading_draws_no_values(suffix: str, tmp_path: Path, monkeypatch: pytes
         np.testing.assert_array_equal(back.state_dict()[name], a)
     monkeypatch.undo()
     assert np.any(pn.GRU(5, 6, norm="layer").params["weight_hh_l0"])
+
+
+def test_a_name_as_long_as_the_system_takes_is_written(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 243 + ".safetensors")
+    pn.save(pn.LayerNorm(3), path)
+    assert isinstance(pn.load(path), pn.LayerNorm)

@@ -900,3 +900,17 @@ def test_the_demonstration_waits_for_its_kernels(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(demo, "train", train)
     with pytest.raises(KeyboardInterrupt):
         demo._train_one("LN-LSTM", demo.Budget(), None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("size", [1e-8, 1.0, 1e6])
+def test_weights_of_targets_have_no_size_whatever_the_type_of_targets(size: float, dtype: str, rng: np.random.Generator) -> None:
+    """They are divided by their sum, which float16 would make 0 or infinite."""
+    x, y = rng.standard_normal((5, 8, 3), np.float32), rng.standard_normal((8, 1)).astype(dtype)
+    models: list[Any] = [pn.Sequential(pn.GRU(3, 4, return_sequences=False, rng=0), pn.Linear(4, 1, rng=1)) for _ in range(2)]
+    losses = [
+        pn.fit(model, x, y, weights=weights, epochs=2, progress=False).epochs
+        for model, weights in zip(models, (np.full(8, size, np.float32), np.ones(8, np.float32)), strict=True)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert losses[0][0] > losses[0][1] > 0

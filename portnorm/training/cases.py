@@ -10,7 +10,7 @@ from typing import Any
 import numpy
 
 from portnorm.arrays import Array, Namespace, device_of, is_concrete, namespace, require_given, to_numpy, xp_of
-from portnorm.dtypes import default_integer, is_kind, require_real
+from portnorm.dtypes import default_integer, is_kind, require_real, statistics_dtype
 from portnorm.errors import DTypeError, PortnormError, ShapeError, UnsupportedError
 from portnorm.layers.arguments import checked_lengths
 from portnorm.layers.layer import Layer
@@ -187,7 +187,7 @@ class Cases:
     def counted(self) -> Array | None:
         """The weight of each target, shaped like the first axes of `y`: 0 where a step is padding; `None` where all count alike."""
         xp, weights = xp_of(self.x), self.weights
-        dtype = self.y.dtype if is_kind(xp, self.y.dtype, "real floating") else xp.float32
+        dtype = statistics_dtype(xp, self.y.dtype) if is_kind(xp, self.y.dtype, "real floating") else xp.float32
         weights = None if weights is None else xp.astype(weights, dtype, copy=False)
         if not self.each_step:
             return weights
