@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy
 from array_api_compat import is_writeable_array
-from numpy.lib.array_utils import byte_bounds
 
 from portnorm.arrays import Array, DType, device_of, is_concrete, namespace, xp_of
 from portnorm.dtypes import require_floating, statistics_dtype
@@ -95,8 +94,7 @@ def require_in_place(params: Mapping[str, Array], grads: Mapping[str, Array], st
     for group, arrays in state.items():
         changing |= {f"state[{group!r}][{name!r}]": a for name, a in arrays.items()} if isinstance(arrays, Mapping) else {}
     for label, a in changing.items():
-        if not is_writeable_array(a) or getattr(a, "requires_grad", False) or not is_concrete(a):
-            why = "requires a gradient" if getattr(a, "requires_grad", False) else "cannot be written to"
+        if (why := _why_fixed(a)) is not None:
             raise UnsupportedError(f"`{label}` {why}; leave `in_place` out, and take the arrays that `update` gives")
     read = {f"grads[{name!r}]": g for name, g in grads.items()}
     spans = sorted((*span, label, label in changing) for label, a in (*changing.items(), *read.items()) if (span := _span(a)) is not None)
@@ -110,19 +108,34 @@ def require_in_place(params: Mapping[str, Array], grads: Mapping[str, Array], st
 
 def _span(a: Array) -> tuple[int, int] | None:
     """From which to before which address an array lies; of a library that does not say it, itself counts as such a place."""
-    array = getattr(a, "_array", a)  # of array_api_strict
     if math.prod(a.shape) == 0:
         return None
-    if isinstance(array, numpy.ndarray):
-        return byte_bounds(array)
-    if hasattr(a, "data_ptr"):  # torch
-        start, size, steps = a.data_ptr(), a.element_size(), [step * a.element_size() for step in a.stride()]
-    elif hasattr(getattr(a, "data", None), "ptr"):  # CuPy
-        start, size, steps = a.data.ptr, a.dtype.itemsize, a.strides
-    else:
-        start, size, steps = id(a), 1, [0] * a.ndim
+    start, size, steps = _layout(a) or (id(a), 1, [0] * a.ndim)
     ends = [(n - 1) * step for n, step in zip(a.shape, steps, strict=True)]
     return start + sum(min(end, 0) for end in ends), start + sum(max(end, 0) for end in ends) + size
+
+
+def _layout(a: Array) -> tuple[int, int, Sequence[int]] | None:
+    """The address of the first value, the bytes of one, and those from one to the next along each axis; `None` where nothing says it."""
+    array = getattr(a, "_array", a)  # of array_api_strict
+    if isinstance(array, numpy.ndarray):
+        return array.ctypes.data, array.itemsize, array.strides
+    if hasattr(a, "data_ptr"):  # torch
+        return a.data_ptr(), a.element_size(), [step * a.element_size() for step in a.stride()]
+    if hasattr(getattr(a, "data", None), "ptr"):  # CuPy
+        return a.data.ptr, a.dtype.itemsize, a.strides
+    return None
+
+
+def _why_fixed(a: Array) -> str | None:
+    """Why an array cannot be changed value by value; `None` where it can."""
+    if getattr(a, "requires_grad", False):
+        return "requires a gradient"
+    if not is_writeable_array(a) or not is_concrete(a):
+        return "cannot be written to"
+    layout = _layout(a)
+    repeats = layout is not None and any(n > 1 and step == 0 for n, step in zip(a.shape, layout[2], strict=True))
+    return "has one place for several values" if repeats else None
 
 
 # -- the state -----------------------------------------------------------------------------------------------------------------------------

@@ -291,6 +291,7 @@ def test_what_an_update_in_place_would_spoil_is_refused() -> None:
         (lambda: _adam({"a": whole[:3], "b": whole[2:]}), r"params\['b'\]` lies in the memory of `params\['a'\]"),
         (lambda: _adam({"a": whole[1:]}, {"a": whole[:-1]}), r"lies in the memory of"),
         (lambda: _adam({"a": np.broadcast_to(np.ones(3), (2, 3))}), "cannot be written to"),
+        (lambda: _adam({"b": whole, "a": np.lib.stride_tricks.as_strided(np.ones(3), (2, 3), (0, 8))}), "has one place for several values"),
         (lambda: _adam({"a": whole}, None, {**mixed, "square": {"a": mixed["mean"]["a"]}}), r"state\['square'\]\['a'\]` lies in"),
         (lambda: _adam({"a": whole}, {"a": mixed["mean"]["a"]}, mixed), "lies in the memory of"),
     ):
@@ -305,11 +306,12 @@ def test_what_an_update_in_place_would_spoil_is_refused() -> None:
 
 def test_a_run_is_updated_in_place(rng: np.random.Generator) -> None:
     runs = [pn.Training(pn.Sequential(pn.LSTM(3, 4, norm="layer", rng=0), pn.Linear(4, 2, rng=1)), pn.AdamW(0.1)) for _ in range(2)]
-    x, held = rng.standard_normal((5, 2, 3)).astype("float32"), dict(runs[0].model.parameters())
+    x, dy = rng.standard_normal((5, 2, 3), np.float32), rng.standard_normal((5, 2, 2), np.float32)
+    held = dict(runs[0].model.parameters())
     for _ in range(3):
         for run, how in zip(runs, ({"in_place": True}, {}), strict=True):
-            y, _, pullback = run.model.vjp(x, training=True)
-            run.update(pullback(np.ones_like(y))[2], **how)
+            _, _, pullback = run.model.vjp(x, training=True)
+            run.update(pullback(dy)[2], **how)
     for name, p in runs[0].model.parameters().items():
         assert p is held[name]
         np.testing.assert_array_equal(p, runs[1].model.parameters()[name])

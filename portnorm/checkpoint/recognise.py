@@ -186,7 +186,8 @@ def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> 
             fits = [replace(fit, keys={name: beginning + key[len(before) :] for name, key in fit.keys.items()}) for fit in fits]
         else:
             fits = _fits_of_part(quick, own, beginning, ignore)
-            alike[looks] = beginning, fits
+            if looks is not None:
+                alike[looks] = beginning, fits
         if fits:
             found[beginning] = Part(beginning, fits)
     return list(found.values())
@@ -194,10 +195,14 @@ def parts_of(rows: list[Row], arrays: Arrays, prefix: str, ignore: set[str]) -> 
 
 def _looks(arrays: Arrays, beginning: str, ignore: set[str]) -> Any:
     """What decides which rows explain the arrays under a beginning of their names; `None` where more does than what stands here."""
-    if any(a.said is not None or key in ignore for key, a in arrays.items()):
+    if any(a.said is not None or key in ignore or _TWICE.search(key) for key, a in arrays.items()):
         return None
     last = re.split(r"[./]", beginning[:-1])[-1]
-    return last, beginning[-1], tuple((key[len(beginning) :], a.shape) for key, a in arrays.items())
+    return last, beginning[-1], tuple((key[len(beginning) :], a.shape, a.called) for key, a in arrays.items())
+
+
+_TWICE = re.compile(r"\d\.cell(_fw|_bw)?\.")
+"""Names by which paddle stores an array once more; whether it is the same one its values say."""
 
 
 def _fits_of_part(quick: list[tuple[Row, str, float]], arrays: Arrays, beginning: str, ignore: set[str]) -> list[Fit]:
